@@ -1,0 +1,138 @@
+"""The dataset folder: manifest.json, raw little-endian token shards, document offsets, tokenizer/. Written once,
+read by many. What is read is checked: a truncated, missing or foreign file is an error that names it and both sizes.
+
+    DATASET/manifest.json                 see Manifest
+    DATASET/train-00000.bin               tokens, uint16 or uint32, no header; likewise val-00000.bin
+    DATASET/train.documents.bin           uint64 offsets, in tokens, of the first token of each document of the split
+    DATASET/tokenizer/                    the tokenizer's own file
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+import numpy as np
+
+from data import order
+from data.errors import DataError
+
+FORMAT = "meshlm-tokens"
+VERSION = 1
+MANIFEST = "manifest.json"
+# Up to this size a start of a run rereads and hashes every shard (under a second); larger ones are checked by size,
+# and any dataset by the largest id of every batch.
+HASH_AT_START_BYTES = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    file: str
+    tokens: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    tokens: int
+    text_bytes: int  # UTF-8 bytes of the text the tokens stand for: bits per byte needs it
+    documents: int
+    shards: tuple[Shard, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    dtype: str  # 'uint16' or 'uint32', little-endian
+    vocab_size: int
+    eos_id: int | None  # the token after each document, if any
+    tokenizer_sha256: str
+    splits: dict[str, Split]
+    request: dict  # what launch.prepare was asked for; not part of the fingerprint
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change with any token, the tokenizer, or the algorithm that orders the samples."""
+        content = {k: v for k, v in dataclasses.asdict(self).items() if k != "request"}
+        canonical = json.dumps([VERSION, order.VERSION, content], sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def to_json(self) -> str:
+        head = {"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint()}
+        return json.dumps(head | dataclasses.asdict(self), indent=1) + "\n"
+
+
+def token_dtype(vocab_size: int) -> str:
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def read_manifest(folder: pathlib.Path) -> Manifest:
+    """Raises FileNotFoundError when there is none, DataError when it cannot be used."""
+    path = folder / MANIFEST
+    text = path.read_text(encoding="utf-8")
+    try:
+        raw = json.loads(text)
+        if raw.pop("format") != FORMAT or raw.pop("version") != VERSION:
+            raise ValueError(f"not format {FORMAT!r} version {VERSION}")
+        fingerprint = raw.pop("fingerprint")
+        splits = {
+            name: Split(**(s | {"shards": tuple(Shard(**shard) for shard in s["shards"])}))
+            for name, s in raw.pop("splits").items()
+        }
+        manifest = Manifest(splits=splits, **raw)
+        if manifest.dtype not in ("uint16", "uint32"):
+            raise ValueError(f"dtype {manifest.dtype!r}")
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise DataError(f"{path} is not a manifest that this version reads ({e}); prepare the dataset again") from None
+    if manifest.fingerprint() != fingerprint:
+        raise DataError(f"{path} was changed by hand or by another version; prepare the dataset again")
+    return manifest
+
+
+def sha256_file(path: pathlib.Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+class TokenFiles:
+    """The shards of one split, memory-mapped and checked.
+
+    Attributes:
+      shards: list of uint16 or uint32 arrays (memory maps), one for each shard.
+      tokens: tokens in all.
+      text_bytes: bytes of text they stand for.
+    """
+
+    def __init__(self, folder: pathlib.Path, manifest: Manifest, split: str):
+        if split not in manifest.splits:
+            raise DataError(f"{folder} has no {split!r} split; prepare it with --val_fraction above 0")
+        spec = manifest.splits[split]
+        dtype = np.dtype(manifest.dtype).newbyteorder("<")
+        self.vocab_size = manifest.vocab_size
+        self.tokens, self.text_bytes = spec.tokens, spec.text_bytes
+        self.shards = []
+        self.paths = [folder / shard.file for shard in spec.shards]
+        check_hash = spec.tokens * dtype.itemsize <= HASH_AT_START_BYTES
+        for path, shard in zip(self.paths, spec.shards, strict=True):
+            expected = shard.tokens * dtype.itemsize
+            try:
+                size = path.stat().st_size
+            except FileNotFoundError:
+                raise DataError(f"{path} is missing: 0 bytes, expected {expected}; prepare the dataset again") from None
+            if size != expected:
+                raise DataError(
+                    f"{path} is {size} bytes, expected {expected} ({shard.tokens} tokens of {manifest.dtype}); "
+                    "it was cut off or replaced: copy it again or prepare the dataset again"
+                )
+            if check_hash and (found := sha256_file(path)) != shard.sha256:
+                raise DataError(
+                    f"{path} has the right size ({size} bytes) but not the content its manifest names (sha256 "
+                    f"{found[:12]}…, expected {shard.sha256[:12]}…); copy it again or prepare the dataset again"
+                )
+            self.shards.append(np.memmap(path, dtype=dtype, mode="r") if shard.tokens else np.empty(0, dtype))
+
+    def check_ids(self, tokens: np.ndarray, where: str) -> None:
+        """Raises DataError when a token is outside the vocabulary: an embedding lookup would clamp it silently."""
+        if tokens.size and (largest := int(tokens.max())) >= self.vocab_size:
+            raise DataError(
+                f"token id {largest} in {where} is outside the vocabulary of {self.vocab_size}; "
+                f"the shards ({self.paths[0]}, …) do not belong to this tokenizer: prepare the dataset again"
+            )

@@ -1,0 +1,192 @@
+"""Batches from token files: a pure function of (seed, dataset, samples consumed), read ahead by one thread.
+
+Indices used here:
+  g       sample of the run, 0, 1, 2, …; never resets
+  epoch   g // num_windows
+  window  permute(g % num_windows): which stretch of seq_len + 1 tokens; windows of one epoch do not overlap but for
+          the one token that is both the last target of a window and the first input of the next
+  phase   where the first window of a shard starts in this epoch, so that window borders move between epochs
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+from data import order
+from data.errors import DataError
+from data.formats import TokenFiles
+
+
+class TokenWindows:
+    """Windows of seq_len + 1 tokens over the shards of a split, in the order of a keyed permutation."""
+
+    def __init__(self, files: TokenFiles, *, seq_len: int, seed: int, split: str = "train"):
+        self.files, self.seq_len, self.seed, self.split = files, seq_len, seed, split
+        # One window is given up per shard so that every phase in [0, seq_len) leaves the same number of windows.
+        counts = [
+            max(len(shard) // seq_len - 1, 1) if len(shard) > seq_len else 0  # a shard shorter than a window is unused
+            for shard in files.shards
+        ]
+        self.first_window = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self.num_windows = int(self.first_window[-1])
+        if self.num_windows == 0:
+            raise DataError(
+                f"{files.paths[0].parent} has {files.tokens} tokens in its {split} split; a window needs "
+                f"{seq_len + 1} (data.seq_len + 1): prepare a longer corpus or lower data.seq_len"
+            )
+
+    def epoch(self, samples_consumed: int) -> float:
+        return samples_consumed / self.num_windows
+
+    def rows(self, g: np.ndarray) -> np.ndarray:
+        """Tokens of samples g: [len(g), seq_len + 1] in the dtype of the files. One gather per (epoch, shard) met."""
+        epochs, position = np.divmod(np.asarray(g, np.int64), self.num_windows)
+        out = np.empty((len(epochs), self.seq_len + 1), self.files.shards[0].dtype)
+        for epoch in np.unique(epochs):
+            of_epoch = np.flatnonzero(epochs == epoch)
+            windows = order.permute(position[of_epoch], self.num_windows, self.seed, self.split, int(epoch))
+            shards = np.searchsorted(self.first_window, windows, side="right") - 1
+            for shard in np.unique(shards):
+                mine = shards == shard
+                view = self._view(int(shard), int(epoch))
+                # One C call per gather; a Python loop over rows would fight other threads for the interpreter lock.
+                out[of_epoch[mine]] = view[windows[mine] - self.first_window[shard]]
+        self.files.check_ids(out, f"the {self.split} split")
+        return out
+
+    def _view(self, shard: int, epoch: int) -> np.ndarray:
+        """[windows of the shard, seq_len + 1] view of the shard; no token is copied."""
+        tokens = self.files.shards[shard]
+        count = int(self.first_window[shard + 1] - self.first_window[shard])
+        phases = min(self.seq_len, len(tokens) - count * self.seq_len)
+        phase = int.from_bytes(order.derive(self.seed, self.split, "phase", epoch, shard)[:8], "little") % phases
+        step = tokens.strides[0]
+        # asarray: fancy indexing of an np.memmap object is several times slower than of the plain array under it.
+        base = np.asarray(tokens)[phase : phase + count * self.seq_len + 1]
+        return np.lib.stride_tricks.as_strided(
+            base, (count, self.seq_len + 1), (self.seq_len * step, step), writeable=False
+        )
+
+
+class Loader:
+    """Global batches as jax.Arrays. Its whole state is the number of samples consumed, which the caller keeps.
+
+    Every process computes the order of the whole global batch and reads only the rows that its own devices hold.
+    """
+
+    def __init__(self, windows: TokenWindows, *, global_batch_size: int, sharding: jax.sharding.Sharding):
+        self.windows, self.global_batch_size, self.sharding = windows, global_batch_size, sharding
+
+    def batch(self, samples_consumed: int) -> jax.Array:
+        """The batch after `samples_consumed` samples: [global_batch_size, seq_len + 1] in the dtype of the files."""
+        return put(self.sharding, self.global_batch_size, lambda rows: self.windows.rows(samples_consumed + rows))
+
+    def prefetched(self, samples_consumed: int, ahead: int) -> "Prefetch":
+        return Prefetch(lambda i: self.batch(samples_consumed + i * self.global_batch_size), ahead)
+
+
+def put(sharding: jax.sharding.Sharding, num_rows: int, read: Callable[[np.ndarray], np.ndarray]) -> jax.Array:
+    """A sharded array [num_rows, …] of which `read(row indices)` supplies the rows that this process holds."""
+    held: dict[tuple[int, int], np.ndarray] = {}
+    indices = sharding.addressable_devices_indices_map((num_rows,))
+    for (rows,) in indices.values():
+        start, stop, _ = rows.indices(num_rows)
+        if (start, stop) not in held:  # devices along other mesh axes hold the same rows
+            held[start, stop] = read(np.arange(start, stop, dtype=np.int64))
+    shape = (num_rows, *next(iter(held.values())).shape[1:])
+    return jax.make_array_from_callback(shape, sharding, lambda index: held[index[0].indices(num_rows)[:2]])
+
+
+class Prefetch:
+    """Runs `make(0), make(1), …` on a thread, at most `ahead` results ahead. Errors surface in the consumer."""
+
+    def __init__(self, make: Callable[[int], jax.Array], ahead: int):
+        self._queue: queue.Queue = queue.Queue(maxsize=ahead)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(make,), name="loader", daemon=True)
+        self._thread.start()
+
+    def _run(self, make: Callable[[int], jax.Array]) -> None:
+        i = 0
+        while not self._stop.is_set():
+            try:
+                item = make(i)
+            except BaseException as e:
+                item = e
+            while not self._stop.is_set():
+                try:
+                    self._queue.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(item, BaseException):
+                return
+            i += 1
+
+    def __iter__(self) -> Iterator[jax.Array]:
+        return self
+
+    def __next__(self) -> jax.Array:
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Stops the thread and waits for it, so that no file is read after this returns."""
+        self._stop.set()
+        self._thread.join()
+
+
+def evaluation_windows(files: TokenFiles, seq_len: int, limit: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Fixed windows over a validation split, in file order: every token but the first of a shard is a target once.
+
+    Args:
+      limit: at most this many windows, spread evenly over the split; 0 for all.
+
+    Returns:
+      (shard, start) int64 [num_windows, 2], and the number of targets of each window, int64 [num_windows]; only the
+      last window of a shard has fewer than seq_len.
+    """
+    where, lengths = [], []
+    for shard, tokens in enumerate(files.shards):
+        starts = np.arange(0, max(len(tokens) - 1, 0), seq_len, dtype=np.int64)
+        where.append(np.stack([np.full_like(starts, shard), starts], axis=1))
+        lengths.append(np.minimum(len(tokens) - 1 - starts, seq_len))
+    where_all, lengths_all = np.concatenate(where), np.concatenate(lengths)
+    if limit and limit < len(lengths_all):
+        chosen = np.linspace(0, len(lengths_all) - 1, limit).round().astype(np.int64)
+        where_all, lengths_all = where_all[chosen], lengths_all[chosen]
+    return where_all, lengths_all
+
+
+def evaluation_batches(
+    files: TokenFiles, *, seq_len: int, batch_size: int, sharding: jax.sharding.Sharding, limit: int = 0
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """(tokens [batch_size, seq_len + 1], targets that count in each row [batch_size]); the same at any process count.
+
+    The last batch is padded with rows of which no target counts.
+    """
+    where, lengths = evaluation_windows(files, seq_len, limit)
+    if not len(lengths):
+        raise DataError(f"{files.paths[0]} has {files.tokens} validation tokens; at least 2 are needed")
+
+    def read(rows: np.ndarray) -> np.ndarray:
+        out = np.zeros((len(rows), seq_len + 1), files.shards[0].dtype)
+        for row, i in zip(out, rows, strict=True):
+            if i < len(lengths):
+                shard, start = where[i]
+                row[: lengths[i] + 1] = files.shards[shard][start : start + lengths[i] + 1]
+        files.check_ids(out, "the validation split")
+        return out
+
+    padded = np.zeros(-(-len(lengths) // batch_size) * batch_size, np.int32)
+    padded[: len(lengths)] = lengths
+    for first in range(0, len(padded), batch_size):
+        yield (
+            put(sharding, batch_size, lambda rows, first=first: read(first + rows)),
+            put(sharding, batch_size, lambda rows, first=first: padded[first + rows]),
+        )

@@ -1,0 +1,1 @@
+"""What a person starts: the only place with flags, signals and exit codes."""

@@ -1,0 +1,1 @@
+"""The transformer as nnx modules, attention, and generation. Knows nothing of data files, meshes or training."""

@@ -1,0 +1,114 @@
+"""Text generation with a KV cache of static shape: greedy, temperature, top-k, top-p."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from model.attention import empty_cache
+from model.config import ModelConfig
+from model.transformer import Transformer
+
+
+def filter_logits(logits: Array, *, temperature: float, top_k: int, top_p: float) -> Array:
+    """Logits whose softmax is the distribution to sample from; -inf where a token is ruled out.
+
+    Args:
+      logits: float32 [..., vocab].
+      temperature: above 0; divides the logits.
+      top_k: keep the k most likely tokens; 0 keeps all. Ties with the k-th are kept.
+      top_p: keep the smallest set of most likely tokens whose probabilities reach p (Holtzman et al., 2020), after
+        temperature and top-k; 1 keeps all. The most likely token always stays.
+    """
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        kth = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if top_p < 1:
+        descending = -jnp.sort(-logits, axis=-1)
+        probability = jax.nn.softmax(descending, axis=-1)
+        before = jnp.cumsum(probability, axis=-1) - probability  # mass of the strictly more likely tokens
+        last = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < last, -jnp.inf, logits)
+    return logits
+
+
+class Generator:
+    """Continues prompts; one compilation for each (rows, buffer length).
+
+    When the context is full, its second half becomes the start of a new one, so the model never sees a position it
+    was not trained on, and each token costs at most twice its share.
+
+    Args:
+      config: of the model; max_seq_len is the longest context.
+      apply: params -> Transformer.
+      temperature: 0 is greedy.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        apply: Callable[..., Transformer],
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ):
+        self.config, self._apply = config, apply
+        self._sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self._fill = jax.jit(self._fill_buffer)
+
+    def __call__(self, params, prompt: np.ndarray, *, rows: int, max_new_tokens: int, seed: int) -> np.ndarray:
+        """`rows` continuations of one prompt.
+
+        Row i depends on (seed, i) alone, not on how many rows are asked for.
+
+        Args:
+          prompt: integer [n], n >= 1.
+
+        Returns:
+          int32 [rows, max_new_tokens], without the prompt.
+        """
+        longest = self.config.max_seq_len
+        if not len(prompt) or longest < 2:
+            raise ValueError(f"a prompt of {len(prompt)} tokens and a context of {longest}: at least 1 and 2 are needed")
+        wanted = len(prompt) + max_new_tokens
+        length = min(longest, 1 << (wanted - 1).bit_length())
+        text = np.tile(np.asarray(prompt, np.int32), (rows, 1))
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(rows))
+        while text.shape[1] < wanted:
+            known = text.shape[1] if text.shape[1] < length else length // 2
+            upto = min(length, known + wanted - text.shape[1])
+            buffer = np.zeros((rows, length), np.int32)
+            buffer[:, :known] = text[:, -known:]
+            filled = self._fill(params, buffer, known, upto, keys, text.shape[1] - known)
+            text = np.concatenate([text, np.asarray(filled)[:, known:upto]], axis=1)
+        return text[:, len(prompt) :]
+
+    def _fill_buffer(self, params, buffer: Array, known: Array, upto: Array, keys: Array, offset: Array) -> Array:
+        """Fills buffer[:, known:upto]; `offset` is the place of buffer[:, 0] in the whole text, for the keys."""
+        model = self._apply(params)
+        rows, length = buffer.shape
+
+        def choose(logits: Array, position: Array) -> Array:
+            if self._sampling["temperature"] == 0:
+                return jnp.argmax(logits, -1).astype(jnp.int32)
+            logits = filter_logits(logits, **self._sampling)
+            of_token = jax.vmap(lambda key: jax.random.fold_in(key, offset + position))(keys)
+            return jax.vmap(jax.random.categorical)(of_token, logits).astype(jnp.int32)
+
+        # Prefill: the whole buffer at once. Entries past `known` are rubbish, but no query sees a key after itself,
+        # and each is overwritten before its position becomes visible.
+        logits, cache = model(buffer, cache=empty_cache(self.config, rows, length), only=known - 1)
+        buffer = jax.lax.dynamic_update_slice(buffer, choose(logits[:, 0], known)[:, None], (0, known))
+
+        def step(carry):
+            position, buffer, cache = carry
+            token = jax.lax.dynamic_slice(buffer, (0, position), (rows, 1))
+            logits, cache = model(token, start=position, cache=cache)
+            token = choose(logits[:, 0], position + 1)
+            return position + 1, jax.lax.dynamic_update_slice(buffer, token[:, None], (0, position + 1)), cache
+
+        return jax.lax.while_loop(lambda carry: carry[0] + 1 < upto, step, (known, buffer, cache))[1]

@@ -1,0 +1,1 @@
+"""Mesh, sharding, state, step, optimizer, checkpoints, metrics, and the loop that joins them."""

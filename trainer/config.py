@@ -1,0 +1,242 @@
+"""The configuration of a run: typed sections, validated on construction. No heavy imports.
+
+Recipes hold the same tree as an ml_collections.ConfigDict; `from_dict` turns that into these dataclasses once, at the
+border, and nothing reads a ConfigDict after that.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+from data.config import DataConfig
+from model.config import VOCAB_MULTIPLE, ModelConfig
+from trainer.errors import ConfigError
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter, 2019) after clipping by global norm, with a warm-up and a schedule."""
+
+    peak_lr: float = 1e-3
+    end_lr: float = 1e-4  # at the end of cosine, linear and wsd
+    schedule: str = "cosine"  # after the warm-up: cosine, linear, constant, wsd (warm-up, stable, decay)
+    warmup_steps: int = 100
+    decay_steps: int = 0  # step at which end_lr is reached; 0: num_train_steps
+    wsd_decay_fraction: float = 0.2  # last part of decay_steps in which wsd falls, linearly
+    b1: float = 0.9
+    b2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices and embeddings, not on norms and biases
+    clip_norm: float = 1.0  # of the whole gradient; 0: no clipping
+
+    SCHEDULES = ("cosine", "linear", "constant", "wsd")
+
+    def __post_init__(self):
+        _require(
+            self.schedule in self.SCHEDULES,
+            f"optimizer.schedule is {self.schedule!r}; it must be one of {', '.join(self.SCHEDULES)}",
+        )
+        for name in ("peak_lr", "eps"):
+            value = getattr(self, name)
+            _require(value > 0, f"optimizer.{name} is {value}; it must be above 0")
+        for name in ("end_lr", "warmup_steps", "decay_steps", "weight_decay", "clip_norm"):
+            value = getattr(self, name)
+            _require(value >= 0, f"optimizer.{name} is {value}; it must not be negative")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optimizer.{name} is {value}; it must be at least 0 and below 1")
+        _require(
+            0 < self.wsd_decay_fraction <= 1,
+            f"optimizer.wsd_decay_fraction is {self.wsd_decay_fraction}; it must be above 0 and at most 1",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; one may be -1 and takes what is left."""
+
+    data: int = -1  # replicas of the parameters; the batch is split
+    fsdp: int = 1  # batch and parameters are split
+    tensor: int = 1  # heads, mlp and vocabulary are split
+
+    def __post_init__(self):
+        for name, size in self.sizes().items():
+            _require(
+                size >= 1 or size == -1,
+                f"mesh.{name} is {size}; it must be a number of devices, or -1 for what is left",
+            )
+        _require(
+            list(self.sizes().values()).count(-1) <= 1,
+            "mesh has more than one axis of -1 (" + ", ".join(k for k, v in self.sizes().items() if v == -1) + "); one may be",
+        )
+
+    def sizes(self) -> dict[str, int]:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int = 1000  # 0: only at the end and when stopped
+    every_minutes: float = 0.0  # also when this much time has passed since the last; 0: never
+    keep_last: int = 2
+    keep_every_steps: int = 0  # keep each multiple of this for good; 0: none
+    keep_best: int = 1  # keep the checkpoints of lowest val/loss
+
+    def __post_init__(self):
+        for name in ("every_steps", "every_minutes", "keep_every_steps", "keep_best"):
+            value = getattr(self, name)
+            _require(value >= 0, f"checkpoint.{name} is {value}; it must not be negative")
+        _require(self.keep_last >= 1, f"checkpoint.keep_last is {self.keep_last}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class MetricsConfig:
+    every_steps: int = 10
+    tensorboard: bool = True
+
+    def __post_init__(self):
+        _require(self.every_steps >= 1, f"metrics.every_steps is {self.every_steps}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    every_steps: int = 250  # 0: only at the end
+    num_windows: int = 1024  # fixed windows, spread evenly over the validation split; 0: all of it
+
+    def __post_init__(self):
+        for name in ("every_steps", "num_windows"):
+            value = getattr(self, name)
+            _require(value >= 0, f"eval.{name} is {value}; it must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    every_steps: int = 0  # 0: only at the end
+    prompt: str = "\n"
+    max_new_tokens: int = 256
+    temperature: float = 0.8
+    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        for name in ("every_steps", "temperature", "top_k"):
+            value = getattr(self, name)
+            _require(value >= 0, f"sample.{name} is {value}; it must not be negative")
+        _require(self.max_new_tokens >= 1, f"sample.max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        _require(0 < self.top_p <= 1, f"sample.top_p is {self.top_p}; it must be above 0 and at most 1")
+        _require(self.prompt != "", "sample.prompt is empty; give at least one character")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int = 0  # of the initial parameters, the order of samples and dropout
+    num_train_steps: int = 1000
+    global_batch_size: int = 16  # sequences a step, over all devices and accumulation steps
+    grad_accum_steps: int = 1  # parts the batch is worked through in; the result is that of the whole batch
+    z_loss: float = 0.0  # weight of mean(log Z ** 2), which keeps logits small (PaLM); not part of train/loss
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = dataclasses.field(default_factory=MetricsConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+
+    def __post_init__(self):
+        for name in ("num_train_steps", "global_batch_size", "grad_accum_steps"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} is {value}; it must be at least 1")
+        _require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be at least 0 and below 2**32")
+        _require(self.z_loss >= 0, f"z_loss is {self.z_loss}; it must not be negative")
+        _require(
+            self.global_batch_size % self.grad_accum_steps == 0,
+            f"grad_accum_steps = {self.grad_accum_steps} does not divide global_batch_size = {self.global_batch_size}",
+        )
+        # What the axes given as numbers already rule out, before any device is looked at.
+        check_divisible(self, {k: max(v, 1) for k, v in self.mesh.sizes().items()})
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.data.seq_len
+
+
+def check_divisible(config: Config, axes: dict[str, int]) -> None:
+    """Raises ValueError, with both numbers, where an axis of the mesh does not divide what is split along it."""
+    batch_axes = axes["data"] * axes["fsdp"]
+    model, accum = config.model, config.grad_accum_steps
+    parts = f" / grad_accum_steps = {config.global_batch_size} / {accum}" if accum > 1 else ""
+    for name, value, axis_name, axis in (
+        (f"global_batch_size{parts}", config.global_batch_size // accum, "mesh.data x mesh.fsdp", batch_axes),
+        ("model.embed_dim", model.embed_dim, "mesh.fsdp", axes["fsdp"]),
+        ("model.num_heads", model.num_heads, "mesh.tensor", axes["tensor"]),
+        ("model.num_kv_heads", model.kv_heads, "mesh.tensor", axes["tensor"]),
+        ("model.mlp_dim", model.hidden_dim, "mesh.tensor", axes["tensor"]),
+        (f"the vocabulary, padded to a multiple of {VOCAB_MULTIPLE},", VOCAB_MULTIPLE, "mesh.tensor", axes["tensor"]),
+    ):
+        if value % axis:
+            raise ValueError(f"{name} = {value} is not divisible by {axis_name} = {axis}; change one of them")
+
+
+def from_dict(tree: dict[str, Any]) -> Config:
+    """A Config from nested plain values; a missing field takes its default. Raises ConfigError."""
+    try:
+        return _build(Config, tree, "")
+    except ValueError as e:
+        raise ConfigError(f"config.{e}") from None
+
+
+def _build(cls: type, tree: dict[str, Any], prefix: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = {}
+    for name, value in tree.items():
+        if name not in fields:
+            raise ValueError(f"{prefix}{name} is no field of {cls.__name__}; its fields: {', '.join(fields)}")
+        kind: Any = fields[name].type
+        if dataclasses.is_dataclass(kind):
+            values[name] = _build(kind, value, f"{prefix}{name}.")
+            continue
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise ValueError(f"{prefix}{name} is {value!r}; it must be of type {kind.__name__}")
+        values[name] = value
+    return cls(**values)
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=1) + "\n"
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """{'model.num_layers': 4, …}"""
+    flat = {}
+    for name, value in dataclasses.asdict(config).items():
+        flat.update({f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value})
+    return flat
+
+
+# What may change when a run goes on. Anything not named changes what the saved state means, and is refused.
+HARMLESS = (
+    "num_train_steps", "grad_accum_steps", "data.path", "data.prefetch", "data.source", "data.tokenizer", "model.remat",
+    "model.scan_layers", "mesh", "checkpoint", "metrics", "eval", "sample",
+)  # fmt: skip
+NEEDS_FLAG = ("optimizer", "global_batch_size", "z_loss", "model.dropout", "model.dropout_end", "model.dropout_scale", "model.dtype")
+
+
+def changes(old: Config, new: Config) -> dict[str, list[str]]:
+    """Differences as lines 'name: old -> new', by what they need: 'harmless', 'flag' or 'refused'."""
+    found: dict[str, list[str]] = {"harmless": [], "flag": [], "refused": []}
+    before, after = flatten(old), flatten(new)
+    for name in after:
+        if before[name] == after[name]:
+            continue
+        keys = {name, name.split(".")[0]}
+        kind = "harmless" if keys & set(HARMLESS) else "flag" if keys & set(NEEDS_FLAG) else "refused"
+        found[kind].append(f"config.{name}: {before[name]!r} -> {after[name]!r}")
+    return found

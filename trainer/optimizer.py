@@ -1,0 +1,51 @@
+"""Learning rate schedule and the optax chain."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from trainer.config import OptimizerConfig
+
+
+def make_schedule(config: OptimizerConfig, num_train_steps: int) -> Callable[[Array], Array]:
+    """Learning rate of the update that follows `step` finished steps: linear from peak / warmup to peak, then config.schedule."""
+    warmup, last = config.warmup_steps, config.decay_steps or num_train_steps
+    peak, end = config.peak_lr, config.end_lr
+
+    def schedule(step: Array) -> Array:
+        step = jnp.asarray(step, jnp.float32)
+        done = jnp.clip((step - warmup) / max(last - warmup, 1), 0, 1)
+        if config.schedule == "cosine":
+            lr = end + (peak - end) * 0.5 * (1 + jnp.cos(jnp.pi * done))
+        elif config.schedule == "linear":
+            lr = peak + (end - peak) * done
+        elif config.schedule == "wsd":
+            length = max(config.wsd_decay_fraction * last, 1)
+            lr = peak + (end - peak) * jnp.clip((step - (last - length)) / length, 0, 1)
+        else:
+            lr = jnp.full_like(step, peak)
+        return jnp.where(step < warmup, peak * (step + 1) / max(warmup, 1), lr)
+
+    return schedule
+
+
+def make_optimizer(config: OptimizerConfig, axes: dict) -> optax.GradientTransformation:
+    """Gradient to update, without the learning rate, which the step multiplies in (it is a function of the step alone).
+
+    The chain has the same state whatever the config, so that a checkpoint fits any of its values.
+
+    Args:
+      axes: the parameters' logical axes. Weight decay is for those of two or more besides `layers`: a stacked norm is
+        a matrix by its shape, but still a norm.
+    """
+    decayed = jax.tree.map(
+        lambda names: len([n for n in names if n != "layers"]) >= 2, axes, is_leaf=lambda a: isinstance(a, tuple)
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+    )

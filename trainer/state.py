@@ -1,0 +1,79 @@
+"""What a run is made of: the training state, and the Program that creates and advances it."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, traverse_util
+from jax import Array
+from jax.sharding import Mesh
+
+from model.transformer import Transformer
+from trainer import optimizer, sharding
+from trainer.config import Config
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    step: Array  # int32, finished steps
+    params: dict  # float32, nested by module
+    opt_state: Any
+
+
+class Program:
+    """The static side of a run: graph definition, optimizer, shardings. Holds no arrays.
+
+    Attributes:
+      axes: the parameters' logical axes, a tree like params with tuples as leaves.
+      params, state: abstract trees (ShapeDtypeStruct with sharding) of the parameters and of the whole TrainState.
+      num_params: without the rows that pad the vocabulary.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh):
+        self.config, self.mesh = config, mesh
+        abstract = nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(params=0)))
+        self.graph, variables = nnx.split(abstract, nnx.Param)
+        flat = nnx.to_flat_state(variables)
+        self.axes = traverse_util.unflatten_dict({path: v.get_metadata("axes") for path, v in flat})
+        self.optimizer = optimizer.make_optimizer(config.optimizer, self.axes)
+        self.schedule = optimizer.make_schedule(config.optimizer, config.num_train_steps)
+
+        self.replicated = sharding.named(mesh)
+        param_shardings = traverse_util.unflatten_dict(
+            {path: sharding.named(mesh, *v.get_metadata("axes")) for path, v in flat}
+        )
+        shapes = jax.eval_shape(self._init, jax.random.key(0))
+        opt_shardings = _like_params(shapes.opt_state, shapes.params, param_shardings, self.replicated)
+        shardings = TrainState(self.replicated, param_shardings, opt_shardings)
+        self.state: TrainState = jax.tree.map(
+            lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings
+        )
+        self.params = self.state.params
+        padding = config.model.padded_vocab_size - config.model.vocab_size
+        tables = 1 if config.model.tie_embeddings else 2
+        self.num_params = sum(p.size for p in jax.tree.leaves(self.params)) - padding * config.model.embed_dim * tables
+
+    def _init(self, key: Array) -> TrainState:
+        params = nnx.to_pure_dict(nnx.state(Transformer(self.config.model, nnx.Rngs(params=key)), nnx.Param))
+        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
+
+    def init(self) -> TrainState:
+        """The state before the first step, each device making only its own shards; the same values on any mesh."""
+        shardings = jax.tree.map(lambda s: s.sharding, self.state)
+        return jax.jit(self._init, out_shardings=shardings)(jax.random.key(self.config.seed))
+
+    def model(self, params: dict) -> Transformer:
+        return nnx.merge(self.graph, params)
+
+
+def _like_params(tree: Any, params: dict, values: dict, other: Any) -> Any:
+    """`tree` with each subtree shaped like `params` replaced by `values`, and each other leaf by `other`."""
+    structure = jax.tree.structure(params)
+
+    def is_params(node: Any) -> bool:
+        return jax.tree.structure(node) == structure
+
+    return jax.tree.map(lambda node: values if is_params(node) else other, tree, is_leaf=is_params)
