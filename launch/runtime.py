@@ -23,3 +23,24 @@ def tune_allocator() -> None:
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(M_TOP_PAD, 64 << 20)
+
+
+def default_compilation_cache() -> str:
+    """$JAX_COMPILATION_CACHE_DIR, or a folder in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "meshlm", "xla"))
+
+
+def use_compilation_cache(folder: str) -> None:
+    """Keeps every compiled program, so that a second start takes seconds; '' turns it off."""
+    import jax
+
+    if not folder:
+        return
+    try:
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError:  # a read-only home is no reason not to train
+        return
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -45,6 +45,7 @@ class Generator:
       config: of the model; max_seq_len is the longest context.
       apply: params -> Transformer.
       temperature: 0 is greedy.
+      out_sharding: of the tokens; replicated where several processes want to read them.
     """
 
     def __init__(
@@ -55,10 +56,11 @@ class Generator:
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        out_sharding: jax.sharding.Sharding | None = None,
     ):
         self.config, self._apply = config, apply
         self._sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        self._fill = jax.jit(self._fill_buffer)
+        self._fill = jax.jit(self._fill_buffer, out_shardings=out_sharding)
 
     def __call__(self, params, prompt: np.ndarray, *, rows: int, max_new_tokens: int, seed: int) -> np.ndarray:
         """`rows` continuations of one prompt.

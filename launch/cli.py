@@ -1,0 +1,207 @@
+"""What every command shares: config flags, one-line errors with exit codes, logging.
+
+Nothing here imports JAX: a mistyped flag or field is answered at once.
+"""
+
+import difflib
+import importlib.util
+import logging
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import NoReturn
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import ConfigDict, config_flags
+
+from data.errors import UserError
+from trainer.config import Config, from_dict
+from trainer.errors import ConfigError
+
+log = logging.getLogger("meshlm")
+
+STOPPED = 42  # stopped, and resumable by the same command
+
+DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error that would end in one line.")
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Parses flags, calls main() and exits with what it returns.
+
+    A UserError ends in one line on stderr and its exit code. So does any other exception when there are several
+    processes: an ordinary exit would wait in JAX's shutdown barrier for peers that wait for this one.
+    """
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        try:
+            _check_config_names(argv)
+            rest = flags.FLAGS(argv)
+            if len(rest) > 1:
+                raise ConfigError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
+            return rest
+        except UserError as e:
+            _fail(e)
+        except flags.UnrecognizedFlagError as e:
+            known = [name for name in flags.FLAGS if not name.startswith("?")]
+            _fail(ConfigError(f"unknown flag --{e.flagname}{_nearest(e.flagname, known)}"))
+        except (flags.Error, ValueError, TypeError) as e:
+            _fail(ConfigError(" ".join(str(e).split())))
+
+    def guarded(argv: Sequence[str]) -> NoReturn:
+        try:
+            code = main() or 0
+        except UserError as e:
+            if DEBUG.value:
+                logging.exception("meshlm: the error in full")
+            _fail(e)
+        except BaseException:
+            if not _several_processes():
+                raise
+            logging.exception("meshlm: this process ends, and with it the others")
+            _exit(1)
+        _exit(code)
+
+    _log_to_console()
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    app.run(guarded, flags_parser=parse)
+    raise AssertionError("app.run does not return")
+
+
+def _fail(error: UserError) -> NoReturn:
+    log.error("error: %s", " ".join(str(error).split()))
+    _exit(error.exit_code)
+
+
+def _exit(code: int) -> NoReturn:
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if _several_processes():
+        os._exit(code)
+    sys.exit(code)
+
+
+def _several_processes() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def _log_to_console() -> None:
+    """Messages as they are: errors to stderr, the rest to stdout."""
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    out, err = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+    out.addFilter(lambda record: record.levelno < logging.ERROR)
+    err.setLevel(logging.ERROR)
+    for handler in (out, err):
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+
+
+def log_to_file(path: pathlib.Path) -> None:
+    """The same messages with times, and the warnings of the libraries."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    log.addHandler(handler)
+    logging.getLogger().addHandler(handler)
+
+
+# Configuration
+
+CONFIG_ARGUMENT = re.compile(r"^--?config(?P<path>(\.\w+)*)(=(?P<value>.*))?$", re.DOTALL)
+
+
+def define_config() -> flags.FlagHolder:
+    return config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Recipe, as configs/NAME.py or configs/NAME.py:VARIANT. Override any field with --config.section.field=value; "
+        "trainer/config.py, model/config.py and data/config.py list them.",
+        lock_config=True,
+    )
+
+
+def config_from(value: ConfigDict | None) -> Config:
+    """The typed, validated configuration. Raises ConfigError."""
+    if value is None:
+        raise ConfigError("--config is missing; name a recipe, for example --config=configs/tiny.py")
+    return from_dict(value.to_dict())
+
+
+def _check_config_names(argv: Sequence[str]) -> None:
+    """Raises ConfigError for a recipe that is not there, or a --config.FIELD that the recipe does not have."""
+    matches = [m for m in map(CONFIG_ARGUMENT.match, argv[1:]) if m]
+    recipes = [m["value"] for i, m in enumerate(matches) if not m["path"]]
+    for i, argument in enumerate(argv[1:-1], start=1):
+        if argument in ("--config", "-config"):
+            recipes = [argv[i + 1]]
+    if not recipes or recipes[-1] is None or "config" not in flags.FLAGS:
+        return
+    config = _load_recipe(recipes[-1])
+    for match in matches:
+        node, names = config, match["path"].split(".")[1:]
+        for depth, name in enumerate(names):
+            last = depth == len(names) - 1
+            if not isinstance(node, ConfigDict) or name not in node:
+                given = ".".join(names)
+                raise ConfigError(f"unknown field --config.{given}{_nearest(given, _fields(config), '--config.')}")
+            node = node[name]
+            if last and isinstance(node, ConfigDict):
+                raise ConfigError(f"--config.{'.'.join(names)} is a section; set one of its fields: {', '.join(node)}")
+        if names and match["value"] is not None:
+            _check_type(".".join(names), node, match["value"])
+
+
+def _check_type(name: str, default: object, text: str) -> None:
+    """Raises ConfigError when `text` cannot stand for a value of the type of `default`."""
+    kind = type(default)
+    try:
+        if kind is bool:
+            if text.lower() not in ("true", "false", "1", "0", "t", "f", "yes", "no", "y", "n"):
+                raise ValueError
+        elif kind in (int, float):
+            kind(text)
+    except ValueError:
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise ConfigError(f"config.{name} is {text!r}; it must be {wanted}, such as {default}") from None
+
+
+def _load_recipe(value: str) -> ConfigDict:
+    path, _, variant = value.partition(":")
+    if not os.path.isfile(path):
+        folder = os.path.dirname(path) or "."
+        there = [os.path.join(folder, f) for f in os.listdir(folder)] if os.path.isdir(folder) else []
+        raise ConfigError(f"--config={value}: there is no file {path}{_nearest(path, there)}")
+    spec = importlib.util.spec_from_file_location("recipe", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return _get_config(module, variant)
+    except Exception as e:
+        raise ConfigError(f"--config={value}: {type(e).__name__}: {e}") from e
+
+
+def _get_config(module: ModuleType, variant: str) -> ConfigDict:
+    return module.get_config(variant) if variant else module.get_config()
+
+
+def _fields(config: ConfigDict, prefix: str = "") -> list[str]:
+    names = []
+    for name, value in config.items():
+        names += _fields(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [prefix + name]
+    return names
+
+
+def _nearest(given: str, known: Sequence[str], prefix: str = "--") -> str:
+    """'; did you mean …?' or nothing."""
+    found = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+    if not found:  # right name, wrong section
+        found = [name for name in known if name.split(".")[-1] == given.split(".")[-1]][:1]
+    if not found:
+        return ""
+    return f"; did you mean {'' if '/' in found[0] else prefix}{found[0]}?"

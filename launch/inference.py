@@ -1,0 +1,55 @@
+"""What sampling and evaluation share: a finished or running run, opened for reading only."""
+
+import dataclasses
+import pathlib
+
+from absl import flags
+
+from launch import runtime
+from trainer import run_directory
+from trainer.config import Config
+from trainer.errors import ConfigError
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of launch.train.")
+STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; the newest when not given.", lower_bound=0)
+JSON = flags.DEFINE_bool("json", False, "Print JSON, one object a line, and nothing else on stdout.")
+
+
+@dataclasses.dataclass
+class Run:
+    """A checkpoint's parameters on this machine's devices, with what is needed to use them."""
+
+    path: pathlib.Path
+    config: Config
+    program: "Program"  # noqa: F821  (imported late: it brings JAX)
+    params: dict
+    meta: dict  # of the checkpoint: step, samples, data_fingerprint, …
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+        return self.meta["samples"] * self.config.data.seq_len
+
+
+def open_run() -> Run:
+    """Opens --workdir at --step. Raises ConfigError or CheckpointError."""
+    if not WORKDIR.value:
+        raise ConfigError("--workdir is missing; name a run directory of launch.train")
+    path = pathlib.Path(WORKDIR.value)
+    config = run_directory.read_config(path)
+
+    runtime.tune_allocator()
+    runtime.use_compilation_cache(runtime.default_compilation_cache())
+    import jax
+
+    from trainer import sharding
+    from trainer.checkpoint import Checkpoints, choose_step
+    from trainer.state import Program
+
+    checkpoints = Checkpoints(path)
+    step = choose_step(checkpoints, STEP.value)
+    mesh = sharding.inference_mesh(config)
+    jax.set_mesh(mesh)
+    program = Program(config, mesh)
+    params, meta = checkpoints.restore_params(program, step)
+    return Run(path, config, program, params, meta)

@@ -1,0 +1,63 @@
+"""Write text with a trained model.
+
+  python -m launch.sample --workdir=runs/tiny --prompt='def ' [--max_new_tokens=500 --temperature=0.8 --top_p=0.95]
+
+Sample i depends on --seed and i alone. --temperature=0 takes the most likely token each time. With --json each sample
+is one line {"step", "sample", "seed", "prompt", "text"}, text without the prompt.
+"""
+
+import json
+
+from absl import flags
+
+from launch import cli, inference
+from trainer.errors import ConfigError
+
+PROMPT = flags.DEFINE_string("prompt", "\n", "Text to continue.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 500, "Tokens to write.", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Below 1 safer, above 1 wilder, 0 greedy.", lower_bound=0.0)
+TOP_K = flags.DEFINE_integer("top_k", 0, "Choose among the k most likely tokens; 0: all.", lower_bound=0)
+TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "Choose among the most likely tokens that make up this probability.", lower_bound=0.0, upper_bound=1.0
+)
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "How many.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Of the random choices.", lower_bound=0, upper_bound=2**32 - 1)
+
+
+def main() -> int:
+    if not PROMPT.value:
+        raise ConfigError("--prompt is empty; give at least one character, for example --prompt=$'\\n'")
+    run = inference.open_run()
+    from data import tokenizers
+    from data.errors import DataError
+    from model.generate import Generator
+
+    tokenizer = tokenizers.load(run.path / "tokenizer")
+    try:
+        prompt = tokenizer.encode(PROMPT.value)
+    except DataError as e:
+        raise ConfigError(f"--prompt: {e}") from None
+    generator = Generator(
+        run.config.model, run.program.model, temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value
+    )
+    rows = generator(
+        run.params, prompt, rows=NUM_SAMPLES.value, max_new_tokens=MAX_NEW_TOKENS.value, seed=SEED.value
+    )
+    for i, ids in enumerate(rows):
+        text = tokenizer.decode(_until(ids, tokenizer.eos_id))
+        if inference.JSON.value:
+            row = {"step": run.meta["step"], "sample": i, "seed": SEED.value, "prompt": PROMPT.value, "text": text}
+            print(json.dumps(row, ensure_ascii=False))
+        else:
+            print(("\n---\n" if i else "") + PROMPT.value + text)
+    return 0
+
+
+def _until(ids, eos_id: int | None) -> list[int]:
+    """The ids before the first end-of-text."""
+    listed = ids.tolist()
+    return listed[: listed.index(eos_id)] if eos_id in listed else listed
+
+
+if __name__ == "__main__":
+    cli.run(main)

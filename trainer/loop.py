@@ -1,0 +1,227 @@
+"""train(): restore or start, then step, evaluate, sample, save until done or told to stop.
+
+Counting: `step` is the number of finished steps everywhere: in rows, in checkpoint names, in the config's every_steps.
+"""
+
+import json
+import logging
+import math
+import pathlib
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax import Array
+from jax.experimental import multihost_utils
+
+from data import formats, loader, tokenizers
+from model.generate import Generator
+from trainer import metrics as reporting
+from trainer import sharding, startup
+from trainer.checkpoint import Checkpoints
+from trainer.config import Config, to_json
+from trainer.errors import ConfigError, Diverged
+from trainer.state import Program, TrainState
+from trainer.step import make_eval_step, make_train_step
+
+log = logging.getLogger("meshlm")
+
+
+class Trainer:
+    """One run on this process's share of the mesh.
+
+    Args:
+      config: resolved (see startup.resolve).
+      run: the run directory, written by process 0 and by the checkpoints.
+      should_stop: asked after each step with its number; must answer the same on every process.
+    """
+
+    def __init__(self, config: Config, run: pathlib.Path, should_stop: Callable[[int], bool]):
+        self.config, self.run, self.should_stop = config, run, should_stop
+        self.mesh = sharding.make_mesh(config)
+        jax.set_mesh(self.mesh)
+        folder = pathlib.Path(config.data.path)
+        self.manifest = formats.read_manifest(folder)
+        train_files = formats.TokenFiles(folder, self.manifest, "train")
+        self.val_files = formats.TokenFiles(folder, self.manifest, "val") if self._has_val() else None
+        self.windows = loader.TokenWindows(train_files, seq_len=config.data.seq_len, seed=config.seed)
+        self.batch_sharding = sharding.named(self.mesh, "batch", None)
+        self.loader = loader.Loader(
+            self.windows, global_batch_size=config.global_batch_size, sharding=self.batch_sharding
+        )
+        self.tokenizer = tokenizers.load(folder / "tokenizer")
+        self.program = Program(config, self.mesh)
+        self.train_step = make_train_step(self.program)
+        self.eval_step = make_eval_step(self.program)
+        self.generator = Generator(
+            config.model,
+            self.program.model,
+            temperature=config.sample.temperature,
+            top_k=config.sample.top_k,
+            top_p=config.sample.top_p,
+            out_sharding=self.program.replicated,
+        )
+        self.checkpoints = Checkpoints(run, config.checkpoint)
+        self.progress = reporting.Progress(config.num_train_steps)
+        self.last_saved_at = time.monotonic()
+
+    def _has_val(self) -> bool:
+        return "val" in self.manifest.splits and self.manifest.splits["val"].tokens > 1
+
+    def train(self) -> bool:
+        """Runs to the last step and returns True, or saves and returns False when asked to stop."""
+        config = self.config
+        state, samples = self._restore_or_init()
+        step = first = int(state.step)
+        startup.page(config, self.program, self.windows, self.manifest)
+        self.writers = reporting.Writers(self.run, first, config.metrics.tensorboard)
+        if first >= config.num_train_steps:
+            log.info("This run already has its %d steps; more with --config.num_train_steps=N.", config.num_train_steps)
+            self._sample(first, state.params)
+            return True
+        if first:
+            log.info("Resuming after step %d.", first)
+
+        self.meter = reporting.Meter(config, self.program.num_params)
+        batches = self.loader.prefetched(samples, config.data.prefetch)
+        # On the CPU, collectives of several devices in one of several processes hang unless each step is awaited.
+        block = jax.default_backend() == "cpu" and jax.process_count() > 1 and jax.local_device_count() > 1
+        seed = np.uint32(config.seed)
+        pending: tuple[int, int, dict[str, Array]] | None = None
+        stopped = False
+        try:
+            while step < config.num_train_steps and not stopped:
+                with self.meter.waiting_for_data():
+                    batch = next(batches)
+                state, metrics = self.train_step(state, batch, seed)
+                if block:
+                    jax.block_until_ready(state)
+                step, samples = step + 1, samples + config.global_batch_size
+                # Read one step late, after the next is under way: the device never waits for Python.
+                if pending is not None:
+                    self._report(*pending)
+                pending = (step, samples, metrics)
+                stopped = self.should_stop(step)
+                last = step == config.num_train_steps
+                evaluate = last or _every(config.eval.every_steps, step)
+                sample = last or _every(config.sample.every_steps, step)
+                save = last or stopped or _every(config.checkpoint.every_steps, step) or self._save_is_timely(step)
+                if evaluate or sample or save:
+                    self._report(*pending)  # a state that is not finite is found here, before it is saved
+                    pending = None
+                    with self.meter.paused():
+                        val_loss = self._evaluate(step, samples, state.params) if evaluate and not stopped else None
+                        if sample and not stopped:
+                            self._sample(step, state.params)
+                        if save:
+                            self._save(step, samples, state, val_loss)
+            if not self.checkpoints.wait():
+                log.error("The last checkpoint could not be written; the run goes on from the one before it.")
+        finally:
+            self.progress.clear()
+            batches.close()
+            self.checkpoints.wait()
+            self.writers.close()
+        return not stopped
+
+    def _restore_or_init(self) -> tuple[TrainState, int]:
+        restored = self.checkpoints.restore_newest(self.program)
+        if restored is None:
+            return self.program.init(), 0
+        state, meta = restored
+        if meta["data_fingerprint"] != self.manifest.fingerprint():
+            raise ConfigError(
+                f"{self.run} was trained on another dataset (fingerprint {meta['data_fingerprint']}) than "
+                f"{self.config.data.path} ({self.manifest.fingerprint()}); name the one it began with, or another --workdir"
+            )
+        return state, meta["samples"]
+
+    def _save_is_timely(self, step: int) -> bool:
+        """Whether checkpoint.every_minutes have passed; process 0's clock decides for all, at metric steps."""
+        minutes = self.config.checkpoint.every_minutes
+        if not minutes or not _every(self.config.metrics.every_steps, step):
+            return False
+        due = time.monotonic() - self.last_saved_at >= 60 * minutes
+        return bool(multihost_utils.broadcast_one_to_all(np.int32(due))) if jax.process_count() > 1 else due
+
+    def _save(self, step: int, samples: int, state: TrainState, val_loss: float | None) -> None:
+        meta = {
+            "samples": samples,
+            "data_fingerprint": self.manifest.fingerprint(),
+            "config": json.loads(to_json(self.config)),
+            "jax": jax.__version__,
+        }
+        self.meter.checkpoint_stall_s += self.checkpoints.save(step, state, meta, val_loss)
+        self.last_saved_at = time.monotonic()
+
+    def _report(self, step: int, samples: int, metrics: dict[str, Array]) -> None:
+        """Waits for the metrics of a step; writes a row when one is due. Raises Diverged."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.meter.step_finished()
+        if not (math.isfinite(values["train/loss"]) and math.isfinite(values["train/grad_norm"])):
+            steps = self.checkpoints.steps()
+            raise Diverged(
+                f"step {step} is not finite: loss {values['train/loss']}, gradient norm {values['train/grad_norm']}. It was "
+                f"not saved; {f'the last good checkpoint is step {steps[-1]}' if steps else 'there is no checkpoint yet'}. "
+                "Lower config.optimizer.peak_lr or lengthen the warm-up"
+            )
+        if not _every(self.config.metrics.every_steps, step) and step != self.config.num_train_steps:
+            return
+        values["train/epoch"] = self.windows.epoch(samples)
+        perf = self.meter.read()
+        self.writers.metrics(step, samples * self.config.data.seq_len, values | perf)
+        self.progress.show(step, values["train/loss"], perf["perf/tokens_per_s"], perf["perf/step_time_s"])
+
+    def _evaluate(self, step: int, samples: int, params: dict) -> float | None:
+        if self.val_files is None:
+            return None
+        result = evaluate(self.eval_step, params, self.val_files, self.config, self.batch_sharding, self.config.eval.num_windows)
+        self.writers.metrics(step, samples * self.config.data.seq_len, result)
+        self.progress.clear()
+        log.info("step %d  val/loss %.4f  val/bits_per_byte %.4f", step, result["val/loss"], result["val/bits_per_byte"])
+        return result["val/loss"]
+
+    def _sample(self, step: int, params: dict) -> None:
+        config = self.config.sample
+        prompt = self.tokenizer.encode(config.prompt)
+        (ids,) = self.generator(
+            params, prompt, rows=1, max_new_tokens=config.max_new_tokens, seed=self.config.seed + step
+        )
+        text = self.tokenizer.decode(ids)
+        self.writers.sample({"step": step, "prompt": config.prompt, "text": text})
+        self.progress.clear()
+        log.info("--- a sample after step %d ---\n%s%s\n---", step, config.prompt, text)
+
+
+def evaluate(
+    eval_step: Callable[[dict, Array, Array], Array],
+    params: dict,
+    files: formats.TokenFiles,
+    config: Config,
+    batch_sharding: jax.sharding.Sharding,
+    num_windows: int,
+) -> dict[str, float]:
+    """val/loss (nats a token), val/perplexity and val/bits_per_byte over fixed windows; 0 windows: the whole split."""
+    batches = loader.evaluation_batches(
+        files,
+        seq_len=config.data.seq_len,
+        batch_size=config.global_batch_size,
+        sharding=batch_sharding,
+        limit=num_windows,
+    )
+    total = count = 0.0
+    for tokens, lengths in batches:
+        total += float(eval_step(params, tokens, lengths))
+        count += float(lengths.sum())
+    loss = total / count
+    tokens_per_byte = files.tokens / files.text_bytes
+    return {
+        "val/loss": loss,
+        "val/perplexity": math.exp(min(loss, 700)),
+        "val/bits_per_byte": loss / math.log(2) * tokens_per_byte,
+    }
+
+
+def _every(n: int, step: int) -> bool:
+    return n > 0 and step % n == 0

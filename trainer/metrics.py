@@ -1,0 +1,200 @@
+"""What a run reports: metrics.jsonl, TensorBoard, the console; FLOPs and peaks. Only process 0 writes."""
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from trainer.config import Config
+
+log = logging.getLogger("meshlm")
+
+# bf16 TFLOP/s of a chip, dense, by the start of jax's device_kind; from the vendors' data sheets.
+PEAK_TFLOPS = {
+    "NVIDIA H100": 989, "NVIDIA H200": 989, "NVIDIA A100": 312,
+    "TPU v4": 275, "TPU v5 lite": 197, "TPU v5": 459, "TPU v6 lite": 918, "TPU7x": 1155,
+}  # fmt: skip
+CONSOLE_SECONDS = 10  # between progress lines where the console is no terminal
+
+
+def flops_per_token(config: Config, num_params: int) -> float:
+    """6 N + 12 L H Q T, forward and backward (nanoGPT, PaLM); N leaves out learned positions."""
+    model = config.model
+    if model.position == "learned":
+        num_params -= model.max_seq_len * model.embed_dim
+    attention = 12 * model.num_layers * model.num_heads * model.width_of_head * config.data.seq_len
+    return 6 * num_params + attention
+
+
+def peak_tflops(device: jax.Device) -> float | None:
+    """None for a device that is not in the table: no MFU is better than a guessed one."""
+    names = sorted((name for name in PEAK_TFLOPS if device.device_kind.startswith(name)), key=len)
+    return PEAK_TFLOPS[names[-1]] if names else None
+
+
+def peak_memory_gib() -> float:
+    """Most memory used so far: of the fullest local device, or of this process where the devices do not say (CPU)."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
+    used = max(peaks) if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return used / 2**30
+
+
+def cut_rows_after(path: pathlib.Path, step: int) -> int:
+    """Drops the rows of a .jsonl file past `step`, and a torn last line; returns how many rows went.
+
+    With it a file that a kill left ahead of its checkpoint reads, in the end, as one uninterrupted run.
+    """
+    if not path.exists():
+        return 0
+    kept, dropped = [], 0
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            keep = line.endswith("\n") and json.loads(line)["step"] <= step
+        except ValueError:
+            keep = False
+        if keep:
+            kept.append(line)
+        else:
+            dropped += 1
+    if dropped:
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, path)
+    return dropped
+
+
+class Writers:
+    """metrics.jsonl, samples.jsonl and TensorBoard of one run; a process other than 0 writes nothing."""
+
+    def __init__(self, run: pathlib.Path, step: int, tensorboard: bool):
+        self._metrics = self._samples = self._board = None
+        if jax.process_index() != 0:
+            return
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            cut_rows_after(run / name, step)
+        self._metrics = (run / "metrics.jsonl").open("a", encoding="utf-8")
+        self._samples = (run / "samples.jsonl").open("a", encoding="utf-8")
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    def metrics(self, step: int, tokens: int, values: dict[str, float]) -> None:
+        """One row. repr of a Python float is the shortest text that reads back exactly."""
+        if self._metrics is None:
+            return
+        self._metrics.write(json.dumps({"step": step, "tokens": tokens, **values}) + "\n")
+        self._metrics.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def sample(self, row: dict[str, Any]) -> None:
+        if self._samples is not None:
+            self._samples.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._samples.flush()
+
+    def close(self) -> None:
+        for writer in (self._metrics, self._samples, self._board):
+            if writer is not None:
+                writer.close()
+
+
+class Meter:
+    """Time between rows: that of the steps alone, without evaluation, sampling and saving."""
+
+    def __init__(self, config: Config, num_params: int):
+        self.tokens_per_step = config.tokens_per_step
+        self.flops_per_token = flops_per_token(config, num_params)
+        self.peak_tflops = peak_tflops(jax.devices()[0])
+        self.compile_s: float | None = None
+        self._mark = time.perf_counter()
+        self._steps = 0
+        self.data_wait_s = self.checkpoint_stall_s = 0.0
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.data_wait_s += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._mark += time.perf_counter() - start
+
+    def step_finished(self) -> None:
+        self._steps += 1
+        if self.compile_s is None:  # the first step compiles or loads from the cache; it says nothing about speed
+            now = time.perf_counter()
+            self.compile_s, self._mark, self._steps = now - self._mark, now, 0
+
+    def read(self) -> dict[str, float]:
+        """The perf/ and memory/ metrics since the last call."""
+        now = time.perf_counter()
+        compile_s = self.compile_s or 0.0
+        step_time = (now - self._mark) / self._steps if self._steps else compile_s
+        tokens_per_s = self.tokens_per_step / step_time
+        tflops = tokens_per_s * self.flops_per_token / jax.device_count() / 1e12
+        row = {
+            "perf/step_time_s": step_time,
+            "perf/tokens_per_s": tokens_per_s,
+            "perf/tokens_per_s_per_device": tokens_per_s / jax.device_count(),
+            "perf/tflops_per_device": tflops,
+            "perf/data_wait_s": self.data_wait_s,
+            "perf/checkpoint_stall_s": self.checkpoint_stall_s,
+            "perf/compile_s": compile_s,
+            "memory/peak_gib": peak_memory_gib(),
+        }
+        if self.peak_tflops is not None:
+            row["perf/mfu"] = tflops / self.peak_tflops
+        self._mark, self._steps, self.data_wait_s, self.checkpoint_stall_s = now, 0, 0.0, 0.0
+        return row
+
+
+class Progress:
+    """One line that rewrites itself on a terminal, or a line now and then elsewhere."""
+
+    def __init__(self, num_steps: int):
+        self.num_steps = num_steps
+        self.terminal = sys.stdout.isatty()
+        self._last = -float("inf")
+        self._shown = False
+
+    def show(self, step: int, loss: float, tokens_per_s: float, seconds_per_step: float) -> None:
+        if jax.process_index() != 0:
+            return
+        now = time.monotonic()
+        if now - self._last < (0.2 if self.terminal else CONSOLE_SECONDS) and step < self.num_steps:
+            return
+        self._last = now
+        left = duration((self.num_steps - step) * seconds_per_step)
+        line = f"step {step}/{self.num_steps}  loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  {left} left"
+        if self.terminal:
+            print(f"\r\x1b[K{line}", end="", flush=True)
+            self._shown = True
+        else:
+            log.info("%s", line)
+
+    def clear(self) -> None:
+        """Ends the rewriting line, so that the next message starts on its own."""
+        if self._shown:
+            print(flush=True)
+            self._shown = False
+
+
+def duration(seconds: float) -> str:
+    """75 -> '1:15', 4000 -> '1:06:40'."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

@@ -1,0 +1,156 @@
+"""The run directory: resolved configuration, comparison with the one it began with, lock, and what is recorded once.
+
+    RUN/config.json  command.txt  environment.json  tokenizer/  metrics.jsonl  tensorboard/  samples.jsonl
+    RUN/log.<process>.txt  checkpoints/<step>/
+
+No heavy imports: all of this is checked before JAX is loaded, so that a mistake is answered at once.
+"""
+
+import dataclasses
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import logging
+import os
+import pathlib
+import platform
+import shlex
+import shutil
+import subprocess
+from typing import IO
+
+from data import formats
+from data.errors import DataError
+from trainer.config import Config, changes, from_dict, to_json
+from trainer.errors import ConfigError
+
+log = logging.getLogger("meshlm")
+LOCK = ".lock"
+
+
+def resolve(config: Config) -> Config:
+    """`config` with what the dataset decides filled in: vocabulary and longest context.
+
+    Raises:
+      DataError: the dataset is not there (the message has the command that prepares it) or cannot be used.
+      ConfigError: the config contradicts it.
+    """
+    folder = pathlib.Path(config.data.path)
+    if not config.data.path:
+        raise ConfigError("config.data.path is not set; name a dataset folder made by python -m launch.prepare")
+    try:
+        manifest = formats.read_manifest(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        source = config.data.source or "PATH"
+        raise DataError(
+            f"{folder} is not a prepared dataset; prepare it with: python -m launch.prepare "
+            f"--source={source} --tokenizer={config.data.tokenizer} --out={folder}"
+        ) from None
+    model = config.model
+    if model.vocab_size not in (0, manifest.vocab_size):
+        raise ConfigError(
+            f"config.model.vocab_size is {model.vocab_size}, but the tokenizer of {folder} has {manifest.vocab_size} "
+            "tokens; leave it 0"
+        )
+    if model.max_seq_len and model.max_seq_len < config.data.seq_len:
+        raise ConfigError(
+            f"config.model.max_seq_len = {model.max_seq_len} is shorter than config.data.seq_len = {config.data.seq_len}"
+        )
+    model = dataclasses.replace(
+        model, vocab_size=manifest.vocab_size, max_seq_len=model.max_seq_len or config.data.seq_len
+    )
+    return dataclasses.replace(config, model=model)
+
+
+def read_config(run: pathlib.Path) -> Config:
+    """The configuration of an existing run. Raises ConfigError."""
+    path = run / "config.json"
+    try:
+        return from_dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise ConfigError(f"{run} is not a run directory: it has no config.json; name one with --workdir") from None
+    except ValueError as e:
+        raise ConfigError(f"{path} cannot be read: {e}") from None
+
+
+def check_changes(run: pathlib.Path, config: Config, allow: bool) -> None:
+    """Compares with the configuration the run began with; ConfigError with a diff where it may not go on."""
+    if not (run / "config.json").exists():
+        if run.is_dir() and any(p for p in run.iterdir() if p.name != LOCK):
+            raise ConfigError(f"{run} exists, is not empty and is not a run directory; choose another --workdir")
+        return
+    found = changes(read_config(run), config)
+    if found["refused"]:
+        raise ConfigError(
+            f"{run} was begun with another configuration; {'; '.join(found['refused'])}; "
+            "undo the change or choose another --workdir"
+        )
+    if found["flag"] and not allow:
+        raise ConfigError(
+            f"{run} was begun with other settings; {'; '.join(found['flag'])}; "
+            "undo the change, or pass --allow_config_change to go on with it"
+        )
+    for line in found["harmless"] + found["flag"]:
+        log.info("changed   %s", line)
+
+
+def lock(run: pathlib.Path) -> IO[str]:
+    """Takes the run for this process until the returned file is closed; a dead owner's lock is free by itself."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        handle = (run / LOCK).open("a+")
+    except OSError as e:
+        raise ConfigError(f"cannot write to --workdir={run}: {e.strerror}") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.seek(0)
+        owner = handle.read().strip() or "another process"
+        raise ConfigError(f"{run} is being trained by {owner}; wait for it, or choose another --workdir") from None
+    except OSError as e:  # a file system without locks
+        log.warning("%s cannot be locked (%s); make sure that no other job trains there", run, e.strerror)
+        return handle
+    handle.truncate(0)
+    handle.write(f"{platform.node()} process {os.getpid()}")
+    handle.flush()
+    return handle
+
+
+
+def record(run: pathlib.Path, config: Config, argv: list[str]) -> None:
+    """Writes config.json, tokenizer/ and environment.json, and adds the command to command.txt."""
+    _replace(run / "config.json", to_json(config))
+    shutil.copytree(pathlib.Path(config.data.path) / "tokenizer", run / "tokenizer", dirs_exist_ok=True)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    with (run / "command.txt").open("a") as f:
+        f.write(f"{now} {shlex.join(argv)}\n")
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "ml-collections")
+    environment = {
+        "time": now,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "commit": _commit(),
+    }
+    _replace(run / "environment.json", json.dumps(environment, indent=1) + "\n")
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    """Writes the file whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _commit() -> str | None:
+    """The commit of this code, with '+' when files were changed since; None outside a git checkout."""
+    here = pathlib.Path(__file__).parent
+    git = ["git", "-C", str(here)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() + ("+" if dirty.stdout else "") if head.returncode == 0 else None

@@ -1,0 +1,61 @@
+"""The page printed before the first step: what will be trained, on what, and what loss to expect."""
+
+import logging
+import math
+
+import jax
+
+from data.formats import Manifest
+from data.loader import TokenWindows
+from model import attention
+from trainer import sharding
+from trainer.config import Config
+from trainer.state import Program
+
+log = logging.getLogger("meshlm")
+# Parameters held whole by every device although the mesh could split them; more than this share is a mistake.
+REPLICATED_SHARE_ALLOWED = 0.02
+
+
+def page(config: Config, program: Program, windows: TokenWindows, manifest: Manifest) -> None:
+    """Logs the start-up page."""
+    devices, mesh = jax.devices(), program.mesh
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    log.info("devices   %d %s in %d process(es); mesh %s", len(devices), devices[0].device_kind, jax.process_count(), axes)
+    model = config.model
+    log.info(
+        "model     %s parameters, %s compute, attention kernel %s, layers %s",
+        f"{program.num_params:,}", model.dtype, attention.KERNEL, "scanned" if model.scan_layers else "unrolled",
+    )  # fmt: skip
+    for line in parameter_table(program):
+        log.info("          %s", line)
+    share = sharding.replicated_share(program.axes, program.params, mesh)
+    if share > REPLICATED_SHARE_ALLOWED:
+        log.warning("WARNING   %.0f %% of the parameters are whole on every device", 100 * share)
+    batch, accum = config.global_batch_size, config.grad_accum_steps
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    log.info(
+        "batch     %d sequences x %d tokens = %s a step (%d part(s) of %d on each of %d batch shards)",
+        batch, config.data.seq_len, f"{config.tokens_per_step:,}", accum, batch // accum // rows, rows,
+    )  # fmt: skip
+    total = config.num_train_steps * config.tokens_per_step
+    epochs = windows.epoch(config.num_train_steps * batch)
+    log.info(
+        "data      %s: %s training tokens; %d steps = %s tokens = %.3g epochs",
+        config.data.path, f"{manifest.splits['train'].tokens:,}", config.num_train_steps, f"{total:,}", epochs,
+    )  # fmt: skip
+    log.info("loss      untrained ln %d = %.4f", model.vocab_size, math.log(model.vocab_size))
+
+
+def parameter_table(program: Program) -> list[str]:
+    """One line for each kind of module: name, shape of its largest array, parameters in all layers."""
+    groups: dict[str, list[jax.ShapeDtypeStruct]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(program.params):
+        keys = [str(k.key) for k in path if k.key != "layers"]
+        groups.setdefault(keys[0], []).append(leaf)
+    lines = []
+    for name, leaves in groups.items():
+        largest = max(leaves, key=lambda leaf: leaf.size)
+        shape = " x ".join(map(str, largest.shape))
+        lines.append(f"{name:<16}{shape:<20}{sum(leaf.size for leaf in leaves):>15,}")
+    return lines
