@@ -3,6 +3,8 @@
 import dataclasses
 import glob
 import hashlib
+import http.client
+import itertools
 import os
 import pathlib
 import sysconfig
@@ -58,8 +60,11 @@ def find(source: str, cache: pathlib.Path) -> list[Document]:
     """
     if source == "python-stdlib":
         root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-        paths = [p for p in root.rglob("*.py") if not STDLIB_SKIP & set(p.relative_to(root).parts) and _is_utf8(p)]
-        documents = [Document(p.relative_to(root).as_posix(), p) for p in paths]
+        documents = [
+            Document(p.relative_to(root).as_posix(), p)
+            for p in root.rglob("*.py")
+            if not STDLIB_SKIP & set(p.relative_to(root).parts) and _is_utf8(p)
+        ]
     elif source == "tinyshakespeare":
         documents = [Document("tinyshakespeare.txt", tinyshakespeare(cache))]
     elif os.path.isdir(source):
@@ -72,7 +77,10 @@ def find(source: str, cache: pathlib.Path) -> list[Document]:
     elif os.path.exists(source):
         documents = [Document(os.path.basename(source), pathlib.Path(source))]
     else:
-        documents = [Document(p, pathlib.Path(p)) for p in glob.glob(source, recursive=True) if os.path.isfile(p)]
+        # Names are relative to the part before the first wildcard. Several ** can match one file more than once.
+        root = pathlib.Path(*itertools.takewhile(lambda part: not glob.has_magic(part), pathlib.Path(source).parts))
+        paths = {pathlib.Path(p) for p in glob.glob(source, recursive=True) if os.path.isfile(p)}
+        documents = [Document(p.relative_to(root).as_posix(), p) for p in paths]
         if not documents:
             raise DataError(
                 f"--source={source} is no file, directory or matching glob, and not one of the corpora known by name: "
@@ -99,10 +107,11 @@ def tinyshakespeare(cache: pathlib.Path) -> pathlib.Path:
         try:
             with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
                 raw = response.read()
-        except (urllib.error.URLError, OSError) as e:
+        except (urllib.error.URLError, http.client.HTTPException, OSError) as e:
             raise DataError(
                 f"cannot download tinyshakespeare ({getattr(e, 'reason', e)}); fetch it by other means from GitHub "
-                f"({SHAKESPEARE_REPOSITORY_FILE}), put it at {path} and run this again, or name your copy with --source=PATH"
+                f"({SHAKESPEARE_REPOSITORY_FILE}), put it at {path} and run this again, or name your copy with "
+                "--source=PATH"
             ) from None
         _check_sha256(raw, SHAKESPEARE_URL)
         cache.mkdir(parents=True, exist_ok=True)

@@ -67,9 +67,9 @@ def token_dtype(vocab_size: int) -> str:
 def read_manifest(folder: pathlib.Path) -> Manifest:
     """Raises FileNotFoundError when there is none, DataError when it cannot be used."""
     path = folder / MANIFEST
-    text = path.read_text(encoding="utf-8")
+    text = path.read_bytes()
     try:
-        raw = json.loads(text)
+        raw = json.loads(text.decode("utf-8"))
         if raw.pop("format") != FORMAT or raw.pop("version") != VERSION:
             raise ValueError(f"not format {FORMAT!r} version {VERSION}")
         fingerprint = raw.pop("fingerprint")

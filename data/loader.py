@@ -8,6 +8,7 @@ Indices used here:
   phase   where the first window of a shard starts in this epoch, so that window borders move between epochs
 """
 
+import functools
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -91,13 +92,17 @@ class Loader:
 def put(sharding: jax.sharding.Sharding, num_rows: int, read: Callable[[np.ndarray], np.ndarray]) -> jax.Array:
     """A sharded array [num_rows, …] of which `read(row indices)` supplies the rows that this process holds."""
     held: dict[tuple[int, int], np.ndarray] = {}
-    indices = sharding.addressable_devices_indices_map((num_rows,))
-    for (rows,) in indices.values():
+    for index in sharding.addressable_devices_indices_map((num_rows,)).values():
+        (rows,) = index or (slice(None),)
         start, stop, _ = rows.indices(num_rows)
         if (start, stop) not in held:  # devices along other mesh axes hold the same rows
             held[start, stop] = read(np.arange(start, stop, dtype=np.int64))
     shape = (num_rows, *next(iter(held.values())).shape[1:])
-    return jax.make_array_from_callback(shape, sharding, lambda index: held[index[0].indices(num_rows)[:2]])
+
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        return held[(index or (slice(None),))[0].indices(num_rows)[:2]]
+
+    return jax.make_array_from_callback(shape, sharding, shard)
 
 
 class Prefetch:
@@ -112,6 +117,7 @@ class Prefetch:
     def _run(self, make: Callable[[int], jax.Array]) -> None:
         i = 0
         while not self._stop.is_set():
+            item: jax.Array | BaseException
             try:
                 item = make(i)
             except BaseException as e:
@@ -186,7 +192,10 @@ def evaluation_batches(
     padded = np.zeros(-(-len(lengths) // batch_size) * batch_size, np.int32)
     padded[: len(lengths)] = lengths
     for first in range(0, len(padded), batch_size):
-        yield (
-            put(sharding, batch_size, lambda rows, first=first: read(first + rows)),
-            put(sharding, batch_size, lambda rows, first=first: padded[first + rows]),
-        )
+        tokens = put(sharding, batch_size, functools.partial(_shifted, read, first))
+        counted = put(sharding, batch_size, functools.partial(_shifted, padded.__getitem__, first))
+        yield tokens, counted
+
+
+def _shifted(read: Callable[[np.ndarray], np.ndarray], first: int, rows: np.ndarray) -> np.ndarray:
+    return read(first + rows)

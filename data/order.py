@@ -51,11 +51,12 @@ def permute(index: np.ndarray, n: int, *key: object) -> np.ndarray:
             left, right = right, left ^ (_round(right, k) & mask)
         return (left << half_bits) | right
 
-    x = cipher(np.asarray(index).astype(np.uint64))
+    index = np.asarray(index)
+    x = cipher(index.astype(np.uint64).reshape(-1))  # a scalar of numpy would warn of the overflow that is meant here
     # Cycle walking: the network permutes [0, 4**half_bits); values outside [0, n) are sent round again. The domain
     # is less than 4 n (n > 1), so a few passes over ever fewer values suffice.
     outside = x >= np.uint64(n)
     while outside.any():
         x[outside] = cipher(x[outside])
         outside = x >= np.uint64(n)
-    return x.astype(np.int64)
+    return x.astype(np.int64).reshape(index.shape)

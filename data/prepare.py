@@ -94,15 +94,16 @@ def prepare(
     if len(documents) > 1 and tokenizers.END_OF_TEXT not in specials:
         specials.append(tokenizers.END_OF_TEXT)
     codec = _make_tokenizer(tokenizer, documents, min_frequency, specials, invalid_utf8)
+    eos = codec.eos_id if len(documents) > 1 else None
 
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     writers = {s: _ShardWriter(partial, s, formats.token_dtype(codec.vocab_size)) for s in ("train", "val")}
     for split, text in _split_texts(documents, codec, val_fraction, invalid_utf8):
-        ids = codec.encode(text) if isinstance(text, str) else codec.encode_bytes(text)
-        if len(documents) > 1:
-            ids = np.append(ids, np.uint32(codec.eos_id))
+        ids = codec.encode(text) if isinstance(text, str) else tokenizers.ByteTokenizer.encode_bytes(text)
+        if eos is not None:
+            ids = np.append(ids, np.uint32(eos))
         writers[split].document(ids, len(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text))
 
     tokenizer_file = tokenizers.save(codec, partial / "tokenizer")
@@ -110,7 +111,7 @@ def prepare(
     manifest = formats.Manifest(
         dtype=formats.token_dtype(codec.vocab_size),
         vocab_size=codec.vocab_size,
-        eos_id=codec.eos_id,
+        eos_id=eos,
         tokenizer_sha256=formats.sha256_file(tokenizer_file),
         splits=splits,
         request=request,
@@ -133,6 +134,8 @@ def _existing(out: pathlib.Path) -> formats.Manifest:
 def _make_tokenizer(
     kind: str, documents: list[corpus.Document], min_frequency: int, specials: list[str], invalid_utf8: str
 ) -> tokenizers.Tokenizer:
+    if kind not in tokenizers.KINDS:
+        raise DataError(f"--tokenizer={kind} is not one of {', '.join(tokenizers.KINDS)}")
     if kind == "byte":
         return tokenizers.ByteTokenizer(specials)
     texts = (d.read_text(invalid_utf8) for d in documents)

@@ -33,7 +33,8 @@ class ByteTokenizer:
         """Token ids, uint32 [number of bytes]."""
         return self.encode_bytes(text.encode("utf-8"))
 
-    def encode_bytes(self, raw: bytes) -> np.ndarray:
+    @staticmethod
+    def encode_bytes(raw: bytes) -> np.ndarray:
         return np.frombuffer(raw, np.uint8).astype(np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -119,7 +120,7 @@ class CharTokenizer:
 
 
 Tokenizer = ByteTokenizer | CharTokenizer
-KINDS: dict[str, type[Tokenizer]] = {t.kind: t for t in (CharTokenizer, ByteTokenizer)}
+KINDS: dict[str, type[ByteTokenizer] | type[CharTokenizer]] = {t.kind: t for t in (CharTokenizer, ByteTokenizer)}
 FILE_NAME = "meshlm_tokenizer.json"
 
 

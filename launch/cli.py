@@ -102,6 +102,12 @@ def _log_to_console() -> None:
         log.addHandler(handler)
 
 
+def quiet_console() -> None:
+    """Only warnings and errors from here on: for the processes whose messages process 0 prints already."""
+    for handler in log.handlers:
+        handler.setLevel(max(handler.level, logging.WARNING))
+
+
 def log_to_file(path: pathlib.Path) -> None:
     """The same messages with times, and the warnings of the libraries."""
     handler = logging.FileHandler(path, encoding="utf-8")
@@ -191,7 +197,7 @@ def _get_config(module: ModuleType, variant: str) -> ConfigDict:
 
 
 def _fields(config: ConfigDict, prefix: str = "") -> list[str]:
-    names = []
+    names: list[str] = []
     for name, value in config.items():
         names += _fields(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [prefix + name]
     return names

@@ -23,7 +23,7 @@ STOP_DEADLINE_S = 120
 
 
 def initialize(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Joins the processes, by the flags or by what the cluster says (TPU pod, Slurm, Open MPI); a lone one goes on alone.
+    """Joins the processes, by the flags or by what the cluster says (TPU pod, Slurm, Open MPI, …); a lone one stays so.
 
     Raises:
       ConfigError: only some of the flags, or impossible values.
@@ -59,7 +59,7 @@ def check_same(value: Any, what: str) -> None:
     all_digests = np.asarray(multihost_utils.process_allgather(digest)).reshape(-1)
     others = [i for i, d in enumerate(all_digests) if d != all_digests[0]]
     if others:
-        raise ConfigError(f"process(es) {others} have another {what} than process 0; start all with the same flags and files")
+        raise ConfigError(f"process(es) {others} have another {what} than process 0; give all the same flags and files")
 
 
 class Stop:

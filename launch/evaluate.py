@@ -27,7 +27,7 @@ def main() -> int:
     if manifest.fingerprint() != run.meta["data_fingerprint"]:
         raise ConfigError(f"{folder} is not the dataset that {run.path} was trained on; prepare that one again")
     files = formats.TokenFiles(folder, manifest, "val")
-    batch = sharding.named(run.program.mesh, "batch", None)
+    batch = sharding.named(run.program.mesh, "batch")
     result = evaluate(make_eval_step(run.program), run.params, files, run.config, batch, num_windows=0)
     row = {"step": run.meta["step"], "tokens": run.tokens, **result}
     if inference.JSON.value:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from typing import TYPE_CHECKING
 
 from absl import flags
 
@@ -9,6 +10,9 @@ from launch import runtime
 from trainer import run_directory
 from trainer.config import Config
 from trainer.errors import ConfigError
+
+if TYPE_CHECKING:  # brings JAX, which a mistyped flag need not wait for
+    from trainer.state import Program
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of launch.train.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; the newest when not given.", lower_bound=0)
@@ -21,7 +25,7 @@ class Run:
 
     path: pathlib.Path
     config: Config
-    program: "Program"  # noqa: F821  (imported late: it brings JAX)
+    program: "Program"
     params: dict
     meta: dict  # of the checkpoint: step, samples, data_fingerprint, …
 

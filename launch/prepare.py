@@ -32,9 +32,8 @@ OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a dataset at --out th
 
 
 def main() -> int:
-    for flag in (SOURCE, OUT):
-        if not flag.value:
-            raise ConfigError(f"--{flag.name} is missing; see --help")
+    if not SOURCE.value or not OUT.value:
+        raise ConfigError("--source and --out are needed, for example --source=python-stdlib --out=datasets/mine")
     out = pathlib.Path(OUT.value)
     start = time.monotonic()
     manifest = prepare.prepare(
@@ -47,7 +46,7 @@ def main() -> int:
         invalid_utf8=INVALID_UTF8.value,
         overwrite=OVERWRITE.value,
     )
-    splits = ", ".join(f"{name} {s.tokens:,} tokens of {s.documents} document(s)" for name, s in manifest.splits.items())
+    splits = ", ".join(f"{name} {s.tokens:,} tokens ({s.documents} document(s))" for name, s in manifest.splits.items())
     cli.log.info(
         "%s: %s, vocabulary %d, %s, %.1f s", out, splits, manifest.vocab_size, manifest.dtype, time.monotonic() - start
     )

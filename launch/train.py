@@ -51,9 +51,11 @@ def main() -> int:
     sharding.make_mesh(config)  # axes, devices, batch and model must divide; the answer should not wait for the rest
     lock = run_directory.lock(run) if process == 0 else None
     distributed.barrier("run directory")
-    cli.log_to_file(run / f"log.{process}.txt")
     if process == 0:
         run_directory.record(run, config, sys.argv)
+    else:
+        cli.quiet_console()
+    cli.log_to_file(run / f"log.{process}.txt")
     distributed.check_same(config, "config")
 
     from trainer.loop import Trainer

@@ -28,7 +28,7 @@ class ModelConfig:
     bias: bool = False  # biases in linear layers and layernorm
     tie_embeddings: bool = True  # output head = transposed token embedding
     dropout: float = 0.0  # rate at step 0; on embeddings, attention weights and sub-layer outputs
-    dropout_end: float = -1.0  # with dropout_scale: rate = (dropout - end) / (step / scale + 1) + end; below 0: constant
+    dropout_end: float = -1.0  # rate = (dropout - end) / (step / dropout_scale + 1) + end; below 0: constant
     dropout_scale: float = 1000.0  # steps after which half of the difference to dropout_end is gone
     dtype: str = "float32"  # of activations and of the weights as used; parameters are kept in float32
     scan_layers: bool = True  # compile one layer and loop over it; False unrolls: slower to compile, faster on a CPU

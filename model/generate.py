@@ -29,8 +29,9 @@ def filter_logits(logits: Array, *, temperature: float, top_k: int, top_p: float
     if top_p < 1:
         descending = -jnp.sort(-logits, axis=-1)
         probability = jax.nn.softmax(descending, axis=-1)
-        before = jnp.cumsum(probability, axis=-1) - probability  # mass of the strictly more likely tokens
-        last = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
+        before = jnp.cumsum(probability, axis=-1) - probability  # mass of the more likely tokens
+        keep = (before < top_p).at[..., 0].set(True)  # at top_p = 0, too
+        last = jnp.min(jnp.where(keep, descending, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < last, -jnp.inf, logits)
     return logits
 
@@ -59,7 +60,7 @@ class Generator:
         out_sharding: jax.sharding.Sharding | None = None,
     ):
         self.config, self._apply = config, apply
-        self._sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self._fill = jax.jit(self._fill_buffer, out_shardings=out_sharding)
 
     def __call__(self, params, prompt: np.ndarray, *, rows: int, max_new_tokens: int, seed: int) -> np.ndarray:
@@ -75,7 +76,11 @@ class Generator:
         """
         longest = self.config.max_seq_len
         if not len(prompt) or longest < 2:
-            raise ValueError(f"a prompt of {len(prompt)} tokens and a context of {longest}: at least 1 and 2 are needed")
+            raise ValueError(f"prompt of {len(prompt)} tokens, context of {longest}: at least 1 and 2 are needed")
+        lowest, highest = np.min(prompt), np.max(prompt)
+        if lowest < 0 or highest >= self.config.vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(f"prompt holds token {wrong}; the vocabulary has ids 0 to {self.config.vocab_size - 1}")
         wanted = len(prompt) + max_new_tokens
         length = min(longest, 1 << (wanted - 1).bit_length())
         text = np.tile(np.asarray(prompt, np.int32), (rows, 1))
@@ -95,9 +100,9 @@ class Generator:
         rows, length = buffer.shape
 
         def choose(logits: Array, position: Array) -> Array:
-            if self._sampling["temperature"] == 0:
+            if self.temperature == 0:
                 return jnp.argmax(logits, -1).astype(jnp.int32)
-            logits = filter_logits(logits, **self._sampling)
+            logits = filter_logits(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
             of_token = jax.vmap(lambda key: jax.random.fold_in(key, offset + position))(keys)
             return jax.vmap(jax.random.categorical)(of_token, logits).astype(jnp.int32)
 

@@ -208,7 +208,7 @@ class Checkpoints:
             ):
                 if found != expected:
                     leaf = name + jax.tree_util.keystr(key)
-                    raise _ChecksumMismatch(f"checkpoint {path} is damaged: {leaf} has another checksum than when saved")
+                    raise _ChecksumMismatch(f"checkpoint {path} is damaged: {leaf} is not what was saved (checksum)")
         return items, meta
 
     def _quarantine_broken(self) -> None:

@@ -72,7 +72,7 @@ class MeshConfig:
             )
         _require(
             list(self.sizes().values()).count(-1) <= 1,
-            "mesh has more than one axis of -1 (" + ", ".join(k for k, v in self.sizes().items() if v == -1) + "); one may be",
+            f"mesh has several axes of -1 ({', '.join(k for k, v in self.sizes().items() if v == -1)}); one may be",
         )
 
     def sizes(self) -> dict[str, int]:
@@ -198,7 +198,7 @@ def _build(cls: type, tree: dict[str, Any], prefix: str) -> Any:
         if name not in fields:
             raise ValueError(f"{prefix}{name} is no field of {cls.__name__}; its fields: {', '.join(fields)}")
         kind: Any = fields[name].type
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             values[name] = _build(kind, value, f"{prefix}{name}.")
             continue
         if kind is float and type(value) is int:
@@ -226,7 +226,10 @@ HARMLESS = (
     "num_train_steps", "grad_accum_steps", "data.path", "data.prefetch", "data.source", "data.tokenizer", "model.remat",
     "model.scan_layers", "mesh", "checkpoint", "metrics", "eval", "sample",
 )  # fmt: skip
-NEEDS_FLAG = ("optimizer", "global_batch_size", "z_loss", "model.dropout", "model.dropout_end", "model.dropout_scale", "model.dtype")
+NEEDS_FLAG = (
+    "optimizer", "global_batch_size", "z_loss", "model.dropout", "model.dropout_end", "model.dropout_scale",
+    "model.dtype",
+)  # fmt: skip
 
 
 def changes(old: Config, new: Config) -> dict[str, list[str]]:

@@ -46,7 +46,7 @@ class Trainer:
         train_files = formats.TokenFiles(folder, self.manifest, "train")
         self.val_files = formats.TokenFiles(folder, self.manifest, "val") if self._has_val() else None
         self.windows = loader.TokenWindows(train_files, seq_len=config.data.seq_len, seed=config.seed)
-        self.batch_sharding = sharding.named(self.mesh, "batch", None)
+        self.batch_sharding = sharding.named(self.mesh, "batch")
         self.loader = loader.Loader(
             self.windows, global_batch_size=config.global_batch_size, sharding=self.batch_sharding
         )
@@ -132,8 +132,8 @@ class Trainer:
         state, meta = restored
         if meta["data_fingerprint"] != self.manifest.fingerprint():
             raise ConfigError(
-                f"{self.run} was trained on another dataset (fingerprint {meta['data_fingerprint']}) than "
-                f"{self.config.data.path} ({self.manifest.fingerprint()}); name the one it began with, or another --workdir"
+                f"{self.run} was trained on another dataset (fingerprint {meta['data_fingerprint']}) than the one at "
+                f"{self.config.data.path} ({self.manifest.fingerprint()}); name that one, or another --workdir"
             )
         return state, meta["samples"]
 
@@ -159,12 +159,14 @@ class Trainer:
         """Waits for the metrics of a step; writes a row when one is due. Raises Diverged."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.meter.step_finished()
-        if not (math.isfinite(values["train/loss"]) and math.isfinite(values["train/grad_norm"])):
+        if not all(map(math.isfinite, values.values())):
+            self.checkpoints.wait()
             steps = self.checkpoints.steps()
+            good = f"the last good checkpoint is step {steps[-1]}" if steps else "and there is no checkpoint yet"
             raise Diverged(
-                f"step {step} is not finite: loss {values['train/loss']}, gradient norm {values['train/grad_norm']}. It was "
-                f"not saved; {f'the last good checkpoint is step {steps[-1]}' if steps else 'there is no checkpoint yet'}. "
-                "Lower config.optimizer.peak_lr or lengthen the warm-up"
+                f"step {step} is not finite: loss {values['train/loss']:.4g}, gradient norm {values['train/grad_norm']:.4g}, "
+                f"parameter norm {values['train/param_norm']:.4g}; it was not saved, {good}; lower "
+                "config.optimizer.peak_lr or lengthen the warm-up"
             )
         if not _every(self.config.metrics.every_steps, step) and step != self.config.num_train_steps:
             return
@@ -176,10 +178,12 @@ class Trainer:
     def _evaluate(self, step: int, samples: int, params: dict) -> float | None:
         if self.val_files is None:
             return None
-        result = evaluate(self.eval_step, params, self.val_files, self.config, self.batch_sharding, self.config.eval.num_windows)
+        limit = self.config.eval.num_windows
+        result = evaluate(self.eval_step, params, self.val_files, self.config, self.batch_sharding, limit)
         self.writers.metrics(step, samples * self.config.data.seq_len, result)
         self.progress.clear()
-        log.info("step %d  val/loss %.4f  val/bits_per_byte %.4f", step, result["val/loss"], result["val/bits_per_byte"])
+        loss, bits = result["val/loss"], result["val/bits_per_byte"]
+        log.info("step %d  val/loss %.4f  val/bits_per_byte %.4f", step, loss, bits)
         return result["val/loss"]
 
     def _sample(self, step: int, params: dict) -> None:

@@ -11,7 +11,7 @@ from trainer.config import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, num_train_steps: int) -> Callable[[Array], Array]:
-    """Learning rate of the update that follows `step` finished steps: linear from peak / warmup to peak, then config.schedule."""
+    """Learning rate of the update after `step` finished steps: linear up to the peak, then as config.schedule says."""
     warmup, last = config.warmup_steps, config.decay_steps or num_train_steps
     peak, end = config.peak_lr, config.end_lr
 

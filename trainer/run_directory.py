@@ -55,7 +55,7 @@ def resolve(config: Config) -> Config:
         )
     if model.max_seq_len and model.max_seq_len < config.data.seq_len:
         raise ConfigError(
-            f"config.model.max_seq_len = {model.max_seq_len} is shorter than config.data.seq_len = {config.data.seq_len}"
+            f"config.model.max_seq_len = {model.max_seq_len} is below config.data.seq_len = {config.data.seq_len}"
         )
     model = dataclasses.replace(
         model, vocab_size=manifest.vocab_size, max_seq_len=model.max_seq_len or config.data.seq_len

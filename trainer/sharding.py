@@ -84,9 +84,9 @@ def replicated_share(axes_tree: dict, shapes: dict, mesh: Mesh) -> float:
     split_axes = {a for a in ("fsdp", "tensor") if mesh.shape[a] > 1}
     if not split_axes:
         return 0.0
-    leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(axes_tree, is_leaf=lambda a: isinstance(a, tuple)), strict=True)
+    names = jax.tree.leaves(axes_tree, is_leaf=lambda a: isinstance(a, tuple))
     total = replicated = 0
-    for shape, axes in leaves:
+    for shape, axes in zip(jax.tree.leaves(shapes), names, strict=True):
         total += shape.size
         if not split_axes & set(spec(axes)):
             replicated += shape.size

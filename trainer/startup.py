@@ -21,7 +21,8 @@ def page(config: Config, program: Program, windows: TokenWindows, manifest: Mani
     """Logs the start-up page."""
     devices, mesh = jax.devices(), program.mesh
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    log.info("devices   %d %s in %d process(es); mesh %s", len(devices), devices[0].device_kind, jax.process_count(), axes)
+    processes = jax.process_count()
+    log.info("devices   %d %s in %d process(es); mesh %s", len(devices), devices[0].device_kind, processes, axes)
     model = config.model
     log.info(
         "model     %s parameters, %s compute, attention kernel %s, layers %s",

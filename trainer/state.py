@@ -18,7 +18,7 @@ from trainer.config import Config
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    step: Array  # int32, finished steps
+    step: Any  # int32 array, finished steps
     params: dict  # float32, nested by module
     opt_state: Any
 
@@ -71,9 +71,9 @@ class Program:
 
 def _like_params(tree: Any, params: dict, values: dict, other: Any) -> Any:
     """`tree` with each subtree shaped like `params` replaced by `values`, and each other leaf by `other`."""
-    structure = jax.tree.structure(params)
+    structure: Any = jax.tree.structure(params)
 
     def is_params(node: Any) -> bool:
-        return jax.tree.structure(node) == structure
+        return bool(structure == jax.tree.structure(node))
 
     return jax.tree.map(lambda node: values if is_params(node) else other, tree, is_leaf=is_params)

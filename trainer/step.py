@@ -69,8 +69,8 @@ def make_train_step(program: Program):
         params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
         metrics = {
             "train/loss": loss,
-            "train/grad_norm": optax.global_norm(grads),
-            "train/param_norm": optax.global_norm(params),
+            "train/grad_norm": optax.tree.norm(grads),
+            "train/param_norm": optax.tree.norm(params),
             "train/lr": lr,
         }
         return TrainState(state.step + 1, params, opt_state), metrics
@@ -78,7 +78,7 @@ def make_train_step(program: Program):
     shardings = jax.tree.map(lambda s: s.sharding, program.state)
     return jax.jit(
         train_step,
-        in_shardings=(shardings, sharding.named(program.mesh, "batch", None), program.replicated),
+        in_shardings=(shardings, sharding.named(program.mesh, "batch"), program.replicated),
         out_shardings=(shardings, program.replicated),
         donate_argnums=0,
     )

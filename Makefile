@@ -1,0 +1,49 @@
+# make train   install, prepare a corpus, train configs/tiny.py, write text; again: go on with the same run
+# make test    the fast test suite
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= configs/tiny.py
+RUN ?= runs/tiny
+ARGS ?=
+
+BIN := $(VENV)/bin
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+# Known-good versions of everything, where this Python has a file of them; else what pyproject.toml allows.
+CONSTRAINTS := $(wildcard .ci/constraints-$(VERSION).txt)
+PIP := $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
+
+.PHONY: train test test-all lint types clean
+.DELETE_ON_ERROR:
+
+train: $(VENV)/.installed
+	@$(BIN)/python -m launch.prepare --source=python-stdlib --tokenizer=char --min_frequency=100 --out=datasets/python-stdlib
+	@$(BIN)/python -m launch.train --config=$(CONFIG) --workdir=$(RUN) $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: meshlm needs Python 3.11 or newer; this is %d.%d. Use make PYTHON=python3.12" % sys.version_info[:2])'
+	@echo "Making $(VENV) with Python $(VERSION) …"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	@echo "Installing …"
+	@$(PIP) $(addprefix -c ,$(CONSTRAINTS)) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	@$(PIP) $(addprefix -c ,$(CONSTRAINTS)) -e ".[dev]"
+	@touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,185 @@
+"""Rotary positions, masking, grouped queries and the cache, on arrays small enough to work out by hand."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from flax import nnx
+
+from model.attention import Attention, attend, empty_cache, rotate
+from model.config import ModelConfig
+
+DRAW = np.random.default_rng
+
+
+def noise(*shape, seed=0):
+    return DRAW(seed).standard_normal(shape).astype(np.float32)
+
+
+def attend_by_hand(q, k, v, positions):
+    """softmax(q k^T / sqrt(d)) v, one head and one query at a time, in float64."""
+    out = np.zeros(q.shape)
+    share = q.shape[2] // k.shape[2]
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            for t, last in enumerate(positions):
+                visible = slice(0, last + 1)
+                keys, values = (np.asarray(a, np.float64)[b, visible, h // share] for a in (k, v))
+                scores = keys @ np.asarray(q, np.float64)[b, t, h] / np.sqrt(q.shape[3])
+                out[b, t, h] = reference.softmax(scores) @ values
+    return out
+
+
+def test_rotation_of_one_pair_is_by_the_position_in_radians():
+    x = jnp.broadcast_to(jnp.asarray([1.0, 0.0]), (1, 4, 1, 2))
+    y = rotate(x, jnp.arange(4), 10_000.0)[0, :, 0]
+    np.testing.assert_allclose(y, [[np.cos(p), np.sin(p)] for p in range(4)], atol=1e-6)
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 100.0])
+def test_rotation_is_the_complex_one_of_the_halves(theta):
+    """Pairs are (i, i + d/2) as in Hugging Face's Llama, not (2i, 2i + 1): the layout of imported weights."""
+    x, positions = noise(2, 5, 3, 8), np.array([0, 1, 7, 100, 300], np.int32)
+    y = np.asarray(rotate(jnp.asarray(x), jnp.asarray(positions), theta))
+    for b in range(2):
+        for h in range(3):
+            # float32 angles of up to 300 rad are off by up to 300 · 2^-24 = 2e-5, and their frequencies as much again.
+            np.testing.assert_allclose(y[b, :, h], reference.rotate(x[b, :, h], positions, theta), atol=2e-4)
+
+
+def test_rotated_scores_depend_on_the_distance_alone():
+    q, k = (jnp.broadcast_to(jnp.asarray(noise(8, seed=s)), (1, 20, 1, 8)) for s in (1, 2))
+    positions = jnp.arange(20)
+    scores = np.einsum("td,sd->ts", *(np.asarray(rotate(x, positions, 10_000.0))[0, :, 0] for x in (q, k)))
+    for distance in range(-19, 20):
+        diagonal = np.diagonal(scores, distance)
+        np.testing.assert_allclose(diagonal, diagonal[0], atol=1e-5)
+    assert np.ptp(scores[0]) > 1  # and they do depend on it
+
+
+def test_rotation_angles_are_float32_whatever_the_dtype():
+    """Position 257 is not a bfloat16 number; its angle must not become that of 256 or 258."""
+    x = jnp.asarray(noise(1, 1, 1, 8), jnp.bfloat16)
+    y = rotate(x, jnp.asarray([257]), 10_000.0)
+    expected = reference.rotate(np.asarray(x, np.float64)[0, :, 0], [257], 10_000.0)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(y, np.float64)[0, :, 0], expected, rtol=2.0**-8, atol=2e-4)
+
+
+def test_equal_scores_average_the_values_seen_so_far():
+    v = noise(1, 6, 1, 4)
+    y = attend(jnp.zeros((1, 6, 1, 4)), jnp.asarray(noise(1, 6, 1, 4)), jnp.asarray(v), jnp.arange(6))
+    np.testing.assert_allclose(y[0, :, 0], np.cumsum(v[0, :, 0], 0) / np.arange(1, 7)[:, None], atol=1e-6)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 2), (3, 1)])
+def test_attend_is_its_definition(heads, kv_heads):
+    """Scale 1/sqrt(d), causal mask, and query head i with key-value head i // (heads / kv_heads)."""
+    q, k, v = 2 * noise(2, 7, heads, 5, seed=1), noise(2, 7, kv_heads, 5, seed=2), noise(2, 7, kv_heads, 5, seed=3)
+    y = attend(*map(jnp.asarray, (q, k, v)), jnp.arange(7))
+    np.testing.assert_allclose(y, attend_by_hand(q, k, v, range(7)), atol=2e-6)
+
+
+def test_queries_see_the_keys_up_to_their_position():
+    """Positions need not start at 0 nor follow each other; keys past them may hold anything."""
+    q, k, v = noise(1, 3, 2, 4, seed=1), noise(1, 9, 2, 4, seed=2), noise(1, 9, 2, 4, seed=3)
+    positions = [0, 3, 6]
+    y = attend(*map(jnp.asarray, (q, k, v)), jnp.asarray(positions))
+    np.testing.assert_allclose(y, attend_by_hand(q, k, v, positions), atol=2e-6)
+    k[:, 7:], v[:, 7:] = 1e4, -1e30
+    np.testing.assert_array_equal(attend(*map(jnp.asarray, (q, k, v)), jnp.asarray(positions)), y)
+
+
+def test_scores_and_softmax_of_bfloat16_are_float32():
+    """512 equal weights of 1/512, and scores near 100: with sums in bfloat16 both would be far off."""
+    q = jnp.full((1, 1, 1, 16), 5.0, jnp.bfloat16)
+    k = jnp.asarray(5 + noise(1, 512, 1, 16) / 16, jnp.bfloat16)
+    v = jnp.asarray(1 + noise(1, 512, 1, 16, seed=1), jnp.bfloat16)
+    y = attend(q, k, v, jnp.asarray([511]))
+    expected = attend_by_hand(*(np.asarray(a, np.float64) for a in (q, k, v)), [511])
+    assert y.dtype == jnp.bfloat16
+    # Weights are rounded to bfloat16 once (2^-8 each, averaging out over 512), the result once more.
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2.0**-8, atol=2e-3)
+
+
+def test_dropout_acts_on_the_attention_weights():
+    """With v the identity matrix the result is the weights: each 0 or 1 / (1 - rate) times the undropped one."""
+    size, heads, rate = 64, 8, 0.25
+    q, k = (jnp.asarray(noise(2, size, heads, size, seed=s)) / 4 for s in (1, 2))
+    v = jnp.broadcast_to(jnp.eye(size)[None, :, None], (2, size, heads, size))
+    plain, dropped, other = (
+        np.asarray(attend(q, k, v, jnp.arange(size), rate, key)) for key in (None, jax.random.key(1), jax.random.key(2))
+    )
+    visible = np.broadcast_to(np.tril(np.ones((size, size), bool))[:, None], plain.shape)
+    assert (plain[visible] > 0).all() and (plain[~visible] == 0).all() and (dropped[~visible] == 0).all()
+    ratio = dropped[visible] / plain[visible]
+    kept = ratio > 0
+    np.testing.assert_allclose(ratio[kept], 1 / (1 - rate), rtol=1e-5)
+    assert abs(kept.mean() - (1 - rate)) < 5 * np.sqrt(rate * (1 - rate) / kept.size)
+    # Each row, head and query has its own mask: masks of two heads, rows or keys agree in 1 - 2 · 0.25 · 0.75 = 62.5 %.
+    mask = dropped[:, 32:, :, :32] > 0
+    other_mask = other[:, 32:, :, :32] > 0
+    for a, b in [(mask, other_mask), (mask[0], mask[1]), (mask[:, :, 0], mask[:, :, 1]), (mask[:, 0], mask[:, 1])]:
+        agree = (a == b).mean()
+        assert abs(agree - 0.625) < 5 * np.sqrt(0.625 * 0.375 / a.size)
+
+
+def make_attention(**fields) -> Attention:
+    config = ModelConfig(embed_dim=12, num_heads=4, num_kv_heads=2, head_dim=6, **fields)
+    return Attention(config, nnx.Rngs(params=0), std=0.5, out_std=0.5, stack=None)
+
+
+def no_constraint(x, axes):
+    return x
+
+
+def test_attention_drops_weights_only_with_a_key():
+    attention = make_attention()
+    x = jnp.asarray(noise(2, 8, 12))
+    run = jax.jit(lambda rate, key: attention(x, jnp.arange(8), None, rate, key, no_constraint)[0])
+    plain = run(0.5, None)
+    np.testing.assert_array_equal(run(0.0, None), plain)
+    assert np.abs(run(0.5, jax.random.key(1)) - plain).max() > 0.01
+    np.testing.assert_allclose(run(0.0, jax.random.key(1)), plain, atol=1e-6)
+
+
+@pytest.mark.parametrize("position", ["rope", "learned"])
+def test_rotary_positions_turn_keys_and_queries_but_not_values(position):
+    """The same input everywhere: all values are equal, so the result is that value whatever the positions."""
+    attention = make_attention(position=position)
+    x = jnp.broadcast_to(jnp.asarray(noise(12)), (1, 5, 12))
+    y = attention(x, jnp.arange(5), None, 0.0, None, no_constraint)[0]
+    value = np.asarray(attention.value(x)).reshape(1, 5, 2, 1, 6).repeat(2, axis=3).reshape(1, 5, 24)
+    np.testing.assert_allclose(y, attention.out(jnp.asarray(value)), atol=1e-6)
+
+
+@pytest.mark.parametrize("position", ["rope", "learned"])
+def test_a_cache_gains_the_new_rows_and_keeps_the_others(position):
+    attention = make_attention(position=position)
+    x = jnp.asarray(noise(3, 8, 12))
+    whole, none = attention(x, jnp.arange(8), None, 0.0, None, no_constraint)
+    assert none is None
+    # Rubbish where nothing was written yet.
+    cache = {name: jnp.asarray(9 * noise(3, 10, 2, 6, seed=i)) for i, name in enumerate(("k", "v"), 1)}
+    run = jax.jit(lambda x, start, cache: attention(
+        x, start + jnp.arange(x.shape[1]), cache, 0.0, None, no_constraint
+    ))  # fmt: skip
+    for start, end in ((0, 4), (4, 7), (7, 8)):
+        before = cache
+        y, cache = run(x[:, start:end], jnp.int32(start), cache)
+        np.testing.assert_allclose(y, whole[:, start:end], atol=2e-6)
+        for name in ("k", "v"):
+            changed = np.any(np.asarray(cache[name] != before[name]), axis=(0, 2, 3))
+            np.testing.assert_array_equal(np.flatnonzero(changed), np.arange(start, end))
+
+
+def test_empty_cache_has_a_row_per_layer_and_key_value_head():
+    config = ModelConfig(num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6, dtype="bfloat16")
+    cache = empty_cache(config, 5, 7)
+    assert set(cache) == {"k", "v"}
+    for array in cache.values():
+        assert array.shape == (3, 5, 7, 2, 6) and array.dtype == jnp.bfloat16 and not np.any(array)
+    assert empty_cache(dataclasses.replace(config, num_kv_heads=0), 5, 7)["k"].shape == (3, 5, 7, 4, 6)

@@ -1,0 +1,173 @@
+"""Checkpoints: any mesh to any mesh, retention, and nothing damaged is ever restored without a word."""
+
+import dataclasses
+import logging
+import pathlib
+import resource
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.step_test import MESHES, config, mesh_of
+from trainer.checkpoint import Checkpoints, checksums, choose_step
+from trainer.config import CheckpointConfig
+from trainer.errors import CheckpointError
+from trainer.state import Program, TrainState
+
+KEEP_ALL = CheckpointConfig(keep_last=100)
+
+
+@pytest.fixture(scope="module")
+def program():
+    return Program(config(), mesh_of("one"))
+
+
+@pytest.fixture(scope="module")
+def state(program):
+    """A state of which every leaf is distinct, as after some steps."""
+    noisy = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(x.size), x.shape, x.dtype) if x.ndim else x, program.init())
+    return dataclasses.replace(noisy, step=jnp.int32(0))
+
+
+def save(run: pathlib.Path, state: TrainState, *steps: int, keep: CheckpointConfig = KEEP_ALL, losses=None) -> Checkpoints:
+    checkpoints = Checkpoints(run, keep)
+    for i, step in enumerate(steps):
+        checkpoints.save(step, state, {"samples": 16 * step}, losses[i] if losses else None)
+    assert checkpoints.wait()
+    return checkpoints
+
+
+def assert_same(a: TrainState, b: TrainState) -> None:
+    jax.tree.map(np.testing.assert_array_equal, *(jax.device_get((s.params, s.opt_state)) for s in (a, b)))
+
+
+@pytest.mark.parametrize("saved", MESHES)
+def test_saved_on_one_mesh_restores_on_each_of_the_others(tmp_path, state, saved):
+    there = Program(config(), mesh_of(saved))
+    moved = jax.device_put(state, jax.tree.map(lambda s: s.sharding, there.state))
+    save(tmp_path, moved, 7)
+    for name in MESHES:
+        mesh = mesh_of(name)
+        here = Program(config(), mesh)
+        restored, meta = Checkpoints(tmp_path).restore(here, 7)
+        assert_same(restored, state)
+        assert int(restored.step) == 7 and meta["step"] == 7 and meta["samples"] == 112
+        wanted = jax.tree.map(lambda s: s.sharding, (here.state.params, here.state.opt_state))
+        jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(f"{x.sharding} is not {s}"),
+                     (restored.params, restored.opt_state), wanted)  # fmt: skip
+
+
+def test_the_state_may_be_donated_while_it_is_being_written(tmp_path, program, state):
+    copy = jax.tree.map(jnp.copy, state)
+    checkpoints = Checkpoints(tmp_path, KEEP_ALL)
+    checkpoints.save(1, copy, {"samples": 0})
+    overwritten = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)(copy)
+    jax.block_until_ready(overwritten)
+    assert checkpoints.wait()
+    assert_same(checkpoints.restore(program, 1)[0], state)
+
+
+def test_parameters_alone(tmp_path, program, state):
+    save(tmp_path, state, 3)
+    shutil.rmtree(tmp_path / "checkpoints/3/opt_state/d")  # not even looked at
+    params, _ = Checkpoints(tmp_path).restore_params(program, 3)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), jax.device_get(state.params))
+
+
+def test_retention(tmp_path, state):
+    """The last two, every multiple of four, and the best."""
+    keep = CheckpointConfig(keep_last=2, keep_every_steps=4, keep_best=1)
+    checkpoints = save(tmp_path, state, 1, 2, 3, 4, 5, 6, 7, keep=keep, losses=[9, 1, 8, 7, 6, 5, 4])
+    assert checkpoints.steps() == [2, 4, 6, 7]
+
+
+def test_nothing_saved_is_a_fresh_run(tmp_path, program):
+    assert Checkpoints(tmp_path, KEEP_ALL).restore_newest(program) is None
+
+
+def flip_a_bit_in_the_parameters(step: pathlib.Path) -> None:
+    """In the middle of the largest data file, which Orbax itself restores without an error or fails to decode."""
+    largest = max((p for p in (step / "params").rglob("*") if p.is_file() and "/d/" in str(p)), key=lambda p: p.stat().st_size)
+    raw = bytearray(largest.read_bytes())
+    raw[len(raw) // 2] ^= 0x10
+    largest.write_bytes(raw)
+
+
+def test_a_flipped_bit_is_found_and_the_step_before_is_used(tmp_path, program, state):
+    save(tmp_path, state, 5, 10)
+    flip_a_bit_in_the_parameters(tmp_path / "checkpoints/10")
+    with pytest.raises(CheckpointError, match="10"):
+        Checkpoints(tmp_path).restore_params(program, 10)
+    restored, _ = Checkpoints(tmp_path, KEEP_ALL).restore_newest(program)
+    assert int(restored.step) == 5
+    assert [p.name.split(".")[0] for p in (tmp_path / "quarantine").iterdir()] == ["10"]
+    checkpoints = save(tmp_path, state, 10)  # the step can be written again
+    assert checkpoints.steps() == [5, 10]
+
+
+def test_checksums_see_any_single_bit():
+    x = np.arange(1000, dtype=np.float32)
+    for bit in range(0, 32, 5):
+        y = x.copy()
+        y.view(np.uint32)[777] ^= np.uint32(1 << bit)
+        assert checksums({"x": jnp.asarray(x)}) != checksums({"x": jnp.asarray(y)})
+
+
+def test_a_step_that_lacks_parts_is_moved_away(tmp_path, program, state):
+    """An empty directory named like a newer step would otherwise be taken for the latest."""
+    save(tmp_path, state, 5)
+    (tmp_path / "checkpoints/30").mkdir()
+    (tmp_path / "checkpoints/31.orbax-checkpoint-tmp").mkdir()
+    restored, _ = Checkpoints(tmp_path, KEEP_ALL).restore_newest(program)
+    assert int(restored.step) == 5
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["5"]
+
+
+def test_every_step_bad_is_an_error_not_a_fresh_start(tmp_path, program, state):
+    save(tmp_path, state, 5)
+    flip_a_bit_in_the_parameters(tmp_path / "checkpoints/5")
+    for _ in range(2):  # and it stays one
+        with pytest.raises(CheckpointError, match="quarantine") as error:
+            Checkpoints(tmp_path, KEEP_ALL).restore_newest(program)
+        assert error.value.exit_code == 3
+
+
+def test_another_model_does_not_restore(tmp_path, state):
+    save(tmp_path, state, 5)
+    wider = Program(config(model={"mlp_dim": 64}), mesh_of("one"))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Checkpoints(tmp_path).restore(wider, 5)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of Orbax's threads
+def test_a_failed_save_is_reported_and_the_next_succeeds(tmp_path, program, state, caplog, monkeypatch):
+    """No file may grow past 8 KiB, which fails writes as a full disk does."""
+    monkeypatch.setattr(logging.getLogger("meshlm"), "propagate", True)
+    checkpoints = save(tmp_path, state, 5)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        checkpoints.save(10, state, {"samples": 0})
+        assert not checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "step 10 FAILED" in caplog.text
+    checkpoints.save(15, state, {"samples": 0})
+    assert checkpoints.wait()
+    assert checkpoints.steps() == [5, 15]
+    assert_same(checkpoints.restore(program, 15)[0], state)
+
+
+def test_choosing_a_step(tmp_path, state):
+    with pytest.raises(CheckpointError, match="no checkpoints/ folder"):
+        Checkpoints(tmp_path)
+    checkpoints = Checkpoints(tmp_path, KEEP_ALL)
+    with pytest.raises(CheckpointError, match="no finished checkpoint"):
+        choose_step(checkpoints, None)
+    save(tmp_path, state, 2, 4)
+    assert choose_step(checkpoints, None) == 4 and choose_step(checkpoints, 2) == 2
+    with pytest.raises(CheckpointError, match="no checkpoint at step 3; there are 2, 4"):
+        choose_step(checkpoints, 3)

@@ -1,0 +1,301 @@
+"""Generation: greedy text against a slow reference without a cache, and sampling against exact distributions."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+import tiny_models
+from scipy import stats
+from tiny_models import CONFIGS, VOCAB
+
+from model.config import ModelConfig
+from model.generate import Generator, filter_logits
+
+KNOWN = np.array([0.15, 0.5, 0.1, 0.25])  # sums of the largest: 0.5, 0.75, 0.9, 1
+
+
+def probabilities(logits, *, temperature=1.0, top_k=0, top_p=1.0):
+    logits = jnp.asarray(logits, jnp.float32)
+    return np.asarray(jax.nn.softmax(filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p), axis=-1))
+
+
+def support(p, **sampling) -> set[int]:
+    return set(np.flatnonzero(probabilities(np.log(p), **sampling)).tolist())
+
+
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 3.0])
+def test_temperature_takes_the_root_of_probabilities(temperature):
+    expected = KNOWN ** (1 / temperature)
+    np.testing.assert_allclose(
+        probabilities(np.log(KNOWN), temperature=temperature), expected / expected.sum(), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        ({}, {0, 1, 2, 3}),
+        ({"top_k": 1}, {1}),
+        ({"top_k": 2}, {1, 3}),
+        ({"top_k": 3}, {0, 1, 3}),
+        ({"top_k": 4}, {0, 1, 2, 3}),
+        ({"top_k": 100}, {0, 1, 2, 3}),
+        ({"top_p": 0.49}, {1}),
+        ({"top_p": 0.51}, {1, 3}),
+        ({"top_p": 0.74}, {1, 3}),
+        ({"top_p": 0.76}, {0, 1, 3}),
+        ({"top_p": 0.91}, {0, 1, 2, 3}),
+        # top-p counts what temperature left: p^2 is 0.72, 0.18, 0.07, 0.03.
+        ({"top_p": 0.7, "temperature": 0.5}, {1}),
+        ({"top_p": 0.7, "temperature": 2.0}, {0, 1, 3}),  # sqrt(p) is 0.37, 0.26, 0.20, 0.16
+        # ... and what top-k left: 2/3, 1/3.
+        ({"top_p": 0.6, "top_k": 2}, {1}),
+        ({"top_p": 0.7, "top_k": 2}, {1, 3}),
+        ({"top_p": 0.99, "top_k": 2}, {1, 3}),
+    ],
+    ids=str,
+)
+def test_support_of_a_known_distribution(sampling, expected):
+    assert support(KNOWN, **sampling) == expected
+
+
+@pytest.mark.parametrize("sampling", [{"top_k": 2}, {"top_p": 0.6}, {"top_k": 3, "top_p": 0.6}], ids=str)
+def test_the_tokens_that_stay_keep_their_proportions(sampling):
+    np.testing.assert_allclose(probabilities(np.log(KNOWN), **sampling), [0, 2 / 3, 0, 1 / 3], rtol=1e-6)
+
+
+def test_equally_likely_tokens_stay_or_go_together():
+    tied = np.array([0.2, 0.4, 0.2, 0.2 - 1e-3, 1e-3])
+    assert support(tied, top_k=2) == {0, 1, 2}
+    assert support(tied, top_k=3) == {0, 1, 2}
+    assert support(tied, top_p=0.39) == {1}
+    assert support(tied, top_p=0.5) == {0, 1, 2}
+    assert support(np.full(5, 0.2), top_p=0.1) == support(np.full(5, 0.2), top_k=1) == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1e-9, 0.3])
+@pytest.mark.parametrize("top_k", [0, 1, 2])
+def test_the_most_likely_token_always_stays(top_p, top_k):
+    assert support(KNOWN, top_p=top_p, top_k=top_k) == {1}
+    assert support([1e-30, 1.0, 1e-20], top_p=top_p, top_k=top_k) == {1}
+
+
+def test_ruled_out_tokens_stay_ruled_out_and_do_not_count():
+    """The vocabulary's padding is -inf: top_k beyond the real tokens must not bring it back."""
+    logits = np.concatenate([np.log(KNOWN), [-np.inf] * 4])
+    for sampling in ({}, {"top_k": 6}, {"top_p": 0.999}, {"top_k": 6, "top_p": 0.76}, {"temperature": 1e3}):
+        p = probabilities(logits, **sampling)
+        assert (p[4:] == 0).all() and p.sum() == pytest.approx(1)
+        np.testing.assert_allclose(p[:4], probabilities(np.log(KNOWN), **sampling), rtol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("top_k", [0, 1, 7, 50])
+@pytest.mark.parametrize("top_p", [0.1, 0.55, 0.95, 1.0])
+def test_filtering_is_its_definition_row_by_row(temperature, top_k, top_p):
+    logits = 2 * np.random.default_rng(0).standard_normal((3, 4, VOCAB))
+    p = probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+    for index in np.ndindex(3, 4):
+        expected = reference.filtered_probabilities(logits[index], temperature, top_k, top_p)
+        np.testing.assert_array_equal(p[index] > 0, expected > 0)
+        np.testing.assert_allclose(p[index], expected, rtol=2e-5)
+
+
+@functools.cache
+def generator_of(config: ModelConfig, **sampling) -> Generator:
+    return Generator(config, tiny_models.make(config)[0], **({"temperature": 0.0} | sampling))
+
+
+def slow_greedy(config: ModelConfig, params: dict, prompt: np.ndarray, max_new_tokens: int) -> list[int]:
+    """The whole context again for each token, in float64. A full context starts again from its second half."""
+    text, context = list(prompt), list(prompt)
+    for _ in range(max_new_tokens):
+        if len(context) >= config.max_seq_len:
+            context = text[-(config.max_seq_len // 2) :]
+        logits = reference.forward(params, config, np.array([context]))[0, -1]
+        runner_up, best = np.sort(logits)[-2:]
+        assert best - runner_up > 20 * 2e-5, "too close for float32: choose another seed"
+        text.append(int(logits.argmax()))
+        context.append(text[-1])
+    return text[len(prompt) :]
+
+
+GREEDY = {name: CONFIGS[name] for name in ("llama", "gpt2", "one_kv_head", "learned_grouped")}
+
+
+@pytest.mark.parametrize("config", GREEDY.values(), ids=GREEDY.keys())
+def test_greedy_text_is_that_of_full_passes_without_a_cache(config):
+    """From prompts of one token up to all but one of the context, to the context's last place."""
+    params, context = tiny_models.make(config)[1], config.max_seq_len
+    written = set()
+    for n in (1, 2, context // 2 + 1, context - 1):
+        prompt = tiny_models.random_tokens(config, 1, n, seed=n)[0]
+        rows = generator_of(config)(params, prompt, rows=2, max_new_tokens=context - n, seed=0)
+        assert rows.dtype == np.int32 and rows.shape == (2, context - n)
+        assert rows[0].tolist() == slow_greedy(config, params, prompt, context - n)
+        assert rows[1].tolist() == rows[0].tolist()
+        written |= set(rows[0].tolist())
+    assert len(written) > 5  # a text of one token would prove little
+
+
+@pytest.mark.parametrize("config", GREEDY.values(), ids=GREEDY.keys())
+def test_text_beyond_the_context_restarts_from_its_second_half(config):
+    params, context = tiny_models.make(config)[1], config.max_seq_len
+    for n in (3, context - 1, context, context + 1, 2 * context + 3):
+        prompt = tiny_models.random_tokens(config, 1, n, seed=10 + n)[0]
+        (text, _) = generator_of(config)(params, prompt, rows=2, max_new_tokens=2 * context + 5, seed=0)
+        assert text.tolist() == slow_greedy(config, params, prompt, 2 * context + 5)
+
+
+def test_short_texts_use_a_short_buffer_and_read_the_same():
+    """Buffers of 2, 4 and 8 places, full to the last one."""
+    config = CONFIGS["llama"]
+    params = tiny_models.make(config)[1]
+    for n, new in ((1, 1), (2, 2), (3, 5)):
+        prompt = tiny_models.random_tokens(config, 1, n, seed=n)[0]
+        (text,) = generator_of(config)(params, prompt, rows=1, max_new_tokens=new, seed=0)
+        assert text.tolist() == slow_greedy(config, params, prompt, new)
+
+
+def test_one_compilation_for_each_number_of_rows_and_buffer_length():
+    """A compilation for each prompt length would stall sampling during a run."""
+    config = CONFIGS["llama"]
+    apply, params = tiny_models.make(config)
+    traced = []
+
+    def counting(params):
+        traced.append(1)
+        return apply(params)
+
+    generator = Generator(config, counting, temperature=0.0)
+    for n, new in ((9, 3), (10, 6), (3, 40), (30, 2)):
+        generator(params, np.arange(n), rows=2, max_new_tokens=new, seed=n)
+    assert len(traced) == 1
+    generator(params, np.arange(5), rows=2, max_new_tokens=3, seed=0)
+    assert len(traced) == 2
+
+
+def test_top_k_of_1_is_greedy():
+    config = CONFIGS["llama"]
+    params, prompt = tiny_models.make(config)[1], np.array([3, 1, 4])
+    arguments = {"rows": 2, "max_new_tokens": 30, "seed": 1}
+    text = generator_of(config, temperature=5.0, top_k=1)(params, prompt, **arguments)
+    np.testing.assert_array_equal(text, generator_of(config)(params, prompt, **arguments))
+
+
+def test_a_row_depends_on_the_seed_and_its_number_alone():
+    config = CONFIGS["llama"]
+    params, prompt = tiny_models.make(config)[1], np.array([3, 1, 4])
+    generator = generator_of(config, temperature=1.0)
+
+    def write(rows, seed):
+        return generator(params, prompt, rows=rows, max_new_tokens=30, seed=seed)
+
+    text = write(5, 0)
+    np.testing.assert_array_equal(write(5, 0), text)
+    np.testing.assert_array_equal(write(2, 0), text[:2])
+    assert len({tuple(row) for row in text.tolist()}) == 5
+    assert (write(5, 1) != text).any(axis=1).all()
+
+
+def test_the_start_of_a_text_does_not_depend_on_how_much_is_written():
+    """Within one buffer length: random numbers belong to places of the text, not to steps of the loop."""
+    config = CONFIGS["llama"]
+    params, prompt = tiny_models.make(config)[1], np.array([3, 1, 4])
+    generator = generator_of(config, temperature=1.0)
+    long = generator(params, prompt, rows=2, max_new_tokens=40, seed=0)
+    np.testing.assert_array_equal(generator(params, prompt, rows=2, max_new_tokens=7, seed=0), long[:, :7])
+
+
+def chi_square_p(counts, expected) -> float:
+    expected = np.asarray(expected, np.float64)
+    assert expected.min() >= 5  # or the test's distribution does not hold
+    return stats.chisquare(counts, expected * np.sum(counts) / expected.sum()).pvalue
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{"temperature": 1.0}, {"temperature": 0.6}, {"temperature": 1.5, "top_k": 5}, {"temperature": 1.2, "top_p": 0.7}],
+    ids=str,
+)
+def test_tokens_come_as_often_as_their_probabilities_say(sampling):
+    """First tokens of 4000 rows against the reference's distribution; rare ones are counted together."""
+    config, rows = CONFIGS["gpt2"], 4000
+    params, prompt = tiny_models.make(config)[1], np.array([3, 1, 4])
+    text = generator_of(config, **sampling)(params, prompt, rows=rows, max_new_tokens=1, seed=7)
+    logits = reference.forward(params, config, prompt[None])[0, -1]
+    expected = rows * reference.filtered_probabilities(logits, **({"top_k": 0, "top_p": 1.0} | sampling))
+    counts = np.bincount(text[:, 0], minlength=VOCAB)
+    assert not counts[expected == 0].any()
+    common, rare = expected >= 10, (expected > 0) & (expected < 10)
+    assert common.sum() >= 3
+    if rare.any():
+        spare = max(expected[rare].sum(), 1e-9)
+        assert abs(counts[rare].sum() - spare) < 5 * np.sqrt(spare) + 1
+    assert chi_square_p(counts[common], expected[common]) > 1e-4
+
+
+def test_consecutive_tokens_follow_their_joint_distribution():
+    """The second token is drawn in the decoding loop, given the first, with a random number of its own."""
+    config, rows = CONFIGS["llama"], 4000
+    params, prompt = tiny_models.make(config)[1], np.array([3, 1])
+    sampling = {"temperature": 2.0, "top_k": 3}
+    text = generator_of(config, **sampling)(params, prompt, rows=rows, max_new_tokens=2, seed=0)
+
+    def next_token(context):
+        logits = reference.forward(params, config, np.array([context]))[0, -1]
+        return reference.filtered_probabilities(logits, **sampling, top_p=1.0)
+
+    first = next_token([3, 1])
+    joint = np.stack([first[a] * (next_token([3, 1, a]) if first[a] else np.zeros(VOCAB)) for a in range(VOCAB)])
+    counts = np.zeros((VOCAB, VOCAB))
+    np.add.at(counts, (text[:, 0], text[:, 1]), 1)
+    assert counts[joint == 0].sum() == 0 and (joint > 0).sum() == 9
+    assert chi_square_p(counts[joint > 0], rows * joint[joint > 0]) > 1e-4
+
+
+def test_uniform_text_has_all_tokens_no_padding_and_no_repetition():
+    """With parameters of 0 every token is equally likely, and all draws are independent.
+
+    A random number that is used twice, by two rows or by two places (such as the same one before and after a full
+    context starts again), would show as agreement above that of chance. The padding from 50 to 64 never appears.
+    """
+    config = CONFIGS["llama"]
+    zeros = jax.tree.map(jnp.zeros_like, tiny_models.make(config)[1])
+    rows, new = 200, 4 * config.max_seq_len
+    text = generator_of(config, temperature=1.0)(zeros, np.array([0]), rows=rows, max_new_tokens=new, seed=0)
+    assert text.min() == 0 and text.max() == VOCAB - 1
+    assert stats.chisquare(np.bincount(text.ravel(), minlength=VOCAB)).pvalue > 1e-4
+    chance = 1 / VOCAB
+
+    def assert_by_chance(agree):
+        assert abs(agree.mean() - chance) < 5 * np.sqrt(chance * (1 - chance) / agree.size)
+
+    for lag in range(1, 2 * config.max_seq_len):
+        assert_by_chance(text[:, lag:] == text[:, :-lag])
+    for shift in range(1, 10):
+        assert_by_chance(text[shift:] == text[:-shift])
+
+
+def test_what_cannot_be_continued_is_refused():
+    config = CONFIGS["llama"]
+    params = tiny_models.make(config)[1]
+    with pytest.raises(ValueError, match="prompt of 0 tokens"):
+        generator_of(config)(params, np.array([], np.int32), rows=1, max_new_tokens=1, seed=0)
+    # JAX would read the nearest row of the embedding instead: another text, and no error.
+    for wrong in (-1, VOCAB, VOCAB + 20):
+        with pytest.raises(ValueError, match=f"token {wrong}; .* 0 to {VOCAB - 1}"):
+            generator_of(config)(params, np.array([3, wrong, 4]), rows=1, max_new_tokens=1, seed=0)
+    short = dataclasses.replace(config, max_seq_len=1)
+    with pytest.raises(ValueError, match="context of 1"):
+        Generator(short, tiny_models.make(short)[0])(params, np.array([1]), rows=1, max_new_tokens=1, seed=0)
+
+
+def test_nothing_wanted_is_nothing_written():
+    config = CONFIGS["llama"]
+    text = generator_of(config)(tiny_models.make(config)[1], np.array([1, 2]), rows=3, max_new_tokens=0, seed=0)
+    assert text.shape == (3, 0)

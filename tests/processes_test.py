@@ -1,0 +1,81 @@
+"""Several real processes over loopback (gloo): the same run as one process, stopped together, refused together."""
+
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests import runs
+
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return runs.dataset(tmp_path_factory.mktemp("data"))
+
+
+def start_gang(run, data, size: int = 2, devices: int = 1, per_process=None, **fields) -> list[subprocess.Popen]:
+    address = f"--coordinator_address=localhost:{runs.free_port()}"
+    gang = []
+    for i in range(size):
+        flags = (address, f"--num_processes={size}", f"--process_id={i}")
+        own = {**fields, **(per_process or {}).get(i, {})}
+        gang.append(runs.start(runs.command(run, data, *flags, **own), devices))
+    return gang
+
+
+def finish_gang(gang: list[subprocess.Popen], code: int = 0) -> list[str]:
+    try:
+        return [runs.finish(process, code) for process in gang]
+    finally:
+        for process in gang:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("devices", "mesh"),
+    [
+        (1, {"mesh__data": 2}),
+        (1, {"mesh__fsdp": 2}),
+        pytest.param(2, {"mesh__data": 2, "mesh__fsdp": 2}, marks=pytest.mark.slow),
+        pytest.param(2, {"mesh__data": 2, "mesh__tensor": 2}, marks=pytest.mark.slow),
+    ],
+    ids=["data", "fsdp", "two devices each", "tensor"],
+)
+def test_two_processes_train_the_run_of_one(tmp_path, data, devices, mesh):
+    """Same losses, bit for bit, on the same number of devices; process 0 alone talks and writes."""
+    fields = {"num_train_steps": STEPS, "model__dropout": 0.1, **mesh}
+    runs.train(tmp_path / "one", data, devices=2 * devices, **fields)
+    first, second = finish_gang(start_gang(tmp_path / "two", data, devices=devices, **fields))
+    assert runs.losses(tmp_path / "one") == runs.losses(tmp_path / "two")
+    assert "Everything is in" in first and "Everything is in" not in second
+    assert (tmp_path / "two/log.1.txt").exists()
+    # And one process goes on with what two have saved.
+    fields["num_train_steps"] += 5
+    assert f"Resuming after step {STEPS}." in runs.train(tmp_path / "two", data, devices=2 * devices, **fields)
+
+
+def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path, data):
+    run = tmp_path / "run"
+    gang = start_gang(run, data, num_train_steps=100_000, checkpoint__every_steps=0, eval__every_steps=0)
+    deadline = time.monotonic() + runs.TIMEOUT_S
+    while len(runs.rows(run)) < 5:
+        assert time.monotonic() < deadline and all(p.poll() is None for p in gang), [p.communicate() for p in gang]
+        time.sleep(0.02)
+    gang[1].send_signal(signal.SIGTERM)
+    first, _ = finish_gang(gang, code=42)
+    (step,) = [int(p.name) for p in (run / "checkpoints").iterdir()]
+    assert step == runs.rows(run)[-1]["step"]
+    assert "Stopped and saved" in first
+
+
+def test_processes_that_differ_in_config_leave_together(tmp_path, data):
+    """They would train different things and, on gloo, sum them without a word."""
+    other = {1: {"optimizer__peak_lr": 0.5}}
+    out = finish_gang(start_gang(tmp_path / "run", data, num_train_steps=STEPS, per_process=other), code=2)
+    assert all("process(es) [1] have another config" in text for text in out)
+    assert runs.rows(tmp_path / "run") == []

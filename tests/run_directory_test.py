@@ -1,0 +1,94 @@
+"""Run directory: nothing of another run, or of another kind, is ever written over."""
+
+import dataclasses
+import json
+
+import pytest
+
+from data.errors import DataError
+from tests import runs
+from trainer import run_directory
+from trainer.config import from_dict
+from trainer.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    data = runs.dataset(tmp_path_factory.mktemp("data"))
+    return run_directory.resolve(from_dict({"data": {"path": str(data), "seq_len": 16}}))
+
+
+def test_resolve_fills_in_what_the_dataset_decides(config):
+    manifest = json.loads(open(config.data.path + "/manifest.json").read())
+    assert config.model.vocab_size == manifest["vocab_size"] and config.model.max_seq_len == 16
+    assert run_directory.resolve(config) == config
+
+
+def test_resolve_refuses_a_vocabulary_that_is_not_the_tokenizers(config):
+    for size in (5, 50257):
+        wrong = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+        with pytest.raises(ConfigError, match=rf"vocab_size is {size}, .* has {config.model.vocab_size}"):
+            run_directory.resolve(wrong)
+
+
+def test_a_dataset_that_was_not_prepared_names_the_command(tmp_path):
+    data = {"path": str(tmp_path / "nothing"), "source": "python-stdlib", "tokenizer": "byte"}
+    with pytest.raises(DataError, match=r"launch.prepare --source=python-stdlib --tokenizer=byte --out=") as error:
+        run_directory.resolve(from_dict({"data": data}))
+    assert error.value.exit_code == 3
+    with pytest.raises(ConfigError, match="data.path"):
+        run_directory.resolve(from_dict({}))
+
+
+def test_changes_of_a_recorded_run(tmp_path, config, caplog):
+    run = tmp_path / "run"
+    run.mkdir()
+    run_directory.record(run, config, ["train", "--x=a b"])
+    run_directory.check_changes(run, config, allow=False)
+    deeper = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=9))
+    for allow in (False, True):
+        with pytest.raises(ConfigError, match=r"config.model.num_layers: 4 -> 9"):
+            run_directory.check_changes(run, deeper, allow)
+    faster = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, peak_lr=0.5))
+    with pytest.raises(ConfigError, match=r"peak_lr: 0.001 -> 0.5.*--allow_config_change"):
+        run_directory.check_changes(run, faster, allow=False)
+    run_directory.check_changes(run, faster, allow=True)
+    run_directory.check_changes(run, dataclasses.replace(config, num_train_steps=5), allow=False)
+
+
+def test_what_is_recorded(tmp_path, config):
+    run_directory.record(tmp_path, config, ["train", "--prompt=a b"])
+    run_directory.record(tmp_path, config, ["train", "again"])
+    assert run_directory.read_config(tmp_path) == config
+    assert [line.split(" ", 1)[1] for line in (tmp_path / "command.txt").read_text().splitlines()] == [
+        "train '--prompt=a b'",
+        "train again",
+    ]
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert set(environment["packages"]) >= {"jax", "flax", "orbax-checkpoint"}
+    assert (tmp_path / "tokenizer/meshlm_tokenizer.json").exists()
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path, config):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match="not a run directory"):
+        run_directory.check_changes(tmp_path, config, allow=True)
+    with pytest.raises(ConfigError, match="not a run directory"):
+        run_directory.read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        run_directory.read_config(tmp_path)
+
+
+def test_one_job_at_a_time(tmp_path):
+    first = run_directory.lock(tmp_path / "run")
+    with pytest.raises(ConfigError, match="is being trained by"):
+        run_directory.lock(tmp_path / "run")
+    first.close()
+    run_directory.lock(tmp_path / "run").close()
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot write to --workdir"):
+        run_directory.lock(tmp_path / "file" / "run")

@@ -1,0 +1,82 @@
+"""Configuration: errors name field, value and what would be right; changes at a resume are sorted as documented."""
+
+import dataclasses
+
+import pytest
+
+from trainer.config import Config, changes, from_dict, to_json
+from trainer.errors import ConfigError
+
+
+def test_round_trip_through_json():
+    import json
+
+    config = from_dict({"seed": 3, "model": {"num_layers": 2}, "optimizer": {"peak_lr": 1}})
+    assert config.optimizer.peak_lr == 1.0 and isinstance(config.optimizer.peak_lr, float)
+    assert from_dict(json.loads(to_json(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("tree", "parts"),
+    [
+        ({"num_train_steps": 0}, ["num_train_steps is 0", "at least 1"]),
+        ({"seed": -1}, ["seed is -1"]),
+        ({"global_batch_size": 12, "grad_accum_steps": 5}, ["grad_accum_steps = 5", "global_batch_size = 12"]),
+        ({"global_batch_size": 12, "mesh": {"data": 8}}, ["global_batch_size = 12", "= 8"]),
+        ({"model": {"num_heads": 4}, "mesh": {"tensor": 3}}, ["model.num_heads = 4", "mesh.tensor = 3"]),
+        ({"model": {"num_kv_heads": 2}, "mesh": {"tensor": 4}}, ["model.num_kv_heads = 2", "mesh.tensor = 4"]),
+        ({"model": {"mlp_dim": 90}, "mesh": {"tensor": 4}}, ["model.mlp_dim = 90", "mesh.tensor = 4"]),
+        ({"global_batch_size": 3, "mesh": {"fsdp": 3}}, ["model.embed_dim = 128", "mesh.fsdp = 3"]),
+        ({"mesh": {"data": -1, "fsdp": -1}}, ["data, fsdp", "-1"]),
+        ({"mesh": {"data": 0}}, ["mesh.data is 0"]),
+        ({"optimizer": {"schedule": "cosin"}}, ["optimizer.schedule is 'cosin'", "cosine"]),
+        ({"optimizer": {"b2": 1.0}}, ["optimizer.b2 is 1.0", "below 1"]),
+        ({"optimizer": {"peak_lr": "x"}}, ["optimizer.peak_lr is 'x'", "float"]),
+        ({"model": {"num_layers": 1.5}}, ["model.num_layers is 1.5", "int"]),
+        ({"model": {"layers": 2}}, ["model.layers", "num_layers"]),
+        ({"sample": {"top_p": 0.0}}, ["sample.top_p is 0.0"]),
+        ({"checkpoint": {"keep_last": 0}}, ["checkpoint.keep_last is 0"]),
+        ({"metrics": {"every_steps": 0}}, ["metrics.every_steps is 0"]),
+        ({"eval": {"num_windows": -1}}, ["eval.num_windows is -1"]),
+        ({"data": {"seq_len": 0}}, ["data.seq_len is 0"]),
+    ],
+)
+def test_errors_say_what_is_wrong(tree, parts):
+    with pytest.raises(ConfigError) as error:
+        from_dict(tree)
+    assert error.value.exit_code == 2
+    for part in ["config.", *parts]:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({"num_train_steps": 7}, "harmless"),
+        ({"mesh": {"fsdp": 2}}, "harmless"),
+        ({"model": {"remat": "full"}}, "harmless"),
+        ({"data": {"path": "elsewhere"}}, "harmless"),  # the fingerprint decides whether it is the same dataset
+        ({"optimizer": {"peak_lr": 0.5}}, "flag"),
+        ({"global_batch_size": 32}, "flag"),
+        ({"model": {"dropout": 0.5}}, "flag"),
+        ({"model": {"num_layers": 2}}, "refused"),
+        ({"seed": 1}, "refused"),
+        ({"data": {"seq_len": 32}}, "refused"),
+    ],
+)
+def test_changes_at_a_resume(change, kind):
+    found = changes(Config(), from_dict(change))
+    assert {k for k, lines in found.items() if lines} == {kind}
+    (line,) = found[kind]
+    (name, value), = change.items()
+    if isinstance(value, dict):
+        (field, value), = value.items()
+        name = f"{name}.{field}"
+    assert line.startswith(f"config.{name}: ") and line.endswith(f"-> {value!r}")
+
+
+def test_every_field_is_a_plain_value():
+    """json, ConfigDict and the command line carry nothing else."""
+    for name, value in dataclasses.asdict(Config()).items():
+        leaves = value.values() if isinstance(value, dict) else [value]
+        assert all(type(leaf) in (int, float, str, bool) for leaf in leaves), name

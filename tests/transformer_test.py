@@ -1,0 +1,454 @@
+"""The whole transformer: against a NumPy reference in float64, and its own switches against each other."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+import tiny_models
+from flax import nnx, traverse_util
+from tiny_models import CONFIGS, every_config
+
+from model.attention import empty_cache
+from model.config import ModelConfig
+from model.layers import dropout_rate
+from model.transformer import INIT_STD, Transformer
+
+# Rounding of float32 (6e-8) over sums of up to 100 terms and a few layers, at logits of up to 10: about 1e-5 at worst.
+LOGITS_ATOL = 2e-5
+
+
+def mean_cross_entropy(logits, targets):
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    return jnp.mean(log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0])
+
+
+@functools.cache
+def loss_and_gradient(config: ModelConfig):
+    """(params, tokens [b, t + 1], key or None) -> ((loss, logits), gradient), compiled."""
+    apply = tiny_models.applier(config)
+
+    def loss(params, tokens, key):
+        logits, _ = apply(params)(tokens[:, :-1], dropout_rate=dropout_rate(config, 0), dropout_key=key)
+        return mean_cross_entropy(logits, tokens[:, 1:]), logits
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+@functools.cache
+def evaluated(config: ModelConfig):
+    """tokens [3, max_seq_len + 1], loss, logits, gradient by path."""
+    tokens = tiny_models.random_tokens(config, 3, config.max_seq_len + 1)
+    with jax.default_matmul_precision("highest"):
+        (loss, logits), gradient = loss_and_gradient(config)(tiny_models.make(config)[1], tokens, None)
+    return tokens, float(loss), np.asarray(logits), traverse_util.flatten_dict(jax.tree.map(np.asarray, gradient))
+
+
+@pytest.mark.parametrize("config", **every_config)
+def test_logits_and_loss_are_those_of_the_reference(config):
+    """Every option of the forward pass, and the -inf of the vocabulary's padding."""
+    tokens, loss, logits, _ = evaluated(config)
+    expected, attention = reference.forward_and_attention(tiny_models.make(config)[1], config, tokens[:, :-1])
+    assert logits.dtype == np.float32 and logits.shape == (3, config.max_seq_len, 64)
+    np.testing.assert_allclose(logits[..., : config.vocab_size], expected, rtol=0, atol=LOGITS_ATOL)
+    assert (logits[..., config.vocab_size :] == -np.inf).all()
+    assert loss == pytest.approx(reference.cross_entropy(expected, tokens[:, 1:]), abs=5e-6)
+    # The comparison means something: logits vary, and attention is neither uniform nor stuck on one token.
+    assert expected.std() > 0.5
+    assert len(attention) == config.num_layers * config.num_heads
+    for weights in attention:
+        assert 0.15 < weights[:, -1].max(-1).mean() < 0.95  # uniform would be 1/16 or 1/12
+
+
+@pytest.mark.parametrize("config", **every_config)
+def test_gradients_are_the_slopes_of_the_reference(config):
+    """Central differences of the float64 loss along single coordinates and a random direction of every leaf."""
+    tokens, _, _, gradient = evaluated(config)
+    params = traverse_util.flatten_dict(reference.as_float64(tiny_models.make(config)[1]))
+    assert gradient.keys() == params.keys()
+    draw = np.random.default_rng(1)
+
+    def loss_at(path, leaf):
+        moved = traverse_util.unflatten_dict(params | {path: leaf})
+        return reference.cross_entropy(reference.forward(moved, config, tokens[:, :-1]), tokens[:, 1:])
+
+    for path, leaf in params.items():
+        g = gradient[path].astype(np.float64)
+        assert g.shape == leaf.shape and gradient[path].dtype == np.float32
+        directions = [draw.standard_normal(leaf.shape) / np.sqrt(leaf.size)]
+        for index in (draw.integers(leaf.size), np.abs(g).argmax()):
+            directions.append(np.zeros(leaf.shape))
+            directions[-1].flat[index] = 1
+        for direction in directions:
+            h = 1e-4 * leaf.std()
+            slope = (loss_at(path, leaf + h * direction) - loss_at(path, leaf - h * direction)) / (2 * h)
+            # float32 was off by up to 3e-7 when this was written.
+            np.testing.assert_allclose((g * direction).sum(), slope, rtol=2e-5, atol=5e-7, err_msg="/".join(path))
+        # Every parameter matters, but for one: adding the same to all keys leaves the softmax as it is, unless rope
+        # turns it.
+        if path[-2:] != ("key", "bias") or config.position == "rope":
+            assert np.abs(g).max() > 1e-4, path
+
+
+BASE = dataclasses.replace(CONFIGS["llama"], num_layers=3, dropout=0.2)
+VARIANTS = [
+    {"remat": "dots"},
+    {"remat": "full"},
+    {"scan_layers": False},
+    {"scan_layers": False, "remat": "full"},
+]
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+def test_scanning_and_rematerialisation_change_nothing(fields):
+    """Same parameters, same dropout key: same loss, logits and gradients, so a checkpoint fits any of them."""
+    params, tokens = tiny_models.random_params(BASE), tiny_models.random_tokens(BASE, 2, BASE.max_seq_len + 1)
+    key = jax.random.key(5)
+    (loss, logits), gradient = loss_and_gradient(BASE)(params, tokens, key)
+    other = dataclasses.replace(BASE, **fields)
+    assert jax.tree.map(np.shape, tiny_models.random_params(other)) == jax.tree.map(np.shape, params)
+    (other_loss, other_logits), other_gradient = loss_and_gradient(other)(params, tokens, key)
+    np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
+    np.testing.assert_allclose(other_logits[..., :50], logits[..., :50], rtol=0, atol=LOGITS_ATOL)
+    for path, g in traverse_util.flatten_dict(gradient).items():
+        g_other = traverse_util.flatten_dict(other_gradient)[path]
+        # The order of sums may differ: rounding, relative to the leaf's largest gradient.
+        np.testing.assert_allclose(g_other, g, rtol=0, atol=1e-5 * np.abs(g).max(), err_msg="/".join(path))
+
+
+def count_of(primitive: str, jaxpr) -> int:
+    n = 0
+    for equation in jaxpr.eqns:
+        n += equation.primitive.name == primitive
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    n += count_of(primitive, inner)
+    return n
+
+
+def test_each_remat_policy_recomputes_what_it_says():
+    """Matrix products in the backward pass: none adds none, dots the two of attention, full those of a whole layer."""
+    counts = {}
+    for remat in ("none", "dots", "full"):
+        config = dataclasses.replace(BASE, remat=remat)
+        tokens = np.zeros((2, config.max_seq_len + 1), np.int32)
+        params = tiny_models.random_params(config)
+        counts[remat] = count_of("dot_general", jax.make_jaxpr(loss_and_gradient(config))(params, tokens, None).jaxpr)
+    # Of a layer's 7 weight products and 2 of attention, the backward pass does not need the last one's result.
+    assert counts["dots"] == counts["none"] + 2
+    assert counts["full"] == counts["none"] + 8
+
+
+def test_scan_compiles_one_layer_and_unroll_all():
+    def while_loops(config):
+        params, tokens = tiny_models.make(config)[1], tiny_models.random_tokens(config, 1)
+        return tiny_models.jitted_forward(config).lower(params, tokens).as_text().count("stablehlo.while")
+
+    assert while_loops(CONFIGS["llama"]) == 1
+    assert while_loops(dataclasses.replace(CONFIGS["llama"], scan_layers=False)) == 0
+
+
+@pytest.mark.parametrize("config", **every_config)
+def test_every_parameter_names_one_logical_axis_per_dimension(config):
+    """trainer/sharding.py places each array by these names; a wrong name is a wrong or a needlessly copied layout."""
+    sizes = {
+        "layers": config.num_layers,
+        "embed": config.embed_dim,
+        "heads": config.num_heads * config.width_of_head,
+        "kv_heads": config.kv_heads * config.width_of_head,
+        "mlp": config.hidden_dim,
+        "vocab": config.padded_vocab_size,
+        "position": config.max_seq_len,
+    }
+    for path, variable in tiny_models.abstract(config)[1].items():
+        value, axes = variable.get_value(), variable.get_metadata("axes")
+        assert value.dtype == jnp.float32, path
+        assert value.shape == tuple(sizes[axis] for axis in axes), path
+        assert (path[0] == "layers") == (axes[0] == "layers"), path
+        assert len(set(axes)) == len(axes), path
+
+
+EXPECTED_AXES = {  # of the two projections of equal shape that are most easily confused
+    ("layers", "attention", "query", "kernel"): ("layers", "embed", "heads"),
+    ("layers", "attention", "key", "kernel"): ("layers", "embed", "kv_heads"),
+    ("layers", "attention", "out", "kernel"): ("layers", "heads", "embed"),
+    ("layers", "mlp", "up", "kernel"): ("layers", "embed", "mlp"),
+    ("layers", "mlp", "down", "kernel"): ("layers", "mlp", "embed"),
+    ("layers", "mlp", "down", "bias"): ("layers", "embed"),
+    ("layers", "mlp", "up", "bias"): ("layers", "mlp"),
+    ("embedding",): ("vocab", "embed"),
+    ("norm", "scale"): ("embed",),
+}
+
+
+def test_axes_of_the_usual_parameters():
+    parameters = tiny_models.abstract(CONFIGS["gpt2"])[1]
+    assert {path: parameters[path].get_metadata("axes") for path in EXPECTED_AXES} == EXPECTED_AXES
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        (
+            {
+                "num_layers": 12, "embed_dim": 768, "num_heads": 12, "mlp": "gelu", "position": "learned",
+                "norm": "layernorm", "bias": True, "vocab_size": 50257, "max_seq_len": 1024,
+            },
+            124_439_808,
+        ),
+        (
+            {
+                "num_layers": 32, "embed_dim": 4096, "num_heads": 32, "num_kv_heads": 8, "mlp_dim": 14336,
+                "tie_embeddings": False, "vocab_size": 128256, "max_seq_len": 8192,
+            },
+            8_030_261_248,
+        ),
+    ],
+    ids=["GPT-2", "Llama 3 8B"],
+)  # fmt: skip
+def test_published_models_have_their_published_number_of_parameters(fields, expected):
+    config = ModelConfig(**fields)
+    shapes = [variable.get_value().shape for variable in tiny_models.abstract(config)[1].values()]
+    padding = (config.padded_vocab_size - config.vocab_size) * config.embed_dim
+    assert sum(int(np.prod(shape)) for shape in shapes) - padding == expected
+
+
+@functools.cache
+def initialised(name: str) -> dict:
+    config = CONFIGS[name]
+    params = jax.jit(lambda key: nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(params=key)))))
+    return params(jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_initial_parameters(name):
+    """GPT-2's: deviation 0.02, less for what adds to the residual stream; scales 1, biases 0; no two layers alike."""
+    config = CONFIGS[name]
+    for path, leaf in traverse_util.flatten_dict(initialised(name)).items():
+        assert leaf.dtype == jnp.float32
+        if path[-1] in ("scale", "bias"):
+            np.testing.assert_array_equal(leaf, 1.0 if path[-1] == "scale" else 0.0)
+            continue
+        std = INIT_STD / np.sqrt(2 * config.num_layers) if path[-2:-1] in (("out",), ("down",)) else INIT_STD
+        # Five sigma of the deviation of n draws, std / sqrt(2n).
+        assert abs(leaf.std() - std) < 5 * std / np.sqrt(2 * leaf.size), path
+        if path[0] == "layers":
+            assert np.abs(np.corrcoef(leaf[0].ravel(), leaf[1].ravel())[0, 1]) < 5 / np.sqrt(leaf[0].size), path
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_an_untrained_model_knows_nothing(name):
+    """Its loss is that of guessing among vocab_size tokens; guessing among the padded 64 would be 6 % more."""
+    config = CONFIGS[name]
+    tokens = tiny_models.random_tokens(config, 8, config.max_seq_len + 1)
+    logits = tiny_models.jitted_forward(config)(initialised(name), tokens[:, :-1])
+    loss = float(mean_cross_entropy(logits, tokens[:, 1:]))
+    assert loss == pytest.approx(np.log(config.vocab_size), rel=0.03)
+
+
+def test_a_model_without_a_vocabulary_or_context_is_refused():
+    for missing in ("vocab_size", "max_seq_len"):
+        config = dataclasses.replace(CONFIGS["llama"], **{missing: 0})
+        with pytest.raises(ValueError, match=missing):
+            Transformer(config, nnx.Rngs(params=0))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_bfloat16_stays_close_to_float32(name):
+    """Activations in bfloat16, parameters and logits in float32."""
+    config = CONFIGS[name]
+    half = dataclasses.replace(config, dtype="bfloat16")
+    params, tokens = tiny_models.make(config)[1], tiny_models.random_tokens(config, 8)
+    exact = tiny_models.jitted_forward(config)(params, tokens)[..., : config.vocab_size]
+    logits = tiny_models.jitted_forward(half)(params, tokens)[..., : config.vocab_size]
+    assert logits.dtype == jnp.float32
+    for variable in tiny_models.abstract(half)[1].values():
+        assert variable.get_value().dtype == jnp.float32
+    # What rounding the parameters alone costs, in float64. The model also rounds both sides of a product's activations,
+    # and each rounding is as likely up as down: three times as many add up to sqrt(3) times the error, 3 with reserve.
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    unavoidable = reference.forward(rounded, config, tokens) - reference.forward(params, config, tokens)
+    error = np.asarray(logits - exact)
+    for measure in (np.std, np.ptp):
+        assert 0.5 * measure(unavoidable) < measure(error) < 3 * measure(unavoidable)
+
+
+def test_bfloat16_is_the_type_of_every_weight_product():
+    """Matrix units are fast only there: one operand left in float32 would lift the whole product."""
+    config = dataclasses.replace(CONFIGS["gpt2"], dtype="bfloat16", scan_layers=True)
+    apply, params = tiny_models.make(config)
+    jaxpr = jax.make_jaxpr(lambda params, tokens: apply(params)(tokens)[0])(params, np.zeros((2, 16), np.int32)).jaxpr
+    operands: list = []
+
+    def collect(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                operands.extend(str(v.aval.dtype) for v in equation.invars)
+            for value in equation.params.values():
+                if hasattr(getattr(value, "jaxpr", None), "eqns"):
+                    collect(value.jaxpr)
+
+    collect(jaxpr)
+    assert operands == ["bfloat16"] * 18  # q, k, v, out, up, down, two of attention, head
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_no_logit_depends_on_a_later_token(name):
+    config = CONFIGS[name]
+    forward, params = tiny_models.jitted_forward(config), tiny_models.make(config)[1]
+    tokens = tiny_models.random_tokens(config, 2)
+    logits = np.asarray(forward(params, tokens))[..., : config.vocab_size]
+    for t in range(config.max_seq_len):
+        changed = tokens.copy()
+        changed[:, t] = (changed[:, t] + 1) % config.vocab_size
+        other = np.asarray(forward(params, changed))[..., : config.vocab_size]
+        np.testing.assert_array_equal(other[:, :t], logits[:, :t])
+        # Every later place does see the change, or the test above proves nothing.
+        assert (np.abs(other - logits)[:, t:].max(-1) > 1e-4).all()
+
+
+def test_rows_of_a_batch_do_not_see_each_other():
+    config = CONFIGS["llama"]
+    forward, params = tiny_models.jitted_forward(config), tiny_models.make(config)[1]
+    tokens = tiny_models.random_tokens(config, 2)
+    changed = tokens.copy()
+    changed[1] = (changed[1] + 1) % config.vocab_size
+    np.testing.assert_array_equal(forward(params, changed)[0], forward(params, tokens)[0])
+
+
+@pytest.mark.parametrize("config", [CONFIGS["llama"], CONFIGS["gpt2"]], ids=["llama", "gpt2"])
+def test_prefill_and_decoding_with_a_cache_give_the_logits_of_a_full_pass(config):
+    """The prompt with rubbish after it, then a chunk of three, then single tokens, each at its own start."""
+    apply, params = tiny_models.make(config)
+    tokens = tiny_models.random_tokens(config, 2)
+    full = np.asarray(tiny_models.jitted_forward(config)(params, tokens))[..., : config.vocab_size]
+
+    @jax.jit
+    def run(tokens, start, cache):
+        return apply(params)(tokens, start=start, cache=cache)
+
+    buffer = tokens.copy()
+    buffer[:, 5:] = 7
+    cache = empty_cache(config, 2, config.max_seq_len)
+    logits, cache = run(buffer, 0, cache)
+    np.testing.assert_allclose(logits[:, :5, : config.vocab_size], full[:, :5], rtol=0, atol=LOGITS_ATOL)
+    start = 5
+    for size in (3, *[1] * (config.max_seq_len - 8)):
+        logits, cache = run(tokens[:, start : start + size], start, cache)
+        assert logits.shape == (2, size, 64) and np.all(logits[..., config.vocab_size :] == -np.inf)
+        expected = full[:, start : start + size]
+        np.testing.assert_allclose(logits[..., : config.vocab_size], expected, rtol=0, atol=LOGITS_ATOL)
+        start += size
+    assert start == config.max_seq_len
+
+
+def test_only_one_place_gives_its_row_of_all_logits():
+    config = CONFIGS["llama"]
+    forward, params = tiny_models.jitted_forward(config), tiny_models.make(config)[1]
+    tokens = tiny_models.random_tokens(config, 2)
+    full = forward(params, tokens)
+    for place in (0, 6, config.max_seq_len - 1):
+        one = forward(params, tokens, only=np.int32(place))
+        assert one.shape == (2, 1, 64)
+        np.testing.assert_allclose(one[:, 0, :50], full[:, place, :50], rtol=0, atol=LOGITS_ATOL)
+        assert (one[..., 50:] == -np.inf).all()
+
+
+def test_dropout_needs_a_key_and_follows_it():
+    config = CONFIGS["llama"]
+    forward, params = tiny_models.jitted_forward(config), tiny_models.make(config)[1]
+    tokens = tiny_models.random_tokens(config, 2)
+    plain = np.asarray(forward(params, tokens))[..., :50]
+
+    def dropped(rate, key):
+        keyed = forward(params, tokens, dropout_rate=np.float32(rate), dropout_key=jax.random.key(key))
+        return np.asarray(keyed)[..., :50]
+
+    # A rate without a key is evaluation of a model that trains with dropout.
+    np.testing.assert_array_equal(forward(params, tokens, dropout_rate=np.float32(0.5))[..., :50], plain)
+    np.testing.assert_allclose(dropped(0.0, 1), plain, rtol=0, atol=LOGITS_ATOL)
+    np.testing.assert_array_equal(dropped(0.3, 1), dropped(0.3, 1))
+    assert np.abs(dropped(0.3, 1) - plain).max() > 0.1
+    assert np.abs(dropped(0.3, 1) - dropped(0.3, 2)).max() > 0.1
+
+
+def test_every_dropout_of_every_layer_has_a_mask_of_its_own():
+    """A model that writes its masks into its logits.
+
+    All weights are 0, the biases of the sub-layers' outputs are powers of two, and the head is the identity: before
+    the last norm, the stream is the sum of 16 (embedding), 1 and 2 (attention and feed-forward of the first layer),
+    4 and 8 (of the second), each kept or dropped and scaled alike.
+    """
+    config = ModelConfig(
+        num_layers=2, embed_dim=64, num_heads=4, bias=True, tie_embeddings=False, vocab_size=64, max_seq_len=16
+    )
+    leaves = {path: np.zeros(v.get_value().shape, np.float32) for path, v in tiny_models.abstract(config)[1].items()}
+    for name, path in ((1.0, ("attention", "out")), (2.0, ("mlp", "down"))):
+        leaves["layers", *path, "bias"][:] = name * np.array([[1.0], [4.0]])
+    leaves["embedding",][:] = 16
+    leaves["norm", "scale"][:] = 1
+    leaves["head", "kernel"][:] = np.eye(64)
+    tokens = tiny_models.random_tokens(config, 8)
+    rate = 0.3
+    logits = tiny_models.jitted_forward(config)(
+        traverse_util.unflatten_dict(leaves), tokens, dropout_rate=np.float32(rate), dropout_key=jax.random.key(3)
+    )
+    # The norm divides each place by one number; the largest of 64 sums is 31 almost surely.
+    sums = 31 * np.asarray(logits) / np.max(logits, axis=-1, keepdims=True)
+    whole = np.rint(sums).astype(int)
+    np.testing.assert_allclose(sums, whole, atol=1e-3)
+    masks = np.stack([(whole >> bit & 1).ravel() for bit in range(5)])
+    n = masks.shape[1]
+    assert np.abs(masks.mean(1) - (1 - rate)).max() < 5 * np.sqrt(rate * (1 - rate) / n)
+    assert np.abs(np.corrcoef(masks) - np.eye(5)).max() < 5 / np.sqrt(n)
+
+
+@pytest.mark.parametrize("config", **every_config)
+def test_activations_are_placed_by_the_names_of_their_axes(config):
+    """One name or None for each dimension, as trainer/sharding.py expects, and each name on the dimension it means."""
+    seen: dict[tuple, int] = {}
+    sizes = {
+        "batch": 3, "seq": 7, "heads": config.num_heads, "kv_heads": config.kv_heads, "vocab": config.padded_vocab_size,
+    }  # fmt: skip
+
+    def constrain(x, axes):
+        assert len(axes) == x.ndim
+        for axis, size in zip(axes, x.shape, strict=True):
+            assert axis is None or sizes[axis] == size, (axes, x.shape)
+        seen[axes] = seen.get(axes, 0) + 1
+        return x
+
+    apply, params = tiny_models.make(config)
+    jax.eval_shape(lambda: apply(params)(np.zeros((3, 7), np.int32), constrain=constrain))
+    assert {axis for axes in seen for axis in axes} == {*sizes, None}
+
+
+def test_the_placed_activation_is_the_one_that_is_used():
+    """A constraint that is computed but not assigned would place nothing."""
+    config = CONFIGS["llama"]
+    apply, params = tiny_models.make(config)
+    tokens = tiny_models.random_tokens(config, 3, 7)
+    names = {
+        ("batch", "seq", None), ("batch", "seq", "heads", None), ("batch", "seq", "kv_heads", None),
+        ("batch", "seq", "vocab"),
+    }  # fmt: skip
+    calls: list[tuple] = []
+    jax.eval_shape(lambda: apply(params)(tokens, constrain=lambda x, axes: (calls.append(axes), x)[1]))
+    assert set(calls) == names
+
+    @jax.jit
+    def with_zero_at(chosen):
+        """The call with this number returns zeros."""
+        count = itertools.count()
+        return apply(params)(tokens, constrain=lambda x, axes: jnp.where(next(count) == chosen, 0, x))[0]
+
+    plain = np.asarray(with_zero_at(-1))[..., : config.vocab_size]
+    for chosen in range(len(calls)):
+        changed = np.asarray(with_zero_at(chosen))[..., : config.vocab_size]
+        assert np.abs(changed - plain).max() > 1e-3, calls[chosen]
