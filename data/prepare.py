@@ -36,7 +36,8 @@ class _ShardWriter:
             self._write(SHARD_TOKENS)
 
     def _write(self, tokens: int) -> None:
-        joined = np.concatenate([*self._pending, np.empty(0, self.dtype)])
+        # dtype: left to itself, concatenate turns the byte order into the machine's.
+        joined = np.concatenate([*self._pending, np.empty(0, self.dtype)], dtype=self.dtype)
         path = self.folder / f"{self.split}-{len(self.shards):05d}.bin"
         raw = joined[:tokens].tobytes()
         path.write_bytes(raw)

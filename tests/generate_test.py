@@ -152,10 +152,10 @@ def test_text_beyond_the_context_restarts_from_its_second_half(config):
 
 
 def test_short_texts_use_a_short_buffer_and_read_the_same():
-    """Buffers of 2, 4 and 8 places, full to the last one."""
+    """Buffers of 2 and 8 places, full to the last one."""
     config = CONFIGS["llama"]
     params = tiny_models.make(config)[1]
-    for n, new in ((1, 1), (2, 2), (3, 5)):
+    for n, new in ((1, 1), (3, 5)):
         prompt = tiny_models.random_tokens(config, 1, n, seed=n)[0]
         (text,) = generator_of(config)(params, prompt, rows=1, max_new_tokens=new, seed=0)
         assert text.tolist() == slow_greedy(config, params, prompt, new)
@@ -187,6 +187,9 @@ def test_top_k_of_1_is_greedy():
     np.testing.assert_array_equal(text, generator_of(config)(params, prompt, **arguments))
 
 
+ROWS = 200  # where many are needed: one compilation for all such tests
+
+
 def test_a_row_depends_on_the_seed_and_its_number_alone():
     config = CONFIGS["llama"]
     params, prompt = tiny_models.make(config)[1], np.array([3, 1, 4])
@@ -195,11 +198,11 @@ def test_a_row_depends_on_the_seed_and_its_number_alone():
     def write(rows, seed):
         return generator(params, prompt, rows=rows, max_new_tokens=30, seed=seed)
 
-    text = write(5, 0)
-    np.testing.assert_array_equal(write(5, 0), text)
+    text = write(ROWS, 0)
+    np.testing.assert_array_equal(write(ROWS, 0), text)
     np.testing.assert_array_equal(write(2, 0), text[:2])
-    assert len({tuple(row) for row in text.tolist()}) == 5
-    assert (write(5, 1) != text).any(axis=1).all()
+    assert len({tuple(row) for row in text.tolist()}) == ROWS
+    assert (write(ROWS, 1) != text).any(axis=1).all()
 
 
 def test_the_start_of_a_text_does_not_depend_on_how_much_is_written():
@@ -219,7 +222,7 @@ def chi_square_p(counts, expected) -> float:
 
 @pytest.mark.parametrize(
     "sampling",
-    [{"temperature": 1.0}, {"temperature": 0.6}, {"temperature": 1.5, "top_k": 5}, {"temperature": 1.2, "top_p": 0.7}],
+    [{"temperature": 1.0}, {"temperature": 1.4, "top_k": 20, "top_p": 0.8}],
     ids=str,
 )
 def test_tokens_come_as_often_as_their_probabilities_say(sampling):
@@ -266,8 +269,8 @@ def test_uniform_text_has_all_tokens_no_padding_and_no_repetition():
     """
     config = CONFIGS["llama"]
     zeros = jax.tree.map(jnp.zeros_like, tiny_models.make(config)[1])
-    rows, new = 200, 4 * config.max_seq_len
-    text = generator_of(config, temperature=1.0)(zeros, np.array([0]), rows=rows, max_new_tokens=new, seed=0)
+    new = 4 * config.max_seq_len
+    text = generator_of(config, temperature=1.0)(zeros, np.array([0]), rows=ROWS, max_new_tokens=new, seed=0)
     assert text.min() == 0 and text.max() == VOCAB - 1
     assert stats.chisquare(np.bincount(text.ravel(), minlength=VOCAB)).pvalue > 1e-4
     chance = 1 / VOCAB

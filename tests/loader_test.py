@@ -333,8 +333,10 @@ def test_prefetch_hands_an_error_to_the_consumer_in_its_place(loader_threads):
     prefetch = Prefetch(make, ahead=4)
     found = [within(60, lambda: next_or_error(prefetch)) for _ in range(3)]
     assert found[:2] == [0, 1] and isinstance(found[2], DataError) and str(found[2]) == "row 2 is bad"
+    for thread in loader_threads():
+        thread.join(60)
+    assert not loader_threads()  # nothing is read after the error
     within(60, prefetch.close)
-    assert not loader_threads()
 
 
 def test_a_bad_token_reaches_the_training_loop_as_a_data_error(tmp_path):

@@ -47,11 +47,21 @@ def finish_gang(gang: list[subprocess.Popen], code: int = 0) -> list[str]:
     ids=["data", "fsdp", "two devices each", "tensor"],
 )
 def test_two_processes_train_the_run_of_one(tmp_path, data, devices, mesh):
-    """Same losses, bit for bit, on the same number of devices; process 0 alone talks and writes."""
+    """Same losses on the same number of devices; process 0 alone talks and writes.
+
+    Bit for bit with two devices. Four floats have several sums: gloo adds those of four devices in another order than
+    the collectives inside one process do, so there the last bit of a loss may differ.
+    """
     fields = {"num_train_steps": STEPS, "model__dropout": 0.1, **mesh}
     runs.train(tmp_path / "one", data, devices=2 * devices, **fields)
     first, second = finish_gang(start_gang(tmp_path / "two", data, devices=devices, **fields))
-    assert runs.losses(tmp_path / "one") == runs.losses(tmp_path / "two")
+    one, two = runs.losses(tmp_path / "one"), runs.losses(tmp_path / "two")
+    if devices == 1:
+        assert one == two
+    else:
+        assert len(one) == len(two)
+        for a, b in zip(one, two, strict=True):
+            assert a == pytest.approx(b, rel=1e-5)
     assert "Everything is in" in first and "Everything is in" not in second
     assert (tmp_path / "two/log.1.txt").exists()
     # And one process goes on with what two have saved.

@@ -1,0 +1,27 @@
+"""GPT-2 124M as nanoGPT trains it: 12 layers, 12 heads, 768 wide, T = 1024, 480 x 1024 tokens a step, 600,000 steps.
+
+Meant for a node of 8 A100 or H100 GPUs. Not run by us yet on such a node, so no time or loss is claimed here.
+nanoGPT reports a validation loss of 2.85 on OpenWebText for this recipe. The dataset must be prepared with GPT-2's
+tokenizer to compare; until data/tokenizers.py has it, name any prepared dataset with --config.data.path.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    config = default.get_config()
+    config.num_train_steps = 600_000
+    config.global_batch_size = 480
+    config.grad_accum_steps = 5
+    config.data.update(path="datasets/openwebtext", seq_len=1024)
+    config.model.update(
+        num_layers=12, num_heads=12, embed_dim=768, mlp="gelu", norm="layernorm", position="learned",
+        bias=False, dtype="bfloat16",
+    )  # fmt: skip
+    config.optimizer.update(peak_lr=6e-4, end_lr=6e-5, warmup_steps=2000, b2=0.95)
+    config.checkpoint.update(every_steps=2000, every_minutes=30.0)
+    config.eval.update(every_steps=1000, num_windows=1920)
+    config.metrics.every_steps = 10
+    return config
