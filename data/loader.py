@@ -106,7 +106,10 @@ def put(sharding: jax.sharding.Sharding, num_rows: int, read: Callable[[np.ndarr
 
 
 class Prefetch:
-    """Runs `make(0), make(1), …` on a thread, at most `ahead` results ahead. Errors surface in the consumer."""
+    """Runs `make(0), make(1), …` on a thread: `ahead` results wait, one more is in the making.
+
+    An error in the thread is raised by the `next()` that would have had the result, and ends it.
+    """
 
     def __init__(self, make: Callable[[int], jax.Array], ahead: int):
         self._queue: queue.Queue = queue.Queue(maxsize=ahead)

@@ -69,10 +69,11 @@ def prepare(
     tokenizer) train. Several documents are split whole, by a hash of their names, and each ends with `<eos>`.
 
     The folder appears under its name only when it is complete: a killed run leaves `OUT.partial`, which the next
-    removes. A folder made by the same request is left as it is.
+    removes. A folder made by the same request, and whole, is left as it is.
 
     Raises:
-      DataError: the source cannot be used, or `out` holds something else and `overwrite` is false.
+      DataError: the source cannot be used; `out` is no dataset; or it is damaged or of another request and `overwrite`
+        is false.
     """
     request = {
         "source": source,
@@ -83,13 +84,10 @@ def prepare(
         "invalid_utf8": invalid_utf8,
     }
     if out.exists():
-        existing = _existing(out)
-        if existing.request == request:
-            return existing
+        if not formats.is_dataset(out):  # never replaced, whatever the flags
+            raise DataError(f"{out} exists and is not a dataset; choose another --out")
         if not overwrite:
-            raise DataError(
-                f"{out} was prepared by another request ({existing.request}); choose another --out, or --overwrite"
-            )
+            return _intact(out, request)
     documents = corpus.find(source, cache=out.parent)
     specials = list(special_tokens)
     if len(documents) > 1 and tokenizers.END_OF_TEXT not in specials:
@@ -124,12 +122,17 @@ def prepare(
     return manifest
 
 
-def _existing(out: pathlib.Path) -> formats.Manifest:
-    """The manifest of `out`; a folder that is no dataset is never replaced, whatever the flags."""
-    try:
-        return formats.read_manifest(out)
-    except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"{out} exists and is not a dataset; choose another --out") from None
+def _intact(out: pathlib.Path, request: dict) -> formats.Manifest:
+    """The manifest of the dataset that is there; DataError when it is damaged or was made by another request."""
+    manifest = formats.read_manifest(out)
+    if manifest.request != request:
+        raise DataError(
+            f"{out} was prepared by another request ({manifest.request}); choose another --out, or --overwrite"
+        )
+    for split in manifest.splits:
+        formats.TokenFiles(out, manifest, split)
+    tokenizers.load(out / "tokenizer", manifest.tokenizer_sha256)
+    return manifest
 
 
 def _make_tokenizer(

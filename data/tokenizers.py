@@ -1,5 +1,6 @@
 """Text to token ids and back: characters and bytes. Each tokenizer is one JSON file in a folder; nothing is pickled."""
 
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -132,13 +133,16 @@ def save(tokenizer: Tokenizer, folder: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def load(folder: pathlib.Path) -> Tokenizer:
-    """Reads what `save` wrote. Raises DataError for a missing file or one that is not a tokenizer."""
+def load(folder: pathlib.Path, sha256: str = "") -> Tokenizer:
+    """Reads what `save` wrote. Raises DataError for a missing file, one that is no tokenizer, or another `sha256`."""
     path = folder / FILE_NAME
     try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
+        if sha256 and hashlib.sha256(raw).hexdigest() != sha256:
+            raise DataError(f"{path} is not the tokenizer the dataset was made with; prepare it again (--overwrite)")
+        spec = json.loads(raw.decode("utf-8"))
         return KINDS[spec["kind"]].from_json(spec)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{path} is missing: the tokenizer that belongs to the dataset or run") from None
     except (ValueError, KeyError, TypeError) as e:
         raise DataError(f"{path} is not a meshlm tokenizer file: {e!r}") from None

@@ -1,7 +1,7 @@
 """Causal attention: rotary positions, grouped queries, the KV cache.
 
-Shape suffixes: b batch, t query position, s key position, h query head, k key-value head, g queries per key-value
-head, d width of a head.
+Shape suffixes: b batch, t query position, s key position, h query head, k key-value head, n query head of a key-value
+head and query position, d width of a head.
 """
 
 import jax
@@ -50,12 +50,15 @@ def attend(q_bthd: Array, k_bskd: Array, v_bskd: Array, positions: Array, rate=0
     """
     b, t, h, d = q_bthd.shape
     s, kv = k_bskd.shape[1:3]
-    q_btkgd = (q_bthd * d**-0.5).reshape(b, t, kv, h // kv, d)
-    scores = jnp.einsum("btkgd,bskd->bkgts", q_btkgd, k_bskd, preferred_element_type=jnp.float32)
-    visible_ts = jnp.arange(s) <= positions[:, None]
-    weights = jax.nn.softmax(jnp.where(visible_ts, scores, -jnp.inf), axis=-1).astype(q_bthd.dtype)
+    # The g queries of a key-value head are rows of one matrix, so that each (b, k) is one plain matrix product.
+    rows = (h // kv) * t
+    q_bknd = (q_bthd * d**-0.5).reshape(b, t, kv, h // kv, d).transpose(0, 2, 3, 1, 4).reshape(b, kv, rows, d)
+    scores = jnp.einsum("bknd,bskd->bkns", q_bknd, k_bskd, preferred_element_type=jnp.float32)
+    visible_ns = jnp.tile(jnp.arange(s) <= positions[:, None], (h // kv, 1))
+    weights = jax.nn.softmax(jnp.where(visible_ns, scores, -jnp.inf), axis=-1).astype(q_bthd.dtype)
     weights = dropout(weights, rate, key)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, v_bskd).reshape(b, t, h, d)
+    y_bknd = jnp.einsum("bkns,bskd->bknd", weights, v_bskd)
+    return y_bknd.reshape(b, kv, h // kv, t, d).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
 
 
 class Attention(nnx.Module):
@@ -73,12 +76,12 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Array, positions: Array, cache: Cache | None, rate, key: Array | None, constrain: Constrain
     ) -> tuple[Array, Cache | None]:
-        """x [b, t, embed], positions int32 [t]; with a cache, its k and v [b, s, k, d] gain rows at `positions`."""
+        """x [b * t, embed], positions int32 [t]; with a cache, its k and v [b, s, k, d] gain rows at `positions`."""
         config = self.config
-        b, t, _ = x.shape
-        q = self.query(x).reshape(b, t, config.num_heads, config.width_of_head)
-        k = self.key(x).reshape(b, t, config.kv_heads, config.width_of_head)
-        v = self.value(x).reshape(b, t, config.kv_heads, config.width_of_head)
+        t, width = len(positions), config.width_of_head
+        q = self.query(x).reshape(-1, t, config.num_heads, width)
+        k = self.key(x).reshape(-1, t, config.kv_heads, width)
+        v = self.value(x).reshape(-1, t, config.kv_heads, width)
         q = constrain(q, ("batch", "seq", "heads", None))
         k = constrain(k, ("batch", "seq", "kv_heads", None))
         v = constrain(v, ("batch", "seq", "kv_heads", None))
@@ -90,4 +93,4 @@ class Attention(nnx.Module):
             v = jax.lax.dynamic_update_slice(cache["v"], v, start)
             cache = {"k": k, "v": v}
         y = attend(q, k, v, positions, rate, key)
-        return self.out(y.reshape(b, t, -1)), cache
+        return self.out(y.reshape(x.shape[0], -1)), cache

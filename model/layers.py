@@ -31,11 +31,7 @@ def constant(value: float, shape: tuple[int, ...], axes: tuple[str, ...], stack:
 
 
 class Linear(nnx.Module):
-    """y = x W (+ b) over the last axis of x [..., in], W of shape (in, out).
-
-    The leading axes are merged first: a weight gradient that contracts one axis is one plain matrix product, while
-    with two axes XLA's CPU backend makes a transposed copy of the activations (docs/performance.md).
-    """
+    """y = x W (+ b) over the last axis of x [..., in], W of shape (in, out)."""
 
     def __init__(
         self, rngs: nnx.Rngs, in_dim: int, out_dim: int, axes: tuple[str, str],
@@ -45,10 +41,8 @@ class Linear(nnx.Module):
         self.bias = constant(0.0, (out_dim,), axes[1:], stack) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        y = x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(x.dtype)
-        if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype)
-        return y.reshape(*x.shape[:-1], -1)
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class Norm(nnx.Module):

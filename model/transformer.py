@@ -15,7 +15,7 @@ INIT_STD = 0.02  # GPT-2's; projections back into the residual stream use INIT_S
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). With `stack`, num_layers of them as one module."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), x [b * t, embed]. With `stack`, that many of them as one module."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: int | None):
         stds = {"std": INIT_STD, "out_std": INIT_STD * (2 * config.num_layers) ** -0.5}
@@ -29,9 +29,9 @@ class Block(nnx.Module):
     ) -> tuple[Array, Cache | None]:
         keys = [None] * 3 if key is None else jax.random.split(key, 3)
         y, cache = self.attention(self.attention_norm(x), positions, cache, rate, keys[0], constrain)
-        x = constrain(x + dropout(y, rate, keys[1]), ("batch", "seq", None))
+        x = constrain(x + dropout(y, rate, keys[1]), ("batch", None))
         y = self.mlp(self.mlp_norm(x))
-        return constrain(x + dropout(y, rate, keys[2]), ("batch", "seq", None)), cache
+        return constrain(x + dropout(y, rate, keys[2]), ("batch", None)), cache
 
 
 class Transformer(nnx.Module):
@@ -86,6 +86,8 @@ class Transformer(nnx.Module):
           logits float32 [b, t, padded_vocab_size], -inf beyond vocab_size; the new cache.
         """
         config = self.config
+        if tokens.shape[1] > config.max_seq_len:  # learned positions would be clamped without a word
+            raise ValueError(f"{tokens.shape[1]} tokens are more than model.max_seq_len = {config.max_seq_len}")
         positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         x = self.embedding[...].astype(config.dtype)[tokens]
         if self.position is not None:
@@ -95,7 +97,9 @@ class Transformer(nnx.Module):
             embedding_key, layers_key = jax.random.split(dropout_key)
             x = dropout(x, dropout_rate, embedding_key)
             keys = jax.random.split(layers_key, config.num_layers)
-        x = constrain(x, ("batch", "seq", None))
+        # Two axes until the logits: the gradient of a weight then contracts one, which is one plain matrix product;
+        # over batch and sequence XLA's CPU backend makes a transposed copy of the activations (docs/performance.md).
+        x = constrain(x.reshape(-1, config.embed_dim), ("batch", None))
 
         graph, stacked = nnx.split(self.layers)
 
@@ -105,25 +109,24 @@ class Transformer(nnx.Module):
 
         # Stacked parameters whether the loop is compiled once or unrolled: one layout for every checkpoint.
         unroll = 1 if config.scan_layers else config.num_layers
-        x, cache = jax.lax.scan(_remat(config.remat, layer), x, (stacked, cache, keys), unroll=unroll)
+        x, cache = jax.lax.scan(_remat(config, layer), x, (stacked, cache, keys), unroll=unroll)
 
         if only is not None:
-            x = jax.lax.dynamic_slice_in_dim(x, only, 1, axis=1)
-        x = self.norm(x)
-        logits = self._logits(x).astype(jnp.float32)
-        logits = constrain(logits, ("batch", "seq", "vocab"))
+            x = jax.lax.dynamic_slice_in_dim(x.reshape(*tokens.shape, -1), only, 1, axis=1)
+            x = x.reshape(-1, config.embed_dim)
+        logits = self._logits(self.norm(x)).reshape(len(tokens), -1, config.padded_vocab_size)
+        logits = constrain(logits.astype(jnp.float32), ("batch", "seq", "vocab"))
         return jnp.where(jnp.arange(config.padded_vocab_size) < config.vocab_size, logits, -jnp.inf), cache
 
     def _logits(self, x: Array) -> Array:
         if self.head is not None:
             return self.head(x)
-        table = self.embedding[...].astype(x.dtype)
-        return (x.reshape(-1, x.shape[-1]) @ table.T).reshape(*x.shape[:-1], -1)
+        return x @ self.embedding[...].astype(x.dtype).T
 
 
-def _remat(policy: str, layer):
-    if policy == "none":
+def _remat(config: ModelConfig, layer):
+    if config.remat == "none":
         return layer
-    saveable = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
-    # The scan already keeps the recomputation from being merged with the forward pass.
-    return functools.partial(jax.checkpoint, policy=saveable, prevent_cse=False)(layer)
+    saveable = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+    # A compiled loop already keeps the recomputation from being merged with the forward pass; an unrolled one does not.
+    return functools.partial(jax.checkpoint, policy=saveable, prevent_cse=not config.scan_layers)(layer)

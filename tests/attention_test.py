@@ -9,10 +9,13 @@ import pytest
 import reference
 from flax import nnx
 
-from model.attention import Attention, attend, empty_cache, rotate
+from model import attention as module
+from model.attention import Attention, empty_cache
 from model.config import ModelConfig
 
 DRAW = np.random.default_rng
+
+attend, rotate = jax.jit(module.attend), jax.jit(module.rotate)
 
 
 def noise(*shape, seed=0):
@@ -132,14 +135,17 @@ def make_attention(**fields) -> Attention:
     return Attention(config, nnx.Rngs(params=0), std=0.5, out_std=0.5, stack=None)
 
 
-def no_constraint(x, axes):
-    return x
+def apply(attention, x, start=0, cache=None, rate=0.0, key=None):
+    """x [b, t, embed] to the same and the cache; the module takes rows of all sequences merged, [b * t, embed]."""
+    positions = start + jnp.arange(x.shape[1])
+    y, cache = attention(x.reshape(-1, x.shape[-1]), positions, cache, rate, key, lambda x, axes: x)
+    return y.reshape(x.shape), cache
 
 
 def test_attention_drops_weights_only_with_a_key():
     attention = make_attention()
     x = jnp.asarray(noise(2, 8, 12))
-    run = jax.jit(lambda rate, key: attention(x, jnp.arange(8), None, rate, key, no_constraint)[0])
+    run = jax.jit(lambda rate, key: apply(attention, x, 0, None, rate, key)[0])
     plain = run(0.5, None)
     np.testing.assert_array_equal(run(0.0, None), plain)
     assert np.abs(run(0.5, jax.random.key(1)) - plain).max() > 0.01
@@ -151,7 +157,7 @@ def test_rotary_positions_turn_keys_and_queries_but_not_values(position):
     """The same input everywhere: all values are equal, so the result is that value whatever the positions."""
     attention = make_attention(position=position)
     x = jnp.broadcast_to(jnp.asarray(noise(12)), (1, 5, 12))
-    y = attention(x, jnp.arange(5), None, 0.0, None, no_constraint)[0]
+    y = apply(attention, x)[0]
     value = np.asarray(attention.value(x)).reshape(1, 5, 2, 1, 6).repeat(2, axis=3).reshape(1, 5, 24)
     np.testing.assert_allclose(y, attention.out(jnp.asarray(value)), atol=1e-6)
 
@@ -160,13 +166,11 @@ def test_rotary_positions_turn_keys_and_queries_but_not_values(position):
 def test_a_cache_gains_the_new_rows_and_keeps_the_others(position):
     attention = make_attention(position=position)
     x = jnp.asarray(noise(3, 8, 12))
-    whole, none = attention(x, jnp.arange(8), None, 0.0, None, no_constraint)
+    whole, none = apply(attention, x)
     assert none is None
     # Rubbish where nothing was written yet.
     cache = {name: jnp.asarray(9 * noise(3, 10, 2, 6, seed=i)) for i, name in enumerate(("k", "v"), 1)}
-    run = jax.jit(lambda x, start, cache: attention(
-        x, start + jnp.arange(x.shape[1]), cache, 0.0, None, no_constraint
-    ))  # fmt: skip
+    run = jax.jit(lambda x, start, cache: apply(attention, x, start, cache))
     for start, end in ((0, 4), (4, 7), (7, 8)):
         before = cache
         y, cache = run(x[:, start:end], jnp.int32(start), cache)

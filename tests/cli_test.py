@@ -45,7 +45,7 @@ TINY = (*TRAIN, "--config=configs/tiny.py")
         ((*TINY, "--config.model.num_layers=0"), 2, ["config.model.num_layers is 0", "at least 1"]),
         ((*TINY, "--config.model.mlp=relu"), 2, ["config.model.mlp is 'relu'", "relu2"]),
         ((*TINY, "--config.model.num_heads=3"), 2, ["num_heads = 3", "embed_dim = 128"]),
-        ((*TINY, "--config.mesh.data=7"), 2, ["global_batch_size = 16", "= 7"]),
+        ((*TINY, "--config.mesh.data=7"), 2, ["global_batch_size = 8", "= 7"]),
         ((*TINY, "extra"), 2, ["unexpected argument 'extra'"]),
         ((*TINY, "--config.data.path=nowhere"), 3, ["launch.prepare --source=python-stdlib", "--out=nowhere"]),
         (("launch.prepare", "--source=x"), 2, ["--source and --out"]),

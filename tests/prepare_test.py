@@ -332,3 +332,16 @@ def test_an_unknown_tokenizer_is_an_error_and_not_another_tokenizer(file, tmp_pa
     with pytest.raises(DataError, match=r"wordpiece.*char, byte"):
         run(tmp_path / "out", file, "wordpiece")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_dataset_is_not_taken_for_a_whole_one(file, tmp_path):
+    """What the errors advise must help: the same request says what is wrong, and --overwrite mends it."""
+    out = tmp_path / "set"
+    whole = run(out, file)
+    shard, tokenizer = out / "train-00000.bin", out / "tokenizer/meshlm_tokenizer.json"
+    for path, damage in ((shard, b""), (tokenizer, tokenizer.read_bytes() + b" "), (out / "manifest.json", b'"meshlm-tokens"')):
+        path.write_bytes(damage)
+        with pytest.raises(DataError, match="--overwrite"):
+            run(out, file)
+        assert run(out, file, overwrite=True) == whole
+        assert run(out, file) == whole

@@ -98,8 +98,7 @@ BASE = dataclasses.replace(CONFIGS["llama"], dropout=0.2)
 VARIANTS = [
     {"remat": "dots"},
     {"remat": "full"},
-    {"scan_layers": False},
-    {"scan_layers": False, "remat": "full"},
+    {"scan_layers": False, "remat": "dots"},
 ]
 
 
@@ -268,7 +267,7 @@ def test_bfloat16_stays_close_to_float32(name):
     """Activations in bfloat16, parameters and logits in float32."""
     config = CONFIGS[name]
     half = dataclasses.replace(config, dtype="bfloat16")
-    params, tokens = tiny_models.make(config)[1], tiny_models.random_tokens(config, 8)
+    params, tokens = tiny_models.make(config)[1], tiny_models.random_tokens(config, 4)
     exact = tiny_models.jitted_forward(config)(params, tokens)[..., : config.vocab_size]
     logits = tiny_models.jitted_forward(half)(params, tokens)[..., : config.vocab_size]
     assert logits.dtype == jnp.float32
@@ -306,7 +305,7 @@ def test_bfloat16_is_the_type_of_every_weight_product():
 def test_no_logit_depends_on_a_later_token(name):
     config = CONFIGS[name]
     forward, params = tiny_models.jitted_forward(config), tiny_models.make(config)[1]
-    tokens = tiny_models.random_tokens(config, 2)
+    tokens = tiny_models.random_tokens(config, 4)
     logits = np.asarray(forward(params, tokens))[..., : config.vocab_size]
     for t in range(config.max_seq_len):
         changed = tokens.copy()
@@ -320,7 +319,7 @@ def test_no_logit_depends_on_a_later_token(name):
 def test_rows_of_a_batch_do_not_see_each_other():
     config = CONFIGS["llama"]
     forward, params = tiny_models.jitted_forward(config), tiny_models.make(config)[1]
-    tokens = tiny_models.random_tokens(config, 2)
+    tokens = tiny_models.random_tokens(config, 4)
     changed = tokens.copy()
     changed[1] = (changed[1] + 1) % config.vocab_size
     np.testing.assert_array_equal(forward(params, changed)[0], forward(params, tokens)[0])
@@ -330,20 +329,20 @@ def test_rows_of_a_batch_do_not_see_each_other():
 def test_prefill_and_decoding_with_a_cache_give_the_logits_of_a_full_pass(config):
     """The prompt with rubbish after it, then a chunk of three, then single tokens, each at its own start."""
     apply, params = tiny_models.make(config)
-    tokens = tiny_models.random_tokens(config, 2)
+    tokens = tiny_models.random_tokens(config, 4)
     full = np.asarray(tiny_models.jitted_forward(config)(params, tokens))[..., : config.vocab_size]
 
     run = jax.jit(lambda params, tokens, start, cache: apply(params)(tokens, start=start, cache=cache))
 
     buffer = tokens.copy()
     buffer[:, 5:] = 7
-    cache = empty_cache(config, 2, config.max_seq_len)
+    cache = empty_cache(config, 4, config.max_seq_len)
     logits, cache = run(params, buffer, 0, cache)
     np.testing.assert_allclose(logits[:, :5, : config.vocab_size], full[:, :5], rtol=0, atol=LOGITS_ATOL)
     start = 5
     for size in (3, *[1] * (config.max_seq_len - 8)):
         logits, cache = run(params, tokens[:, start : start + size], start, cache)
-        assert logits.shape == (2, size, 64) and np.all(logits[..., config.vocab_size :] == -np.inf)
+        assert logits.shape == (4, size, 64) and np.all(logits[..., config.vocab_size :] == -np.inf)
         expected = full[:, start : start + size]
         np.testing.assert_allclose(logits[..., : config.vocab_size], expected, rtol=0, atol=LOGITS_ATOL)
         start += size
@@ -353,27 +352,32 @@ def test_prefill_and_decoding_with_a_cache_give_the_logits_of_a_full_pass(config
 def test_only_one_place_gives_its_row_of_all_logits():
     config = CONFIGS["llama"]
     forward, params = tiny_models.jitted_forward(config), tiny_models.make(config)[1]
-    tokens = tiny_models.random_tokens(config, 2)
+    tokens = tiny_models.random_tokens(config, 4)
     full = forward(params, tokens)
     for place in (0, 6, config.max_seq_len - 1):
         one = forward(params, tokens, only=np.int32(place))
-        assert one.shape == (2, 1, 64)
+        assert one.shape == (4, 1, 64)
         np.testing.assert_allclose(one[:, 0, :50], full[:, place, :50], rtol=0, atol=LOGITS_ATOL)
         assert (one[..., 50:] == -np.inf).all()
 
 
+DROPOUT = ModelConfig(
+    num_layers=2, embed_dim=64, num_heads=4, bias=True, tie_embeddings=False, vocab_size=64, max_seq_len=16
+)
+
+
 def test_dropout_needs_a_key_and_follows_it():
-    config = CONFIGS["llama"]
+    config = DROPOUT
     forward, params = tiny_models.jitted_forward(config), tiny_models.make(config)[1]
-    tokens = tiny_models.random_tokens(config, 2)
-    plain = np.asarray(forward(params, tokens))[..., :50]
+    tokens = tiny_models.random_tokens(config, 4)
+    plain = np.asarray(forward(params, tokens))
 
     def dropped(rate, key):
         keyed = forward(params, tokens, dropout_rate=np.float32(rate), dropout_key=jax.random.key(key))
-        return np.asarray(keyed)[..., :50]
+        return np.asarray(keyed)
 
     # A rate without a key is evaluation of a model that trains with dropout.
-    np.testing.assert_array_equal(forward(params, tokens, dropout_rate=np.float32(0.5))[..., :50], plain)
+    np.testing.assert_array_equal(forward(params, tokens, dropout_rate=np.float32(0.5)), plain)
     np.testing.assert_allclose(dropped(0.0, 1), plain, rtol=0, atol=LOGITS_ATOL)
     np.testing.assert_array_equal(dropped(0.3, 1), dropped(0.3, 1))
     assert np.abs(dropped(0.3, 1) - plain).max() > 0.1
@@ -387,16 +391,14 @@ def test_every_dropout_of_every_layer_has_a_mask_of_its_own():
     the last norm, the stream is the sum of 16 (embedding), 1 and 2 (attention and feed-forward of the first layer),
     4 and 8 (of the second), each kept or dropped and scaled alike.
     """
-    config = ModelConfig(
-        num_layers=2, embed_dim=64, num_heads=4, bias=True, tie_embeddings=False, vocab_size=64, max_seq_len=16
-    )
+    config = DROPOUT
     leaves = {path: np.zeros(v.get_value().shape, np.float32) for path, v in tiny_models.abstract(config)[1].items()}
     for name, path in ((1.0, ("attention", "out")), (2.0, ("mlp", "down"))):
         leaves["layers", *path, "bias"][:] = name * np.array([[1.0], [4.0]])
     leaves["embedding",][:] = 16
     leaves["norm", "scale"][:] = 1
     leaves["head", "kernel"][:] = np.eye(64)
-    tokens = tiny_models.random_tokens(config, 8)
+    tokens = tiny_models.random_tokens(config, 4)
     rate = 0.3
     logits = tiny_models.jitted_forward(config)(
         traverse_util.unflatten_dict(leaves), tokens, dropout_rate=np.float32(rate), dropout_key=jax.random.key(3)
@@ -414,21 +416,22 @@ def test_every_dropout_of_every_layer_has_a_mask_of_its_own():
 @pytest.mark.parametrize("config", **every_config)
 def test_activations_are_placed_by_the_names_of_their_axes(config):
     """One name or None for each dimension, as trainer/sharding.py expects, and each name on the dimension it means."""
-    seen: dict[tuple, int] = {}
+    seen: set[str | None] = set()
     sizes = {
         "batch": 3, "seq": 7, "heads": config.num_heads, "kv_heads": config.kv_heads, "vocab": config.padded_vocab_size,
     }  # fmt: skip
+    merged = sizes | {"batch": 3 * 7}  # of the residual stream [b * t, embed]
 
     def constrain(x, axes):
         assert len(axes) == x.ndim
         for axis, size in zip(axes, x.shape, strict=True):
-            assert axis is None or sizes[axis] == size, (axes, x.shape)
-        seen[axes] = seen.get(axes, 0) + 1
+            assert axis is None or (merged if x.ndim == 2 else sizes)[axis] == size, (axes, x.shape)
+        seen.update(axes)
         return x
 
     apply, params = tiny_models.make(config)
     jax.eval_shape(lambda: apply(params)(np.zeros((3, 7), np.int32), constrain=constrain))
-    assert {axis for axes in seen for axis in axes} == {*sizes, None}
+    assert seen == {*sizes, None}
 
 
 def test_the_placed_activation_is_the_one_that_is_used():
@@ -436,13 +439,9 @@ def test_the_placed_activation_is_the_one_that_is_used():
     config = CONFIGS["llama"]
     apply, params = tiny_models.make(config)
     tokens = tiny_models.random_tokens(config, 3, 7)
-    names = {
-        ("batch", "seq", None), ("batch", "seq", "heads", None), ("batch", "seq", "kv_heads", None),
-        ("batch", "seq", "vocab"),
-    }  # fmt: skip
     calls: list[tuple] = []
     jax.eval_shape(lambda: apply(params)(tokens, constrain=lambda x, axes: (calls.append(axes), x)[1]))
-    assert set(calls) == names
+    assert len(calls) == 7  # embedding, q, k, v, the stream after each sub-layer, logits
 
     @jax.jit
     def with_zero_at(params, chosen):

@@ -50,7 +50,7 @@ class Trainer:
         self.loader = loader.Loader(
             self.windows, global_batch_size=config.global_batch_size, sharding=self.batch_sharding
         )
-        self.tokenizer = tokenizers.load(folder / "tokenizer")
+        self.tokenizer = tokenizers.load(folder / "tokenizer", self.manifest.tokenizer_sha256)
         self.program = Program(config, self.mesh)
         self.train_step = make_train_step(self.program)
         self.eval_step = make_eval_step(self.program)
