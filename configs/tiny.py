@@ -10,7 +10,7 @@ from configs import default
 
 def get_config() -> ConfigDict:
     config = default.get_config()
-    config.num_train_steps = 2000
+    config.num_train_steps = 1500
     config.global_batch_size = 8
     config.data.update(path="datasets/python-stdlib", source="python-stdlib", seq_len=128)
     config.model.update(num_layers=4, embed_dim=128, num_heads=4, scan_layers=False)
