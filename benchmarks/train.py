@@ -54,9 +54,13 @@ class Stepper:
         self.program = Program(config, mesh)
         self.state = self.program.init()
         self.step = make_train_step(self.program)
-        windows = loader.TokenWindows(formats.TokenFiles(folder, manifest, "train"), seq_len=config.data.seq_len, seed=0)
+        windows = loader.TokenWindows(
+            formats.TokenFiles(folder, manifest, "train"), seq_len=config.data.seq_len, seed=0
+        )
         sharded = sharding.named(mesh, "batch")
-        self.batches = loader.Loader(windows, global_batch_size=config.global_batch_size, sharding=sharded).prefetched(0, 2)
+        self.batches = loader.Loader(windows, global_batch_size=config.global_batch_size, sharding=sharded).prefetched(
+            0, 2
+        )
         self.run(1)
 
     def run(self, steps: int) -> float:
@@ -124,9 +128,13 @@ def main(argv: list[str]) -> None:
             m = c.model
             size = f"{m.num_layers} layers, {m.embed_dim} wide, T {c.data.seq_len}, batch {c.global_batch_size}"
             rows.append((f"train step, {size}", f"{t * 1e3:.1f} ms, {c.tokens_per_step / t:,.0f} tokens/s"))
-        rows.append(("loader, gathered, T 1024, batch 512, warm", f"{loader_tokens_per_s(folder) / 1e6:,.0f} M tokens/s"))
+        rows.append(
+            ("loader, gathered, T 1024, batch 512, warm", f"{loader_tokens_per_s(folder) / 1e6:,.0f} M tokens/s")
+        )
         cache = folder / "cache"
-        rows.append(("command to first step, empty compilation cache", f"{seconds_to_first_step(folder / 'set', cache):.1f} s"))
+        rows.append(
+            ("command to first step, empty compilation cache", f"{seconds_to_first_step(folder / 'set', cache):.1f} s")
+        )
         warm = float(np.median([seconds_to_first_step(folder / "set", cache) for _ in range(3)]))
         rows.append(("command to first step, filled compilation cache", f"{warm:.1f} s"))
         checkpoints = Checkpoints(folder / "run", CheckpointConfig(keep_last=2))

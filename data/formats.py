@@ -87,9 +87,11 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
         if manifest.dtype not in ("uint16", "uint32"):
             raise ValueError(f"dtype {manifest.dtype!r}")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise DataError(f"{path} is not a manifest that this version reads ({e}); prepare the dataset again (--overwrite)") from None
+        raise DataError(
+            f"{path} is not a manifest that this version reads ({e}); prepare again with --overwrite"
+        ) from None
     if manifest.fingerprint() != fingerprint:
-        raise DataError(f"{path} was changed by hand or by another version; prepare the dataset again (--overwrite)")
+        raise DataError(f"{path} was changed by hand or by another version; prepare again with --overwrite")
     return manifest
 
 
@@ -122,16 +124,18 @@ class TokenFiles:
             try:
                 size = path.stat().st_size
             except FileNotFoundError:
-                raise DataError(f"{path} is missing: 0 bytes, expected {expected}; prepare the dataset again (--overwrite)") from None
+                raise DataError(
+                    f"{path} is missing: 0 bytes, expected {expected}; prepare again with --overwrite"
+                ) from None
             if size != expected:
                 raise DataError(
                     f"{path} is {size} bytes, expected {expected} ({shard.tokens} tokens of {manifest.dtype}); "
-                    "it was cut off or replaced: copy it again or prepare the dataset again (--overwrite)"
+                    "it was cut off or replaced: copy it again or prepare again with --overwrite"
                 )
             if check_hash and (found := sha256_file(path)) != shard.sha256:
                 raise DataError(
                     f"{path} has the right size ({size} bytes) but not the content its manifest names (sha256 "
-                    f"{found[:12]}…, expected {shard.sha256[:12]}…); copy it again or prepare the dataset again (--overwrite)"
+                    f"{found[:12]}…, expected {shard.sha256[:12]}…); copy it again or prepare again with --overwrite"
                 )
             self.shards.append(np.memmap(path, dtype=dtype, mode="r") if shard.tokens else np.empty(0, dtype))
 
@@ -140,5 +144,5 @@ class TokenFiles:
         if tokens.size and (largest := int(tokens.max())) >= self.vocab_size:
             raise DataError(
                 f"token id {largest} in {where} is outside the vocabulary of {self.vocab_size}; "
-                f"the shards ({self.paths[0]}, …) do not belong to this tokenizer: prepare the dataset again (--overwrite)"
+                f"the shards ({self.paths[0]}, …) do not belong to this tokenizer: prepare again with --overwrite"
             )

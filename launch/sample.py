@@ -40,9 +40,7 @@ def main() -> int:
     generator = Generator(
         run.config.model, run.program.model, temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value
     )
-    rows = generator(
-        run.params, prompt, rows=NUM_SAMPLES.value, max_new_tokens=MAX_NEW_TOKENS.value, seed=SEED.value
-    )
+    rows = generator(run.params, prompt, rows=NUM_SAMPLES.value, max_new_tokens=MAX_NEW_TOKENS.value, seed=SEED.value)
     for i, ids in enumerate(rows):
         text = tokenizer.decode(_until(ids, tokenizer.eos_id))
         if inference.JSON.value:

@@ -15,7 +15,7 @@ INIT_STD = 0.02  # GPT-2's; projections back into the residual stream use INIT_S
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), x [b * t, embed]. With `stack`, that many of them as one module."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), x [b * t, embed]. With `stack`, that many as one module."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: int | None):
         stds = {"std": INIT_STD, "out_std": INIT_STD * (2 * config.num_layers) ** -0.5}

@@ -28,11 +28,15 @@ def program():
 @pytest.fixture(scope="module")
 def state(program):
     """A state of which every leaf is distinct, as after some steps."""
-    noisy = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(x.size), x.shape, x.dtype) if x.ndim else x, program.init())
+    noisy = jax.tree.map(
+        lambda x: x + jax.random.normal(jax.random.key(x.size), x.shape, x.dtype) if x.ndim else x, program.init()
+    )
     return dataclasses.replace(noisy, step=jnp.int32(0))
 
 
-def save(run: pathlib.Path, state: TrainState, *steps: int, keep: CheckpointConfig = KEEP_ALL, losses=None) -> Checkpoints:
+def save(
+    run: pathlib.Path, state: TrainState, *steps: int, keep: CheckpointConfig = KEEP_ALL, losses=None
+) -> Checkpoints:
     checkpoints = Checkpoints(run, keep)
     for i, step in enumerate(steps):
         checkpoints.save(step, state, {"samples": 16 * step}, losses[i] if losses else None)
@@ -90,7 +94,9 @@ def test_nothing_saved_is_a_fresh_run(tmp_path, program):
 
 def flip_a_bit_in_the_parameters(step: pathlib.Path) -> None:
     """In the middle of the largest data file, which Orbax itself restores without an error or fails to decode."""
-    largest = max((p for p in (step / "params").rglob("*") if p.is_file() and "/d/" in str(p)), key=lambda p: p.stat().st_size)
+    largest = max(
+        (p for p in (step / "params").rglob("*") if p.is_file() and "/d/" in str(p)), key=lambda p: p.stat().st_size
+    )
     raw = bytearray(largest.read_bytes())
     raw[len(raw) // 2] ^= 0x10
     largest.write_bytes(raw)

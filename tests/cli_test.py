@@ -10,7 +10,12 @@ from tests import runs
 
 def call(*argv: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", *argv], cwd=runs.ROOT, env=runs.environment(8), text=True, capture_output=True, timeout=60
+        [sys.executable, "-m", *argv],
+        cwd=runs.ROOT,
+        env=runs.environment(8),
+        text=True,
+        capture_output=True,
+        timeout=60,
     )
 
 
@@ -35,7 +40,11 @@ TINY = (*TRAIN, "--config=configs/tiny.py")
         ((*TRAIN, "--config=configs/tyni.py"), 2, ["configs/tyni.py", "did you mean configs/tiny.py?"]),
         ((*TRAIN, "--config=configs/shakespeare_char.py:gpu"), 2, ["no variant 'gpu'", "cpu"]),
         ((*TRAIN, "--config=README.md"), 2, ["README.md"]),
-        ((*TINY, "--config.model.num_layer=2"), 2, ["--config.model.num_layer;", "did you mean --config.model.num_layers?"]),
+        (
+            (*TINY, "--config.model.num_layer=2"),
+            2,
+            ["--config.model.num_layer;", "did you mean --config.model.num_layers?"],
+        ),
         ((*TINY, "--config.num_layers=2"), 2, ["did you mean --config.model.num_layers?"]),
         ((*TINY, "--config.modle.num_layers", "2"), 2, ["did you mean --config.model.num_layers?"]),
         ((*TINY, "--config.model=2"), 2, ["is a section", "num_layers"]),
@@ -68,7 +77,9 @@ def test_mistakes_that_need_the_devices(tmp_path):
     """A batch that does not divide by the eight devices there are; an axis that does not."""
     data = runs.dataset(tmp_path)
     argv = runs.command(tmp_path / "run", data)[2:]
-    assert_one_line(call(*argv, "--config.global_batch_size=12"), 2, "global_batch_size = 12", "mesh.data x mesh.fsdp = 8")
+    assert_one_line(
+        call(*argv, "--config.global_batch_size=12"), 2, "global_batch_size = 12", "mesh.data x mesh.fsdp = 8"
+    )
     too_many = ("--config.mesh.fsdp=16", "--config.global_batch_size=16")
     assert_one_line(call(*argv, *too_many), 2, "mesh.fsdp = 16", "8 devices")
     assert_one_line(call(*argv, "--num_processes=2"), 2, "--coordinator_address", "--process_id")
@@ -79,7 +90,12 @@ def test_mistakes_that_need_the_devices(tmp_path):
 def test_help(module):
     result = call(f"launch.{module}", "--help")
     assert f"python -m launch.{module}" in result.stdout
-    wanted = {"train": "--[no]allow_config_change", "prepare": "--tokenizer", "sample": "--workdir", "evaluate": "--workdir"}
+    wanted = {
+        "train": "--[no]allow_config_change",
+        "prepare": "--tokenizer",
+        "sample": "--workdir",
+        "evaluate": "--workdir",
+    }
     assert wanted[module] in result.stdout
 
 

@@ -15,7 +15,11 @@ MAY_IMPORT = {
     "launch": {"trainer", "data", "model"},
     "configs": {"trainer"},  # default.py takes the dataclasses' defaults from there
 }
-FORBIDDEN_LIBRARIES = {"data": {"absl", "ml_collections"}, "model": {"absl", "ml_collections"}, "trainer": {"absl", "ml_collections"}}
+FORBIDDEN_LIBRARIES = {
+    "data": {"absl", "ml_collections"},
+    "model": {"absl", "ml_collections"},
+    "trainer": {"absl", "ml_collections"},
+}
 
 
 def imported(path: pathlib.Path) -> set[str]:
@@ -45,7 +49,9 @@ def test_recipes_are_imported_by_nobody():
             assert "configs" not in imported(path), path
 
 
-@pytest.mark.parametrize("module", ["launch.cli", "launch.train", "launch.sample", "launch.prepare", "trainer.run_directory"])
+@pytest.mark.parametrize(
+    "module", ["launch.cli", "launch.train", "launch.sample", "launch.prepare", "trainer.run_directory"]
+)
 def test_what_answers_a_typo_does_not_load_jax(module):
     """A mistyped field is answered within a second only as long as these leave JAX alone."""
     code = f"import sys, {module}; sys.exit('jax' in sys.modules)"

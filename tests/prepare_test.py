@@ -339,7 +339,11 @@ def test_a_damaged_dataset_is_not_taken_for_a_whole_one(file, tmp_path):
     out = tmp_path / "set"
     whole = run(out, file)
     shard, tokenizer = out / "train-00000.bin", out / "tokenizer/meshlm_tokenizer.json"
-    for path, damage in ((shard, b""), (tokenizer, tokenizer.read_bytes() + b" "), (out / "manifest.json", b'"meshlm-tokens"')):
+    for path, damage in (
+        (shard, b""),
+        (tokenizer, tokenizer.read_bytes() + b" "),
+        (out / "manifest.json", b'"meshlm-tokens"'),
+    ):
         path.write_bytes(damage)
         with pytest.raises(DataError, match="--overwrite"):
             run(out, file)

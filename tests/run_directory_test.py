@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import pytest
 
@@ -19,7 +20,7 @@ def config(tmp_path_factory):
 
 
 def test_resolve_fills_in_what_the_dataset_decides(config):
-    manifest = json.loads(open(config.data.path + "/manifest.json").read())
+    manifest = json.loads(pathlib.Path(config.data.path, "manifest.json").read_text())
     assert config.model.vocab_size == manifest["vocab_size"] and config.model.max_seq_len == 16
     assert run_directory.resolve(config) == config
 
@@ -36,7 +37,7 @@ def test_a_dataset_that_was_not_prepared_names_the_command(tmp_path):
     with pytest.raises(DataError, match=r"launch.prepare --source=python-stdlib --tokenizer=byte --out=") as error:
         run_directory.resolve(from_dict({"data": data}))
     assert error.value.exit_code == 3
-    with pytest.raises(ConfigError, match="data.path"):
+    with pytest.raises(ConfigError, match=r"data\.path"):
         run_directory.resolve(from_dict({}))
 
 

@@ -39,7 +39,7 @@ def test_axes_that_do_not_fit_the_devices(mesh, parts):
 
 
 def test_a_batch_that_does_not_divide_by_the_devices_there_are():
-    with pytest.raises(ConfigError, match="global_batch_size = 12 is not divisible by .* = 8"):
+    with pytest.raises(ConfigError, match=r"global_batch_size = 12 is not divisible by .* = 8"):
         sharding.make_mesh(from_dict({"global_batch_size": 12}))
 
 

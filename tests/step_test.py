@@ -121,7 +121,8 @@ def test_accumulation_equals_the_large_batch(dataset, name):
     # Adam divides by the root of a tiny second moment, which magnifies rounding: an update is at most about lr.
     lr = whole[-1]["train/lr"]
     jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, atol=0.02 * lr), *map(jax.device_get, (state.params, accumulated.params))
+        lambda x, y: np.testing.assert_allclose(x, y, atol=0.02 * lr),
+        *map(jax.device_get, (state.params, accumulated.params)),
     )
 
 

@@ -1,4 +1,4 @@
-"""Whole runs in real processes: resume bit for bit, signals, exit codes, sampling and evaluation of what was trained."""
+"""Whole runs in real processes: resume bit for bit, signals, exit codes, sampling, evaluation."""
 
 import json
 import math

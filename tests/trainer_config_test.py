@@ -68,9 +68,9 @@ def test_changes_at_a_resume(change, kind):
     found = changes(Config(), from_dict(change))
     assert {k for k, lines in found.items() if lines} == {kind}
     (line,) = found[kind]
-    (name, value), = change.items()
+    ((name, value),) = change.items()
     if isinstance(value, dict):
-        (field, value), = value.items()
+        ((field, value),) = value.items()
         name = f"{name}.{field}"
     assert line.startswith(f"config.{name}: ") and line.endswith(f"-> {value!r}")
 

@@ -164,8 +164,8 @@ class Trainer:
             steps = self.checkpoints.steps()
             good = f"the last good checkpoint is step {steps[-1]}" if steps else "and there is no checkpoint yet"
             raise Diverged(
-                f"step {step} is not finite: loss {values['train/loss']:.4g}, gradient norm {values['train/grad_norm']:.4g}, "
-                f"parameter norm {values['train/param_norm']:.4g}; it was not saved, {good}; lower "
+                f"step {step} is not finite: loss {values['train/loss']:.4g}, "
+                f"gradient norm {values['train/grad_norm']:.4g}, parameter norm {values['train/param_norm']:.4g}; it was not saved, {good}; lower "
                 "config.optimizer.peak_lr or lengthen the warm-up"
             )
         if not _every(self.config.metrics.every_steps, step) and step != self.config.num_train_steps:

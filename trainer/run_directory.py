@@ -117,7 +117,6 @@ def lock(run: pathlib.Path) -> IO[str]:
     return handle
 
 
-
 def record(run: pathlib.Path, config: Config, argv: list[str]) -> None:
     """Writes config.json, tokenizer/ and environment.json, and adds the command to command.txt."""
     _replace(run / "config.json", to_json(config))
