@@ -163,10 +163,10 @@ class Trainer:
             self.checkpoints.wait()
             steps = self.checkpoints.steps()
             good = f"the last good checkpoint is step {steps[-1]}" if steps else "and there is no checkpoint yet"
+            loss, grad, param = (values[f"train/{name}"] for name in ("loss", "grad_norm", "param_norm"))
             raise Diverged(
-                f"step {step} is not finite: loss {values['train/loss']:.4g}, "
-                f"gradient norm {values['train/grad_norm']:.4g}, parameter norm {values['train/param_norm']:.4g}; it was not saved, {good}; lower "
-                "config.optimizer.peak_lr or lengthen the warm-up"
+                f"step {step} is not finite: loss {loss:.4g}, gradient norm {grad:.4g}, parameter norm {param:.4g}; "
+                f"it was not saved, {good}; lower config.optimizer.peak_lr or lengthen the warm-up"
             )
         if not _every(self.config.metrics.every_steps, step) and step != self.config.num_train_steps:
             return
