@@ -183,7 +183,8 @@ def _load_recipe(value: str) -> ConfigDict:
         there = [os.path.join(folder, f) for f in os.listdir(folder)] if os.path.isdir(folder) else []
         raise ConfigError(f"--config={value}: there is no file {path}{_nearest(path, there)}")
     spec = importlib.util.spec_from_file_location("recipe", path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--config={value}: a recipe is a Python file, and {path} is none")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
