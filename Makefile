@@ -10,7 +10,9 @@ BIN := $(VENV)/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 # Known-good versions of everything, where this Python has a file of them; else what pyproject.toml allows.
 CONSTRAINTS := $(wildcard .ci/constraints-$(VERSION).txt)
-PIP := $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
+UV := $(shell command -v uv)
+MAKE_VENV := $(if $(UV),uv venv --quiet --python $(PYTHON) $(VENV),$(PYTHON) -m venv $(VENV))
+PIP := $(if $(UV),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
 
 .PHONY: train test test-all lint types clean
 .DELETE_ON_ERROR:
@@ -34,7 +36,7 @@ types: $(VENV)/.installed-dev
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: meshlm needs Python 3.11 or newer; this is %d.%d. Use make PYTHON=python3.12" % sys.version_info[:2])'
 	@echo "Making $(VENV) with Python $(VERSION) …"
-	@$(PYTHON) -m venv $(VENV)
+	@$(MAKE_VENV)
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	@echo "Installing …"
