@@ -14,12 +14,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from launch import cli
 from trainer.errors import ConfigError
 
 log = logging.getLogger("meshlm")
 
 # A process that was told to stop and is stuck elsewhere must still leave, before the machine is taken away.
-STOP_DEADLINE_S = 120
+STOP_DEADLINE_S = 300
 
 
 def initialize(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -100,4 +101,4 @@ class Stop:
 def _give_up() -> None:
     print(f"not stopped {STOP_DEADLINE_S} s after being asked to; leaving. Where it is:", file=sys.stderr, flush=True)
     faulthandler.dump_traceback()
-    os._exit(1)
+    os._exit(cli.STOPPED)

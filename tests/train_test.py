@@ -171,6 +171,12 @@ def test_a_second_job_on_the_same_run_is_refused(tmp_path, data):
     runs.train(run, data, num_train_steps=max(r["step"] for r in runs.rows(run)) + 5)
 
 
+def test_a_prompt_outside_the_vocabulary_is_found_at_the_start(tmp_path, data):
+    out = runs.train(tmp_path / "run", data, sample__prompt="é", code=2)
+    assert "config.sample.prompt" in out.splitlines()[-1] and "U+00E9" in out
+    assert runs.rows(tmp_path / "run") == []
+
+
 def tool(module: str, run, *flags: str, code: int = 0, devices: int = 1) -> str:
     argv = [sys.executable, "-m", f"launch.{module}", f"--workdir={run}", *flags]
     return runs.finish(runs.start(argv, devices), code)

@@ -16,6 +16,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 
 from data import formats, loader, tokenizers
+from data.errors import DataError
 from model.generate import Generator
 from trainer import metrics as reporting
 from trainer import sharding, startup
@@ -51,6 +52,10 @@ class Trainer:
             self.windows, global_batch_size=config.global_batch_size, sharding=self.batch_sharding
         )
         self.tokenizer = tokenizers.load(folder / "tokenizer", self.manifest.tokenizer_sha256)
+        try:  # found out now, not at the first sample
+            self.prompt = self.tokenizer.encode(config.sample.prompt)
+        except DataError as e:
+            raise ConfigError(f"config.sample.prompt: {e}") from None
         self.program = Program(config, self.mesh)
         self.train_step = make_train_step(self.program)
         self.eval_step = make_eval_step(self.program)
@@ -188,9 +193,8 @@ class Trainer:
 
     def _sample(self, step: int, params: dict) -> None:
         config = self.config.sample
-        prompt = self.tokenizer.encode(config.prompt)
         (ids,) = self.generator(
-            params, prompt, rows=1, max_new_tokens=config.max_new_tokens, seed=self.config.seed + step
+            params, self.prompt, rows=1, max_new_tokens=config.max_new_tokens, seed=(self.config.seed + step) % 2**32
         )
         text = self.tokenizer.decode(ids)
         self.writers.sample({"step": step, "prompt": config.prompt, "text": text})
