@@ -20,6 +20,9 @@ from data import order
 from data.errors import DataError
 from data.formats import TokenFiles
 
+# Positions permuted at once: a call costs nearly the same for one as for thousands, and batches ask in order.
+BLOCK = 1 << 14
+
 
 class TokenWindows:
     """Windows of seq_len + 1 tokens over the shards of a split, in the order of a keyed permutation."""
@@ -33,6 +36,7 @@ class TokenWindows:
         ]
         self.first_window = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self.num_windows = int(self.first_window[-1])
+        self._block = functools.lru_cache(maxsize=4)(self._permuted_block)
         if self.num_windows == 0:
             raise DataError(
                 f"{files.paths[0].parent} has {files.tokens} tokens in its {split} split; a window needs "
@@ -48,15 +52,32 @@ class TokenWindows:
         out = np.empty((len(epochs), self.seq_len + 1), self.files.shards[0].dtype)
         for epoch in np.unique(epochs):
             of_epoch = np.flatnonzero(epochs == epoch)
-            windows = order.permute(position[of_epoch], self.num_windows, self.seed, self.split, int(epoch))
+            windows = self._windows(int(epoch), position[of_epoch])
             shards = np.searchsorted(self.first_window, windows, side="right") - 1
             for shard in np.unique(shards):
                 mine = shards == shard
                 view = self._view(int(shard), int(epoch))
                 # One C call per gather; a Python loop over rows would fight other threads for the interpreter lock.
-                out[of_epoch[mine]] = view[windows[mine] - self.first_window[shard]]
+                gathered = view[windows[mine] - self.first_window[shard]]
+                if len(gathered) == len(out):  # as almost always: nothing to join, no second copy
+                    out = gathered
+                else:
+                    out[of_epoch[mine]] = gathered
         self.files.check_ids(out, f"the {self.split} split")
         return out
+
+    def _windows(self, epoch: int, position: np.ndarray) -> np.ndarray:
+        """The windows at these positions of an epoch, from cached blocks of the permutation."""
+        blocks = position // BLOCK
+        out = np.empty_like(position)
+        for block in np.unique(blocks):
+            here = blocks == block
+            out[here] = self._block(epoch, int(block))[position[here] - block * BLOCK]
+        return out
+
+    def _permuted_block(self, epoch: int, block: int) -> np.ndarray:
+        positions = np.arange(block * BLOCK, min((block + 1) * BLOCK, self.num_windows))
+        return order.permute(positions, self.num_windows, self.seed, self.split, epoch)
 
     def _view(self, shard: int, epoch: int) -> np.ndarray:
         """[windows of the shard, seq_len + 1] view of the shard; no token is copied."""
