@@ -79,6 +79,21 @@ def test_killed_three_times_the_losses_are_the_same_bit_for_bit(tmp_path, data, 
     assert max(rows_at_kill) < STEPS, "the kills came too late to mean anything"
 
 
+def test_a_stop_at_an_evaluation_step_owes_the_evaluation(tmp_path, data, uninterrupted):
+    """Every step evaluates here, so whichever is the last before the stop, its row must come after the restart."""
+    run = tmp_path / "run"
+    argv = runs.command(run, data, num_train_steps=STEPS, eval__every_steps=1)
+    process = runs.start(argv)
+    wait_for_rows(run, process, 10)
+    process.send_signal(signal.SIGTERM)
+    runs.finish(process, code=42)
+    stopped_at = runs.rows(run)[-1]["step"]
+    assert "val/loss" not in runs.rows(run)[-1]
+    runs.finish(runs.start(argv))
+    assert [r["step"] for r in runs.rows(run) if "val/loss" in r] == list(range(1, STEPS + 1))
+    assert stopped_at < STEPS
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_leaves_with_42(tmp_path, data, uninterrupted, number):
     run = tmp_path / "run"

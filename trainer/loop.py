@@ -33,7 +33,7 @@ class Trainer:
     """One run on this process's share of the mesh.
 
     Args:
-      config: resolved (see startup.resolve).
+      config: resolved (see run_directory.resolve).
       run: the run directory, written by process 0 and by the checkpoints.
       should_stop: asked after each step with its number; must answer the same on every process.
     """
@@ -77,7 +77,7 @@ class Trainer:
     def train(self) -> bool:
         """Runs to the last step and returns True, or saves and returns False when asked to stop."""
         config = self.config
-        state, samples = self._restore_or_init()
+        state, samples, owed = self._restore_or_init()
         step = first = int(state.step)
         startup.page(config, self.program, self.windows, self.manifest)
         self.writers = reporting.Writers(self.run, first, config.metrics.tensorboard)
@@ -87,6 +87,8 @@ class Trainer:
             return True
         if first:
             log.info("Resuming after step %d.", first)
+        if owed:
+            self._look(first, samples, state.params)
 
         self.meter = reporting.Meter(config, self.program.num_params)
         batches = self.loader.prefetched(samples, config.data.prefetch)
@@ -107,20 +109,17 @@ class Trainer:
                 if pending is not None:
                     self._report(*pending)
                 pending = (step, samples, metrics)
-                stopped = self.should_stop(step)
                 last = step == config.num_train_steps
-                evaluate = last or _every(config.eval.every_steps, step)
-                sample = last or _every(config.sample.every_steps, step)
+                stopped = self.should_stop(step) and not last
                 save = last or stopped or _every(config.checkpoint.every_steps, step) or self._save_is_timely(step)
-                if evaluate or sample or save:
+                if save or self._evaluation_is_due(step) or self._sample_is_due(step):
                     self._report(*pending)  # a state that is not finite is found here, before it is saved
                     pending = None
                     with self.meter.paused():
-                        val_loss = self._evaluate(step, samples, state.params) if evaluate and not stopped else None
-                        if sample and not stopped:
-                            self._sample(step, state.params)
+                        # Told to stop, there may be seconds left: save now, and look after the restart.
+                        val_loss = None if stopped else self._look(step, samples, state.params)
                         if save:
-                            self._save(step, samples, state, val_loss)
+                            self._save(step, samples, state, val_loss, owed=stopped)
             if not self.checkpoints.wait():
                 log.error("The last checkpoint could not be written; the run goes on from the one before it.")
         finally:
@@ -130,17 +129,31 @@ class Trainer:
             self.writers.close()
         return not stopped
 
-    def _restore_or_init(self) -> tuple[TrainState, int]:
+    def _evaluation_is_due(self, step: int) -> bool:
+        return step == self.config.num_train_steps or _every(self.config.eval.every_steps, step)
+
+    def _sample_is_due(self, step: int) -> bool:
+        return step == self.config.num_train_steps or _every(self.config.sample.every_steps, step)
+
+    def _look(self, step: int, samples: int, params: dict) -> float | None:
+        """Evaluates and samples where that is due after `step`; returns val/loss if evaluated."""
+        val_loss = self._evaluate(step, samples, params) if self._evaluation_is_due(step) else None
+        if self._sample_is_due(step):
+            self._sample(step, params)
+        return val_loss
+
+    def _restore_or_init(self) -> tuple[TrainState, int, bool]:
+        """State, samples consumed, and whether the evaluation and sample of that step are still owed."""
         restored = self.checkpoints.restore_newest(self.program)
         if restored is None:
-            return self.program.init(), 0
+            return self.program.init(), 0, False
         state, meta = restored
         if meta["data_fingerprint"] != self.manifest.fingerprint():
             raise ConfigError(
                 f"{self.run} was trained on another dataset (fingerprint {meta['data_fingerprint']}) than the one at "
                 f"{self.config.data.path} ({self.manifest.fingerprint()}); name that one, or another --workdir"
             )
-        return state, meta["samples"]
+        return state, meta["samples"], meta["owed"]
 
     def _save_is_timely(self, step: int) -> bool:
         """Whether checkpoint.every_minutes have passed; process 0's clock decides for all, at metric steps."""
@@ -150,9 +163,10 @@ class Trainer:
         due = time.monotonic() - self.last_saved_at >= 60 * minutes
         return bool(multihost_utils.broadcast_one_to_all(np.int32(due))) if jax.process_count() > 1 else due
 
-    def _save(self, step: int, samples: int, state: TrainState, val_loss: float | None) -> None:
+    def _save(self, step: int, samples: int, state: TrainState, val_loss: float | None, owed: bool) -> None:
         meta = {
             "samples": samples,
+            "owed": owed,
             "data_fingerprint": self.manifest.fingerprint(),
             "config": json.loads(to_json(self.config)),
             "jax": jax.__version__,
