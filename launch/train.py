@@ -17,7 +17,7 @@ from absl import flags
 
 from launch import cli, runtime
 from trainer import run_directory
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, Diverged
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; made, or resumed when it holds a run.")
@@ -61,7 +61,12 @@ def main() -> int:
     from trainer.loop import Trainer
 
     stop = distributed.Stop()
-    finished = Trainer(config, run, stop.requested).train()
+    try:
+        finished = Trainer(config, run, stop.requested).train()
+    except Diverged:  # found by every process, at the same step
+        distributed.shutdown()
+        raise
+    distributed.shutdown()
     if lock is not None:
         lock.close()
     command = f"python -m launch.sample --workdir={shlex.quote(str(run))}"

@@ -90,3 +90,9 @@ def test_processes_that_differ_in_config_leave_together(tmp_path, data):
     out = finish_gang(start_gang(tmp_path / "run", data, num_train_steps=STEPS, per_process=other), code=2)
     assert all("process(es) [1] have another config" in text for text in out)
     assert runs.rows(tmp_path / "run") == []
+
+
+def test_divergence_is_found_by_all(tmp_path, data):
+    flags = {"optimizer__peak_lr": 1e18, "optimizer__warmup_steps": 0, "optimizer__clip_norm": 0.0}
+    out = finish_gang(start_gang(tmp_path / "run", data, num_train_steps=STEPS, **flags), code=4)
+    assert all("is not finite" in text for text in out)
