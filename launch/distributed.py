@@ -43,15 +43,6 @@ def initialize(coordinator_address: str | None, num_processes: int | None, proce
     jax.distributed.initialize(coordinator_address, num_processes, process_id)
 
 
-def process_index() -> int:
-    return jax.process_index()
-
-
-def barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
 def shutdown() -> None:
     """Leaves together, where every process gets here: one that ended first would take the others down with 134."""
     if jax.distributed.is_initialized():

@@ -42,15 +42,17 @@ def main() -> int:
     # From here on JAX is loaded, which takes a second.
     runtime.tune_allocator()
     runtime.use_compilation_cache(COMPILATION_CACHE.value)
+    import jax
+
     from launch import distributed
 
     distributed.initialize(COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    process = distributed.process_index()
+    process = jax.process_index()
     from trainer import sharding
 
     sharding.make_mesh(config)  # axes, devices, batch and model must divide; the answer should not wait for the rest
     lock = run_directory.lock(run) if process == 0 else None
-    distributed.barrier("run directory")
+    sharding.barrier("run directory")
     if process == 0:
         run_directory.record(run, config, sys.argv)
     else:

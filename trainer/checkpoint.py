@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from trainer import sharding
 from trainer.config import CheckpointConfig
 from trainer.errors import CheckpointError
 from trainer.state import Program, TrainState
@@ -64,7 +64,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._quarantine_broken()
-        _barrier("checkpoints ready")
+        sharding.barrier("checkpoints ready")
         self._open()
 
     def _open(self) -> None:
@@ -171,7 +171,7 @@ class Checkpoints:
                 log.error("%s", e)
                 if jax.process_index() == 0:
                     self._move_to_quarantine(self.directory / str(step))
-                _barrier(f"quarantined {step}")
+                sharding.barrier(f"quarantined {step}")
                 self._open()
         if self.quarantine.exists():
             raise CheckpointError(
@@ -226,11 +226,6 @@ class Checkpoints:
 
 class _ChecksumMismatch(CheckpointError):
     pass
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def choose_step(checkpoints: Checkpoints, step: int | None) -> int:

@@ -1,6 +1,7 @@
 """The mesh, and the one table that maps the model's logical axes to it."""
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from trainer.config import Config, MeshConfig, check_divisible
@@ -63,6 +64,12 @@ def inference_mesh(config: Config) -> Mesh:
         return make_mesh(config)
     except ConfigError:
         return mesh_of({"data": jax.device_count(), "fsdp": 1, "tensor": 1}, jax.devices())
+
+
+def barrier(name: str) -> None:
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
