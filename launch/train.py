@@ -51,6 +51,7 @@ def main() -> int:
     from trainer import sharding
 
     sharding.make_mesh(config)  # axes, devices, batch and model must divide; the answer should not wait for the rest
+    distributed.check_same(config, "config")  # before anything is written: a refused gang leaves no run behind
     lock = run_directory.lock(run) if process == 0 else None
     sharding.barrier("run directory")
     if process == 0:
@@ -58,7 +59,6 @@ def main() -> int:
     else:
         cli.quiet_console()
     cli.log_to_file(run / f"log.{process}.txt")
-    distributed.check_same(config, "config")
 
     from trainer.loop import Trainer
 
