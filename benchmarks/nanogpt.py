@@ -1,0 +1,128 @@
+"""The train step beside nanoGPT's, and beside what the machine's matrix products reach at best: one run, interleaved.
+
+  python -m benchmarks.nanogpt --nanogpt=CLONE --torch_python=PYTHON_WITH_TORCH [--rounds=10]
+
+4 layers, 4 heads, 128 wide, T = 64, batch 12, float32. nanoGPT runs its own model and AdamW, eagerly, without its data
+loading; ours runs with its loader. FLOPs are 6 N + 12 L H Q T a token for each (N without positions).
+"""
+
+import dataclasses
+import pathlib
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+
+from absl import app, flags
+
+from benchmarks.train import Stepper, recipe  # tunes the allocator before JAX is loaded
+
+import jax  # isort: skip
+import jax.numpy as jnp  # isort: skip
+import numpy as np  # isort: skip
+
+from data import prepare  # isort: skip
+from trainer import metrics  # isort: skip
+
+NANOGPT = flags.DEFINE_string("nanogpt", None, "A clone of nanoGPT.", required=True)
+TORCH_PYTHON = flags.DEFINE_string("torch_python", "python3", "A Python that has torch.")
+STEPS = 20  # a round; --rounds is of benchmarks.train
+
+PEER = """
+import sys, time, torch
+sys.path.insert(0, sys.argv[1])
+from model import GPT, GPTConfig
+model = GPT(GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False))
+optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
+tokens = torch.randint(65, (12, 65))
+print("parameters", model.get_num_params(), flush=True)
+for steps in sys.stdin:
+    start = time.perf_counter()
+    for _ in range(int(steps)):
+        _, loss = model(tokens[:, :-1], tokens[:, 1:].contiguous())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+    print("seconds", (time.perf_counter() - start) / int(steps), flush=True)
+"""
+
+
+class Peer:
+    """nanoGPT in a process of its own, which waits while others are timed."""
+
+    def __init__(self) -> None:
+        argv = [TORCH_PYTHON.value, "-c", PEER, NANOGPT.value]
+        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.num_params = int(self._answer("parameters"))
+        self.run(5)
+
+    def _answer(self, word: str) -> float:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if line.startswith(word):
+                return float(line.split()[1])
+        raise RuntimeError("nanoGPT's process ended")
+
+    def run(self, steps: int) -> float:
+        assert self.process.stdin
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        return self._answer("seconds")
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+def products(size: int = 2048) -> Callable[[int], float]:
+    """Seconds of one float32 product of two [size, size] matrices, the mean of a few."""
+    a = jnp.ones((size, size))
+    product = jax.jit(jnp.matmul)
+
+    def run(steps: int) -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            jax.block_until_ready(product(a, a))
+        return (time.perf_counter() - start) / steps
+
+    run(1)
+    return run
+
+
+def main(argv: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary, "set")
+        manifest = prepare.prepare(folder, source=flags.FLAGS.source, tokenizer="char", min_frequency=100)
+        config = recipe("cpu", manifest.vocab_size)
+        gpt = dataclasses.replace(config.model, mlp="gelu", norm="layernorm", position="learned")
+        ours = Stepper(config, folder, manifest)
+        ours_gpt = Stepper(dataclasses.replace(config, model=gpt), folder, manifest)
+        peer, product = Peer(), products()
+        tokens = config.tokens_per_step
+        rows: dict[str, tuple[Callable[[int], float], int, float]] = {
+            "nanoGPT, eager": (peer.run, STEPS, metrics.flops_per_token(config, peer.num_params) * tokens),
+            "meshlm (SwiGLU, RMSNorm, RoPE)": (ours.run, STEPS, step_flops(ours)),
+            "meshlm with GPT-2's blocks": (ours_gpt.run, STEPS, step_flops(ours_gpt)),
+            "product of two 2048 x 2048 matrices": (product, 5, 2 * 2048**3),
+        }
+        times: dict[str, list[float]] = {name: [] for name in rows}
+        for _ in range(flags.FLAGS.rounds):
+            for name, (run, steps, _) in rows.items():
+                times[name].append(run(steps))
+        peer.close()
+    theirs = float(np.median(times["nanoGPT, eager"]))
+    print("| | median ms | best ms | to nanoGPT | GFLOP | best GFLOP/s |\n|---|---|---|---|---|---|")
+    for name, (run, _, flop) in rows.items():
+        median, best = float(np.median(times[name])), min(times[name])
+        ratio = "" if run is product else f"{median / theirs:.2f}"
+        rate = flop / best / 1e9
+        print(f"| {name} | {median * 1e3:.1f} | {best * 1e3:.1f} | {ratio} | {flop / 1e9:.2f} | {rate:.0f} |")
+
+
+def step_flops(stepper: Stepper) -> float:
+    return metrics.flops_per_token(stepper.config, stepper.program.num_params) * stepper.config.tokens_per_step
+
+
+if __name__ == "__main__":
+    app.run(main)
