@@ -29,8 +29,8 @@ STOPPED = 42  # stopped, and resumable by the same command
 DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error that would end in one line.")
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
-    """Parses flags, calls main() and exits with what it returns.
+def run(main: Callable[..., int | None], arguments: int = 0) -> NoReturn:
+    """Parses flags, calls main() with up to `arguments` words that are no flags, and exits with what it returns.
 
     A UserError ends in one line on stderr and its exit code. So does any other exception when there are several
     processes: an ordinary exit would wait in JAX's shutdown barrier for peers that wait for this one.
@@ -40,8 +40,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         try:
             _check_config_names(argv)
             rest = flags.FLAGS(argv)
-            if len(rest) > 1:
-                raise ConfigError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
+            if len(rest) > 1 + arguments:
+                raise ConfigError(f"unexpected argument {rest[-1]!r}; flags are written --name=value")
             return rest
         except UserError as e:
             _fail(e)
@@ -53,7 +53,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
     def guarded(argv: Sequence[str]) -> NoReturn:
         try:
-            code = main() or 0
+            code = main(*argv[1:]) or 0
+            sys.stdout.flush()
+        except BrokenPipeError:  # what reads our output, such as head, has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _exit(1)
         except UserError as e:
             if DEBUG.value:
                 logging.exception("meshlm: the error in full")

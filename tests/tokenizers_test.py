@@ -1,16 +1,21 @@
 """Protects text: what is encoded comes back, ids mean the same as in nanoGPT, nothing is dropped without a word."""
 
 import ast
+import collections
+import hashlib
 import json
 import pathlib
 import pickle
+import sys
 
 import numpy as np
 import pytest
 
-from data import tokenizers
+from data import characters, tokenizers
+from data.bpe import JsonTokenizer, train_bpe
 from data.errors import DataError, UserError
 from data.tokenizers import ByteTokenizer, CharTokenizer
+from tests.texts import ALL_TRICKY, CORPUS
 
 # The 65 characters of tiny Shakespeare, in an order that is not theirs.
 SHAKESPEARE_LIKE = (
@@ -167,6 +172,189 @@ def test_a_missing_file_is_a_data_error_that_names_it(tmp_path):
         tokenizers.load(tmp_path / "nowhere")
 
 
+# The door: specs, files, folders
+
+
+@pytest.mark.parametrize(
+    "spec, needed", [("char", True), ("bpe:300", True), ("bpe:300:llama3", True), ("byte", False), ("x.json", False)]
+)
+def test_which_specs_need_text(spec, needed):
+    assert tokenizers.needs_texts(spec) is needed
+
+
+@pytest.mark.parametrize("spec", ["bpe", "bpe:", "bpe:16k", "bpe:0300", "bpe:99", "bpe:300:gpt9", "bpe:300:", "bpe:-1"])
+def test_a_bpe_that_is_none_is_refused_before_any_text_is_read(spec):
+    if spec == "bpe:300:":
+        assert tokenizers.needs_texts(spec)
+        return
+    with pytest.raises(DataError, match=r"bpe:16384.*gpt2, llama3"):
+        tokenizers.needs_texts(spec)
+
+
+@pytest.mark.parametrize(
+    "spec, given, eos, specials, eos_name",
+    [
+        ("byte", [], False, [], None),
+        ("byte", [], True, ["<eos>"], "<eos>"),
+        ("char", ["<unk>"], True, ["<unk>", "<eos>"], "<eos>"),
+        ("char", ["<eos>"], True, ["<eos>"], "<eos>"),
+        ("bpe:300", [], False, ["<|endoftext|>"], "<|endoftext|>"),
+        ("bpe:300", [], True, ["<|endoftext|>"], "<|endoftext|>"),
+        ("bpe:300", ["<x>", "</s>"], True, ["<x>", "</s>"], "</s>"),
+    ],
+)
+def test_a_new_tokenizer_gets_the_special_tokens_asked_for_and_an_end_of_text_where_needed(
+    spec, given, eos, specials, eos_name
+):
+    tokenizer = tokenizers.make(spec, CORPUS, special_tokens=given, eos=eos)
+    assert tokenizer.special_tokens == specials
+    assert (None if tokenizer.eos_id is None else tokenizer.token_bytes(tokenizer.eos_id).decode()) == eos_name
+    assert tokenizer.vocab_size == {"byte": 256 + len(specials), "bpe:300": 300}.get(spec, tokenizer.vocab_size)
+
+
+def test_text_is_asked_for_where_it_is_needed():
+    with pytest.raises(DataError, match="made from text"):
+        tokenizers.make("char")
+
+
+@pytest.fixture(scope="module")
+def trained() -> JsonTokenizer:
+    return train_bpe(CORPUS, 300, special_tokens=["<x>", "</s>"])
+
+
+def test_a_file_and_a_folder_that_holds_one(trained, tmp_path):
+    path = tmp_path / "any name.txt"  # the content counts
+    path.write_bytes(trained.file()[1])
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_bytes(trained.file()[1])
+    tokenizers.save(trained, tmp_path / "dataset" / "tokenizer")
+    for spec in (path, folder, tmp_path / "dataset", tmp_path / "dataset" / "tokenizer"):
+        found = tokenizers.make(str(spec), eos=True)
+        assert found.file() == trained.file() and found.eos_id == 299 == trained.eos_id
+    assert tokenizers.make(str(path), special_tokens=["<x>"]).eos_id == 298
+    with pytest.raises(DataError, match=r"no special token '<y>'.*<x>, </s>"):
+        tokenizers.make(str(path), special_tokens=["</s>", "<y>"])
+
+
+def test_documents_need_an_end_of_text(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    for specials, words in (([], "choose another"), (["<x>", "<y>"], "--special_tokens, of: <x>, <y>")):
+        path.write_bytes(train_bpe(CORPUS, 300, special_tokens=specials).file()[1])
+        assert tokenizers.make(str(path)).eos_id is None
+        with pytest.raises(DataError, match=f"end-of-text.*{words}"):
+            tokenizers.make(str(path), eos=True)
+    assert tokenizers.make(str(path), eos=True, special_tokens=["<y>"]).eos_id == 299
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", "empty"),
+        (b"\x89PNG\r\n\x1a\n....", "an image"),
+        (pickle.dumps({"a": 1}), "a pickle"),
+        (b"\x40\0\0\0\0\0\0\0" + b'{"w":{"dtype":"F32"}}', "safetensors"),
+        (b"\n<!DOCTYPE html><html>", "a web page"),
+        (b"\x1f\x8b\x08....", "compressed"),
+        (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        (b'{"model_type": "gpt2"}', 'no "model"'),
+        (b'{"model": ', "not JSON"),
+        (b'{"model": {}}', "damaged"),
+        (b"Once upon a time", "no tokenizer of a kind known"),
+        (bytes(range(256)), "no tokenizer of a kind known"),
+        (b"[" * 100_000, "no tokenizer"),
+        (b'{"a":' * 100_000, "not JSON"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_with_what_was_expected(content, words, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=words) as e:
+        tokenizers.make(str(path))
+    assert str(path) in str(e.value)
+
+
+def test_what_is_not_there_or_cannot_be_read(tmp_path):
+    for spec in ("chars", str(tmp_path / "none.json"), str(tmp_path)):
+        with pytest.raises(DataError, match=r"tokenizer.*expected a tokenizer.json"):
+            tokenizers.make(spec)
+
+
+def test_a_saved_file_is_the_same_byte_for_byte_and_loads_as_the_same(trained, tmp_path):
+    path = tokenizers.save(trained, tmp_path / "tokenizer")
+    assert (path.parent / "tokenizer.json").read_bytes() == trained.file()[1]
+    loaded = tokenizers.load(path.parent, hashlib.sha256(path.read_bytes()).hexdigest())
+    assert (loaded.vocab_size, loaded.eos_id, loaded.special_tokens) == (300, 299, ["<x>", "</s>"])
+    for text, ids in zip(ALL_TRICKY, loaded.encode_batch(ALL_TRICKY), strict=True):
+        assert np.array_equal(ids, trained.encode(text))
+    again = tokenizers.load(tokenizers.save(JsonTokenizer(trained.file()[1], eos="<x>"), tmp_path / "x").parent)
+    assert again.eos_id == 298  # what was chosen is kept
+
+
+def test_either_file_changed_or_gone_is_detected(trained, tmp_path):
+    path = tokenizers.save(trained, tmp_path)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.write_text(path.read_text().replace("</s>", "<x>"))
+    with pytest.raises(DataError, match=r"meshlm_tokenizer.json is not the tokenizer the dataset was made with"):
+        tokenizers.load(tmp_path, sha256)
+    tokenizers.save(trained, tmp_path)
+    other = tmp_path / "tokenizer.json"
+    other.write_bytes(other.read_bytes() + b" ")
+    with pytest.raises(DataError, match=r"/tokenizer.json was changed"):
+        tokenizers.load(tmp_path, sha256)
+    other.unlink()
+    with pytest.raises(DataError, match=r"/tokenizer.json is missing"):
+        tokenizers.load(tmp_path, sha256)
+
+
+def test_a_saved_tokenizer_does_not_lead_out_of_its_folder(trained, tmp_path):
+    (tmp_path / "secret.json").write_bytes(trained.file()[1])
+    path = tokenizers.save(trained, tmp_path / "folder")
+    path.write_text(path.read_text().replace('"file": "tokenizer.json"', '"file": "../secret.json"'))
+    with pytest.raises(DataError, match=r"folder/secret.json is missing"):
+        tokenizers.load(path.parent)
+
+
+def test_without_the_packages(trained, tmp_path, monkeypatch):
+    """char and byte need none; without tiktoken the ids are the same; what needs a package names the extra."""
+    ids = trained.encode(CORPUS[0])
+    folder = tokenizers.save(trained, tmp_path / "json").parent
+    (tmp_path / "ranks").write_bytes(b"YQ== 0\n")
+    (tmp_path / "pieces").write_bytes(b"\n\x0e\n\x05<unk>")
+    for package in ("tiktoken", "sentencepiece"):
+        monkeypatch.setitem(sys.modules, package, None)
+    slow = tokenizers.load(folder)
+    assert isinstance(slow, JsonTokenizer) and not slow.accelerated and np.array_equal(slow.encode(CORPUS[0]), ids)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    for spec in ("json", "ranks", "pieces"):
+        with pytest.raises(DataError, match=r"package: pip install 'meshlm\[data\]'"):
+            tokenizers.make(str(tmp_path / spec))
+    with pytest.raises(DataError, match="tokenizers package"):
+        tokenizers.make("bpe:300", CORPUS)
+    assert tokenizers.make("byte").decode([97]) == "a" == tokenizers.make("char", ["a"]).decode([0])
+
+
+@pytest.mark.parametrize("tokenizer", [CharTokenizer("aé"), ByteTokenizer(["<eos>"])], ids=["char", "byte"])
+def test_what_the_simple_ones_share_with_all(tokenizer):
+    assert [ids.tolist() for ids in tokenizer.encode_batch(["é", "a"])] == [
+        tokenizer.encode(text).tolist() for text in ("é", "a")
+    ]
+    assert b"".join(tokenizer.token_bytes(i) for i in tokenizer.encode("aé").tolist()) == "aé".encode()
+    with pytest.raises(DataError, match="outside"):
+        tokenizer.decode([tokenizer.vocab_size])
+    with pytest.raises(DataError, match="outside"):
+        tokenizer.decode([-1])
+
+
+def test_a_lone_surrogate_is_encoded():
+    assert (
+        ByteTokenizer().encode("\ud83d\ude80 \ud800").tobytes()
+        == np.frombuffer("🚀 \ufffd".encode(), np.uint8).astype(np.uint32).tobytes()
+    )
+    char = CharTokenizer.train(["\ud800"])
+    assert char.decode(char.encode("\ud800")) == "\ud800"
+
+
 class _Exploit:
     def __init__(self, path: pathlib.Path):
         self.path = path
@@ -198,3 +386,12 @@ def test_no_module_of_the_data_package_can_unpickle():
             else:
                 imported = {node.arg} if isinstance(node, ast.keyword) else set()
             assert not imported & {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "allow_pickle"}, path
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "ab", "aba", "é", "xé東\U0001f600x\x00\x7f\x80", "\ud83d!", "hello 東 " * 1001]
+)
+def test_characters_are_counted_as_one_by_one(text):
+    counts = np.zeros(tokenizers.CODE_POINTS, np.int64)
+    characters.count(text, counts)
+    assert {chr(i): int(counts[i]) for i in np.flatnonzero(counts)} == dict(collections.Counter(text))

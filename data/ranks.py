@@ -1,0 +1,173 @@
+"""Byte-level BPE by ranks, as tiktoken runs it: the fast way through a tokenizer.json, and `.tiktoken` files.
+
+tiktoken merges the adjacent pair whose concatenation has the lowest rank. A tokenizer.json lists merges instead. Both
+give the same ids where `rank_order` finds an order of tokens for which that can be proved.
+"""
+
+import itertools
+from collections.abc import Callable, Container, Iterable
+from typing import Any
+
+import numpy as np
+
+
+def _byte_characters() -> list[str]:
+    """GPT-2's printable stand-in for each byte, by value (bytes_to_unicode of its encoder.py)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = itertools.count(256)
+    return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
+
+
+BYTE_CHARACTERS = _byte_characters()
+BYTE_OF = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
+
+# GPT-2's own expression (encoder.py), which the tokenizers library's ByteLevel(use_regex=True) and llama.cpp have too.
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# How text is cut, in tiktoken's regular expressions (possessive ++ instead of +: the same matches, sooner). From
+# tiktoken_ext/openai_public.py (r50k_base, cl100k_base, o200k_base) and Llama 3's tokenizer.py.
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+PATTERNS = {
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+    "cl100k": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"
+    r"|\s*[\r\n]|\s+(?!\S)|\s",
+    "o200k": rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "llama3": rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+
+# Text on which regular expressions, Unicode tables and merges of two libraries would differ, if they do.
+TRICKY = (
+    "Hello world, it's 3 o'clock; I'LL say we've HE'D they're can't 'tis ſ'ſ K'K o\u2019clock ''' ' s 't'",
+    " lead  two   three\tand \t tabs\n\n\nlines \r\n \r\n  x\n \n  trailing   ",
+    "\u00a0nbsp\u3000wide\u2028line\u2029\u0085next\x0b\x0c\x1c\x1d\x1e\x1f\u200b\u200d\ufeff\u180e x",
+    "0 12 345 6789 1234567890 3.14 1,000,000 ٣٤٥ ² ³ ½ Ⅻ ① 𝟘𝟙",
+    "naïve café e\u0301 ÀÉ ß İ ı ﬁ ǅ ʰ ª the東京 さくら 한국어 ภาษาไทย हिन्दी עברית العربية",
+    "🚀🚀 👩\u200d👩\u200d👧 🏳️\u200d🌈 🇩🇪 ☃ \U0010ffff \ue000",
+    "def f(x):\n    return {'a': [1, 2]} != None  # <|endoftext|> <eos> </s> ___ --- +++ /* */\n\n\treturn\n",
+    "\x00\x01\x02 \x7f \x80\x9f NUL a\x00b ÿĀġĠ Ċ ▁ ##x",
+)
+# Letters and digits that Unicode 14 to 17 added: a library knows those there were when it was made.
+NEW_CHARACTERS = (
+    "a\u0c5db a\u2c2fb \U00010570 \U0001df25 \U00031350a \U0002ebf0a \u1c89a \U00010d4aa \U0001ccf05 \U00011bc0"
+    " 1\U00011bf0 \U00011db0a \U0001e4d0 \U000323b0a \ua7cea \U00016ea0a \U0001e5d0a"
+)
+
+# A special token that tiktoken is told of and never allowed to find: told of none, it looks for one at each character
+# and takes twice as long. (Its encode_ordinary does not look, but ends in a Rust panic where this is a ValueError.)
+NEVER = "<|endoftext|>"
+
+Encode = Callable[[str], np.ndarray]
+
+
+def accelerated(
+    spec: dict[str, Any], plain: dict[str, int], encode: Encode
+) -> Callable[[str], np.ndarray | None] | None:
+    """tiktoken in place of `encode`, or None: no tiktoken, not plain byte-level BPE, or another result on TRICKY text.
+
+    Args:
+      spec: a tokenizer.json that the tokenizers library has accepted.
+      plain: its tokens but for the added ones, to ids.
+      encode: what the library makes of a text.
+
+    Returns:
+      text to ids as `encode` gives them; None for a text that tiktoken cannot cut (very long runs of white space).
+    """
+    try:
+        import tiktoken
+    except ImportError:
+        return None
+    pattern = cut_by(spec)
+    if pattern is None or (order := rank_order(spec["model"], plain)) is None:
+        return None
+    try:
+        encoding = tiktoken.Encoding(
+            "tokenizer.json",
+            pat_str={GPT2_PATTERN: PATTERNS["gpt2"], "": r"[\s\S]+"}.get(pattern, pattern),
+            mergeable_ranks={bytes(BYTE_OF[c] for c in token): rank for rank, token in enumerate(order)},
+            special_tokens={NEVER: len(order)},
+        )
+    except ValueError:  # a regular expression it does not know
+        return None
+    ids = np.array([plain[token] for token in order], np.uint32)
+
+    def fast(text: str) -> np.ndarray | None:
+        try:
+            return ids[encoding.encode_to_numpy(text, disallowed_special=())]
+        except ValueError:  # "Max stack size exceeded for backtracking"
+            return None
+
+    for text in (*TRICKY, NEW_CHARACTERS):
+        if (found := fast(text)) is None or not np.array_equal(found, encode(text)):
+            return None
+    return fast
+
+
+def cut_by(spec: dict[str, Any]) -> str | None:
+    """The regular expression that cuts text, "" where none does; None where the file is no plain byte-level BPE."""
+    model, before = spec["model"], spec.get("pre_tokenizer") or {}
+    parts = before.get("pretokenizers", []) if before.get("type") == "Sequence" else [before]
+    byte_level = parts[-1] if parts else {}
+    odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    if (
+        model.get("type", "BPE") != "BPE"
+        or spec.get("normalizer") is not None
+        or any(model.get(field) for field in odd)
+        or any(not token["special"] for token in spec.get("added_tokens") or [])
+        or byte_level.get("type") != "ByteLevel"
+        or byte_level.get("add_prefix_space", True)
+    ):
+        return None
+    if len(parts) == 1 and byte_level.get("use_regex", True):
+        return GPT2_PATTERN
+    if len(parts) == 1:
+        return ""
+    split = parts[0]
+    wanted = {"type": "Split", "behavior": "Isolated", "invert": False}
+    if len(parts) > 2 or byte_level.get("use_regex", True) or any(split.get(k) != v for k, v in wanted.items()):
+        return None
+    return split["pattern"].get("Regex")
+
+
+def rank_order(model: dict[str, Any], plain: dict[str, int]) -> list[str] | None:
+    """Tokens by rank, such that tiktoken's rule merges as `model` does; None where there may be no such order.
+
+    Ranks are the bytes, then the products of merges in order. What merges inside a token does not depend on what is
+    around it, so a token can only ever be made of the two parts that it is made of when it is alone. Hence the rules
+    agree where
+    - every way to cut a token into two is a merge, in the order of ranks (files converted from ranks, as Llama 3's):
+      both have the same pairs to choose from; whole words must be looked up first (ignore_merges), as tiktoken does; or
+    - parts rank below their product, and each token, encoded alone, is itself (trained files, as GPT-2's): a pair
+      that only tiktoken would merge would have been merged before, by the merges of its token.
+    """
+    import tokenizers
+
+    merges: list[Any] = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    rank = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
+    parts_first = True
+    for left, right in merges:
+        product = rank.setdefault(left + right, len(rank))
+        parts_first = parts_first and max(rank.get(left, product), rank.get(right, product)) < product
+    if rank.keys() - plain.keys():
+        return None
+    if model.get("ignore_merges"):
+        order = [*rank, *(token for token in plain if token not in rank)]
+        products = [rank[left + right] for left, right in merges]
+        if products == sorted(products) and _every_cut(order, plain, set(merges)):
+            return order
+        if len(order) > len(rank):
+            return None
+    if not parts_first:
+        return None
+    alone = tokenizers.Tokenizer(tokenizers.models.BPE({token: plain[token] for token in rank}, merges))
+    encodings = alone.encode_batch_fast(list(rank), add_special_tokens=False)
+    reached = all(encoding.ids == [plain[token]] for token, encoding in zip(rank, encodings, strict=True))
+    return list(rank) if reached else None
+
+
+def _every_cut(tokens: Iterable[str], known: Container[str], merges: Container[tuple[str, str]]) -> bool:
+    """Whether wherever a token is cut into two known ones, they are one of `merges`."""
+    cuts = ((token[:i], token[i:]) for token in tokens for i in range(1, len(token)))
+    return all((left, right) in merges for left, right in cuts if left in known and right in known)

@@ -1,0 +1,139 @@
+"""What every tokenizer has: the interface, special tokens, and text that can be encoded at all.
+
+Text that spells the name of a special token is text like any other: no tokenizer here ever makes a special token of it,
+so a document cannot forge the end of another. Decoding writes a special token as its name.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from data.errors import DataError
+
+MAX_ID = (1 << 24) - 1  # a file with a larger one is damaged: no vocabulary is that large
+END_OF_TEXT = "<eos>"
+# Names of the token after a document, as files of other systems have them; the first one a tokenizer has is taken.
+# Base models' before chat models': <|eot_id|> and <|im_end|> end a turn, not a text.
+END_OF_TEXT_NAMES = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    END_OF_TEXT,
+    "<EOS>",
+    "[EOS]",
+    "<|eos|>",
+    "</s>",
+    "<｜end▁of▁sentence｜>",
+    "<|eot_id|>",
+    "<|im_end|>",
+    "[SEP]",
+)
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back.
+
+    `specials` are the special tokens, id to name in the order of ids, and `special_tokens` their names; `eos_id` is
+    that of the one after a document.
+    """
+
+    kind: str
+    vocab_size: int
+    special_tokens: list[str]
+    specials: dict[int, str]
+    eos_id: int | None
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids, uint32 [number of tokens]. Raises DataError where the text cannot be expressed."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text, in one call where that is faster."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text; bytes that are no UTF-8 become U+FFFD. Raises DataError for an id outside the vocabulary."""
+        ...
+
+    def token_bytes(self, id: int) -> bytes:
+        """What one token stands for in UTF-8 text, perhaps a part of a character; of a special token, its name."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """What meshlm_tokenizer.json holds, but for the name and sha256 of a file."""
+        ...
+
+    def file(self) -> tuple[str, bytes] | None:
+        """Name and content of the tokenizer's own standard file; None where meshlm_tokenizer.json holds all."""
+        return None
+
+
+def find_eos(names: Collection[str]) -> str | None:
+    return next((name for name in END_OF_TEXT_NAMES if name in names), None)
+
+
+def encodable(text: str) -> str:
+    """`text` with every lone surrogate, which UTF-8 cannot express, replaced by U+FFFD; pairs are joined."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def decode_around(
+    ids: Iterable[int], specials: Mapping[int, str], vocab_size: int, plain: Callable[[list[int]], str]
+) -> str:
+    """Decodes runs of ordinary ids with `plain` and puts the names of special tokens between them."""
+    out: list[str] = []
+    run: list[int] = []
+    for i in map(int, ids):
+        if not 0 <= i < vocab_size:
+            raise DataError(f"token id {i} is outside the tokenizer's vocabulary of {vocab_size}")
+        if i in specials:
+            out += [plain(run), specials[i]]
+            run = []
+        else:
+            run.append(i)
+    return "".join([*out, plain(run)])
+
+
+def choose_eos(where: str, specials: Mapping[str, int], wanted: str | None) -> int | None:
+    """The id of `wanted`, or of the first known end-of-text name where it is None. Raises DataError."""
+    name = find_eos(specials) if wanted is None else wanted
+    if name is not None and name not in specials:
+        known = ", ".join(list(specials)[:10]) or "none"
+        raise DataError(f"{where} has no special token {name!r}; a file's tokenizer keeps those it has: {known}")
+    return None if name is None else specials[name]
+
+
+def check_special_tokens(names: Sequence[str]) -> None:
+    """Raises DataError for an empty name or one that is there twice."""
+    for i, name in enumerate(names):
+        if not name or name in names[:i] or encodable(name) != name:
+            raise DataError(f"special token {name!r} is empty, given twice or no Unicode text")
+
+
+def parse_json(raw: bytes, where: str) -> dict[str, Any]:
+    try:
+        spec = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"{where} is damaged: it is not JSON ({e})") from None
+    if not isinstance(spec, dict):
+        raise DataError(f"{where} is not a tokenizer: its JSON is a {type(spec).__name__}, not an object")
+    return spec
+
+
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """A library's exception on what a file holds becomes a DataError `what: why`; so does a Rust panic."""
+    try:
+        yield
+    except DataError:
+        raise
+    except BaseException as e:
+        if isinstance(e, MemoryError) or not (isinstance(e, Exception) or type(e).__name__ == "PanicException"):
+            raise
+        raise DataError(f"{what}: {' '.join(f'{type(e).__name__}: {e}'.split())[:300]}") from None
