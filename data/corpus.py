@@ -1,4 +1,4 @@
-"""Where text comes from: a file, a directory, a glob, or a corpus known by name. A corpus is a list of documents."""
+"""Where text comes from: a file, a directory, a glob, or a corpus known by name. A corpus is a list of files."""
 
 import dataclasses
 import glob
@@ -8,8 +8,10 @@ import itertools
 import os
 import pathlib
 import sysconfig
+import tempfile
 import urllib.error
 import urllib.request
+from typing import IO
 
 from data.errors import DataError
 
@@ -21,35 +23,38 @@ STDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "__pycache__",
 
 
 @dataclasses.dataclass(frozen=True)
-class Document:
-    """One file of text. `name` does not depend on where the corpus lies, so splits by name are the same anywhere."""
+class File:
+    """A file of text, JSON lines or Parquet, told by its name, perhaps compressed.
+
+    `name` does not depend on where the corpus lies, so splits by name are the same anywhere.
+    """
 
     name: str
     path: pathlib.Path
 
+    @property
+    def compression(self) -> str:
+        suffix = self.path.suffix.lower()
+        return suffix[1:] if suffix in (".gz", ".zst") else ""
+
+    @property
+    def kind(self) -> str:
+        """'text' (the file is one document), 'jsonl' or 'parquet' (a document a record)."""
+        name = self.path.with_suffix("") if self.compression else self.path
+        return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(name.suffix.lower(), "text")
+
     def size(self) -> int:
         return self.path.stat().st_size
 
-    def read_bytes(self) -> bytes:
+    def open(self) -> IO[bytes]:
         try:
-            return self.path.read_bytes()
+            return self.path.open("rb")
         except OSError as e:
             raise DataError(f"cannot read {self.path}: {e.strerror}") from None
 
-    def read_text(self, invalid_utf8: str = "error") -> str:
-        """The document as text, with newlines as they are. `invalid_utf8`: 'error' stops, 'replace' puts U+FFFD."""
-        raw = self.read_bytes()
-        try:
-            return raw.decode("utf-8", "strict" if invalid_utf8 == "error" else "replace")
-        except UnicodeDecodeError as e:
-            raise DataError(
-                f"{self.path} is not UTF-8: byte 0x{raw[e.start]:02x} at offset {e.start}; convert the file, "
-                "use --invalid_utf8=replace, or --tokenizer=byte, which takes any bytes"
-            ) from None
 
-
-def find(source: str, cache: pathlib.Path) -> list[Document]:
-    """The documents of `source`, sorted by name, empty files left out.
+def find(source: str, cache: pathlib.Path) -> list[File]:
+    """The files of `source`, sorted by name, empty ones left out.
 
     Args:
       source: PATH of a file or directory, a glob (** allowed), 'python-stdlib' or 'tinyshakespeare'.
@@ -60,36 +65,60 @@ def find(source: str, cache: pathlib.Path) -> list[Document]:
     """
     if source == "python-stdlib":
         root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-        documents = [
-            Document(p.relative_to(root).as_posix(), p)
+        files = [
+            File(p.relative_to(root).as_posix(), p)
             for p in root.rglob("*.py")
             if not STDLIB_SKIP & set(p.relative_to(root).parts) and _is_utf8(p)
         ]
     elif source == "tinyshakespeare":
-        documents = [Document("tinyshakespeare.txt", tinyshakespeare(cache))]
+        files = [File("tinyshakespeare.txt", tinyshakespeare(cache))]
     elif os.path.isdir(source):
         root = pathlib.Path(source)
-        documents = [
-            Document(p.relative_to(root).as_posix(), p)
+        files = [
+            File(p.relative_to(root).as_posix(), p)
             for p in root.rglob("*")
             if p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts)
         ]
     elif os.path.exists(source):
-        documents = [Document(os.path.basename(source), pathlib.Path(source))]
+        files = [File(os.path.basename(source), pathlib.Path(source))]
     else:
         # Names are relative to the part before the first wildcard. Several ** can match one file more than once.
         root = pathlib.Path(*itertools.takewhile(lambda part: not glob.has_magic(part), pathlib.Path(source).parts))
         paths = {pathlib.Path(p) for p in glob.glob(source, recursive=True) if os.path.isfile(p)}
-        documents = [Document(p.relative_to(root).as_posix(), p) for p in paths]
-        if not documents:
+        files = [File(p.relative_to(root).as_posix(), p) for p in paths]
+        if not files:
             raise DataError(
                 f"--source={source} is no file, directory or matching glob, and not one of the corpora known by name: "
                 "python-stdlib, tinyshakespeare"
             )
-    documents = sorted((d for d in documents if d.size() > 0), key=lambda d: d.name)
-    if not documents:
+    files = sorted((d for d in files if d.size() > 0), key=lambda d: d.name)
+    if not files:
         raise DataError(f"--source={source} holds no text: it is empty, or every file in it is")
-    return documents
+    return files
+
+
+def spool(stream: IO[bytes], folder: pathlib.Path, suffix: str) -> pathlib.Path:
+    """Keeps a stream in a file of `folder`, named and dated so that the same text is the same file.
+
+    Raises:
+      DataError: the folder cannot be written.
+    """
+    digest = hashlib.sha256()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".stdin-", delete=False) as f:
+            try:
+                while block := stream.read(1 << 20):
+                    f.write(block)
+                    digest.update(block)
+            except BaseException:
+                os.unlink(f.name)
+                raise
+        path = folder / f".stdin-{digest.hexdigest()[:16]}.{suffix}"
+        os.utime(f.name, (0, 0))
+        return pathlib.Path(f.name).replace(path)
+    except OSError as e:
+        raise DataError(f"cannot keep standard input in {folder}: {e.strerror}") from None
 
 
 def _is_utf8(path: pathlib.Path) -> bool:
@@ -132,17 +161,17 @@ def _check_sha256(raw: bytes, where: str) -> None:
         )
 
 
-def split(documents: list[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:
-    """Train and validation documents, whole, chosen by a hash of their names until `val_fraction` of the bytes is met.
+def split(files: list[File], val_fraction: float) -> tuple[list[File], list[File]]:
+    """Train and validation files, whole, chosen by a hash of their names until `val_fraction` of the bytes is met.
 
-    At least one document stays on each side. A corpus of one document is not split here (see prepare).
+    At least one file stays on each side. A corpus of one file is not split here (see prepare).
     """
-    by_hash = sorted(documents, key=lambda d: hashlib.sha256(d.name.encode()).digest())
-    wanted = val_fraction * sum(d.size() for d in documents)
-    val: list[Document] = []
+    by_hash = sorted(files, key=lambda d: hashlib.sha256(d.name.encode()).digest())
+    wanted = val_fraction * sum(d.size() for d in files)
+    val: list[File] = []
     size = 0
-    while size < wanted and len(val) < len(documents) - 1:
+    while size < wanted and len(val) < len(files) - 1:
         val.append(by_hash[len(val)])
         size += val[-1].size()
     names = {d.name for d in val}
-    return [d for d in documents if d.name not in names], [d for d in documents if d.name in names]
+    return [d for d in files if d.name not in names], [d for d in files if d.name in names]

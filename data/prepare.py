@@ -1,166 +1,309 @@
-"""Corpus to dataset folder: train the tokenizer, encode, split, write shards and manifest."""
+"""Corpus to dataset folder: plan, survey, tokenizer, units, merge, manifest.
 
-import collections
+The plan cuts the corpus into units (data/documents.py); workers encode them in any order (data/encode.py); the merge
+appends them in the order of the plan (data/merge.py). So the dataset is the same, byte for byte, for any number of
+workers, and a preparation that was killed goes on with the units it lacks.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
 import hashlib
+import json
+import os
 import pathlib
+import platform
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from data import corpus, formats, tokenizers
+from data import corpus, documents, encode, excerpt, formats, merge, tokenizers
 from data.errors import DataError
+from data.pool import Pool
 
-SHARD_TOKENS = 100_000_000
+INLINE_BYTES = 32 << 20  # a corpus up to this size is done in this process: workers take longer to start
+SUMMARY = "summary.json"
+LOCK = ".lock"
+SPLITS = ("auto", "last", "file", "document")
+
+Progress = Callable[[str, int, int, int], None]  # what is being done, bytes done, bytes in all, tokens so far
 
 
-class _ShardWriter:
-    """Writes one split, shard by shard, and remembers what the manifest needs."""
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a dataset is made of and how; two equal requests of the same files give the same bytes.
 
-    def __init__(self, folder: pathlib.Path, split: str, dtype: str):
-        self.folder, self.split = folder, split
-        self.dtype = np.dtype(dtype).newbyteorder("<")
-        self.shards: list[formats.Shard] = []
-        self.offsets: list[int] = []
-        self.tokens = self.text_bytes = 0
-        self._pending: collections.deque[np.ndarray] = collections.deque()
-        self._pending_tokens = 0
+    `split` says what validates. 'last': the last val_fraction of the characters (bytes for the byte tokenizer), as with
+    nanoGPT; 'file': whole files, by a hash of their names; 'document': whole documents, by a hash of their text, so
+    that copies of one are on one side; 'auto': 'last' for one file of text, 'file' for several, 'document' where there
+    are JSON lines or Parquet. `text_key`: of JSON lines, or the column of Parquet. The rest: see documents.Reading.
+    """
 
-    def document(self, ids: np.ndarray, text_bytes: int) -> None:
-        self.offsets.append(self.tokens)
-        self.tokens += len(ids)
-        self.text_bytes += text_bytes
-        self._pending.append(ids.astype(self.dtype))
-        self._pending_tokens += len(ids)
-        while self._pending_tokens >= SHARD_TOKENS:
-            self._write(SHARD_TOKENS)
+    source: str
+    tokenizer: str
+    val_fraction: float = 0.1
+    split: str = "auto"
+    text_key: str = "text"
+    min_frequency: int = 1
+    special_tokens: Sequence[str] = ()
+    invalid_utf8: str = "replace"
+    bad_records: str = "error"
 
-    def _write(self, tokens: int) -> None:
-        # dtype: left to itself, concatenate turns the byte order into the machine's.
-        joined = np.concatenate([*self._pending, np.empty(0, self.dtype)], dtype=self.dtype)
-        path = self.folder / f"{self.split}-{len(self.shards):05d}.bin"
-        raw = joined[:tokens].tobytes()
-        path.write_bytes(raw)
-        self.shards.append(formats.Shard(path.name, min(tokens, len(joined)), hashlib.sha256(raw).hexdigest()))
-        self._pending = collections.deque([joined[tokens:]])
-        self._pending_tokens = len(joined) - tokens
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self) | {"special_tokens": list(self.special_tokens)}
 
-    def close(self) -> formats.Split:
-        if self._pending_tokens or not self.shards:
-            self._write(self._pending_tokens)
-        np.array(self.offsets, "<u8").tofile(self.folder / f"{self.split}.documents.bin")
-        return formats.Split(self.tokens, self.text_bytes, len(self.offsets), tuple(self.shards))
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    request: Request
+    units: list[documents.Unit]
+    split: str  # 'auto' resolved
+    reading: documents.Reading
+    eos: bool  # after each document; one text alone has none, as nanoGPT's
+
+    @property
+    def bytes(self) -> int:
+        return sum(stretch.size for unit in self.units for stretch in unit)
+
+    def digest(self) -> str:
+        """Changes with the request, with any file's name, size or time, and with how they are cut."""
+        stretches = [
+            (s.file.name, s.start, s.stop, s.split, s.file.path.stat().st_size, s.file.path.stat().st_mtime_ns)
+            for unit in self.units
+            for s in (*unit, unit[-1])
+        ]
+        return hashlib.sha256(json.dumps([self.request.to_json(), stretches]).encode()).hexdigest()
 
 
 def prepare(
     out: pathlib.Path,
     *,
-    source: str,
-    tokenizer: str,
-    val_fraction: float = 0.1,
-    min_frequency: int = 1,
-    special_tokens: Sequence[str] = (),
-    invalid_utf8: str = "error",
     overwrite: bool = False,
+    workers: int = 0,
+    count_duplicates: bool = False,
+    progress: Progress = lambda *args: None,
+    **request,
 ) -> formats.Manifest:
-    """Writes the dataset folder `out` and returns its manifest.
+    """Writes the dataset folder `out` and returns its manifest; what was counted on the way: see read_summary.
 
-    One document is split as nanoGPT does it: the first 1 - val_fraction of the characters (bytes for the byte
-    tokenizer) train. Several documents are split whole, by a hash of their names, and each ends with `<eos>`.
+    The folder appears under its name only when it is complete. A killed run leaves `OUT.partial`, with which the next
+    one goes on if it asks for the same of the same files. A folder made by the same request, and whole, is left alone.
 
-    The folder appears under its name only when it is complete: a killed run leaves `OUT.partial`, which the next
-    removes. A folder made by the same request, and whole, is left as it is.
+    Args:
+      workers: processes; 0 for one a core.
+      count_duplicates: of documents; the count is in the summary.
+      progress: called as units finish.
+      request: the fields of Request.
 
     Raises:
-      DataError: the source cannot be used; `out` is no dataset; or it is damaged or of another request and `overwrite`
-        is false.
+      DataError: the source cannot be used; `out` is no dataset; it is damaged or of another request and `overwrite`
+        is false; another process is preparing it; there is no room.
     """
-    request = {
-        "source": source,
-        "tokenizer": tokenizer,
-        "val_fraction": val_fraction,
-        "min_frequency": min_frequency,
-        "special_tokens": list(special_tokens),
-        "invalid_utf8": invalid_utf8,
-    }
+    asked = Request(**request)
+    given = None
+    if not tokenizers.needs_texts(asked.tokenizer):  # a mistyped one is found before the corpus is looked for
+        given = tokenizers.make(asked.tokenizer, special_tokens=asked.special_tokens)
     if out.exists():
         if not formats.is_dataset(out):  # never replaced, whatever the flags
             raise DataError(f"{out} exists and is not a dataset; choose another --out")
         if not overwrite:
-            return _intact(out, request)
-    documents = corpus.find(source, cache=out.parent)
-    specials = list(special_tokens)
-    if len(documents) > 1 and tokenizers.END_OF_TEXT not in specials:
-        specials.append(tokenizers.END_OF_TEXT)
-    codec = _make_tokenizer(tokenizer, documents, min_frequency, specials, invalid_utf8)
-    eos = codec.eos_id if len(documents) > 1 else None
-
+            return _intact(out, asked, given)
+    plan = make_plan(asked, cache=out.parent)
     partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    writers = {s: _ShardWriter(partial, s, formats.token_dtype(codec.vocab_size)) for s in ("train", "val")}
-    for split, text in _split_texts(documents, codec, val_fraction, invalid_utf8):
-        ids = codec.encode(text) if isinstance(text, str) else tokenizers.ByteTokenizer.encode_bytes(text)
-        if eos is not None:
-            ids = np.append(ids, np.uint32(eos))
-        writers[split].document(ids, len(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text))
-
-    tokenizer_file = tokenizers.save(codec, partial / "tokenizer")
-    splits = {name: writer.close() for name, writer in writers.items()}
-    manifest = formats.Manifest(
-        dtype=formats.token_dtype(codec.vocab_size),
-        vocab_size=codec.vocab_size,
-        eos_id=eos,
-        tokenizer_sha256=formats.sha256_file(tokenizer_file),
-        splits=splits,
-        request=request,
-    )
-    (partial / formats.MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    if out.exists():
-        shutil.rmtree(out)
-    partial.replace(out)
+    with _lock(partial), _room(partial):
+        _continue_or_clear(partial, plan.digest() + str(count_duplicates))
+        many = plan.bytes > INLINE_BYTES
+        with Pool(min(workers or os.cpu_count() or 1, len(plan.units)) if many else 1) as pool:
+            codec, characters = _tokenizer(partial, plan, pool, progress)
+            job = encode.Job(
+                partial=partial,
+                reading=plan.reading,
+                tokenizer_sha256=formats.sha256_file(partial / "tokenizer" / tokenizers.FILE_NAME),
+                dtype=formats.token_dtype(codec.vocab_size),
+                eos_id=codec.eos_id if plan.eos else None,
+                split=plan.split,
+                val_fraction=asked.val_fraction,
+                cut=int(sum(characters) * (1 - asked.val_fraction)),
+                hashes=count_duplicates,
+            )
+            merged = _encode_units(plan, characters, job, pool, progress)
+        manifest = _finish(partial, plan, job, merged, codec.vocab_size)
+        if out.exists():
+            shutil.rmtree(out)
+        partial.replace(out)
     return manifest
 
 
-def _intact(out: pathlib.Path, request: dict) -> formats.Manifest:
+def read_summary(out: pathlib.Path) -> dict[str, Any]:
+    """What `prepare` counted; empty for a dataset of an earlier version, which did not."""
+    path = out / SUMMARY
+    return json.loads(path.read_bytes()) if path.exists() else {}
+
+
+def make_plan(request: Request, cache: pathlib.Path) -> Plan:
+    """Finds the files and cuts them. Raises DataError. `cache`: where a download is kept."""
+    files = corpus.find(request.source, cache)
+    one_text = len(files) == 1 and files[0].kind == "text"
+    split = request.split
+    if split == "auto":
+        records = any(file.kind != "text" for file in files)
+        split = "document" if records else "last" if one_text else "file"
+    of_file = None
+    if split == "file":
+        train, val = corpus.split(files, request.val_fraction)
+        of_file = {file.name: "train" for file in train} | {file.name: "val" for file in val}
+    reading = documents.Reading(
+        request.text_key, request.invalid_utf8, request.bad_records, raw=request.tokenizer == "byte"
+    )
+    return Plan(request, documents.plan(files, of_file), split, reading, eos=not one_text)
+
+
+def _intact(out: pathlib.Path, request: Request, given: tokenizers.Tokenizer | None) -> formats.Manifest:
     """The manifest of the dataset that is there; DataError when it is damaged or was made by another request."""
     manifest = formats.read_manifest(out)
-    if manifest.request != request:
+    if manifest.request != request.to_json():
         raise DataError(
             f"{out} was prepared by another request ({manifest.request}); choose another --out, or --overwrite"
         )
     for split in manifest.splits:
         formats.TokenFiles(out, manifest, split)
-    tokenizers.load(out / "tokenizer", manifest.tokenizer_sha256)
+    codec = tokenizers.load(out / "tokenizer", manifest.tokenizer_sha256)
+    if given is not None and given.file() != codec.file():
+        raise DataError(
+            f"{out} was prepared with another tokenizer than {request.tokenizer} is now; choose another --out, or "
+            "--overwrite"
+        )
     return manifest
 
 
-def _make_tokenizer(
-    kind: str, documents: list[corpus.Document], min_frequency: int, specials: list[str], invalid_utf8: str
-) -> tokenizers.Tokenizer:
-    if kind not in tokenizers.KINDS:
-        raise DataError(f"--tokenizer={kind} is not one of {', '.join(tokenizers.KINDS)}")
-    if kind == "byte":
-        return tokenizers.ByteTokenizer(specials)
-    texts = (d.read_text(invalid_utf8) for d in documents)
-    return tokenizers.CharTokenizer.train(texts, min_frequency=min_frequency, special_tokens=specials)
+@contextlib.contextmanager
+def _lock(partial: pathlib.Path) -> Iterator[None]:
+    """One process at a time prepares a dataset; a dead one's lock is free by itself."""
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        handle = (partial / LOCK).open("a+")
+    except OSError as e:
+        raise DataError(f"cannot write {partial}: {e.strerror}") from None
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            raise DataError(f"{partial} is being written by {handle.read().strip() or 'another process'}") from None
+        handle.truncate(0)
+        handle.write(f"{platform.node()} process {os.getpid()}")
+        handle.flush()
+        yield
 
 
-def _split_texts(
-    documents: list[corpus.Document], codec: tokenizers.Tokenizer, val_fraction: float, invalid_utf8: str
-) -> Iterator[tuple[str, str | bytes]]:
-    """(split, text) of each document; text is bytes for the byte tokenizer, which takes any."""
+@contextlib.contextmanager
+def _room(partial: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise DataError(f"cannot write {partial}: {e.strerror}; start the same command again when mended") from None
 
-    def read(document: corpus.Document) -> str | bytes:
-        return document.read_bytes() if codec.kind == "byte" else document.read_text(invalid_utf8)
 
-    if len(documents) == 1:
-        text = read(documents[0])
-        cut = int(len(text) * (1 - val_fraction))
-        yield "train", text[:cut]
-        yield "val", text[cut:]
-        return
-    train, val = corpus.split(documents, val_fraction)
-    for split, part in (("train", train), ("val", val)):
-        for document in part:
-            yield split, read(document)
+def _continue_or_clear(partial: pathlib.Path, digest: str) -> None:
+    """Keeps what an earlier run of the same plan has done; removes what is of another."""
+    path = partial / "plan"
+    if not path.exists() or path.read_text() != digest:
+        for old in partial.iterdir():
+            if old.is_dir():
+                shutil.rmtree(old)
+            elif old.name != LOCK:
+                old.unlink()
+        encode.write_durably(path, digest.encode())
+    (partial / "units").mkdir(exist_ok=True)
+
+
+def _tokenizer(
+    partial: pathlib.Path, plan: Plan, pool: Pool, progress: Progress
+) -> tuple[tokenizers.Tokenizer, list[int]]:
+    """The tokenizer, made or kept from an earlier run, and the characters of each unit (0 where nobody needs them)."""
+    counted, folder = partial / "characters.json", partial / "tokenizer"
+    if not counted.exists():
+        request = plan.request
+        shutil.rmtree(folder, ignore_errors=True)
+        codec = None
+        if request.tokenizer != "char":
+            texts = None
+            if tokenizers.needs_texts(request.tokenizer):
+                texts = excerpt.texts(plan.units, plan.reading, documents.Problems())
+                texts = _told(texts, min(excerpt.BYTES, plan.bytes), progress)
+            names, frequency = request.special_tokens, request.min_frequency
+            codec = tokenizers.make(
+                request.tokenizer, texts, special_tokens=names, min_frequency=frequency, eos=plan.eos
+            )
+        characters, counts = [0] * len(plan.units), np.zeros(tokenizers.CODE_POINTS, np.int64)
+        if codec is None or plan.split == "last":
+            done = 0
+            jobs = ((unit, plan.reading, index) for index, unit in enumerate(plan.units))
+            for (unit, _, index), survey in pool.run(encode.survey, jobs):
+                characters[index] = survey.characters
+                counts[survey.code_points] += survey.counts
+                done += sum(stretch.size for stretch in unit)
+                progress("reading", done, plan.bytes, 0)
+        tokenizers.save(codec or _char_tokenizer(plan, counts), folder)
+        encode.write_durably(counted, json.dumps(characters).encode())
+    return tokenizers.load(folder), json.loads(counted.read_bytes())
+
+
+def _char_tokenizer(plan: Plan, counts: np.ndarray) -> tokenizers.CharTokenizer:
+    names = list(plan.request.special_tokens)
+    if plan.eos and tokenizers.END_OF_TEXT not in names:
+        names.append(tokenizers.END_OF_TEXT)
+    return tokenizers.CharTokenizer.of_counts(counts, min_frequency=plan.request.min_frequency, special_tokens=names)
+
+
+def _told(texts: Iterable[str], total: int, progress: Progress) -> Iterator[str]:
+    done = 0
+    for text in texts:
+        yield text
+        done += len(text)
+        progress("training the tokenizer on", done, total, 0)
+
+
+def _encode_units(plan: Plan, characters: list[int], job: encode.Job, pool: Pool, progress: Progress) -> merge.Merge:
+    """Encodes what is left, and merges meanwhile."""
+    before = np.concatenate([[0], np.cumsum(characters)])
+    merged = merge.Merge(job.partial, job)
+    done = tokens = 0
+
+    def add(index: int, result: dict) -> None:
+        nonlocal done, tokens
+        merged.add(index, result)
+        done += sum(stretch.size for stretch in plan.units[index])
+        tokens += sum(result["tokens"].values())
+        progress("encoding", done, plan.bytes, tokens)
+
+    finished = [encode.finished(job.partial, index) for index in range(len(plan.units))]
+    left = [(index, plan.units[index], int(before[index]), job) for index, r in enumerate(finished) if r is None]
+    for index, result in enumerate(finished):
+        if result is not None:
+            add(index, result)
+    for (index, *_), result in pool.run(encode.encode, left):
+        add(index, result)
+    return merged
+
+
+def _finish(
+    partial: pathlib.Path, plan: Plan, job: encode.Job, merged: merge.Merge, vocab_size: int
+) -> formats.Manifest:
+    splits, summary = merged.finish()
+    manifest = formats.Manifest(
+        dtype=job.dtype,
+        vocab_size=vocab_size,
+        eos_id=job.eos_id,
+        tokenizer_sha256=job.tokenizer_sha256,
+        splits=splits,
+        request=plan.request.to_json(),
+    )
+    encode.write_durably(partial / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+    encode.write_durably(partial / formats.MANIFEST, manifest.to_json().encode())
+    shutil.rmtree(partial / "units")
+    for rest in ("plan", "characters.json", LOCK):
+        (partial / rest).unlink()
+    return manifest

@@ -1,56 +1,150 @@
 """Turn text into a dataset that launch.train reads.
 
-  python -m launch.prepare --source=PATH|DIR|GLOB|python-stdlib|tinyshakespeare --tokenizer=char|byte --out=DATASET
+  python -m launch.prepare --source=PATH|DIR|GLOB|-|python-stdlib|tinyshakespeare --tokenizer=char|byte|bpe:N|PATH
+    --out=DATASET
 
-A single file is split as nanoGPT does: the first 90 % of its characters train. Several files are split whole, by a
-hash of their names, and an end-of-text token is put after each. Text must be UTF-8; a file that is not stops the
-preparation and is named with the offset (--invalid_utf8=replace puts U+FFFD instead; the byte tokenizer takes all).
-Exit codes: 0 done, 2 flags, 3 the source cannot be used.
+Files are text (each one document), JSON lines or Parquet (a document a record, its text under --text_key), told by
+their names; .gz and .zst are read as they are; - is standard input. A single text is split as nanoGPT does: the first
+90 % of its characters train. Several are split whole, by a hash of their names; records by a hash of their text. An
+end-of-text token is put after each document.
+
+Tokenizers: characters, bytes, byte-level BPE trained on a sample of the text (bpe:16384, or bpe:16384:llama3 with Llama
+3's split pattern), or one there is: a tokenizer.json, .tiktoken, minbpe or SentencePiece file (launch.tokenizer).
+
+Killed, it goes on when the same command is started again; the dataset is the same, byte for byte, for any number of
+kills and --workers. What was wrong with the input is counted, and the first of each kind named, at the end and in
+DATASET/summary.json. Exit codes: 0 done, 2 flags, 3 the source cannot be used.
 """
 
 import pathlib
+import sys
 import time
 
 from absl import flags
 
-from data import prepare, tokenizers
+from data import corpus, formats, prepare
 from launch import cli
+from trainer.console import StatusLine, duration
 from trainer.errors import ConfigError
 
-SOURCE = flags.DEFINE_string("source", None, "File, directory, glob, python-stdlib or tinyshakespeare.")
-TOKENIZER = flags.DEFINE_enum("tokenizer", "char", list(tokenizers.KINDS), "What a token is.")
+SOURCE = flags.DEFINE_string("source", None, "File, directory, glob, -, python-stdlib or tinyshakespeare.")
+TOKENIZER = flags.DEFINE_string(
+    "tokenizer", "char", "char, byte, bpe:16384 (trained here), or PATH of a tokenizer or of a dataset that has one."
+)
 OUT = flags.DEFINE_string("out", None, "Folder to write, for example datasets/mine.")
 VAL_FRACTION = flags.DEFINE_float(
     "val_fraction", 0.1, "Share of the text kept for validation.", lower_bound=0.0, upper_bound=0.9
 )
+SPLIT = flags.DEFINE_enum(
+    "split",
+    "auto",
+    prepare.SPLITS,
+    "What validates: the last characters, whole files, or whole documents. auto: last for a single text, file for "
+    "several, document where there are records.",
+)
+TEXT_KEY = flags.DEFINE_string("text_key", "text", "Where the text is: key of JSON lines, column of Parquet.")
 MIN_FREQUENCY = flags.DEFINE_integer(
     "min_frequency", 1, "Characters rarer than this become <unk> (char only).", lower_bound=1
 )
 SPECIAL_TOKENS = flags.DEFINE_list("special_tokens", [], "Further tokens, such as <unk>, comma-separated.")
-INVALID_UTF8 = flags.DEFINE_enum("invalid_utf8", "error", ["error", "replace"], "What to do where text is not UTF-8.")
+INVALID_UTF8 = flags.DEFINE_enum(
+    "invalid_utf8", "replace", ["replace", "error"], "Where text is not UTF-8: put U+FFFD and count, or stop."
+)
+BAD_RECORDS = flags.DEFINE_enum(
+    "bad_records",
+    "error",
+    ["error", "skip"],
+    "Broken JSON, a record without text, a compressed file cut off: stop, or leave out and count.",
+)
+STDIN_FORMAT = flags.DEFINE_enum(
+    "stdin_format", "txt", ["txt", "jsonl", "parquet", "txt.gz", "jsonl.gz", "jsonl.zst"], "What --source=- is."
+)
+WORKERS = flags.DEFINE_integer("workers", 0, "Processes; 0 for one a core.", lower_bound=0)
+COUNT_DUPLICATES = flags.DEFINE_bool("count_duplicates", False, "Count documents whose text occurred before.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a dataset at --out that another request made.")
+
+
+class Progress:
+    """MB/s, tokens/s and time left of each pass over the corpus; what an earlier run had done does not count."""
+
+    def __init__(self) -> None:
+        self.status = StatusLine()
+        self.stage = ""
+
+    def __call__(self, stage: str, done: int, total: int, tokens: int) -> None:
+        now = time.monotonic()
+        if stage != self.stage:
+            self.stage, self.start, self.done, self.tokens = stage, now, done, tokens
+            return
+        if (seconds := now - self.start) < 0.5:  # too early for a rate
+            return
+        speed = (done - self.done) / seconds
+        parts = [f"{stage} {done / 1e6:,.0f} of {total / 1e6:,.0f} MB", f"{speed / 1e6:.1f} MB/s"]
+        if tokens:
+            parts.append(f"{(tokens - self.tokens) / seconds:,.0f} tokens/s")
+        if speed:
+            parts.append(f"{duration((total - done) / speed)} left")
+        self.status.show("  ".join(parts))
 
 
 def main() -> int:
     if not SOURCE.value or not OUT.value:
         raise ConfigError("--source and --out are needed, for example --source=python-stdlib --out=datasets/mine")
     out = pathlib.Path(OUT.value)
+    there = formats.is_dataset(out) and not OVERWRITE.value
     start = time.monotonic()
-    manifest = prepare.prepare(
-        out,
-        source=SOURCE.value,
-        tokenizer=TOKENIZER.value,
-        val_fraction=VAL_FRACTION.value,
-        min_frequency=MIN_FREQUENCY.value,
-        special_tokens=SPECIAL_TOKENS.value,
-        invalid_utf8=INVALID_UTF8.value,
-        overwrite=OVERWRITE.value,
-    )
-    splits = ", ".join(f"{name} {s.tokens:,} tokens ({s.documents} document(s))" for name, s in manifest.splits.items())
-    cli.log.info(
-        "%s: %s, vocabulary %d, %s, %.1f s", out, splits, manifest.vocab_size, manifest.dtype, time.monotonic() - start
-    )
+    if SOURCE.value == "-":
+        spooled = corpus.spool(sys.stdin.buffer, out.parent, STDIN_FORMAT.value)
+        try:
+            manifest = make(out, str(spooled))
+        finally:
+            spooled.unlink()
+    else:
+        manifest = make(out, SOURCE.value)
+    report(out, manifest, "was there, by the same request" if there else f"{time.monotonic() - start:.1f} s")
     return 0
+
+
+def make(out: pathlib.Path, source: str) -> formats.Manifest:
+    progress = Progress()
+    try:
+        return prepare.prepare(
+            out,
+            source=source,
+            tokenizer=TOKENIZER.value,
+            val_fraction=VAL_FRACTION.value,
+            split=SPLIT.value,
+            text_key=TEXT_KEY.value,
+            min_frequency=MIN_FREQUENCY.value,
+            special_tokens=SPECIAL_TOKENS.value,
+            invalid_utf8=INVALID_UTF8.value,
+            bad_records=BAD_RECORDS.value,
+            overwrite=OVERWRITE.value,
+            workers=WORKERS.value,
+            count_duplicates=COUNT_DUPLICATES.value,
+            progress=progress,
+        )
+    finally:
+        progress.status.clear()
+
+
+def report(out: pathlib.Path, manifest: formats.Manifest, how: str) -> None:
+    splits = ", ".join(
+        f"{name} {s.tokens:,} tokens ({s.documents:,} document(s))" for name, s in manifest.splits.items()
+    )
+    cli.log.info("%s: %s, vocabulary %d, %s, %s", out, splits, manifest.vocab_size, manifest.dtype, how)
+    summary = prepare.read_summary(out)
+    if not summary:
+        return
+    parts = [f"longest document {summary['longest_document_tokens']:,} tokens"]
+    if summary["bytes_per_token"]:
+        parts.insert(0, f"{summary['bytes_per_token']:.2f} bytes a token")
+    if "duplicates" in summary:
+        parts.append(f"{summary['duplicates']:,} of {summary['documents']:,} documents occurred before")
+    cli.log.info("%s", ", ".join(parts))
+    for kind, count in summary["problems"]["counts"].items():
+        examples = summary["problems"]["examples"][kind]
+        cli.log.warning("%s: %d, first in %s", kind, count, "; ".join(examples))
 
 
 if __name__ == "__main__":

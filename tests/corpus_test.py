@@ -10,7 +10,6 @@ import urllib.error
 import pytest
 
 from data import corpus
-from data.corpus import Document
 from data.errors import DataError
 
 
@@ -34,7 +33,7 @@ def texts(tmp_path):
 
 def test_file(texts, tmp_path):
     (document,) = corpus.find(str(texts / "b.txt"), tmp_path)
-    assert (document.name, document.read_text(), document.read_bytes(), document.size()) == ("b.txt", "bee", b"bee", 3)
+    assert (document.name, document.path.read_text(), document.size()) == ("b.txt", "bee", 3)
 
 
 def test_directory_is_read_to_any_depth_sorted_by_name_without_hidden_and_empty_files(texts, tmp_path):
@@ -85,27 +84,6 @@ def test_nothing_in_it_is_an_error(source, tmp_path):
         corpus.find(str(tmp_path / source), tmp_path)
 
 
-def test_invalid_utf8_names_file_and_offset_and_can_be_replaced(tmp_path):
-    path = write(tmp_path, {"latin.txt": "caf\u00e9 au lait".encode("latin-1")}) / "latin.txt"
-    (document,) = corpus.find(str(path), tmp_path)
-    with pytest.raises(DataError) as e:
-        document.read_text()
-    for part in (str(path), "0xe9", "offset 3", "--invalid_utf8=replace", "--tokenizer=byte"):
-        assert part in str(e.value)
-    assert document.read_text("replace") == "caf\ufffd au lait"
-    assert document.read_bytes() == b"caf\xe9 au lait"
-
-
-def test_newlines_are_kept_as_they_are(tmp_path):
-    path = write(tmp_path, {"dos.txt": b"one\r\ntwo\rthree\n"}) / "dos.txt"
-    assert Document("dos.txt", path).read_text() == "one\r\ntwo\rthree\n"
-
-
-def test_a_document_that_vanishes_is_a_data_error(tmp_path):
-    with pytest.raises(DataError, match=r"gone\.txt"):
-        Document("gone.txt", tmp_path / "gone.txt").read_bytes()
-
-
 def test_python_stdlib_is_there_sorted_readable_and_always_the_same(tmp_path):
     first = corpus.find("python-stdlib", tmp_path)
     found = [d.name for d in first]
@@ -114,7 +92,7 @@ def test_python_stdlib_is_there_sorted_readable_and_always_the_same(tmp_path):
     assert found == names("python-stdlib", tmp_path / "elsewhere")
     for part in ("site-packages", "test", "tests", "__pycache__"):
         assert not any(part in pathlib.PurePosixPath(name).parts for name in found)
-    assert sum(len(d.read_text()) for d in first) > 1_000_000  # every one is UTF-8: read_text would raise
+    assert sum(len(d.path.read_text("utf-8")) for d in first) > 1_000_000  # every one is UTF-8: this would raise
     assert not any(tmp_path.iterdir())  # no network, no cache
 
 
@@ -157,7 +135,7 @@ def test_tinyshakespeare_is_downloaded_once_and_kept(serve, tmp_path, monkeypatc
     cache = tmp_path / "new" / "cache"
     for _ in range(2):
         (document,) = corpus.find("tinyshakespeare", cache)
-        assert document.read_bytes() == text
+        assert document.path.read_bytes() == text
     assert len(requests) == 1 and [p.name for p in cache.iterdir()] == ["tinyshakespeare.txt"]
 
 

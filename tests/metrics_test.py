@@ -67,7 +67,3 @@ def test_peaks_take_the_longest_name_and_never_guess():
     assert metrics.peak_tflops(Device("TPU v5 lite")) == 197
     assert metrics.peak_tflops(Device("TPU v5")) == 459
     assert metrics.peak_tflops(Device("cpu")) is None
-
-
-def test_duration():
-    assert [metrics.duration(s) for s in (0.4, 75, 4000)] == ["0:00", "1:15", "1:06:40"]

@@ -1,5 +1,6 @@
 """Protects the way from text to dataset: the split, whole documents, and a folder that is complete or not there."""
 
+import gzip
 import json
 import os
 import pathlib
@@ -8,12 +9,15 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow.parquet
 import pytest
+import zstandard
 
-from data import corpus, formats, prepare, tokenizers
+from data import corpus, documents, encode, formats, merge, prepare, tokenizers
 from data.errors import DataError
 
 ROOT = pathlib.Path(__file__).parents[1]
+PROSE = "a line of prose\n" * 80
 POEM = "".join(f"Line {i}: the sëa, 東 and 🚀 again.\n" for i in range(37))
 
 
@@ -78,7 +82,7 @@ def test_manifest_counts_what_was_written(file, tmp_path):
         assert spec.text_bytes == len(text.encode("utf-8")) > len(text)  # bits per byte needs bytes
     assert codec.decode(tokens(out, "train")) + codec.decode(tokens(out, "val")) == POEM
     assert sorted(contents(out)) == [
-        "manifest.json", "tokenizer/meshlm_tokenizer.json", "train-00000.bin", "train.documents.bin",
+        "manifest.json", "summary.json", "tokenizer/meshlm_tokenizer.json", "train-00000.bin", "train.documents.bin",
         "val-00000.bin", "val.documents.bin",
     ]  # fmt: skip
 
@@ -109,7 +113,10 @@ def test_several_documents_stay_whole_and_each_ends_with_eos(kind, folder, tmp_p
         assert spec.text_bytes == sum(len(d.encode("utf-8")) for d in documents)  # without the eos
         found[split] = documents
     train, val = corpus.split(corpus.find(str(folder), tmp_path), 0.3)
-    assert found == {"train": [d.read_text() for d in train], "val": [d.read_text() for d in val]}
+    assert found == {
+        "train": [d.path.read_text("utf-8") for d in train],
+        "val": [d.path.read_text("utf-8") for d in val],
+    }
 
 
 def test_eos_that_was_asked_for_is_not_added_twice(folder, tmp_path):
@@ -128,9 +135,11 @@ def test_options_reach_the_tokenizer(tmp_path):
 def test_invalid_utf8_stops_or_is_replaced_and_bytes_take_it(folder, tmp_path):
     (folder / "9.txt").write_bytes(b"caf\xe9")
     with pytest.raises(DataError, match=r"9\.txt is not UTF-8: byte 0xe9 at offset 3"):
-        run(tmp_path / "out", folder)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["texts"]
-    run(tmp_path / "replaced", folder, invalid_utf8="replace")
+        run(tmp_path / "out", folder, invalid_utf8="error")
+    assert not (tmp_path / "out").exists()
+    run(tmp_path / "replaced", folder)
+    problems = json.loads((tmp_path / "replaced" / "summary.json").read_text())["problems"]
+    assert problems["counts"] == {"invalid UTF-8, now U+FFFD": 1} and "9.txt offset 3" in str(problems["examples"])
     assert "\ufffd" in tokenizers.load(tmp_path / "replaced" / "tokenizer").characters
     run(tmp_path / "bytes", folder, "byte")
     assert 0xE9 in np.concatenate([tokens(tmp_path / "bytes", split) for split in ("train", "val")])
@@ -158,7 +167,7 @@ def test_token_type_follows_the_vocabulary(vocab_size, dtype, tmp_path):
 @pytest.mark.parametrize("shard_tokens", [1, 7, 10, 64])
 def test_shards_join_to_what_one_shard_would_hold(shard_tokens, folder, tmp_path, monkeypatch):
     whole = run(tmp_path / "whole", folder)
-    monkeypatch.setattr(prepare, "SHARD_TOKENS", shard_tokens)
+    monkeypatch.setattr(merge, "SHARD_TOKENS", shard_tokens)
     manifest = run(tmp_path / "cut", folder)
     for split in ("train", "val"):
         assert np.array_equal(tokens(tmp_path / "cut", split), tokens(tmp_path / "whole", split))
@@ -172,7 +181,7 @@ def test_shards_join_to_what_one_shard_would_hold(shard_tokens, folder, tmp_path
 
 
 def test_shards_that_fill_exactly_leave_no_empty_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "SHARD_TOKENS", 9)
+    monkeypatch.setattr(merge, "SHARD_TOKENS", 9)
     (tmp_path / "in.txt").write_text("abcdefghij" * 2)
     manifest = run(tmp_path / "out", tmp_path / "in.txt")
     assert [[s.tokens for s in manifest.splits[split].shards] for split in ("train", "val")] == [[9, 9], [2]]
@@ -202,7 +211,9 @@ def test_the_same_text_gives_the_same_dataset_anywhere(folder, tmp_path):
         {"val_fraction": 0.2},
         {"min_frequency": 2},
         {"special_tokens": ["<unk>"]},
-        {"invalid_utf8": "replace"},
+        {"invalid_utf8": "error"},
+        {"split": "document"},
+        {"text_key": "content"},
     ],
 )
 def test_another_request_is_refused_and_harms_nothing_unless_overwrite(change, file, tmp_path):
@@ -221,7 +232,7 @@ def test_another_request_is_refused_and_harms_nothing_unless_overwrite(change, f
 def test_overwrite_leaves_nothing_of_the_old_dataset(file, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "SHARD_TOKENS", 50)
+        patch.setattr(merge, "SHARD_TOKENS", 50)
         run(out, file)
     assert (out / "train-00001.bin").exists()
     run(out, file, val_fraction=0.2, overwrite=True)
@@ -266,23 +277,23 @@ def test_a_file_in_the_way_is_never_replaced(overwrite, file, tmp_path):
 
 KILLED = """
 import os, pathlib, signal, sys
-from data import prepare
-prepare.SHARD_TOKENS = 20
-write, calls = prepare._ShardWriter.document, []
-def document(*args):
-    write(*args)
-    calls.append(args)
-    if len(calls) == 4:
+from data import documents, encode, prepare
+documents.UNIT_BYTES = 40
+encode_unit, calls = encode.encode, []
+def encode_then_die(*args):
+    calls.append(encode_unit(*args))
+    if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-prepare._ShardWriter.document = document
+    return calls[-1]
+encode.encode = encode_then_die
 out, source = map(pathlib.Path, sys.argv[1:])
 prepare.prepare(out, source=str(source), tokenizer="char", val_fraction=0.3, overwrite=True)
 """
 
 
 @pytest.mark.parametrize("replacing", [False, True])
-def test_a_killed_run_leaves_the_name_as_it_was_and_the_next_run_cleans_up(replacing, folder, tmp_path):
-    """kill -9 between two documents, with shards already on disk."""
+def test_a_killed_run_leaves_the_name_as_it_was_and_the_next_goes_on(replacing, folder, tmp_path, monkeypatch):
+    """kill -9 between two units: the next run does only those that are left, and ends with the same bytes."""
     out = tmp_path / "out"
     if replacing:
         run(out, folder, "byte")
@@ -292,29 +303,110 @@ def test_a_killed_run_leaves_the_name_as_it_was_and_the_next_run_cleans_up(repla
     )
     assert killed.returncode == -signal.SIGKILL
     assert out.exists() == replacing and contents(out) == before
-    assert (tmp_path / "out.partial" / "train-00000.bin").exists()  # it really was on the way
+    done = sorted(p.stem for p in (tmp_path / "out.partial" / "units").glob("*.json"))
+    assert done == ["000000", "000001", "000002"]
 
+    monkeypatch.setattr(documents, "UNIT_BYTES", 40)
+    encoded = []
+    encode_unit = encode.encode
+
+    def note(index, *args):
+        encoded.append(index)
+        return encode_unit(index, *args)
+
+    monkeypatch.setattr(encode, "encode", note)
     run(out, folder, val_fraction=0.3, overwrite=replacing)
-    run(tmp_path / "undisturbed", folder, val_fraction=0.3)
-    assert {n: c for n, (c, _) in contents(out).items()} == {
-        n: c for n, (c, _) in contents(tmp_path / "undisturbed").items()
-    }
+    assert encoded and encoded[0] == 3
     assert not (tmp_path / "out.partial").exists()
+    run(tmp_path / "undisturbed", folder, val_fraction=0.3)
+    assert without_times(out) == without_times(tmp_path / "undisturbed")
 
 
-def test_a_document_that_vanishes_midway_leaves_the_name_free(folder, tmp_path, monkeypatch):
-    """Bytes are read one document after another, so the failure comes when some are already written."""
-    split = corpus.split
+def without_times(folder: pathlib.Path) -> dict[str, bytes]:
+    return {name: content for name, (content, _) in contents(folder).items()}
 
-    def split_then_lose(*args):
-        train, val = split(*args)
-        train[-1].path.unlink()
-        return train, val
 
-    monkeypatch.setattr(corpus, "split", split_then_lose)
-    with pytest.raises(DataError, match="cannot read"):
-        run(tmp_path / "out", folder, "byte")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    "change", ["another request", "another file", "a file changed"], ids=lambda change: change.replace(" ", "-")
+)
+def test_what_an_earlier_run_of_something_else_left_is_not_used(change, folder, tmp_path, monkeypatch):
+    out, kind = tmp_path / "out", "char"
+    subprocess.run([sys.executable, "-c", KILLED, out, folder], env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60)
+    assert (tmp_path / "out.partial" / "units" / "000002.json").exists()
+    if change == "another request":
+        kind = "byte"
+    elif change == "another file":
+        (folder / "0a.txt").write_text("new")
+    else:
+        path = folder / "0.txt"
+        stat = path.stat()
+        path.write_bytes(path.read_bytes()[::-1].decode("utf-8", "ignore").encode()[: stat.st_size].ljust(stat.st_size))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    monkeypatch.setattr(documents, "UNIT_BYTES", 40)
+    run(out, folder, kind, val_fraction=0.3)
+    run(tmp_path / "undisturbed", folder, kind, val_fraction=0.3)
+    assert without_times(out) == without_times(tmp_path / "undisturbed")
+
+
+def texts_of(word: str) -> list[str]:
+    return [f"{i} {word} wörd 東\n" * (i % 7 + 1) for i in range(60)]
+
+
+def json_lines(word: str) -> bytes:
+    """Half of them with characters as JSON's escapes."""
+    rows = [json.dumps({"n": 1, "text": text}, ensure_ascii=len(text) % 2 == 0) + "\n" for text in texts_of(word)]
+    return "".join(rows).encode()
+
+
+def records(folder: pathlib.Path) -> pathlib.Path:
+    """JSON lines, Parquet and text, plain and compressed, each large enough to be cut."""
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(json_lines("plain"))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(json_lines("gz")))
+    (folder / "c.jsonl.zst").write_bytes(zstandard.compress(json_lines("zst")))
+    table = pyarrow.table({"n": range(60), "text": texts_of("row")})
+    pyarrow.parquet.write_table(table, folder / "d.parquet", row_group_size=16)
+    (folder / "e.txt").write_text(PROSE)
+    (folder / "f.txt.gz").write_bytes(gzip.compress(PROSE.upper().encode()))
+    return folder
+
+
+@pytest.mark.parametrize("split", ["auto", "last", "file", "document"])
+def test_the_result_does_not_depend_on_the_workers(split, tmp_path, monkeypatch):
+    """One process with whole files, and three that take units of them in any order."""
+    source = records(tmp_path / "corpus")
+    one = run(tmp_path / "one", source, split=split, count_duplicates=True)
+    monkeypatch.setattr(prepare, "INLINE_BYTES", 0)
+    run(tmp_path / "three", source, split=split, workers=3, count_duplicates=True)
+    assert without_times(tmp_path / "one") == without_times(tmp_path / "three")
+    assert sum(s.documents for s in one.splits.values()) == 4 * 60 + 2 or split == "last"
+    assert one.eos_id is not None and all(s.tokens for s in one.splits.values())
+
+
+def test_units_cut_anywhere_join_to_the_same_documents(tmp_path, monkeypatch):
+    """Only where text is cut differs with UNIT_BYTES; characters are encoded one by one, so nothing may change."""
+    source = records(tmp_path / "corpus")
+    run(tmp_path / "whole", source)
+    for size in (64, 300, 1000):
+        monkeypatch.setattr(documents, "UNIT_BYTES", size)
+        assert len(prepare.make_plan(prepare.Request(str(source), "char"), tmp_path).units) > 5
+        run(tmp_path / f"cut{size}", source)
+        assert without_times(tmp_path / f"cut{size}") == without_times(tmp_path / "whole")
+
+
+def test_records_become_documents(tmp_path):
+    """Every text of every format, whole and once, read back from the tokens."""
+    source = records(tmp_path / "corpus")
+    manifest = run(tmp_path / "out", source)
+    codec = tokenizers.load(tmp_path / "out" / "tokenizer")
+    found = []
+    for split in ("train", "val"):
+        starts = np.fromfile(tmp_path / "out" / f"{split}.documents.bin", "<u8").astype(int)
+        for ids in np.split(tokens(tmp_path / "out", split), starts[1:]):
+            assert ids[-1] == manifest.eos_id
+            found.append(codec.decode(ids[:-1]))
+    expected = [text for word in ("plain", "gz", "zst", "row") for text in texts_of(word)]
+    assert sorted(found) == sorted([*expected, PROSE, PROSE.upper()])
 
 
 @pytest.mark.parametrize("content", [{}, {"a.txt": ""}])
@@ -349,3 +441,134 @@ def test_a_damaged_dataset_is_not_taken_for_a_whole_one(file, tmp_path):
             run(out, file)
         assert run(out, file, overwrite=True) == whole
         assert run(out, file) == whole
+
+
+def test_two_processes_do_not_prepare_one_dataset(folder, tmp_path):
+    """The second says who is at it, and harms nothing; a dead one's lock is free."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", KILLED.replace("signal.SIGKILL", "signal.SIGSTOP"), tmp_path / "out", folder],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    try:
+        os.waitid(os.P_PID, holder.pid, os.WSTOPPED | os.WNOWAIT)
+        before = contents(tmp_path / "out.partial")
+        with pytest.raises(DataError, match=rf"being written by .* process {holder.pid}"):
+            run(tmp_path / "out", folder)
+        assert contents(tmp_path / "out.partial") == before
+    finally:
+        holder.kill()
+        holder.wait()
+    run(tmp_path / "out", folder)
+
+
+FULL = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)), resource.RLIM_INFINITY))
+from launch import cli, prepare
+cli.run(prepare.main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "units_done"), [(1000, 0), (1_000_000, 0), (7_000_000, 2)], ids=["tokenizer", "units", "shards"]
+)
+def test_a_disk_that_fills_up_leaves_no_dataset_and_the_same_command_goes_on(limit, units_done, tmp_path):
+    """Writes fail for real: of the tokenizer, of a unit, of the merge. Four texts of 3 MB are two units."""
+    for name in "abcd":
+        (tmp_path / f"{name}.txt").write_text("".join(map(chr, range(32, 1000))) * 1600)
+    out = tmp_path / "out"
+    argv = [sys.executable, "-c", FULL, str(limit), f"--source={tmp_path}/*.txt", f"--out={out}"]
+    failed = subprocess.run(
+        argv, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True, timeout=60
+    )
+    assert failed.returncode == 3, failed
+    assert failed.stderr.count("\n") == 1 and "File too large" in failed.stderr and "same command" in failed.stderr
+    assert not out.exists()
+    assert len(list((tmp_path / "out.partial" / "units").glob("*.json"))) == units_done
+    run(out, tmp_path / "*.txt")
+    run(tmp_path / "undisturbed", tmp_path / "*.txt")
+    assert without_times(out) == without_times(tmp_path / "undisturbed")
+
+
+def prepare_stdin(raw: bytes, *argv: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "launch.prepare", "--source=-", *argv]
+    return subprocess.run(command, cwd=ROOT, input=raw, capture_output=True, timeout=60)
+
+
+def test_standard_input(tmp_path):
+    out = tmp_path / "out"
+    raw = json_lines("piped")
+    done = prepare_stdin(raw, f"--out={out}", "--stdin_format=jsonl", "--count_duplicates")
+    assert done.returncode == 0, done
+    assert b"60 documents occurred before" in done.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert sum(s.documents for s in formats.read_manifest(out).splits.values()) == 60
+    before = contents(out)
+    again = prepare_stdin(raw, f"--out={out}", "--stdin_format=jsonl", "--count_duplicates")
+    assert again.returncode == 0 and b"was there" in again.stdout and contents(out) == before
+    other = prepare_stdin(raw + b'{"text": "more"}\n', f"--out={out}", "--stdin_format=jsonl")
+    assert other.returncode == 3 and b"--overwrite" in other.stderr and contents(out) == before
+    assert prepare_stdin(b"", f"--out={tmp_path / 'none'}").returncode == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_was_wrong_is_said_at_the_end(tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(json_lines("x") + b'{"text": ""}\nbroken\n{"text": "a\\u0000b"}\n')
+    argv = [sys.executable, "-m", "launch.prepare", f"--source={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'out'}"]
+    stopped = subprocess.run(argv, cwd=ROOT, text=True, capture_output=True, timeout=60)
+    assert stopped.returncode == 3 and "line 62" in stopped.stderr and stopped.stderr.count("\n") == 1
+    done = subprocess.run([*argv, "--bad_records=skip"], cwd=ROOT, text=True, capture_output=True, timeout=60)
+    assert done.returncode == 0, done
+    for line in ("empty document: 1, first in", "broken JSON: 1, first in", "NUL characters: 1, first in"):
+        assert line in done.stdout
+    summary = prepare.read_summary(tmp_path / "out")
+    assert summary["documents"] == 61 and sum(summary["problems"]["counts"].values()) == 3
+
+
+def test_duplicates_are_counted_and_kept(tmp_path, monkeypatch):
+    texts = [f"text {n % 10}" for n in range(30)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    monkeypatch.setattr(documents, "UNIT_BYTES", 100)
+    manifest = run(tmp_path / "out", tmp_path / "in.jsonl", count_duplicates=True, val_fraction=0.4)
+    assert prepare.read_summary(tmp_path / "out")["duplicates"] == 20
+    assert sum(s.documents for s in manifest.splits.values()) == 30
+    # Copies of a text are on one side: validation measures nothing that was trained on.
+    codec = tokenizers.load(tmp_path / "out" / "tokenizer")
+    sides = [set(codec.decode(tokens(tmp_path / "out", s)).split("<eos>")) - {""} for s in ("train", "val")]
+    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 10
+
+
+def test_a_tokenizer_that_changed_under_its_name_is_noticed(file, tmp_path):
+    for size in (300, 290):
+        made = tokenizers.make(f"bpe:{size}", [POEM])
+        (tmp_path / "tokenizer.json").write_bytes(made.file()[1])
+        if size == 300:
+            run(tmp_path / "out", file, str(tmp_path / "tokenizer.json"))
+            run(tmp_path / "out", file, str(tmp_path / "tokenizer.json"))
+    before = contents(tmp_path / "out")
+    with pytest.raises(DataError, match=r"another tokenizer than .*--overwrite"):
+        run(tmp_path / "out", file, str(tmp_path / "tokenizer.json"))
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("spec", ["bpe:300", "bpe:300:llama3"])
+def test_bpe_is_trained_and_the_result_does_not_depend_on_the_workers(spec, tmp_path, monkeypatch):
+    source = records(tmp_path / "corpus")
+    monkeypatch.setattr(documents, "UNIT_BYTES", 1000)
+    manifest = run(tmp_path / "one", source, spec)
+    monkeypatch.setattr(prepare, "INLINE_BYTES", 0)
+    run(tmp_path / "three", source, spec, workers=3)
+    assert without_times(tmp_path / "one") == without_times(tmp_path / "three")
+    codec = tokenizers.load(tmp_path / "one" / "tokenizer")
+    assert manifest.vocab_size == codec.vocab_size == 300 and manifest.eos_id == codec.eos_id == 299
+    text = "".join(codec.decode(tokens(tmp_path / "one", split)) for split in ("train", "val"))
+    expected = [t for word in ("plain", "gz", "zst", "row") for t in texts_of(word)] + [PROSE, PROSE.upper()]
+    assert sorted(text.split("<|endoftext|>")[:-1]) == sorted(expected)
+
+
+def test_a_text_that_spells_the_end_of_text_does_not_end_a_document(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": "one <|endoftext|> still one"}\n{"text": "two"}\n' * 20)
+    manifest = run(tmp_path / "out", tmp_path / "in.jsonl", "bpe:280", val_fraction=0.0)
+    ids = tokens(tmp_path / "out", "train")
+    assert (ids == manifest.eos_id).sum() == manifest.splits["train"].documents == 40

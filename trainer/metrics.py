@@ -2,27 +2,23 @@
 
 import contextlib
 import json
-import logging
 import os
 import pathlib
 import resource
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 
+from trainer import console
 from trainer.config import Config
-
-log = logging.getLogger("meshlm")
 
 # bf16 TFLOP/s of a chip, dense, by the start of jax's device_kind; from the vendors' data sheets.
 PEAK_TFLOPS = {
     "NVIDIA H100": 989, "NVIDIA H200": 989, "NVIDIA A100": 312,
     "TPU v4": 275, "TPU v5 lite": 197, "TPU v5": 459, "TPU v6 lite": 918, "TPU7x": 1155,
 }  # fmt: skip
-CONSOLE_SECONDS = 10  # between progress lines where the console is no terminal
 
 
 def flops_per_token(config: Config, num_params: int) -> float:
@@ -162,39 +158,13 @@ class Meter:
         return row
 
 
-class Progress:
-    """One line that rewrites itself on a terminal, or a line now and then elsewhere."""
-
+class Progress(console.StatusLine):
     def __init__(self, num_steps: int):
+        super().__init__()
         self.num_steps = num_steps
-        self.terminal = sys.stdout.isatty()
-        self._last = -float("inf")
-        self._shown = False
 
-    def show(self, step: int, loss: float, tokens_per_s: float, seconds_per_step: float) -> None:
-        if jax.process_index() != 0:
-            return
-        now = time.monotonic()
-        if now - self._last < (0.2 if self.terminal else CONSOLE_SECONDS) and step < self.num_steps:
-            return
-        self._last = now
-        left = duration((self.num_steps - step) * seconds_per_step)
+    def step(self, step: int, loss: float, tokens_per_s: float, seconds_per_step: float) -> None:
+        left = console.duration((self.num_steps - step) * seconds_per_step)
         line = f"step {step}/{self.num_steps}  loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  {left} left"
-        if self.terminal:
-            print(f"\r\x1b[K{line}", end="", flush=True)
-            self._shown = True
-        else:
-            log.info("%s", line)
-
-    def clear(self) -> None:
-        """Ends the rewriting line, so that the next message starts on its own."""
-        if self._shown:
-            print(flush=True)
-            self._shown = False
-
-
-def duration(seconds: float) -> str:
-    """75 -> '1:15', 4000 -> '1:06:40'."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+        if jax.process_index() == 0:
+            self.show(line, now=step == self.num_steps)

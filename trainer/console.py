@@ -1,0 +1,42 @@
+"""The progress line: rewrites itself on a terminal, is a line now and then elsewhere."""
+
+import logging
+import sys
+import time
+
+SECONDS = 10  # between lines where the console is no terminal
+TERMINAL_SECONDS = 0.2
+
+log = logging.getLogger("meshlm")
+
+
+class StatusLine:
+    def __init__(self) -> None:
+        self.terminal = sys.stdout.isatty()
+        self._last = -float("inf")
+        self._shown = False
+
+    def show(self, line: str, *, now: bool = False) -> None:
+        """Shows `line` if the last one is old enough, or `now`."""
+        time_now = time.monotonic()
+        if not now and time_now - self._last < (TERMINAL_SECONDS if self.terminal else SECONDS):
+            return
+        self._last = time_now
+        if self.terminal:
+            print(f"\r\x1b[K{line}", end="", flush=True)
+            self._shown = True
+        else:
+            log.info("%s", line)
+
+    def clear(self) -> None:
+        """Ends the rewriting line, so that the next message starts on its own."""
+        if self._shown:
+            print(flush=True)
+            self._shown = False
+
+
+def duration(seconds: float) -> str:
+    """75 -> '1:15', 4000 -> '1:06:40'."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
