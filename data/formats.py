@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import re
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from data.errors import DataError
 FORMAT = "meshlm-tokens"
 VERSION = 1
 MANIFEST = "manifest.json"
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")  # of a file in the folder itself
 # Up to this size a start of a run rereads and hashes every shard (under a second); larger ones are checked by size,
 # and any dataset by the largest id of every batch.
 HASH_AT_START_BYTES = 1 << 30
@@ -84,15 +86,36 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
             for name, s in raw.pop("splits").items()
         }
         manifest = Manifest(splits=splits, **raw)
-        if manifest.dtype not in ("uint16", "uint32"):
-            raise ValueError(f"dtype {manifest.dtype!r}")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        _check_values(manifest)
+        found = manifest.fingerprint()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise DataError(
             f"{path} is not a manifest that this version reads ({e}); prepare again with --overwrite"
         ) from None
-    if manifest.fingerprint() != fingerprint:
+    if found != fingerprint:
         raise DataError(f"{path} was changed by hand or by another version; prepare again with --overwrite")
     return manifest
+
+
+def _check_values(manifest: Manifest) -> None:
+    """Raises ValueError for what no version writes: whoever forged a fingerprint still names no file outside."""
+    if not isinstance(manifest.request, dict):
+        raise ValueError(f"request {manifest.request!r}")
+    counts: list[object] = [manifest.vocab_size, manifest.eos_id or 0]
+    if manifest.dtype not in ("uint16", "uint32"):
+        raise ValueError(f"dtype {manifest.dtype!r}")
+    for name, split in manifest.splits.items():
+        counts += [split.tokens, split.text_bytes, split.documents, *(s.tokens for s in split.shards)]
+        for file in (f"{name}.documents.bin", *(s.file for s in split.shards)):
+            if not PLAIN_NAME.fullmatch(file):
+                raise ValueError(f"file name {file!r}")
+        if not all(isinstance(s.sha256, str) for s in split.shards):
+            raise ValueError(f"a hash of the {name} split is no text")
+    if wrong := [n for n in counts if type(n) is not int or n < 0]:
+        raise ValueError(f"number {wrong[0]!r}")
+    for name, split in manifest.splits.items():
+        if split.tokens != sum(s.tokens for s in split.shards):
+            raise ValueError(f"{split.tokens} tokens in the {name} split, but other shards")
 
 
 def sha256_file(path: pathlib.Path) -> str:
@@ -106,8 +129,10 @@ class TokenFiles:
     Attributes:
       shards: list of uint16 or uint32 arrays (memory maps), one for each shard.
       tokens: tokens in all.
-      text_bytes: bytes of text they stand for.
+      text_bytes: bytes of text they stand for; 0 when not known.
     """
+
+    advice = "it does not belong to this tokenizer: prepare again with --overwrite"
 
     def __init__(self, folder: pathlib.Path, manifest: Manifest, split: str):
         if split not in manifest.splits:
@@ -143,6 +168,6 @@ class TokenFiles:
         """Raises DataError when a token is outside the vocabulary: an embedding lookup would clamp it silently."""
         if tokens.size and (largest := int(tokens.max())) >= self.vocab_size:
             raise DataError(
-                f"token id {largest} in {where} is outside the vocabulary of {self.vocab_size}; "
-                f"the shards ({self.paths[0]}, …) do not belong to this tokenizer: prepare again with --overwrite"
+                f"token id {largest} in {where} is outside the vocabulary of {self.vocab_size}; {self.paths[0]} or a "
+                f"file read with it is the cause: {self.advice}"
             )

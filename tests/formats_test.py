@@ -1,7 +1,9 @@
 """Protects datasets on disk: what was written is read back, by later versions too, and nothing else passes for it."""
 
 import dataclasses
+import hashlib
 import json
+import random
 
 import make_dataset
 import numpy as np
@@ -146,6 +148,7 @@ def edited(change):
         edited(lambda m: m.update(format="megatron")),
         edited(lambda m: m.update(more=1)),
         edited(lambda m: m.update(dtype="int8")),
+        edited(lambda m: m.update(request=["--source=x"])),
         lambda raw: b'{"name": "a web app", "version": 1}',
         lambda raw: b"[]",
         lambda raw: b"3",
@@ -174,6 +177,92 @@ def test_no_flipped_bit_makes_another_manifest(dataset):
             except DataError:
                 continue
             assert dataclasses.replace(found, request={}) == dataclasses.replace(manifest, request={})
+
+
+def leaves(node, at=()):
+    """Paths to all values of a JSON tree."""
+    yield at
+    for key in node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
+        yield from leaves(node[key], (*at, key))
+
+
+STRANGE = (
+    None, True, 0, -1, 1.5, 10**30, float("nan"), "", "..", "../up", "/etc/passwd", "a/b", "a\0b", "\ud800", "uint32",
+    [], {}, [None], {"tokens": 1}, "x" * 5000,
+)  # fmt: skip
+
+
+def replaced(tree, rng):
+    """`tree` with one value, at any depth, that nobody would write there."""
+    *parents, last = rng.choice([at for at in leaves(tree) if at])
+    node = tree
+    for key in parents:
+        node = node[key]
+    node[last] = rng.choice(STRANGE)
+    return tree
+
+
+def test_fuzz_of_the_manifest(dataset):
+    """Cut, overwritten, a value replaced: DataError or the same manifest, whatever else there could be raised."""
+    rng = random.Random(0)
+    path = dataset / "manifest.json"
+    raw, manifest = path.read_bytes(), formats.read_manifest(dataset)
+    for i in range(3000):
+        at = rng.randrange(len(raw))
+        changed = [
+            rng.choice([raw[:at], raw[at:], raw[:at] + rng.randbytes(4) + raw[at:]]),
+            raw[:at] + rng.randbytes(rng.randrange(1, 9)) + raw[at + 4 :],
+            json.dumps(replaced(json.loads(raw), rng)).encode(),
+        ]
+        path.write_bytes(changed[i % 3])
+        try:
+            found = formats.read_manifest(dataset)
+        except DataError as e:
+            assert str(path) in str(e)
+        else:
+            assert dataclasses.replace(found, request={}) == dataclasses.replace(manifest, request={})
+
+
+@pytest.mark.parametrize("depth", [300, 700, 100_000])
+def test_a_deeply_nested_manifest_is_an_error(depth, dataset):
+    path = dataset / "manifest.json"
+    raw = path.read_bytes()
+    nested = b"[" * depth + b"]" * depth
+    path.write_bytes(raw.replace(b'"eos_id": null', b'"eos_id": ' + nested))
+    with pytest.raises(DataError, match=r"manifest\.json"):
+        formats.read_manifest(dataset)
+
+
+def test_a_forged_fingerprint_opens_no_file_outside_the_folder(dataset):
+    """Values nobody wrote, with the fingerprint made to fit: what is read has plain names and sound counts."""
+    rng = random.Random(0)
+    raw = (dataset / "manifest.json").read_bytes()
+    read = refused = 0
+    for _ in range(3000):
+        tree = replaced(json.loads(raw), rng)
+        content = {k: v for k, v in tree.items() if k not in ("format", "version", "fingerprint", "request")}
+        canonical = json.dumps([formats.VERSION, order.VERSION, content], sort_keys=True)
+        tree["fingerprint"] = hashlib.sha256(canonical.encode()).hexdigest()[:16]
+        (dataset / "manifest.json").write_text(json.dumps(tree))
+        try:
+            manifest = formats.read_manifest(dataset)
+            for split in manifest.splits:
+                files = formats.TokenFiles(dataset, manifest, split)
+                assert all(path.parent == dataset and ".." not in path.name for path in files.paths)
+            read += 1
+        except DataError:
+            refused += 1
+    assert read > 100 and refused > 1000
+
+
+@pytest.mark.parametrize("name", ["../train-00000.bin", "/etc/passwd", "sub/x.bin", "..", ".", "", "a\0"])
+def test_a_shard_is_a_plain_name(name, dataset):
+    manifest = formats.read_manifest(dataset)
+    split = manifest.splits["val"]
+    forged = dataclasses.replace(split, shards=(dataclasses.replace(split.shards[0], file=name),))
+    (dataset / "manifest.json").write_text(dataclasses.replace(manifest, splits={"val": forged}).to_json())
+    with pytest.raises(DataError, match="file name"):
+        formats.read_manifest(dataset)
 
 
 def test_no_manifest_is_told_apart_from_a_bad_one(tmp_path):

@@ -1,0 +1,111 @@
+"""What a run reads: a dataset folder of launch.prepare, or token files of other programs where they lie (foreign.py).
+
+Nothing here needs JAX: a launcher opens the data, and finds what is wrong with it, before it loads any.
+"""
+
+import dataclasses
+import itertools
+import pathlib
+import re
+
+from data import content, foreign, formats, tokenizers
+from data.config import DataConfig
+from data.errors import DataError
+
+VALIDATION_WORDS = {"val", "valid", "validation"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    path: str  # data.path as it was given
+    manifest: formats.Manifest  # of foreign files: what their headers and bytes say, which is no vocabulary (0)
+    vocab_size: int  # 0: not known
+    tokenizer_path: str  # '' for none
+    foreign_files: dict[str, list[foreign.TokenFile]]  # by split; empty for a dataset folder
+    largest_id: int = -1  # that was seen when foreign files were opened
+
+    def files(self, split: str) -> formats.TokenFiles:
+        """The tokens of a split, memory-mapped and checked. Raises DataError."""
+        try:
+            if not self.foreign_files:
+                return formats.TokenFiles(pathlib.Path(self.path), self.manifest, split)
+            if split not in self.foreign_files:
+                raise DataError(f"{self.path} has no {split!r} files; name them with data.val_path")
+            return foreign.Files(self.foreign_files[split], self.vocab_size)
+        except OSError as e:
+            raise DataError(f"{e.filename} cannot be read: {e.strerror}") from None
+
+    def has(self, split: str) -> bool:
+        """Whether there is a token to predict in it."""
+        return split in self.manifest.splits and self.manifest.splits[split].tokens > 1
+
+    def load_tokenizer(self) -> tokenizers.Tokenizer | None:
+        """None where nobody said which. Raises DataError."""
+        if self.foreign_files:
+            return tokenizers.make(self.tokenizer_path) if self.tokenizer_path else None
+        return tokenizers.load(pathlib.Path(self.tokenizer_path), self.manifest.tokenizer_sha256)
+
+
+def open_dataset(config: DataConfig, vocab_size: int = 0) -> Dataset:
+    """Opens what config.path names.
+
+    Args:
+      vocab_size: of the model, 0 when not known: the vocabulary of foreign files without a tokenizer.
+
+    Raises:
+      FileNotFoundError: there is nothing at config.path.
+      DataError: what is there cannot be used.
+    """
+    path = pathlib.Path(config.path)
+    if config.format in ("", "meshlm") and (path / formats.MANIFEST).exists():
+        given = [f"data.{name}" for name in ("dtype", "val_path", "tokenizer_path") if getattr(config, name)]
+        if given:
+            raise DataError(f"{path} is a dataset of launch.prepare and says it all; leave {', '.join(given)} empty")
+        manifest = formats.read_manifest(path)
+        return Dataset(config.path, manifest, manifest.vocab_size, str(path / "tokenizer"), {})
+    named_as_foreign = config.format or path.suffix in foreign.SUFFIXES or any(c in config.path for c in "*?[")
+    if config.format == "meshlm" or not (named_as_foreign or path.exists()):
+        raise FileNotFoundError(config.path)
+    try:
+        return _open_foreign(config, vocab_size)
+    except OSError as e:
+        raise DataError(f"{e.filename} cannot be read: {e.strerror}") from None
+
+
+def _open_foreign(config: DataConfig, vocab_size: int) -> Dataset:
+    if config.tokenizer_path:
+        vocab_size = tokenizers.make(config.tokenizer_path).vocab_size
+    paths = _paths_by_split(config)
+    read = foreign.read([p for split in paths.values() for p in split], config.format, config.dtype)
+    remaining = iter(read)
+    files = {name: list(itertools.islice(remaining, len(split))) for name, split in paths.items()}
+    splits, largest = {}, -1
+    for name, of_split in files.items():
+        contents = content.contents(of_split)
+        for file, found in zip(of_split, contents, strict=True):
+            content.check(file, found, config.dtype, vocab_size)
+            largest = max(largest, found.largest_id)
+        shards = tuple(formats.Shard(f.path.name, f.tokens, c.digest) for f, c in zip(of_split, contents, strict=True))
+        documents = sum(f.documents for f in of_split)
+        splits[name] = formats.Split(sum(f.tokens for f in of_split), 0, documents, shards)
+    # Names without folders: files that were moved are the same data. No tokenizer: it decides about no token.
+    manifest = formats.Manifest(read[0].dtype, 0, None, "", splits, {"format": read[0].kind})
+    return Dataset(config.path, manifest, vocab_size, config.tokenizer_path, files, largest)
+
+
+def _paths_by_split(config: DataConfig) -> dict[str, list[pathlib.Path]]:
+    """Training and validation files; a file that validates never trains."""
+    paths = foreign.find(config.path)
+    if config.val_path:
+        val = foreign.find(config.val_path)
+        held_out = {p.resolve() for p in val}
+        train = [p for p in paths if p.resolve() not in held_out]
+    else:
+        val = [p for p in paths if VALIDATION_WORDS & set(re.split(r"[^a-z]+", p.stem.lower()))]
+        train = sorted(set(paths) - set(val))
+    if not train:
+        raise DataError(
+            f"all {len(paths)} file(s) of {config.path} are validation files ({paths[0]}); name others with data.path, "
+            "or the validation files with data.val_path"
+        )
+    return {"train": train, "val": val} if val else {"train": train}

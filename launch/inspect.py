@@ -1,0 +1,167 @@
+"""Look at the data of a run: what it is, whether it is whole, and what is in it.
+
+  python -m launch.inspect PATH [--seq_len=64 --batch_size=4 --seed=0 --sample=G] [--json]
+
+PATH is a dataset folder of launch.prepare, or token files of other programs as in --config.data.path (a file, a
+folder or a glob; then --format, --dtype, --val_path, --tokenizer_path and --vocab_size may say what the files do not),
+here or in an object store (gs://, s3://).
+Every byte is read and checked (--nocheck: only what the start of a run checks), some text is shown, and the batch that
+begins at sample G, exactly as a run with this seed and seq_len trains on it; step n takes the samples from
+(n - 1) x batch. Nothing is written. Exit codes: 0 whole, 2 flags, 3 damaged or not there.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from data import dataset, integrity, remote
+from data.config import DTYPES, FORMATS, DataConfig
+from data.errors import DataError
+from data.loader import TokenWindows
+from data.tokenizers import Tokenizer
+from launch import cli
+from trainer.errors import ConfigError
+
+SEQ_LEN = flags.DEFINE_integer("seq_len", 64, "As config.data.seq_len of the run.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Samples to show.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "As config.seed of the run.", lower_bound=0, upper_bound=2**32 - 1)
+SAMPLE = flags.DEFINE_integer(
+    "sample", 0, "First sample of the batch, of the whole run.", lower_bound=0, upper_bound=1 << 62
+)
+FORMAT = flags.DEFINE_enum("format", "", ["", *FORMATS], "As config.data.format; empty: detected.")
+DTYPE = flags.DEFINE_enum("dtype", "", ["", *DTYPES], "As config.data.dtype.")
+VAL_PATH = flags.DEFINE_string("val_path", "", "As config.data.val_path.")
+TOKENIZER_PATH = flags.DEFINE_string("tokenizer_path", "", "As config.data.tokenizer_path.")
+VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 0, "As config.model.vocab_size; 0: not known.", lower_bound=0)
+CHECK = flags.DEFINE_bool("check", True, "Read and check every byte.")
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object, and nothing else on stdout.")
+
+WINDOWS_SHOWN, WINDOW_TOKENS = 3, 64  # of each split
+
+
+def main(path: str = "") -> int:
+    if not path:
+        raise ConfigError("name a dataset folder or token files: python -m launch.inspect PATH")
+    config = DataConfig(
+        path=remote.local(path) if remote.is_remote(path) else path,
+        format=FORMAT.value,
+        dtype=DTYPE.value,
+        val_path=VAL_PATH.value,
+        tokenizer_path=TOKENIZER_PATH.value,
+    )
+    try:
+        data = dataset.open_dataset(config, VOCAB_SIZE.value)
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{path} is neither a dataset folder of launch.prepare nor a token file") from None
+    if VOCAB_SIZE.value not in (0, data.vocab_size):
+        raise ConfigError(f"--vocab_size={VOCAB_SIZE.value}, but {path} has {data.vocab_size}; leave it out")
+    report: dict[str, Any] = about(data)
+    if CHECK.value:
+        start = time.monotonic()
+        found = integrity.verify(data)
+        report["check"] = {name: dataclasses.asdict(split) for name, split in found.items()}
+        report["check_s"] = round(time.monotonic() - start, 3)
+    tokenizer = data.load_tokenizer()
+    report["text"] = {name: windows(data, name, tokenizer) for name in data.manifest.splits if data.has(name)}
+    report["batch"] = batch(data, tokenizer)
+    print(json.dumps(report) if JSON.value else page(report))
+    return 0
+
+
+def about(data: dataset.Dataset) -> dict[str, Any]:
+    """What the manifest says, or what the headers of foreign files do."""
+    manifest = data.manifest
+    splits = {}
+    for name, split in manifest.splits.items():
+        splits[name] = {
+            "tokens": split.tokens,
+            "documents": split.documents or None,
+            "text_bytes": split.text_bytes or None,
+            "bytes_per_token": split.text_bytes / split.tokens if split.text_bytes and split.tokens else None,
+            "files": [str(f.path) for f in data.foreign_files[name]]
+            if data.foreign_files
+            else [str(pathlib.Path(data.path) / shard.file) for shard in split.shards],
+        }
+    return {
+        "path": data.path,
+        "format": manifest.request["format"] if data.foreign_files else "meshlm",
+        "fingerprint": manifest.fingerprint(),
+        "dtype": manifest.dtype,
+        "vocab_size": data.vocab_size or None,
+        "eos_id": manifest.eos_id,
+        "request": None if data.foreign_files else manifest.request,
+        "splits": splits,
+    }
+
+
+def shown(ids: np.ndarray, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    return {"ids": ids.tolist()} | ({"text": tokenizer.decode(ids)} if tokenizer is not None else {})
+
+
+def windows(data: dataset.Dataset, split: str, tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
+    """Stretches from the beginning, the middle and so on of the first file that has tokens."""
+    files = data.files(split)
+    tokens = next(shard for shard in files.shards if len(shard))
+    out = []
+    for i in range(WINDOWS_SHOWN):
+        start = len(tokens) * i // WINDOWS_SHOWN
+        ids = tokens[start : start + WINDOW_TOKENS]
+        files.check_ids(ids, f"the {split} split")
+        out.append({"token": start, **shown(ids, tokenizer)})
+    return out
+
+
+def batch(data: dataset.Dataset, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The rows that a run trains on: inputs and targets together, seq_len + 1 tokens each."""
+    order = TokenWindows(data.files("train"), seq_len=SEQ_LEN.value, seed=SEED.value)
+    samples = SAMPLE.value + np.arange(BATCH_SIZE.value)
+    return {
+        "sample": SAMPLE.value,
+        "seed": SEED.value,
+        "seq_len": SEQ_LEN.value,
+        "epoch": SAMPLE.value / order.num_windows,
+        "samples_per_epoch": order.num_windows,
+        "rows": [shown(row, tokenizer) for row in order.rows(samples)],
+    }
+
+
+def page(report: dict[str, Any]) -> str:
+    """The same for people: numbers with units, each text on a line, quoted."""
+    vocabulary = f"vocabulary {report['vocab_size'] or 'not known'}, end of text {report['eos_id']}"
+    lines = [f"{report['path']}: {report['format']}, {report['dtype']}, {vocabulary}, data {report['fingerprint']}"]
+    if report["request"]:
+        lines.append("made from " + ", ".join(f"{k} {v}" for k, v in report["request"].items() if v))
+    for name, split in report["splits"].items():
+        line = f"{name:<6}{split['tokens']:>16,} tokens in {len(split['files'])} file(s)"
+        if split["documents"]:
+            line += f", {split['documents']:,} document(s)"
+        if split["text_bytes"]:
+            line += f", {split['text_bytes']:,} bytes of text, {split['bytes_per_token']:.3f} a token"
+        lines.append(line)
+    if "check" in report:
+        nbytes = sum(split["nbytes"] for split in report["check"].values())
+        largest = max(split["largest_id"] for split in report["check"].values())
+        lines.append(f"whole: {nbytes:,} bytes read in {report['check_s']:.1f} s, largest id {largest}")
+    for name, stretches in report["text"].items():
+        lines += [f"{name} from token {s['token']:,}: {quoted(s)}" for s in stretches]
+    rows = report["batch"]
+    lines.append(
+        f"batch at sample {rows['sample']} (epoch {rows['epoch']:.3f} of {rows['samples_per_epoch']:,} samples), "
+        f"seed {rows['seed']}, seq_len {rows['seq_len']}:"
+    )
+    lines += [f"  {rows['sample'] + i}: {quoted(row)}" for i, row in enumerate(rows["rows"])]
+    return "\n".join(lines)
+
+
+def quoted(stretch: dict[str, Any]) -> str:
+    """The text as JSON, or the ids."""
+    return json.dumps(stretch["text"], ensure_ascii=False) if "text" in stretch else " ".join(map(str, stretch["ids"]))
+
+
+if __name__ == "__main__":
+    cli.run(main, arguments=1)

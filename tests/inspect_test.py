@@ -1,0 +1,151 @@
+"""launch.inspect shows what a run trains on and finds every kind of damage, in one line."""
+
+import json
+import shutil
+import subprocess
+import sys
+import tracemalloc
+
+import jax
+import make_dataset
+import numpy as np
+import pytest
+
+from data import dataset, formats, integrity, prepare
+from data.config import DataConfig
+from data.errors import DataError
+from data.loader import Loader, TokenWindows
+from tests import runs
+
+
+def call(*argv: str, code: int = 0) -> subprocess.CompletedProcess:
+    result = subprocess.run(
+        [sys.executable, "-m", "launch.inspect", *map(str, argv)],
+        cwd=runs.ROOT, env=runs.environment(), text=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert result.returncode == code, result
+    return result
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Several documents, so that offsets and end-of-text tokens are there."""
+    folder = tmp_path_factory.mktemp("inspect")
+    (folder / "text").mkdir()
+    for i in range(12):
+        (folder / "text" / f"{i}.txt").write_text(runs.text(6000)[i * 300 :])
+    prepare.prepare(folder / "set", source=str(folder / "text"), tokenizer="char", val_fraction=0.3)
+    return folder / "set"
+
+
+def opened(path, vocab_size=0, **fields):
+    return dataset.open_dataset(DataConfig(path=str(path), **fields), vocab_size)
+
+
+def test_the_batch_is_the_one_a_run_trains_on(text):
+    """Rows 1,000 samples in, several epochs on, as the loader puts them on devices."""
+    report = json.loads(call(text, "--seq_len=48", "--batch_size=8", "--seed=5", "--sample=1000", "--json").stdout)
+    windows = TokenWindows(opened(text).files("train"), seq_len=48, seed=5)
+    mesh = jax.make_mesh((8,), ("data",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    batch = Loader(windows, global_batch_size=8, sharding=sharding).batch(1000)
+    assert [row["ids"] for row in report["batch"]["rows"]] == np.asarray(batch).tolist()
+    assert report["batch"]["epoch"] == 1000 / windows.num_windows and report["batch"]["epoch"] > 1
+    for row in report["batch"]["rows"]:
+        parts = row["text"].split("<eos>")
+        assert all(part in runs.text(6000) for part in parts)
+
+
+def test_what_is_said_of_a_dataset(text):
+    manifest = formats.read_manifest(text)
+    report = json.loads(call(text, "--json").stdout)
+    for key in ("fingerprint", "dtype", "vocab_size", "eos_id", "request"):
+        value = getattr(manifest, key)
+        assert report[key] == (value() if callable(value) else value)
+    for name, split in manifest.splits.items():
+        told = report["splits"][name]
+        assert (told["tokens"], told["documents"]) == (split.tokens, split.documents)
+        assert told["bytes_per_token"] == split.text_bytes / split.tokens
+        tokens = opened(text).files(name)
+        assert report["check"][name] == {"nbytes": 2 * split.tokens, "largest_id": max(s.max() for s in tokens.shards)}
+        assert report["text"][name][0]["ids"][:5] == tokens.shards[0][:5].tolist()
+    page = call(text).stdout
+    for part in (manifest.fingerprint(), f"{manifest.splits['train'].tokens:,}", "whole:", "made from source"):
+        assert part in page
+    assert "whole:" not in call(text, "--nocheck").stdout
+
+
+def flip(path, at=-1):
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+
+
+DAMAGES = {
+    "a bit of a shard": (lambda d: flip(d / "train-00000.bin", 100), ["train-00000.bin", "sha256"]),
+    "a bit of validation": (lambda d: flip(d / "val-00000.bin"), ["val-00000.bin", "sha256"]),
+    "a cut": (lambda d: (d / "val-00000.bin").write_bytes(b"1234"), ["val-00000.bin", "4 bytes", "expected"]),
+    "a lost shard": (lambda d: (d / "val-00000.bin").unlink(), ["val-00000.bin", "missing"]),
+    "lost offsets": (lambda d: (d / "val.documents.bin").unlink(), ["val.documents.bin", "missing"]),
+    "cut offsets": (lambda d: (d / "val.documents.bin").write_bytes(bytes(8)), ["val.documents.bin", "8 bytes"]),
+    "falling offsets": (lambda d: flip(d / "train.documents.bin", 8 * 3 - 2), ["train.documents.bin", "offsets"]),
+    "the tokenizer": (lambda d: flip(d / "tokenizer/meshlm_tokenizer.json", 40), ["meshlm_tokenizer.json"]),
+    "the manifest": (lambda d: flip(d / "manifest.json", 200), ["manifest.json"]),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_one_line_and_exit_3(name, text, tmp_path, monkeypatch):
+    """Also where a run would not hash at its start, because the dataset is large."""
+    damage, parts = DAMAGES[name]
+    shutil.copytree(text, tmp_path / "set")
+    damage(tmp_path / "set")
+    result = call(tmp_path / "set", code=3)
+    assert result.stdout == "" and len(result.stderr.splitlines()) == 1
+    monkeypatch.setattr(formats, "HASH_AT_START_BYTES", 0)
+    monkeypatch.setattr(integrity, "CHUNK_BYTES", 64)
+    with pytest.raises(DataError) as e:
+        integrity.verify(opened(tmp_path / "set"))
+    for part in parts:
+        assert part in result.stderr and part in str(e.value)
+
+
+def test_chunks_do_not_change_what_is_found_and_memory_stays_small(text, tmp_path, monkeypatch):
+    whole = integrity.verify(opened(text))
+    monkeypatch.setattr(integrity, "CHUNK_BYTES", 64)
+    assert integrity.verify(opened(text)) == whole
+    monkeypatch.setattr(integrity, "CHUNK_BYTES", 1 << 18)
+    make_dataset.write(tmp_path, [np.arange(4 << 20) % 1000], vocab_size=1000)
+    (tmp_path / "train.documents.bin").write_bytes(bytes(8))
+    data = opened(tmp_path)
+    tracemalloc.start()
+    found = integrity._split(tmp_path, data.manifest, "train")
+    assert tracemalloc.get_traced_memory()[1] < 2 << 20 < found.nbytes
+    tracemalloc.stop()
+
+
+def test_an_id_outside_the_vocabulary_is_found_wherever_it_is(tmp_path):
+    """The shard is what the manifest names; it was made wrong."""
+    tokens = np.arange(9000) % 100
+    tokens[-1] = 100
+    make_dataset.write(tmp_path, [tokens], vocab_size=100)
+    with pytest.raises(DataError, match=r"token id 100 in .*train-00000\.bin is outside the vocabulary of 100"):
+        integrity._split(tmp_path, opened(tmp_path).manifest, "train")
+
+
+def test_token_files_of_other_programs(text, tmp_path):
+    for split in ("train", "val"):
+        shutil.copyfile(text / f"{split}-00000.bin", tmp_path / f"{split}.bin")
+    report = json.loads(call(tmp_path, "--json", "--sample=3").stdout)
+    assert report["format"] == "nanogpt" and report["vocab_size"] is None
+    assert "text" not in report["batch"]["rows"][0] and report["splits"]["train"]["bytes_per_token"] is None
+    with_text = json.loads(call(tmp_path, "--json", "--sample=3", f"--tokenizer_path={text / 'tokenizer'}").stdout)
+    of_dataset = json.loads(call(text, "--json", "--sample=3").stdout)
+    assert with_text["batch"] == of_dataset["batch"] and with_text["check"] == of_dataset["check"] == report["check"]
+    assert with_text["fingerprint"] == report["fingerprint"] and with_text["vocab_size"] == of_dataset["vocab_size"]
+    assert [row["ids"] for row in report["batch"]["rows"]] == [row["ids"] for row in of_dataset["batch"]["rows"]]
+    assert "vocabulary of 5" in call(tmp_path, "--vocab_size=5", code=3).stderr
+    assert "magic" in call(tmp_path, "--format=llmc", code=3).stderr
+    (tmp_path / "train.bin").write_bytes(b"123")
+    assert "3 bytes" in call(tmp_path, code=3).stderr
+    assert "--vocab_size=5" in call(text, "--vocab_size=5", code=2).stderr
