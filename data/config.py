@@ -2,17 +2,38 @@
 
 import dataclasses
 
+FORMATS = ("meshlm", "nanogpt", "llmc", "megatron", "olmo")
+DTYPES = ("uint16", "uint32")
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    path: str = ""  # dataset folder written by launch.prepare
+    # Dataset folder written by launch.prepare; or token files of FORMATS: a file, a folder or a glob; or several of
+    # these, separated by commas.
+    path: str = ""
+    weights: str = ""  # of several: 0.7,0.3; by stages, each from a sample on: 0:0.7,0.3; 50000:0.5,0.5. '': all alike
     seq_len: int = 64  # tokens predicted per sample, T; a sample is T + 1 tokens long
+    mask_documents: bool = False  # no token sees another document, and positions restart with each
+    eos_id: int = -1  # the token after each document; -1: the one that the dataset names
     prefetch: int = 2  # batches read ahead by the loader's thread
     source: str = ""  # what launch.prepare makes `path` from; quoted when `path` does not exist yet
     tokenizer: str = "char"  # likewise
+    # For token files that are read in place; for several sources one for all, or one for each, separated by commas:
+    format: str = ""  # one of FORMATS; '': detected
+    dtype: str = ""  # uint16 or uint32, where the files do not say (nanogpt, olmo); '': uint16
+    val_path: str = ""  # validation files; '': those of `path` with the word val, valid or validation in their name
+    tokenizer_path: str = (
+        ""  # a tokenizer, as --tokenizer of launch.prepare; '': no samples, model.vocab_size must be given
+    )
 
     def __post_init__(self):
         if self.seq_len < 1:
             raise ValueError(f"data.seq_len is {self.seq_len}; it must be at least 1 token")
+        if self.eos_id < -1:
+            raise ValueError(f"data.eos_id is {self.eos_id}; it must be a token, or -1 for the dataset's own")
         if self.prefetch < 1:
             raise ValueError(f"data.prefetch is {self.prefetch}; it must be at least 1 batch")
+        for name, choices in (("format", FORMATS), ("dtype", DTYPES)):
+            for value in getattr(self, name).split(","):
+                if value.strip() and value.strip() not in choices:
+                    raise ValueError(f"data.{name} is {value!r}; it must be one of {', '.join(choices)}, or empty")

@@ -8,20 +8,29 @@ Indices used here:
   phase   where the first window of a shard starts in this epoch, so that window borders move between epochs
 """
 
+from __future__ import annotations
+
 import functools
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 
-from data import order
+from data import mixture, order, pages
 from data.errors import DataError
 from data.formats import TokenFiles
 
+if TYPE_CHECKING:  # windows are looked at without devices too
+    import jax
+
 # Positions permuted at once: a call costs nearly the same for one as for thousands, and batches ask in order.
 BLOCK = 1 << 14
+# Mapped files may take this much of this process's memory: touched pages count as its own, and mapping them anew costs
+# more than the gather.
+RESIDENT_BYTES = pages.memory_bytes() // 4
+CHECK_ROWS = 1 << 14  # between looks at it
 
 
 class TokenWindows:
@@ -34,8 +43,10 @@ class TokenWindows:
             max(len(shard) // seq_len - 1, 1) if len(shard) > seq_len else 0  # a shard shorter than a window is unused
             for shard in files.shards
         ]
+        self.dtype = files.shards[0].dtype
         self.first_window = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self.num_windows = int(self.first_window[-1])
+        self._unchecked = 0  # rows since memory was looked at
         self._block = functools.lru_cache(maxsize=4)(self._permuted_block)
         if self.num_windows == 0:
             raise DataError(
@@ -43,54 +54,126 @@ class TokenWindows:
                 f"{seq_len + 1} (data.seq_len + 1): prepare a longer corpus or lower data.seq_len"
             )
 
-    def epoch(self, samples_consumed: int) -> float:
-        return samples_consumed / self.num_windows
-
     def rows(self, g: np.ndarray) -> np.ndarray:
         """Tokens of samples g: [len(g), seq_len + 1] in the dtype of the files. One gather per (epoch, shard) met."""
-        epochs, position = np.divmod(np.asarray(g, np.int64), self.num_windows)
-        out = np.empty((len(epochs), self.seq_len + 1), self.files.shards[0].dtype)
-        for epoch in np.unique(epochs):
-            of_epoch = np.flatnonzero(epochs == epoch)
-            windows = self._windows(int(epoch), position[of_epoch])
-            shards = np.searchsorted(self.first_window, windows, side="right") - 1
-            for shard in np.unique(shards):
-                mine = shards == shard
-                view = self._view(int(shard), int(epoch))
-                # One C call per gather; a Python loop over rows would fight other threads for the interpreter lock.
-                gathered = view[windows[mine] - self.first_window[shard]]
-                if len(gathered) == len(out):  # as almost always: nothing to join, no second copy
-                    out = gathered
-                else:
-                    out[of_epoch[mine]] = gathered
+        out = None
+        for here, rows, windows in self._places(g):
+            # One C call per gather; a Python loop over rows would fight other threads for the interpreter lock.
+            gathered = rows[windows].view(self.dtype).reshape(-1, self.seq_len + 1)
+            if len(gathered) == len(g):  # as almost always: nothing to join, no second copy
+                out = gathered
+            else:
+                out = np.empty((len(g), self.seq_len + 1), self.dtype) if out is None else out
+                out[here] = gathered
+        assert out is not None
         self.files.check_ids(out, f"the {self.split} split")
+        self._bound_memory(len(g))
         return out
+
+    def will_need(self, g: np.ndarray) -> None:
+        """Has the kernel read the rows of samples g, which `rows` will be asked for next, if the files are cold."""
+        for _, rows, windows in self._places(g):
+            pages.will_need(rows, windows * rows.strides[0], rows.itemsize)
+
+    def _places(self, g: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """For each (epoch, shard) met: which of g lie there, the rows of that shard, and which of those they are."""
+        epochs, position = np.divmod(np.asarray(g, np.int64), self.num_windows)
+        for epoch, of_epoch in _groups(epochs):
+            windows = self._windows(epoch, position[of_epoch])
+            for shard, mine in _groups(np.searchsorted(self.first_window, windows, side="right") - 1):
+                yield of_epoch[mine], self._rows_of(shard, epoch), windows[mine] - self.first_window[shard]
+
+    def _bound_memory(self, rows: int) -> None:
+        """Gives mapped files back before they fill the memory that this process may be charged for."""
+        self._unchecked += rows
+        if self._unchecked >= CHECK_ROWS:
+            self._unchecked = 0
+            if pages.mapped_bytes() > RESIDENT_BYTES:
+                for shard in self.files.shards:
+                    pages.release(shard)
 
     def _windows(self, epoch: int, position: np.ndarray) -> np.ndarray:
         """The windows at these positions of an epoch, from cached blocks of the permutation."""
-        blocks = position // BLOCK
         out = np.empty_like(position)
-        for block in np.unique(blocks):
-            here = blocks == block
-            out[here] = self._block(epoch, int(block))[position[here] - block * BLOCK]
+        for block, here in _groups(position // BLOCK):
+            out[here] = self._block(epoch, block)[position[here] - block * BLOCK]
         return out
 
     def _permuted_block(self, epoch: int, block: int) -> np.ndarray:
         positions = np.arange(block * BLOCK, min((block + 1) * BLOCK, self.num_windows))
         return order.permute(positions, self.num_windows, self.seed, self.split, epoch)
 
-    def _view(self, shard: int, epoch: int) -> np.ndarray:
-        """[windows of the shard, seq_len + 1] view of the shard; no token is copied."""
+    def _rows_of(self, shard: int, epoch: int) -> np.ndarray:
+        """The windows of a shard in this epoch, one item each: void [windows of the shard], (seq_len + 1) tokens wide.
+
+        A view; no token is copied. Items of a row's width are gathered by numpy's one-dimensional path, which is faster
+        than rows of a two-dimensional view (docs/performance.md).
+        """
         tokens = self.files.shards[shard]
         count = int(self.first_window[shard + 1] - self.first_window[shard])
         phases = min(self.seq_len, len(tokens) - count * self.seq_len)
         phase = int.from_bytes(order.derive(self.seed, self.split, "phase", epoch, shard)[:8], "little") % phases
-        step = tokens.strides[0]
-        # asarray: fancy indexing of an np.memmap object is several times slower than of the plain array under it.
-        base = np.asarray(tokens)[phase : phase + count * self.seq_len + 1]
-        return np.lib.stride_tricks.as_strided(
-            base, (count, self.seq_len + 1), (self.seq_len * step, step), writeable=False
+        width = self.dtype.itemsize
+        return np.ndarray(
+            count,
+            dtype=f"V{(self.seq_len + 1) * width}",
+            buffer=tokens[phase : phase + count * self.seq_len + 1],
+            strides=self.seq_len * width,
         )
+
+
+def _groups(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Each value met and where it is; mostly there is one, which is found without a sort."""
+    if not len(values):
+        return
+    if (first := int(values[0])) == values[-1] and (values == first).all():
+        yield first, np.arange(len(values))
+        return
+    for value in np.unique(values):
+        yield int(value), np.flatnonzero(values == value)
+
+
+class MixedWindows:
+    """Windows of several sources by weights (mixture.py), or of one.
+
+    Attributes:
+      sources: TokenWindows of each.
+    """
+
+    def __init__(self, files: Mapping[str, TokenFiles], stages: Sequence[mixture.Stage], *, seq_len: int, seed: int):
+        self.names = list(files)
+        self.sources = [TokenWindows(f, seq_len=seq_len, seed=seed) for f in files.values()]
+        self.mixture = mixture.Mixture(stages, seed)
+        self.dtype = np.result_type(*(source.dtype for source in self.sources))
+        self.seq_len = seq_len
+
+    def rows(self, g: np.ndarray) -> np.ndarray:
+        """Tokens of samples g: [len(g), seq_len + 1] in the widest dtype of the sources."""
+        if len(self.sources) == 1:
+            return self.sources[0].rows(g)
+        out = np.empty((len(g), self.seq_len + 1), self.dtype)
+        for source, here, index in self._parts(g):
+            out[here] = self.sources[source].rows(index)
+        return out
+
+    def will_need(self, g: np.ndarray) -> None:
+        for source, _, index in self._parts(g):
+            self.sources[source].will_need(index)
+
+    def _parts(self, g: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """For each source met: which it is, which of g are its, and which of its samples these are."""
+        source, index = self.mixture.locate(g)
+        for met, here in _groups(source):
+            yield met, here, index[here]
+
+    def epochs(self, samples_consumed: int) -> dict[str, float]:
+        """train/epoch, and of several sources train/epoch/NAME."""
+        consumed = self.mixture.consumed(samples_consumed)
+        epochs = {"train/epoch": samples_consumed / sum(s.num_windows for s in self.sources)}
+        if len(self.sources) > 1:
+            for name, source, count in zip(self.names, self.sources, consumed, strict=True):
+                epochs[f"train/epoch/{name}"] = float(count / source.num_windows)
+        return epochs
 
 
 class Loader:
@@ -99,25 +182,36 @@ class Loader:
     Every process computes the order of the whole global batch and reads only the rows that its own devices hold.
     """
 
-    def __init__(self, windows: TokenWindows, *, global_batch_size: int, sharding: jax.sharding.Sharding):
+    def __init__(
+        self, windows: TokenWindows | MixedWindows, *, global_batch_size: int, sharding: jax.sharding.Sharding
+    ):
         self.windows, self.global_batch_size, self.sharding = windows, global_batch_size, sharding
+        self._held = np.concatenate([np.arange(*span) for span in held_rows(sharding, global_batch_size)])
 
     def batch(self, samples_consumed: int) -> jax.Array:
         """The batch after `samples_consumed` samples: [global_batch_size, seq_len + 1] in the dtype of the files."""
         return put(self.sharding, self.global_batch_size, lambda rows: self.windows.rows(samples_consumed + rows))
 
-    def prefetched(self, samples_consumed: int, ahead: int) -> "Prefetch":
-        return Prefetch(lambda i: self.batch(samples_consumed + i * self.global_batch_size), ahead)
+    def prefetched(self, samples_consumed: int, ahead: int) -> Prefetch:
+        def make(i: int) -> jax.Array:
+            following = samples_consumed + (i + 1) * self.global_batch_size
+            self.windows.will_need(following + self._held)
+            return self.batch(following - self.global_batch_size)
+
+        return Prefetch(make, ahead)
+
+
+def held_rows(sharding: jax.sharding.Sharding, num_rows: int) -> list[tuple[int, int]]:
+    """The spans [start, stop) of rows that devices of this process hold; each once."""
+    indices = sharding.addressable_devices_indices_map((num_rows,)).values()
+    return sorted({(index or (slice(None),))[0].indices(num_rows)[:2] for index in indices})
 
 
 def put(sharding: jax.sharding.Sharding, num_rows: int, read: Callable[[np.ndarray], np.ndarray]) -> jax.Array:
     """A sharded array [num_rows, …] of which `read(row indices)` supplies the rows that this process holds."""
-    held: dict[tuple[int, int], np.ndarray] = {}
-    for index in sharding.addressable_devices_indices_map((num_rows,)).values():
-        (rows,) = index or (slice(None),)
-        start, stop, _ = rows.indices(num_rows)
-        if (start, stop) not in held:  # devices along other mesh axes hold the same rows
-            held[start, stop] = read(np.arange(start, stop, dtype=np.int64))
+    import jax
+
+    held = {span: read(np.arange(*span, dtype=np.int64)) for span in held_rows(sharding, num_rows)}
     shape = (num_rows, *next(iter(held.values())).shape[1:])
 
     def shard(index: tuple[slice, ...] | None) -> np.ndarray:

@@ -2,11 +2,12 @@
 
   python -m launch.evaluate --workdir=runs/tiny [--step=1000] [--json]
 
-With --json one object: step, tokens (trained on), val/loss (nats a token), val/perplexity, val/bits_per_byte.
+With --json one object: step, tokens (trained on), val/loss (nats a token), val/perplexity, val/bits_per_byte (where the
+bytes of the text are known: not for token files read in place).
 """
 
+import dataclasses
 import json
-import pathlib
 
 from launch import cli, inference
 from trainer.errors import ConfigError
@@ -14,19 +15,21 @@ from trainer.errors import ConfigError
 
 def main() -> int:
     run = inference.open_run()
-    from data import formats
+    from data import sources
     from trainer import sharding
     from trainer.loop import evaluate
     from trainer.step import make_eval_step
 
-    folder = pathlib.Path(run.config.data.path)
+    config = dataclasses.replace(run.config.data, tokenizer_path="")  # not needed, and perhaps not there
     try:
-        manifest = formats.read_manifest(folder)
-    except FileNotFoundError:
-        raise ConfigError(f"the dataset of {run.path} is not at {folder} any more; run this where it is") from None
-    if manifest.fingerprint() != run.meta["data_fingerprint"]:
-        raise ConfigError(f"{folder} is not the dataset that {run.path} was trained on; prepare that one again")
-    files = formats.TokenFiles(folder, manifest, "val")
+        data = sources.open_sources(config, run.config.model.vocab_size)
+    except FileNotFoundError as e:
+        raise ConfigError(f"the dataset of {run.path} is not at {e} any more; run this where it is") from None
+    if data.fingerprint() != run.meta["data_fingerprint"]:
+        raise ConfigError(f"{config.path} is not the dataset that {run.path} was trained on; bring that one back")
+    files = data.files("val")
+    if not files:
+        raise ConfigError(f"{config.path} has nothing to validate on; prepare it with --val_fraction above 0")
     batch = sharding.named(run.program.mesh, "batch")
     result = evaluate(make_eval_step(run.program), run.params, files, run.config, batch, num_windows=0)
     row = {"step": run.meta["step"], "tokens": run.tokens, **result}

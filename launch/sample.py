@@ -32,6 +32,11 @@ def main() -> int:
     from data.errors import DataError
     from model.generate import Generator
 
+    if not (run.path / "tokenizer").exists():
+        raise ConfigError(
+            f"{run.path} has no tokenizer: it trained on token files alone; the same launch.train command with "
+            "--config.data.tokenizer_path=PATH adds one"
+        )
     tokenizer = tokenizers.load(run.path / "tokenizer")
     try:
         prompt = tokenizer.encode(PROMPT.value)

@@ -44,6 +44,7 @@ def main() -> int:
     runtime.use_compilation_cache(COMPILATION_CACHE.value)
     import jax
 
+    from data import sources
     from launch import distributed
 
     distributed.initialize(COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value)
@@ -52,6 +53,8 @@ def main() -> int:
 
     sharding.make_mesh(config)  # axes, devices, batch and model must divide; the answer should not wait for the rest
     distributed.check_same(config, "config")  # before anything is written: a refused gang leaves no run behind
+    data = sources.open_sources(config.data, config.model.vocab_size)
+    distributed.check_same(data.fingerprint(), "dataset")
     lock = run_directory.lock(run) if process == 0 else None
     sharding.barrier("run directory")
     if process == 0:

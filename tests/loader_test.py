@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from data import formats, loader, order
+from data import formats, loader, mixture, order
 from data.errors import DataError
-from data.loader import Loader, Prefetch, TokenWindows
+from data.loader import Loader, MixedWindows, Prefetch, TokenWindows
 
 T = 8
 LENGTHS = (50, 7, 41, 9, 16, 8)  # 7 and 8 hold no window of T + 1 tokens, 9 exactly one
@@ -165,8 +165,57 @@ def test_seed_and_split_change_the_order(dataset):
 
 
 def test_epoch_counts_passes_over_the_windows(dataset):
-    windows = windows_of(dataset)
-    assert [windows.epoch(samples) for samples in (0, WINDOWS, 5 * WINDOWS // 2)] == [0, 1, 27 / WINDOWS]
+    windows = mixed([open_split(dataset)])
+    assert [windows.epochs(s) for s in (0, WINDOWS, 5 * WINDOWS // 2)] == [
+        {"train/epoch": epochs} for epochs in (0, 1, 27 / WINDOWS)
+    ]
+
+
+def mixed(files: list[formats.TokenFiles], weights: str = "") -> MixedWindows:
+    names = dict(zip("abcd", files, strict=False))
+    return MixedWindows(names, mixture.parse_stages(weights, len(files)), seq_len=T, seed=1)
+
+
+def test_one_source_is_read_as_if_there_were_no_mixture(dataset):
+    g = np.arange(3 * WINDOWS)
+    windows = mixed([open_split(dataset)])
+    assert np.array_equal(windows.rows(g), windows_of(dataset).rows(g))
+
+
+def test_a_mixture_takes_each_source_in_its_own_order(tmp_path):
+    """Rows, epochs by source, the wider of two dtypes, and any samples in any order."""
+    make_dataset.write(tmp_path / "a", [np.arange(90)])
+    make_dataset.write(tmp_path / "b", [np.arange(70_000, 70_500)], vocab_size=80_000, dtype="uint32")
+    files = [open_split(tmp_path / "a"), open_split(tmp_path / "b")]
+    windows = mixed(files, "0:0.7,0.3; 300:0.1,0.9")
+    g = np.arange(600)
+    rows = windows.rows(g)
+    assert rows.dtype == np.uint32
+    of_b = rows[:, 0] >= 70_000
+    assert of_b[:300].mean() == pytest.approx(0.3, abs=0.07) and of_b[300:].mean() == pytest.approx(0.9, abs=0.05)
+    for here, name in ((~of_b, "a"), (of_b, "b")):
+        assert np.array_equal(rows[here], windows_of(tmp_path / name).rows(np.arange(here.sum())))
+    shuffled = np.random.default_rng(0).permutation(g)
+    assert np.array_equal(mixed(files, "0:0.7,0.3; 300:0.1,0.9").rows(shuffled), rows[shuffled])
+    epochs = windows.epochs(600)
+    counts = [source.num_windows for source in windows.sources]
+    assert epochs == {
+        "train/epoch": 600 / sum(counts),
+        "train/epoch/a": (~of_b).sum() / counts[0],
+        "train/epoch/b": of_b.sum() / counts[1],
+    }
+    windows.will_need(g)  # advice alone
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+def test_batches_of_a_mixture_are_the_same_on_every_mesh(shape, tmp_path):
+    for name, start in (("a", 0), ("b", 1000)):
+        make_dataset.write(tmp_path / name, [np.arange(start, start + 400)])
+    windows = mixed([open_split(tmp_path / "a"), open_split(tmp_path / "b")], "3,1")
+    on_one = Loader(windows, global_batch_size=16, sharding=one_device())
+    on_many = Loader(windows, global_batch_size=16, sharding=sharding_on(*shape))
+    for samples in (0, 16, 4000):
+        assert np.array_equal(on_one.batch(samples), on_many.batch(samples))
 
 
 @pytest.mark.parametrize("lengths", [(T,), (0,), (5, T, 3), (1,)])

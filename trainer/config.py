@@ -221,9 +221,11 @@ def flatten(config: Config) -> dict[str, Any]:
     return flat
 
 
-# What may change when a run goes on. Anything not named changes what the saved state means, and is refused.
+# What may change when a run goes on. Anything not named changes what the saved state means, and is refused. Weights may
+# change from a sample on that was not trained on (mixture.check_change).
 HARMLESS = (
-    "num_train_steps", "grad_accum_steps", "data.path", "data.prefetch", "data.source", "data.tokenizer", "model.remat",
+    "num_train_steps", "grad_accum_steps", "data.path", "data.weights", "data.prefetch", "data.source",
+    "data.tokenizer", "data.format", "data.dtype", "data.val_path", "data.tokenizer_path", "model.remat",
     "model.scan_layers", "mesh", "checkpoint", "metrics", "eval", "sample",
 )  # fmt: skip
 NEEDS_FLAG = (

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
 
-from data import formats, loader, tokenizers
+from data import formats, loader, mixture, sources
 from data.errors import DataError
 from model.generate import Generator
 from trainer import metrics as reporting
@@ -42,18 +42,18 @@ class Trainer:
         self.config, self.run, self.should_stop = config, run, should_stop
         self.mesh = sharding.make_mesh(config)
         jax.set_mesh(self.mesh)
-        folder = pathlib.Path(config.data.path)
-        self.manifest = formats.read_manifest(folder)
-        train_files = formats.TokenFiles(folder, self.manifest, "train")
-        self.val_files = formats.TokenFiles(folder, self.manifest, "val") if self._has_val() else None
-        self.windows = loader.TokenWindows(train_files, seq_len=config.data.seq_len, seed=config.seed)
+        self.data = sources.open_sources(config.data, config.model.vocab_size)
+        self.val_files = self.data.files("val")
+        self.windows = loader.MixedWindows(
+            self.data.files("train"), self.data.stages, seq_len=config.data.seq_len, seed=config.seed
+        )
         self.batch_sharding = sharding.named(self.mesh, "batch")
         self.loader = loader.Loader(
             self.windows, global_batch_size=config.global_batch_size, sharding=self.batch_sharding
         )
-        self.tokenizer = tokenizers.load(folder / "tokenizer", self.manifest.tokenizer_sha256)
+        self.tokenizer = self.data.load_tokenizer()
         try:  # found out now, not at the first sample
-            self.prompt = self.tokenizer.encode(config.sample.prompt)
+            self.prompt = self.tokenizer.encode(config.sample.prompt) if self.tokenizer is not None else None
         except DataError as e:
             raise ConfigError(f"config.sample.prompt: {e}") from None
         self.program = Program(config, self.mesh)
@@ -71,15 +71,12 @@ class Trainer:
         self.progress = reporting.Progress(config.num_train_steps)
         self.last_saved_at = time.monotonic()
 
-    def _has_val(self) -> bool:
-        return "val" in self.manifest.splits and self.manifest.splits["val"].tokens > 1
-
     def train(self) -> bool:
         """Runs to the last step and returns True, or saves and returns False when asked to stop."""
         config = self.config
         state, samples, owed = self._restore_or_init()
         step = first = int(state.step)
-        startup.page(config, self.program, self.windows, self.manifest)
+        startup.page(config, self.program, self.windows, self.data)
         self.writers = reporting.Writers(self.run, first, config.metrics.tensorboard)
         if first >= config.num_train_steps:
             log.info("This run already has its %d steps; more with --config.num_train_steps=N.", config.num_train_steps)
@@ -148,11 +145,14 @@ class Trainer:
         if restored is None:
             return self.program.init(), 0, False
         state, meta = restored
-        if meta["data_fingerprint"] != self.manifest.fingerprint():
+        if meta["data_fingerprint"] != self.data.fingerprint():
             raise ConfigError(
                 f"{self.run} was trained on another dataset (fingerprint {meta['data_fingerprint']}) than the one at "
-                f"{self.config.data.path} ({self.manifest.fingerprint()}); name that one, or another --workdir"
+                f"{self.config.data.path} ({self.data.fingerprint()}); name that one, or another --workdir"
             )
+        weights = meta["config"]["data"].get("weights", "")
+        old = mixture.parse_stages(weights, len(self.data.datasets))
+        mixture.check_change(old, self.data.stages, meta["samples"])
         return state, meta["samples"], meta["owed"]
 
     def _save_is_timely(self, step: int) -> bool:
@@ -167,7 +167,7 @@ class Trainer:
         meta = {
             "samples": samples,
             "owed": owed,
-            "data_fingerprint": self.manifest.fingerprint(),
+            "data_fingerprint": self.data.fingerprint(),
             "config": json.loads(to_json(self.config)),
             "jax": jax.__version__,
         }
@@ -189,23 +189,25 @@ class Trainer:
             )
         if not _every(self.config.metrics.every_steps, step) and step != self.config.num_train_steps:
             return
-        values["train/epoch"] = self.windows.epoch(samples)
+        values |= self.windows.epochs(samples)
         perf = self.meter.read()
         self.writers.metrics(step, samples * self.config.data.seq_len, values | perf)
-        self.progress.show(step, values["train/loss"], perf["perf/tokens_per_s"], perf["perf/step_time_s"])
+        self.progress.step(step, values["train/loss"], perf["perf/tokens_per_s"], perf["perf/step_time_s"])
 
     def _evaluate(self, step: int, samples: int, params: dict) -> float | None:
-        if self.val_files is None:
+        if not self.val_files:
             return None
         limit = self.config.eval.num_windows
         result = evaluate(self.eval_step, params, self.val_files, self.config, self.batch_sharding, limit)
         self.writers.metrics(step, samples * self.config.data.seq_len, result)
         self.progress.clear()
-        loss, bits = result["val/loss"], result["val/bits_per_byte"]
-        log.info("step %d  val/loss %.4f  val/bits_per_byte %.4f", step, loss, bits)
+        shown = "  ".join(f"{name} {result[name]:.4f}" for name in ("val/loss", "val/bits_per_byte") if name in result)
+        log.info("step %d  %s", step, shown)
         return result["val/loss"]
 
     def _sample(self, step: int, params: dict) -> None:
+        if self.tokenizer is None or self.prompt is None:  # the start-up page said so
+            return
         config = self.config.sample
         (ids,) = self.generator(
             params, self.prompt, rows=1, max_new_tokens=config.max_new_tokens, seed=(self.config.seed + step) % 2**32
@@ -219,30 +221,36 @@ class Trainer:
 def evaluate(
     eval_step: Callable[[dict, Array, Array], Array],
     params: dict,
-    files: formats.TokenFiles,
+    sources: dict[str, formats.TokenFiles],
     config: Config,
     batch_sharding: jax.sharding.Sharding,
     num_windows: int,
 ) -> dict[str, float]:
-    """val/loss (nats a token), val/perplexity and val/bits_per_byte over fixed windows; 0 windows: the whole split."""
-    batches = loader.evaluation_batches(
-        files,
-        seq_len=config.data.seq_len,
-        batch_size=config.global_batch_size,
-        sharding=batch_sharding,
-        limit=num_windows,
-    )
-    total = count = 0.0
-    for tokens, lengths in batches:
-        total += float(eval_step(params, tokens, lengths))
-        count += float(lengths.sum())
-    loss = total / count
-    tokens_per_byte = files.tokens / files.text_bytes
-    return {
-        "val/loss": loss,
-        "val/perplexity": math.exp(min(loss, 700)),
-        "val/bits_per_byte": loss / math.log(2) * tokens_per_byte,
-    }
+    """val/loss (nats a token), val/perplexity and, where the text's bytes are known, val/bits_per_byte.
+
+    Over `num_windows` fixed windows of each source; 0: its whole split. Of several sources the mean over all their
+    targets, and val/loss/NAME of each.
+    """
+    totals, counts = dict.fromkeys(sources, 0.0), dict.fromkeys(sources, 0.0)
+    for name, files in sources.items():
+        batches = loader.evaluation_batches(
+            files,
+            seq_len=config.data.seq_len,
+            batch_size=config.global_batch_size,
+            sharding=batch_sharding,
+            limit=num_windows,
+        )
+        for tokens, lengths in batches:
+            totals[name] += float(eval_step(params, tokens, lengths))
+            counts[name] += float(lengths.sum())
+    loss = sum(totals.values()) / sum(counts.values())
+    result = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700))}
+    if all(files.text_bytes for files in sources.values()):
+        tokens, text_bytes = (sum(getattr(f, what) for f in sources.values()) for what in ("tokens", "text_bytes"))
+        result["val/bits_per_byte"] = loss / math.log(2) * tokens / text_bytes
+    if len(sources) > 1:
+        result |= {f"val/loss/{name}": totals[name] / counts[name] for name in sources}
+    return result
 
 
 def _every(n: int, step: int) -> bool:

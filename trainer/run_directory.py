@@ -16,11 +16,10 @@ import os
 import pathlib
 import platform
 import shlex
-import shutil
 import subprocess
 from typing import IO
 
-from data import formats
+from data import sources, tokenizers
 from data.errors import DataError
 from trainer.config import Config, changes, from_dict, to_json
 from trainer.errors import ConfigError
@@ -36,31 +35,43 @@ def resolve(config: Config) -> Config:
       DataError: the dataset is not there (the message has the command that prepares it) or cannot be used.
       ConfigError: the config contradicts it.
     """
-    folder = pathlib.Path(config.data.path)
     if not config.data.path:
         raise ConfigError("config.data.path is not set; name a dataset folder made by python -m launch.prepare")
+    model = config.model
     try:
-        manifest = formats.read_manifest(folder)
-    except (FileNotFoundError, NotADirectoryError):
+        found = sources.open_sources(config.data, model.vocab_size)
+    except FileNotFoundError as e:
+        folder = pathlib.Path(str(e))
         source = config.data.source or "PATH"
         raise DataError(
             f"{folder} is not a prepared dataset; prepare it with: python -m launch.prepare "
             f"--source={source} --tokenizer={config.data.tokenizer} --out={folder}"
         ) from None
-    model = config.model
-    if model.vocab_size not in (0, manifest.vocab_size):
+    vocab_size = found.vocab_size
+    if not vocab_size:
         raise ConfigError(
-            f"config.model.vocab_size is {model.vocab_size}, but the tokenizer of {folder} has {manifest.vocab_size} "
-            "tokens; leave it 0"
+            f"config.model.vocab_size is not set, and {config.data.path} does not say it; set it (the largest id seen "
+            f"is {found.largest_id}), or name the tokenizer with config.data.tokenizer_path"
+        )
+    if model.vocab_size not in (0, vocab_size):
+        raise ConfigError(
+            f"config.model.vocab_size is {model.vocab_size}, but the tokenizer {found.tokenizer_path} has "
+            f"{vocab_size} tokens; leave it 0"
         )
     if model.max_seq_len and model.max_seq_len < config.data.seq_len:
         raise ConfigError(
             f"config.model.max_seq_len = {model.max_seq_len} is below config.data.seq_len = {config.data.seq_len}"
         )
-    model = dataclasses.replace(
-        model, vocab_size=manifest.vocab_size, max_seq_len=model.max_seq_len or config.data.seq_len
-    )
-    return dataclasses.replace(config, model=model)
+    model = dataclasses.replace(model, vocab_size=vocab_size, max_seq_len=model.max_seq_len or config.data.seq_len)
+    data = config.data
+    if data.mask_documents and data.eos_id == -1 and (eos_id := found.eos_id()) is not None:
+        data = dataclasses.replace(data, eos_id=eos_id)
+    if data.mask_documents and not 0 <= data.eos_id < model.vocab_size:
+        raise ConfigError(
+            f"config.data.mask_documents needs the token that ends a document: {data.path} names none; set "
+            f"config.data.eos_id to a token below {model.vocab_size}"
+        )
+    return dataclasses.replace(config, model=model, data=data)
 
 
 def read_config(run: pathlib.Path) -> Config:
@@ -118,9 +129,11 @@ def lock(run: pathlib.Path) -> IO[str]:
 
 
 def record(run: pathlib.Path, config: Config, argv: list[str]) -> None:
-    """Writes config.json, tokenizer/ and environment.json, and adds the command to command.txt."""
+    """Writes config.json, tokenizer/ (if there is one) and environment.json, and adds the command to command.txt."""
     _replace(run / "config.json", to_json(config))
-    shutil.copytree(pathlib.Path(config.data.path) / "tokenizer", run / "tokenizer", dirs_exist_ok=True)
+    tokenizer = sources.open_sources(config.data, config.model.vocab_size).load_tokenizer()
+    if tokenizer is not None:
+        tokenizers.save(tokenizer, run / "tokenizer")
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with (run / "command.txt").open("a") as f:
         f.write(f"{now} {shlex.join(argv)}\n")

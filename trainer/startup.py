@@ -5,8 +5,9 @@ import math
 
 import jax
 
-from data.formats import Manifest
-from data.loader import TokenWindows
+from data.dataset import Dataset
+from data.loader import MixedWindows
+from data.sources import Sources
 from model import attention
 from trainer import sharding
 from trainer.config import Config
@@ -17,7 +18,7 @@ log = logging.getLogger("meshlm")
 REPLICATED_SHARE_ALLOWED = 0.02
 
 
-def page(config: Config, program: Program, windows: TokenWindows, manifest: Manifest) -> None:
+def page(config: Config, program: Program, windows: MixedWindows, data: Sources) -> None:
     """Logs the start-up page."""
     devices, mesh = jax.devices(), program.mesh
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
@@ -39,13 +40,26 @@ def page(config: Config, program: Program, windows: TokenWindows, manifest: Mani
         "batch     %d sequences x %d tokens = %s a step (%d part(s) of %d on each of %d batch shards)",
         batch, config.data.seq_len, f"{config.tokens_per_step:,}", accum, batch // accum // rows, rows,
     )  # fmt: skip
-    total = config.num_train_steps * config.tokens_per_step
-    epochs = windows.epoch(config.num_train_steps * batch)
-    log.info(
-        "data      %s: %s training tokens; %d steps = %s tokens = %.3g epochs",
-        config.data.path, f"{manifest.splits['train'].tokens:,}", config.num_train_steps, f"{total:,}", epochs,
-    )  # fmt: skip
+    samples = config.num_train_steps * batch
+    total, seen = samples * config.data.seq_len, windows.mixture.consumed(samples)
+    log.info("data      %d steps = %s tokens", config.num_train_steps, f"{total:,}")
+    for i, dataset in enumerate(data.datasets.values()):
+        log.info(
+            "          %s: %s training tokens, %.1f %% of the samples = %.3g epochs%s",
+            dataset.path, f"{dataset.manifest.splits['train'].tokens:,}", 100 * seen[i] / samples,
+            seen[i] / windows.sources[i].num_windows, _in_place(dataset),
+        )  # fmt: skip
+    if not data.tokenizer_path:
+        log.info("          no tokenizer (config.data.tokenizer_path): no samples are written")
     log.info("loss      untrained ln %d = %.4f", model.vocab_size, math.log(model.vocab_size))
+
+
+def _in_place(dataset: Dataset) -> str:
+    if not dataset.foreign_files:
+        return ""
+    files, held_out = (len(dataset.foreign_files.get(split, ())) for split in ("train", "val"))
+    kind = f"{dataset.manifest.request['format']} {dataset.manifest.dtype}"
+    return f"; {kind}, read in place: {files} file(s) to train on, {held_out} to validate on"
 
 
 def parameter_table(program: Program) -> list[str]:

@@ -1,0 +1,142 @@
+"""Which source a sample of the run comes from: blocks with exact counts, shuffled inside, by stages of weights.
+
+Sample g of the run lies in the stage with the largest start <= g, and there in block (g - start) // BLOCK. A block
+holds a fixed number of samples of each source, in an order permuted by a key (as Levanter's MixtureDataset does); each
+source is consumed in its own order, without a gap, over blocks and stages. So the source and its sample are a function
+of (seed, stages, g), and the number of samples consumed is still the whole state.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from data import order
+from data.errors import DataError
+
+VERSION = "mixture-1"  # part of the fingerprint of a mixture
+BLOCK = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    start: int  # the first sample of the run that these weights hold for
+    weights: tuple[float, ...]  # of the sources, in any unit
+
+
+def parse_stages(text: str, num_sources: int) -> tuple[Stage, ...]:
+    """'0.7,0.3', or by stages '0:0.7,0.3; 50000:0.5,0.5', each from a sample of the run on; '' weighs all alike.
+
+    Raises:
+      ValueError: it is written otherwise, or cannot be followed.
+    """
+    stages = []
+    for part in (text or ",".join(["1"] * num_sources)).split(";"):
+        start, _, weights = part.rpartition(":")
+        try:
+            stages.append(Stage(int(start or 0), tuple(map(float, weights.split(",")))))
+        except ValueError:
+            raise ValueError(
+                f"data.weights has {part.strip()!r}; write the weights of the sources as 0.7,0.3, and for stages the "
+                "first sample of each before them: 0:0.7,0.3; 50000:0.5,0.5"
+            ) from None
+    for stage in stages:
+        if len(stage.weights) != num_sources:
+            raise ValueError(
+                f"data.weights has {len(stage.weights)} weights from sample {stage.start} on, but data.path has "
+                f"{num_sources} sources"
+            )
+        _counts(stage)
+    starts = [stage.start for stage in stages]
+    if starts[0] != 0 or sorted(set(starts)) != starts:
+        raise ValueError(
+            f"data.weights has stages from samples {starts}; the first is 0, and each is above the one before"
+        )
+    return tuple(stages)
+
+
+def _counts(stage: Stage) -> np.ndarray:
+    """Samples of each source in a block, int64: the largest remainders are rounded up. Raises ValueError."""
+    weights = np.array(stage.weights)
+    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
+        raise ValueError(f"data.weights has {stage.weights}; weights are 0 or above, and one is above 0")
+    wanted = weights / weights.sum() * BLOCK
+    counts = np.floor(wanted).astype(np.int64)
+    # Ties go to the source named first.
+    largest = np.argsort(counts - wanted, kind="stable")[: BLOCK - counts.sum()]
+    counts[largest] += 1
+    if (lost := (counts == 0) & (weights > 0)).any():
+        raise ValueError(
+            f"data.weights has {weights[lost][0]:g} of {weights.sum():g} for source {int(lost.argmax())}: less than "
+            f"one of the {BLOCK} samples of a block; use 0 or at least {weights.sum() / BLOCK:.2g}"
+        )
+    return counts
+
+
+class Mixture:
+    """Maps samples of the run to (source, sample of the source), and back to counts."""
+
+    def __init__(self, stages: Sequence[Stage], seed: int):
+        self.stages, self.seed = tuple(stages), seed
+        self.num_sources = len(stages[0].weights)
+        self.counts = [_counts(stage) for stage in stages]
+        self._block = functools.lru_cache(maxsize=8)(self._shuffled_block)
+        self._before = [np.zeros(self.num_sources, np.int64)]  # consumed of each source when a stage begins
+        for i, (stage, following) in enumerate(itertools.pairwise(stages)):
+            self._before.append(self._before[-1] + self._within(i, following.start - stage.start))
+
+    def locate(self, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each sample g of the run, and which sample of that source it is: int64, both [len(g)]."""
+        g = np.asarray(g, np.int64)
+        if self.num_sources == 1:
+            return np.zeros_like(g), g
+        source, index = np.empty_like(g), np.empty_like(g)
+        stages = np.searchsorted([stage.start for stage in self.stages], g, side="right") - 1
+        for stage in np.unique(stages):
+            of_stage = np.flatnonzero(stages == stage)
+            blocks, slots = np.divmod(g[of_stage] - self.stages[stage].start, BLOCK)
+            for block in np.unique(blocks):
+                here = blocks == block
+                sources, ranks = self._block(int(stage), int(block))
+                s = sources[slots[here]]
+                source[of_stage[here]] = s
+                index[of_stage[here]] = (self._before[stage] + block * self.counts[stage])[s] + ranks[slots[here]]
+        return source, index
+
+    def consumed(self, samples: int) -> np.ndarray:
+        """How many of the first `samples` samples of the run are of each source, int64 [num_sources]."""
+        if self.num_sources == 1:
+            return np.array([samples])
+        stage = max(i for i, stage in enumerate(self.stages) if stage.start <= samples)
+        return self._before[stage] + self._within(stage, samples - self.stages[stage].start)
+
+    def _within(self, stage: int, samples: int) -> np.ndarray:
+        """Of the first `samples` samples of a stage."""
+        blocks, rest = divmod(samples, BLOCK)
+        sources, _ = self._block(stage, blocks)
+        return blocks * self.counts[stage] + np.bincount(sources[:rest], minlength=self.num_sources)
+
+    def _shuffled_block(self, stage: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each slot, and how many slots before it have the same source; int64 [BLOCK]."""
+        slots = order.permute(np.arange(BLOCK), BLOCK, self.seed, VERSION, self.stages[stage].start, block)
+        sources = np.repeat(np.arange(self.num_sources), self.counts[stage])[slots]
+        ranks = np.empty(BLOCK, np.int64)
+        for source, count in enumerate(self.counts[stage]):
+            ranks[sources == source] = np.arange(count)
+        return sources, ranks
+
+
+def check_change(old: Sequence[Stage], new: Sequence[Stage], samples: int) -> None:
+    """Raises DataError where `new` changes the weights of the `samples` samples that were trained on already."""
+    if [s for s in old if s.start < samples] != [s for s in new if s.start < samples]:
+        raise DataError(
+            f"config.data.weights is changed for samples before {samples}, which this run was trained on already; keep "
+            f"what was there ({format_stages(old)}) and add a stage that begins at sample {samples} or later"
+        )
+
+
+def format_stages(stages: Sequence[Stage]) -> str:
+    """As parse_stages reads it."""
+    return "; ".join(f"{stage.start}:{','.join(f'{w:g}' for w in stage.weights)}" for stage in stages)

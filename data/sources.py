@@ -1,0 +1,147 @@
+"""What a run reads: one dataset, or several mixed by weights, with one vocabulary between them.
+
+data.path names the sources, separated by commas; data.weights how they are mixed (mixture.py). Nothing here needs JAX.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import re
+from typing import Any
+
+from data import formats, mixture, remote, tokenizers
+from data.config import DataConfig
+from data.dataset import Dataset, open_dataset
+from data.errors import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    datasets: dict[str, Dataset]  # by name, in the order of data.path
+    stages: tuple[mixture.Stage, ...]
+    speaker: Dataset  # whose vocabulary and tokenizer are those of all
+
+    @property
+    def vocab_size(self) -> int:
+        """0: nobody knows."""
+        return self.speaker.vocab_size
+
+    @property
+    def tokenizer_path(self) -> str:
+        """'' for none."""
+        return self.speaker.tokenizer_path
+
+    def load_tokenizer(self) -> tokenizers.Tokenizer | None:
+        """None where nobody said which. Raises DataError."""
+        return self.speaker.load_tokenizer()
+
+    def eos_id(self) -> int | None:
+        """The token after each document: a prepared dataset's, else the tokenizer's."""
+        found = [d.manifest.eos_id for d in self.datasets.values() if d.manifest.eos_id is not None]
+        tokenizer = None if found else self.load_tokenizer()
+        return found[0] if found else tokenizer.eos_id if tokenizer is not None else None
+
+    @property
+    def largest_id(self) -> int:
+        return max(d.largest_id for d in self.datasets.values())
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change with any token and with the order of samples; not with the weights, which a run may
+        change from a sample on."""
+        prints = [d.manifest.fingerprint() for d in self.datasets.values()]
+        if len(prints) == 1:
+            return prints[0]
+        return hashlib.sha256(json.dumps([mixture.VERSION, prints]).encode()).hexdigest()[:16]
+
+    def files(self, split: str) -> dict[str, formats.TokenFiles]:
+        """Of every source; 'val': of those that have something to predict there. Raises DataError."""
+        return {name: d.files(split) for name, d in self.datasets.items() if split == "train" or d.has(split)}
+
+
+def open_sources(config: DataConfig, vocab_size: int = 0) -> Sources:
+    """Opens all that config.path names; arguments and errors as of open_dataset.
+
+    Token files of other programs take the vocabulary of the prepared datasets they are mixed with, unless
+    data.tokenizer_path names one. Prepared datasets must have been made with the same tokenizer.
+    """
+    configs = _config_of_each(config)
+    datasets: dict[str, Dataset] = {}
+    prepared: Dataset | None = None
+    # Prepared ones first: they know the vocabulary.
+    for name, of_source in sorted(configs.items(), key=lambda item: not _is_prepared(item[1])):
+        data = datasets[name] = open_dataset(of_source, vocab_size)
+        if _is_prepared(of_source):
+            if prepared and data.manifest.tokenizer_sha256 != prepared.manifest.tokenizer_sha256:
+                raise DataError(
+                    f"{data.path} was prepared with another tokenizer than {prepared.path}; prepare one again with "
+                    f"--tokenizer={prepared.path}"
+                )
+            prepared = prepared or data
+            vocab_size = data.vocab_size
+    datasets = {name: datasets[name] for name in configs}
+    for data in datasets.values():
+        if data.vocab_size != vocab_size and len(datasets) > 1 and vocab_size:
+            raise DataError(
+                f"the tokenizer of {data.path} has {data.vocab_size} tokens, but others have {vocab_size}; "
+                "sources of one run share one tokenizer"
+            )
+    try:
+        stages = mixture.parse_stages(config.weights, len(datasets))
+    except ValueError as e:
+        raise DataError(str(e)) from None
+    return Sources(datasets, stages, prepared or next(iter(datasets.values())))
+
+
+def _is_prepared(config: DataConfig) -> bool:
+    return config.format in ("", "meshlm") and (pathlib.Path(config.path) / formats.MANIFEST).exists()
+
+
+def _config_of_each(config: DataConfig) -> dict[str, DataConfig]:
+    """The configuration of each source by its name. Raises DataError."""
+    paths = [path.strip() for path in config.path.split(",")]
+    if len(paths) == 1:
+        return {_name(config.path): _local(config)}
+    per_source = {
+        field: _spread(field, getattr(config, field), len(paths)) for field in ("format", "dtype", "val_path")
+    }
+    configs = {}
+    for i, path in enumerate(paths):
+        name = _name(path)
+        fields: dict[str, Any] = {field: values[i] for field, values in per_source.items()}
+        of_source = dataclasses.replace(config, path=path, **fields)
+        if not path or name in configs:
+            raise DataError(
+                f"data.path names {'an empty source' if not path else f'two sources {name!r}'}: {config.path}"
+            )
+        of_source = _local(of_source)
+        if _is_prepared(of_source):
+            of_source = dataclasses.replace(of_source, dtype="", tokenizer_path="")
+        configs[name] = of_source
+    return configs
+
+
+def _local(config: DataConfig) -> DataConfig:
+    """With paths of object stores replaced by those of their copies."""
+    paths = {field: getattr(config, field) for field in ("path", "val_path", "tokenizer_path")}
+    fetched: dict[str, Any] = {f: remote.local(path) for f, path in paths.items() if remote.is_remote(path)}
+    return dataclasses.replace(config, **fetched)
+
+
+def _name(path: str) -> str:
+    """For metrics: datasets/books is books, tokens/fineweb_*.bin is fineweb, tokens/*.bin is tokens."""
+    parts = pathlib.PurePath(path).parts
+    names = (re.sub(r"[*?\[\]]", "", pathlib.PurePath(part).stem).strip("-_./") for part in reversed(parts))
+    return next(filter(None, names), path)
+
+
+def _spread(field: str, text: str, count: int) -> list[str]:
+    """One value for all, or one for each, separated by commas."""
+    values = [value.strip() for value in text.split(",")]
+    if len(values) == 1 and field != "val_path":
+        values *= count
+    if values == [""]:
+        values *= count
+    if len(values) != count:
+        raise DataError(f"data.{field} has {len(values)} values, but data.path has {count} sources; separate by commas")
+    return values

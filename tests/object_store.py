@@ -1,0 +1,114 @@
+"""Object stores on loopback, for the real clients: the parts of S3 and of GCS's JSON API that reading needs."""
+
+import contextlib
+import http.server
+import json
+import threading
+import urllib.parse
+from collections.abc import Iterator
+
+
+class Store(http.server.ThreadingHTTPServer):
+    """One bucket of either kind.
+
+    Attributes:
+      objects: key to content; `put` gives it a new generation.
+      requests: 'GET KEY' of every content that was sent, with the range that was asked for.
+      denied: answer 403 to everything.
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.objects: dict[str, bytes] = {}
+        self.generations: dict[str, int] = {}
+        self.requests: list[str] = []
+        self.denied = False
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def put(self, key: str, content: bytes) -> None:
+        self.objects[key] = content
+        self.generations[key] = self.generations.get(key, 0) + 1
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Store
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        url = urllib.parse.urlsplit(self.path)
+        query = dict(urllib.parse.parse_qsl(url.query))
+        path = url.path
+        if self.server.denied:
+            self.answer(403, b"<Error><Code>AccessDenied</Code></Error>")
+        elif path.startswith("/storage/v1/b/"):  # GCS
+            _, _, rest = path.removeprefix("/storage/v1/b/").partition("/o")
+            if rest:
+                self.content(urllib.parse.unquote(rest[1:]), query.get("ifGenerationNotMatch"))
+            else:
+                items = [{"name": key} for key in self.keys(query)]
+                self.answer(200, json.dumps({"items": items}).encode(), {"Content-Type": "application/json"})
+        else:  # S3, /BUCKET/KEY
+            key = urllib.parse.unquote(path.lstrip("/").partition("/")[2])
+            if key:
+                self.content(key, (self.headers.get("If-None-Match") or "").strip('"'))
+            else:
+                entries = "".join(
+                    f"<Contents><Key>{k}</Key><Size>{len(self.server.objects[k])}</Size></Contents>"
+                    for k in self.keys(query)
+                )
+                self.answer(
+                    200, f"<ListBucketResult>{entries}<IsTruncated>false</IsTruncated></ListBucketResult>".encode()
+                )
+
+    do_HEAD = do_GET
+
+    def keys(self, query: dict[str, str]) -> list[str]:
+        return sorted(key for key in self.server.objects if key.startswith(query.get("prefix", "")))
+
+    def content(self, key: str, known: str | None) -> None:
+        if key not in self.server.objects:
+            return self.answer(404, b"")
+        raw, generation = self.server.objects[key], str(self.server.generations[key])
+        headers = {"x-goog-generation": generation, "ETag": f'"{generation}"'}
+        if known == generation:
+            return self.answer(304, b"", headers)
+        asked = self.headers.get("Range")
+        self.server.requests.append(f"{key} {asked or ''}".strip())
+        if asked:
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            start, stop = int(first), min(int(last) + 1 if last else len(raw), len(raw))
+            if start >= len(raw):
+                return self.answer(416, b"", headers | {"Content-Range": f"bytes */{len(raw)}"})
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(raw)}"
+            return self.answer(206, raw[start:stop], headers)
+        return self.answer(200, raw, headers)
+
+    def answer(self, code: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(code)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+@contextlib.contextmanager
+def running() -> Iterator[Store]:
+    store = Store()
+    thread = threading.Thread(target=store.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        yield store
+    finally:
+        store.shutdown()
+        store.server_close()
+        thread.join()
