@@ -25,10 +25,11 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs, **stds, stack=stack)
 
     def __call__(
-        self, x: Array, positions: Array, cache: Cache | None, rate, key: Array | None, constrain: Constrain
-    ) -> tuple[Array, Cache | None]:
+        self, x: Array, places: Array, starts: Array | None, cache: Cache | None,
+        rate, key: Array | None, constrain: Constrain,
+    ) -> tuple[Array, Cache | None]:  # fmt: skip
         keys = [None] * 3 if key is None else jax.random.split(key, 3)
-        y, cache = self.attention(self.attention_norm(x), positions, cache, rate, keys[0], constrain)
+        y, cache = self.attention(self.attention_norm(x), places, starts, cache, rate, keys[0], constrain)
         x = constrain(x + dropout(y, rate, keys[1]), ("batch", None))
         y = self.mlp(self.mlp_norm(x))
         return constrain(x + dropout(y, rate, keys[2]), ("batch", None)), cache
@@ -66,6 +67,7 @@ class Transformer(nnx.Module):
         tokens: Array,
         *,
         start: Array | int = 0,
+        document_starts: Array | None = None,
         cache: Cache | None = None,
         only: Array | None = None,
         dropout_rate: Array | float = 0.0,
@@ -77,6 +79,8 @@ class Transformer(nnx.Module):
         Args:
           tokens: integer [b, t], ids below vocab_size.
           start: position of the first token; above 0 only with a cache that holds the tokens before it.
+          document_starts: int32 [b, t], where the document of each token begins in its row: no token sees another
+            document, and positions count from its own beginning. None: a row is one document. Not with a cache.
           cache: see attention.empty_cache; gains the keys and values of `tokens`.
           only: index into t; logits of that one place are computed, and t is 1 in the result.
           dropout_rate, dropout_key: no key, no dropout.
@@ -88,9 +92,12 @@ class Transformer(nnx.Module):
         config = self.config
         if tokens.shape[1] > config.max_seq_len:  # learned positions would be clamped without a word
             raise ValueError(f"{tokens.shape[1]} tokens are more than model.max_seq_len = {config.max_seq_len}")
-        positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        if document_starts is not None and cache is not None:
+            raise ValueError("a cache holds one document a row; document_starts cannot be given with it")
+        places = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         x = self.embedding[...].astype(config.dtype)[tokens]
         if self.position is not None:
+            positions = places if document_starts is None else places - document_starts
             x = x + self.position[...].astype(config.dtype)[positions]
         keys = None
         if dropout_key is not None:
@@ -105,7 +112,7 @@ class Transformer(nnx.Module):
 
         def layer(x, of_layer):
             params, layer_cache, key = of_layer
-            return nnx.merge(graph, params)(x, positions, layer_cache, dropout_rate, key, constrain)
+            return nnx.merge(graph, params)(x, places, document_starts, layer_cache, dropout_rate, key, constrain)
 
         # Stacked parameters whether the loop is compiled once or unrolled: one layout for every checkpoint.
         unroll = 1 if config.scan_layers else config.num_layers

@@ -96,6 +96,19 @@ def test_queries_see_the_keys_up_to_their_position():
     np.testing.assert_array_equal(attend(*map(jnp.asarray, (q, k, v)), jnp.asarray(positions)), y)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2)])
+def test_queries_see_the_keys_of_their_document(heads, kv_heads):
+    """Each row has documents of its own; keys before a document may hold anything."""
+    q, k, v = noise(2, 7, heads, 4, seed=1), noise(2, 7, kv_heads, 4, seed=2), noise(2, 7, kv_heads, 4, seed=3)
+    starts = np.array([[0, 0, 2, 2, 2, 5, 5], [0, 1, 2, 2, 2, 2, 2]], np.int32)
+    y = np.asarray(attend(*map(jnp.asarray, (q, k, v)), jnp.arange(7), jnp.asarray(starts)))
+    for b in range(2):
+        for first in np.unique(starts[b]):
+            own = starts[b] == first
+            alone = attend_by_hand(*(a[b : b + 1, own] for a in (q, k, v)), range(own.sum()))
+            np.testing.assert_allclose(y[b, own], alone[0], atol=2e-6)
+
+
 def test_scores_and_softmax_of_bfloat16_are_float32():
     """512 equal weights of 1/512, and scores near 100: with sums in bfloat16 both would be far off."""
     q = jnp.full((1, 1, 1, 16), 5.0, jnp.bfloat16)
@@ -114,7 +127,8 @@ def test_dropout_acts_on_the_attention_weights():
     q, k = (jnp.asarray(noise(2, size, heads, size, seed=s)) / 4 for s in (1, 2))
     v = jnp.broadcast_to(jnp.eye(size)[None, :, None], (2, size, heads, size))
     plain, dropped, other = (
-        np.asarray(attend(q, k, v, jnp.arange(size), rate, key)) for key in (None, jax.random.key(1), jax.random.key(2))
+        np.asarray(attend(q, k, v, jnp.arange(size), None, rate, key))
+        for key in (None, jax.random.key(1), jax.random.key(2))
     )
     visible = np.broadcast_to(np.tril(np.ones((size, size), bool))[:, None], plain.shape)
     assert (plain[visible] > 0).all() and (plain[~visible] == 0).all() and (dropped[~visible] == 0).all()
@@ -138,7 +152,7 @@ def make_attention(**fields) -> Attention:
 def apply(attention, x, start=0, cache=None, rate=0.0, key=None):
     """x [b, t, embed] to the same and the cache; the module takes rows of all sequences merged, [b * t, embed]."""
     positions = start + jnp.arange(x.shape[1])
-    y, cache = attention(x.reshape(-1, x.shape[-1]), positions, cache, rate, key, lambda x, axes: x)
+    y, cache = attention(x.reshape(-1, x.shape[-1]), positions, None, cache, rate, key, lambda x, axes: x)
     return y.reshape(x.shape), cache
 
 

@@ -13,7 +13,7 @@ from tests import runs
 from trainer import sharding
 from trainer.config import Config, from_dict
 from trainer.state import Program
-from trainer.step import make_eval_step, make_train_step, token_losses
+from trainer.step import document_starts, make_eval_step, make_train_step, token_losses
 
 MESHES = {"one": None, "data": (8, 1, 1), "fsdp": (1, 8, 1), "mixed": (2, 2, 2)}
 
@@ -167,3 +167,36 @@ def test_eval_step_counts_what_it_is_told(dataset):
         expected = sum(losses[i, :n].sum() for i, n in enumerate(lengths))
         assert float(step(params, tokens, lengths)) == pytest.approx(expected, rel=1e-5)
         assert float(step(params, tokens, lengths * 0)) == 0
+
+
+def test_document_starts():
+    """The end of a document belongs to it; a row begins in the middle of one; ends may follow each other."""
+    inputs = jnp.array([[5, 9, 3, 3, 9, 1], [9, 9, 1, 2, 3, 9], [1, 2, 3, 4, 5, 6]])
+    assert document_starts(inputs, 9).tolist() == [[0, 0, 2, 2, 2, 5], [0, 1, 2, 2, 2, 2], [0] * 6]
+
+
+@pytest.mark.parametrize("name", ["one", "mixed"])
+def test_masked_documents_are_trained_and_evaluated_as_if_each_were_alone(dataset, name):
+    """The loss of a row of several documents is that of the rows that hold them one by one."""
+    cfg, mesh, eos = config(data={"seq_len": 32, "mask_documents": True, "eos_id": 7}), mesh_of(name), 7
+    with jax.set_mesh(mesh):
+        program = Program(cfg, mesh)
+        params = program.init().params
+        tokens = np.array(batches(dataset, cfg, mesh).batch(0), np.int32)
+        tokens[tokens == eos] = 8
+        alone = [(row, 0, 32) for row in tokens[8:]]
+        for row in tokens[:8]:
+            row[[10, 21]] = eos
+            alone += [(row, 0, 11), (row, 11, 22), (row, 22, 32)]
+        single = np.zeros((len(alone), 33), np.int32)
+        for out, (row, first, stop) in zip(single, alone, strict=True):
+            out[: stop - first + 1] = row[first : stop + 1]
+        lengths = np.array([stop - first for _, first, stop in alone])
+        plain = make_eval_step(Program(config(), mesh))
+        expected = float(plain(params, single, lengths))
+        full = np.full(16, 32)
+        assert float(make_eval_step(program)(params, tokens, full)) == pytest.approx(expected, rel=1e-5)
+        assert abs(float(plain(params, tokens, full)) - expected) > 1e-3  # without the mask it is another loss
+        batch = jax.device_put(tokens, sharding.named(mesh, "batch"))
+        _, metrics = make_train_step(program)(program.init(), batch, np.uint32(0))
+        assert float(metrics["train/loss"]) == pytest.approx(expected / tokens[:, 1:].size, rel=1e-5)

@@ -316,6 +316,34 @@ def test_no_logit_depends_on_a_later_token(name):
         assert (np.abs(other - logits)[:, t:].max(-1) > 1e-4).all()
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_documents_of_a_row_are_as_if_each_were_alone(name):
+    """Rotary and learned positions: every document's logits are those of the reference for it alone."""
+    config = CONFIGS[name]
+    params = tiny_models.make(config)[1]
+    tokens = tiny_models.random_tokens(config, 2, config.max_seq_len)
+    starts = np.zeros_like(tokens, np.int32)
+    for row, borders in enumerate(([3, 4, 9], [6])):
+        for border in borders:
+            starts[row, border:] = border
+    with jax.default_matmul_precision("highest"):
+        logits, _ = tiny_models.applier(config)(params)(tokens, document_starts=jnp.asarray(starts))
+    for row in range(2):
+        for first in np.unique(starts[row]):
+            own = starts[row] == first
+            alone = reference.forward(params, config, tokens[row : row + 1, own])
+            np.testing.assert_allclose(logits[row, own, : config.vocab_size], alone[0], rtol=0, atol=LOGITS_ATOL)
+
+
+def test_a_cache_and_several_documents_are_refused():
+    config = CONFIGS["llama"]
+    tokens = tiny_models.random_tokens(config, 1, 4)
+    with pytest.raises(ValueError, match="one document a row"):
+        tiny_models.applier(config)(tiny_models.make(config)[1])(
+            tokens, document_starts=jnp.zeros_like(tokens), cache=empty_cache(config, 1, 8)
+        )
+
+
 def test_rows_of_a_batch_do_not_see_each_other():
     config = CONFIGS["llama"]
     forward, params = tiny_models.jitted_forward(config), tiny_models.make(config)[1]

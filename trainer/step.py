@@ -9,6 +9,7 @@ from jax import Array
 
 from model.layers import dropout_rate
 from trainer import sharding
+from trainer.config import Config
 from trainer.state import Program, TrainState
 
 
@@ -27,6 +28,16 @@ def token_losses(logits: Array, targets: Array) -> tuple[Array, Array]:
     return log_z - jnp.sum(jnp.where(is_target, logits, 0), axis=-1), log_z
 
 
+def document_starts(inputs: Array, eos_id: int) -> Array:
+    """Where the document of each token begins in its row, int32 [b, t]: after the last eos_id before it."""
+    after_eos = jnp.pad(inputs[:, :-1] == eos_id, ((0, 0), (1, 0)))
+    return jax.lax.cummax(jnp.where(after_eos, jnp.arange(inputs.shape[1], dtype=jnp.int32), 0), axis=1)
+
+
+def starts_for(config: Config, inputs: Array) -> Array | None:
+    return document_starts(inputs, config.data.eos_id) if config.data.mask_documents else None
+
+
 def make_train_step(program: Program):
     """(state, tokens [global_batch_size, seq_len + 1], seed) -> (state, metrics); the state is donated."""
     config, accum = program.config, program.config.grad_accum_steps
@@ -34,6 +45,7 @@ def make_train_step(program: Program):
     def loss_fn(params: dict, tokens: Array, key: Array | None, step: Array) -> tuple[Array, Array]:
         logits, _ = program.model(params)(
             tokens[:, :-1],
+            document_starts=starts_for(config, tokens[:, :-1]),
             dropout_rate=dropout_rate(config.model, step),
             dropout_key=key,
             constrain=sharding.constrain,
@@ -89,7 +101,9 @@ def make_eval_step(program: Program):
 
     def eval_step(params: dict, tokens: Array, lengths: Array) -> Array:
         tokens = tokens.astype(jnp.int32)
-        logits, _ = program.model(params)(tokens[:, :-1], constrain=sharding.constrain)
+        inputs = tokens[:, :-1]
+        starts = starts_for(program.config, inputs)
+        logits, _ = program.model(params)(inputs, document_starts=starts, constrain=sharding.constrain)
         losses, _ = token_losses(logits, tokens[:, 1:])
         counted = jnp.arange(losses.shape[1]) < lengths[:, None]
         return jnp.sum(jnp.where(counted, losses, 0))
