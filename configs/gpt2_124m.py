@@ -1,8 +1,9 @@
 """GPT-2 124M as nanoGPT trains it: 12 layers, 12 heads, 768 wide, T = 1024, 480 x 1024 tokens a step, 600,000 steps.
 
 Meant for a node of 8 A100 or H100 GPUs. Not run by us yet on such a node, so no time or loss is claimed here.
-nanoGPT reports a validation loss of 2.85 on OpenWebText for this recipe. The dataset must be prepared with GPT-2's
-tokenizer to compare; until data/tokenizers.py has it, name any prepared dataset with --config.data.path.
+nanoGPT reports a validation loss of 2.85 on OpenWebText for this recipe. To compare, name its train.bin and val.bin
+with --config.data.path and GPT-2's ranks with --config.data.tokenizer_path, or prepare the text with
+--tokenizer=gpt2.tiktoken.
 """
 
 from ml_collections import ConfigDict

@@ -59,13 +59,18 @@ TINY = (*TRAIN, "--config=configs/tiny.py")
         ((*TINY, "--config.data.path=nowhere"), 3, ["launch.prepare --source=python-stdlib", "--out=nowhere"]),
         (("launch.prepare", "--source=x"), 2, ["--source and --out"]),
         (("launch.prepare", "--source=nowhere/*.txt", "--out=WORKDIR"), 3, ["nowhere/*.txt", "python-stdlib"]),
-        (("launch.prepare", "--source=x", "--out=y", "--tokenizer=word"), 2, ["word", "char"]),
+        (("launch.prepare", "--source=x", "--out=y", "--tokenizer=word"), 3, ["no tokenizer word", "char"]),
         (("launch.prepare", "--source=x", "--out=y", "--val_fraction=1.5"), 2, ["val_fraction", "1.5"]),
         (("launch.sample",), 2, ["--workdir is missing"]),
         (("launch.sample", "--workdir=WORKDIR"), 2, ["not a run directory"]),
         (("launch.sample", "--workdir=x", "--top_p=2"), 2, ["top_p", "2"]),
         (("launch.sample", "--workdir=x", "--prompt="), 2, ["--prompt is empty"]),
         (("launch.evaluate", "--workdir=WORKDIR"), 2, ["not a run directory"]),
+        (("launch.inspect",), 2, ["launch.inspect PATH"]),
+        (("launch.inspect", "nowhere"), 3, ["nowhere"]),
+        (("launch.inspect", "one", "two"), 2, ["unexpected argument 'two'"]),
+        (("launch.inspect", "nowhere", "--seq_len=0"), 2, ["seq_len", "0"]),
+        (("launch.inspect", "nowhere/*.bin"), 3, ["nowhere/*.bin"]),
     ],
 )
 def test_one_line_for_each_mistake(tmp_path, argv, code, parts):
@@ -86,7 +91,7 @@ def test_mistakes_that_need_the_devices(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("module", ["train", "prepare", "sample", "evaluate"])
+@pytest.mark.parametrize("module", ["train", "prepare", "sample", "evaluate", "inspect", "tokenizer"])
 def test_help(module):
     result = call(f"launch.{module}", "--help")
     assert f"python -m launch.{module}" in result.stdout
@@ -95,6 +100,8 @@ def test_help(module):
         "prepare": "--tokenizer",
         "sample": "--workdir",
         "evaluate": "--workdir",
+        "inspect": "--seq_len",
+        "tokenizer": "--vocab_size",
     }
     assert wanted[module] in result.stdout
 
@@ -103,7 +110,7 @@ def test_prepare_says_what_it_made_and_does_it_once(tmp_path):
     (tmp_path / "text.txt").write_text(runs.text(1000))
     argv = ("launch.prepare", f"--source={tmp_path / 'text.txt'}", f"--out={tmp_path / 'set'}")
     first = call(*argv)
-    assert first.returncode == 0 and "900 tokens" in first.stdout and len(first.stdout.splitlines()) == 1
+    assert first.returncode == 0 and "900 tokens" in first.stdout and len(first.stdout.splitlines()) == 2
     before = (tmp_path / "set/train-00000.bin").stat().st_mtime_ns
     assert call(*argv).returncode == 0
     assert (tmp_path / "set/train-00000.bin").stat().st_mtime_ns == before

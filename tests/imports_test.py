@@ -50,7 +50,16 @@ def test_recipes_are_imported_by_nobody():
 
 
 @pytest.mark.parametrize(
-    "module", ["launch.cli", "launch.train", "launch.sample", "launch.prepare", "trainer.run_directory"]
+    "module",
+    [
+        "launch.cli",
+        "launch.train",
+        "launch.sample",
+        "launch.prepare",
+        "launch.inspect",
+        "launch.tokenizer",
+        "trainer.run_directory",
+    ],
 )
 def test_what_answers_a_typo_does_not_load_jax(module):
     """A mistyped field is answered within a second only as long as these leave JAX alone."""

@@ -1,9 +1,11 @@
 """Several real processes over loopback (gloo): the same run as one process, stopped together, refused together."""
 
+import pathlib
 import signal
 import subprocess
 import time
 
+import numpy as np
 import pytest
 
 from tests import runs
@@ -89,6 +91,23 @@ def test_processes_that_differ_in_config_leave_together(tmp_path, data):
     other = {1: {"optimizer__peak_lr": 0.5}}
     out = finish_gang(start_gang(tmp_path / "run", data, num_train_steps=STEPS, per_process=other), code=2)
     assert all("process(es) [1] have another config" in text for text in out)
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_see_other_files_under_one_path_leave_together(tmp_path, data):
+    """The same command on two machines whose disks differ: a stale copy is never trained on beside a newer one."""
+    gang, address = [], f"--coordinator_address=localhost:{runs.free_port()}"
+    for i in range(2):
+        machine = tmp_path / f"machine{i}"
+        machine.mkdir()
+        (machine / "configs").symlink_to(runs.ROOT / "configs")
+        tokens = np.fromfile(data / "train-00000.bin", "<u2")
+        tokens[1000] += i
+        tokens.tofile(machine / "train.bin")
+        flags = (address, "--num_processes=2", f"--process_id={i}")
+        argv = runs.command(tmp_path / "run", pathlib.Path("train.bin"), *flags, model__vocab_size=300)
+        gang.append(runs.start(argv, cwd=machine, PYTHONPATH=str(runs.ROOT)))
+    assert all("process(es) [1] have another dataset" in text for text in finish_gang(gang, code=2))
     assert not (tmp_path / "run").exists()
 
 

@@ -58,9 +58,9 @@ def environment(devices: int = 1, **extra: str) -> dict[str, str]:
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1", **extra}
 
 
-def start(argv: list[str], devices: int = 1, **extra: str) -> subprocess.Popen:
+def start(argv: list[str], devices: int = 1, cwd: pathlib.Path = ROOT, **extra: str) -> subprocess.Popen:
     return subprocess.Popen(
-        argv, cwd=ROOT, env=environment(devices, **extra), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        argv, cwd=cwd, env=environment(devices, **extra), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
 
 

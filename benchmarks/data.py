@@ -1,0 +1,215 @@
+"""Data: gathering, order, cold files, preparation and its memory. Prints one Markdown table; ratios are of one run.
+
+  python -m benchmarks.data [--corpus_mb=200] [--rounds=20]
+
+Peers are interleaved with ours. nanoGPT's loop is its train.py's get_batch: a Python loop of slices of an np.memmap,
+widened and stacked, inputs and targets. Memory is the sum over the processes of one command, shared pages counted once.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+
+from absl import app, flags
+
+from launch import runtime
+
+ROUNDS = flags.DEFINE_integer("rounds", 20, "Interleaved rounds; medians are printed.")
+CORPUS_MB = flags.DEFINE_integer("corpus_mb", 200, "Text to prepare; 2000 for the memory goal.")
+TOKENS_MB = flags.DEFINE_integer("tokens_mb", 1024, "Token file to gather from.")
+
+runtime.tune_allocator()  # as launch.train does
+
+import numpy as np  # noqa: E402
+
+from data import corpus, formats, loader  # noqa: E402
+
+ROOT = pathlib.Path(__file__).parent.parent
+SEQ_LEN = 1024
+
+
+def token_file(folder: pathlib.Path) -> tuple[pathlib.Path, loader.TokenWindows]:
+    path, tokens = folder / "tokens.bin", TOKENS_MB.value << 19
+    np.random.default_rng(0).integers(0, 1 << 16, size=tokens, dtype=np.uint16).tofile(path)
+    with path.open("rb") as f:
+        os.fsync(f.fileno())
+    split = formats.Split(tokens, tokens, 1, (formats.Shard(path.name, tokens, ""),))
+    formats.HASH_AT_START_BYTES = 0
+    files = formats.TokenFiles(folder, formats.Manifest("uint16", 1 << 16, None, "", {"train": split}, {}), "train")
+    return path, loader.TokenWindows(files, seq_len=SEQ_LEN, seed=0)
+
+
+def nanogpt_batch(path: pathlib.Path, rows: int) -> None:
+    data = np.memmap(path, dtype=np.uint16, mode="r")  # anew for each batch, as there
+    starts = np.random.randint(len(data) - SEQ_LEN, size=rows)
+    np.stack([data[i : i + SEQ_LEN].astype(np.int64) for i in starts])
+    np.stack([data[i + 1 : i + 1 + SEQ_LEN].astype(np.int64) for i in starts])
+
+
+def medians(rounds: int, **runs: Callable[[int], object]) -> dict[str, float]:
+    """Median seconds of each, interleaved; a run is given the number of the round."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run(i)
+            times[name].append(time.perf_counter() - start)
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def gather_rows(path: pathlib.Path, windows: loader.TokenWindows) -> list[tuple[str, str]]:
+    rows = []
+    sum(int(shard.max()) for shard in windows.files.shards)  # warm the page cache, map the file
+    for batch in (32, 512):
+        view = windows._rows_of(0, 0)
+        picked = np.random.default_rng(1).integers(len(view), size=(ROUNDS.value, batch))
+        t = medians(
+            ROUNDS.value,
+            ours=lambda i, n=batch: windows.rows(np.arange(i * n, (i + 1) * n)),
+            gather=lambda i, v=view, p=picked: v[p[i]],
+            peer=lambda i, n=batch: nanogpt_batch(path, n),
+        )
+        tokens = batch * SEQ_LEN / 1e6
+        rows.append((f"batch {batch}: gather alone", f"{tokens / t['gather']:,.0f} M tokens/s"))
+        rows.append(
+            (
+                f"batch {batch}: order, gather, check of ids",
+                f"{tokens / t['ours']:,.0f} M tokens/s, {t['peer'] / t['ours']:.0f} x nanoGPT's loop",
+            )
+        )
+    order = medians(64, order=lambda i: windows._windows(7, np.arange(i * 512, (i + 1) * 512)))
+    start = time.perf_counter()
+    for i in range(64):
+        windows._windows(8, np.arange(i * 512, (i + 1) * 512))
+    mean = (time.perf_counter() - start) / 64
+    rows.append(("order of a batch of 512", f"{order['order'] * 1e6:.0f} µs median, {mean * 1e6:.0f} µs mean"))
+    return rows
+
+
+def cold_rows(path: pathlib.Path, windows: loader.TokenWindows) -> list[tuple[str, str]]:
+    """A few batches of 512 from a file that is not in memory; the naive way is a gather from the mapped file."""
+
+    def evict() -> None:
+        loader.pages.release(windows.files.shards[0])
+        with path.open("rb") as f:
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def read(i: int, advised: bool) -> None:
+        for b in range(4):
+            g = np.arange(512) + (8 * i + 4 * advised + b) * 512
+            if advised:
+                windows.will_need(g)
+            windows.rows(g)
+
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for i in range(5):
+        for advised in times:
+            evict()
+            start = time.perf_counter()
+            read(i, advised)
+            times[advised].append(time.perf_counter() - start)
+    naive, ours = (4 * 512 * SEQ_LEN / 1e6 / float(np.median(times[a])) for a in (False, True))
+    return [("cold file, batch 512", f"{ours:.1f} M tokens/s, {ours / naive:.0f} x without advice ({naive:.1f})")]
+
+
+class PeakMemory:
+    """Largest sum of proportional set sizes (man 5 proc) of a process and its children, sampled."""
+
+    def __init__(self, pid: int):
+        self.pid, self.peak, self.stop = pid, 0, threading.Event()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+
+    def _watch(self) -> None:
+        while not self.stop.wait(0.05):
+            self.peak = max(self.peak, sum(map(_pss, (self.pid, *_children(self.pid)))))
+
+    def result(self) -> float:
+        self.stop.set()
+        self.thread.join()
+        return self.peak / 1024**2
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        tasks = list(pathlib.Path(f"/proc/{pid}/task").iterdir())
+        return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    except OSError:
+        return []
+
+
+def _pss(pid: int) -> int:
+    try:
+        lines = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
+
+
+def prepare_rows(folder: pathlib.Path) -> list[tuple[str, str]]:
+    """The real command on JSON lines and on text: source code of the running Python, over and over."""
+    texts = [f.path.read_text(encoding="utf-8") for f in corpus.find("python-stdlib", folder)]
+    source, written, number = folder / "corpus", 0, 0
+    source.mkdir()
+    while written < CORPUS_MB.value * 1e6:
+        with (source / f"{number:04d}.txt").open("w", encoding="utf-8") as f:
+            written += f.write("".join(texts))
+        number += 1
+    size, rows = sum(p.stat().st_size for p in source.iterdir()) / 1e6, []
+    first = folder / "small.txt"
+    first.write_text("".join(texts)[:20_000_000], encoding="utf-8")
+    subprocess.run(
+        [*_prepare(first, folder / "bpe"), "--tokenizer=bpe:16384"], cwd=ROOT, check=True, capture_output=True
+    )
+    for name, spec in (("characters", "char"), ("bytes", "byte"), ("BPE of 16,384, tiktoken", str(folder / "bpe"))):
+        out = folder / "out"
+        argv = [*_prepare(source, out), f"--tokenizer={spec}", "--overwrite"]
+        start = time.perf_counter()
+        process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL)
+        memory = PeakMemory(process.pid)
+        code = process.wait()
+        seconds, peak = time.perf_counter() - start, memory.result()
+        assert code == 0
+        rows.append((f"prepare {size:,.0f} MB, {name}", f"{size / seconds:.0f} MB/s, {peak:.2f} GiB at most"))
+    return rows
+
+
+def _prepare(source: pathlib.Path, out: pathlib.Path) -> list[str]:
+    return [sys.executable, "-m", "launch.prepare", f"--source={source}", f"--out={out}"]
+
+
+def wait_rows(folder: pathlib.Path) -> list[tuple[str, str]]:
+    """The share of its steps that a real run waits for data: steps 50 to 300 of the small recipe."""
+    run, every = folder / "run", 10
+    argv = [
+        sys.executable, "-m", "launch.train", "--config=configs/shakespeare_char.py:cpu", f"--workdir={run}",
+        f"--config.data.path={folder / 'bpe'}", "--config.num_train_steps=300", f"--config.metrics.every_steps={every}",
+        "--config.eval.every_steps=0",
+    ]  # fmt: skip
+    subprocess.run(argv, cwd=ROOT, check=True, capture_output=True)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["step"] > 50 and "perf/step_time_s" in row]
+    steps, waits = (sum(row[name] for row in rows) for name in ("perf/step_time_s", "perf/data_wait_s"))
+    return [("waiting for data, small recipe", f"{100 * waits / (steps * every):.2f} % of the step")]
+
+
+def main(argv: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary)
+        path, windows = token_file(folder)
+        rows = gather_rows(path, windows) + cold_rows(path, windows)
+        path.unlink()
+        rows += prepare_rows(folder) + wait_rows(folder)
+    print("| | |\n|---|---|")
+    for name, value in rows:
+        print(f"| {name} | {value} |")
+
+
+if __name__ == "__main__":
+    app.run(main)
