@@ -18,13 +18,13 @@ from collections.abc import Callable
 
 from absl import app, flags
 
-from launch import runtime
+from data import allocator
 
 ROUNDS = flags.DEFINE_integer("rounds", 20, "Interleaved rounds; medians are printed.")
 CORPUS_MB = flags.DEFINE_integer("corpus_mb", 200, "Text to prepare; 2000 for the memory goal.")
 TOKENS_MB = flags.DEFINE_integer("tokens_mb", 1024, "Token file to gather from.")
 
-runtime.tune_allocator()  # as launch.train does
+allocator.tune_allocator()  # as launch.train does
 
 import numpy as np  # noqa: E402
 

@@ -17,12 +17,12 @@ import time
 
 from absl import app, flags
 
-from launch import runtime
+from data import allocator
 
 STEPS = flags.DEFINE_integer("steps", 30, "Steps a round.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds; medians are printed.")
 
-runtime.tune_allocator()  # as launch.train does, before anything allocates
+allocator.tune_allocator()  # as launch.train does, before anything allocates
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

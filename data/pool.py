@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from data import allocator
 from data.errors import DataError
 
 IN_FLIGHT = 4  # jobs a worker that are handed over ahead of time
@@ -63,6 +64,7 @@ class Pool:
 
 def _start(parent: int) -> None:
     """In a new worker: Ctrl-C is the parent's business, threads are the other workers', and its death is noticed."""
+    allocator.tune_allocator()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["RAYON_NUM_THREADS"] = "1"
 

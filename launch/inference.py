@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
+from data import allocator
 from launch import runtime
 from trainer import run_directory
 from trainer.config import Config
@@ -42,7 +43,7 @@ def open_run() -> Run:
     path = pathlib.Path(WORKDIR.value)
     config = run_directory.read_config(path)
 
-    runtime.tune_allocator()
+    allocator.tune_allocator()
     runtime.use_compilation_cache(runtime.default_compilation_cache())
     import jax
 

@@ -22,7 +22,7 @@ import time
 
 from absl import flags
 
-from data import corpus, formats, prepare
+from data import allocator, corpus, formats, prepare
 from launch import cli
 from trainer.console import StatusLine, duration
 from trainer.errors import ConfigError
@@ -90,6 +90,7 @@ class Progress:
 def main() -> int:
     if not SOURCE.value or not OUT.value:
         raise ConfigError("--source and --out are needed, for example --source=python-stdlib --out=datasets/mine")
+    allocator.tune_allocator()
     out = pathlib.Path(OUT.value)
     there = formats.is_dataset(out) and not OVERWRITE.value
     start = time.monotonic()

@@ -15,6 +15,7 @@ import sys
 
 from absl import flags
 
+from data import allocator
 from launch import cli, runtime
 from trainer import run_directory
 from trainer.errors import ConfigError, Diverged
@@ -40,7 +41,7 @@ def main() -> int:
     run_directory.check_changes(run, config, ALLOW_CONFIG_CHANGE.value)
 
     # From here on JAX is loaded, which takes a second.
-    runtime.tune_allocator()
+    allocator.tune_allocator()
     runtime.use_compilation_cache(COMPILATION_CACHE.value)
     import jax
 
