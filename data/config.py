@@ -14,6 +14,7 @@ class DataConfig:
     weights: str = ""  # of several: 0.7,0.3; by stages, each from a sample on: 0:0.7,0.3; 50000:0.5,0.5. '': all alike
     seq_len: int = 64  # tokens predicted per sample, T; a sample is T + 1 tokens long
     mask_documents: bool = False  # no token sees another document, and positions restart with each
+    packed: bool = False  # rows of whole documents, as launch.pack laid them out, in place of windows
     eos_id: int = -1  # the token after each document; -1: the one that the dataset names
     prefetch: int = 2  # batches read ahead by the loader's thread
     source: str = ""  # what launch.prepare makes `path` from; quoted when `path` does not exist yet

@@ -64,7 +64,7 @@ def _split(folder: pathlib.Path, manifest: formats.Manifest, name: str) -> Found
                 f"expected {shard.sha256[:12]}…); copy it again or prepare again with --overwrite"
             )
         _check_largest(largest, path, manifest.vocab_size)
-    _check_documents(folder / f"{name}.documents.bin", spec)
+    check_documents(folder / f"{name}.documents.bin", spec)
     return Found(nbytes, largest)
 
 
@@ -79,7 +79,7 @@ def _check_largest(largest: int, path: pathlib.Path, limit: int) -> None:
         raise DataError(f"token id {largest} in {path} is outside the vocabulary of {limit}; it belongs to another one")
 
 
-def _check_documents(path: pathlib.Path, split: formats.Split) -> None:
+def check_documents(path: pathlib.Path, split: formats.Split) -> None:
     """Offsets of documents: as many as there are, from 0, never falling, inside the split."""
     try:
         size = path.stat().st_size

@@ -6,6 +6,7 @@ Indices used here:
   window  permute(g % num_windows): which stretch of seq_len + 1 tokens; windows of one epoch do not overlap but for
           the one token that is both the last target of a window and the first input of the next
   phase   where the first window of a shard starts in this epoch, so that window borders move between epochs
+Packed documents (data.packed) have rows in place of windows, the same in every epoch, in another order.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data import mixture, order, pages
+from data import mixture, order, packing, pages
 from data.errors import DataError
 from data.formats import TokenFiles
 
@@ -33,55 +34,39 @@ RESIDENT_BYTES = pages.memory_bytes() // 4
 CHECK_ROWS = 1 << 14  # between looks at it
 
 
-class TokenWindows:
-    """Windows of seq_len + 1 tokens over the shards of a split, in the order of a keyed permutation."""
+class Windows:
+    """Rows of seq_len + 1 tokens of a split, in the order of a keyed permutation; a subclass says what window w holds.
 
-    def __init__(self, files: TokenFiles, *, seq_len: int, seed: int, split: str = "train"):
-        self.files, self.seq_len, self.seed, self.split = files, seq_len, seed, split
-        # One window is given up per shard so that every phase in [0, seq_len) leaves the same number of windows.
-        counts = [
-            max(len(shard) // seq_len - 1, 1) if len(shard) > seq_len else 0  # a shard shorter than a window is unused
-            for shard in files.shards
-        ]
+    Attributes:
+      num_windows: of an epoch.
+      dtype: of the files.
+    """
+
+    def __init__(self, files: TokenFiles, num_windows: int, *, seq_len: int, seed: int, split: str):
+        self.files, self.num_windows, self.seq_len, self.seed, self.split = files, num_windows, seq_len, seed, split
         self.dtype = files.shards[0].dtype
-        self.first_window = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        self.num_windows = int(self.first_window[-1])
         self._unchecked = 0  # rows since memory was looked at
         self._block = functools.lru_cache(maxsize=4)(self._permuted_block)
-        if self.num_windows == 0:
-            raise DataError(
-                f"{files.paths[0].parent} has {files.tokens} tokens in its {split} split; a window needs "
-                f"{seq_len + 1} (data.seq_len + 1): prepare a longer corpus or lower data.seq_len"
-            )
 
     def rows(self, g: np.ndarray) -> np.ndarray:
-        """Tokens of samples g: [len(g), seq_len + 1] in the dtype of the files. One gather per (epoch, shard) met."""
-        out = None
-        for here, rows, windows in self._places(g):
-            # One C call per gather; a Python loop over rows would fight other threads for the interpreter lock.
-            gathered = rows[windows].view(self.dtype).reshape(-1, self.seq_len + 1)
-            if len(gathered) == len(g):  # as almost always: nothing to join, no second copy
-                out = gathered
-            else:
-                out = np.empty((len(g), self.seq_len + 1), self.dtype) if out is None else out
-                out[here] = gathered
-        assert out is not None
+        """Tokens of samples g: [len(g), seq_len + 1] in the dtype of the files."""
+        out = self._gather(g)
         self.files.check_ids(out, f"the {self.split} split")
         self._bound_memory(len(g))
         return out
 
     def will_need(self, g: np.ndarray) -> None:
         """Has the kernel read the rows of samples g, which `rows` will be asked for next, if the files are cold."""
-        for _, rows, windows in self._places(g):
-            pages.will_need(rows, windows * rows.strides[0], rows.itemsize)
+        raise NotImplementedError
 
-    def _places(self, g: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """For each (epoch, shard) met: which of g lie there, the rows of that shard, and which of those they are."""
+    def _gather(self, g: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def _shuffled(self, g: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """For each epoch met: which it is, which of g lie there, and which windows they are."""
         epochs, position = np.divmod(np.asarray(g, np.int64), self.num_windows)
-        for epoch, of_epoch in _groups(epochs):
-            windows = self._windows(epoch, position[of_epoch])
-            for shard, mine in _groups(np.searchsorted(self.first_window, windows, side="right") - 1):
-                yield of_epoch[mine], self._rows_of(shard, epoch), windows[mine] - self.first_window[shard]
+        for epoch, here in _groups(epochs):
+            yield epoch, here, self._windows(epoch, position[here])
 
     def _bound_memory(self, rows: int) -> None:
         """Gives mapped files back before they fill the memory that this process may be charged for."""
@@ -103,6 +88,48 @@ class TokenWindows:
         positions = np.arange(block * BLOCK, min((block + 1) * BLOCK, self.num_windows))
         return order.permute(positions, self.num_windows, self.seed, self.split, epoch)
 
+
+class TokenWindows(Windows):
+    """Windows over the shards of a split, each where the one before it ends."""
+
+    def __init__(self, files: TokenFiles, *, seq_len: int, seed: int, split: str = "train"):
+        # One window is given up per shard so that every phase in [0, seq_len) leaves the same number of windows.
+        counts = [
+            max(len(shard) // seq_len - 1, 1) if len(shard) > seq_len else 0  # a shard shorter than a window is unused
+            for shard in files.shards
+        ]
+        self.first_window = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        super().__init__(files, int(self.first_window[-1]), seq_len=seq_len, seed=seed, split=split)
+        if self.num_windows == 0:
+            raise DataError(
+                f"{files.paths[0].parent} has {files.tokens} tokens in its {split} split; a window needs "
+                f"{seq_len + 1} (data.seq_len + 1): prepare a longer corpus or lower data.seq_len"
+            )
+
+    def _gather(self, g: np.ndarray) -> np.ndarray:
+        """One gather per (epoch, shard) met."""
+        out = None
+        for here, rows, windows in self._places(g):
+            # One C call per gather; a Python loop over rows would fight other threads for the interpreter lock.
+            gathered = rows[windows].view(self.dtype).reshape(-1, self.seq_len + 1)
+            if len(gathered) == len(g):  # as almost always: nothing to join, no second copy
+                out = gathered
+            else:
+                out = np.empty((len(g), self.seq_len + 1), self.dtype) if out is None else out
+                out[here] = gathered
+        assert out is not None
+        return out
+
+    def will_need(self, g: np.ndarray) -> None:
+        for _, rows, windows in self._places(g):
+            pages.will_need(rows, windows * rows.strides[0], rows.itemsize)
+
+    def _places(self, g: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """For each (epoch, shard) met: which of g lie there, the rows of that shard, and which of those they are."""
+        for epoch, of_epoch, windows in self._shuffled(g):
+            for shard, mine in _groups(np.searchsorted(self.first_window, windows, side="right") - 1):
+                yield of_epoch[mine], self._rows_of(shard, epoch), windows[mine] - self.first_window[shard]
+
     def _rows_of(self, shard: int, epoch: int) -> np.ndarray:
         """The windows of a shard in this epoch, one item each: void [windows of the shard], (seq_len + 1) tokens wide.
 
@@ -122,6 +149,45 @@ class TokenWindows:
         )
 
 
+class PackedWindows(Windows):
+    """The rows of a packing (packing.py): whole documents side by side, filled up with the end-of-text token."""
+
+    def __init__(self, files: TokenFiles, index: packing.Index, *, seed: int, split: str = "train"):
+        super().__init__(files, index.rows, seq_len=index.seq_len, seed=seed, split=split)
+        self.eos_id = index.eos_id
+        self.pieces, self.first_piece = index.load()
+        self.first_token = np.cumsum([0, *map(len, files.shards)])
+
+    def _gather(self, g: np.ndarray) -> np.ndarray:
+        """One gather per shard met: every row lies in one."""
+        out = np.full((len(g), self.seq_len + 1), self.eos_id, self.dtype)
+        places = np.arange(self.seq_len + 1)
+        for here, shard, starts, lengths, used in self._places(g):
+            filled = np.zeros(out.shape, bool)
+            filled[here] = places < used[:, None]
+            out[filled] = shard[packing.spans(starts, lengths)]
+        return out
+
+    def will_need(self, g: np.ndarray) -> None:
+        for _, shard, starts, lengths, _ in self._places(g):
+            pages.will_need(shard, starts * shard.itemsize, lengths * shard.itemsize)
+
+    def _places(self, g: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """For each shard met: which of g lie there, its tokens, start and length of each piece of these rows, one row
+        after the other, and the tokens of each row."""
+        rows = np.empty(len(g), np.int64)
+        for _, here, windows in self._shuffled(g):
+            rows[here] = windows
+        first = self.first_piece[rows]
+        shards = np.searchsorted(self.first_token, self.pieces["start"][first], side="right") - 1
+        for shard, here in _groups(shards):
+            counts = self.first_piece[rows[here] + 1] - first[here]
+            pieces = self.pieces[packing.spans(first[here], counts)]
+            starts, lengths = pieces["start"].astype(np.int64), pieces["length"].astype(np.int64)
+            used = np.add.reduceat(lengths, np.cumsum(counts) - counts)
+            yield here, self.files.shards[shard], starts - self.first_token[shard], lengths, used
+
+
 def _groups(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Each value met and where it is; mostly there is one, which is found without a sort."""
     if not len(values):
@@ -136,13 +202,29 @@ def _groups(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 class MixedWindows:
     """Windows of several sources by weights (mixture.py), or of one.
 
+    Args:
+      packings: of the sources that are read packed.
+
     Attributes:
-      sources: TokenWindows of each.
+      sources: the windows of each.
     """
 
-    def __init__(self, files: Mapping[str, TokenFiles], stages: Sequence[mixture.Stage], *, seq_len: int, seed: int):
+    def __init__(
+        self,
+        files: Mapping[str, TokenFiles],
+        stages: Sequence[mixture.Stage],
+        *,
+        seq_len: int,
+        seed: int,
+        packings: Mapping[str, packing.Index] | None = None,
+    ):
         self.names = list(files)
-        self.sources = [TokenWindows(f, seq_len=seq_len, seed=seed) for f in files.values()]
+        self.sources: list[Windows] = [
+            PackedWindows(of_source, packings[name], seed=seed)
+            if packings
+            else TokenWindows(of_source, seq_len=seq_len, seed=seed)
+            for name, of_source in files.items()
+        ]
         self.mixture = mixture.Mixture(stages, seed)
         self.dtype = np.result_type(*(source.dtype for source in self.sources))
         self.seq_len = seq_len
@@ -182,9 +264,7 @@ class Loader:
     Every process computes the order of the whole global batch and reads only the rows that its own devices hold.
     """
 
-    def __init__(
-        self, windows: TokenWindows | MixedWindows, *, global_batch_size: int, sharding: jax.sharding.Sharding
-    ):
+    def __init__(self, windows: Windows | MixedWindows, *, global_batch_size: int, sharding: jax.sharding.Sharding):
         self.windows, self.global_batch_size, self.sharding = windows, global_batch_size, sharding
         self._held = np.concatenate([np.arange(*span) for span in held_rows(sharding, global_batch_size)])
 

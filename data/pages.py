@@ -28,8 +28,9 @@ def _self() -> int:
     return os.pidfd_open(os.getpid())
 
 
-def will_need(array: np.ndarray, offsets: np.ndarray, length: int) -> None:
-    """Starts reading `length` bytes at each of `offsets` (bytes, from the array's first) without waiting for them."""
+def will_need(array: np.ndarray, offsets: np.ndarray, length: int | np.ndarray) -> None:
+    """Starts reading at each of `offsets` (bytes, from the array's first) `length` bytes, of all or of each, and does
+    not wait for them."""
     libc = _libc()
     if libc is None or not array.size:
         return

@@ -10,7 +10,7 @@ import pathlib
 import re
 from typing import Any
 
-from data import formats, mixture, remote, tokenizers
+from data import formats, mixture, packing, remote, tokenizers
 from data.config import DataConfig
 from data.dataset import Dataset, open_dataset
 from data.errors import DataError
@@ -21,6 +21,7 @@ class Sources:
     datasets: dict[str, Dataset]  # by name, in the order of data.path
     stages: tuple[mixture.Stage, ...]
     speaker: Dataset  # whose vocabulary and tokenizer are those of all
+    packings: dict[str, packing.Index] = dataclasses.field(default_factory=dict)  # of all, where data.packed
 
     @property
     def vocab_size(self) -> int:
@@ -50,6 +51,9 @@ class Sources:
         """16 hex digits that change with any token and with the order of samples; not with the weights, which a run may
         change from a sample on."""
         prints = [d.manifest.fingerprint() for d in self.datasets.values()]
+        if self.packings:  # other rows in another order
+            prints = [index.sha256 + of_data for index, of_data in zip(self.packings.values(), prints, strict=True)]
+            return hashlib.sha256(json.dumps([mixture.VERSION, "packed", prints]).encode()).hexdigest()[:16]
         if len(prints) == 1:
             return prints[0]
         return hashlib.sha256(json.dumps([mixture.VERSION, prints]).encode()).hexdigest()[:16]
@@ -90,7 +94,18 @@ def open_sources(config: DataConfig, vocab_size: int = 0) -> Sources:
         stages = mixture.parse_stages(config.weights, len(datasets))
     except ValueError as e:
         raise DataError(str(e)) from None
-    return Sources(datasets, stages, prepared or next(iter(datasets.values())))
+    packings = {name: packing_of(data, config.seq_len) for name, data in datasets.items()} if config.packed else {}
+    return Sources(datasets, stages, prepared or next(iter(datasets.values())), packings)
+
+
+def packing_of(data: Dataset, seq_len: int) -> packing.Index:
+    """Raises DataError where it cannot be packed, or is not yet."""
+    if data.foreign_files:
+        raise DataError(
+            f"{data.path} was not prepared by launch.prepare, and only that can be packed; leave data.packed false"
+        )
+    packing.check_packable(data.path, data.manifest)
+    return packing.read_index(pathlib.Path(data.path), data.manifest, seq_len)
 
 
 def _is_prepared(config: DataConfig) -> bool:

@@ -1,13 +1,13 @@
 """Look at the data of a run: what it is, whether it is whole, and what is in it.
 
-  python -m launch.inspect PATH [--seq_len=64 --batch_size=4 --seed=0 --sample=G] [--json]
+  python -m launch.inspect PATH [--seq_len=64 --batch_size=4 --seed=0 --sample=G --packed] [--json]
 
 PATH is a dataset folder of launch.prepare, or token files of other programs as in --config.data.path (a file, a
 folder or a glob; then --format, --dtype, --val_path, --tokenizer_path and --vocab_size may say what the files do not),
 here or in an object store (gs://, s3://).
 Every byte is read and checked (--nocheck: only what the start of a run checks), some text is shown, and the batch that
-begins at sample G, exactly as a run with this seed and seq_len trains on it; step n takes the samples from
-(n - 1) x batch. Nothing is written. Exit codes: 0 whole, 2 flags, 3 damaged or not there.
+begins at sample G, exactly as a run with this seed, seq_len and data.packed trains on it; step n takes the
+samples from (n - 1) x batch. Nothing is written. Exit codes: 0 whole, 2 flags, 3 damaged or not there.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from data import dataset, integrity, remote
+from data import dataset, integrity, remote, sources
 from data.config import DTYPES, FORMATS, DataConfig
 from data.errors import DataError
-from data.loader import TokenWindows
+from data.loader import PackedWindows, TokenWindows, Windows
 from data.tokenizers import Tokenizer
 from launch import cli
 from trainer.errors import ConfigError
@@ -33,6 +33,7 @@ SEED = flags.DEFINE_integer("seed", 0, "As config.seed of the run.", lower_bound
 SAMPLE = flags.DEFINE_integer(
     "sample", 0, "First sample of the batch, of the whole run.", lower_bound=0, upper_bound=1 << 62
 )
+PACKED = flags.DEFINE_bool("packed", False, "As config.data.packed of the run.")
 FORMAT = flags.DEFINE_enum("format", "", ["", *FORMATS], "As config.data.format; empty: detected.")
 DTYPE = flags.DEFINE_enum("dtype", "", ["", *DTYPES], "As config.data.dtype.")
 VAL_PATH = flags.DEFINE_string("val_path", "", "As config.data.val_path.")
@@ -118,7 +119,12 @@ def windows(data: dataset.Dataset, split: str, tokenizer: Tokenizer | None) -> l
 
 def batch(data: dataset.Dataset, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """The rows that a run trains on: inputs and targets together, seq_len + 1 tokens each."""
-    order = TokenWindows(data.files("train"), seq_len=SEQ_LEN.value, seed=SEED.value)
+    files = data.files("train")
+    order: Windows
+    if PACKED.value:
+        order = PackedWindows(files, sources.packing_of(data, SEQ_LEN.value), seed=SEED.value)
+    else:
+        order = TokenWindows(files, seq_len=SEQ_LEN.value, seed=SEED.value)
     samples = SAMPLE.value + np.arange(BATCH_SIZE.value)
     return {
         "sample": SAMPLE.value,

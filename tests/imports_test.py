@@ -57,6 +57,7 @@ def test_recipes_are_imported_by_nobody():
         "launch.sample",
         "launch.prepare",
         "launch.inspect",
+        "launch.pack",
         "launch.tokenizer",
         "trainer.run_directory",
     ],

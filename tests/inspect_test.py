@@ -11,10 +11,10 @@ import make_dataset
 import numpy as np
 import pytest
 
-from data import dataset, formats, integrity, prepare
+from data import dataset, formats, integrity, packing, prepare
 from data.config import DataConfig
 from data.errors import DataError
-from data.loader import Loader, TokenWindows
+from data.loader import Loader, PackedWindows, TokenWindows
 from tests import runs
 
 
@@ -54,6 +54,17 @@ def test_the_batch_is_the_one_a_run_trains_on(text):
     for row in report["batch"]["rows"]:
         parts = row["text"].split("<eos>")
         assert all(part in runs.text(6000) for part in parts)
+
+
+def test_the_batch_of_packed_rows(text):
+    refused = call(text, "--seq_len=48", "--packed", code=3)
+    assert f"python -m launch.pack {text} --seq_len=48" in refused.stderr
+    index, _ = packing.pack(text, 48)
+    flags = ("--seq_len=48", "--batch_size=8", "--seed=5", "--sample=70", "--packed", "--json")
+    report = json.loads(call(text, *flags).stdout)
+    rows = PackedWindows(opened(text).files("train"), index, seed=5).rows(70 + np.arange(8))
+    assert [row["ids"] for row in report["batch"]["rows"]] == rows.tolist()
+    assert report["batch"]["samples_per_epoch"] == index.rows
 
 
 def test_what_is_said_of_a_dataset(text):

@@ -45,7 +45,11 @@ class Trainer:
         self.data = sources.open_sources(config.data, config.model.vocab_size)
         self.val_files = self.data.files("val")
         self.windows = loader.MixedWindows(
-            self.data.files("train"), self.data.stages, seq_len=config.data.seq_len, seed=config.seed
+            self.data.files("train"),
+            self.data.stages,
+            seq_len=config.data.seq_len,
+            seed=config.seed,
+            packings=self.data.packings,
         )
         self.batch_sharding = sharding.named(self.mesh, "batch")
         self.loader = loader.Loader(

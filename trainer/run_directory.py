@@ -64,7 +64,11 @@ def resolve(config: Config) -> Config:
         )
     model = dataclasses.replace(model, vocab_size=vocab_size, max_seq_len=model.max_seq_len or config.data.seq_len)
     data = config.data
-    if data.mask_documents and data.eos_id == -1 and (eos_id := found.eos_id()) is not None:
+    if data.packed and data.eos_id not in (-1, found.eos_id()):
+        raise ConfigError(
+            f"config.data.eos_id is {data.eos_id}, but documents of {data.path} end with {found.eos_id()}; leave it -1"
+        )
+    if (data.mask_documents or data.packed) and data.eos_id == -1 and (eos_id := found.eos_id()) is not None:
         data = dataclasses.replace(data, eos_id=eos_id)
     if data.mask_documents and not 0 <= data.eos_id < model.vocab_size:
         raise ConfigError(

@@ -49,6 +49,8 @@ def page(config: Config, program: Program, windows: MixedWindows, data: Sources)
             dataset.path, f"{dataset.manifest.splits['train'].tokens:,}", 100 * seen[i] / samples,
             seen[i] / windows.sources[i].num_windows, _in_place(dataset),
         )  # fmt: skip
+    for index in data.packings.values():
+        log.info("          %s: %.2f %% of the rows are tokens", index.path, 100 * index.utilisation)
     if not data.tokenizer_path:
         log.info("          no tokenizer (config.data.tokenizer_path): no samples are written")
     log.info("loss      untrained ln %d = %.4f", model.vocab_size, math.log(model.vocab_size))

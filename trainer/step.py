@@ -38,11 +38,27 @@ def starts_for(config: Config, inputs: Array) -> Array | None:
     return document_starts(inputs, config.data.eos_id) if config.data.mask_documents else None
 
 
+def counted_targets(tokens: Array, eos_id: int) -> Array:
+    """Which targets of packed rows [b, seq_len + 1] are no padding, bool [b, seq_len].
+
+    Only padding has an end of text after an end of text, for launch.prepare leaves empty documents out; and where the
+    rest of a cut document is its end of text alone, whose text is in another row.
+    """
+    return (tokens[:, :-1] != eos_id) | (tokens[:, 1:] != eos_id)
+
+
 def make_train_step(program: Program):
     """(state, tokens [global_batch_size, seq_len + 1], seed) -> (state, metrics); the state is donated."""
     config, accum = program.config, program.config.grad_accum_steps
 
-    def loss_fn(params: dict, tokens: Array, key: Array | None, step: Array) -> tuple[Array, Array]:
+    def mean(values: Array, tokens: Array, divisor: Array | None) -> Array:
+        if divisor is None:  # every target counts
+            return values.mean()
+        return jnp.sum(jnp.where(counted_targets(tokens, config.data.eos_id), values, 0)) / divisor
+
+    def loss_fn(
+        params: dict, tokens: Array, key: Array | None, step: Array, divisor: Array | None
+    ) -> tuple[Array, Array]:
         logits, _ = program.model(params)(
             tokens[:, :-1],
             document_starts=starts_for(config, tokens[:, :-1]),
@@ -51,13 +67,18 @@ def make_train_step(program: Program):
             constrain=sharding.constrain,
         )
         losses, log_z = token_losses(logits, tokens[:, 1:])
-        loss = losses.mean()
-        return loss + config.z_loss * jnp.square(log_z).mean() if config.z_loss else loss, loss
+        loss = mean(losses, tokens, divisor)
+        return loss + config.z_loss * mean(jnp.square(log_z), tokens, divisor) if config.z_loss else loss, loss
 
     def gradient(params: dict, tokens: Array, key: Array | None, step: Array) -> tuple[Array, dict]:
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        # Counted in the whole batch, however its targets are spread over devices and parts: the mean of the parts,
+        # below, is then that of the batch.
+        divisor = None
+        if config.data.packed:
+            divisor = jnp.maximum(counted_targets(tokens, config.data.eos_id).sum(), 1) / accum
         if accum == 1:
-            (_, loss), grads = grad_fn(params, tokens, key, step)
+            (_, loss), grads = grad_fn(params, tokens, key, step, divisor)
             return loss, grads
         # Part a takes rows a, a + accum, …: every device keeps the rows it has.
         parts = tokens.reshape(-1, accum, tokens.shape[1]).swapaxes(0, 1)
@@ -65,7 +86,8 @@ def make_train_step(program: Program):
 
         def part(total: Any, of_part: Any) -> tuple[Any, None]:
             tokens, i = of_part
-            (_, loss), grads = grad_fn(params, tokens, None if key is None else jax.random.fold_in(key, i), step)
+            of_part_key = None if key is None else jax.random.fold_in(key, i)
+            (_, loss), grads = grad_fn(params, tokens, of_part_key, step, divisor)
             return jax.tree.map(jnp.add, total, (loss, grads)), None
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))

@@ -1,0 +1,315 @@
+"""Documents packed into rows of seq_len + 1 tokens, offline: an index beside the tokens, which stay where they are.
+
+Best-fit-decreasing (Ding et al., "Fewer Truncations Improve Language Modeling", arXiv 2404.10830): from the longest to
+the shortest, each document goes into the fullest row that still has room for it. One longer than a row is cut into
+whole rows first, and its rest is packed. Each shard is packed by itself, so a row never lies in two files.
+
+    DATASET/train.packed-1024.bin   header: JSON, filled up with spaces to HEADER_BYTES; then
+                                    a piece each: uint64 start in the split's tokens, uint32 length; ordered by row
+                                    uint64 [rows + 1]: the first piece of each row
+"""
+
+import bisect
+import dataclasses
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from data import encode, formats, integrity, pages
+from data.errors import DataError
+
+FORMAT = "meshlm-packing"
+VERSION = 1  # changes with the rows of the same documents: tests/packing_test.py freezes them
+HEADER_BYTES = 1024
+PIECE = np.dtype([("start", "<u8"), ("length", "<u4")])
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """What the header says."""
+
+    path: pathlib.Path
+    fingerprint: str  # of the dataset's manifest
+    seq_len: int
+    eos_id: int
+    rows: int
+    pieces: int
+    tokens: int
+    documents: int
+    cut: int  # documents in more than one piece
+    cut_by_windows: int  # documents that no window of the first phase holds whole
+    sha256: str  # of all that follows the header
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the rows' tokens that are no padding."""
+        return self.tokens / (self.rows * (self.seq_len + 1))
+
+    def load(self) -> tuple[np.ndarray, np.ndarray]:
+        """Pieces (PIECE [pieces]) and the first piece of each row (int64 [rows + 1]), memory-mapped and checked.
+
+        Raises:
+          DataError: the file was cut off or damaged.
+        """
+        expected = HEADER_BYTES + self.pieces * PIECE.itemsize + (self.rows + 1) * 8
+        if (size := self.path.stat().st_size) != expected:
+            raise DataError(
+                f"{self.path} is {size} bytes, expected {expected} ({self.pieces} pieces in {self.rows} rows); "
+                f"make it again with: {command(self.path.parent, self.seq_len)}"
+            )
+        with self.path.open("rb") as f:
+            f.seek(HEADER_BYTES)
+            found = hashlib.file_digest(f, "sha256").hexdigest()
+        if found != self.sha256:
+            raise DataError(
+                f"{self.path} has the right size but not the content its header names (sha256 {found[:12]}…, expected "
+                f"{self.sha256[:12]}…); make it again with: {command(self.path.parent, self.seq_len)}"
+            )
+        body = np.memmap(self.path, np.uint8, mode="r", offset=HEADER_BYTES)
+        pieces, firsts = np.split(body, [self.pieces * PIECE.itemsize])
+        return pieces.view(PIECE), firsts.view("<i8")
+
+    def header(self) -> bytes:
+        fields = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        del fields["path"]
+        return json.dumps(fields).encode().ljust(HEADER_BYTES - 1) + b"\n"
+
+
+def command(folder: pathlib.Path, seq_len: int) -> str:
+    return f"python -m launch.pack {folder} --seq_len={seq_len}"
+
+
+def index_path(folder: pathlib.Path, seq_len: int, split: str = "train") -> pathlib.Path:
+    return folder / f"{split}.packed-{seq_len}.bin"
+
+
+def read_index(folder: pathlib.Path, manifest: formats.Manifest, seq_len: int, split: str = "train") -> Index:
+    """The index of a dataset for rows of seq_len + 1 tokens; its content is checked by Index.load.
+
+    Raises:
+      DataError: there is none, or it belongs to another dataset, length or version; with the command that makes it.
+    """
+    path = index_path(folder, seq_len, split)
+    try:
+        index = _read_header(path)
+    except FileNotFoundError:
+        raise DataError(
+            f"{folder} is not packed for data.seq_len {seq_len}; pack it with: {command(folder, seq_len)}"
+        ) from None
+    except OSError as e:
+        raise DataError(f"{path} cannot be read: {e.strerror}") from None
+    if index is None:
+        raise DataError(f"{path} is no index that this version reads; remove it and run: {command(folder, seq_len)}")
+    wanted = (manifest.fingerprint(), seq_len, manifest.eos_id, manifest.splits[split].tokens)
+    if (index.fingerprint, index.seq_len, index.eos_id, index.tokens) != wanted:
+        raise DataError(
+            f"{path} packs another dataset ({index.fingerprint}, seq_len {index.seq_len}) than this one ({wanted[0]}, "
+            f"seq_len {seq_len}); replace it with: {command(folder, seq_len)}"
+        )
+    return index
+
+
+def _read_header(path: pathlib.Path) -> Index | None:
+    """None for anything but an index of this version."""
+    with path.open("rb") as f:
+        raw = f.read(HEADER_BYTES)
+    try:
+        fields: dict[str, Any] = json.loads(raw)
+        if (fields.pop("format"), fields.pop("version")) != (FORMAT, VERSION):
+            return None
+        index = Index(path, **fields)
+        numbers = (index.seq_len, index.eos_id, index.rows, index.pieces, index.tokens)
+        return index if all(type(n) is int and n >= 0 for n in numbers) and index.rows and index.seq_len else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def pack(folder: pathlib.Path, seq_len: int, split: str = "train") -> tuple[Index, bool]:
+    """Packs a split of a prepared dataset and returns the index, and whether it was there already.
+
+    An index of other data is replaced; a file under its name that is none is left alone.
+
+    Raises:
+      DataError: there is no such dataset, it has no end-of-text token or no tokens, or it is damaged.
+    """
+    try:
+        manifest = formats.read_manifest(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{folder} is not a dataset of launch.prepare") from None
+    check_packable(str(folder), manifest)
+    path = index_path(folder, seq_len, split)
+    if path.exists():
+        try:
+            index = read_index(folder, manifest, seq_len, split)
+            index.load()
+            return index, True
+        except DataError:
+            if not _is_own(path):
+                raise DataError(f"{path} is no index of launch.pack; move it away, it would be overwritten") from None
+    try:
+        return _write(path, folder, manifest, seq_len, split), False
+    except OSError as e:
+        raise DataError(f"cannot write {path}: {e.strerror}; mend that, then start the same command again") from None
+
+
+def check_packable(path: str, manifest: formats.Manifest) -> None:
+    """Raises DataError where documents are not told apart."""
+    if manifest.eos_id is None:
+        raise DataError(
+            f"{path} has no end-of-text token between documents, so there is nothing to pack; prepare several "
+            "documents, or leave config.data.packed false"
+        )
+
+
+def _is_own(path: pathlib.Path) -> bool:
+    with path.open("rb") as f:
+        return f'"{FORMAT}"'.encode() in f.read(HEADER_BYTES)
+
+
+def _write(path: pathlib.Path, folder: pathlib.Path, manifest: formats.Manifest, seq_len: int, split: str) -> Index:
+    files, spec = formats.TokenFiles(folder, manifest, split), manifest.splits[split]
+    if not spec.tokens or not spec.documents:
+        raise DataError(f"{folder} has no tokens in its {split} split; prepare a longer corpus")
+    offsets_path = folder / f"{split}.documents.bin"
+    integrity.check_documents(offsets_path, spec)
+    offsets = np.memmap(offsets_path, "<i8", mode="r")
+    assert manifest.eos_id is not None
+    digest, first_pieces, pieces = hashlib.sha256(), [np.zeros(1, np.int64)], 0
+    whole = np.zeros(2, np.int64)  # documents in one piece; in one window of the first phase
+    partial = path.with_name(path.name + ".writing")
+    with partial.open("wb") as f:
+        f.write(bytes(HEADER_BYTES))
+        first = 0
+        for tokens in files.shards:
+            stop = first + len(tokens)
+            begins = _begins(offsets, first, stop)
+            if len(begins):
+                _check_ends(tokens, begins[1:] - first, manifest.eos_id, offsets_path)
+                own = pack_shard(begins, stop, seq_len + 1, closed=int(tokens[-1]) == manifest.eos_id)
+                raw = own.pieces.tobytes()
+                f.write(raw)
+                digest.update(raw)
+                first_pieces.append(pieces + own.row_ends)
+                pieces += len(own.pieces)
+                whole += _whole(offsets, first, stop, spec.tokens, seq_len)
+                pages.release(tokens)
+            first = stop
+        last = np.concatenate(first_pieces).astype("<u8").tobytes()
+        f.write(last)
+        digest.update(last)
+        cut, cut_by_windows = (spec.documents - whole).tolist()
+        index = Index(
+            path, manifest.fingerprint(), seq_len, manifest.eos_id, sum(map(len, first_pieces)) - 1, pieces,
+            spec.tokens, spec.documents, cut, cut_by_windows, digest.hexdigest(),
+        )  # fmt: skip
+        f.seek(0)
+        f.write(index.header())
+        encode.close_durably(f)
+    partial.replace(path)
+    return index
+
+
+def _begins(offsets: np.ndarray, first: int, stop: int) -> np.ndarray:
+    """Where documents begin in [first, stop), int64; the rest of one from the shard before begins at `first`."""
+    low, high = np.searchsorted(offsets, [first, stop])
+    begins = np.unique(np.append(offsets[low:high], first))  # documents without a token begin where the next one does
+    return begins[begins < stop]
+
+
+def _whole(offsets: np.ndarray, first: int, stop: int, tokens: int, seq_len: int) -> np.ndarray:
+    """How many documents of the shard [first, stop) fit a row whole, and a window of the first phase."""
+    low, high = np.searchsorted(offsets, [first, stop])
+    begins, ends = offsets[low:high], offsets[low + 1 : high + 1]
+    if high == len(offsets):
+        ends = np.append(ends, tokens)
+    window = first + (begins - first) // seq_len * seq_len
+    inside = ends <= stop
+    return np.array([np.count_nonzero(inside & (ends - start <= seq_len + 1)) for start in (begins, window)])
+
+
+def _check_ends(tokens: np.ndarray, ends: np.ndarray, eos_id: int, path: pathlib.Path) -> None:
+    if (wrong := np.flatnonzero(tokens[ends - 1] != eos_id)).size:
+        raise DataError(
+            f"{path} has a document that ends with token {tokens[ends[wrong[0]] - 1]} and not with the end-of-text "
+            f"token {eos_id}; it does not belong to these tokens: copy it again or prepare again with --overwrite"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    pieces: np.ndarray  # PIECE [pieces], ordered by row, in a row as in the file
+    row_ends: np.ndarray  # int64 [rows]: pieces up to the end of each row
+
+
+def pack_shard(begins: np.ndarray, stop: int, width: int, *, closed: bool = True) -> Packed:
+    """Packs the documents that begin at `begins` (int64, rising; the last one ends at `stop`) into rows of `width`.
+
+    `closed`: the last one ends with an end-of-text token. One that does not has a row to itself, where no other
+    document would seem to be its continuation.
+    """
+    lengths = np.diff(np.append(begins, stop))
+    counts = -(-lengths // width)
+    starts = np.repeat(begins, counts) + width * spans(np.zeros_like(counts), counts)
+    lengths = np.minimum(width, np.repeat(begins + lengths, counts) - starts)
+    packed = slice(None) if closed else slice(-1)
+    rows = np.empty(len(starts), np.int64)
+    rows[packed] = best_fit_decreasing(lengths[packed], width)
+    if not closed:
+        rows[-1] = rows[:-1].max(initial=-1) + 1
+    order = np.lexsort((starts, rows))
+    pieces = np.empty(len(starts), PIECE)
+    pieces["start"], pieces["length"] = starts[order], lengths[order]
+    return Packed(pieces, np.cumsum(np.bincount(rows)))
+
+
+def best_fit_decreasing(lengths: np.ndarray, width: int) -> np.ndarray:
+    """The row of each piece, int64: rows 0, 1, 2, … of `width`; all lengths in [1, width].
+
+    Pieces of one length are alike, and so are rows with the same room, so both are handled in groups: a row that is the
+    best fit for one piece is it for the next of that length too, until it has no room for another. Each group of rows
+    that is used up has less than half its room left, so there are O(width log width) steps of array operations.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    sizes, counts = np.unique(lengths, return_counts=True)
+    rows = np.empty(len(lengths), np.int64)
+    free: dict[int, np.ndarray] = {}  # rows by their room
+    rooms: list[int] = []  # the keys of `free`, rising
+    opened = first = 0
+
+    def give(room: int, of: np.ndarray) -> None:
+        if not room or not len(of):
+            return
+        if room not in free:
+            bisect.insort(rooms, room)
+            free[room] = np.empty(0, np.int64)
+        free[room] = np.concatenate([free[room], of])
+
+    for size, count in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        end = first + count
+        while first < end:
+            at = bisect.bisect_left(rooms, size)
+            if at == len(rooms):
+                new = -(-(end - first) // (width // size))
+                give(width, np.arange(opened, opened + new))
+                opened += new
+                at = len(rooms) - 1
+            room = rooms.pop(at)
+            there, each = free.pop(room), room // size
+            placed = min(end - first, len(there) * each)
+            full, rest = divmod(placed, each)  # rows that take all they can, pieces in one row more
+            touched = full + bool(rest)
+            rows[order[first : first + placed]] = np.repeat(there[:touched], each)[:placed]
+            first += placed
+            give(room - each * size, there[:full])
+            give(room - rest * size, there[full:touched])
+            give(room, there[touched:])
+    return rows
+
+
+def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """start, start + 1, …, start + length - 1 of each, one after the other: int64 [sum of lengths]."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)

@@ -1,0 +1,44 @@
+"""Pack the training documents of a dataset into rows, for runs with --config.data.packed=true.
+
+  python -m launch.pack DATASET --seq_len=1024
+
+Each row holds whole documents and, where none fits any more, padding of which no loss is counted; only documents longer
+than a row are cut. The tokens stay where they are: an index of what each row holds is written beside them
+(train.packed-1024.bin), once for each seq_len. Exit codes: 0 done, or done before; 2 flags; 3 the dataset cannot be
+packed.
+"""
+
+import pathlib
+import time
+
+from absl import flags
+
+from data import packing
+from launch import cli
+from trainer.errors import ConfigError
+
+SEQ_LEN = flags.DEFINE_integer(
+    "seq_len", None, "As config.data.seq_len of the run.", lower_bound=1, upper_bound=(1 << 32) - 2
+)
+
+
+def main(dataset: str = "") -> int:
+    if not dataset or SEQ_LEN.value is None:
+        raise ConfigError("name a dataset and a length: python -m launch.pack DATASET --seq_len=1024")
+    start = time.monotonic()
+    index, there = packing.pack(pathlib.Path(dataset), SEQ_LEN.value)
+    cli.log.info(
+        "%s: %s rows of %d tokens, %.3f %% of them used, %s",
+        index.path, f"{index.rows:,}", index.seq_len + 1, 100 * index.utilisation,
+        "was there" if there else f"{time.monotonic() - start:.1f} s",
+    )  # fmt: skip
+    cli.log.info(
+        "%s of %s documents cut (%.1f %%); windows cut %s (%.1f %%)",
+        f"{index.cut:,}", f"{index.documents:,}", 100 * index.cut / index.documents,
+        f"{index.cut_by_windows:,}", 100 * index.cut_by_windows / index.documents,
+    )  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main, arguments=1)
