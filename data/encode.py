@@ -16,9 +16,10 @@ from typing import IO
 
 import numpy as np
 
-from data import characters, documents, tokenizers
+from data import characters, documents, formats, tokenizers
 from data.errors import DataError
 
+VERSION = 2  # of the unit files; a preparation does not go on with another version's
 SPLITS = ("train", "val")
 BATCH_CHARACTERS = 1 << 20  # encoded in one call
 
@@ -34,12 +35,22 @@ class Job:
     partial: pathlib.Path
     reading: documents.Reading
     tokenizer_sha256: str
-    dtype: str
+    vocab_size: int
     eos_id: int | None
     split: str
     val_fraction: float
     cut: int = 0
     hashes: bool = False  # of documents, to count duplicates
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the tokens of a shard."""
+        return np.dtype(formats.token_dtype(self.vocab_size)).newbyteorder("<")
+
+    @property
+    def unit_dtype(self) -> np.dtype:
+        """Of the tokens of a unit: as narrow as they fit, for the disk is what a preparation waits for."""
+        return np.dtype(np.uint8) if self.vocab_size <= 256 else self.dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +181,7 @@ class _Output:
 
     def __init__(self, stem: pathlib.Path, split: str, job: Job):
         self.stem, self.split, self.eos_id = stem, split, job.eos_id
-        self.dtype = np.dtype(job.dtype).newbyteorder("<")
+        self.dtype = job.unit_dtype
         self.file: IO[bytes] = self._path("tokens").open("wb")
         self.tokens = self.text_bytes = 0
         self.ends: list[int] = []

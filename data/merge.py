@@ -15,9 +15,8 @@ COPY_TOKENS = 1 << 22  # held in memory
 class _SplitWriter:
     """Writes one split: shards, and where each document begins."""
 
-    def __init__(self, folder: pathlib.Path, split: str, dtype: str):
-        self.folder, self.split = folder, split
-        self.dtype = np.dtype(dtype).newbyteorder("<")
+    def __init__(self, folder: pathlib.Path, split: str, job: encode.Job):
+        self.folder, self.split, self.job = folder, split, job
         self.shards: list[formats.Shard] = []
         self.tokens = self.text_bytes = self.documents = self.longest = 0
         self._begin = 0  # of the document that is being written
@@ -43,11 +42,12 @@ class _SplitWriter:
             self._begin = int(begins[-1])
         self.text_bytes += text_bytes
         with tokens.open("rb") as f:
-            while raw := f.read(min(COPY_TOKENS, SHARD_TOKENS - self._shard_tokens) * self.dtype.itemsize):
+            while len(ids := np.fromfile(f, self.job.unit_dtype, min(COPY_TOKENS, SHARD_TOKENS - self._shard_tokens))):
+                raw = ids.astype(self.job.dtype, copy=False).data
                 self._file.write(raw)
                 self._sha256.update(raw)
-                self.tokens += len(raw) // self.dtype.itemsize
-                self._shard_tokens += len(raw) // self.dtype.itemsize
+                self.tokens += len(ids)
+                self._shard_tokens += len(ids)
                 if self._shard_tokens == SHARD_TOKENS:
                     self._close_shard()
                     self._open_shard()
@@ -74,7 +74,7 @@ class Merge:
 
     def __init__(self, partial: pathlib.Path, job: encode.Job):
         self.partial, self.job = partial, job
-        self.writers = {split: _SplitWriter(partial, split, job.dtype) for split in encode.SPLITS}
+        self.writers = {split: _SplitWriter(partial, split, job) for split in encode.SPLITS}
         self.problems = documents.Problems()
         self._waiting: dict[int, dict] = {}
         self._next = 0

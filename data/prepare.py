@@ -68,13 +68,13 @@ class Plan:
         return sum(stretch.size for unit in self.units for stretch in unit)
 
     def digest(self) -> str:
-        """Changes with the request, with any file's name, size or time, and with how they are cut."""
+        """Changes with the request, with any file's name, size or time, and with how they are cut and kept."""
         stretches = [
             (s.file.name, s.start, s.stop, s.split, s.file.path.stat().st_size, s.file.path.stat().st_mtime_ns)
             for unit in self.units
             for s in (*unit, unit[-1])
         ]
-        return hashlib.sha256(json.dumps([self.request.to_json(), stretches]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([encode.VERSION, self.request.to_json(), stretches]).encode()).hexdigest()
 
 
 def prepare(
@@ -121,7 +121,7 @@ def prepare(
                 partial=partial,
                 reading=plan.reading,
                 tokenizer_sha256=formats.sha256_file(partial / "tokenizer" / tokenizers.FILE_NAME),
-                dtype=formats.token_dtype(codec.vocab_size),
+                vocab_size=codec.vocab_size,
                 eos_id=codec.eos_id if plan.eos else None,
                 split=plan.split,
                 val_fraction=asked.val_fraction,
@@ -129,7 +129,7 @@ def prepare(
                 hashes=count_duplicates,
             )
             merged = _encode_units(plan, characters, job, pool, progress)
-        manifest = _finish(partial, plan, job, merged, codec.vocab_size)
+        manifest = _finish(partial, plan, job, merged)
         if out.exists():
             shutil.rmtree(out)
         partial.replace(out)
@@ -289,13 +289,11 @@ def _encode_units(plan: Plan, characters: list[int], job: encode.Job, pool: Pool
     return merged
 
 
-def _finish(
-    partial: pathlib.Path, plan: Plan, job: encode.Job, merged: merge.Merge, vocab_size: int
-) -> formats.Manifest:
+def _finish(partial: pathlib.Path, plan: Plan, job: encode.Job, merged: merge.Merge) -> formats.Manifest:
     splits, summary = merged.finish()
     manifest = formats.Manifest(
-        dtype=job.dtype,
-        vocab_size=vocab_size,
+        dtype=job.dtype.name,
+        vocab_size=job.vocab_size,
         eos_id=job.eos_id,
         tokenizer_sha256=job.tokenizer_sha256,
         splits=splits,
