@@ -67,12 +67,12 @@ def gather_rows(path: pathlib.Path, windows: loader.TokenWindows) -> list[tuple[
     rows = []
     sum(int(shard.max()) for shard in windows.files.shards)  # warm the page cache, map the file
     for batch in (32, 512):
-        view = windows._rows_of(0, 0)
-        picked = np.random.default_rng(1).integers(len(view), size=(ROUNDS.value, batch))
+        shard = windows._rows_of(0, 0)
+        picked = np.random.default_rng(1).integers(len(shard.rows), size=(ROUNDS.value, batch))
         t = medians(
             ROUNDS.value,
             ours=lambda i, n=batch: windows.rows(np.arange(i * n, (i + 1) * n)),
-            gather=lambda i, v=view, p=picked: v[p[i]],
+            gather=lambda i, s=shard, p=picked: s.gather(p[i]),
             peer=lambda i, n=batch: nanogpt_batch(path, n),
         )
         tokens = batch * SEQ_LEN / 1e6

@@ -109,9 +109,8 @@ class TokenWindows(Windows):
     def _gather(self, g: np.ndarray) -> np.ndarray:
         """One gather per (epoch, shard) met."""
         out = None
-        for here, rows, windows in self._places(g):
-            # One C call per gather; a Python loop over rows would fight other threads for the interpreter lock.
-            gathered = rows[windows].view(self.dtype).reshape(-1, self.seq_len + 1)
+        for here, shard, windows in self._places(g):
+            gathered = shard.gather(windows).view(self.dtype).reshape(-1, self.seq_len + 1)
             if len(gathered) == len(g):  # as almost always: nothing to join, no second copy
                 out = gathered
             else:
@@ -121,32 +120,49 @@ class TokenWindows(Windows):
         return out
 
     def will_need(self, g: np.ndarray) -> None:
-        for _, rows, windows in self._places(g):
-            pages.will_need(rows, windows * rows.strides[0], rows.itemsize)
+        for _, shard, windows in self._places(g):
+            pages.will_need(shard.rows, windows * shard.rows.strides[0], shard.rows.itemsize)
 
-    def _places(self, g: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """For each (epoch, shard) met: which of g lie there, the rows of that shard, and which of those they are."""
+    def _places(self, g: np.ndarray) -> Iterator[tuple[np.ndarray, ShardWindows, np.ndarray]]:
+        """For each (epoch, shard) met: which of g lie there, the windows of that shard, and which of those they are."""
         for epoch, of_epoch, windows in self._shuffled(g):
             for shard, mine in _groups(np.searchsorted(self.first_window, windows, side="right") - 1):
                 yield of_epoch[mine], self._rows_of(shard, epoch), windows[mine] - self.first_window[shard]
 
-    def _rows_of(self, shard: int, epoch: int) -> np.ndarray:
-        """The windows of a shard in this epoch, one item each: void [windows of the shard], (seq_len + 1) tokens wide.
-
-        A view; no token is copied. Items of a row's width are gathered by numpy's one-dimensional path, which is faster
-        than rows of a two-dimensional view (docs/performance.md).
-        """
+    def _rows_of(self, shard: int, epoch: int) -> ShardWindows:
+        """The windows of a shard in this epoch."""
         tokens = self.files.shards[shard]
         count = int(self.first_window[shard + 1] - self.first_window[shard])
         phases = min(self.seq_len, len(tokens) - count * self.seq_len)
         phase = int.from_bytes(order.derive(self.seed, self.split, "phase", epoch, shard)[:8], "little") % phases
-        width = self.dtype.itemsize
-        return np.ndarray(
-            count,
-            dtype=f"V{(self.seq_len + 1) * width}",
-            buffer=tokens[phase : phase + count * self.seq_len + 1],
-            strides=self.seq_len * width,
+        return ShardWindows(tokens[phase : phase + count * self.seq_len + 1], count, self.seq_len)
+
+
+class ShardWindows:
+    """`count` windows of seq_len + 1 tokens, seq_len apart; views, no token is copied.
+
+    Attributes:
+      rows: the windows, one item each: void [count]. Items of a row's width are gathered by numpy's one-dimensional
+        path, which is faster than rows of a two-dimensional view.
+    """
+
+    def __init__(self, tokens: np.ndarray, count: int, seq_len: int):
+        width, stride = (seq_len + 1) * tokens.itemsize, seq_len * tokens.itemsize
+        self.rows = np.ndarray(count, f"V{width}", buffer=tokens, strides=stride)
+        self._first, self._last = (
+            np.ndarray(count, np.uint8, buffer=tokens, offset=offset, strides=stride) for offset in (0, width - 1)
         )
+
+    def gather(self, windows: np.ndarray) -> np.ndarray:
+        """Copies of these windows: void [len(windows)].
+
+        A few C calls; a Python loop over rows would fight other threads for the interpreter lock. First and last bytes
+        of all rows are touched before: these waits for memory overlap, where the copies would wait one after the other.
+        A third less time for rows of 2 KiB (docs/performance.md).
+        """
+        for touched in (self._first, self._last):
+            _ = touched[windows]
+        return self.rows[windows]
 
 
 class PackedWindows(Windows):
