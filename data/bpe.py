@@ -172,10 +172,6 @@ class JsonTokenizer(Tokenizer):
         """Whether tiktoken encodes."""
         return self._tiktoken is not None
 
-    @property
-    def eos(self) -> str:
-        return "" if self.eos_id is None else self.specials[self.eos_id]
-
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "eos": self.eos}
 

@@ -4,9 +4,11 @@ Nothing here needs JAX: a launcher opens the data, and finds what is wrong with 
 """
 
 import dataclasses
+import functools
 import itertools
 import pathlib
 import re
+from collections.abc import Callable
 
 from data import content, foreign, formats, tokenizers
 from data.config import DataConfig
@@ -21,6 +23,7 @@ class Dataset:
     manifest: formats.Manifest  # of foreign files: what their headers and bytes say, which is no vocabulary (0)
     vocab_size: int  # 0: not known
     tokenizer_path: str  # '' for none
+    load_tokenizer: Callable[[], tokenizers.Tokenizer | None]  # None where nobody said which; raises DataError
     foreign_files: dict[str, list[foreign.TokenFile]]  # by split; empty for a dataset folder
     largest_id: int = -1  # that was seen when foreign files were opened
 
@@ -39,12 +42,6 @@ class Dataset:
         """Whether there is a token to predict in it."""
         return split in self.manifest.splits and self.manifest.splits[split].tokens > 1
 
-    def load_tokenizer(self) -> tokenizers.Tokenizer | None:
-        """None where nobody said which. Raises DataError."""
-        if self.foreign_files:
-            return tokenizers.make(self.tokenizer_path) if self.tokenizer_path else None
-        return tokenizers.load(pathlib.Path(self.tokenizer_path), self.manifest.tokenizer_sha256)
-
 
 def open_dataset(config: DataConfig, vocab_size: int = 0) -> Dataset:
     """Opens what config.path names.
@@ -62,7 +59,9 @@ def open_dataset(config: DataConfig, vocab_size: int = 0) -> Dataset:
         if given:
             raise DataError(f"{path} is a dataset of launch.prepare and says it all; leave {', '.join(given)} empty")
         manifest = formats.read_manifest(path)
-        return Dataset(config.path, manifest, manifest.vocab_size, str(path / "tokenizer"), {})
+        folder = path / "tokenizer"
+        load = functools.cache(functools.partial(tokenizers.load, folder, manifest.tokenizer_sha256))
+        return Dataset(config.path, manifest, manifest.vocab_size, str(folder), load, {})
     named_as_foreign = config.format or path.suffix in foreign.SUFFIXES or any(c in config.path for c in "*?[")
     if config.format == "meshlm" or not (named_as_foreign or path.exists()):
         raise FileNotFoundError(config.path)
@@ -73,8 +72,9 @@ def open_dataset(config: DataConfig, vocab_size: int = 0) -> Dataset:
 
 
 def _open_foreign(config: DataConfig, vocab_size: int) -> Dataset:
-    if config.tokenizer_path:
-        vocab_size = tokenizers.make(config.tokenizer_path).vocab_size
+    tokenizer = tokenizers.make(config.tokenizer_path) if config.tokenizer_path else None
+    if tokenizer is not None:
+        vocab_size = tokenizer.vocab_size
     paths = _paths_by_split(config)
     read = foreign.read([p for split in paths.values() for p in split], config.format, config.dtype)
     remaining = iter(read)
@@ -90,7 +90,7 @@ def _open_foreign(config: DataConfig, vocab_size: int) -> Dataset:
         splits[name] = formats.Split(sum(f.tokens for f in of_split), 0, documents, shards)
     # Names without folders: files that were moved are the same data. No tokenizer: it decides about no token.
     manifest = formats.Manifest(read[0].dtype, 0, None, "", splits, {"format": read[0].kind})
-    return Dataset(config.path, manifest, vocab_size, config.tokenizer_path, files, largest)
+    return Dataset(config.path, manifest, vocab_size, config.tokenizer_path, lambda: tokenizer, files, largest)
 
 
 def _paths_by_split(config: DataConfig) -> dict[str, list[pathlib.Path]]:

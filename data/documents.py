@@ -49,6 +49,11 @@ class Reading:
     raw: bool = False  # text as bytes, whatever they are
 
 
+def bytes_of(unit: Unit) -> int:
+    """Bytes on disk."""
+    return sum(stretch.size for stretch in unit)
+
+
 class Problems:
     """What was wrong with the input and where: everything counted, a few of each kind named."""
 
@@ -76,14 +81,16 @@ def plan(files: list[File], splits: dict[str, str] | None = None) -> list[Unit]:
     """The units of all files in their order: large files cut, small ones together. `splits`: of each file's name."""
     units: list[Unit] = []
     current: list[Stretch] = []
+    filled = 0
     for file in files:
         for stretch in _stretches(file):
             if splits is not None:
                 stretch = dataclasses.replace(stretch, split=splits[file.name])
-            if current and sum(s.size for s in current) + stretch.size > UNIT_BYTES:
+            if current and filled + stretch.size > UNIT_BYTES:
                 units.append(tuple(current))
-                current = []
+                current, filled = [], 0
             current.append(stretch)
+            filled += stretch.size
     return [*units, tuple(current)] if current else units
 
 

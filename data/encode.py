@@ -9,14 +9,13 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import IO
 
 import numpy as np
 
-from data import characters, documents, formats, tokenizers
+from data import characters, documents, files, formats, tokenizers
 from data.errors import DataError
 
 VERSION = 2  # of the unit files; a preparation does not go on with another version's
@@ -97,13 +96,13 @@ def encode(index: int, unit: documents.Unit, first_character: int, job: Job) -> 
         for output in outputs.values():
             output.close()
         if job.hashes:
-            write_durably(stem.with_suffix(".hashes"), np.array(hashes, "<u8").tobytes())
+            files.write_durably(stem.with_suffix(".hashes"), np.array(hashes, "<u8").tobytes())
         result = {
             "tokens": {split: output.tokens for split, output in outputs.items()},
             "text_bytes": {split: output.text_bytes for split, output in outputs.items()},
             "problems": problems.to_json(),
         }
-        write_durably(stem.with_suffix(".json"), json.dumps(result).encode())
+        files.write_durably(stem.with_suffix(".json"), json.dumps(result).encode())
     except OSError as e:
         raise DataError(
             f"cannot write {stem.parent}: {e.strerror}; make room, then start the same command again"
@@ -200,20 +199,5 @@ class _Output:
             self.ends.append(self.tokens)
 
     def close(self) -> None:
-        close_durably(self.file)
-        write_durably(self._path("ends"), np.array(self.ends, "<u8").tobytes())
-
-
-def write_durably(path: pathlib.Path, content: bytes) -> None:
-    """The file is there whole, also after a power failure, or not at all."""
-    partial = path.with_name(path.name + ".writing")
-    with partial.open("wb") as f:
-        f.write(content)
-        close_durably(f)
-    partial.replace(path)
-
-
-def close_durably(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
+        files.close_durably(self.file)
+        files.write_durably(self._path("ends"), np.array(self.ends, "<u8").tobytes())

@@ -15,7 +15,7 @@ def texts(
     Raises:
       DataError: a file cannot be read.
     """
-    total = sum(stretch.size for unit in units for stretch in unit)
+    total = sum(map(documents.bytes_of, units))
     share = min(1.0, max_bytes / max(total, 1))
     for index, unit in enumerate(units):
         if index == 0 or int((index + 1) * share) > int(index * share):

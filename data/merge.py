@@ -6,7 +6,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from data import documents, encode, formats
+from data import documents, encode, files, formats
 
 SHARD_TOKENS = 100_000_000
 COPY_TOKENS = 1 << 22  # held in memory
@@ -29,7 +29,7 @@ class _SplitWriter:
         self._sha256, self._shard_tokens = hashlib.sha256(), 0
 
     def _close_shard(self) -> None:
-        encode.close_durably(self._file)
+        files.close_durably(self._file)
         self.shards.append(formats.Shard(self._path.name, self._shard_tokens, self._sha256.hexdigest()))
 
     def unit(self, tokens: pathlib.Path, ends: np.ndarray, text_bytes: int) -> None:
@@ -57,7 +57,7 @@ class _SplitWriter:
             np.array([self._begin], "<u8").tofile(self._offsets)
             self.documents += 1
             self.longest = max(self.longest, self.tokens - self._begin)
-        encode.close_durably(self._offsets)
+        files.close_durably(self._offsets)
         if self._shard_tokens or not self.shards:
             self._close_shard()
         else:  # the last shard was filled exactly

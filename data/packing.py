@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from data import encode, formats, integrity, pages
+from data import formats, integrity, pages
 from data.errors import DataError
+from data.files import close_durably
 
 FORMAT = "meshlm-packing"
 VERSION = 1  # changes with the rows of the same documents: tests/packing_test.py freezes them
@@ -207,7 +208,7 @@ def _write(path: pathlib.Path, folder: pathlib.Path, manifest: formats.Manifest,
         )  # fmt: skip
         f.seek(0)
         f.write(index.header())
-        encode.close_durably(f)
+        close_durably(f)
     partial.replace(path)
     return index
 

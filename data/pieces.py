@@ -70,7 +70,7 @@ class PieceTokenizer(Tokenizer):
         return self._bytes[id] if id in self._bytes else self._pieces[id].replace(SPACE, " ").encode()
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "eos": "" if self.eos_id is None else self.specials[self.eos_id]}
+        return {"kind": self.kind, "eos": self.eos}
 
     @classmethod
     def from_json(cls, spec: dict[str, Any], raw: bytes, where: str) -> "PieceTokenizer":

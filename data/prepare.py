@@ -7,21 +7,22 @@ workers, and a preparation that was killed goes on with the units it lacks.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
+import logging
 import os
 import pathlib
-import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from data import corpus, documents, encode, excerpt, formats, merge, tokenizers
+from data import corpus, documents, encode, excerpt, files, formats, merge, tokenizers
 from data.errors import DataError
 from data.pool import Pool
+
+log = logging.getLogger("meshlm")
 
 INLINE_BYTES = 32 << 20  # a corpus up to this size is done in this process: workers take longer to start
 SUMMARY = "summary.json"
@@ -65,16 +66,15 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        return sum(stretch.size for unit in self.units for stretch in unit)
+        return sum(map(documents.bytes_of, self.units))
 
     def digest(self) -> str:
         """Changes with the request, with any file's name, size or time, and with how they are cut and kept."""
-        stretches = [
-            (s.file.name, s.start, s.stop, s.split, s.file.path.stat().st_size, s.file.path.stat().st_mtime_ns)
-            for unit in self.units
-            for s in (*unit, unit[-1])
-        ]
-        return hashlib.sha256(json.dumps([encode.VERSION, self.request.to_json(), stretches]).encode()).hexdigest()
+        stats = {s.file.name: s.file.path.stat() for unit in self.units for s in unit}
+        written = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()]
+        units = [[(s.file.name, s.start, s.stop, s.split) for s in unit] for unit in self.units]
+        plan = [encode.VERSION, self.request.to_json(), written, units]
+        return hashlib.sha256(json.dumps(plan).encode()).hexdigest()
 
 
 def prepare(
@@ -144,20 +144,20 @@ def read_summary(out: pathlib.Path) -> dict[str, Any]:
 
 def make_plan(request: Request, cache: pathlib.Path) -> Plan:
     """Finds the files and cuts them. Raises DataError. `cache`: where a download is kept."""
-    files = corpus.find(request.source, cache)
-    one_text = len(files) == 1 and files[0].kind == "text"
+    found = corpus.find(request.source, cache)
+    one_text = len(found) == 1 and found[0].kind == "text"
     split = request.split
     if split == "auto":
-        records = any(file.kind != "text" for file in files)
+        records = any(file.kind != "text" for file in found)
         split = "document" if records else "last" if one_text else "file"
     of_file = None
     if split == "file":
-        train, val = corpus.split(files, request.val_fraction)
+        train, val = corpus.split(found, request.val_fraction)
         of_file = {file.name: "train" for file in train} | {file.name: "val" for file in val}
     reading = documents.Reading(
         request.text_key, request.invalid_utf8, request.bad_records, raw=request.tokenizer == "byte"
     )
-    return Plan(request, documents.plan(files, of_file), split, reading, eos=not one_text)
+    return Plan(request, documents.plan(found, of_file), split, reading, eos=not one_text)
 
 
 def _intact(out: pathlib.Path, request: Request, given: tokenizers.Tokenizer | None) -> formats.Manifest:
@@ -180,21 +180,17 @@ def _intact(out: pathlib.Path, request: Request, given: tokenizers.Tokenizer | N
 
 @contextlib.contextmanager
 def _lock(partial: pathlib.Path) -> Iterator[None]:
-    """One process at a time prepares a dataset; a dead one's lock is free by itself."""
+    """One process at a time prepares a dataset."""
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        handle = (partial / LOCK).open("a+")
+        handle, unlocked = files.lock(partial / LOCK)
+    except files.Held as e:
+        raise DataError(f"{partial} is being written by {e}") from None
     except OSError as e:
         raise DataError(f"cannot write {partial}: {e.strerror}") from None
     with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            raise DataError(f"{partial} is being written by {handle.read().strip() or 'another process'}") from None
-        handle.truncate(0)
-        handle.write(f"{platform.node()} process {os.getpid()}")
-        handle.flush()
+        if unlocked is not None:
+            log.warning("%s cannot be locked (%s); make sure that nobody else prepares it", partial, unlocked.strerror)
         yield
 
 
@@ -215,7 +211,7 @@ def _continue_or_clear(partial: pathlib.Path, digest: str) -> None:
                 shutil.rmtree(old)
             elif old.name != LOCK:
                 old.unlink()
-        encode.write_durably(path, digest.encode())
+        files.write_durably(path, digest.encode())
     (partial / "units").mkdir(exist_ok=True)
 
 
@@ -244,10 +240,10 @@ def _tokenizer(
             for (unit, _, index), survey in pool.run(encode.survey, jobs):
                 characters[index] = survey.characters
                 counts[survey.code_points] += survey.counts
-                done += sum(stretch.size for stretch in unit)
+                done += documents.bytes_of(unit)
                 progress("reading", done, plan.bytes, 0)
         tokenizers.save(codec or _char_tokenizer(plan, counts), folder)
-        encode.write_durably(counted, json.dumps(characters).encode())
+        files.write_durably(counted, json.dumps(characters).encode())
     return tokenizers.load(folder), json.loads(counted.read_bytes())
 
 
@@ -275,7 +271,7 @@ def _encode_units(plan: Plan, characters: list[int], job: encode.Job, pool: Pool
     def add(index: int, result: dict) -> None:
         nonlocal done, tokens
         merged.add(index, result)
-        done += sum(stretch.size for stretch in plan.units[index])
+        done += documents.bytes_of(plan.units[index])
         tokens += sum(result["tokens"].values())
         progress("encoding", done, plan.bytes, tokens)
 
@@ -299,8 +295,8 @@ def _finish(partial: pathlib.Path, plan: Plan, job: encode.Job, merged: merge.Me
         splits=splits,
         request=plan.request.to_json(),
     )
-    encode.write_durably(partial / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
-    encode.write_durably(partial / formats.MANIFEST, manifest.to_json().encode())
+    files.write_durably(partial / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+    files.write_durably(partial / formats.MANIFEST, manifest.to_json().encode())
     shutil.rmtree(partial / "units")
     for rest in ("plan", "characters.json", LOCK):
         (partial / rest).unlink()

@@ -99,8 +99,7 @@ class RankTokenizer(Tokenizer):
         return self.specials[id].encode() if id in self.specials else self._pieces.get(id, b"")
 
     def to_json(self) -> dict[str, Any]:
-        eos = "" if self.eos_id is None else self.specials[self.eos_id]
-        return {"kind": self.kind, "eos": eos, "pattern": self.pattern}
+        return {"kind": self.kind, "eos": self.eos, "pattern": self.pattern}
 
     @classmethod
     def from_json(cls, spec: dict[str, Any], raw: bytes, where: str) -> "RankTokenizer":

@@ -116,7 +116,7 @@ def _config_of_each(config: DataConfig) -> dict[str, DataConfig]:
     """The configuration of each source by its name. Raises DataError."""
     paths = [path.strip() for path in config.path.split(",")]
     if len(paths) == 1:
-        return {_name(config.path): _local(config)}
+        return {_name(config.path): local(config)}
     per_source = {
         field: _spread(field, getattr(config, field), len(paths)) for field in ("format", "dtype", "val_path")
     }
@@ -129,14 +129,14 @@ def _config_of_each(config: DataConfig) -> dict[str, DataConfig]:
             raise DataError(
                 f"data.path names {'an empty source' if not path else f'two sources {name!r}'}: {config.path}"
             )
-        of_source = _local(of_source)
+        of_source = local(of_source)
         if _is_prepared(of_source):
             of_source = dataclasses.replace(of_source, dtype="", tokenizer_path="")
         configs[name] = of_source
     return configs
 
 
-def _local(config: DataConfig) -> DataConfig:
+def local(config: DataConfig) -> DataConfig:
     """With paths of object stores replaced by those of their copies."""
     paths = {field: getattr(config, field) for field in ("path", "val_path", "tokenizer_path")}
     fetched: dict[str, Any] = {f: remote.local(path) for f, path in paths.items() if remote.is_remote(path)}

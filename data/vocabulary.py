@@ -45,6 +45,11 @@ class Tokenizer(Protocol):
     specials: dict[int, str]
     eos_id: int | None
 
+    @property
+    def eos(self) -> str:
+        """Name of the end-of-text token; "" for none."""
+        return "" if self.eos_id is None else self.specials[self.eos_id]
+
     def encode(self, text: str) -> np.ndarray:
         """Token ids, uint32 [number of tokens]. Raises DataError where the text cannot be expressed."""
         ...

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from data import dataset, integrity, remote, sources
+from data import dataset, integrity, sources
 from data.config import DTYPES, FORMATS, DataConfig
 from data.errors import DataError
 from data.loader import PackedWindows, TokenWindows, Windows
@@ -49,14 +49,14 @@ def main(path: str = "") -> int:
     if not path:
         raise ConfigError("name a dataset folder or token files: python -m launch.inspect PATH")
     config = DataConfig(
-        path=remote.local(path) if remote.is_remote(path) else path,
+        path=path,
         format=FORMAT.value,
         dtype=DTYPE.value,
         val_path=VAL_PATH.value,
         tokenizer_path=TOKENIZER_PATH.value,
     )
     try:
-        data = dataset.open_dataset(config, VOCAB_SIZE.value)
+        data = dataset.open_dataset(sources.local(config), VOCAB_SIZE.value)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{path} is neither a dataset folder of launch.prepare nor a token file") from None
     if VOCAB_SIZE.value not in (0, data.vocab_size):

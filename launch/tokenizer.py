@@ -19,9 +19,9 @@ import time
 from absl import flags
 
 from data import bpe, corpus, documents, excerpt, minbpe, tokenizers
-from data import encode as encoding
 from data.bpe import JsonTokenizer
 from data.errors import DataError
+from data.files import write_durably
 from launch import cli
 from trainer.errors import ConfigError
 
@@ -168,7 +168,7 @@ def train() -> None:
     raw = minbpe.write(tokenizer) if out.suffix == ".model" else tokenizer.file()[1]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        encoding.write_durably(out, raw)
+        write_durably(out, raw)
     except OSError as e:
         raise DataError(f"cannot write {out}: {e.strerror}") from None
     for kind, count in problems.counts.items():

@@ -59,7 +59,7 @@ def main() -> int:
     lock = run_directory.lock(run) if process == 0 else None
     sharding.barrier("run directory")
     if process == 0:
-        run_directory.record(run, config, sys.argv)
+        run_directory.record(run, config, data, sys.argv)
     else:
         cli.quiet_console()
     cli.log_to_file(run / f"log.{process}.txt")
@@ -68,7 +68,7 @@ def main() -> int:
 
     stop = distributed.Stop()
     try:
-        finished = Trainer(config, run, stop.requested).train()
+        finished = Trainer(config, run, data, stop.requested).train()
     except Diverged:  # found by every process, at the same step
         distributed.shutdown()
         raise

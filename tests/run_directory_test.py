@@ -6,6 +6,7 @@ import pathlib
 
 import pytest
 
+from data import sources
 from data.errors import DataError
 from tests import runs
 from trainer import run_directory
@@ -17,6 +18,11 @@ from trainer.errors import ConfigError
 def config(tmp_path_factory):
     data = runs.dataset(tmp_path_factory.mktemp("data"))
     return run_directory.resolve(from_dict({"data": {"path": str(data), "seq_len": 16}}))
+
+
+@pytest.fixture(scope="module")
+def data(config):
+    return sources.open_sources(config.data)
 
 
 def test_resolve_fills_in_what_the_dataset_decides(config):
@@ -41,10 +47,10 @@ def test_a_dataset_that_was_not_prepared_names_the_command(tmp_path):
         run_directory.resolve(from_dict({}))
 
 
-def test_changes_of_a_recorded_run(tmp_path, config, caplog):
+def test_changes_of_a_recorded_run(tmp_path, config, data, caplog):
     run = tmp_path / "run"
     run.mkdir()
-    run_directory.record(run, config, ["train", "--x=a b"])
+    run_directory.record(run, config, data, ["train", "--x=a b"])
     run_directory.check_changes(run, config, allow=False)
     deeper = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=9))
     for allow in (False, True):
@@ -57,9 +63,9 @@ def test_changes_of_a_recorded_run(tmp_path, config, caplog):
     run_directory.check_changes(run, dataclasses.replace(config, num_train_steps=5), allow=False)
 
 
-def test_what_is_recorded(tmp_path, config):
-    run_directory.record(tmp_path, config, ["train", "--prompt=a b"])
-    run_directory.record(tmp_path, config, ["train", "again"])
+def test_what_is_recorded(tmp_path, config, data):
+    run_directory.record(tmp_path, config, data, ["train", "--prompt=a b"])
+    run_directory.record(tmp_path, config, data, ["train", "again"])
     assert run_directory.read_config(tmp_path) == config
     assert [line.split(" ", 1)[1] for line in (tmp_path / "command.txt").read_text().splitlines()] == [
         "train '--prompt=a b'",

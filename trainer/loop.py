@@ -35,14 +35,14 @@ class Trainer:
     Args:
       config: resolved (see run_directory.resolve).
       run: the run directory, written by process 0 and by the checkpoints.
+      data: what config.data names, opened.
       should_stop: asked after each step with its number; must answer the same on every process.
     """
 
-    def __init__(self, config: Config, run: pathlib.Path, should_stop: Callable[[int], bool]):
-        self.config, self.run, self.should_stop = config, run, should_stop
+    def __init__(self, config: Config, run: pathlib.Path, data: sources.Sources, should_stop: Callable[[int], bool]):
+        self.config, self.run, self.data, self.should_stop = config, run, data, should_stop
         self.mesh = sharding.make_mesh(config)
         jax.set_mesh(self.mesh)
-        self.data = sources.open_sources(config.data, config.model.vocab_size)
         self.val_files = self.data.files("val")
         self.windows = loader.MixedWindows(
             self.data.files("train"),

@@ -8,18 +8,16 @@ No heavy imports: all of this is checked before JAX is loaded, so that a mistake
 
 import dataclasses
 import datetime
-import fcntl
 import importlib.metadata
 import json
 import logging
-import os
 import pathlib
 import platform
 import shlex
 import subprocess
 from typing import IO
 
-from data import sources, tokenizers
+from data import files, sources, tokenizers
 from data.errors import DataError
 from trainer.config import Config, changes, from_dict, to_json
 from trainer.errors import ConfigError
@@ -114,28 +112,20 @@ def lock(run: pathlib.Path) -> IO[str]:
     """Takes the run for this process until the returned file is closed; a dead owner's lock is free by itself."""
     try:
         run.mkdir(parents=True, exist_ok=True)
-        handle = (run / LOCK).open("a+")
+        handle, unlocked = files.lock(run / LOCK)
+    except files.Held as e:
+        raise ConfigError(f"{run} is being trained by {e}; wait for it, or choose another --workdir") from None
     except OSError as e:
         raise ConfigError(f"cannot write to --workdir={run}: {e.strerror}") from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        handle.seek(0)
-        owner = handle.read().strip() or "another process"
-        raise ConfigError(f"{run} is being trained by {owner}; wait for it, or choose another --workdir") from None
-    except OSError as e:  # a file system without locks
-        log.warning("%s cannot be locked (%s); make sure that no other job trains there", run, e.strerror)
-        return handle
-    handle.truncate(0)
-    handle.write(f"{platform.node()} process {os.getpid()}")
-    handle.flush()
+    if unlocked is not None:
+        log.warning("%s cannot be locked (%s); make sure that no other job trains there", run, unlocked.strerror)
     return handle
 
 
-def record(run: pathlib.Path, config: Config, argv: list[str]) -> None:
+def record(run: pathlib.Path, config: Config, data: sources.Sources, argv: list[str]) -> None:
     """Writes config.json, tokenizer/ (if there is one) and environment.json, and adds the command to command.txt."""
-    _replace(run / "config.json", to_json(config))
-    tokenizer = sources.open_sources(config.data, config.model.vocab_size).load_tokenizer()
+    files.write_durably(run / "config.json", to_json(config).encode())
+    tokenizer = data.load_tokenizer()
     if tokenizer is not None:
         tokenizers.save(tokenizer, run / "tokenizer")
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -150,14 +140,7 @@ def record(run: pathlib.Path, config: Config, argv: list[str]) -> None:
         "packages": {name: importlib.metadata.version(name) for name in packages},
         "commit": _commit(),
     }
-    _replace(run / "environment.json", json.dumps(environment, indent=1) + "\n")
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    """Writes the file whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    files.write_durably(run / "environment.json", (json.dumps(environment, indent=1) + "\n").encode())
 
 
 def _commit() -> str | None:
