@@ -1,5 +1,6 @@
 # make train   install, prepare a corpus, train configs/tiny.py, write text; again: go on with the same run
 # make test    the fast test suite
+# make plans   compile every recipe for the machines it is for; writes docs/plans.json and the recipes' headers
 PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= configs/tiny.py
@@ -14,7 +15,7 @@ UV := $(shell command -v uv)
 MAKE_VENV := $(if $(UV),uv venv --quiet --python $(PYTHON) $(VENV),$(PYTHON) -m venv $(VENV))
 PIP := $(if $(UV),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
 
-.PHONY: train test test-all lint types clean
+.PHONY: train test test-all test-plans plans lint types clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed
@@ -26,6 +27,18 @@ test: $(VENV)/.installed-dev
 
 test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+# The compilers for absent TPUs and GPUs live in an environment of their own: a CUDA plugin without CUDA is noisy elsewhere.
+PLAN_VENV ?= .venv-plan
+PLAN_TESTS := tests/plan_test.py tests/hlo_test.py tests/topology_test.py
+
+test-plans:
+	@$(MAKE) --no-print-directory VENV=$(PLAN_VENV) $(PLAN_VENV)/.installed-plan
+	$(PLAN_VENV)/bin/python -m pytest -m slow $(PLAN_TESTS)
+
+plans:
+	@$(MAKE) --no-print-directory VENV=$(PLAN_VENV) $(PLAN_VENV)/.installed-plan
+	$(PLAN_VENV)/bin/python -m benchmarks.plans
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -46,6 +59,10 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 $(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	@$(PIP) $(addprefix -c ,$(CONSTRAINTS)) -e ".[dev]"
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-plan: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	@$(PIP) $(addprefix -c ,$(CONSTRAINTS)) -e ".[dev,plan]"
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

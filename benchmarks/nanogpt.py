@@ -22,7 +22,7 @@ import jax.numpy as jnp  # isort: skip
 import numpy as np  # isort: skip
 
 from data import prepare  # isort: skip
-from trainer import metrics  # isort: skip
+from trainer import flops  # isort: skip
 
 NANOGPT = flags.DEFINE_string("nanogpt", None, "A clone of nanoGPT.", required=True)
 TORCH_PYTHON = flags.DEFINE_string("torch_python", "python3", "A Python that has torch.")
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
         peer, product = Peer(), products()
         tokens = config.tokens_per_step
         rows: dict[str, tuple[Callable[[int], float], int, float]] = {
-            "nanoGPT, eager": (peer.run, STEPS, metrics.flops_per_token(config, peer.num_params) * tokens),
+            "nanoGPT, eager": (peer.run, STEPS, flops.nanogpt_flops_per_token(config, peer.num_params) * tokens),
             "meshlm (SwiGLU, RMSNorm, RoPE)": (ours.run, STEPS, step_flops(ours)),
             "meshlm with GPT-2's blocks": (ours_gpt.run, STEPS, step_flops(ours_gpt)),
             "product of two 2048 x 2048 matrices": (product, 5, 2 * 2048**3),
@@ -121,7 +121,7 @@ def main(argv: list[str]) -> None:
 
 
 def step_flops(stepper: Stepper) -> float:
-    return metrics.flops_per_token(stepper.config, stepper.program.num_params) * stepper.config.tokens_per_step
+    return flops.nanogpt_flops_per_token(stepper.config, stepper.program.num_params) * stepper.config.tokens_per_step
 
 
 if __name__ == "__main__":

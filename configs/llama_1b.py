@@ -1,7 +1,13 @@
 """A Llama of 1.1 billion parameters (TinyLlama's shape): 22 layers, 32 heads, 4 key-value heads, 2048 wide, T = 2048.
 
-Meant for 16 or more TPU v5e or 8 H100, parameters split over all devices (fsdp). Not run by us yet on such hardware,
-so no time or loss is claimed here. Name a prepared dataset with --config.data.path.
+`llama_1b` is for a slice of 16 TPU v5e or v6e, parameters split over all devices (fsdp); `llama_1b:one` the same
+experiment on one H100 or H200, the batch in 64 parts. Not run by us yet on such hardware, so no time or loss is
+claimed here. Name a prepared dataset with --config.data.path.
+Plans (make plans; compiled without the machine; the step at best is a roofline, docs/scaling.md):
+  llama_1b:one   on h100:1        fits:  22.9 of 59.3 GiB, at best   8.98 s a step (compute)
+  llama_1b:one   on h200:1        fits:  22.9 of 105.3 GiB, at best   8.98 s a step (compute)
+  llama_1b       on v5e:4x4       fits:   7.2 of 15.8 GiB, at best   2.82 s a step (compute)
+  llama_1b       on v6e:4x4       fits:   8.0 of 31.2 GiB, at best   0.60 s a step (compute)
 """
 
 from ml_collections import ConfigDict
@@ -9,10 +15,11 @@ from ml_collections import ConfigDict
 from configs import default
 
 
-def get_config() -> ConfigDict:
+def get_config(variant: str = "") -> ConfigDict:
     config = default.get_config()
     config.num_train_steps = 100_000
     config.global_batch_size = 512
+    config.grad_accum_steps = 2
     config.data.update(path="datasets/web", seq_len=2048)
     config.model.update(
         num_layers=22, num_heads=32, num_kv_heads=4, embed_dim=2048, mlp_dim=5632, tie_embeddings=False,
@@ -22,4 +29,8 @@ def get_config() -> ConfigDict:
     config.optimizer.update(peak_lr=4e-4, end_lr=4e-5, warmup_steps=2000, b2=0.95)
     config.checkpoint.update(every_steps=1000, every_minutes=20.0, keep_every_steps=10_000)
     config.eval.update(every_steps=1000, num_windows=1024)
+    if variant == "one":
+        config.grad_accum_steps = 64
+    elif variant:
+        raise ValueError(f"llama_1b has no variant {variant!r}; it has 'one'")
     return config

@@ -42,6 +42,8 @@ def open_run() -> Run:
         raise ConfigError("--workdir is missing; name a run directory of launch.train")
     path = pathlib.Path(WORKDIR.value)
     config = run_directory.read_config(path)
+    # Whatever kernel trained it may not be on this machine.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
 
     allocator.tune_allocator()
     runtime.use_compilation_cache(runtime.default_compilation_cache())

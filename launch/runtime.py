@@ -3,6 +3,8 @@
 import os
 import pathlib
 
+from trainer.topology import GPU_FRACTION
+
 
 def default_compilation_cache() -> str:
     """$JAX_COMPILATION_CACHE_DIR, or a folder in the user's cache."""
@@ -23,3 +25,8 @@ def use_compilation_cache(folder: str) -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def use_gpu_memory() -> None:
+    """Lets JAX have most of a GPU's memory, unless the environment says how much. Call it before JAX is loaded."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_FRACTION))

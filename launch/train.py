@@ -42,6 +42,7 @@ def main() -> int:
 
     # From here on JAX is loaded, which takes a second.
     allocator.tune_allocator()
+    runtime.use_gpu_memory()
     runtime.use_compilation_cache(COMPILATION_CACHE.value)
     import jax
 

@@ -1,7 +1,7 @@
-"""Causal attention: rotary positions, grouped queries, the KV cache.
+"""Causal attention: projections, rotary positions, grouped queries, the KV cache. model/kernels.py has the attention
+itself.
 
-Shape suffixes: b batch, t query position, s key position, h query head, k key-value head, n query head of a key-value
-head and query position, d width of a head.
+Shape suffixes: b batch, t query position, s key position, h query head, k key-value head, d width of a head.
 """
 
 import jax
@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from model import kernels
 from model.config import ModelConfig
-from model.layers import Constrain, Linear, dropout
-
-KERNEL = "xla"  # the one implementation so far; the start-up page names it
+from model.layers import Linear
+from model.placement import Placement
 
 Cache = dict[str, Array]  # {"k": [layers, b, s, k, d], "v": the same}; static length s
 
@@ -37,37 +37,6 @@ def rotate(x_bthd: Array, positions: Array, theta: float) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_bthd.dtype)
 
 
-def attend(
-    q_bthd: Array, k_bskd: Array, v_bskd: Array, places: Array, starts: Array | None = None,
-    rate=0.0, key: Array | None = None,
-) -> Array:  # fmt: skip
-    """softmax(q k^T / sqrt(d)) v with query t allowed to see keys starts[t] <= s <= places[t]; softmax in float32.
-
-    Args:
-      q_bthd: queries; h is a multiple of k, and query head i uses key-value head i // (h / k).
-      places: int32 [t], the place of each query among the keys.
-      starts: int32 [b, t], the place of the first key of each query's document; None: 0.
-      rate, key: dropout of the attention weights.
-
-    Returns:
-      [b, t, h, d] in the dtype of q.
-    """
-    b, t, h, d = q_bthd.shape
-    s, kv = k_bskd.shape[1:3]
-    # The g queries of a key-value head are rows of one matrix, so that each (b, k) is one plain matrix product.
-    rows = (h // kv) * t
-    q_bknd = (q_bthd * d**-0.5).reshape(b, t, kv, h // kv, d).transpose(0, 2, 3, 1, 4).reshape(b, kv, rows, d)
-    scores = jnp.einsum("bknd,bskd->bkns", q_bknd, k_bskd, preferred_element_type=jnp.float32)
-    visible = jnp.arange(s) <= places[:, None]  # [t, s]
-    if starts is not None:
-        visible = (visible & (jnp.arange(s) >= starts[..., None]))[:, None]  # [b, 1, t, s]
-    visible_ns = jnp.tile(visible, (h // kv, 1))  # [.., n, s]
-    weights = jax.nn.softmax(jnp.where(visible_ns, scores, -jnp.inf), axis=-1).astype(q_bthd.dtype)
-    weights = dropout(weights, rate, key)
-    y_bknd = jnp.einsum("bkns,bskd->bknd", weights, v_bskd)
-    return y_bknd.reshape(b, kv, h // kv, t, d).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
-
-
 class Attention(nnx.Module):
     """Multi-head (Vaswani et al., 2017) or grouped-query (Ainslie et al., 2023) causal self-attention."""
 
@@ -82,24 +51,30 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x: Array, places: Array, starts: Array | None, cache: Cache | None,
-        rate, key: Array | None, constrain: Constrain,
+        rate, key: Array | None, placement: Placement,
     ) -> tuple[Array, Cache | None]:  # fmt: skip
-        """x [b * t, embed], places and starts as in `attend`; a cache's k and v [b, s, k, d] gain rows at `places`."""
+        """x [b * t, embed] or [b, t, embed]; places int32 [t], the position of each token in its row; starts int32
+        [b, t] or None, that of the first token of its document; a cache's k and v [b, s, k, d] gain rows at
+        `places`."""
         config = self.config
         t, width = len(places), config.width_of_head
-        q = self.query(x).reshape(-1, t, config.num_heads, width)
-        k = self.key(x).reshape(-1, t, config.kv_heads, width)
-        v = self.value(x).reshape(-1, t, config.kv_heads, width)
-        q = constrain(q, ("batch", "seq", "heads", None))
-        k = constrain(k, ("batch", "seq", "kv_heads", None))
-        v = constrain(v, ("batch", "seq", "kv_heads", None))
+
+        def heads(linear: Linear, number: int, axis: str) -> Array:
+            y_bthd = linear(x, placement).reshape(-1, t, number, width)
+            return placement.constrain(y_bthd, ("batch", "seq", axis, None))
+
+        q = heads(self.query, config.num_heads, "heads")
+        k = heads(self.key, config.kv_heads, "kv_heads")
+        v = heads(self.value, config.kv_heads, "kv_heads")
         if config.position == "rope":
             positions = places if starts is None else places - starts
             q, k = rotate(q, positions, config.rope_theta), rotate(k, positions, config.rope_theta)
-        if cache is not None:
+        if cache is None:
+            y = placement.attend(q, k, v, places, starts, rate, key)
+        else:
             start = (0, places[0], 0, 0)
             k = jax.lax.dynamic_update_slice(cache["k"], k, start)
             v = jax.lax.dynamic_update_slice(cache["v"], v, start)
             cache = {"k": k, "v": v}
-        y = attend(q, k, v, places, starts, rate, key)
-        return self.out(y.reshape(x.shape[0], -1)), cache
+            y = kernels.xla(q, k, v, places, starts, rate, key)
+        return self.out(y.reshape(*x.shape[:-1], -1), placement), cache

@@ -6,7 +6,8 @@ POSITIONS = ("rope", "learned")
 NORMS = ("layernorm", "rmsnorm")
 MLPS = ("swiglu", "geglu", "glu", "gelu", "relu2")
 DTYPES = ("float32", "bfloat16")
-REMATS = ("none", "dots", "full")
+REMATS = ("none", "dots", "attention", "full", "offload")
+KERNELS = ("auto", "xla", "cudnn", "splash")
 # The embedding has a multiple of this many rows, whatever the mesh, so that any tensor axis divides it and matrix
 # units are full. The rows past vocab_size are never predicted.
 VOCAB_MULTIPLE = 64
@@ -32,7 +33,10 @@ class ModelConfig:
     dropout_scale: float = 1000.0  # steps after which half of the difference to dropout_end is gone
     dtype: str = "float32"  # of activations and of the weights as used; parameters are kept in float32
     scan_layers: bool = True  # compile one layer and loop over it; False unrolls: slower to compile, faster on a CPU
-    remat: str = "none"  # recompute in the backward pass: none; dots: all but weight products; full: everything
+    # Recompute in the backward pass: none; dots: all but weight products; attention: what is inside attention; full:
+    # everything; offload: the same, with the layers' inputs kept in the host's memory.
+    remat: str = "none"
+    attention: str = "auto"  # kernel: xla anywhere, cudnn on GPUs, splash on TPUs; auto: the best that honours the rest
     # Derived by the launcher, from the dataset:
     vocab_size: int = 0  # 0: the tokenizer's
     max_seq_len: int = 0  # longest context; 0: data.seq_len
@@ -49,7 +53,8 @@ class ModelConfig:
             value = getattr(self, name)
             require(value >= 0, f"{name} is {value}; it must be positive, or 0 to derive it")
         for name, choices in (
-            ("mlp", MLPS), ("position", POSITIONS), ("norm", NORMS), ("dtype", DTYPES), ("remat", REMATS)
+            ("mlp", MLPS), ("position", POSITIONS), ("norm", NORMS), ("dtype", DTYPES), ("remat", REMATS),
+            ("attention", KERNELS),
         ):  # fmt: skip
             value = getattr(self, name)
             require(value in choices, f"{name} is {value!r}; it must be one of {', '.join(choices)}")

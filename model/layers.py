@@ -1,10 +1,8 @@
-"""Linear, norm, feed-forward, dropout. Parameters may carry a leading `layers` axis: a stack of layers is one module
-whose arrays are [num_layers, …], and a scan over it hands each step the same module with that axis sliced off.
+"""Linear, norm, feed-forward. Parameters may carry a leading `layers` axis: a stack of layers is one module with arrays
+of [num_layers, …], and a scan over it hands each step the same module with that axis sliced off.
 
 Each Param names its logical axes in the metadata `axes`; trainer/sharding.py maps them to the mesh.
 """
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +10,7 @@ from flax import nnx
 from jax import Array
 
 from model.config import ModelConfig
-
-# Names an activation's logical axes and returns it, placed accordingly. The model does not know the mesh.
-Constrain = Callable[[Array, tuple[str | None, ...]], Array]
+from model.placement import Placement
 
 
 def param(rngs: nnx.Rngs, std: float, shape: tuple[int, ...], axes: tuple[str, ...], stack: int | None) -> nnx.Param:
@@ -37,12 +33,13 @@ class Linear(nnx.Module):
         self, rngs: nnx.Rngs, in_dim: int, out_dim: int, axes: tuple[str, str],
         *, std: float, bias: bool, stack: int | None,
     ):  # fmt: skip
+        self.axes = axes
         self.kernel = param(rngs, std, (in_dim, out_dim), axes, stack)
         self.bias = constant(0.0, (out_dim,), axes[1:], stack) if bias else None
 
-    def __call__(self, x: Array) -> Array:
-        y = x @ self.kernel[...].astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+    def __call__(self, x: Array, placement: Placement) -> Array:
+        y = x @ placement.weight(self.kernel[...], self.axes, x.dtype)
+        return y if self.bias is None else y + placement.weight(self.bias[...], self.axes[1:], x.dtype)
 
 
 class Norm(nnx.Module):
@@ -53,13 +50,14 @@ class Norm(nnx.Module):
         self.scale = constant(1.0, (config.embed_dim,), ("embed",), stack)
         self.bias = constant(0.0, (config.embed_dim,), ("embed",), stack) if self.centre and config.bias else None
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, placement: Placement) -> Array:
         y = x.astype(jnp.float32)
         if self.centre:
             y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps) * self.scale[...]
+        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
+        y = y * placement.weight(self.scale[...], ("embed",), y.dtype)
         if self.bias is not None:
-            y = y + self.bias[...]
+            y = y + placement.weight(self.bias[...], ("embed",), y.dtype)
         return y.astype(x.dtype)
 
 
@@ -75,25 +73,11 @@ class MLP(nnx.Module):
         )
         self.down = Linear(rngs, hidden, embed, ("mlp", "embed"), std=out_std, bias=bias, stack=stack)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, placement: Placement) -> Array:
         activation = {
             "swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "glu": jax.nn.sigmoid,
             "gelu": jax.nn.gelu, "relu2": lambda h: jnp.square(jax.nn.relu(h)),
         }[self.kind]  # fmt: skip
-        hidden = activation(self.up(x)) if self.gate is None else activation(self.gate(x)) * self.up(x)
-        return self.down(hidden)
-
-
-def dropout_rate(config: ModelConfig, step: Array) -> Array | float:
-    """Rate at `step`: constant, or (start - end) / (step / scale + 1) + end."""
-    if config.dropout_end < 0:
-        return config.dropout
-    return (config.dropout - config.dropout_end) / (step / config.dropout_scale + 1) + config.dropout_end
-
-
-def dropout(x: Array, rate: Array | float, key: Array | None) -> Array:
-    """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate); no key: x as it is."""
-    if key is None:
-        return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), 0)
+        up = self.up(x, placement)
+        hidden = activation(up) if self.gate is None else activation(self.gate(x, placement)) * up
+        return self.down(placement.constrain(hidden, (*(("batch", "seq")[: x.ndim - 1]), "mlp")), placement)

@@ -9,13 +9,14 @@ import pytest
 import reference
 from flax import nnx
 
-from model import attention as module
-from model.attention import Attention, empty_cache
+from model import kernels
+from model.attention import Attention, empty_cache, rotate
 from model.config import ModelConfig
+from model.placement import Placement
 
 DRAW = np.random.default_rng
 
-attend, rotate = jax.jit(module.attend), jax.jit(module.rotate)
+attend, rotate = jax.jit(kernels.xla), jax.jit(rotate)
 
 
 def noise(*shape, seed=0):
@@ -152,7 +153,7 @@ def make_attention(**fields) -> Attention:
 def apply(attention, x, start=0, cache=None, rate=0.0, key=None):
     """x [b, t, embed] to the same and the cache; the module takes rows of all sequences merged, [b * t, embed]."""
     positions = start + jnp.arange(x.shape[1])
-    y, cache = attention(x.reshape(-1, x.shape[-1]), positions, None, cache, rate, key, lambda x, axes: x)
+    y, cache = attention(x.reshape(-1, x.shape[-1]), positions, None, cache, rate, key, Placement())
     return y.reshape(x.shape), cache
 
 
@@ -172,8 +173,8 @@ def test_rotary_positions_turn_keys_and_queries_but_not_values(position):
     attention = make_attention(position=position)
     x = jnp.broadcast_to(jnp.asarray(noise(12)), (1, 5, 12))
     y = apply(attention, x)[0]
-    value = np.asarray(attention.value(x)).reshape(1, 5, 2, 1, 6).repeat(2, axis=3).reshape(1, 5, 24)
-    np.testing.assert_allclose(y, attention.out(jnp.asarray(value)), atol=1e-6)
+    value = np.asarray(attention.value(x, Placement())).reshape(1, 5, 2, 1, 6).repeat(2, axis=3).reshape(1, 5, 24)
+    np.testing.assert_allclose(y, attention.out(jnp.asarray(value), Placement()), atol=1e-6)
 
 
 @pytest.mark.parametrize("position", ["rope", "learned"])

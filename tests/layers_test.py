@@ -8,7 +8,9 @@ import reference
 from flax import nnx
 
 from model.config import MLPS, ModelConfig
-from model.layers import MLP, Linear, Norm, dropout, dropout_rate, param
+from model.dropout import dropout, dropout_rate
+from model.layers import MLP, Linear, Norm, param
+from model.placement import Placement
 
 
 def noise(*shape, seed=0, dtype=np.float32):
@@ -33,14 +35,14 @@ def test_linear_maps_the_last_axis_and_keeps_the_leading_ones(bias):
     x, weights = noise(2, 3, 4, 6, seed=9), as_numpy(layer)
     expected = np.einsum("abci,io->abco", x.astype(np.float64), weights["kernel"]) + weights.get("bias", 0.0)
     assert ("bias" in weights) == bias
-    np.testing.assert_allclose(layer(jnp.asarray(x)), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(layer(jnp.asarray(x), Placement()), expected, rtol=0, atol=1e-5)
 
 
 def test_linear_computes_in_the_dtype_of_its_input():
     """float32 parameters must not lift bfloat16 activations back to float32."""
     layer = Linear(nnx.Rngs(params=0), 6, 5, ("embed", "mlp"), std=1.0, bias=True, stack=None)
-    assert layer(jnp.ones((2, 6), jnp.bfloat16)).dtype == jnp.bfloat16
-    assert layer(jnp.ones((2, 6), jnp.float32)).dtype == jnp.float32
+    assert layer(jnp.ones((2, 6), jnp.bfloat16), Placement()).dtype == jnp.bfloat16
+    assert layer(jnp.ones((2, 6), jnp.float32), Placement()).dtype == jnp.float32
 
 
 def test_param_has_the_stated_deviation_and_differs_from_layer_to_layer():
@@ -67,7 +69,8 @@ def test_norm_is_its_definition(kind, bias):
     wide = x.astype(np.float64)
     centred = wide - wide.mean(-1, keepdims=True) if kind == "layernorm" else wide
     expected = centred / np.sqrt((centred**2).sum(-1, keepdims=True) / 8 + 0.3) * weights["scale"]
-    np.testing.assert_allclose(norm(jnp.asarray(x)), expected + weights.get("bias", 0.0), rtol=0, atol=3e-6)
+    expected += weights.get("bias", 0.0)
+    np.testing.assert_allclose(norm(jnp.asarray(x), Placement()), expected, rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
@@ -78,7 +81,7 @@ def test_norm_of_bfloat16_is_computed_in_float32(kind):
     wide = np.asarray(x, np.float64)
     centred = wide - wide.mean(-1, keepdims=True) if kind == "layernorm" else wide
     expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * as_numpy(norm)["scale"]
-    y = norm(x)
+    y = norm(x, Placement())
     assert y.dtype == jnp.bfloat16
     # Only the last rounding is in bfloat16, which has 8 significant bits: 2^-8 of the value at most.
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2.0**-8 + 1e-5, atol=1e-5)
@@ -101,7 +104,7 @@ def test_mlp_is_its_definition(kind, bias):
     gate = linear("gate", x) if "gate" in weights else None
     expected = linear("down", reference.mlp_hidden(kind, linear("up", x), gate))
     assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(mlp(jnp.asarray(x)), expected, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(mlp(jnp.asarray(x), Placement()), expected, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(

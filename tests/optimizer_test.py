@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from trainer.config import OptimizerConfig
@@ -74,3 +75,39 @@ def test_the_state_has_one_layout_for_every_config():
         for w in (0.0, 0.1)
     }
     assert len(layouts) == 1
+
+
+def test_moments_in_bfloat16():
+    """Half the memory of the moments; the update stays within the rounding of 2^-9, twice."""
+    axes, rng = {"w": ("embed", "mlp")}, np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(40, 30)), jnp.float32)}
+    optimizers = {
+        dtype: make_optimizer(OptimizerConfig(moments_dtype=dtype, b2=0.95, clip_norm=0, weight_decay=0), axes)
+        for dtype in ("float32", "bfloat16")
+    }
+    states = {dtype: optimizer.init(params) for dtype, optimizer in optimizers.items()}
+    assert jax.tree.structure(states["float32"]) == jax.tree.structure(states["bfloat16"])
+    for _ in range(50):
+        grads = {"w": jnp.asarray(rng.normal(size=(40, 30)) + 1, jnp.float32)}
+        updates = {}
+        for dtype, optimizer in optimizers.items():
+            updates[dtype], states[dtype] = optimizer.update(grads, states[dtype], params)
+            assert updates[dtype]["w"].dtype == jnp.float32
+            for name in ("mu", "nu"):
+                assert optax.tree.get(states[dtype], name)["w"].dtype == dtype
+            assert optax.tree.get(states[dtype], "count").dtype == jnp.int32
+        # A moment forgets its rounding as it forgets gradients: the mean of 1 / (1 - b) of them, each of at most 2^-9.
+        exact, rounded = (np.asarray(updates[dtype]["w"]) for dtype in ("float32", "bfloat16"))
+        assert np.linalg.norm(rounded - exact) < 0.02 * np.linalg.norm(exact)
+    assert (exact != rounded).any()
+
+
+def test_a_mean_slower_than_bfloat16_can_hold_is_refused():
+    with pytest.raises(ValueError) as e:
+        OptimizerConfig(moments_dtype="bfloat16", b2=0.99)
+    for part in ("optimizer.b2 is 0.99", "bfloat16", "0.95", "keep float32"):
+        assert part in str(e.value)
+    assert "\n" not in str(e.value)
+    assert OptimizerConfig(moments_dtype="bfloat16", b2=0.95).b2 == 0.95
+    with pytest.raises(ValueError, match="moments_dtype is 'float16'; it must be one of float32, bfloat16"):
+        OptimizerConfig(moments_dtype="float16")

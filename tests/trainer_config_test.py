@@ -28,6 +28,22 @@ def test_round_trip_through_json():
         ({"model": {"mlp_dim": 90}, "mesh": {"tensor": 4}}, ["model.mlp_dim = 90", "mesh.tensor = 4"]),
         ({"global_batch_size": 3, "mesh": {"fsdp": 3}}, ["model.embed_dim = 128", "mesh.fsdp = 3"]),
         ({"mesh": {"data": -1, "fsdp": -1}}, ["data, fsdp", "-1"]),
+        ({"mesh": {"context": -1}}, ["data, context", "-1"]),
+        ({"data": {"seq_len": 40}, "mesh": {"context": 8}}, ["data.seq_len = 40", "2 x mesh.context = 16", "change"]),
+        (
+            {"global_batch_size": 6, "model": {"embed_dim": 128, "num_heads": 4}, "mesh": {"fsdp": 2, "context": 3}},
+            ["model.embed_dim = 128", "mesh.fsdp x mesh.context = 6", "change"],
+        ),
+        (
+            {"global_batch_size": 24, "mesh": {"data": 3, "fsdp": 2, "shard_optimizer": True}},
+            ["model.embed_dim (its optimizer state) = 128", "mesh.data x mesh.fsdp = 6", "change"],
+        ),
+        ({"global_batch_size": 12, "grad_accum_steps": 3, "mesh": {"fsdp": 8}}, ["= 12 / 3 = 4", "= 8", "change"]),
+        ({"model": {"num_heads": 6, "embed_dim": 96, "mlp_dim": 66}, "mesh": {"tensor": 6}}, ["64", "mesh.tensor = 6"]),
+        ({"mesh": {"num_slices": -1}}, ["mesh.num_slices is -1"]),
+        ({"loss_chunk_tokens": -1}, ["loss_chunk_tokens is -1", "negative"]),
+        ({"model": {"attention": "flash"}}, ["model.attention is 'flash'", "auto, xla, cudnn, splash"]),
+        ({"optimizer": {"moments_dtype": "bfloat16"}}, ["optimizer.b2 is 0.99", "0.95", "float32"]),
         ({"mesh": {"data": 0}}, ["mesh.data is 0"]),
         ({"optimizer": {"schedule": "cosin"}}, ["optimizer.schedule is 'cosin'", "cosine"]),
         ({"optimizer": {"b2": 1.0}}, ["optimizer.b2 is 1.0", "below 1"]),
@@ -45,6 +61,7 @@ def test_errors_say_what_is_wrong(tree, parts):
     with pytest.raises(ConfigError) as error:
         from_dict(tree)
     assert error.value.exit_code == 2
+    assert "\n" not in str(error.value)
     for part in ["config.", *parts]:
         assert part in str(error.value)
 
@@ -56,6 +73,11 @@ def test_errors_say_what_is_wrong(tree, parts):
         ({"mesh": {"fsdp": 2}}, "harmless"),
         ({"model": {"remat": "full"}}, "harmless"),
         ({"data": {"path": "elsewhere"}}, "harmless"),  # the fingerprint decides whether it is the same dataset
+        ({"mesh": {"context": 2}}, "harmless"),
+        ({"mesh": {"shard_optimizer": True}}, "harmless"),
+        ({"model": {"attention": "xla"}}, "harmless"),
+        ({"loss_chunk_tokens": 0}, "harmless"),
+        ({"z_loss": 0.5}, "flag"),
         ({"optimizer": {"peak_lr": 0.5}}, "flag"),
         ({"global_batch_size": 32}, "flag"),
         ({"model": {"dropout": 0.5}}, "flag"),
@@ -73,6 +95,13 @@ def test_changes_at_a_resume(change, kind):
         ((field, value),) = value.items()
         name = f"{name}.{field}"
     assert line.startswith(f"config.{name}: ") and line.endswith(f"-> {value!r}")
+
+
+def test_the_type_of_the_moments_cannot_change_at_a_resume():
+    """Although the rest of the section may: what was saved is of the other type."""
+    found = changes(Config(), from_dict({"optimizer": {"moments_dtype": "bfloat16", "b2": 0.95}}))
+    assert found["refused"] == ["config.optimizer.moments_dtype: 'float32' -> 'bfloat16'"]
+    assert found["flag"] == ["config.optimizer.b2: 0.99 -> 0.95"] and not found["harmless"]
 
 
 def test_every_field_is_a_plain_value():

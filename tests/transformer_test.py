@@ -15,7 +15,8 @@ from tiny_models import CONFIGS, every_config
 
 from model.attention import empty_cache
 from model.config import ModelConfig
-from model.layers import dropout_rate
+from model.dropout import dropout_rate
+from model.placement import Placement
 from model.transformer import INIT_STD, Transformer
 
 # Rounding of float32 (6e-8) over sums of up to 100 terms and a few layers, at logits of up to 10: about 1e-5 at worst.
@@ -447,19 +448,28 @@ def test_activations_are_placed_by_the_names_of_their_axes(config):
     seen: set[str | None] = set()
     sizes = {
         "batch": 3, "seq": 7, "heads": config.num_heads, "kv_heads": config.kv_heads, "vocab": config.padded_vocab_size,
+        "mlp": config.hidden_dim,
     }  # fmt: skip
     merged = sizes | {"batch": 3 * 7}  # of the residual stream [b * t, embed]
 
-    def constrain(x, axes):
-        assert len(axes) == x.ndim
-        for axis, size in zip(axes, x.shape, strict=True):
-            assert axis is None or (merged if x.ndim == 2 else sizes)[axis] == size, (axes, x.shape)
-        seen.update(axes)
-        return x
+    class Checking(Placement):
+        def __init__(self, splits_sequence):
+            self.splits_sequence = splits_sequence
+
+        def constrain(self, x, axes):
+            assert len(axes) == x.ndim
+            one_axis = x.ndim == 2 and not self.splits_sequence
+            for axis, size in zip(axes, x.shape, strict=True):
+                assert axis is None or (merged if one_axis else sizes)[axis] == size, (axes, x.shape)
+            seen.update(axes)
+            return x
 
     apply, params = tiny_models.make(config)
-    jax.eval_shape(lambda: apply(params)(np.zeros((3, 7), np.int32), constrain=constrain))
-    assert seen == {*sizes, None}
+    for splits_sequence in (False, True):
+        seen.clear()
+        placement = Checking(splits_sequence)
+        jax.eval_shape(lambda p=placement: apply(params)(np.zeros((3, 7), np.int32), placement=p))
+        assert seen == {*sizes, None}
 
 
 def test_the_placed_activation_is_the_one_that_is_used():
@@ -468,14 +478,23 @@ def test_the_placed_activation_is_the_one_that_is_used():
     apply, params = tiny_models.make(config)
     tokens = tiny_models.random_tokens(config, 3, 7)
     calls: list[tuple] = []
-    jax.eval_shape(lambda: apply(params)(tokens, constrain=lambda x, axes: (calls.append(axes), x)[1]))
-    assert len(calls) == 7  # embedding, q, k, v, the stream after each sub-layer, logits
+
+    class Altering(Placement):
+        def __init__(self, alter):
+            self.alter = alter
+
+        def constrain(self, x, axes):
+            return self.alter(x, axes)
+
+    jax.eval_shape(lambda: apply(params)(tokens, placement=Altering(lambda x, axes: (calls.append(axes), x)[1])))
+    assert len(calls) == 8  # embedding, q, k, v, the stream after each sub-layer, mlp, logits
 
     @jax.jit
     def with_zero_at(params, chosen):
         """The call with this number returns zeros."""
         count = itertools.count()
-        return apply(params)(tokens, constrain=lambda x, axes: jnp.where(next(count) == chosen, 0, x))[0]
+        altering = Altering(lambda x, axes: jnp.where(next(count) == chosen, 0, x))
+        return apply(params)(tokens, placement=altering)[0]
 
     plain = np.asarray(with_zero_at(params, -1))[..., : config.vocab_size]
     for chosen in range(len(calls)):

@@ -6,6 +6,7 @@ border, and nothing reads a ConfigDict after that.
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 from data.config import DataConfig
@@ -33,13 +34,27 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices and embeddings, not on norms and biases
     clip_norm: float = 1.0  # of the whole gradient; 0: no clipping
+    moments_dtype: str = "float32"  # of the state: float32, or bfloat16 (half the memory; b2 at most BFLOAT16_B2)
 
     SCHEDULES = ("cosine", "linear", "constant", "wsd")
+    DTYPES = ("float32", "bfloat16")
+    # A mean that moves by (1 - b2) of its distance stands still in bfloat16 once that is below half of a unit in the
+    # last place, 2**-9 of it: at 0.95 it stops within 4 % of where it should be (2 % of an update), at 0.99 within 20.
+    BFLOAT16_B2 = 0.95
 
     def __post_init__(self):
         _require(
             self.schedule in self.SCHEDULES,
             f"optimizer.schedule is {self.schedule!r}; it must be one of {', '.join(self.SCHEDULES)}",
+        )
+        _require(
+            self.moments_dtype in self.DTYPES,
+            f"optimizer.moments_dtype is {self.moments_dtype!r}; it must be one of {', '.join(self.DTYPES)}",
+        )
+        _require(
+            self.moments_dtype == "float32" or self.b2 <= self.BFLOAT16_B2,
+            f"optimizer.b2 is {self.b2}; with optimizer.moments_dtype = bfloat16 it must be at most "
+            f"{self.BFLOAT16_B2}, for a slower mean stands still in so few bits; lower it, or keep float32",
         )
         for name in ("peak_lr", "eps"):
             value = getattr(self, name)
@@ -60,9 +75,14 @@ class OptimizerConfig:
 class MeshConfig:
     """Devices along each axis; one may be -1 and takes what is left."""
 
-    data: int = -1  # replicas of the parameters; the batch is split
-    fsdp: int = 1  # batch and parameters are split
-    tensor: int = 1  # heads, mlp and vocabulary are split
+    data: int = -1  # the batch is split, the parameters are whole; the one axis that may cross a slow network
+    fsdp: int = 1  # batch, parameters, gradients and optimizer state are split (ZeRO-3, Rajbhandari et al., 2020)
+    context: int = 1  # the sequence is split, and with it what fsdp splits but for the batch
+    tensor: int = 1  # heads, mlp and vocabulary are split (Megatron, Shoeybi et al., 2019)
+    shard_optimizer: bool = False  # optimizer state is split over data, too (ZeRO-1)
+    num_slices: int = 0  # groups of devices with a fast network inside each; 0: what the devices say
+
+    AXES = ("data", "fsdp", "context", "tensor")  # those that may cross a slow network first
 
     def __post_init__(self):
         for name, size in self.sizes().items():
@@ -74,9 +94,10 @@ class MeshConfig:
             list(self.sizes().values()).count(-1) <= 1,
             f"mesh has several axes of -1 ({', '.join(k for k, v in self.sizes().items() if v == -1)}); one may be",
         )
+        _require(self.num_slices >= 0, f"mesh.num_slices is {self.num_slices}; it must be a number, or 0 to look")
 
     def sizes(self) -> dict[str, int]:
-        return dataclasses.asdict(self)
+        return {name: getattr(self, name) for name in self.AXES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +159,7 @@ class Config:
     num_train_steps: int = 1000
     global_batch_size: int = 16  # sequences a step, over all devices and accumulation steps
     grad_accum_steps: int = 1  # parts the batch is worked through in; the result is that of the whole batch
+    loss_chunk_tokens: int = 4096  # most tokens of a device whose logits exist at one time; 0: all
     z_loss: float = 0.0  # weight of mean(log Z ** 2), which keeps logits small (PaLM); not part of train/loss
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -153,7 +175,9 @@ class Config:
             value = getattr(self, name)
             _require(value >= 1, f"{name} is {value}; it must be at least 1")
         _require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be at least 0 and below 2**32")
-        _require(self.z_loss >= 0, f"z_loss is {self.z_loss}; it must not be negative")
+        for name in ("z_loss", "loss_chunk_tokens"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} is {value}; it must not be negative")
         _require(
             self.global_batch_size % self.grad_accum_steps == 0,
             f"grad_accum_steps = {self.grad_accum_steps} does not divide global_batch_size = {self.global_batch_size}",
@@ -168,19 +192,28 @@ class Config:
 
 def check_divisible(config: Config, axes: dict[str, int]) -> None:
     """Raises ValueError, with both numbers, where an axis of the mesh does not divide what is split along it."""
-    batch_axes = axes["data"] * axes["fsdp"]
-    model, accum = config.model, config.grad_accum_steps
+    model, accum, context = config.model, config.grad_accum_steps, axes["context"]
     parts = f" / grad_accum_steps = {config.global_batch_size} / {accum}" if accum > 1 else ""
-    for name, value, axis_name, axis in (
-        (f"global_batch_size{parts}", config.global_batch_size // accum, "mesh.data x mesh.fsdp", batch_axes),
-        ("model.embed_dim", model.embed_dim, "mesh.fsdp", axes["fsdp"]),
-        ("model.num_heads", model.num_heads, "mesh.tensor", axes["tensor"]),
-        ("model.num_kv_heads", model.kv_heads, "mesh.tensor", axes["tensor"]),
-        ("model.mlp_dim", model.hidden_dim, "mesh.tensor", axes["tensor"]),
-        (f"the vocabulary, padded to a multiple of {VOCAB_MULTIPLE},", VOCAB_MULTIPLE, "mesh.tensor", axes["tensor"]),
-    ):
-        if value % axis:
-            raise ValueError(f"{name} = {value} is not divisible by {axis_name} = {axis}; change one of them")
+    split = ["fsdp", "context"] if context > 1 else ["fsdp"]  # what the parameters' embed axis is split over
+    of_state = ["data", *split]
+    vocabulary = f"the vocabulary, padded to a multiple of {VOCAB_MULTIPLE},"
+    rules = [
+        (f"global_batch_size{parts}", config.global_batch_size // accum, ["data", "fsdp"], 1),
+        ("model.embed_dim", model.embed_dim, split, 1),
+        ("model.num_heads", model.num_heads, ["tensor"], 1),
+        ("model.num_kv_heads", model.kv_heads, ["tensor"], 1),
+        ("model.mlp_dim", model.hidden_dim, ["tensor"], 1),
+        (vocabulary, VOCAB_MULTIPLE, ["tensor"], 1),
+    ]
+    if context > 1:  # two pieces for each device: an early one and a late one
+        rules.append(("data.seq_len", config.data.seq_len, ["context"], 2))
+    if config.mesh.shard_optimizer:
+        rules.append(("model.embed_dim (its optimizer state)", model.embed_dim, of_state, 1))
+    for name, value, names, factor in rules:
+        product = factor * math.prod(axes[a] for a in names)
+        if value % product:
+            shown = " x ".join([f"{factor}"] * (factor > 1) + [f"mesh.{a}" for a in names])
+            raise ValueError(f"{name} = {value} is not divisible by {shown} = {product}; change one of them")
 
 
 def from_dict(tree: dict[str, Any]) -> Config:
@@ -226,12 +259,14 @@ def flatten(config: Config) -> dict[str, Any]:
 HARMLESS = (
     "num_train_steps", "grad_accum_steps", "data.path", "data.weights", "data.prefetch", "data.source",
     "data.tokenizer", "data.format", "data.dtype", "data.val_path", "data.tokenizer_path", "model.remat",
-    "model.scan_layers", "mesh", "checkpoint", "metrics", "eval", "sample",
+    "model.scan_layers", "model.attention", "loss_chunk_tokens", "mesh", "checkpoint", "metrics", "eval", "sample",
 )  # fmt: skip
 NEEDS_FLAG = (
     "optimizer", "global_batch_size", "z_loss", "model.dropout", "model.dropout_end", "model.dropout_scale",
     "model.dtype",
 )  # fmt: skip
+
+STRUCTURE = ("optimizer.moments_dtype",)  # of what is saved, although the rest of its section may change
 
 
 def changes(old: Config, new: Config) -> dict[str, list[str]]:
@@ -243,5 +278,7 @@ def changes(old: Config, new: Config) -> dict[str, list[str]]:
             continue
         keys = {name, name.split(".")[0]}
         kind = "harmless" if keys & set(HARMLESS) else "flag" if keys & set(NEEDS_FLAG) else "refused"
+        if name in STRUCTURE:
+            kind = "refused"
         found[kind].append(f"config.{name}: {before[name]!r} -> {after[name]!r}")
     return found

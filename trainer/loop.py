@@ -91,7 +91,7 @@ class Trainer:
         if owed:
             self._look(first, samples, state.params)
 
-        self.meter = reporting.Meter(config, self.program.num_params)
+        self.meter = reporting.Meter(config)
         batches = self.loader.prefetched(samples, config.data.prefetch)
         # On the CPU, collectives of several devices in one of several processes hang unless each step is awaited.
         block = jax.default_backend() == "cpu" and jax.process_count() > 1 and jax.local_device_count() > 1

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard, the console; FLOPs and peaks. Only process 0 writes."""
+"""What a run reports: metrics.jsonl, TensorBoard, the console. Only process 0 writes."""
 
 import contextlib
 import json
@@ -11,29 +11,8 @@ from typing import Any
 
 import jax
 
-from trainer import console
+from trainer import console, flops
 from trainer.config import Config
-
-# bf16 TFLOP/s of a chip, dense, by the start of jax's device_kind; from the vendors' data sheets.
-PEAK_TFLOPS = {
-    "NVIDIA H100": 989, "NVIDIA H200": 989, "NVIDIA A100": 312,
-    "TPU v4": 275, "TPU v5 lite": 197, "TPU v5": 459, "TPU v6 lite": 918, "TPU7x": 1155,
-}  # fmt: skip
-
-
-def flops_per_token(config: Config, num_params: int) -> float:
-    """6 N + 12 L H Q T, forward and backward (nanoGPT, PaLM); N leaves out learned positions."""
-    model = config.model
-    if model.position == "learned":
-        num_params -= model.max_seq_len * model.embed_dim
-    attention = 12 * model.num_layers * model.num_heads * model.width_of_head * config.data.seq_len
-    return 6 * num_params + attention
-
-
-def peak_tflops(device: jax.Device) -> float | None:
-    """None for a device that is not in the table: no MFU is better than a guessed one."""
-    names = sorted((name for name in PEAK_TFLOPS if device.device_kind.startswith(name)), key=len)
-    return PEAK_TFLOPS[names[-1]] if names else None
 
 
 def peak_memory_gib() -> float:
@@ -106,12 +85,12 @@ class Writers:
 
 
 class Meter:
-    """Time between rows: that of the steps alone, without evaluation, sampling and saving."""
+    """Time between rows: of the steps alone, without evaluation, sampling and saving. MFU is trainer/flops.py's."""
 
-    def __init__(self, config: Config, num_params: int):
+    def __init__(self, config: Config):
         self.tokens_per_step = config.tokens_per_step
-        self.flops_per_token = flops_per_token(config, num_params)
-        self.peak_tflops = peak_tflops(jax.devices()[0])
+        self.flops_per_token = flops.flops_per_token(config)
+        self.peak_flops = flops.peak_flops(jax.devices()[0].device_kind)
         self.compile_s: float | None = None
         self._mark = time.perf_counter()
         self._steps = 0
@@ -141,19 +120,19 @@ class Meter:
         compile_s = self.compile_s or 0.0
         step_time = (now - self._mark) / self._steps if self._steps else compile_s
         tokens_per_s = self.tokens_per_step / step_time
-        tflops = tokens_per_s * self.flops_per_token / jax.device_count() / 1e12
+        flops_per_s = tokens_per_s * self.flops_per_token / jax.device_count()
         row = {
             "perf/step_time_s": step_time,
             "perf/tokens_per_s": tokens_per_s,
             "perf/tokens_per_s_per_device": tokens_per_s / jax.device_count(),
-            "perf/tflops_per_device": tflops,
+            "perf/tflops_per_device": flops_per_s / 1e12,
             "perf/data_wait_s": self.data_wait_s,
             "perf/checkpoint_stall_s": self.checkpoint_stall_s,
             "perf/compile_s": compile_s,
             "memory/peak_gib": peak_memory_gib(),
         }
-        if self.peak_tflops is not None:
-            row["perf/mfu"] = tflops / self.peak_tflops
+        if self.peak_flops is not None:
+            row["perf/mfu"] = flops_per_s / self.peak_flops
         self._mark, self._steps, self.data_wait_s, self.checkpoint_stall_s = now, 0, 0.0, 0.0
         return row
 

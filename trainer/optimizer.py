@@ -46,6 +46,21 @@ def make_optimizer(config: OptimizerConfig, axes: dict) -> optax.GradientTransfo
     )
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        _kept_in(config.moments_dtype, optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
     )
+
+
+def _kept_in(dtype: str, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner`, computing in float32, with the floats of its state kept in `dtype`."""
+    if dtype == "float32":
+        return inner
+
+    def cast(state, to):
+        return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+    def update(updates, state, params=None):
+        updates, state = inner.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)

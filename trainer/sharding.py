@@ -1,19 +1,19 @@
 """The mesh, and the one table that maps the model's logical axes to it."""
 
 import jax
-from jax.experimental import multihost_utils
+import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from trainer.config import Config, MeshConfig, check_divisible
 from trainer.errors import ConfigError
 
-# Axes that may cross a slow network come first.
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = MeshConfig.AXES
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
-    "seq": None,
-    "embed": "fsdp",  # of parameters; an activation's embed axis is named None, since fsdp splits its batch
+    "seq": "context",
+    "embed": ("fsdp", "context"),  # of parameters; that of an activation is named None, since fsdp splits its batch
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -21,6 +21,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "position": None,
     "layers": None,
 }
+# Of the optimizer's state with mesh.shard_optimizer: replicas share it, each updating its part of the parameters.
+ZERO1_RULES = RULES | {"embed": ("fsdp", "context", "data")}
 
 
 def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
@@ -31,12 +33,44 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
         check_divisible(config, sizes)
     except ValueError as e:
         raise ConfigError(f"config.{e}") from None
-    return mesh_of(sizes, devices)
+    return mesh_of(sizes, devices, config.mesh.num_slices)
 
 
-def mesh_of(sizes: dict[str, int], devices: list[jax.Device]) -> Mesh:
-    auto = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(sizes[a] for a in MESH_AXES), MESH_AXES, axis_types=auto, devices=devices)
+def mesh_of(sizes: dict[str, int], devices: list[jax.Device], num_slices: int = 0) -> Mesh:
+    """Devices laid out so that neighbours in the mesh are neighbours in the network, and slices differ in `data` alone.
+
+    Args:
+      num_slices: groups of devices with a fast network inside each (slices of TPUs, nodes of GPUs), equal parts of
+        `devices` in their order where these do not say which group they are in; 0: what they say.
+
+    Raises:
+      ConfigError: `data` is not divisible by the slices.
+    """
+    groups = _slices(devices, num_slices)
+    if sizes["data"] % len(groups):
+        raise ConfigError(
+            f"config.mesh.data = {sizes['data']} is not divisible by the {len(groups)} slices of devices, and no other "
+            "axis may cross the slow network between them; change mesh.data, or set mesh.num_slices"
+        )
+    shape = [sizes[a] for a in MESH_AXES]
+    shape[0] //= len(groups)
+    grids = [mesh_utils.create_device_mesh(shape, group, allow_split_physical_axes=True) for group in groups]
+    return Mesh(np.concatenate(grids), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _slices(devices: list[jax.Device], num_slices: int) -> list[list[jax.Device]]:
+    told = [getattr(d, "slice_index", 0) or 0 for d in devices]
+    found = sorted(set(told))
+    if len(found) > 1 and num_slices in (0, len(found)):
+        return [[d for d, i in zip(devices, told, strict=True) if i == index] for index in found]
+    if len(found) > 1 and num_slices > 1:
+        raise ConfigError(
+            f"config.mesh.num_slices = {num_slices}, but the devices are in {len(found)} slices; leave it 0"
+        )
+    if len(devices) % (num_slices or 1):
+        raise ConfigError(f"config.mesh.num_slices = {num_slices} does not divide the {len(devices)} devices there are")
+    size = len(devices) // (num_slices or 1)
+    return [devices[i : i + size] for i in range(0, len(devices), size)]
 
 
 def axis_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
@@ -63,7 +97,7 @@ def inference_mesh(config: Config) -> Mesh:
     try:
         return make_mesh(config)
     except ConfigError:
-        return mesh_of({"data": jax.device_count(), "fsdp": 1, "tensor": 1}, jax.devices())
+        return mesh_of({"data": jax.device_count(), "fsdp": 1, "context": 1, "tensor": 1}, jax.devices())
 
 
 def barrier(name: str) -> None:
@@ -72,29 +106,19 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
-    """Logical axes to mesh axes: spec(('batch', 'seq', None)) == P(('data', 'fsdp'), None, None)."""
-    return PartitionSpec(*(None if a is None else RULES[a] for a in axes))
+def spec(axes: tuple[str | None, ...], rules: dict = RULES) -> PartitionSpec:
+    """Logical axes to mesh axes: spec(('batch', 'seq', None)) == P(('data', 'fsdp'), 'context', None)."""
+    return PartitionSpec(*(None if a is None else rules[a] for a in axes))
 
 
-def named(mesh: Mesh, *axes: str | None) -> NamedSharding:
-    return NamedSharding(mesh, spec(axes))
+def named(mesh: Mesh, *axes: str | None, rules: dict = RULES) -> NamedSharding:
+    return NamedSharding(mesh, spec(axes, rules))
 
 
-def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """Places an activation on the mesh that jax.set_mesh made current."""
-    return jax.lax.with_sharding_constraint(x, spec(axes))
-
-
-def replicated_share(axes_tree: dict, shapes: dict, mesh: Mesh) -> float:
+def replicated_share(params: dict, mesh: Mesh) -> float:
     """Share of the parameters that every device holds whole although the mesh has axes to split them."""
-    split_axes = {a for a in ("fsdp", "tensor") if mesh.shape[a] > 1}
-    if not split_axes:
+    if mesh.size == mesh.shape["data"]:
         return 0.0
-    names = jax.tree.leaves(axes_tree, is_leaf=lambda a: isinstance(a, tuple))
-    total = replicated = 0
-    for shape, axes in zip(jax.tree.leaves(shapes), names, strict=True):
-        total += shape.size
-        if not split_axes & set(spec(axes)):
-            replicated += shape.size
-    return replicated / total
+    leaves = jax.tree.leaves(params)
+    whole = sum(p.size for p in leaves if p.sharding.is_fully_replicated)
+    return whole / sum(p.size for p in leaves)

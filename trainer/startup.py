@@ -8,7 +8,6 @@ import jax
 from data.dataset import Dataset
 from data.loader import MixedWindows
 from data.sources import Sources
-from model import attention
 from trainer import sharding
 from trainer.config import Config
 from trainer.state import Program
@@ -26,12 +25,13 @@ def page(config: Config, program: Program, windows: MixedWindows, data: Sources)
     log.info("devices   %d %s in %d process(es); mesh %s", len(devices), devices[0].device_kind, processes, axes)
     model = config.model
     log.info(
-        "model     %s parameters, %s compute, attention kernel %s, layers %s",
-        f"{program.num_params:,}", model.dtype, attention.KERNEL, "scanned" if model.scan_layers else "unrolled",
+        "model     %s parameters, %s compute, layers %s, remat %s",
+        f"{program.num_params:,}", model.dtype, "scanned" if model.scan_layers else "unrolled", model.remat,
     )  # fmt: skip
+    log.info("attention %s (%s)", program.placement.kernel, program.placement.reason)
     for line in parameter_table(program):
         log.info("          %s", line)
-    share = sharding.replicated_share(program.axes, program.params, mesh)
+    share = sharding.replicated_share(program.params, mesh)
     if share > REPLICATED_SHARE_ALLOWED:
         log.warning("WARNING   %.0f %% of the parameters are whole on every device", 100 * share)
     batch, accum = config.global_batch_size, config.grad_accum_steps

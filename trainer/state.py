@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from model.transformer import Transformer
 from trainer import optimizer, sharding
 from trainer.config import Config
+from trainer.placement import MeshPlacement
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state"], meta_fields=[])
@@ -27,26 +28,35 @@ class Program:
     """The static side of a run: graph definition, optimizer, shardings. Holds no arrays.
 
     Attributes:
+      placement: of the model's arrays on the mesh, and its attention kernel.
       axes: the parameters' logical axes, a tree like params with tuples as leaves.
+      moments: shardings of what the optimizer keeps of each parameter, a tree like params.
       params, state: abstract trees (ShapeDtypeStruct with sharding) of the parameters and of the whole TrainState.
+      output_axes: logical axes of the table that makes logits.
       num_params: without the rows that pad the vocabulary.
     """
 
     def __init__(self, config: Config, mesh: Mesh):
         self.config, self.mesh = config, mesh
+        self.placement = MeshPlacement(config, mesh)
         abstract = nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(params=0)))
         self.graph, variables = nnx.split(abstract, nnx.Param)
         flat = nnx.to_flat_state(variables)
         self.axes = traverse_util.unflatten_dict({path: v.get_metadata("axes") for path, v in flat})
+        self.output_axes = abstract.output_axes
         self.optimizer = optimizer.make_optimizer(config.optimizer, self.axes)
         self.schedule = optimizer.make_schedule(config.optimizer, config.num_train_steps)
 
         self.replicated = sharding.named(mesh)
-        param_shardings = traverse_util.unflatten_dict(
-            {path: sharding.named(mesh, *v.get_metadata("axes")) for path, v in flat}
-        )
-        shapes = jax.eval_shape(self._init, jax.random.key(0))
-        opt_shardings = _like_params(shapes.opt_state, shapes.params, param_shardings, self.replicated)
+
+        def by(rules: dict) -> dict:
+            axes = ((path, v.get_metadata("axes")) for path, v in flat)
+            return traverse_util.unflatten_dict({path: sharding.named(mesh, *a, rules=rules) for path, a in axes})
+
+        param_shardings = by(sharding.RULES)
+        self.moments = by(sharding.ZERO1_RULES) if config.mesh.shard_optimizer else param_shardings
+        shapes = jax.eval_shape(lambda: self._init(jax.random.key(0)))
+        opt_shardings = _like_params(shapes.opt_state, shapes.params, self.moments, self.replicated)
         shardings = TrainState(self.replicated, param_shardings, opt_shardings)
         self.state: TrainState = jax.tree.map(
             lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings

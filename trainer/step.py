@@ -1,4 +1,4 @@
-"""The pure functions that advance a run: loss, train_step, eval_step."""
+"""The pure functions that advance a run: train_step, eval_step."""
 
 from typing import Any
 
@@ -7,25 +7,11 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from model.layers import dropout_rate
-from trainer import sharding
+from model.dropout import dropout_rate
+from trainer import compiler, sharding
 from trainer.config import Config
+from trainer.loss import make_loss
 from trainer.state import Program, TrainState
-
-
-def token_losses(logits: Array, targets: Array) -> tuple[Array, Array]:
-    """Cross-entropy and log Z of each token, float32.
-
-    The target's logit is picked by comparison rather than by a gather, so that a vocabulary split over devices needs
-    one sum instead of all logits on every device.
-
-    Args:
-      logits: float32 [..., vocab].
-      targets: integer [...].
-    """
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    is_target = jnp.arange(logits.shape[-1]) == targets[..., None].astype(jnp.int32)
-    return log_z - jnp.sum(jnp.where(is_target, logits, 0), axis=-1), log_z
 
 
 def document_starts(inputs: Array, eos_id: int) -> Array:
@@ -49,55 +35,43 @@ def counted_targets(tokens: Array, eos_id: int) -> Array:
 
 def make_train_step(program: Program):
     """(state, tokens [global_batch_size, seq_len + 1], seed) -> (state, metrics); the state is donated."""
-    config, accum = program.config, program.config.grad_accum_steps
+    config, accum, constrain = program.config, program.config.grad_accum_steps, program.placement.constrain
+    weighted_loss = make_loss(program)
 
-    def mean(values: Array, tokens: Array, divisor: Array | None) -> Array:
-        if divisor is None:  # every target counts
-            return values.mean()
-        return jnp.sum(jnp.where(counted_targets(tokens, config.data.eos_id), values, 0)) / divisor
-
-    def loss_fn(
-        params: dict, tokens: Array, key: Array | None, step: Array, divisor: Array | None
-    ) -> tuple[Array, Array]:
-        logits, _ = program.model(params)(
-            tokens[:, :-1],
-            document_starts=starts_for(config, tokens[:, :-1]),
-            dropout_rate=dropout_rate(config.model, step),
-            dropout_key=key,
-            constrain=sharding.constrain,
+    def loss_fn(params: dict, tokens: Array, weights: Array, key: Array | None, step: Array) -> tuple[Array, Array]:
+        x, table, targets, weights = forward(
+            program, params, tokens, weights, dropout_rate=dropout_rate(config.model, step), dropout_key=key
         )
-        losses, log_z = token_losses(logits, tokens[:, 1:])
-        loss = mean(losses, tokens, divisor)
-        return loss + config.z_loss * mean(jnp.square(log_z), tokens, divisor) if config.z_loss else loss, loss
+        return weighted_loss(x, table, targets, weights)
 
     def gradient(params: dict, tokens: Array, key: Array | None, step: Array) -> tuple[Array, dict]:
+        """Loss and gradient of the whole batch, as its mean over the targets that count."""
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        # Counted in the whole batch, however its targets are spread over devices and parts: the mean of the parts,
-        # below, is then that of the batch.
-        divisor = None
-        if config.data.packed:
-            divisor = jnp.maximum(counted_targets(tokens, config.data.eos_id).sum(), 1) / accum
+        counts = counted_targets(tokens, config.data.eos_id) if config.data.packed else jnp.ones_like(tokens[:, 1:])
+        weights = counts / jnp.maximum(counts.sum(), 1).astype(jnp.float32)
         if accum == 1:
-            (_, loss), grads = grad_fn(params, tokens, key, step, divisor)
+            (_, loss), grads = grad_fn(params, tokens, weights, key, step)
             return loss, grads
         # Part a takes rows a, a + accum, …: every device keeps the rows it has.
-        parts = tokens.reshape(-1, accum, tokens.shape[1]).swapaxes(0, 1)
-        parts = sharding.constrain(parts, (None, "batch", "seq"))
+        parts = [x.reshape(-1, accum, x.shape[1]).swapaxes(0, 1) for x in (tokens, weights)]
+        parts = [constrain(x, (None, "batch", None)) for x in parts]
 
         def part(total: Any, of_part: Any) -> tuple[Any, None]:
-            tokens, i = of_part
+            tokens, weights, i = of_part
             of_part_key = None if key is None else jax.random.fold_in(key, i)
-            (_, loss), grads = grad_fn(params, tokens, of_part_key, step, divisor)
+            (_, loss), grads = grad_fn(params, tokens, weights, of_part_key, step)
             return jax.tree.map(jnp.add, total, (loss, grads)), None
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        total, _ = jax.lax.scan(part, zero, (parts, jnp.arange(accum)))
-        return jax.tree.map(lambda x: x / accum, total)
+        total, _ = jax.lax.scan(part, zero, (*parts, jnp.arange(accum)))
+        return total
 
     def train_step(state: TrainState, tokens: Array, seed: Array) -> tuple[TrainState, dict[str, Array]]:
         tokens = tokens.astype(jnp.int32)  # widened here: files and transfers keep their two bytes a token
         key = jax.random.fold_in(jax.random.key(seed), state.step) if config.model.has_dropout else None
         loss, grads = gradient(state.params, tokens, key, state.step)
+        # With mesh.shard_optimizer each replica sums, and then updates, its own part.
+        grads = jax.lax.with_sharding_constraint(grads, program.moments)
         updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
         lr = program.schedule(state.step)
         params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
@@ -115,19 +89,39 @@ def make_train_step(program: Program):
         in_shardings=(shardings, sharding.named(program.mesh, "batch"), program.replicated),
         out_shardings=(shardings, program.replicated),
         donate_argnums=0,
+        compiler_options=compiler.options(program.mesh),
     )
 
 
 def make_eval_step(program: Program):
     """(params, tokens [b, seq_len + 1], lengths [b]) -> float32 sum of the losses of the first `lengths` targets."""
+    weighted_loss = make_loss(program)
 
     def eval_step(params: dict, tokens: Array, lengths: Array) -> Array:
         tokens = tokens.astype(jnp.int32)
-        inputs = tokens[:, :-1]
-        starts = starts_for(program.config, inputs)
-        logits, _ = program.model(params)(inputs, document_starts=starts, constrain=sharding.constrain)
-        losses, _ = token_losses(logits, tokens[:, 1:])
-        counted = jnp.arange(losses.shape[1]) < lengths[:, None]
-        return jnp.sum(jnp.where(counted, losses, 0))
+        counted = (jnp.arange(tokens.shape[1] - 1) < lengths[:, None]).astype(jnp.float32)
+        return weighted_loss(*forward(program, params, tokens, counted))[1]
 
     return jax.jit(eval_step, out_shardings=program.replicated)
+
+
+def forward(
+    program: Program, params: dict, tokens: Array, weights: Array, **dropout: Any
+) -> tuple[Array, Array, Array, Array]:
+    """From a batch to the arguments of the loss, every row in the order of positions that the mesh wants.
+
+    Args:
+      tokens: int32 [b, seq_len + 1].
+      weights: float32 [b, seq_len], of each target.
+    """
+    placement, inputs, targets = program.placement, tokens[:, :-1], tokens[:, 1:]
+    starts = starts_for(program.config, inputs)
+    if placement.order is not None:
+        assert inputs.shape[1] == len(placement.order), "rows must be of seq_len tokens, of which the order is"
+        inputs, targets, weights = (x[:, placement.order] for x in (inputs, targets, weights))
+        starts = None if starts is None else starts[:, placement.order]
+    inputs, targets, weights = (placement.constrain(x, ("batch", "seq")) for x in (inputs, targets, weights))
+    model = program.model(params)
+    places = None if placement.order is None else jnp.asarray(placement.order)
+    x, _ = model.hidden(inputs, places=places, document_starts=starts, placement=placement, **dropout)
+    return x, model.output_table(), targets, weights

@@ -1,0 +1,343 @@
+"""Time the train step on the devices there are; print one row of JSON. Needs no dataset: tokens are random.
+
+  python -m launch.bench --config=configs/gpt2_124m.py [--steps=20] [--warmup=3] [--rounds=5] [--trace=DIR]
+                         [--peer [--torch_python=PYTHON]] [--config.section.field=value ...]
+
+A round is --steps steps, and only its end waits for the devices; medians are over rounds, the state is donated as in
+training. A number is printed only after the losses were looked at: the first is what an untrained model must have, and
+all are finite. With --peer a plain GPT in PyTorch (benchmarks/peer.py) takes turns with ours, a round each, on one
+device. Without config.model.vocab_size the vocabulary has 50304 tokens, and the row says so.
+
+Several processes: on TPU pods and under Slurm or Open MPI they find each other; process 0 prints.
+Exit codes: 0 done, 2 configuration, 4 the losses are wrong.
+"""
+
+import json
+import math
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from data import allocator
+from launch import cli, standalone
+from trainer import flops
+from trainer.config import Config
+from trainer.errors import ConfigError, Diverged
+
+CONFIG = cli.define_config()
+STEPS = flags.DEFINE_integer("steps", 20, "Steps of a round.", lower_bound=1)
+WARMUP = flags.DEFINE_integer("warmup", 3, "Steps before the first round.", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds.", lower_bound=1)
+TRACE = flags.DEFINE_string("trace", None, "Folder for a profile of a few more steps, and the compiled program's text.")
+PEER = flags.DEFINE_bool("peer", False, "Take turns with a GPT in PyTorch of the same size, on one device.")
+PEER_COMPILE = flags.DEFINE_bool("peer_compile", None, "Whether the peer uses torch.compile; default: on a GPU.")
+TORCH_PYTHON = flags.DEFINE_string("torch_python", sys.executable, "A Python that has torch.")
+
+TRACED_STEPS = 5
+LOSS_TOLERANCE = 0.03
+PEER_FILE = pathlib.Path(__file__).parent.parent / "benchmarks" / "peer.py"
+
+
+def main() -> None:
+    given = cli.config_from(CONFIG.value)
+    config = standalone.complete(given)
+    if PEER.value:
+        check_peer()
+    allocator.tune_allocator()
+    if PEER.value:  # two programs on one device: JAX would else take three quarters of its memory at once
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    import jax
+
+    from launch import distributed
+
+    distributed.initialize(None, None, None)
+    jax.config.update("jax_enable_compilation_cache", False)  # compile_s is of a compilation
+    if jax.process_index() != 0:
+        cli.quiet_console()
+    try:
+        row = measure(config)
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        raise ConfigError(
+            f"the devices' memory is too small: {str(e).splitlines()[0]}; lower config.global_batch_size, raise "
+            "config.grad_accum_steps, or choose another config.model.remat"
+        ) from e
+    row |= {"vocab_size": config.model.vocab_size, "vocab_size_is_default": not given.model.vocab_size}
+    if jax.process_index() == 0:
+        print(json.dumps({"config": config_flags.get_config_filename(flags.FLAGS["config"])} | row))
+    distributed.shutdown()
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """The row: what was timed, how fast it is and, with --peer, how fast the peer."""
+    import jax
+
+    bench = Bench(config)
+    peer = Peer(config) if PEER.value and jax.process_index() == 0 else None
+    try:
+        times, peer_times = rounds(bench, peer)
+    finally:
+        if peer is not None:
+            peer.close()
+    check_losses(config, bench.losses)
+    row = bench.about() | speed(config, times)
+    if peer is not None:
+        row |= peer.speed(peer_times)
+        row["ratio"] = row["tokens_per_s_per_device"] / row["peer_tokens_per_s"]
+    if TRACE.value:
+        bench.trace(pathlib.Path(TRACE.value))
+    return row
+
+
+class Bench:
+    """The compiled train step, its state and a batch.
+
+    Attributes:
+      losses: of every step so far.
+      compile_s: seconds from the traced function to the executable.
+    """
+
+    def __init__(self, config: Config):
+        import jax
+        import numpy as np
+
+        from trainer import sharding
+        from trainer.state import Program
+        from trainer.step import make_train_step
+
+        self.config, self.mesh = config, sharding.make_mesh(config)
+        jax.set_mesh(self.mesh)
+        self.program = Program(config, self.mesh)
+        shape = (config.global_batch_size, config.data.seq_len + 1)
+        dtype = np.uint16 if config.model.vocab_size <= 2**16 else np.uint32  # as datasets have them
+        tokens = np.random.default_rng(config.seed).integers(config.model.vocab_size, size=shape, dtype=dtype)
+        where = sharding.named(self.mesh, "batch")
+        self.tokens = jax.make_array_from_callback(shape, where, lambda index: tokens[index])
+        self.seed = np.uint32(config.seed)
+        start = time.perf_counter()
+        self.step = make_train_step(self.program).lower(self.program.state, self.tokens, self.seed).compile()
+        self.compile_s = time.perf_counter() - start
+        self.state = self.program.init()
+        self.losses: list[float] = []
+
+    def run(self, steps: int) -> float:
+        """Seconds a step; the devices are awaited at the end alone."""
+        import jax
+
+        losses: list[Any] = []
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.state, metrics = self.step(self.state, self.tokens, self.seed)
+            losses.append(metrics["train/loss"])
+        jax.block_until_ready((self.state, losses))
+        seconds = (time.perf_counter() - start) / steps
+        self.losses += map(float, losses)
+        return seconds
+
+    def trace(self, folder: pathlib.Path) -> None:
+        """A profile (for TensorBoard, XProf, or benchmarks/gpu.py), and step.hlo.txt to tell its operations by."""
+        import jax
+
+        with jax.profiler.trace(str(folder)):
+            self.run(TRACED_STEPS)
+        (folder / "step.hlo.txt").write_text(self.step.as_text())
+
+    def about(self) -> dict[str, Any]:
+        """What was timed, and on what."""
+        import jax
+
+        from trainer import metrics
+
+        config, model, device = self.config, self.config.model, jax.devices()[0]
+        return {
+            "device": device.device_kind,
+            "devices": jax.device_count(),
+            "processes": jax.process_count(),
+            "mesh": dict(self.mesh.shape),
+            "jax": jax.__version__,
+            "dtype": model.dtype,
+            "attention": self.program.placement.kernel,
+            "remat": model.remat,
+            "scan_layers": model.scan_layers,
+            "loss_chunk_tokens": config.loss_chunk_tokens,
+            "moments_dtype": config.optimizer.moments_dtype,
+            "num_params": self.program.num_params,
+            "seq_len": config.data.seq_len,
+            "global_batch_size": config.global_batch_size,
+            "grad_accum_steps": config.grad_accum_steps,
+            "tokens_per_step": config.tokens_per_step,
+            "compile_s": self.compile_s,
+            "first_loss": self.losses[0],
+            "last_loss": self.losses[-1],
+            "peak_memory_gib": metrics.peak_memory_gib(),
+        }
+
+
+def rounds(bench: Bench, peer: "Peer | None") -> tuple[list[float], list[float]]:
+    """Seconds a step in each round, ours and the peer's, taking turns."""
+    bench.run(WARMUP.value)
+    check_losses(bench.config, bench.losses)
+    if peer is not None:
+        peer.run(WARMUP.value)
+    times, peer_times = [], []
+    for _ in range(ROUNDS.value):
+        times.append(bench.run(STEPS.value))
+        if peer is not None:
+            peer_times.append(peer.run(STEPS.value))
+    return times, peer_times
+
+
+def expected_first_loss(config: Config) -> float:
+    """ln V + embed_dim std² / 2 of random targets: the head, of deviation std, gives a normalised stream normal logits,
+    and the mean of exp of those is exp of half their variance."""
+    from model.transformer import INIT_STD
+
+    return math.log(config.model.vocab_size) + config.model.embed_dim * INIT_STD**2 / 2
+
+
+def check_losses(config: Config, losses: list[float]) -> None:
+    """Raises Diverged where the losses are not those of a model that works."""
+    wrong = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    if wrong is not None:
+        raise Diverged(f"the loss of step {wrong + 1} is {losses[wrong]}; no time of such a step is worth anything")
+    expected = expected_first_loss(config)
+    if abs(losses[0] - expected) > LOSS_TOLERANCE * expected:
+        raise Diverged(
+            f"the first loss is {losses[0]:.4f}; untrained, on random tokens, it must be within {LOSS_TOLERANCE:.0%} "
+            f"of ln {config.model.vocab_size} + embed_dim std² / 2 = {expected:.4f}"
+        )
+
+
+def speed(config: Config, times: list[float]) -> dict[str, Any]:
+    """Rates of the median round, and the step times of all; mfu only for a device whose peak is known."""
+    import jax
+
+    step, devices = statistics.median(times), jax.device_count()
+    tokens_per_s = config.tokens_per_step / step
+    flops_per_s = tokens_per_s * flops.flops_per_token(config) / devices
+    row = {
+        "rounds": len(times),
+        "steps": STEPS.value,
+        "step_time_s": step,
+        "step_time_s_min": min(times),
+        "step_time_s_max": max(times),
+        "steps_per_s": 1 / step,
+        "tokens_per_s": tokens_per_s,
+        "tokens_per_s_per_device": tokens_per_s / devices,
+        "tflops_per_device": flops_per_s / 1e12,
+        "flops_formula": flops.FORMULA,
+    }
+    peak = flops.peak_flops(jax.devices()[0].device_kind)
+    return row if peak is None else row | {"mfu": flops_per_s / peak}
+
+
+# The peer
+
+
+def check_peer() -> None:
+    """Raises ConfigError where the peer could not run."""
+    if not PEER_FILE.exists():
+        raise ConfigError(f"--peer needs {PEER_FILE}, which is in the repository and not in an installed package")
+    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)"
+    try:
+        without_torch = subprocess.run([TORCH_PYTHON.value, "-c", code], capture_output=True).returncode
+    except OSError as e:
+        raise ConfigError(f"--torch_python={TORCH_PYTHON.value} cannot be started: {e.strerror}") from None
+    if without_torch:
+        raise ConfigError(f"--peer: {TORCH_PYTHON.value} has no torch; name a Python that has with --torch_python")
+
+
+def peer_spec(config: Config, devices: int) -> dict[str, Any]:
+    """benchmarks/peer.py's Spec: our sizes, the rows of one of our `devices`, and a feed-forward as wide as makes a
+    layer's matrices as large as ours."""
+    model, width = config.model, config.model.num_heads * config.model.width_of_head
+    layer = flops.attention_params(model) + flops.mlp_params(model)
+    return {
+        "num_layers": model.num_layers,
+        "embed_dim": model.embed_dim,
+        "num_heads": model.num_heads,
+        "head_dim": model.width_of_head,
+        "mlp_dim": max(1, round((layer - 4 * model.embed_dim * width) / (2 * model.embed_dim))),
+        "vocab_size": model.vocab_size,
+        "padded_vocab_size": model.padded_vocab_size,
+        "seq_len": config.data.seq_len,
+        "rows": max(1, config.global_batch_size // config.grad_accum_steps // devices),
+        "accum": config.grad_accum_steps,
+        "bias": model.bias,
+        "dropout": model.dropout,
+        "tie_embeddings": model.tie_embeddings,
+        "bfloat16": model.dtype == "bfloat16",
+        "clip_norm": config.optimizer.clip_norm,
+    }
+
+
+class Peer:
+    """benchmarks/peer.py in a process of its own, which waits while ours is timed.
+
+    Attributes:
+      about: torch's version, device, whether compiled, number of parameters.
+      losses: the last of each round.
+    """
+
+    def __init__(self, config: Config):
+        import jax
+
+        self.config, self.spec = config, peer_spec(config, jax.device_count()) | {"compile": PEER_COMPILE.value}
+        command = [TORCH_PYTHON.value, str(PEER_FILE), json.dumps(self.spec)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.losses: list[float] = []
+        self.about = self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise ConfigError(f"--peer: its process ended with {self.process.wait()}; its last lines are above")
+        return json.loads(line)
+
+    def run(self, steps: int) -> float:
+        """Seconds a step. Raises Diverged where its loss is not finite."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        answer = self._answer()
+        if not math.isfinite(answer["loss"]):
+            raise Diverged(f"the peer's loss is {answer['loss']}; nothing beside it is worth anything")
+        self.losses.append(answer["loss"])
+        return answer["seconds"]
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.communicate()
+
+    def speed(self, times: list[float]) -> dict[str, Any]:
+        """Its part of the row, from the seconds a step of each round."""
+        model, spec, step = self.config.model, self.spec, statistics.median(times)
+        of_gpt2 = (model.mlp, model.norm, model.position) == ("gelu", "layernorm", "learned")
+        what = "GPT-2 blocks"
+        if not of_gpt2 or model.kv_heads != model.num_heads:
+            what += f" of the nearest size (mlp_dim {spec['mlp_dim']}), not this model's"
+        return {
+            "peer": what,
+            "peer_torch": self.about["torch"],
+            "peer_device": self.about["device"],
+            "peer_compiled": self.about["compiled"],
+            "peer_num_params": self.about["num_params"],
+            "peer_last_loss": self.losses[-1],
+            "peer_step_time_s": step,
+            "peer_step_time_s_min": min(times),
+            "peer_step_time_s_max": max(times),
+            "peer_tokens_per_s": spec["rows"] * spec["accum"] * spec["seq_len"] / step,
+        }
+
+
+if __name__ == "__main__":
+    cli.run(main)

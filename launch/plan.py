@@ -1,0 +1,136 @@
+"""What a recipe costs on machines that are not here: does it fit, what crosses which network, how fast can it be at
+best.
+
+  python -m launch.plan --config=configs/llama_8b.py --topology=v5p:4x4x4 [--num_slices=2] [--json] [--search]
+
+The real train step is compiled for the named TPU slices or GPU nodes, on any computer; no account, no accelerator.
+Needs the compilers: pip install -e ".[plan]". No dataset is read: model.vocab_size is the recipe's, or 50,304.
+
+Exit codes: 0 it fits, 1 it does not (the largest batch that does is printed), 2 configuration.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+from absl import flags
+
+from launch import cli, standalone
+from trainer import topology
+from trainer.errors import ConfigError
+
+CONFIG = cli.define_config()
+TOPOLOGY = flags.DEFINE_string("topology", None, "Slice or node, as v5p:4x4x4, v6e:16x16 or h100:8.")
+NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "TPU slices, or nodes of GPUs, joined by a slow network.")
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object, and nothing else on stdout.")
+SEARCH = flags.DEFINE_bool("search", False, "Compile other meshes, remat policies and batches, too, and rank them.")
+CANDIDATES = flags.DEFINE_integer("candidates", 6, "Most programs that --search compiles; a minute or two each.")
+
+MIB, GIB = 2**20, 2**30
+
+
+def main() -> int:
+    if not TOPOLOGY.value:
+        raise ConfigError("--topology is missing; name a machine, for example --topology=v5p:4x4x4")
+    config = standalone.complete(cli.config_from(CONFIG.value))
+    topology.parse(TOPOLOGY.value, NUM_SLICES.value)
+    topology.prepare_environment()
+    from trainer import plan as planning
+    from trainer import plan_search
+
+    machine = topology.describe(TOPOLOGY.value, NUM_SLICES.value)
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, num_slices=NUM_SLICES.value))
+    if SEARCH.value:
+        plans = plan_search.search(config, machine, CANDIDATES.value, progress=lambda line: cli.log.info("%s", line))
+        if not plans:
+            raise ConfigError(f"nothing that --search tried fits {TOPOLOGY.value}; take a larger slice")
+        print(json.dumps([as_json(p) for p in plans]) if JSON.value else plan_search.table(plans))
+        return 0
+    plan = planning.make(config, machine)
+    smaller = None if plan.fits else planning.largest_batch(plan, machine)
+    if JSON.value:
+        print(json.dumps(as_json(plan) | {"largest_batch": smaller.config.global_batch_size if smaller else None}))
+    else:
+        print(page(plan))
+        if not plan.fits:
+            print(advice(plan, smaller))
+    return 0 if plan.fits else 1
+
+
+def page(plan: Any) -> str:
+    """The plan for a reader."""
+    from trainer import flops
+    from trainer.plan import ASSUMPTIONS
+
+    config, model = plan.config, plan.config.model
+    slices = f"{plan.num_slices} x " if plan.num_slices > 1 else ""
+    mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
+    rows = config.global_batch_size // config.grad_accum_steps // (plan.mesh["data"] * plan.mesh["fsdp"])
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    lines = [
+        f"{slices}{plan.topology}: {plan.devices} devices, mesh {mesh}",
+        f"model     {plan.num_params:,} parameters, {model.dtype}, attention {plan.kernel}, remat {model.remat}",
+        f"batch     {config.global_batch_size} x {config.data.seq_len} = {config.tokens_per_step:,} tokens a step, "
+        f"{rows} sequence(s) a device at a time, {config.grad_accum_steps} part(s)",
+        f"memory    {verdict}: {plan.peak / GIB:.2f} GiB at most of {plan.usable / GIB:.2f} usable on each device",
+        *(f"          {part:<12}{size / GIB:9.3f} GiB" for part, size in plan.memory.items()),
+    ]
+    if plan.collectives:
+        lines.append("network   what a device takes part in, each step")
+        lines += [f"          {_collective(row, model.num_layers)}" for row in plan.collectives]
+    lines.append(
+        f"flops     {plan.model_flops / 1e12:.2f} T a device and step by {flops.FORMULA}; "
+        f"{plan.hardware_flops / 1e12:.2f} T with what is recomputed and without what the kernel skips"
+    )
+    lines.append(f"roofline  {ASSUMPTIONS}")
+    lines += [f"          {name:<32}{seconds * 1e3:10.1f} ms" for name, seconds in plan.seconds.items()]
+    if plan.fits:
+        per_device = config.tokens_per_step / plan.step_s / plan.devices
+        lines.append(
+            f"at best   {plan.step_s * 1e3:.1f} ms a step, {per_device:,.0f} tokens/s a device, "
+            f"MFU {100 * plan.mfu:.0f} %; {config.num_train_steps:,} steps in {plan.hours:,.1f} h = "
+            f"{plan.hours * plan.devices:,.0f} device hours"
+        )
+    return "\n".join(lines)
+
+
+def _collective(row: Any, num_layers: int) -> str:
+    from trainer.plan import axes_of
+
+    often = f"{row.executions / num_layers:g} a layer" if row.in_layers else f"{row.executions} outside of them"
+    across = ", across slices" if row.crosses_slices else ""
+    kept = f", {row.sliced / MIB:,.1f} of them to keep a part" if row.sliced else ""
+    return (
+        f"{row.kind:<19}{axes_of(row):<16}{often:<20}{row.bytes / row.executions / MIB:10,.1f} MiB each, "
+        f"{row.sent / MIB:10,.1f} sent a step{across}{kept}"
+    )
+
+
+def advice(plan: Any, smaller: Any) -> str:
+    config = plan.config
+    if smaller is not None:
+        return (
+            f"fits with --config.global_batch_size={smaller.config.global_batch_size} ({smaller.peak / GIB:.2f} GiB), "
+            f"or with the batch in more parts: --config.grad_accum_steps above {config.grad_accum_steps}"
+        )
+    return (
+        "no batch was found that fits; split the parameters over more devices (--config.mesh.fsdp, .tensor), recompute "
+        "more (--config.model.remat=full), or see what --search finds"
+    )
+
+
+def as_json(plan: Any) -> dict[str, Any]:
+    return {
+        "topology": plan.topology, "num_slices": plan.num_slices, "devices": plan.devices, "mesh": plan.mesh,
+        "fits": plan.fits, "attention": plan.kernel, "remat": plan.config.model.remat, "num_params": plan.num_params,
+        "global_batch_size": plan.config.global_batch_size, "tokens_per_step": plan.config.tokens_per_step,
+        "peak_bytes": plan.peak, "usable_bytes": plan.usable, "memory": plan.memory,
+        "collectives": [dataclasses.asdict(row) for row in plan.collectives],
+        "model_flops": plan.model_flops, "hardware_flops": plan.hardware_flops, "seconds": plan.seconds,
+        "step_s_at_best": plan.step_s, "mfu_at_best": plan.mfu, "hours_at_best": plan.hours,
+        "device_hours_at_best": plan.hours * plan.devices, "compile_s": plan.compile_s,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,22 @@
+"""Dropout, and its rate as a function of the step."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from model.config import ModelConfig
+
+
+def dropout_rate(config: ModelConfig, step: Array) -> Array | float:
+    """Rate at `step`: constant, or (start - end) / (step / scale + 1) + end."""
+    if config.dropout_end < 0:
+        return config.dropout
+    return (config.dropout - config.dropout_end) / (step / config.dropout_scale + 1) + config.dropout_end
+
+
+def dropout(x: Array, rate: Array | float, key: Array | None) -> Array:
+    """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate); no key: x as it is."""
+    if key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), 0)

@@ -1,0 +1,147 @@
+"""Attention kernels: softmax(q k^T / sqrt(d)) v over what each query may see, on the arrays of one device.
+
+Each honours causality and documents, or `refusal` says why it cannot: none is wrong in silence.
+
+Shape suffixes: b batch, t query position, s key position, h query head, k key-value head, n query head of a key-value
+head and query position, d width of a head.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from model.config import ModelConfig
+from model.dropout import dropout
+
+
+def xla(
+    q_bthd: Array, k_bskd: Array, v_bskd: Array, places: Array, starts: Array | None = None,
+    rate=0.0, key: Array | None = None,
+) -> Array:  # fmt: skip
+    """Any backend, any arguments: query t sees keys starts[t] <= s <= places[t]. Softmax in float32.
+
+    Args:
+      q_bthd: queries; h is a multiple of k, and query head i uses key-value head i // (h / k).
+      places: int32 [t], the place of each query among the keys.
+      starts: int32 [b, t], the place of the first key of each query's document; None: 0.
+      rate, key: dropout of the attention weights.
+
+    Returns:
+      [b, t, h, d] in the dtype of q.
+    """
+    b, t, h, d = q_bthd.shape
+    s, kv = k_bskd.shape[1:3]
+    # The g queries of a key-value head are rows of one matrix, so that each (b, k) is one plain matrix product.
+    rows = (h // kv) * t
+    q_bknd = (q_bthd * d**-0.5).reshape(b, t, kv, h // kv, d).transpose(0, 2, 3, 1, 4).reshape(b, kv, rows, d)
+    at_least_float32 = jnp.promote_types(q_bthd.dtype, jnp.float32)
+    scores = jnp.einsum("bknd,bskd->bkns", q_bknd, k_bskd, preferred_element_type=at_least_float32)
+    visible = jnp.arange(s) <= places[:, None]  # [t, s]
+    if starts is not None:
+        visible = (visible & (jnp.arange(s) >= starts[..., None]))[:, None]  # [b, 1, t, s]
+    visible_ns = jnp.tile(visible, (h // kv, 1))  # [.., n, s]
+    weights = jax.nn.softmax(jnp.where(visible_ns, scores, -jnp.inf), axis=-1).astype(q_bthd.dtype)
+    weights = dropout(weights, rate, key)
+    y_bknd = jnp.einsum("bkns,bskd->bknd", weights, v_bskd)
+    return y_bknd.reshape(b, kv, h // kv, t, d).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
+
+
+def cudnn(q_bthd: Array, k_bskd: Array, v_bskd: Array) -> Array:
+    """cuDNN's flash attention on a GPU (SDPA; arguments as of `xla`): causal, positions 0 to t - 1, no documents."""
+    return jax.nn.dot_product_attention(q_bthd, k_bskd, v_bskd, is_causal=True, implementation="cudnn")
+
+
+# Queries and keys of a block of the kernel: the largest that fits the vector memory of a v5e, and no more than v6e
+# gains from (measured on compiled programs only; see docs/performance.md).
+SPLASH_BLOCK = 512
+
+
+def splash_kernel(places: np.ndarray, heads: int, context: int, documents: bool, interpret: bool = False):
+    """JAX's Pallas splash attention for a TPU: causal masks whose empty blocks are skipped.
+
+    Args:
+      places: [t], the position of each query of all shards in its row. Keys are in order.
+      heads: query heads on one device.
+      context: number of shards of the queries.
+      documents: whether segment ids will be given, for which the fused backward kernel has no room.
+      interpret: run it without a TPU.
+
+    Returns:
+      (kernel, blocks): the kernel, a tree that `splash` and shard_map take, and what its specs are made from.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as sa
+
+    t = len(places)
+    mask = sa.CausalMask((t, t), shard_count=context)
+    mask.q_sequence = places.astype(np.int32)
+    block = next(b for b in range(SPLASH_BLOCK, 0, -128) if t // context % b == 0)
+    fused = not documents
+    blocks = sa.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block,
+        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
+        block_q_dq=None if fused else block, block_kv_dq=None if fused else block,
+        use_fused_bwd_kernel=fused,
+    )  # fmt: skip
+    return sa.make_splash_mha(
+        sa.MultiHeadMask([mask] * heads), block_sizes=blocks, head_shards=1, q_seq_shards=context, interpret=interpret
+    )
+
+
+def splash(
+    kernel, q_bthd: Array, k_bskd: Array, v_bskd: Array, starts_bt: Array | None, starts_bs: Array | None
+) -> Array:
+    """`kernel` on each row. Two tokens are of one document where `starts`, as in `xla`, is the same for both."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as sa
+
+    q, k, v = (x.swapaxes(1, 2) for x in (q_bthd * q_bthd.shape[-1] ** -0.5, k_bskd, v_bskd))
+    segments = None if starts_bt is None or starts_bs is None else sa.SegmentIds(starts_bt, starts_bs)
+    y_bhtd = jax.vmap(kernel, in_axes=(0, 0, 0, None if segments is None else 0))(q, k, v, segments)
+    return y_bhtd.swapaxes(1, 2)
+
+
+def refusal(kernel: str, config: ModelConfig, *, platform: str, seq_len: int, context: int, documents: bool) -> str:
+    """Why `kernel` cannot compute this model's attention, '' where it can.
+
+    Args:
+      platform: of the devices, as jax names it: cpu, cuda or gpu, tpu.
+      context: shards of a sequence of seq_len.
+      documents: whether documents are masked from each other.
+    """
+    head = config.width_of_head
+    if kernel == "xla":
+        return "dropout of attention weights needs whole rows" if config.has_dropout and context > 1 else ""
+    if config.has_dropout:
+        return "no dropout of attention weights"
+    if kernel == "splash":
+        if platform != "tpu":
+            return f"it runs on TPUs, and this is {platform}"
+        if seq_len // context % 128:
+            return f"sequences in multiples of 128 a device, not {seq_len // context}"
+        return ""
+    if platform not in ("gpu", "cuda"):
+        return f"it runs on NVIDIA GPUs, and this is {platform}"
+    if config.dtype == "float32":
+        return "no float32"
+    if head > 128 or head % 8:
+        return f"heads of a multiple of 8 up to 128, not {head}"
+    if documents:
+        return "no documents that are masked from each other"
+    return "no sequence that is split over devices" if context > 1 else ""
+
+
+def choose(config: ModelConfig, *, platform: str, **arguments) -> tuple[str, str]:
+    """The kernel for config.attention and why it is that one. Raises ValueError where the one it names refuses."""
+    if config.attention != "auto":
+        reason = refusal(config.attention, config, platform=platform, **arguments)
+        if reason:
+            raise ValueError(f"model.attention is {config.attention!r}, which refuses: {reason}; auto chooses another")
+        return config.attention, "as configured"
+    best = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "xla")
+    reasons = {kernel: refusal(kernel, config, platform=platform, **arguments) for kernel in (best, "xla")}
+    if not reasons[best]:
+        return best, f"the best on {platform}"
+    if reasons["xla"]:
+        said = "; ".join(f"{kernel}: {reason}" for kernel, reason in reasons.items())
+        raise ValueError(f"model.attention: no kernel for this: {said}; lower mesh.context to 1")
+    return "xla", f"{best} refuses: {reasons[best]}"

@@ -1,0 +1,128 @@
+"""Which mesh, remat policy and batch are fastest on a machine: many are weighed by arithmetic, the best are compiled.
+
+The arithmetic only chooses what to compile, and its order; what is returned was compiled and fits.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+import jax.numpy as jnp
+
+from trainer import flops, plan, sharding
+from trainer.config import Config, check_divisible
+from trainer.errors import ConfigError
+from trainer.state import Program
+from trainer.topology import Topology
+
+REMATS = ("none", "dots", "full")
+ROOM = 0.9  # of a device's memory that counted parts may take, the rest being for what is temporary
+
+
+def search(
+    config: Config, topology: Topology, compile_at_most: int, progress: Callable[[str], None]
+) -> list[plan.Plan]:
+    """Plans that fit, fastest for a token first. The sequences of a device at a time vary; tokens a step with them."""
+    weighed: list[tuple[float, int, Config]] = []
+    for candidate in candidates(config, topology):
+        estimate = weigh(candidate, topology)
+        if estimate is not None:
+            weighed.append((estimate, len(weighed), candidate))
+    weighed.sort(key=lambda entry: entry[:2])
+    progress(f"{len(weighed)} of the combinations may fit {topology.name}; compiling the best {compile_at_most}")
+    plans: list[plan.Plan] = []
+    for _, _, candidate in weighed[:compile_at_most]:
+        found = plan.make(candidate, topology)
+        verdict = f"{found.peak / 2**30:.1f} GiB" + ("" if found.fits else ", does not fit")
+        progress(f"  {_name(candidate)}: {verdict}, compiled in {found.compile_s:.0f} s")
+        if found.fits:
+            plans.append(found)
+    return sorted(plans, key=_seconds_a_token)
+
+
+def candidates(config: Config, topology: Topology) -> Iterator[Config]:
+    """Every mesh that the model allows, with powers of two along fsdp and tensor, times remat and sequences a
+    device."""
+    devices, context = len(topology.devices), max(config.mesh.context, 1)
+    for tensor in _powers_of_two(topology.chip.host):
+        for fsdp in _powers_of_two(devices // topology.num_slices):
+            data, rest = divmod(devices, tensor * fsdp * context)
+            if rest or not data or data % topology.num_slices:
+                continue
+            mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor)
+            for remat in REMATS:
+                model = dataclasses.replace(config.model, remat=remat)
+                for rows in _powers_of_two(64):
+                    batch = rows * data * fsdp * config.grad_accum_steps
+                    try:
+                        candidate = dataclasses.replace(config, mesh=mesh, model=model, global_batch_size=batch)
+                        check_divisible(candidate, mesh.sizes())
+                    except ValueError:
+                        continue
+                    yield candidate
+
+
+def weigh(config: Config, topology: Topology) -> float | None:
+    """Seconds a token at best by arithmetic alone; None where it cannot fit."""
+    try:
+        program = Program(config, sharding.make_mesh(config, topology.devices))
+    except ConfigError:
+        return None
+    memory = plan.memory_by_part(program, topology)
+    if sum(memory.values()) > ROOM * topology.chip.memory:
+        return None
+    mesh, chip, model = program.mesh.shape, topology.chip, config.model
+    tokens = config.tokens_per_step / program.mesh.size * mesh["tensor"]  # a group of tensor devices shares its tokens
+    itemsize = jnp.dtype(model.dtype).itemsize
+
+    def ring(axis: str) -> float:
+        return (mesh[axis] - 1) / mesh[axis]
+
+    residual = model.num_layers * tokens * model.embed_dim * itemsize
+    weights = flops.matmul_params(config) / mesh["tensor"] * itemsize
+    sent = {
+        "fsdp": 3 * weights * ring("fsdp") * config.grad_accum_steps,
+        "tensor": (4 if model.remat == "none" else 6) * 2 * residual * ring("tensor"),
+        "data": 2 * memory["gradients"] * ring("data"),
+    }
+    flash = program.placement.kernel != "xla"
+    compute = config.tokens_per_step / program.mesh.size * flops.hardware_flops_per_token(config, flash=flash)
+    seconds = [compute / chip.flops, plan.traffic(program) / chip.hbm]
+    seconds += [
+        n / (chip.slow if axis == "data" and topology.num_slices > 1 else chip.fast) for axis, n in sent.items()
+    ]
+    return max(seconds) / config.tokens_per_step
+
+
+def table(plans: list[plan.Plan]) -> str:
+    """Markdown, fastest first."""
+    lines = [
+        "| data x fsdp x context x tensor | remat | rows a device | batch | GiB | "
+        "tokens/s a device at best | MFU | limit |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for p in plans:
+        limit = max(p.seconds, key=lambda name: p.seconds[name])
+        per_device = p.config.tokens_per_step / p.step_s / p.devices
+        lines.append(
+            f"| {' x '.join(str(n) for n in p.mesh.values())} | {p.config.model.remat} | {_rows(p.config)} | "
+            f"{p.config.global_batch_size} | {p.peak / 2**30:.1f} | {per_device:,.0f} | {100 * p.mfu:.0f} % | {limit} |"
+        )
+    return "\n".join(lines)
+
+
+def _seconds_a_token(p: plan.Plan) -> tuple[float, int]:
+    return p.step_s / p.config.tokens_per_step, p.peak
+
+
+def _rows(config: Config) -> int:
+    return config.global_batch_size // config.grad_accum_steps // (config.mesh.data * config.mesh.fsdp)
+
+
+def _name(config: Config) -> str:
+    sizes = " x ".join(f"{name} {size}" for name, size in config.mesh.sizes().items() if size > 1)
+    return f"{sizes or 'one device'}, remat {config.model.remat}, {_rows(config)} sequence(s) a device"
+
+
+def _powers_of_two(most: int) -> list[int]:
+    return [2**i for i in range(int(math.log2(most)) + 1)]
