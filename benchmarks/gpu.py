@@ -55,7 +55,7 @@ def cases() -> Iterator[Case]:
         yield Case("batch", f"GPT-2 124M, {batch} x 1024", GPT2, {"global_batch_size": batch})
     for kernel in ("xla", "cudnn"):
         yield Case("kernels", f"GPT-2 124M, attention {kernel}", GPT2, {"model.attention": kernel})
-    yield Case("kernels", "GPT-2 124M, layers unrolled", GPT2, {"model.scan_layers": False})
+    yield Case("kernels", "GPT-2 124M, layers scanned", GPT2, {"model.scan_layers": True})
     for chunk in (1024, 4096, 16384, 0):
         yield Case("loss", f"GPT-2 124M, loss_chunk_tokens {chunk}", GPT2, {"loss_chunk_tokens": chunk})
     for remat in ("none", "dots", "full"):

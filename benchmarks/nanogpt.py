@@ -1,9 +1,10 @@
 """The train step beside nanoGPT's, and beside what the machine's matrix products reach at best: one run, interleaved.
 
-  python -m benchmarks.nanogpt --nanogpt=CLONE --torch_python=PYTHON_WITH_TORCH [--rounds=10]
+  python -m benchmarks.nanogpt --nanogpt=CLONE --torch_python=PYTHON_WITH_TORCH [--size=large] [--rounds=10]
 
-4 layers, 4 heads, 128 wide, T = 64, batch 12, float32. nanoGPT runs its own model and AdamW, eagerly, without its data
-loading; ours runs with its loader. FLOPs are 6 N + 12 L H Q T a token for each (N without positions).
+small: 4 layers, 4 heads, 128 wide, T = 64, batch 12; large: 6, 6, 384, T = 256, batch 8; no dropout. In float32 nanoGPT
+runs its own model and AdamW, eagerly and by torch.compile, without its data loading; ours runs with its loader. FLOPs
+are 6 N + 12 L H Q T a token for each (N without positions).
 """
 
 import dataclasses
@@ -23,19 +24,24 @@ import numpy as np  # isort: skip
 
 from data import prepare  # isort: skip
 from trainer import flops  # isort: skip
+from trainer.config import Config  # isort: skip
 
 NANOGPT = flags.DEFINE_string("nanogpt", None, "A clone of nanoGPT.", required=True)
 TORCH_PYTHON = flags.DEFINE_string("torch_python", "python3", "A Python that has torch.")
-STEPS = 20  # a round; --rounds is of benchmarks.train
+SIZE = flags.DEFINE_enum("size", "small", ["small", "large"], "Of nanoGPT's shakespeare_char recipes.")
+STEPS = {"small": 20, "large": 2}  # a round; --rounds is of benchmarks.train
 
 PEER = """
 import sys, time, torch
 sys.path.insert(0, sys.argv[1])
 from model import GPT, GPTConfig
-model = GPT(GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False))
+layers, heads, width, length, batch, compile = map(int, sys.argv[2:])
+model = GPT(GPTConfig(length, 65, layers, heads, width, dropout=0.0, bias=False))
 optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
-tokens = torch.randint(65, (12, 65))
+tokens = torch.randint(65, (batch, length + 1))
 print("parameters", model.get_num_params(), flush=True)
+if compile:
+    model = torch.compile(model)
 for steps in sys.stdin:
     start = time.perf_counter()
     for _ in range(int(steps)):
@@ -52,11 +58,13 @@ for steps in sys.stdin:
 class Peer:
     """nanoGPT in a process of its own, which waits while others are timed."""
 
-    def __init__(self) -> None:
-        argv = [TORCH_PYTHON.value, "-c", PEER, NANOGPT.value]
+    def __init__(self, config: Config, compile: bool) -> None:
+        model = config.model
+        sizes = (model.num_layers, model.num_heads, model.embed_dim, config.data.seq_len, config.global_batch_size)
+        argv = [TORCH_PYTHON.value, "-c", PEER, NANOGPT.value, *(str(int(n)) for n in (*sizes, compile))]
         self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.num_params = int(self._answer("parameters"))
-        self.run(5)
+        self.run(3)
 
     def _answer(self, word: str) -> float:
         assert self.process.stdout
@@ -94,16 +102,21 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary, "set")
         manifest = prepare.prepare(folder, source=flags.FLAGS.source, tokenizer="char", min_frequency=100)
-        config = recipe("cpu", manifest.vocab_size)
+        config, steps = recipe("cpu", manifest.vocab_size), STEPS[SIZE.value]
+        if SIZE.value == "large":
+            config = recipe("", manifest.vocab_size)
+            model = dataclasses.replace(config.model, dropout=0.0)
+            config = dataclasses.replace(config, global_batch_size=8, model=model)
         gpt = dataclasses.replace(config.model, mlp="gelu", norm="layernorm", position="learned")
         ours = Stepper(config, folder, manifest)
         ours_gpt = Stepper(dataclasses.replace(config, model=gpt), folder, manifest)
-        peer, product = Peer(), products()
-        tokens = config.tokens_per_step
+        peer, compiled, product = Peer(config, compile=False), Peer(config, compile=True), products()
+        theirs = flops.nanogpt_flops_per_token(config, peer.num_params) * config.tokens_per_step
         rows: dict[str, tuple[Callable[[int], float], int, float]] = {
-            "nanoGPT, eager": (peer.run, STEPS, flops.nanogpt_flops_per_token(config, peer.num_params) * tokens),
-            "meshlm (SwiGLU, RMSNorm, RoPE)": (ours.run, STEPS, step_flops(ours)),
-            "meshlm with GPT-2's blocks": (ours_gpt.run, STEPS, step_flops(ours_gpt)),
+            "nanoGPT, eager": (peer.run, steps, theirs),
+            "nanoGPT, torch.compile": (compiled.run, steps, theirs),
+            "meshlm (SwiGLU, RMSNorm, RoPE)": (ours.run, steps, step_flops(ours)),
+            "meshlm with GPT-2's blocks": (ours_gpt.run, steps, step_flops(ours_gpt)),
             "product of two 2048 x 2048 matrices": (product, 5, 2 * 2048**3),
         }
         times: dict[str, list[float]] = {name: [] for name in rows}
@@ -111,11 +124,12 @@ def main(argv: list[str]) -> None:
             for name, (run, steps, _) in rows.items():
                 times[name].append(run(steps))
         peer.close()
-    theirs = float(np.median(times["nanoGPT, eager"]))
+        compiled.close()
+    eager = float(np.median(times["nanoGPT, eager"]))
     print("| | median ms | best ms | to nanoGPT | GFLOP | best GFLOP/s |\n|---|---|---|---|---|---|")
     for name, (run, _, flop) in rows.items():
         median, best = float(np.median(times[name])), min(times[name])
-        ratio = "" if run is product else f"{median / theirs:.2f}"
+        ratio = "" if run is product else f"{median / eager:.2f}"
         rate = flop / best / 1e9
         print(f"| {name} | {median * 1e3:.1f} | {best * 1e3:.1f} | {ratio} | {flop / 1e9:.2f} | {rate:.0f} |")
 

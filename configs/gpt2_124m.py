@@ -4,9 +4,10 @@
 yet on such hardware, so no time or loss is claimed here. nanoGPT reports a validation loss of 2.85 on OpenWebText for
 this recipe. To compare, name its train.bin and val.bin with --config.data.path and GPT-2's ranks with
 --config.data.tokenizer_path, or prepare the text with --tokenizer=gpt2.tiktoken.
+
 Plans (make plans; compiled without the machine; the step at best is a roofline, docs/scaling.md):
-  gpt2_124m:one  on h100:1        fits:  14.8 of 59.3 GiB, at best   0.40 s a step (compute)
-  gpt2_124m      on h100:8        fits:  24.3 of 59.3 GiB, at best   0.05 s a step (compute)
+  gpt2_124m:one  on h100:1        fits:  14.8 of 72.8 GiB, at best   0.40 s a step (compute)
+  gpt2_124m      on h100:8        fits:  24.3 of 72.8 GiB, at best   0.05 s a step (compute)
 """
 
 from ml_collections import ConfigDict

@@ -3,11 +3,13 @@
 `llama_1b` is for a slice of 16 TPU v5e or v6e, parameters split over all devices (fsdp); `llama_1b:one` the same
 experiment on one H100 or H200, the batch in 64 parts. Not run by us yet on such hardware, so no time or loss is
 claimed here. Name a prepared dataset with --config.data.path.
+
 Plans (make plans; compiled without the machine; the step at best is a roofline, docs/scaling.md):
-  llama_1b:one   on h100:1        fits:  22.9 of 59.3 GiB, at best   8.98 s a step (compute)
-  llama_1b:one   on h200:1        fits:  22.9 of 105.3 GiB, at best   8.98 s a step (compute)
+  llama_1b:one   on h100:1        fits:  22.9 of 72.8 GiB, at best   8.98 s a step (compute)
+  llama_1b:one   on h200:1        fits:  22.9 of 129.2 GiB, at best   8.98 s a step (compute)
   llama_1b       on v5e:4x4       fits:   7.2 of 15.8 GiB, at best   2.82 s a step (compute)
   llama_1b       on v6e:4x4       fits:   8.0 of 31.2 GiB, at best   0.60 s a step (compute)
+  llama_1b       on v5p:2x2x2     fits:  15.1 of 95.7 GiB, at best   2.42 s a step (compute)
 """
 
 from ml_collections import ConfigDict

@@ -4,6 +4,7 @@ For 512 TPU v5p (v5p-1024), parameters split over all of them (fsdp), and for tw
 share a batch of the same size and of which each holds all parameters: only gradients cross the network between them.
 Not run by us yet on such hardware, so no time or loss is claimed here. Name a prepared dataset with
 --config.data.path.
+
 Plans (make plans; compiled without the machine; the step at best is a roofline, docs/scaling.md):
   llama_70b      on v5p:8x8x8     fits:  34.9 of 95.7 GiB, at best  20.16 s a step (compute)
   llama_70b:two  on 2 x v5p:8x8x8 fits:  19.9 of 95.7 GiB, at best  10.08 s a step (compute)

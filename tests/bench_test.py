@@ -106,7 +106,7 @@ def test_peer_takes_turns(mlp):
 def test_peer_has_as_many_parameters_in_a_layer(model, mlp_dim):
     config = standalone.complete(from_dict({"model": {"embed_dim": 2048, **model}}))
     spec = bench.peer_spec(config, devices=4)
-    assert spec["mlp_dim"] == mlp_dim and spec["rows"] == 4 and spec["vocab_size"] == bench.VOCAB_SIZE
+    assert spec["mlp_dim"] == mlp_dim and spec["rows"] == 4 and spec["vocab_size"] == standalone.VOCAB_SIZE
 
 
 def test_losses_are_looked_at_before_a_number_is_printed():
