@@ -218,7 +218,7 @@ def _widths(model: ModelConfig, tensor: int) -> float:
     return 4 * model.embed_dim + (heads + hidden) / tensor
 
 
-def largest_batch(failed: Plan, topology: Topology, attempts: int = 4) -> Plan | None:
+def largest_batch(failed: Plan, topology: Topology, attempts: int = 3) -> Plan | None:
     """The plan with the largest batch that fits, searched from what the one that does not fit asked for; None: none
     found.
 

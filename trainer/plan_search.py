@@ -22,14 +22,17 @@ ROOM = 0.9  # of a device's memory that counted parts may take, the rest being f
 def search(
     config: Config, topology: Topology, compile_at_most: int, progress: Callable[[str], None]
 ) -> list[plan.Plan]:
-    """Plans that fit, fastest for a token first. The sequences of a device at a time vary; tokens a step with them."""
-    weighed: list[tuple[float, int, Config]] = []
+    """Plans that fit, fastest first. The batch of a step stays what it is; in how many parts is tried, too."""
+    best: dict[tuple, tuple[float, int, Config]] = {}  # for each mesh and policy that with most sequences at a time
     for candidate in candidates(config, topology):
-        estimate = weigh(candidate, topology)
-        if estimate is not None:
-            weighed.append((estimate, len(weighed), candidate))
-    weighed.sort(key=lambda entry: entry[:2])
-    progress(f"{len(weighed)} of the combinations may fit {topology.name}; compiling the best {compile_at_most}")
+        seconds = weigh(candidate, topology)
+        if seconds is not None:
+            key, rows = (candidate.mesh, candidate.model.remat), _rows(candidate)
+            best[key] = min(
+                best.get(key, (seconds, -rows, candidate)), (seconds, -rows, candidate), key=lambda e: e[:2]
+            )
+    weighed = sorted(best.values(), key=lambda entry: entry[:2])
+    progress(f"{len(weighed)} meshes and policies may fit {topology.name}; compiling the best {compile_at_most}")
     plans: list[plan.Plan] = []
     for _, _, candidate in weighed[:compile_at_most]:
         found = plan.make(candidate, topology)
@@ -37,12 +40,11 @@ def search(
         progress(f"  {_name(candidate)}: {verdict}, compiled in {found.compile_s:.0f} s")
         if found.fits:
             plans.append(found)
-    return sorted(plans, key=_seconds_a_token)
+    return sorted(plans, key=lambda p: (p.step_s, p.peak))
 
 
 def candidates(config: Config, topology: Topology) -> Iterator[Config]:
-    """Every mesh that the model allows, with powers of two along fsdp and tensor, times remat and sequences a
-    device."""
+    """Every mesh that the model allows, powers of two along fsdp and tensor, times remat and parts of the batch."""
     devices, context = len(topology.devices), max(config.mesh.context, 1)
     for tensor in _powers_of_two(topology.chip.host):
         for fsdp in _powers_of_two(devices // topology.num_slices):
@@ -53,9 +55,11 @@ def candidates(config: Config, topology: Topology) -> Iterator[Config]:
             for remat in REMATS:
                 model = dataclasses.replace(config.model, remat=remat)
                 for rows in _powers_of_two(64):
-                    batch = rows * data * fsdp * config.grad_accum_steps
+                    parts, rest = divmod(config.global_batch_size, rows * data * fsdp)
+                    if rest:
+                        continue
                     try:
-                        candidate = dataclasses.replace(config, mesh=mesh, model=model, global_batch_size=batch)
+                        candidate = dataclasses.replace(config, mesh=mesh, model=model, grad_accum_steps=parts)
                         check_divisible(candidate, mesh.sizes())
                     except ValueError:
                         continue
@@ -63,7 +67,7 @@ def candidates(config: Config, topology: Topology) -> Iterator[Config]:
 
 
 def weigh(config: Config, topology: Topology) -> float | None:
-    """Seconds a token at best by arithmetic alone; None where it cannot fit."""
+    """Seconds of a step at best by arithmetic alone; None where it cannot fit."""
     try:
         program = Program(config, sharding.make_mesh(config, topology.devices))
     except ConfigError:
@@ -91,13 +95,13 @@ def weigh(config: Config, topology: Topology) -> float | None:
     seconds += [
         n / (chip.slow if axis == "data" and topology.num_slices > 1 else chip.fast) for axis, n in sent.items()
     ]
-    return max(seconds) / config.tokens_per_step
+    return max(seconds)
 
 
 def table(plans: list[plan.Plan]) -> str:
     """Markdown, fastest first."""
     lines = [
-        "| data x fsdp x context x tensor | remat | rows a device | batch | GiB | "
+        "| data x fsdp x context x tensor | remat | rows a device | grad_accum_steps | GiB | "
         "tokens/s a device at best | MFU | limit |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -106,13 +110,9 @@ def table(plans: list[plan.Plan]) -> str:
         per_device = p.config.tokens_per_step / p.step_s / p.devices
         lines.append(
             f"| {' x '.join(str(n) for n in p.mesh.values())} | {p.config.model.remat} | {_rows(p.config)} | "
-            f"{p.config.global_batch_size} | {p.peak / 2**30:.1f} | {per_device:,.0f} | {100 * p.mfu:.0f} % | {limit} |"
+            f"{p.config.grad_accum_steps} | {p.peak / 2**30:.1f} | {per_device:,.0f} | {100 * p.mfu:.0f} % | {limit} |"
         )
     return "\n".join(lines)
-
-
-def _seconds_a_token(p: plan.Plan) -> tuple[float, int]:
-    return p.step_s / p.config.tokens_per_step, p.peak
 
 
 def _rows(config: Config) -> int:
