@@ -10,10 +10,8 @@ from flax import traverse_util
 
 from model.config import REMATS
 from tests import runs, tiny_models
-from trainer import flops, sharding
+from trainer import flops, plan
 from trainer.config import Config, from_dict
-from trainer.state import Program
-from trainer.step import make_train_step
 
 ROWS = 2
 # Wide enough, and of few wide heads, that what is no product is under two per cent of the work.
@@ -46,11 +44,7 @@ def xla_flops_per_token(config: Config, *, backward: bool = True) -> float:
 
 def xla_flops_of_step(config: Config) -> float:
     """What XLA counts in the whole train step on a mesh of one device, a token."""
-    mesh = sharding.mesh_of(dict.fromkeys(sharding.MESH_AXES, 1), jax.devices()[:1])
-    jax.set_mesh(mesh)
-    program = Program(config, mesh)
-    tokens = jax.ShapeDtypeStruct((config.global_batch_size, config.data.seq_len + 1), jnp.int32)
-    compiled = make_train_step(program).lower(program.state, tokens, jax.ShapeDtypeStruct((), jnp.uint32)).compile()
+    compiled = plan.lower(config, jax.devices()[:1])[1].compile()
     return compiled.cost_analysis()["flops"] / config.tokens_per_step
 
 

@@ -8,7 +8,6 @@ are Megatron's, Shoeybi et al., 2019).
 Shape suffixes: n token of one device, c token of a chunk, v column of this device's vocabulary shard, e embed.
 """
 
-import functools
 import math
 
 import jax
@@ -41,9 +40,9 @@ def make_loss(program: Program):
         return jax.shard_map(body, mesh=program.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     scalar = sharding.spec(())
-    shard = functools.partial(_Shard, program, subscripts, axes.index("embed"))
-    value = by_shard(lambda *args: shard().value(*args), (scalar, scalar))
-    with_gradients = by_shard(lambda *args: shard().gradients(*args), ((scalar, scalar), (x_spec, table_spec)))
+    shard = _Shard(program, subscripts, axes.index("embed"))
+    value = by_shard(shard.value, (scalar, scalar))
+    with_gradients = by_shard(shard.gradients, ((scalar, scalar), (x_spec, table_spec)))
 
     loss = jax.custom_vjp(value)
 
