@@ -16,6 +16,7 @@ from typing import Any
 from absl import flags
 
 from launch import cli, standalone
+from model.config import ModelConfig
 from trainer import topology
 from trainer.errors import ConfigError
 
@@ -77,7 +78,7 @@ def page(plan: Any) -> str:
     ]
     if plan.collectives:
         lines.append("network   what a device takes part in, each step")
-        lines += [f"          {_collective(row, model.num_layers)}" for row in plan.collectives]
+        lines += [f"          {_collective(row, model)}" for row in plan.collectives]
     lines.append(
         f"flops     {plan.model_flops / 1e12:.2f} T a device and step by {flops.FORMULA}; "
         f"{plan.hardware_flops / 1e12:.2f} T with what is recomputed and without what the kernel skips"
@@ -94,10 +95,11 @@ def page(plan: Any) -> str:
     return "\n".join(lines)
 
 
-def _collective(row: Any, num_layers: int) -> str:
+def _collective(row: Any, model: ModelConfig) -> str:
     from trainer.plan import axes_of
 
-    often = f"{row.executions / num_layers:g} a layer" if row.in_layers else f"{row.executions} outside of them"
+    outside = "outside of them" if model.scan_layers else "in all"  # unrolled, layers cannot be told apart
+    often = f"{row.executions / model.num_layers:g} a layer" if row.in_layers else f"{row.executions} {outside}"
     across = ", across slices" if row.crosses_slices else ""
     kept = f", {row.sliced / MIB:,.1f} of them to keep a part" if row.sliced else ""
     return (
