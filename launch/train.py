@@ -52,8 +52,10 @@ def main() -> int:
     distributed.initialize(COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value)
     process = jax.process_index()
     from trainer import sharding
+    from trainer.placement import MeshPlacement
 
-    sharding.make_mesh(config)  # axes, devices, batch and model must divide; the answer should not wait for the rest
+    # Axes, devices, batch and model must divide, and a kernel be found; the answer should not wait for the rest.
+    MeshPlacement(config, sharding.make_mesh(config))
     distributed.check_same(config, "config")  # before anything is written: a refused gang leaves no run behind
     data = sources.open_sources(config.data, config.model.vocab_size)
     distributed.check_same(data.fingerprint(), "dataset")

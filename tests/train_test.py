@@ -192,6 +192,13 @@ def test_a_prompt_outside_the_vocabulary_is_found_at_the_start(tmp_path, data):
     assert runs.rows(tmp_path / "run") == []
 
 
+def test_a_kernel_that_this_machine_cannot_run_is_found_before_anything_is_written(tmp_path, data):
+    out = runs.train(tmp_path / "run", data, model__attention="splash", code=2)
+    (line,) = out.splitlines()
+    assert "'splash'" in line and "runs on TPUs" in line and "auto" in line
+    assert not (tmp_path / "run").exists()
+
+
 def tool(module: str, run, *flags: str, code: int = 0, devices: int = 1) -> str:
     argv = [sys.executable, "-m", f"launch.{module}", f"--workdir={run}", *flags]
     return runs.finish(runs.start(argv, devices), code)
