@@ -52,8 +52,8 @@ def cudnn(q_bthd: Array, k_bskd: Array, v_bskd: Array) -> Array:
     return jax.nn.dot_product_attention(q_bthd, k_bskd, v_bskd, is_causal=True, implementation="cudnn")
 
 
-# Queries and keys of a block of the kernel: the largest that fits the vector memory of a v5e, and no more than v6e
-# gains from (measured on compiled programs only; see docs/performance.md).
+# Most queries and keys of a block: what fits the vector memory of every TPU, with documents and without
+# (tests/plan_test.py compiles both). Whether more is faster on the larger ones only a TPU can tell.
 SPLASH_BLOCK = 512
 
 
