@@ -26,7 +26,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from data import allocator
-from launch import cli, standalone
+from launch import cli, runtime, standalone
 from trainer import flops
 from trainer.config import Config
 from trainer.errors import ConfigError, Diverged
@@ -51,7 +51,8 @@ def main() -> None:
     if PEER.value:
         check_peer()
     allocator.tune_allocator()
-    if PEER.value:  # two programs on one device: JAX would else take three quarters of its memory at once
+    runtime.use_gpu_memory()
+    if PEER.value:  # two programs on one device: JAX would else take most of its memory at once
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 

@@ -199,7 +199,8 @@ def traffic(program: Program) -> float:
 
     The optimizer reads and writes parameters and moments and reads gradients. Each pass over a layer (forward,
     backward, and forward again under remat) reads its weights, in the type of computation. Each residual stream and
-    each hidden activation is written once and read once a pass."""
+    each hidden activation is written once and read once a pass.
+    """
     config, mesh = program.config, program.mesh.shape
     model, itemsize = config.model, jnp.dtype(config.model.dtype).itemsize
     state = 2 * _bytes_of_shards((program.params, program.state.opt_state)) + _bytes_of_shards(program.params)
@@ -219,8 +220,7 @@ def _widths(model: ModelConfig, tensor: int) -> float:
 
 
 def largest_batch(failed: Plan, topology: Topology, attempts: int = 3) -> Plan | None:
-    """The plan with the largest batch that fits, searched from what the one that does not fit asked for; None: none
-    found.
+    """The plan with the largest batch that fits, searched from one that does not; None: none found.
 
     What grows with the batch grows in proportion to it, so that the first guess is near.
     """
