@@ -72,6 +72,19 @@ def _copies(files: pathlib.Path, key: str) -> set[pathlib.Path]:
     return {path for path in found if path.is_file()}
 
 
+def open_store(location: str) -> Any:
+    """A folder, gs://BUCKET/PATH or s3://BUCKET/PATH as a tensorstore.KvStore of what is below. Raises DataError."""
+    import tensorstore
+
+    if not is_remote(location):
+        spec = {"driver": "file", "path": os.path.join(os.path.abspath(location), "")}
+        return tensorstore.KvStore.open(spec).result(TIMEOUT_S)
+    scheme, _, rest = location.partition("://")
+    bucket, _, key = rest.partition("/")
+    store = _open(scheme, bucket, location)
+    return store / (key.rstrip("/") + "/") if key.strip("/") else store
+
+
 def _open(scheme: str, bucket: str, path: str) -> Any:
     import tensorstore
 

@@ -20,11 +20,11 @@ from ml_collections import ConfigDict, config_flags
 
 from data.errors import UserError
 from trainer.config import Config, from_dict
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, Stopped
 
 log = logging.getLogger("meshlm")
 
-STOPPED = 42  # stopped, and resumable by the same command
+STOPPED = Stopped.exit_code  # stopped, and resumable by the same command
 
 DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error that would end in one line.")
 

@@ -1,46 +1,127 @@
-"""Several processes: start-up, agreement, and stopping all of them at the same step."""
+"""Joining the processes of a run: found, waited for with a limit, counted; and what has to be the same on all."""
 
-import faulthandler
+import contextlib
 import hashlib
-import logging
+import importlib.metadata
 import os
-import signal
-import sys
+import pathlib
+import platform
+import socket
 import threading
-from types import FrameType
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from launch import cli
-from trainer.errors import ConfigError
+from trainer import run_directory
+from trainer.config import Config, flatten
+from trainer.errors import ConfigError, Stopped
 
-log = logging.getLogger("meshlm")
+PROGRESS_S = 10.0
+PACKAGES = ("data", "launch", "model", "trainer")
+START_S, HEARTBEAT_S = 300, 100
 
-# A process that was told to stop and is stuck elsewhere must still leave, before the machine is taken away.
-STOP_DEADLINE_S = 300
 
-
-def initialize(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
+def initialize(
+    coordinator_address: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    *,
+    timeout_s: int = START_S,
+    heartbeat_s: int = HEARTBEAT_S,
+) -> None:
     """Joins the processes, by the flags or by what the cluster says (TPU pod, Slurm, Open MPI, …); a lone one stays so.
 
+    Args:
+      timeout_s: how long to wait for the coordinator and for the others.
+      heartbeat_s: a process not heard of for so long is dead, and the others leave.
+
     Raises:
-      ConfigError: only some of the flags, or impossible values.
+      ConfigError: only some of the flags, impossible values, or another number of processes than the coordinator's.
+      Stopped: the coordinator cannot be reached.
     """
     given = (coordinator_address, num_processes, process_id)
-    if given == (None, None, None):
-        try:
-            jax.distributed.initialize()
-        except ValueError:  # no cluster around
-            return
-        return
-    if coordinator_address is None or num_processes is None or process_id is None:
+    if any(v is None for v in given) and given != (None, None, None):
         raise ConfigError("--coordinator_address, --num_processes and --process_id go together; give all three or none")
+    local_device_ids = None
+    if coordinator_address is None:
+        # JAX's own detection, taken apart so that the coordinator can be tried before JAX aborts over it.
+        from jax._src.clusters import ClusterEnv
+
+        coordinator_address, num_processes, process_id, local_device_ids = (
+            ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, timeout_s)
+        )
+        if coordinator_address is None or (num_processes or 1) == 1:  # no cluster around
+            return
+    assert num_processes is not None and process_id is not None
     if process_id >= num_processes:
         raise ConfigError(f"--process_id={process_id} must be below --num_processes={num_processes}")
-    jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    started = time.monotonic()
+    if process_id != 0:
+        wait_for(coordinator_address, timeout_s)
+    with _limit(f"all {num_processes} processes, coordinator {coordinator_address},", started, timeout_s):
+        try:
+            jax.distributed.initialize(
+                coordinator_address,
+                num_processes,
+                process_id,
+                local_device_ids,
+                initialization_timeout=2 * timeout_s,  # ours ends in a message, JAX's in SIGABRT
+                heartbeat_timeout_seconds=heartbeat_s,
+                shutdown_timeout_seconds=timeout_s,
+            )
+        except (RuntimeError, ValueError) as e:
+            reason = " ".join(str(e).split())[:200]
+            raise Stopped(f"cannot join the processes at {coordinator_address}: {reason}; start all again") from None
+        count = jax.process_count()
+    if count != num_processes:
+        raise ConfigError(f"--num_processes={num_processes} here, but the coordinator has {count}; give all the same")
+
+
+def wait_for(address: str, timeout_s: float) -> None:
+    """Waits until a TCP connection to HOST:PORT succeeds, with a line now and then. Raises ConfigError, Stopped."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"--coordinator_address={address} is not HOST:PORT")
+    start, shown = time.monotonic(), time.monotonic()
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as e:
+            reason = e.strerror or str(e)
+        waited = time.monotonic() - start
+        if waited > timeout_s:
+            raise Stopped(
+                f"no coordinator at {address} after {waited:.0f} s: {reason}; start process 0 there, open the port, or "
+                "correct --coordinator_address"
+            )
+        if time.monotonic() - shown > PROGRESS_S:
+            shown = time.monotonic()
+            cli.log.info("waiting for the coordinator at %s: %s, %.0f of %.0f s", address, reason, waited, timeout_s)
+        time.sleep(0.5)
+
+
+@contextlib.contextmanager
+def _limit(what: str, started: float, timeout_s: float) -> Iterator[None]:
+    """Says that it waits, and ends the process at the limit: JAX would abort without a word about why."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(PROGRESS_S if timeout_s > PROGRESS_S else timeout_s / 4):
+            waited = time.monotonic() - started
+            if waited > timeout_s:
+                cli.log.error("error: not %s are here after %.0f s; start the missing ones", what, waited)
+                os._exit(cli.STOPPED)
+            cli.log.info("waiting for %s: %.0f of %.0f s", what, waited, timeout_s)
+
+    threading.Thread(target=watch, name="start limit", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def shutdown() -> None:
@@ -49,54 +130,20 @@ def shutdown() -> None:
         jax.distributed.shutdown()
 
 
-def check_same(value: Any, what: str) -> None:
-    """Raises ConfigError on every process when `value` is not the same on all: they would train different things."""
-    if jax.process_count() == 1:
-        return
-    digest = np.frombuffer(hashlib.sha256(repr(value).encode()).digest()[:4], np.uint32)
-    all_digests = np.asarray(multihost_utils.process_allgather(digest)).reshape(-1)
-    others = [i for i, d in enumerate(all_digests) if d != all_digests[0]]
-    if others:
-        shutdown()
-        raise ConfigError(f"process(es) {others} have another {what} than process 0; give all the same flags and files")
+def identity(config: Config) -> dict[str, Any]:
+    """What must be the same on every process before anything is written: config, code, versions, devices."""
+    return {
+        **{f"config.{name}": value for name, value in flatten(config).items()},
+        "code": code_version(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in run_directory.LIBRARIES},
+        "devices of each process": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+    }
 
 
-class Stop:
-    """Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) ask for a save and exit code 42; a second Ctrl-C leaves with 130.
-
-    With several processes JAX's own SIGTERM handler tells the others, and all agree on the step to stop after; the
-    other signals are turned into a SIGTERM to this process.
-    """
-
-    def __init__(self) -> None:
-        self._asked = False
-        self._interrupts = 0
-        self._several = jax.process_count() > 1
-        signal.signal(signal.SIGINT, self._handle)
-        signal.signal(signal.SIGUSR1, self._handle)
-        if not self._several:
-            signal.signal(signal.SIGTERM, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            self._interrupts += 1
-            if self._interrupts > 1:
-                os._exit(130)
-        if not self._asked:
-            os.write(2, b"\nStopping after this step; saving. Ctrl-C again leaves at once.\n")
-            self._asked = True
-            deadline = threading.Timer(STOP_DEADLINE_S, _give_up)
-            deadline.daemon = True
-            deadline.start()
-        if self._several:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def requested(self, step: int) -> bool:
-        """Whether to stop after `step`; the same answer on every process. To be called after every step."""
-        return multihost_utils.reached_preemption_sync_point(step) if self._several else self._asked
-
-
-def _give_up() -> None:
-    print(f"not stopped {STOP_DEADLINE_S} s after being asked to; leaving. Where it is:", file=sys.stderr, flush=True)
-    faulthandler.dump_traceback()
-    os._exit(cli.STOPPED)
+def code_version() -> str:
+    """SHA-256 of our source files, cut to 16 digits."""
+    root, digest = pathlib.Path(__file__).parent.parent, hashlib.sha256()
+    for path in sorted(path for package in PACKAGES for path in (root / package).glob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]

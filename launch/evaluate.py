@@ -17,7 +17,7 @@ def main() -> int:
     run = inference.open_run()
     from data import sources
     from trainer import sharding
-    from trainer.loop import evaluate
+    from trainer.evaluation import evaluate
     from trainer.step import make_eval_step
 
     config = dataclasses.replace(run.config.data, tokenizer_path="")  # not needed, and perhaps not there
@@ -32,6 +32,7 @@ def main() -> int:
         raise ConfigError(f"{config.path} has nothing to validate on; prepare it with --val_fraction above 0")
     batch = sharding.named(run.program.mesh, "batch")
     result = evaluate(make_eval_step(run.program), run.params, files, run.config, batch, num_windows=0)
+    assert result is not None  # nobody interrupts it
     row = {"step": run.meta["step"], "tokens": run.tokens, **result}
     if inference.JSON.value:
         print(json.dumps(row))

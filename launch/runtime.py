@@ -30,3 +30,12 @@ def use_compilation_cache(folder: str) -> None:
 def use_gpu_memory() -> None:
     """Lets JAX have most of a GPU's memory, unless the environment says how much. Call it before JAX is loaded."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_FRACTION))
+
+
+# Where a cluster says which process this is without being asked. (A TPU pod's metadata server has to be asked.)
+RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JOB_COMPLETION_INDEX", "TPU_WORKER_ID")
+
+
+def seems_alone(*flags: object) -> bool:
+    """Whether neither the flags nor the environment speak of other processes."""
+    return all(flag is None for flag in flags) and not any(name in os.environ for name in RANKS)

@@ -9,16 +9,29 @@ Several processes: on TPU pods and under Slurm or Open MPI they find each other;
 --coordinator_address, --num_processes and --process_id.
 """
 
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
 import pathlib
 import shlex
 import sys
+import time
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from data import allocator
-from launch import cli, runtime
-from trainer import run_directory
-from trainer.errors import ConfigError, Diverged
+from launch import cli, runtime, signals
+from trainer import run_directory, watchdog
+from trainer.errors import CheckpointError, ConfigError, Diverged, Stopped
+from trainer.run_lock import RunLock
+
+if TYPE_CHECKING:
+    from data.sources import Sources
+    from trainer.config import Config
+    from trainer.processes import Processes
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; made, or resumed when it holds a run.")
@@ -27,7 +40,20 @@ ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
 )
 COORDINATOR_ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes in all.", lower_bound=1)
+STEAL_LOCK = flags.DEFINE_bool("steal_lock", False, "Take the run over from the job that holds it, at once.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+START_TIMEOUT = flags.DEFINE_integer(
+    "start_timeout_s",
+    300,
+    "Seconds to wait for the coordinator, the other processes, and their answers.",
+    lower_bound=1,
+)
+HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+    "heartbeat_timeout_s",
+    100,
+    "Seconds after which a process not heard of counts as dead; the others leave.",
+    lower_bound=1,
+)
 COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache", runtime.default_compilation_cache(), "Folder for compiled programs; empty for none."
 )
@@ -37,47 +63,49 @@ def main() -> int:
     if not WORKDIR.value:
         raise ConfigError("--workdir is missing; name a folder for the run, for example --workdir=runs/tiny")
     run = pathlib.Path(WORKDIR.value)
-    config = run_directory.resolve(cli.config_from(CONFIG.value))
-    run_directory.check_changes(run, config, ALLOW_CONFIG_CHANGE.value)
+    listening = signals.Signals()
+    gang = (COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    # One process is answered before JAX is loaded, which takes a second; of several, all hear of one's mistake.
+    config = prepare(run) if runtime.seems_alone(*gang) else None
 
-    # From here on JAX is loaded, which takes a second.
     allocator.tune_allocator()
     runtime.use_gpu_memory()
     runtime.use_compilation_cache(COMPILATION_CACHE.value)
     import jax
 
-    from data import sources
     from launch import distributed
+    from trainer.processes import STOP, Processes
 
-    distributed.initialize(COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    process = jax.process_index()
-    from trainer import sharding
-    from trainer.placement import MeshPlacement
-
-    # Axes, devices, batch and model must divide, and a kernel be found; the answer should not wait for the rest.
-    MeshPlacement(config, sharding.make_mesh(config))
-    distributed.check_same(config, "config")  # before anything is written: a refused gang leaves no run behind
-    data = sources.open_sources(config.data, config.model.vocab_size)
-    distributed.check_same(data.fingerprint(), "dataset")
-    lock = run_directory.lock(run) if process == 0 else None
-    sharding.barrier("run directory")
-    if process == 0:
-        run_directory.record(run, config, data, sys.argv)
-    else:
-        cli.quiet_console()
-    cli.log_to_file(run / f"log.{process}.txt")
-
+    watchdog.dump_on_quit(None)
+    distributed.initialize(*gang, timeout_s=START_TIMEOUT.value, heartbeat_s=HEARTBEAT_TIMEOUT.value)
+    listening.install()
+    processes = Processes(START_TIMEOUT.value)
+    config = processes.together("configuration", lambda: config or prepare(run))
+    locks, data = enter(run, config, processes)
+    dog = watchdog.Watchdog(run, config.watchdog, processes.index)
     from trainer.loop import Trainer
 
-    stop = distributed.Stop()
-    try:
-        finished = Trainer(config, run, data, stop.requested).train()
-    except Diverged:  # found by every process, at the same step
+    def leave() -> None:
+        processes.close()
+        dog.close()
         distributed.shutdown()
+        for lock in locks:
+            lock.release()
+
+    processes.listen(lambda started: give_up(config.watchdog.stop_s) if started else leave_at_once(locks))
+    listening.connect(lambda: processes.request(STOP))
+    try:
+        finished = Trainer(config, run, data, processes, dog).train()
+    except (Diverged, CheckpointError):  # found by every process, at the same step
+        leave()
         raise
-    distributed.shutdown()
-    if lock is not None:
-        lock.close()
+    except jax.errors.JaxRuntimeError as e:
+        if processes.size == 1 or "RESOURCE_EXHAUSTED" in str(e):
+            raise
+        logging.exception("meshlm: a collective failed")
+        reason = " ".join(str(e).split())[:200]
+        raise Stopped(f"a collective failed, probably as another process is gone; see the other logs: {reason}") from e
+    leave()
     command = f"python -m launch.sample --workdir={shlex.quote(str(run))}"
     if config.sample.prompt.isprintable():
         command += f" --prompt={shlex.quote(config.sample.prompt)}"
@@ -86,6 +114,72 @@ def main() -> int:
         return 0
     cli.log.info("Stopped and saved in %s; the same command goes on from here.", run)
     return cli.STOPPED
+
+
+def prepare(run: pathlib.Path) -> Config:
+    """The configuration, completed by the dataset and compared with the run's."""
+    config = run_directory.resolve(cli.config_from(CONFIG.value))
+    run_directory.check_changes(run, config, ALLOW_CONFIG_CHANGE.value)
+    return config
+
+
+def enter(run: pathlib.Path, config: Config, processes: Processes) -> tuple[list[RunLock], Sources]:
+    """Makes sure that all processes are about to train the same, and takes the run; process 0 holds its locks."""
+    from data import sources
+    from launch import distributed
+    from trainer import sharding
+    from trainer.placement import MeshPlacement
+
+    # Before anything is written: a refused gang leaves no run behind. Axes, devices, batch and model must divide, and a
+    # kernel be found; the answer should not wait for the rest.
+    processes.check_same("setting", distributed.identity(config))
+    processes.together("mesh", lambda: MeshPlacement(config, sharding.make_mesh(config)))
+    data = processes.together("data", lambda: sources.open_sources(config.data, config.model.vocab_size))
+    tokenizer = data.speaker.manifest.tokenizer_sha256
+    processes.check_same("dataset", {"tokens and order": data.fingerprint(), "tokenizer": tokenizer})
+
+    def take() -> list[RunLock]:
+        if processes.index:
+            return []
+        locks = [RunLock(run, steal=STEAL_LOCK.value, on_lost=lost)]
+        if mirror := config.checkpoint.mirror:
+            locks.append(RunLock(mirror, flag="--config.checkpoint.mirror", steal=STEAL_LOCK.value, on_lost=lost))
+        run_directory.record(run, config, data, sys.argv)
+        return locks
+
+    locks = processes.together("run directory", take)
+    # Every process must find there what process 0 has just written.
+    seen = processes.together("shared run directory", lambda: run_directory.recorded(run))
+    processes.check_same("run directory (it must be shared by all)", {"environment.json": seen})
+    if processes.index:
+        cli.quiet_console()
+    cli.log_to_file(run / f"log.{processes.index}.txt")
+    return locks, data
+
+
+def lost(message: str) -> None:
+    """The run is another job's now: nothing more may be written to it."""
+    cli.log.error("error: %s", message)
+    os._exit(ConfigError.exit_code)
+
+
+def leave_at_once(locks: list[RunLock]) -> None:
+    """Told to stop before the first step was done: there is nothing to save, and a compilation may take minutes."""
+    from launch import distributed
+
+    cli.log.info("Stopped before the first step was done; the same command goes on from here.")
+    distributed.shutdown()
+    for lock in locks:
+        lock.release()
+    os._exit(cli.STOPPED)
+
+
+def give_up(after_s: float) -> None:
+    """A process that was told to stop and is stuck must still leave, before the machine is taken away."""
+    time.sleep(after_s)
+    cli.log.error("error: not stopped %.0f s after being asked to; leaving. Where it is stands on stderr", after_s)
+    faulthandler.dump_traceback()
+    os._exit(cli.STOPPED)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 from tests.step_test import MESHES, config, mesh_of
 from trainer.checkpoint import Checkpoints, checksums, choose_step
 from trainer.config import CheckpointConfig
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, ConfigError
 from trainer.state import Program, TrainState
 
 KEEP_ALL = CheckpointConfig(keep_last=100)
@@ -141,11 +141,20 @@ def test_every_step_bad_is_an_error_not_a_fresh_start(tmp_path, program, state):
         assert error.value.exit_code == 3
 
 
-def test_another_model_does_not_restore(tmp_path, state):
+def test_another_model_does_not_restore_and_is_no_damage(tmp_path, state):
     save(tmp_path, state, 5)
     wider = Program(config(model={"mlp_dim": 64}), mesh_of("one"))
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        Checkpoints(tmp_path).restore(wider, 5)
+    with pytest.raises(ConfigError, match=r"down.kernel is float32\[2, 128, 32\] there and float32\[2, 64, 32\] here"):
+        Checkpoints(tmp_path, KEEP_ALL).restore_newest(wider)
+    assert Checkpoints(tmp_path).steps() == [5]
+
+
+def test_another_dtype_is_not_cast_without_a_word(tmp_path, state):
+    save(tmp_path, state, 5)
+    halved = Program(config(optimizer={"moments_dtype": "bfloat16", "b2": 0.95}), mesh_of("one"))
+    with pytest.raises(ConfigError, match=r"opt_state.* is float32\[.*\] there and bfloat16\[.*\] here"):
+        Checkpoints(tmp_path, KEEP_ALL).restore_newest(halved)
+    assert Checkpoints(tmp_path).steps() == [5]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of Orbax's threads

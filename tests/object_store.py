@@ -1,4 +1,7 @@
-"""Object stores on loopback, for the real clients: the parts of S3 and of GCS's JSON API that reading needs."""
+"""Object stores on loopback, for the real clients: the parts of S3 and of GCS's JSON API that we need.
+
+Reads whole and in ranges, lists, and writes and deletes under a condition.
+"""
 
 import contextlib
 import http.server
@@ -13,8 +16,11 @@ class Store(http.server.ThreadingHTTPServer):
 
     Attributes:
       objects: key to content; `put` gives it a new generation.
-      requests: 'GET KEY' of every content that was sent, with the range that was asked for.
+      requests: the key of every content that was sent, with the range that was asked for.
+      writes: 'PUT KEY', 'POST KEY' or 'DELETE KEY' of every write that was asked for, with its condition.
       denied: answer 403 to everything.
+      lose_answers: to this many writes, which are done, answer 503; the client tries them again.
+      environment: the variables that point the clients here.
     """
 
     daemon_threads = True
@@ -24,7 +30,15 @@ class Store(http.server.ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.generations: dict[str, int] = {}
         self.requests: list[str] = []
+        self.writes: list[str] = []
+        self.writing = threading.Lock()  # a condition and the write that depends on it are one step
         self.denied = False
+        self.lose_answers = 0
+
+    @property
+    def environment(self) -> dict[str, str]:
+        keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_EC2_METADATA_DISABLED": "true"}
+        return {**keys, "AWS_ENDPOINT_URL": self.url, "TENSORSTORE_GCS_HTTP_URL": self.url}
 
     @property
     def url(self) -> str:
@@ -38,6 +52,7 @@ class Store(http.server.ThreadingHTTPServer):
 class Handler(http.server.BaseHTTPRequestHandler):
     server: Store
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else every answer takes 40 ms
 
     def log_message(self, *args: object) -> None:
         pass
@@ -70,6 +85,45 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def do_POST(self) -> None:
+        """GCS: /upload/storage/v1/b/BUCKET/o?uploadType=media&name=KEY"""
+        self.write(dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(self.path).query))["name"])
+
+    def do_PUT(self) -> None:
+        """S3: /BUCKET/KEY"""
+        self.write(urllib.parse.unquote(urllib.parse.urlsplit(self.path).path.lstrip("/").partition("/")[2]))
+
+    def do_DELETE(self) -> None:
+        path = urllib.parse.urlsplit(self.path).path
+        gcs = path.startswith("/storage/v1/b/")
+        self.write(urllib.parse.unquote(path.partition("/o/")[2] if gcs else path.lstrip("/").partition("/")[2]))
+
+    def write(self, key: str) -> None:
+        """Writes or deletes under the condition GCS has in the query, S3 in the headers; '0' is 'nothing there'."""
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        query = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(self.path).query))
+        condition = query.get("ifGenerationMatch") or (self.headers.get("If-Match") or "").strip('"')
+        if self.headers.get("If-None-Match") == "*":
+            condition = "0"
+        self.server.writes.append(f"{self.command} {key} {condition}".strip())
+        if self.server.denied:
+            return self.answer(403, b"<Error><Code>AccessDenied</Code></Error>")
+        with self.server.writing:
+            there = key in self.server.objects
+            if condition and condition != (str(self.server.generations[key]) if there else "0"):
+                return self.answer(412, b"")
+            if self.command == "DELETE":
+                self.server.objects.pop(key, None)
+            else:
+                self.server.put(key, content)
+            generation = str(self.server.generations.get(key, 0))
+            if self.server.lose_answers:
+                self.server.lose_answers -= 1
+                return self.answer(503, b"")
+        if self.command == "DELETE":
+            return self.answer(204, b"")
+        self.answer(200, json.dumps({"name": key, "generation": generation}).encode(), {"ETag": f'"{generation}"'})
+
     def keys(self, query: dict[str, str]) -> list[str]:
         return sorted(key for key in self.server.objects if key.startswith(query.get("prefix", "")))
 
@@ -78,6 +132,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.answer(404, b"")
         raw, generation = self.server.objects[key], str(self.server.generations[key])
         headers = {"x-goog-generation": generation, "ETag": f'"{generation}"'}
+        if (self.headers.get("If-Match") or generation).strip('"') != generation:
+            return self.answer(412, b"", headers)
         if known == generation:
             return self.answer(304, b"", headers)
         asked = self.headers.get("Range")
@@ -97,7 +153,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
 
 

@@ -2,8 +2,6 @@
 
 import pathlib
 import signal
-import subprocess
-import time
 
 import numpy as np
 import pytest
@@ -16,26 +14,6 @@ STEPS = 30
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return runs.dataset(tmp_path_factory.mktemp("data"))
-
-
-def start_gang(run, data, size: int = 2, devices: int = 1, per_process=None, **fields) -> list[subprocess.Popen]:
-    address = f"--coordinator_address=localhost:{runs.free_port()}"
-    gang = []
-    for i in range(size):
-        flags = (address, f"--num_processes={size}", f"--process_id={i}")
-        own = {**fields, **(per_process or {}).get(i, {})}
-        gang.append(runs.start(runs.command(run, data, *flags, **own), devices))
-    return gang
-
-
-def finish_gang(gang: list[subprocess.Popen], code: int = 0) -> list[str]:
-    try:
-        return [runs.finish(process, code) for process in gang]
-    finally:
-        for process in gang:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
 
 
 @pytest.mark.parametrize(
@@ -56,7 +34,7 @@ def test_two_processes_train_the_run_of_one(tmp_path, data, devices, mesh):
     """
     fields = {"num_train_steps": STEPS, "model__dropout": 0.1, **mesh}
     runs.train(tmp_path / "one", data, devices=2 * devices, **fields)
-    first, second = finish_gang(start_gang(tmp_path / "two", data, devices=devices, **fields))
+    first, second = runs.finish_gang(runs.start_gang(tmp_path / "two", data, devices=devices, **fields))
     one, two = runs.losses(tmp_path / "one"), runs.losses(tmp_path / "two")
     if devices == 1:
         assert one == two
@@ -74,13 +52,11 @@ def test_two_processes_train_the_run_of_one(tmp_path, data, devices, mesh):
 
 def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path, data):
     run = tmp_path / "run"
-    gang = start_gang(run, data, num_train_steps=100_000, checkpoint__every_steps=0, eval__every_steps=0)
-    deadline = time.monotonic() + runs.TIMEOUT_S
-    while len(runs.rows(run)) < 5:
-        assert time.monotonic() < deadline and all(p.poll() is None for p in gang), [p.communicate() for p in gang]
-        time.sleep(0.02)
-    gang[1].send_signal(signal.SIGTERM)
-    first, _ = finish_gang(gang, code=42)
+    gang = runs.start_gang(run, data, num_train_steps=100_000, checkpoint__every_steps=0, eval__every_steps=0)
+    with runs.ending(*gang):
+        runs.wait_for_rows(run, *gang, count=5)
+        gang[1].send_signal(signal.SIGTERM)
+        first, _ = runs.finish_gang(gang, code=42)
     (step,) = [int(p.name) for p in (run / "checkpoints").iterdir()]
     assert step == runs.rows(run)[-1]["step"]
     assert "Stopped and saved" in first
@@ -89,8 +65,8 @@ def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path, data):
 def test_processes_that_differ_in_config_leave_together(tmp_path, data):
     """They would train different things and, on gloo, sum them without a word."""
     other = {1: {"optimizer__peak_lr": 0.5}}
-    out = finish_gang(start_gang(tmp_path / "run", data, num_train_steps=STEPS, per_process=other), code=2)
-    assert all("process(es) [1] have another config" in text for text in out)
+    out = runs.finish_gang(runs.start_gang(tmp_path / "run", data, num_train_steps=STEPS, per_process=other), code=2)
+    assert all("(process 1) has another setting: config.optimizer.peak_lr: 0.5 there, 0.001 on" in text for text in out)
     assert not (tmp_path / "run").exists()
 
 
@@ -107,11 +83,11 @@ def test_processes_that_see_other_files_under_one_path_leave_together(tmp_path, 
         flags = (address, "--num_processes=2", f"--process_id={i}")
         argv = runs.command(tmp_path / "run", pathlib.Path("train.bin"), *flags, model__vocab_size=300)
         gang.append(runs.start(argv, cwd=machine, PYTHONPATH=str(runs.ROOT)))
-    assert all("process(es) [1] have another dataset" in text for text in finish_gang(gang, code=2))
+    assert all("(process 1) has another dataset: tokens and order" in text for text in runs.finish_gang(gang, code=2))
     assert not (tmp_path / "run").exists()
 
 
 def test_divergence_is_found_by_all(tmp_path, data):
     flags = {"optimizer__peak_lr": 1e18, "optimizer__warmup_steps": 0, "optimizer__clip_norm": 0.0}
-    out = finish_gang(start_gang(tmp_path / "run", data, num_train_steps=STEPS, **flags), code=4)
+    out = runs.finish_gang(runs.start_gang(tmp_path / "run", data, num_train_steps=STEPS, **flags), code=4)
     assert all("is not finite" in text for text in out)

@@ -85,17 +85,3 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, config):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be read"):
         run_directory.read_config(tmp_path)
-
-
-def test_one_job_at_a_time(tmp_path):
-    first = run_directory.lock(tmp_path / "run")
-    with pytest.raises(ConfigError, match="is being trained by"):
-        run_directory.lock(tmp_path / "run")
-    first.close()
-    run_directory.lock(tmp_path / "run").close()
-
-
-def test_a_workdir_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot write to --workdir"):
-        run_directory.lock(tmp_path / "file" / "run")

@@ -1,11 +1,15 @@
 """Helpers of the whole-system tests: a small dataset, a tiny recipe, real processes with bounded time."""
 
+import contextlib
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Container, Iterator
 
 from data.prepare import prepare
 
@@ -64,16 +68,84 @@ def start(argv: list[str], devices: int = 1, cwd: pathlib.Path = ROOT, **extra: 
     )
 
 
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    """Waits, bounded; asserts the exit code and returns what was printed."""
+def finish(process: subprocess.Popen, code: int | Container[int] = 0, within_s: float = TIMEOUT_S) -> str:
+    """Waits, bounded; asserts the exit code (128 + n for signal n) and returns what was printed."""
     try:
-        out, _ = process.communicate(timeout=TIMEOUT_S)
+        out, _ = process.communicate(timeout=within_s)
     except subprocess.TimeoutExpired:
-        process.kill()
+        kill([process])
         out, _ = process.communicate()
-        raise AssertionError(f"not done within {TIMEOUT_S} s:\n{out}") from None
-    assert process.returncode == code, f"exit code {process.returncode}, expected {code}:\n{out}"
+        raise AssertionError(f"not done within {within_s} s:\n{out}") from None
+    left = exit_code(process)
+    assert left in ([code] if isinstance(code, int) else code), f"exit code {left}, expected {code}:\n{out}"
     return out
+
+
+def exit_code(process: subprocess.Popen) -> int:
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+
+def kill(processes: list[subprocess.Popen]) -> None:
+    """Those that are still there, with the children of supervisors, which have a session of their own."""
+    for process in processes:
+        if process.poll() is None:
+            children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            process.kill()
+            for child in map(int, children):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+            process.wait()
+
+
+@contextlib.contextmanager
+def ending(*processes: subprocess.Popen) -> Iterator[list[subprocess.Popen]]:
+    """None of them outlives the with statement."""
+    try:
+        yield list(processes)
+    finally:
+        kill(list(processes))
+
+
+def start_gang(
+    run: pathlib.Path,
+    data: pathlib.Path,
+    *flags: str,
+    size: int = 2,
+    devices: int = 1,
+    address: str = "",
+    before: dict[int, list[str]] | None = None,
+    per_process: dict[int, dict] | None = None,
+    environments: dict[int, dict[str, str]] | None = None,
+    **fields,
+) -> list[subprocess.Popen]:
+    """`size` processes of one run; `before` goes before the command of one, the others are fields and variables."""
+    address = address or f"localhost:{free_port()}"
+    gang = []
+    for i in range(size):
+        joining = (f"--coordinator_address={address}", f"--num_processes={size}", f"--process_id={i}")
+        own = {**fields, **(per_process or {}).get(i, {})}
+        argv = [*(before or {}).get(i, []), *command(run, data, *joining, *flags, **own)]
+        gang.append(start(argv, devices, **(environments or {}).get(i, {})))
+    return gang
+
+
+def finish_gang(gang: list[subprocess.Popen], code: int = 0) -> list[str]:
+    with ending(*gang):
+        return [finish(process, code) for process in gang]
+
+
+def wait_until(true: Callable[[], bool], *processes: subprocess.Popen) -> None:
+    """Waits, bounded, while all of the processes are alive."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not true():
+        ended = [process for process in processes if process.poll() is not None]
+        assert not ended, f"ended by itself with {exit_code(ended[0])}:\n{ended[0].communicate()[0]}"
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.005)
+
+
+def wait_for_rows(run: pathlib.Path, *processes: subprocess.Popen, count: int) -> None:
+    wait_until(lambda: len(rows(run)) >= count, *processes)
 
 
 def train(run: pathlib.Path, data: pathlib.Path, *flags: str, devices: int = 1, code: int = 0, **fields) -> str:

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -28,14 +27,6 @@ def uninterrupted(tmp_path_factory, data):
     run = tmp_path_factory.mktemp("runs") / "whole"
     out = runs.train(run, data, num_train_steps=STEPS, model__dropout=0.1)
     return run, out
-
-
-def wait_for_rows(run, process: subprocess.Popen, count: int) -> None:
-    deadline = time.monotonic() + runs.TIMEOUT_S
-    while len(runs.rows(run)) < count:
-        assert process.poll() is None, f"ended by itself:\n{process.communicate()[0]}"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_what_a_run_leaves_behind(uninterrupted, data):
@@ -69,7 +60,7 @@ def test_killed_three_times_the_losses_are_the_same_bit_for_bit(tmp_path, data, 
     rows_at_kill = []
     for count in (5, 24, 47):
         process = runs.start(argv)
-        wait_for_rows(run, process, count)
+        runs.wait_for_rows(run, process, count=count)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
@@ -84,7 +75,7 @@ def test_a_stop_at_an_evaluation_step_owes_the_evaluation(tmp_path, data, uninte
     run = tmp_path / "run"
     argv = runs.command(run, data, num_train_steps=STEPS, eval__every_steps=1)
     process = runs.start(argv)
-    wait_for_rows(run, process, 10)
+    runs.wait_for_rows(run, process, count=10)
     process.send_signal(signal.SIGTERM)
     runs.finish(process, code=42)
     stopped_at = runs.rows(run)[-1]["step"]
@@ -99,7 +90,7 @@ def test_a_signal_saves_and_leaves_with_42(tmp_path, data, uninterrupted, number
     run = tmp_path / "run"
     argv = runs.command(run, data, num_train_steps=STEPS, model__dropout=0.1, checkpoint__every_steps=0)
     process = runs.start(argv)
-    wait_for_rows(run, process, 8)
+    runs.wait_for_rows(run, process, count=8)
     process.send_signal(number)
     out = runs.finish(process, code=42)
     assert "Stopped and saved" in out
@@ -112,7 +103,7 @@ def test_a_signal_saves_and_leaves_with_42(tmp_path, data, uninterrupted, number
 def test_a_second_interrupt_leaves_at_once(tmp_path, data):
     run = tmp_path / "run"
     process = runs.start(runs.command(run, data, num_train_steps=100_000, eval__every_steps=1, eval__num_windows=0))
-    wait_for_rows(run, process, 3)
+    runs.wait_for_rows(run, process, count=3)
     # Both while a step or an evaluation is under way, faster than one can end.
     process.send_signal(signal.SIGINT)
     while "Stopping after this step" not in (process.stdout.readline() or "Stopping after this step"):
@@ -176,7 +167,7 @@ def test_damaged_data_is_found_before_the_first_step(tmp_path, data):
 def test_a_second_job_on_the_same_run_is_refused(tmp_path, data):
     run = tmp_path / "run"
     process = runs.start(runs.command(run, data, num_train_steps=100_000))
-    wait_for_rows(run, process, 3)
+    runs.wait_for_rows(run, process, count=3)
     try:
         assert "is being trained by" in runs.train(run, data, num_train_steps=100_000, code=2)
     finally:

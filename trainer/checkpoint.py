@@ -2,12 +2,20 @@
 
 Orbax (v1) writes and commits the arrays; what it does not promise is added here. A flipped byte restores without an
 error, so each leaf has a checksum. A directory with a number for a name counts as a step, so a step that lacks its
-parts is moved to RUN/quarantine, and the one before it is tried. A failed save is reported when it fails.
+parts is moved to RUN/quarantine, and the one before it is tried. Another dtype is silently cast, so they are compared.
+What save() is given has a digest: a flipped bit in the number of samples would go on with other data.
+A failed save is reported when it fails. What stays is decided here (trainer/retention.py), for Orbax's own manager
+remembers failed steps, refuses to go back, and deletes while the loop waits.
 """
 
+import contextlib
+import functools
+import hashlib
 import json
 import logging
 import pathlib
+import re
+import shutil
 import threading
 import time
 from typing import Any
@@ -18,20 +26,29 @@ import numpy as np
 from jax import Array
 from orbax.checkpoint import v1 as ocp
 
-from trainer import sharding
+from trainer import retention
 from trainer.config import CheckpointConfig
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, ConfigError
+from trainer.mirror import Mirror
+from trainer.processes import Processes
 from trainer.state import Program, TrainState
 
 log = logging.getLogger("meshlm")
 
 ITEMS = ("params", "opt_state")
-METADATA_FILE = "_CHECKPOINT_METADATA"  # Orbax's; holds what save() was given as `meta`
+METADATA_FILE = "_CHECKPOINT_METADATA"  # Orbax's; holds what save() was given as `meta`, and is written last
+DELETING = ".deleting"
+STEP = re.compile("0|[1-9][0-9]*")
+# A host that cannot write makes the others wait; for how long depends on how long saves take.
+SAVE_TIMEOUT_S, SAVE_TIMEOUT_FACTOR = 300, 3
 
 
 @jax.jit
 def _checksums(tree: Any) -> list[Array]:
-    """For each leaf the sum, modulo 2**32, of its bit pattern: any single flipped bit changes it."""
+    """For each leaf the sum, modulo 2**32, of its bit pattern: any single flipped bit changes it.
+
+    Each device sums what it holds, and the sums are added: no leaf is gathered.
+    """
 
     def one(x: Array) -> Array:
         bits = jax.lax.bitcast_convert_type(x, {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[x.dtype.itemsize])
@@ -50,46 +67,47 @@ class Checkpoints:
     Args:
       run: the run directory.
       config: what to keep. None opens them for reading only: nothing is written, moved or deleted.
+      processes: all that save; None: this one alone.
+      mirror: receives copies, and gives back what is lost here.
     """
 
-    def __init__(self, run: pathlib.Path, config: CheckpointConfig | None = None):
+    def __init__(
+        self,
+        run: pathlib.Path,
+        config: CheckpointConfig | None = None,
+        processes: Processes | None = None,
+        mirror: Mirror | None = None,
+    ):
         self.directory, self.quarantine = run / "checkpoints", run / "quarantine"
-        self.config = config
+        self.config, self.processes, self.mirror = config, processes or Processes(), mirror
         self._watcher: threading.Thread | None = None
-        self._failed = False
+        self._save_s = 0.0
+        self.failed = False
         if config is None:
             if not self.directory.is_dir():
                 raise CheckpointError(f"{run} has no checkpoints/ folder; train first, or name the run with --workdir")
             return
-        if jax.process_index() == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._quarantine_broken()
-        sharding.barrier("checkpoints ready")
-        self._open()
+        self._on_process_0("checkpoints", self._clean_up)
 
-    def _open(self) -> None:
-        assert self.config is not None
-        policies = ocp.training.preservation_policies
-        keep = [policies.LatestN(self.config.keep_last)]
-        if self.config.keep_every_steps:
-            keep.append(policies.EveryNSteps(self.config.keep_every_steps))
-        if self.config.keep_best:
-            # reverse: the policy keeps the end of the sorted list, and low is good.
-            keep.append(
-                policies.BestN(
-                    get_metric_fn=lambda metrics: metrics["val/loss"],
-                    reverse=True,
-                    n=self.config.keep_best,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
-        self._orbax = ocp.training.Checkpointer(
-            self.directory.absolute(),
-            # When to save is the loop's decision, the same on every process.
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=policies.AnyPreservationPolicy(keep),
-            cleanup_tmp_directories=True,
-        )
+    def _on_process_0(self, what: str, function: Any) -> None:
+        """Runs it there, while the others wait."""
+
+        def act() -> None:
+            if self.processes.index == 0:
+                try:
+                    function()
+                except OSError as e:
+                    raise ConfigError(f"cannot write to {self.directory}: {e.strerror}") from None
+
+        self.processes.together(what, act)
+
+    def _clean_up(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for path in self.directory.iterdir():
+            if STEP.fullmatch(path.name) and not self._is_whole(path):
+                self._move_to_quarantine(path, "it lacks parts, so it was not committed")
+            elif path.name.endswith(DELETING) or ".orbax-checkpoint-tmp" in path.name:
+                shutil.rmtree(path, ignore_errors=True)
 
     # Writing
 
@@ -100,20 +118,25 @@ class Checkpoints:
         """
         start = time.perf_counter()
         self.wait()
-        if self._failed:  # Orbax remembers a failed step; begin anew from what is on disk.
-            self._failed = False
-            self._open()
+        self.failed = False
         items = {"params": state.params, "opt_state": state.opt_state}
-        meta = meta | {"step": step, "checksums": {name: checksums(item) for name, item in items.items()}}
+        if state.guard:
+            items["guard"] = state.guard
+        arrays = {
+            name: {
+                leaf: [kind, checksum] for (leaf, kind), checksum in zip(_leaves(x).items(), checksums(x), strict=True)
+            }
+            for name, x in items.items()
+        }
+        meta = meta | {"step": step, "val_loss": val_loss, "arrays": arrays}
+        meta["digest"] = _digest(meta)
+        limit = max(SAVE_TIMEOUT_S, int(SAVE_TIMEOUT_FACTOR * self._save_s))
         try:
-            response = self._orbax.save_checkpointables_async(
-                step,
-                items,
-                force=True,
-                metrics=None if val_loss is None else {"val/loss": val_loss},
-                custom_metadata=meta,
-            )
-        except (OSError, ValueError) as e:
+            context = ocp.Context()
+            context.asynchronous.timeout_secs = limit
+            with context:
+                response = ocp.save_checkpointables_async(self._path(step), items, custom_metadata=meta)
+        except (OSError, ValueError, RuntimeError) as e:
             self._report_failure(step, e)
             return time.perf_counter() - start
         self._watcher = threading.Thread(target=self._watch, args=(step, response), name="checkpoint", daemon=True)
@@ -121,58 +144,118 @@ class Checkpoints:
         return time.perf_counter() - start
 
     def _watch(self, step: int, response: Any) -> None:
+        start = time.perf_counter()
         try:
             response.result()
         except Exception as e:
             self._report_failure(step, e)
+            return
+        self._save_s = time.perf_counter() - start
+        if self.processes.index == 0:
+            self._delete_old(step)
 
     def _report_failure(self, step: int, error: Exception) -> None:
-        self._failed = True
-        log.error("checkpoint at step %d FAILED, training goes on, the one before it is intact: %s", step, error)
+        self.failed = True
+        reason = " ".join(str(error).split())[:300]
+        log.error("checkpoint at step %d FAILED, training goes on, the one before it is intact: %s", step, reason)
+        if self.processes.index == 0:  # what it left takes room that the next one may need
+            for path in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def wait(self) -> bool:
         """Waits for the save in flight, if any; False if it failed."""
         if self._watcher is not None:
             self._watcher.join()
             self._watcher = None
-        return not self._failed
+        return not self.failed
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._watcher is not None and self._watcher.is_alive()
+
+    def _delete_old(self, saved: int) -> None:
+        """Renamed first: a step half deleted must not look like one."""
+        assert self.config is not None
+        steps = {step: self._val_loss(step) for step in self.steps()}
+        if self.mirror is not None:
+            self.mirror.offer(saved, retention.kept(steps, self.config))
+        copying = {self.mirror.copying} if self.mirror is not None else set()
+        for step in set(steps) - retention.kept(steps, self.config) - copying:
+            with contextlib.suppress(OSError):
+                doomed = self.directory / f"{step}{DELETING}"
+                (self.directory / str(step)).rename(doomed)
+                shutil.rmtree(doomed)
+
+    def _val_loss(self, step: int) -> float | None:
+        try:
+            return self.meta(step).get("val_loss")
+        except CheckpointError:
+            return None
 
     # Reading
 
+    def _path(self, step: int) -> pathlib.Path:
+        return (self.directory / str(step)).absolute()
+
     def steps(self) -> list[int]:
         """Committed steps, ascending."""
-        return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit() and self._is_whole(p))
+        return sorted(int(p.name) for p in self.directory.iterdir() if STEP.fullmatch(p.name) and self._is_whole(p))
 
     def _is_whole(self, path: pathlib.Path) -> bool:
         return all((path / part).exists() for part in (METADATA_FILE, *ITEMS))
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What save() was given, with `step` and `checksums`."""
+        """What save() was given, with `step`, `val_loss` and `arrays`: by item and leaf, [kind, checksum].
+
+        Raises CheckpointError.
+        """
         path = self.directory / str(step) / METADATA_FILE
         try:
-            return json.loads(path.read_text())["custom_metadata"]
-        except (OSError, ValueError, KeyError) as e:
+            meta = json.loads(path.read_text())["custom_metadata"]
+            if meta["step"] != step:
+                raise ValueError(f"it says step {meta['step']}")
+            if meta.pop("digest") != _digest(meta):
+                raise ValueError("it is not what was saved (digest)")
+            return meta
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise CheckpointError(f"{path} cannot be read: {e!r}") from None
 
     def restore_newest(self, program: Program) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest state that is whole and unchanged, on the program's mesh, and its meta; None for a fresh run.
 
-        A step that fails is moved to quarantine with a message, and the one before it is tried.
+        Process 0 chooses the step, all verify it. One that fails anywhere is moved to quarantine with a message, and
+        the one before it is tried.
 
         Raises:
           CheckpointError: there were checkpoints, but none can be used. Starting afresh would hide the loss.
+          ConfigError: a checkpoint is of another model.
         """
-        for step in reversed(self.steps()):
+        while (step := self.processes.choose("newest checkpoint", self._newest)) is not None:
+            result, problem = None, ""
             try:
-                return self.restore(program, step)
+                result = self.restore(program, step)
             except CheckpointError as e:
-                if jax.process_count() > 1 and not isinstance(e, _ChecksumMismatch):
-                    raise  # other processes may have read it; a checksum, being global, fails everywhere
-                log.error("%s", e)
-                if jax.process_index() == 0:
-                    self._move_to_quarantine(self.directory / str(step))
-                sharding.barrier(f"quarantined {step}")
-                self._open()
+                problem = str(e)
+            answers = self.processes.exchange(f"restored step {step}", problem)
+            problems = [answer for answer in answers if answer]
+            if not problems:
+                assert result is not None
+                return result
+            move = functools.partial(self._move_to_quarantine, self._path(step), problems[0])
+            self._on_process_0(f"quarantine of step {step}", move)
+        return None
+
+    def _newest(self) -> int | None:
+        here = self.steps()
+        if self.mirror is not None:
+            for step in self.mirror.steps():  # newest first
+                if here and step <= here[-1]:
+                    break
+                if self.mirror.fetch(step):
+                    return step
+        if here:
+            return here[-1]
         if self.quarantine.exists():
             raise CheckpointError(
                 f"no usable checkpoint in {self.directory}, and damaged ones in {self.quarantine}; restore one from a "
@@ -181,51 +264,100 @@ class Checkpoints:
         return None
 
     def restore(self, program: Program, step: int) -> tuple[TrainState, dict[str, Any]]:
-        """The whole state of one step. Raises CheckpointError."""
+        """The whole state of one step. Raises CheckpointError, ConfigError."""
         abstract = {"params": program.state.params, "opt_state": program.state.opt_state}
+        if program.state.guard:
+            abstract["guard"] = program.state.guard
         items, meta = self._load(step, abstract)
         at = jax.device_put(np.int32(step), program.replicated)
-        return TrainState(at, items["params"], items["opt_state"]), meta
+        # The statistics of a guard that was switched on since begin here.
+        guard = items.get("guard") or program.init_guard()
+        return TrainState(at, items["params"], items["opt_state"], guard), meta
 
     def restore_params(self, program: Program, step: int) -> tuple[dict, dict[str, Any]]:
-        """The parameters alone: for sampling and evaluation. Raises CheckpointError."""
+        """The parameters alone: for sampling and evaluation. Raises CheckpointError, ConfigError."""
         items, meta = self._load(step, {"params": program.state.params})
         return items["params"], meta
 
     def _load(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        path, meta = self.directory / str(step), self.meta(step)
+        """Without the guard where none was saved. An error of one process is one of all."""
+        path, items, meta, problem = self._path(step), {}, {}, ""
+        # Each process for itself: Orbax's barriers would leave the others waiting for one that cannot read.
+        alone = ocp.Context()
+        alone.multiprocessing.primary_host = self.processes.index
+        alone.multiprocessing.active_processes = {self.processes.index}
         try:
-            items = ocp.load_checkpointables(path.absolute(), abstract)
+            meta = self.meta(step)
+            abstract = {name: item for name, item in abstract.items() if name != "guard" or name in meta["arrays"]}
+            with alone:
+                _check_leaves(path, meta["arrays"], ocp.checkpointables_metadata(path).metadata, abstract)
+                items = ocp.load_checkpointables(path, abstract)
+        except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):  # not of the files
+            raise
+        except CheckpointError as e:
+            problem = str(e)
         except Exception as e:  # whatever a damaged file makes the reader raise
-            reason = " ".join(str(e).split())[:300]
-            raise CheckpointError(f"checkpoint {path} cannot be read: {type(e).__name__}: {reason}") from e
-        for name in abstract:
-            for (key, _), found, expected in zip(
-                jax.tree_util.tree_leaves_with_path(items[name]),
-                checksums(items[name]),
-                meta["checksums"][name],
-                strict=True,
-            ):
-                if found != expected:
-                    leaf = name + jax.tree_util.keystr(key)
-                    raise _ChecksumMismatch(f"checkpoint {path} is damaged: {leaf} is not what was saved (checksum)")
+            problem = f"checkpoint {path} cannot be read: {type(e).__name__}: {' '.join(str(e).split())[:300]}"
+        # The sums are made by all together, so none may begin where one has nothing to sum.
+        for of_one in self.processes.exchange(f"read step {step}", problem):
+            if of_one:
+                raise CheckpointError(of_one)
+        for name, item in items.items():
+            for leaf, now in zip(_leaves(item), checksums(item), strict=True):
+                if now != meta["arrays"][name][leaf][1]:
+                    raise CheckpointError(
+                        f"checkpoint {path} is damaged: {name}.{leaf} is not what was saved (checksum)"
+                    )
         return items, meta
 
-    def _quarantine_broken(self) -> None:
-        for path in self.directory.iterdir():
-            if path.name.isdigit() and not self._is_whole(path):
-                log.error("checkpoint %s lacks parts: it was not committed", path)
-                self._move_to_quarantine(path)
+    def discard_after(self, step: int) -> None:
+        """Moves steps above `step` out of the way, for a run that goes back behind them."""
 
-    def _move_to_quarantine(self, path: pathlib.Path) -> None:
+        def move() -> None:
+            for later in self.steps():
+                if later > step:
+                    self._move_to_quarantine(self._path(later), f"the run goes back to before step {step + 1}")
+            if self.mirror is not None:
+                self.mirror.keep_only({s for s in self.mirror.steps() if s <= step})
+
+        self._on_process_0(f"going back to step {step}", move)
+
+    def _move_to_quarantine(self, path: pathlib.Path, reason: str) -> None:
         self.quarantine.mkdir(exist_ok=True)
-        target = self.quarantine / f"{path.name}.{time.strftime('%Y%m%dT%H%M%S')}"
+        target = self.quarantine / f"{path.name}.{time.strftime('%Y%m%dT%H%M%S')}.{time.monotonic_ns() % 1000:03d}"
         path.rename(target)
-        log.error("moved %s to %s", path, target)
+        log.error("%s; moved %s to %s", reason, path, target)
 
 
-class _ChecksumMismatch(CheckpointError):
-    pass
+def _check_leaves(
+    path: pathlib.Path, saved: dict[str, dict[str, Any]], found: dict[str, Any], abstract: dict[str, Any]
+) -> None:
+    """Compares what was saved with what is wanted: Orbax would cast a dtype without a word.
+
+    Raises:
+      ConfigError: leaves of another name, shape or dtype: the checkpoint is of another model.
+      CheckpointError: what is there is not what was saved.
+    """
+    for name, wanted in abstract.items():
+        there, here = {leaf: kind for leaf, (kind, _) in saved[name].items()}, _leaves(wanted)
+        if differing := [leaf for leaf in there | here if there.get(leaf) != here.get(leaf)]:
+            leaf = differing[0]
+            raise ConfigError(
+                f"checkpoint {path} is of another model: {name}.{leaf} is {there.get(leaf, 'not there')} there and "
+                f"{here.get(leaf, 'not there')} here ({len(differing)} such); undo the change, or use another --workdir"
+            )
+        if _leaves(found[name]) != there:
+            raise CheckpointError(f"checkpoint {path} is damaged: the arrays of {name} are not those that were saved")
+
+
+def _digest(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _leaves(tree: Any) -> dict[str, str]:
+    """'layers.mlp.up' -> 'float32[2, 32, 96]'"""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(k, simple=True, separator="."): f"{v.dtype}{list(v.shape)}" for k, v in leaves}
 
 
 def choose_step(checkpoints: Checkpoints, step: int | None) -> int:

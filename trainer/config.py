@@ -102,17 +102,64 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    every_steps: int = 1000  # 0: only at the end and when stopped
-    every_minutes: float = 0.0  # also when this much time has passed since the last; 0: never
+    every_steps: int = 1000  # 0: only by time, at the end and when stopped
+    every_minutes: float = 10.0  # also when this much time has passed since the last; 0: never
+    max_share: float = 0.01  # of the time that saves by time may hold the loop up; they become rarer where it is more
     keep_last: int = 2
-    keep_every_steps: int = 0  # keep each multiple of this for good; 0: none
+    keep_every_steps: int = 0  # save at each multiple of this, and keep it for good; 0: none
     keep_best: int = 1  # keep the checkpoints of lowest val/loss
+    mirror: str = ""  # folder, gs://… or s3://… that receives a copy of each checkpoint; empty: none
 
     def __post_init__(self):
         for name in ("every_steps", "every_minutes", "keep_every_steps", "keep_best"):
             value = getattr(self, name)
             _require(value >= 0, f"checkpoint.{name} is {value}; it must not be negative")
         _require(self.keep_last >= 1, f"checkpoint.keep_last is {self.keep_last}; it must be at least 1")
+        _require(0 < self.max_share <= 1, f"checkpoint.max_share is {self.max_share}; it must be above 0, at most 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class DivergenceConfig:
+    """What happens when a step goes wrong (trainer/divergence.py). A bad state is never saved, whatever is chosen."""
+
+    not_finite: str = "stop"  # loss or gradient norm is NaN or infinite: stop (exit code 4), skip, rollback
+    spike: str = "ignore"  # one of them stands out above its running mean: ignore, stop, skip, rollback
+    spike_z: float = 8.0  # by this many standard deviations
+    window: int = 100  # steps that the running mean and variance remember; none is a spike before as many were seen
+    rollback_steps: int = 0  # go back to the newest checkpoint at least this many steps before the bad one
+    max_in_a_row: int = 10  # skips without a good step between, or rollbacks without a new checkpoint; then stop
+
+    POLICIES = ("stop", "skip", "rollback")
+
+    def __post_init__(self):
+        for name, policies in (("not_finite", self.POLICIES), ("spike", ("ignore", *self.POLICIES))):
+            value = getattr(self, name)
+            _require(value in policies, f"divergence.{name} is {value!r}; it must be one of {', '.join(policies)}")
+        _require(self.spike_z > 0, f"divergence.spike_z is {self.spike_z}; it must be above 0")
+        _require(
+            self.rollback_steps >= 0, f"divergence.rollback_steps is {self.rollback_steps}; it must not be negative"
+        )
+        for name in ("window", "max_in_a_row"):
+            value = getattr(self, name)
+            _require(value >= 1, f"divergence.{name} is {value}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchdogConfig:
+    """When a process counts as stuck: it prints where it is and leaves with 42, so that its peers notice."""
+
+    min_s: float = 120.0  # a step stalls when it takes longer than this, and than `factor` running medians
+    factor: float = 20.0
+    slow_s: float = 1800.0  # limit for what is no step: start, compilation, restoring, saving, sampling
+    stop_s: float = 300.0  # from a request to stop to leaving, saved or not
+    straggler_every_steps: int = 1000  # compare the processes' speed; 0: never
+
+    def __post_init__(self):
+        for name in ("min_s", "factor", "slow_s", "stop_s"):
+            value = getattr(self, name)
+            _require(value > 0, f"watchdog.{name} is {value}; it must be above 0")
+        value = self.straggler_every_steps
+        _require(value >= 0, f"watchdog.straggler_every_steps is {value}; it must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +213,8 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    divergence: DivergenceConfig = dataclasses.field(default_factory=DivergenceConfig)
+    watchdog: WatchdogConfig = dataclasses.field(default_factory=WatchdogConfig)
     metrics: MetricsConfig = dataclasses.field(default_factory=MetricsConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
@@ -260,10 +309,11 @@ HARMLESS = (
     "num_train_steps", "grad_accum_steps", "data.path", "data.weights", "data.prefetch", "data.source",
     "data.tokenizer", "data.format", "data.dtype", "data.val_path", "data.tokenizer_path", "model.remat",
     "model.scan_layers", "model.attention", "loss_chunk_tokens", "mesh", "checkpoint", "metrics", "eval", "sample",
+    "watchdog",
 )  # fmt: skip
 NEEDS_FLAG = (
-    "optimizer", "global_batch_size", "z_loss", "model.dropout", "model.dropout_end", "model.dropout_scale",
-    "model.dtype",
+    "optimizer", "divergence", "global_batch_size", "z_loss", "model.dropout", "model.dropout_end",
+    "model.dropout_scale", "model.dtype",
 )  # fmt: skip
 
 STRUCTURE = ("optimizer.moments_dtype",)  # of what is saved, although the rest of its section may change

@@ -16,6 +16,12 @@ class CheckpointError(UserError):
 
 
 class Diverged(UserError):
-    """Loss or gradient is not finite."""
+    """Loss or gradient is not finite, or out of all proportion, and the policy is to stop."""
 
     exit_code = 4
+
+
+class Stopped(UserError):
+    """The run cannot go on here and now, but the same command can: a peer is missing, a step stalls."""
+
+    exit_code = 42

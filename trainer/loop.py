@@ -3,30 +3,44 @@
 Counting: `step` is the number of finished steps everywhere: in rows, in checkpoint names, in the config's every_steps.
 """
 
+import hashlib
 import json
 import logging
-import math
 import pathlib
 import time
-from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
-from jax.experimental import multihost_utils
 
-from data import formats, loader, mixture, sources
+from data import loader, mixture, sources
 from data.errors import DataError
 from model.generate import Generator
+from trainer import divergence, sharding, startup, stragglers
 from trainer import metrics as reporting
-from trainer import sharding, startup
 from trainer.checkpoint import Checkpoints
 from trainer.config import Config, to_json
-from trainer.errors import ConfigError, Diverged
+from trainer.errors import CheckpointError, ConfigError, Diverged
+from trainer.evaluation import evaluate
+from trainer.mirror import Mirror
+from trainer.processes import SAVE, STOP, Processes
+from trainer.retention import SaveClock
 from trainer.state import Program, TrainState
 from trainer.step import make_eval_step, make_train_step
+from trainer.watchdog import Watchdog
 
 log = logging.getLogger("meshlm")
+FINAL_RETRIES_S = (1, 5, 15)  # pauses before the last save of a run is tried again
+MIRROR_LIMIT_S = 600
+
+
+class Bad(NamedTuple):
+    """A step to go back behind."""
+
+    step: int
+    samples: int  # consumed with it
+    reason: str
 
 
 class Trainer:
@@ -36,11 +50,14 @@ class Trainer:
       config: resolved (see run_directory.resolve).
       run: the run directory, written by process 0 and by the checkpoints.
       data: what config.data names, opened.
-      should_stop: asked after each step with its number; must answer the same on every process.
+      processes: all that train; tells when to stop.
+      watchdog: is told of every step.
     """
 
-    def __init__(self, config: Config, run: pathlib.Path, data: sources.Sources, should_stop: Callable[[int], bool]):
-        self.config, self.run, self.data, self.should_stop = config, run, data, should_stop
+    def __init__(
+        self, config: Config, run: pathlib.Path, data: sources.Sources, processes: Processes, watchdog: Watchdog
+    ):
+        self.config, self.run, self.data, self.processes, self.watchdog = config, run, data, processes, watchdog
         self.mesh = sharding.make_mesh(config)
         jax.set_mesh(self.mesh)
         self.val_files = self.data.files("val")
@@ -61,7 +78,6 @@ class Trainer:
         except DataError as e:
             raise ConfigError(f"config.sample.prompt: {e}") from None
         self.program = Program(config, self.mesh)
-        self.train_step = make_train_step(self.program)
         self.eval_step = make_eval_step(self.program)
         self.generator = Generator(
             config.model,
@@ -71,35 +87,74 @@ class Trainer:
             top_p=config.sample.top_p,
             out_sharding=self.program.replicated,
         )
-        self.checkpoints = Checkpoints(run, config.checkpoint)
+        self.mirror = self._open_mirror()
+        self.checkpoints = Checkpoints(run, config.checkpoint, processes, self.mirror)
         self.progress = reporting.Progress(config.num_train_steps)
-        self.last_saved_at = time.monotonic()
+        self.clock = SaveClock(config.checkpoint, time.monotonic())
+        self.saving = self.asked_to_save = False
+        self.events: set[str] = set()
+        self.returns: dict[int, int] = {}  # how often the run went back to a step
+
+    def _open_mirror(self) -> Mirror | None:
+        def open_it() -> Mirror | None:
+            if self.processes.index or not self.config.checkpoint.mirror:
+                return None
+            return Mirror(self.config.checkpoint.mirror, self.run / "checkpoints", self.config)
+
+        return self.processes.together("mirror", open_it)
 
     def train(self) -> bool:
         """Runs to the last step and returns True, or saves and returns False when asked to stop."""
         config = self.config
-        state, samples, owed = self._restore_or_init()
-        step = first = int(state.step)
+        with self.watchdog.phase("restoring"):
+            state, samples, owed = self._restore_or_init()
+        first = int(state.step)
         startup.page(config, self.program, self.windows, self.data)
         self.writers = reporting.Writers(self.run, first, config.metrics.tensorboard)
-        if first >= config.num_train_steps:
-            log.info("This run already has its %d steps; more with --config.num_train_steps=N.", config.num_train_steps)
-            self._sample(first, state.params)
-            return True
-        if first:
-            log.info("Resuming after step %d.", first)
-        if owed:
-            self._look(first, samples, state.params)
+        try:
+            if first >= config.num_train_steps and not owed:
+                steps = config.num_train_steps
+                log.info("This run already has its %d steps; more with --config.num_train_steps=N.", steps)
+                self._sample(first, state.params)
+                return True
+            if first:
+                log.info("Resuming after step %d.", first)
+            self.meter = reporting.Meter(config)
+            with self.watchdog.phase("compiling"):
+                self.train_step = self._compile()
+            if owed and self._look(first, samples, state.params)[1]:
+                return False
+            while (bad := self._steps(state, samples)) is not None:
+                del state  # its memory is needed for the one that is restored
+                with self.meter.paused():
+                    state, samples = self._go_back(bad)
+            return not self._stopping
+        finally:
+            self.progress.clear()
+            self.checkpoints.wait()
+            self.writers.close()
 
-        self.meter = reporting.Meter(config)
-        batches = self.loader.prefetched(samples, config.data.prefetch)
+    def _compile(self) -> Any:
+        """The compiled train step; ConfigError on all processes where they are about to run different programs."""
+        rows = (self.config.global_batch_size, self.config.data.seq_len + 1)
+        batch = jax.ShapeDtypeStruct(rows, self.windows.dtype, sharding=self.batch_sharding)
+        seed = jax.ShapeDtypeStruct((), np.uint32, sharding=self.program.replicated)
+        lowered = make_train_step(self.program).lower(self.program.state, batch, seed)
+        if self.processes.size > 1:
+            text = hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]
+            self.processes.check_same("step", {"lowered train step": text})
+        return lowered.compile()
+
+    def _steps(self, state: TrainState, samples: int) -> Bad | None:
+        """Steps on from `state`; returns the bad one to go back behind, or None at the end and when asked to stop."""
+        config, step = self.config, int(state.step)
         # On the CPU, collectives of several devices in one of several processes hang unless each step is awaited.
         block = jax.default_backend() == "cpu" and jax.process_count() > 1 and jax.local_device_count() > 1
         seed = np.uint32(config.seed)
         pending: tuple[int, int, dict[str, Array]] | None = None
-        stopped = False
+        batches = self.loader.prefetched(samples, config.data.prefetch)
         try:
-            while step < config.num_train_steps and not stopped:
+            while step < config.num_train_steps and not self._stopping:
                 with self.meter.waiting_for_data():
                     batch = next(batches)
                 state, metrics = self.train_step(state, batch, seed)
@@ -107,28 +162,65 @@ class Trainer:
                     jax.block_until_ready(state)
                 step, samples = step + 1, samples + config.global_batch_size
                 # Read one step late, after the next is under way: the device never waits for Python.
-                if pending is not None:
-                    self._report(*pending)
+                if pending is not None and (bad := self._report(*pending)):
+                    return bad
                 pending = (step, samples, metrics)
-                last = step == config.num_train_steps
-                stopped = self.should_stop(step) and not last
-                save = last or stopped or _every(config.checkpoint.every_steps, step) or self._save_is_timely(step)
+                self.watchdog.step(step)
+                self._take_events()
+                save = self._save_is_due(step)
                 if save or self._evaluation_is_due(step) or self._sample_is_due(step):
-                    self._report(*pending)  # a state that is not finite is found here, before it is saved
+                    # A state that is not finite is found here, before it is saved.
+                    if bad := self._report(*pending):
+                        return bad
                     pending = None
                     with self.meter.paused():
-                        # Told to stop, there may be seconds left: save now, and look after the restart.
-                        val_loss = None if stopped else self._look(step, samples, state.params)
-                        if save:
-                            self._save(step, samples, state, val_loss, owed=stopped)
-            if not self.checkpoints.wait():
-                log.error("The last checkpoint could not be written; the run goes on from the one before it.")
+                        self._pause(step, samples, state, save)
+                if _every(config.watchdog.straggler_every_steps, step):
+                    with self.meter.paused():
+                        self._compare_speeds(step, samples)
+            return None
         finally:
-            self.progress.clear()
             batches.close()
-            self.checkpoints.wait()
-            self.writers.close()
-        return not stopped
+
+    @property
+    def _stopping(self) -> bool:
+        return STOP in self.events
+
+    def _take_events(self) -> None:
+        """What all processes take up at this step; and process 0, whose clock alone counts, asks for saves by time."""
+        self.events |= self.processes.tick()
+        now = time.monotonic()
+        if self.saving and not self.checkpoints.busy:
+            self.saving = False
+            self.clock.ended(not self.checkpoints.failed, now)
+        if self.processes.index == 0 and not self.asked_to_save and self.clock.due(now):
+            self.asked_to_save = True
+            self.processes.request(SAVE)
+
+    def _interrupted(self) -> bool:
+        """Asked between the batches of an evaluation."""
+        self.watchdog.tick()
+        self.events |= self.processes.tick()
+        return self._stopping
+
+    def _pause(self, step: int, samples: int, state: TrainState, save: bool) -> None:
+        """Evaluates, samples and saves where that is due after `step`."""
+        val_loss, owed = None, self._stopping
+        if not owed:  # told to stop, there may be seconds left: save now, and look after the restart
+            val_loss, owed = self._look(step, samples, state.params)
+        if save or owed:
+            self._save(step, samples, state, val_loss, owed)
+
+    def _look(self, step: int, samples: int, params: dict) -> tuple[float | None, bool]:
+        """Evaluates and samples where that is due after `step`; val/loss if evaluated, and whether it was cut short."""
+        val_loss = None
+        if self._evaluation_is_due(step):
+            with self.watchdog.phase("evaluating"):
+                val_loss = self._evaluate(step, samples, params)
+        if self._sample_is_due(step) and not self._stopping:
+            with self.watchdog.phase("sampling"):
+                self._sample(step, params)
+        return val_loss, self._stopping
 
     def _evaluation_is_due(self, step: int) -> bool:
         return step == self.config.num_train_steps or _every(self.config.eval.every_steps, step)
@@ -136,12 +228,12 @@ class Trainer:
     def _sample_is_due(self, step: int) -> bool:
         return step == self.config.num_train_steps or _every(self.config.sample.every_steps, step)
 
-    def _look(self, step: int, samples: int, params: dict) -> float | None:
-        """Evaluates and samples where that is due after `step`; returns val/loss if evaluated."""
-        val_loss = self._evaluate(step, samples, params) if self._evaluation_is_due(step) else None
-        if self._sample_is_due(step):
-            self._sample(step, params)
-        return val_loss
+    def _save_is_due(self, step: int) -> bool:
+        config = self.config.checkpoint
+        by_step = _every(config.every_steps, step) or _every(config.keep_every_steps, step)
+        return by_step or bool(self.events & {SAVE, STOP}) or step == self.config.num_train_steps
+
+    # From a checkpoint
 
     def _restore_or_init(self) -> tuple[TrainState, int, bool]:
         """State, samples consumed, and whether the evaluation and sample of that step are still owed."""
@@ -149,6 +241,9 @@ class Trainer:
         if restored is None:
             return self.program.init(), 0, False
         state, meta = restored
+        owed = meta["owed"] and not self.processes.choose(
+            "evaluated", lambda: reporting.was_evaluated(self.run, meta["step"])
+        )
         if meta["data_fingerprint"] != self.data.fingerprint():
             raise ConfigError(
                 f"{self.run} was trained on another dataset (fingerprint {meta['data_fingerprint']}) than the one at "
@@ -157,17 +252,52 @@ class Trainer:
         weights = meta["config"]["data"].get("weights", "")
         old = mixture.parse_stages(weights, len(self.data.datasets))
         mixture.check_change(old, self.data.stages, meta["samples"])
-        return state, meta["samples"], meta["owed"]
+        return state, meta["samples"], owed
 
-    def _save_is_timely(self, step: int) -> bool:
-        """Whether checkpoint.every_minutes have passed; process 0's clock decides for all, at metric steps."""
-        minutes = self.config.checkpoint.every_minutes
-        if not minutes or not _every(self.config.metrics.every_steps, step):
-            return False
-        due = time.monotonic() - self.last_saved_at >= 60 * minutes
-        return bool(multihost_utils.broadcast_one_to_all(np.int32(due))) if jax.process_count() > 1 else due
+    def _go_back(self, bad: Bad) -> tuple[TrainState, int]:
+        """The state of a checkpoint before `bad`, to go on from with the batches after it."""
+        self.progress.clear()
+        self.checkpoints.wait()
+        with self.watchdog.phase("restoring"):
+            self.checkpoints.discard_after(bad.step - max(self.config.divergence.rollback_steps, 1))
+            state, samples, _ = self._restore_or_init()
+        step = int(state.step)
+        self.returns[step] = self.returns.get(step, 0) + 1
+        if self.returns[step] > self.config.divergence.max_in_a_row:
+            raise self._diverged(bad, f"the run went back to step {step} {self.returns[step] - 1} times")
+        skipped = bad.samples - samples
+        log.warning("%s; back to step %d, leaving out %d samples", bad.reason, step, skipped)
+        self.writers.close()
+        self.writers = reporting.Writers(self.run, step, self.config.metrics.tensorboard)
+        # Of the step after, so that a resume from the same checkpoint, which will go back again, cuts it off.
+        row = {"event/rollback_from": float(bad.step), "event/skipped_samples": float(skipped)}
+        self.writers.metrics(step + 1, bad.samples * self.config.data.seq_len, row)
+        return state, bad.samples
+
+    # To a checkpoint
 
     def _save(self, step: int, samples: int, state: TrainState, val_loss: float | None, owed: bool) -> None:
+        last = step == self.config.num_train_steps or self._stopping
+        with self.watchdog.phase("saving"):
+            self._start_save(step, samples, state, val_loss, owed)
+            if not last:
+                return
+            for pause_s in (*FINAL_RETRIES_S[: 1 if self._stopping else None], None):
+                if all(map(json.loads, self.processes.exchange("saved", json.dumps(self.checkpoints.wait())))):
+                    break
+                if pause_s is not None:
+                    time.sleep(pause_s)
+                    self._start_save(step, samples, state, val_loss, owed)
+            else:
+                steps = self.checkpoints.steps()
+                raise CheckpointError(
+                    f"the checkpoint at step {step} could not be written; make room in {self.run}, and the same "
+                    f"command goes on from {f'step {steps[-1]}' if steps else 'the beginning'}"
+                )
+            if self.mirror is not None:
+                self.mirror.close(MIRROR_LIMIT_S)
+
+    def _start_save(self, step: int, samples: int, state: TrainState, val_loss: float | None, owed: bool) -> None:
         meta = {
             "samples": samples,
             "owed": owed,
@@ -175,34 +305,68 @@ class Trainer:
             "config": json.loads(to_json(self.config)),
             "jax": jax.__version__,
         }
-        self.meter.checkpoint_stall_s += self.checkpoints.save(step, state, meta, val_loss)
-        self.last_saved_at = time.monotonic()
+        stall_s = self.checkpoints.save(step, state, meta, val_loss)
+        self.meter.checkpoint_stall_s += stall_s
+        self.clock.started(time.monotonic(), stall_s)
+        self.events.discard(SAVE)
+        self.saving, self.asked_to_save = True, False
 
-    def _report(self, step: int, samples: int, metrics: dict[str, Array]) -> None:
-        """Waits for the metrics of a step; writes a row when one is due. Raises Diverged."""
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    # Reports
+
+    def _report(self, step: int, samples: int, metrics: dict[str, Array]) -> Bad | None:
+        """Waits for the metrics of a step; writes a row when one is due. Raises Diverged, or returns what is bad."""
+        with self.meter.waiting_for_device():
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.meter.step_finished()
-        if not all(map(math.isfinite, values.values())):
-            self.checkpoints.wait()
-            steps = self.checkpoints.steps()
-            good = f"the last good checkpoint is step {steps[-1]}" if steps else "and there is no checkpoint yet"
-            loss, grad, param = (values[f"train/{name}"] for name in ("loss", "grad_norm", "param_norm"))
-            raise Diverged(
-                f"step {step} is not finite: loss {loss:.4g}, gradient norm {grad:.4g}, parameter norm {param:.4g}; "
-                f"it was not saved, {good}; lower config.optimizer.peak_lr or lengthen the warm-up"
-            )
-        if not _every(self.config.metrics.every_steps, step) and step != self.config.num_train_steps:
-            return
+        found = divergence.verdict(self.config.divergence, values)
+        if found is not None:
+            action, reason = found
+            bad = Bad(step, samples, f"step {step} {reason}")
+            if action == "stop":
+                raise self._diverged(bad)
+            if action == "rollback":
+                return bad
+            log.warning("%s; its update was left out", bad.reason)
+        due = _every(self.config.metrics.every_steps, step) or step == self.config.num_train_steps
+        if not due and found is None:
+            return None
         values |= self.windows.epochs(samples)
         perf = self.meter.read()
         self.writers.metrics(step, samples * self.config.data.seq_len, values | perf)
         self.progress.step(step, values["train/loss"], perf["perf/tokens_per_s"], perf["perf/step_time_s"])
+        return None
+
+    def _diverged(self, bad: Bad, more: str = "") -> Diverged:
+        self.checkpoints.wait()
+        steps = self.checkpoints.steps()
+        good = f"the last good checkpoint is step {steps[-1]}" if steps else "and there is no checkpoint yet"
+        return Diverged(
+            f"{bad.reason}; {more + '; ' if more else ''}it was not saved, {good}; lower config.optimizer.peak_lr or "
+            "lengthen the warm-up, or let config.divergence skip such batches"
+        )
+
+    def _compare_speeds(self, step: int, samples: int) -> None:
+        """Which host is slow, if there are several."""
+        if self.processes.size == 1:
+            return
+        with self.watchdog.phase("comparing speeds"):
+            mine = self.meter.own_time() | {"probe_ms": stragglers.measure_probe()}
+            everyone = map(json.loads, self.processes.exchange("speeds", json.dumps(mine)))
+        values = {i: (host, own) for i, (host, own) in enumerate(zip(self.processes.hosts, everyone, strict=True))}
+        ratios, lines = stragglers.report(values)
+        for line in lines:
+            log.warning("%s", line)
+        self.writers.metrics(step, samples * self.config.data.seq_len, ratios)
 
     def _evaluate(self, step: int, samples: int, params: dict) -> float | None:
         if not self.val_files:
             return None
         limit = self.config.eval.num_windows
-        result = evaluate(self.eval_step, params, self.val_files, self.config, self.batch_sharding, limit)
+        result = evaluate(
+            self.eval_step, params, self.val_files, self.config, self.batch_sharding, limit, self._interrupted
+        )
+        if result is None:
+            return None
         self.writers.metrics(step, samples * self.config.data.seq_len, result)
         self.progress.clear()
         shown = "  ".join(f"{name} {result[name]:.4f}" for name in ("val/loss", "val/bits_per_byte") if name in result)
@@ -220,41 +384,6 @@ class Trainer:
         self.writers.sample({"step": step, "prompt": config.prompt, "text": text})
         self.progress.clear()
         log.info("--- a sample after step %d ---\n%s%s\n---", step, config.prompt, text)
-
-
-def evaluate(
-    eval_step: Callable[[dict, Array, Array], Array],
-    params: dict,
-    sources: dict[str, formats.TokenFiles],
-    config: Config,
-    batch_sharding: jax.sharding.Sharding,
-    num_windows: int,
-) -> dict[str, float]:
-    """val/loss (nats a token), val/perplexity and, where the text's bytes are known, val/bits_per_byte.
-
-    Over `num_windows` fixed windows of each source; 0: its whole split. Of several sources the mean over all their
-    targets, and val/loss/NAME of each.
-    """
-    totals, counts = dict.fromkeys(sources, 0.0), dict.fromkeys(sources, 0.0)
-    for name, files in sources.items():
-        batches = loader.evaluation_batches(
-            files,
-            seq_len=config.data.seq_len,
-            batch_size=config.global_batch_size,
-            sharding=batch_sharding,
-            limit=num_windows,
-        )
-        for tokens, lengths in batches:
-            totals[name] += float(eval_step(params, tokens, lengths))
-            counts[name] += float(lengths.sum())
-    loss = sum(totals.values()) / sum(counts.values())
-    result = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700))}
-    if all(files.text_bytes for files in sources.values()):
-        tokens, text_bytes = (sum(getattr(f, what) for f in sources.values()) for what in ("tokens", "text_bytes"))
-        result["val/bits_per_byte"] = loss / math.log(2) * tokens / text_bytes
-    if len(sources) > 1:
-        result |= {f"val/loss/{name}": totals[name] / counts[name] for name in sources}
-    return result
 
 
 def _every(n: int, step: int) -> bool:

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import logging
+import math
 import os
 import pathlib
 import resource
@@ -11,8 +13,12 @@ from typing import Any
 
 import jax
 
-from trainer import console, flops
+from trainer import console, flops, lives
 from trainer.config import Config
+from trainer.errors import ConfigError
+
+log = logging.getLogger("meshlm")
+FLUSH_S = 60  # of TensorBoard's file
 
 
 def peak_memory_gib() -> float:
@@ -24,64 +30,144 @@ def peak_memory_gib() -> float:
 
 
 def cut_rows_after(path: pathlib.Path, step: int) -> int:
-    """Drops the rows of a .jsonl file past `step`, and a torn last line; returns how many rows went.
+    """Drops the rows of a .jsonl file past `step`, and lines that are no rows; returns how many lines went.
 
     With it a file that a kill left ahead of its checkpoint reads, in the end, as one uninterrupted run.
     """
     if not path.exists():
         return 0
-    kept, dropped = [], 0
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            keep = line.endswith("\n") and json.loads(line)["step"] <= step
-        except ValueError:
-            keep = False
-        if keep:
-            kept.append(line)
-        else:
-            dropped += 1
-    if dropped:
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
+    if len(kept) < len(lines):
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
+        partial.write_bytes(b"".join(kept))
         os.replace(partial, path)
-    return dropped
+    return len(lines) - len(kept)
+
+
+def _step_of(line: bytes) -> float:
+    """Infinite where the line is no row."""
+    try:
+        step = json.loads(line)["step"]
+        return step if type(step) is int else math.inf
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return math.inf
+
+
+def was_evaluated(run: pathlib.Path, step: int) -> bool:
+    """Whether metrics.jsonl has the losses on held-out text after `step`."""
+    return any(row.get("step") == step and "val/loss" in row for row in lives.read_rows(run / "metrics.jsonl"))
 
 
 class Writers:
-    """metrics.jsonl, samples.jsonl and TensorBoard of one run; a process other than 0 writes nothing."""
+    """metrics.jsonl, samples.jsonl and TensorBoard of one run; a process other than 0 writes nothing.
+
+    A disk that is full or gone does not stop the run.
+
+    Raises:
+      ConfigError: nothing can be written from the start.
+    """
 
     def __init__(self, run: pathlib.Path, step: int, tensorboard: bool):
         self._metrics = self._samples = self._board = None
         if jax.process_index() != 0:
             return
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            cut_rows_after(run / name, step)
-        self._metrics = (run / "metrics.jsonl").open("a", encoding="utf-8")
-        self._samples = (run / "samples.jsonl").open("a", encoding="utf-8")
+        try:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                cut_rows_after(run / name, step)
+            self._metrics, self._samples = Rows(run / "metrics.jsonl"), Rows(run / "samples.jsonl")
+        except OSError as e:
+            raise ConfigError(f"cannot write to --workdir={run}: {e.strerror}; make room, or name another") from None
         if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+            self._board = Board(run / "tensorboard", step + 1)
 
     def metrics(self, step: int, tokens: int, values: dict[str, float]) -> None:
         """One row. repr of a Python float is the shortest text that reads back exactly."""
         if self._metrics is None:
             return
-        self._metrics.write(json.dumps({"step": step, "tokens": tokens, **values}) + "\n")
-        self._metrics.flush()
+        self._metrics.add(json.dumps({"step": step, "tokens": tokens, **values}))
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            self._board.add(step, values)
 
     def sample(self, row: dict[str, Any]) -> None:
         if self._samples is not None:
-            self._samples.write(json.dumps(row, ensure_ascii=False) + "\n")
-            self._samples.flush()
+            self._samples.add(json.dumps(row, ensure_ascii=False))
 
     def close(self) -> None:
         for writer in (self._metrics, self._samples, self._board):
             if writer is not None:
                 writer.close()
+
+
+class Rows:
+    """A .jsonl file. Rows that cannot be written are kept, and written with a later one."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path, self._waiting, self._failing = path, b"", False
+        self._file = path.open("ab", buffering=0)
+
+    def add(self, row: str) -> None:
+        self._waiting += row.encode(errors="replace") + b"\n"
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as e:
+            if not self._failing:
+                log.error("%s CANNOT BE WRITTEN, training goes on, its rows are kept: %s", self._path, e.strerror)
+            self._failing = True
+            return
+        if self._failing:
+            log.info("%s is written again", self._path)
+        self._failing = False
+
+    def close(self) -> None:
+        if self._waiting:
+            self.add("")  # a last try; an empty line is no row
+        if self._waiting:
+            log.error("the last rows of %s are LOST, %d bytes", self._path, len(self._waiting))
+        self._file.close()
+
+
+class Board:
+    """TensorBoard's file, written by this thread: a SummaryWriter's own dies of a full disk, and the run waits for it.
+
+    Rows that cannot be written are left out; later ones go to another file.
+    """
+
+    def __init__(self, folder: pathlib.Path, first_step: int):
+        self._folder, self._first_step, self._failing = folder, first_step, False
+        self._file: Any = None
+        self._flush_at = 0.0
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        try:
+            if self._file is None:
+                self._folder.mkdir(exist_ok=True)
+                self._file = event_file_writer.EventsWriter(str(self._folder / "events"), f".{step}")
+                # What an earlier start wrote of these steps is not shown.
+                start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+                first = step if self._failing else self._first_step
+                self._file.write_event(event_pb2.Event(wall_time=time.time(), step=first, session_log=start))
+            for name, value in values.items():
+                of_name = summary.scalar(name, value)
+                self._file.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=of_name))
+            if time.monotonic() >= self._flush_at:  # it syncs to the disk, too
+                self._file.flush()
+                self._failing, self._flush_at = False, time.monotonic() + FLUSH_S
+        except OSError as e:
+            if not self._failing:
+                log.error("%s CANNOT BE WRITTEN, training goes on: %s", self._folder, e.strerror)
+            self._failing, self._flush_at = True, 0.0
+            self.close()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._file is not None:
+                self._file.close()
+        self._file = None
 
 
 class Meter:
@@ -95,18 +181,36 @@ class Meter:
         self._mark = time.perf_counter()
         self._steps = 0
         self.data_wait_s = self.checkpoint_stall_s = 0.0
+        self._own_mark, self._own_data_s, self._device_s = self._mark, 0.0, 0.0
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.data_wait_s += time.perf_counter() - start
+        waited = time.perf_counter() - start
+        self.data_wait_s += waited
+        self._own_data_s += waited
+
+    @contextlib.contextmanager
+    def waiting_for_device(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._device_s += time.perf_counter() - start
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self._mark += time.perf_counter() - start
+        self._own_mark += time.perf_counter() - start
+
+    def own_time(self) -> dict[str, float]:
+        """Seconds since the last call in which this process itself held the steps up (trainer/stragglers.py)."""
+        now = time.perf_counter()
+        host_s = max(now - self._own_mark - self._own_data_s - self._device_s, 0.0)
+        own = {"data_wait_s": self._own_data_s, "host_s": host_s}
+        self._own_mark, self._own_data_s, self._device_s = now, 0.0, 0.0
+        return own
 
     def step_finished(self) -> None:
         self._steps += 1

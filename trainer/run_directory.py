@@ -15,7 +15,6 @@ import pathlib
 import platform
 import shlex
 import subprocess
-from typing import IO
 
 from data import files, sources, tokenizers
 from data.errors import DataError
@@ -23,7 +22,9 @@ from trainer.config import Config, changes, from_dict, to_json
 from trainer.errors import ConfigError
 
 log = logging.getLogger("meshlm")
-LOCK = ".lock"
+# What a first start that was killed may leave without config.json.
+BEFORE_A_RUN = (".lock", "config.json.writing", "lives.")
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "ml-collections")
 
 
 def resolve(config: Config) -> Config:
@@ -90,7 +91,7 @@ def read_config(run: pathlib.Path) -> Config:
 def check_changes(run: pathlib.Path, config: Config, allow: bool) -> None:
     """Compares with the configuration the run began with; ConfigError with a diff where it may not go on."""
     if not (run / "config.json").exists():
-        if run.is_dir() and any(p for p in run.iterdir() if p.name != LOCK):
+        if run.is_dir() and not all(p.name.startswith(BEFORE_A_RUN) for p in run.iterdir()):
             raise ConfigError(f"{run} exists, is not empty and is not a run directory; choose another --workdir")
         return
     found = changes(read_config(run), config)
@@ -108,22 +109,28 @@ def check_changes(run: pathlib.Path, config: Config, allow: bool) -> None:
         log.info("changed   %s", line)
 
 
-def lock(run: pathlib.Path) -> IO[str]:
-    """Takes the run for this process until the returned file is closed; a dead owner's lock is free by itself."""
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        handle, unlocked = files.lock(run / LOCK)
-    except files.Held as e:
-        raise ConfigError(f"{run} is being trained by {e}; wait for it, or choose another --workdir") from None
-    except OSError as e:
-        raise ConfigError(f"cannot write to --workdir={run}: {e.strerror}") from None
-    if unlocked is not None:
-        log.warning("%s cannot be locked (%s); make sure that no other job trains there", run, unlocked.strerror)
-    return handle
-
-
 def record(run: pathlib.Path, config: Config, data: sources.Sources, argv: list[str]) -> None:
-    """Writes config.json, tokenizer/ (if there is one) and environment.json, and adds the command to command.txt."""
+    """Writes config.json, tokenizer/ (if there is one) and environment.json, and adds the command to command.txt.
+
+    Raises ConfigError where that fails.
+    """
+    try:
+        _record(run, config, data, argv)
+    except OSError as e:
+        raise ConfigError(f"cannot write to --workdir={run}: {e.strerror}; make room, or name another") from None
+
+
+def recorded(run: pathlib.Path) -> str:
+    """What the last start of the run left there; to be compared between processes. Raises ConfigError."""
+    try:
+        return (run / "environment.json").read_text()
+    except OSError as e:
+        raise ConfigError(
+            f"--workdir={run} is not the same folder for all processes ({e.strerror}); name one on a shared file system"
+        ) from None
+
+
+def _record(run: pathlib.Path, config: Config, data: sources.Sources, argv: list[str]) -> None:
     files.write_durably(run / "config.json", to_json(config).encode())
     tokenizer = data.load_tokenizer()
     if tokenizer is not None:
@@ -131,13 +138,12 @@ def record(run: pathlib.Path, config: Config, data: sources.Sources, argv: list[
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with (run / "command.txt").open("a") as f:
         f.write(f"{now} {shlex.join(argv)}\n")
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "ml-collections")
     environment = {
         "time": now,
         "host": platform.node(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "packages": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "commit": _commit(),
     }
     files.write_durably(run / "environment.json", (json.dumps(environment, indent=1) + "\n").encode())

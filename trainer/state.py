@@ -11,17 +11,20 @@ from jax import Array
 from jax.sharding import Mesh
 
 from model.transformer import Transformer
-from trainer import optimizer, sharding
+from trainer import divergence, optimizer, sharding
 from trainer.config import Config
 from trainer.placement import MeshPlacement
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state", "guard"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     step: Any  # int32 array, finished steps
     params: dict  # float32, nested by module
     opt_state: Any
+    guard: dict = dataclasses.field(default_factory=dict)  # scalars (trainer/divergence.py); {}: no step is judged
 
 
 class Program:
@@ -57,7 +60,8 @@ class Program:
         self.moments = by(sharding.ZERO1_RULES) if config.mesh.shard_optimizer else param_shardings
         shapes = jax.eval_shape(lambda: self._init(jax.random.key(0)))
         opt_shardings = _like_params(shapes.opt_state, shapes.params, self.moments, self.replicated)
-        shardings = TrainState(self.replicated, param_shardings, opt_shardings)
+        guard_shardings = dict.fromkeys(shapes.guard, self.replicated)
+        shardings = TrainState(self.replicated, param_shardings, opt_shardings, guard_shardings)
         self.state: TrainState = jax.tree.map(
             lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings
         )
@@ -68,12 +72,17 @@ class Program:
 
     def _init(self, key: Array) -> TrainState:
         params = nnx.to_pure_dict(nnx.state(Transformer(self.config.model, nnx.Rngs(params=key)), nnx.Param))
-        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
+        guard = divergence.init_guard(self.config.divergence)
+        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params), guard)
 
     def init(self) -> TrainState:
         """The state before the first step, each device making only its own shards; the same values on any mesh."""
         shardings = jax.tree.map(lambda s: s.sharding, self.state)
         return jax.jit(self._init, out_shardings=shardings)(jax.random.key(self.config.seed))
+
+    def init_guard(self) -> dict:
+        """The guard of a run whose steps were not judged so far."""
+        return jax.jit(lambda: divergence.init_guard(self.config.divergence), out_shardings=self.replicated)()
 
     def model(self, params: dict) -> Transformer:
         return nnx.merge(self.graph, params)

@@ -8,7 +8,7 @@ import optax
 from jax import Array
 
 from model.dropout import dropout_rate
-from trainer import compiler, sharding
+from trainer import compiler, divergence, sharding
 from trainer.config import Config
 from trainer.loss import make_loss
 from trainer.state import Program, TrainState
@@ -75,13 +75,23 @@ def make_train_step(program: Program):
         updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
         lr = program.schedule(state.step)
         params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
+        grad_norm, guard = optax.tree.norm(grads), state.guard
+        judged: dict[str, Array] = {}
+        if guard:
+            guard, bad, judged = divergence.judge(config.divergence, guard, loss, grad_norm)
+            # The step still counts: its batch is used up, and the schedule goes on.
+            params, opt_state = jax.tree.map(
+                lambda before, after: jnp.where(bad, before, after),
+                (state.params, state.opt_state),
+                (params, opt_state),
+            )
         metrics = {
             "train/loss": loss,
-            "train/grad_norm": optax.tree.norm(grads),
+            "train/grad_norm": grad_norm,
             "train/param_norm": optax.tree.norm(params),
             "train/lr": lr,
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, guard), metrics | judged
 
     shardings = jax.tree.map(lambda s: s.sharding, program.state)
     return jax.jit(

@@ -1,0 +1,197 @@
+"""What stopping, dying, saving and restoring cost; docs/reliability.md has the table.
+
+  python -m benchmarks.reliability [--kill_minutes=8]
+
+Two processes on loopback for what takes two; one process and a model of 10 M parameters, of which a checkpoint has
+120 MB, for what a save costs. Seconds are those of this machine; ratios are taken within one run.
+"""
+
+import json
+import pathlib
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+from absl import app, flags
+
+from tests import runs
+
+KILL_MINUTES = flags.DEFINE_float("kill_minutes", 8, "How long to train under a kill every two minutes; 0: not at all.")
+KILL_EVERY_S = 120
+HEARTBEAT_S = 10
+LARGER = {
+    "model.num_layers": 6,
+    "model.embed_dim": 384,
+    "model.num_heads": 6,
+    "data.seq_len": 128,
+    "global_batch_size": 4,
+    "eval.every_steps": 0,
+    "checkpoint.keep_best": 0,
+}
+
+
+def start(run: pathlib.Path, data: pathlib.Path, processes: int, *words: str, **fields: object) -> list:
+    """The processes of a run, once its first steps are done."""
+    values = {"num_train_steps": 1_000_000, "checkpoint__every_steps": 50, "eval__every_steps": 0} | fields
+    address = f"--coordinator_address=localhost:{runs.free_port()}"
+    gang = []
+    for i in range(processes):
+        own = (address, f"--num_processes={processes}", f"--process_id={i}") if processes > 1 else ()
+        argv = runs.command(run, data, f"--heartbeat_timeout_s={HEARTBEAT_S}", *own, *words, **values)
+        out = (run.parent / f"{run.name}.{i}.txt").open("w")
+        gang.append(subprocess.Popen(argv, cwd=runs.ROOT, env=runs.environment(), stdout=out, stderr=out))
+    while len(runs.rows(run)) < 20:
+        assert all(p.poll() is None for p in gang), (run.parent / f"{run.name}.0.txt").read_text()[-3000:]
+        time.sleep(0.05)
+    return gang
+
+
+def leaving(gang: list, act: Callable[[], None], who: list) -> float:
+    """Seconds from the act until `who` have left."""
+    began = time.monotonic()
+    act()
+    for process in who:
+        process.wait(300)
+    seconds = time.monotonic() - began
+    for process in gang:
+        process.kill()
+        process.wait()
+    return seconds
+
+
+def signals(folder: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
+    table = {}
+    for processes in (1, 2):
+        gang = start(folder / f"term{processes}", data, processes)
+        seconds = leaving(gang, lambda gang=gang: gang[-1].send_signal(signal.SIGTERM), gang)
+        assert all(p.returncode == 42 for p in gang)
+        table[f"SIGTERM to exit, {processes} process(es)"] = f"{seconds:.1f} s"
+    for name, number in (("dead", signal.SIGKILL), ("stopped", signal.SIGSTOP)):
+        gang = start(folder / name, data, 2, watchdog__min_s=10)
+        seconds = leaving(gang, lambda gang=gang, number=number: gang[1].send_signal(number), gang[:1])
+        table[f"a {name} process: until the other has left (heartbeat and watchdog 10 s)"] = f"{seconds:.1f} s"
+    return table
+
+
+def slow_host(folder: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
+    """One of two processes is stopped for half of the time, by turns of a tenth of a second."""
+    every = 50
+    gang = start(folder / "slow", data, 2, watchdog__straggler_every_steps=every, checkpoint__every_steps=0)
+    output, began, step = folder / "slow.0.txt", time.monotonic(), runs.rows(folder / "slow")[-1]["step"]
+    while "slow host" not in (text := output.read_text()) and time.monotonic() - began < 120:
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            gang[1].send_signal(number)
+            time.sleep(0.1)
+    seconds, steps = time.monotonic() - began, runs.rows(folder / "slow")[-1]["step"] - step
+    for process in gang:
+        process.kill()
+        process.wait()
+    line = next((line for line in text.splitlines() if "slow host" in line), "not noticed")
+    what = f"a host at half speed: until it is named (compared every {every} steps)"
+    return {what: f"{seconds:.1f} s, {steps} steps: {line}"}
+
+
+def save_and_restore(folder: pathlib.Path) -> dict[str, str]:
+    import jax
+
+    from tests.step_test import config, mesh_of
+    from trainer.checkpoint import Checkpoints, checksums
+    from trainer.config import CheckpointConfig
+    from trainer.state import Program
+
+    model = {"num_layers": 6, "embed_dim": 384, "num_heads": 6, "num_kv_heads": 6, "vocab_size": 64}
+    program = Program(config(model=model), mesh_of("one"))
+    state = jax.block_until_ready(program.init())
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    items = (state.params, state.opt_state)
+    checksums(items)  # compiles
+    checkpoints, times = Checkpoints(folder / "saves", CheckpointConfig(keep_last=1)), []
+    for step in range(1, 6):
+        began = time.perf_counter()
+        stall = checkpoints.save(step, state, {"samples": 0})
+        assert checkpoints.wait()
+        whole = time.perf_counter() - began
+        began = time.perf_counter()
+        checksums(items)
+        times.append((stall, whole, time.perf_counter() - began))
+    restores = []
+    for _ in range(3):
+        began = time.perf_counter()
+        jax.block_until_ready(checkpoints.restore(program, 5)[0])
+        restores.append(time.perf_counter() - began)
+    stall, whole, summed = (statistics.median(t) for t in zip(*times[1:], strict=True))
+    return {
+        f"a save of {size / 1e6:.0f} MB: until it is committed": f"{whole:.2f} s",
+        "… of which the loop waits": f"{stall:.2f} s = {100 * stall / whole:.0f} %",
+        "… checksums": f"{1e3 * summed:.0f} ms = {100 * summed / whole:.1f} %",
+        "restoring it, with checksums": f"{statistics.median(restores):.2f} s",
+    }
+
+
+def stall(folder: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
+    """A save every minute, for three minutes of a model whose step takes a good part of a second."""
+    run = folder / "stall"
+    fields = {k.replace(".", "__"): v for k, v in LARGER.items()}
+    gang = start(run, data, 1, **fields, checkpoint__every_steps=0, checkpoint__every_minutes=1.0)
+    time.sleep(185)
+    gang[0].kill()
+    gang[0].wait()
+    rows = [r for r in runs.rows(run) if "perf/step_time_s" in r][5:]
+    stalls = [r["perf/checkpoint_stall_s"] for r in rows if r["perf/checkpoint_stall_s"] > 0]
+    step_s = statistics.median(r["perf/step_time_s"] for r in rows)
+    one = statistics.mean(stalls)
+    return {
+        f"stall of a save, step of {step_s:.2f} s": f"{one:.2f} s = {one / step_s:.2f} steps (of {len(stalls)} saves)",
+        "… at a save a minute": f"{100 * one / 60:.2f} % of the time",
+    }
+
+
+def goodput(folder: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
+    """The supervisor starts the run again after each kill; saves by time, every half minute."""
+    run = folder / "kills"
+    fields = {k.replace(".", "__"): v for k, v in LARGER.items()}
+    values = {"num_train_steps": 1_000_000, "checkpoint__every_steps": 0, "checkpoint__every_minutes": 0.5} | fields
+    argv = [sys.executable, "-m", "launch.supervise", "--", *runs.command(run, data, **values)]
+    out = (folder / "kills.txt").open("w")
+    supervisor = subprocess.Popen(argv, cwd=runs.ROOT, env=runs.environment(), stdout=out, stderr=out)
+    deadline = time.monotonic() + 60 * KILL_MINUTES.value
+    while time.monotonic() < deadline:
+        time.sleep(min(KILL_EVERY_S, max(deadline - time.monotonic(), 1)))
+        heartbeat = json.loads((run / "heartbeat.0.json").read_text())
+        subprocess.run(["kill", "-KILL", str(heartbeat["pid"])], check=False)
+    time.sleep(30)
+    supervisor.send_signal(signal.SIGTERM)
+    supervisor.wait(120)
+    lives = [json.loads(line) for line in (run / "lives.jsonl").read_text().splitlines()]
+    lost = [life["lost_steps"] for life in lives]
+    return {
+        "goodput under a kill every two minutes": f"{100 * lives[-1]['goodput']:.1f} % over {len(lives)} lives",
+        "… steps lost at a kill, at most (saves every half minute)": f"{max(lost)}",
+    }
+
+
+def main(argv: list[str]) -> None:
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="reliability"))
+    data = runs.dataset(folder)
+    parts = [
+        lambda: signals(folder, data),
+        lambda: slow_host(folder, data),
+        lambda: save_and_restore(folder),
+        lambda: stall(folder, data),
+    ]
+    if KILL_MINUTES.value:
+        parts.append(lambda: goodput(folder, data))
+    print("| what | measured |\n|---|---|")
+    for part in parts:
+        for what, value in part().items():
+            print(f"| {what} | {value} |", flush=True)
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    app.run(main)

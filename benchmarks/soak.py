@@ -1,0 +1,321 @@
+"""Breaks a run of two processes over and over, then compares it with one that nothing happened to.
+
+  python -m benchmarks.soak --minutes=10 --seed=0
+
+Faults come at random moments: SIGKILL, SIGSTOP and signals to one or all processes, kills in the middle of a save, a
+disk that takes no more bytes, flipped bits and missing files in the newest checkpoint, a second job on the same run. At
+each restart the two devices belong to two processes or to one. What must hold: every life ends in time, with a code
+that says "start me again"; the losses of every step are those of the undisturbed run, bit for bit. Prints a table; exit
+code 1 where something did not hold. The undisturbed run comes on top of the minutes: as long as the steps took.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+from absl import app, flags
+
+from tests import runs
+
+MINUTES = flags.DEFINE_float("minutes", 10.0, "How long to break things.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the faults and their moments.")
+
+HEARTBEAT_S = 10
+LEAVE_S = 60  # limit for any life to end after its fault
+START_S = 120
+STEPS = 1_000_000  # more than come
+FIELDS = {
+    "num_train_steps": STEPS,
+    "optimizer.decay_steps": 10_000,
+    "optimizer.warmup_steps": 20,
+    "model.dropout": 0.1,
+    "checkpoint.every_steps": 25,
+    "checkpoint.keep_last": 3,
+    "checkpoint.keep_best": 0,
+    "eval.every_steps": 100,
+    "eval.num_windows": 16,
+    "mesh.data": 2,
+    "watchdog.min_s": 10,
+    "watchdog.slow_s": 60,
+    "watchdog.stop_s": 30,
+}
+GOES_ON = {42, -signal.SIGKILL, -signal.SIGABRT}  # codes after which the same command is to be started again
+
+
+@dataclasses.dataclass
+class Life:
+    """The processes of one start of the run."""
+
+    run: pathlib.Path
+    gang: list[subprocess.Popen]
+    outputs: list[pathlib.Path]
+
+    def wait_for_rows(self, after: int) -> float:
+        """Seconds until a step past `after` is in metrics.jsonl."""
+        start = time.monotonic()
+        while last_step(self.run) <= after:
+            if time.monotonic() - start > START_S or any(p.poll() is not None for p in self.gang):
+                raise Broken(f"no step past {after} within {time.monotonic() - start:.0f} s", self)
+            time.sleep(0.02)
+        return time.monotonic() - start
+
+    def leave(self, *, within_s: float = LEAVE_S) -> float:
+        """Seconds until all processes are gone; Broken if one stays, or leaves with a code that forbids a restart."""
+        start = time.monotonic()
+        for process in self.gang:
+            try:
+                process.wait(max(within_s - (time.monotonic() - start), 0.1))
+            except subprocess.TimeoutExpired:
+                raise Broken(f"process {process.pid} still there after {within_s:.0f} s", self) from None
+        seconds = time.monotonic() - start
+        if bad := [p.returncode for p in self.gang if p.returncode not in GOES_ON]:
+            raise Broken(f"exit codes {bad}", self)
+        return seconds
+
+    def kill(self) -> None:
+        for process in self.gang:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+class Broken(Exception):
+    def __init__(self, reason: str, life: Life):
+        tails = "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in life.outputs)
+        super().__init__(f"{reason}\n{tails}")
+
+
+def command(run: pathlib.Path, data: pathlib.Path, *words: str, **changed: object) -> list[str]:
+    fields = {name.replace(".", "__"): value for name, value in (FIELDS | changed).items()}
+    return runs.command(run, data, *words, **fields)
+
+
+def begin(run: pathlib.Path, data: pathlib.Path, scratch: pathlib.Path, number: int, processes: int) -> Life:
+    address = f"--coordinator_address=localhost:{runs.free_port()}"
+    limits = (f"--heartbeat_timeout_s={HEARTBEAT_S}", "--start_timeout_s=60")
+    gang, outputs = [], []
+    for i in range(processes):
+        words = (address, f"--num_processes={processes}", f"--process_id={i}", *limits) if processes > 1 else limits
+        outputs.append(scratch / f"life{number}.{i}.txt")
+        with outputs[-1].open("w") as out:
+            gang.append(
+                subprocess.Popen(
+                    command(run, data, *words),
+                    cwd=runs.ROOT,
+                    env=runs.environment(2 // processes),
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    return Life(run, gang, outputs)
+
+
+def last_step(run: pathlib.Path) -> int:
+    """The last finished step in metrics.jsonl; read from its end, for the file grows long."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return 0
+    with path.open("rb") as f:
+        f.seek(max(f.seek(0, os.SEEK_END) - 8192, 0))
+        complete = [line for line in f.read().split(b"\n")[:-1] if line.startswith(b'{"step"')]
+    return json.loads(complete[-1])["step"] if complete else 0
+
+
+def committed(run: pathlib.Path) -> list[pathlib.Path]:
+    steps = (p for p in (run / "checkpoints").glob("*") if p.name.isdigit())
+    return sorted(steps, key=lambda p: int(p.name))
+
+
+# Faults. Each is done to a running life and ends it; what is broken on the disk is broken after its end.
+
+
+def kill_all(life: Life, dice: random.Random) -> None:
+    for process in life.gang:
+        process.send_signal(signal.SIGKILL)
+
+
+def kill_one(life: Life, dice: random.Random) -> None:
+    dice.choice(life.gang).send_signal(signal.SIGKILL)
+
+
+def kill_in_a_save(life: Life, dice: random.Random) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and not list((life.run / "checkpoints").glob("*.orbax-checkpoint-tmp*")):
+        time.sleep(0.001)
+    kill_all(life, dice)
+
+
+def ask_to_stop(life: Life, dice: random.Random) -> None:
+    dice.choice(life.gang).send_signal(dice.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)))
+
+
+def freeze_one(life: Life, dice: random.Random) -> None:
+    """The others must leave by themselves; then the frozen one goes on and must notice."""
+    frozen = dice.choice(life.gang)
+    frozen.send_signal(signal.SIGSTOP)
+    for process in life.gang:
+        if process is not frozen:
+            try:
+                process.wait(LEAVE_S)
+            except subprocess.TimeoutExpired:
+                raise Broken("the others did not notice a frozen process", life) from None
+    if len(life.gang) == 1:  # nobody else: it just goes on
+        time.sleep(2)
+    frozen.send_signal(signal.SIGCONT)
+    if len(life.gang) == 1:
+        kill_all(life, dice)
+
+
+def full_disk(life: Life, dice: random.Random) -> None:
+    """No file of these processes may grow past 4 KiB for a while: saves fail as on a full disk, and the run goes on."""
+    before = last_step(life.run)
+    for process in life.gang:
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    time.sleep(dice.uniform(1, 3))
+    if dead := [p.poll() for p in life.gang if p.poll() is not None]:
+        raise Broken(f"a full disk ended the run: {dead}", life)
+    for process in life.gang:
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    life.wait_for_rows(before)
+    kill_all(life, dice)
+
+
+def second_job(life: Life, dice: random.Random) -> None:
+    """Refused without disturbing the first."""
+    data = pathlib.Path(next(w for w in life.gang[0].args if w.startswith("--config.data.path=")).partition("=")[2])
+    other = subprocess.run(
+        command(life.run, data), cwd=runs.ROOT, env=runs.environment(2), capture_output=True, timeout=START_S
+    )
+    if other.returncode != 2:
+        raise Broken(f"a second job left with {other.returncode}: {other.stderr[-500:].decode()}", life)
+    kill_all(life, dice)
+
+
+def flip_a_bit(life: Life, dice: random.Random) -> None:
+    kill_all(life, dice)
+    life.leave()
+    if steps := committed(life.run):
+        files = sorted(p for p in steps[-1].rglob("*") if p.is_file() and p.parent.name == "d")
+        path = dice.choice(files)
+        raw = bytearray(path.read_bytes())
+        raw[dice.randrange(len(raw))] ^= 1 << dice.randrange(8)
+        path.write_bytes(raw)
+
+
+def cut_a_file(life: Life, dice: random.Random) -> None:
+    kill_all(life, dice)
+    life.leave()
+    if steps := committed(life.run):
+        path = dice.choice(sorted(p for p in steps[-1].rglob("*") if p.is_file()))
+        if dice.random() < 0.5:
+            path.unlink()
+        else:
+            os.truncate(path, path.stat().st_size // 2)
+
+
+FAULTS: tuple[Callable[[Life, random.Random], None], ...] = (
+    kill_all, kill_one, kill_in_a_save, ask_to_stop, freeze_one, full_disk, second_job, flip_a_bit, cut_a_file,
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Count:
+    tried: int = 0
+    survived: int = 0
+    leave_s: float = 0.0
+    recover_s: float = 0.0
+    lost: int = 0
+
+
+def soak(run: pathlib.Path, data: pathlib.Path, scratch: pathlib.Path, dice: random.Random) -> dict[str, Count]:
+    counts: dict[str, Count] = collections.defaultdict(Count)
+    deadline, number, reached, fault = time.monotonic() + 60 * MINUTES.value, 0, 0, ""
+    deck: list[Callable[[Life, random.Random], None]] = []
+    while True:
+        life = begin(run, data, scratch, number, dice.choice((1, 2)))
+        try:
+            seconds = wait_for_resume(life, fault)
+            if fault:
+                count = counts[fault]
+                count.survived += 1
+                count.recover_s = max(count.recover_s, seconds)
+                count.lost = max(count.lost, reached - resumed_after(life))
+            life.wait_for_rows(resumed_after(life) + dice.randrange(1, 60))
+            if time.monotonic() > deadline:
+                ask_to_stop(life, dice)
+                life.leave()
+                return counts
+            if not deck:  # every fault once before any comes again
+                deck = dice.sample(FAULTS, len(FAULTS))
+            chosen = deck.pop()
+            fault = chosen.__name__
+            counts[fault].tried += 1
+            time.sleep(dice.uniform(0, 1.5))
+            chosen(life, dice)
+            seconds = life.leave()
+            counts[fault].leave_s = max(counts[fault].leave_s, seconds)
+            reached, number = last_step(run), number + 1
+            print(f"life {number}: {fault}, left at step {reached} in {seconds:.1f} s", flush=True)
+        finally:
+            life.kill()
+
+
+def resumed_after(life: Life) -> int:
+    text = life.outputs[0].read_text(errors="replace")
+    _, found, rest = text.partition("Resuming after step ")
+    return int(rest.split(".")[0]) if found else 0
+
+
+def wait_for_resume(life: Life, fault: str) -> float:
+    """Seconds from the start to the first step that this life has made."""
+    start = time.monotonic()
+    while True:
+        text = life.outputs[0].read_text(errors="replace")
+        if "Resuming after step" in text or (not fault and "untrained ln" in text):
+            return time.monotonic() - start
+        if time.monotonic() - start > START_S or any(p.poll() is not None for p in life.gang):
+            raise Broken(f"after {fault or 'nothing'} the run did not start again", life)
+        time.sleep(0.02)
+
+
+def differing(run: pathlib.Path, reference: pathlib.Path) -> tuple[int, int]:
+    """Rows compared, and how many of them are not the same."""
+    ours, theirs = runs.losses(run), runs.losses(reference)
+    steps = max(row[0] for row in ours)
+    theirs = [row for row in theirs if row[0] <= steps]
+    return len(theirs), sum(a != b for a, b in zip(ours, theirs, strict=False)) + abs(len(ours) - len(theirs))
+
+
+def main(argv: list[str]) -> int:
+    scratch = pathlib.Path(tempfile.mkdtemp(prefix="soak"))
+    data, dice, start = runs.dataset(scratch), random.Random(SEED.value), time.monotonic()
+    run, reference = scratch / "run", scratch / "reference"
+    counts = soak(run, data, scratch, dice)
+    minutes, steps = (time.monotonic() - start) / 60, last_step(run)
+    print(f"{minutes:.1f} minutes, {steps} steps; now the run that nothing happens to", flush=True)
+    undisturbed = command(reference, data, **{"num_train_steps": steps, "checkpoint.every_steps": 1000})
+    subprocess.run(undisturbed, cwd=runs.ROOT, env=runs.environment(2), check=True, stdout=subprocess.DEVNULL)
+    rows, wrong = differing(run, reference)
+    print("\n| fault | tried | survived | to leave, s | to start again, s | steps lost |\n|---|---|---|---|---|---|")
+    for name, c in sorted(counts.items()):
+        fields = f"{c.tried} | {c.survived} | {c.leave_s:.1f} | {c.recover_s:.1f} | {c.lost}"
+        print(f"| {name.replace('_', ' ')} | {fields} |")
+    tried, survived = sum(c.tried for c in counts.values()), sum(c.survived for c in counts.values())
+    print(f"\n{tried} faults, {survived} survived; {rows} rows compared, {wrong} differ (seconds and steps: the most)")
+    shutil.rmtree(scratch)
+    return int(wrong > 0 or survived < tried)
+
+
+if __name__ == "__main__":
+    app.run(lambda argv: sys.exit(main(argv)))

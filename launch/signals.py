@@ -1,0 +1,58 @@
+"""Signals ask for a save and exit code 42; a second Ctrl-C leaves at once with 130.
+
+A thread reads which signal came from a pipe that Python's C handler writes to: that works while the main thread is in
+the compiler, in a collective or in a save, where a handler written in Python would have to wait.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+from launch import cli
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # USR1: Slurm's warning (sbatch --signal=USR1@120)
+
+
+class Signals:
+    """Begins to listen. Until `connect`, there is nothing to save, and a signal leaves at once with 42."""
+
+    def __init__(self) -> None:
+        self._stop: Callable[[], None] | None = None
+        self._asked = False
+        self._changing = threading.Lock()
+        self._pipe, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        self.install()
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+
+    def install(self) -> None:
+        """Again after jax.distributed.initialize, which takes SIGTERM for itself."""
+        for number in SIGNALS:
+            signal.signal(number, lambda number, frame: None)
+
+    def connect(self, stop: Callable[[], None]) -> None:
+        """From now on the first signal calls `stop`, on a thread."""
+        with self._changing:
+            self._stop = stop
+
+    def _listen(self) -> None:
+        interrupts = 0
+        while True:
+            for number in os.read(self._pipe, 64):
+                if number not in SIGNALS:
+                    continue
+                interrupts += number == signal.SIGINT
+                if interrupts > 1:
+                    os._exit(130)
+                if self._asked:
+                    continue
+                self._asked = True
+                with self._changing:
+                    if self._stop is None:
+                        os.write(2, b"\nStopped before the first step; there was nothing to save.\n")
+                        os._exit(cli.STOPPED)
+                os.write(2, b"\nStopping after this step; saving. Ctrl-C again leaves at once.\n")
+                # Apart, so that a second Ctrl-C is heard while processes agree.
+                threading.Thread(target=self._stop, name="stop", daemon=True).start()

@@ -1,0 +1,182 @@
+"""Keep a training command alive: start it again after a crash or a preemption, from its newest checkpoint.
+
+  python -m launch.supervise [--flags] -- python -m launch.train --config=configs/tiny.py --workdir=runs/tiny
+
+Started again: exit code 42 (stopped, resumable), 1, 128 and above, and death by a signal. Not: 0, 2, 3, 4, 130 and
+others. Three times in a row without a new checkpoint is the end, too. SIGTERM, SIGINT and SIGUSR1 are passed on to the
+command, each as often as it comes; after one of them it is not started again. (SIGQUIT, which shows where the trainer
+is, is only passed on.) The exit code is the command's, 128 + n for a death by signal n; 42 when told to stop between
+two lives.
+
+Each life is a row of RUN/lives.jsonl. With several processes, each has a supervisor of its own. COMMAND has to be the
+trainer itself, or something that becomes it (exec): signals are for one process.
+"""
+
+import ctypes
+import logging
+import os
+import pathlib
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from absl import flags
+
+from launch import cli
+from trainer import lives
+from trainer.errors import ConfigError
+
+log = logging.getLogger("meshlm")
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, where the command does not have it as --workdir.")
+MAX_RESTARTS = flags.DEFINE_integer(
+    "max_restarts_without_progress", 3, "Restarts in a row without a new committed step.", lower_bound=1
+)
+BACKOFF_S = flags.DEFINE_float(
+    "backoff_s", 1.0, "Wait before a restart; doubled each time without progress.", lower_bound=0
+)
+MAX_BACKOFF_S = flags.DEFINE_float("max_backoff_s", 60.0, "Longest wait.", lower_bound=0)
+
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+PASSED_ON = (*STOPS, signal.SIGQUIT)  # Ctrl-\: the trainer writes where it is, and goes on
+PROCESS_IDS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JOB_COMPLETION_INDEX", "TPU_WORKER_ID")
+PR_SET_PDEATHSIG = 1  # Linux: the signal a process gets when its parent dies
+
+
+def main(*command: str) -> int:
+    if not command:
+        raise ConfigError("name a command: python -m launch.supervise -- python -m launch.train --workdir=RUN ...")
+    if shutil.which(command[0]) is None:
+        raise ConfigError(f"{command[0]} is not a command, or not on the PATH")
+    workdir = WORKDIR.value or _flag(command, "workdir")
+    if not workdir:
+        raise ConfigError("the command has no --workdir; give it one, or name the run with --workdir before the --")
+    return supervise(command, pathlib.Path(workdir), _process(command))
+
+
+def supervise(command: Sequence[str], run: pathlib.Path, process: int) -> int:
+    """Lives, until one ends the run or too many bring it no further; returns the exit code."""
+    signals, journal = Signals(), lives.Journal(run, process)
+    earlier = len(journal.lives)
+    best, first_wait = lives.newest_step(run), min(BACKOFF_S.value, MAX_BACKOFF_S.value)
+    fruitless, wait = -1, first_wait  # restarts since the last progress; the first life is no restart
+    while True:
+        journal.begin()
+        returncode, told_to_stop = _live(command, signals)
+        life = journal.end(returncode)
+        code = life.code
+        if told_to_stop or not _may_restart(code):
+            break
+        fruitless += 1
+        if life.last_step > best:
+            best, fruitless, wait = life.last_step, 0, first_wait
+        if fruitless == MAX_RESTARTS.value:
+            codes = ", ".join(str(life.code) for life in journal.lives[-fruitless:])
+            log.error(
+                "error: %d restarts in a row without a new checkpoint, exit codes %s; giving up; see %s and %s",
+                *(fruitless, codes, run / f"log.{process}.txt", journal.path),
+            )
+            break
+        if sys.stdout.isatty():
+            print()  # a progress line may have been left there
+        log.info(
+            "Life %d ended: %s; checkpoint at step %d, %d steps lost. Starting again in %g s.",
+            *(life.life, life.cause, life.last_step, life.lost_steps, wait),
+        )
+        if _told_to_stop_within(wait, signals):
+            log.info("Stopped between two lives; the same command goes on from step %d.", life.last_step)
+            code = cli.STOPPED
+            break
+        wait = min(2 * wait, MAX_BACKOFF_S.value)
+    if life.last_step or len(journal.lives) > earlier + 1:  # a mistake answered at once needs no table
+        for line in lives.table(journal.lives, since=earlier):
+            log.info("%s", line)
+    return code
+
+
+def _may_restart(code: int) -> bool:
+    """42; 1, an uncaught exception; from 128 on, what signals and aborts leave, but for the second Ctrl-C."""
+    return code in (1, cli.STOPPED) or (code >= 128 and code != 130)
+
+
+class Signals:
+    """Signals as something to read, one after the other: they interrupt nothing, and none comes at a bad moment."""
+
+    def __init__(self) -> None:
+        self._read, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write)
+        for number in (*PASSED_ON, signal.SIGCHLD):
+            signal.signal(number, lambda number, frame: None)
+
+    def read(self, seconds: float | None = None) -> list[int]:
+        """Waits for signals, for `seconds` at most; their numbers in the order they came."""
+        ready, _, _ = select.select([self._read], [], [], seconds)
+        return list(os.read(self._read, 4096)) if ready else []
+
+
+def _live(command: Sequence[str], signals: Signals) -> tuple[int, bool]:
+    """Runs the command once and passes signals on; its return code, and whether one of them was to stop it."""
+    try:
+        # In a session of its own a Ctrl-C on the terminal does not reach it, and then comes once, from here.
+        child = subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent())
+    except OSError as e:
+        raise ConfigError(f"{command[0]} cannot be started: {e.strerror}") from None
+    told_to_stop = False
+    while child.poll() is None:
+        for number in signals.read():
+            if number in PASSED_ON:
+                told_to_stop |= number in STOPS
+                child.send_signal(number)
+    return child.returncode, told_to_stop
+
+
+def _end_with_parent() -> Callable[[], None]:
+    """What the child calls before it becomes the command: a supervisor that is killed takes it down, with a SIGTERM."""
+    parent = os.getpid()
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+
+    def call() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if prctl is not None:
+            prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before that
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return call
+
+
+def _told_to_stop_within(seconds: float, signals: Signals) -> bool:
+    end = time.monotonic() + seconds
+    while True:
+        left = max(end - time.monotonic(), 0.0)
+        if set(signals.read(left)) & set(STOPS):
+            return True
+        if not left:
+            return False
+
+
+def _flag(command: Sequence[str], name: str) -> str | None:
+    """The value of --name=VALUE or --name VALUE in a command; the last one, as the command itself has it."""
+    value = None
+    for i, word in enumerate(command):
+        given, equals, text = word.partition("=")
+        if given in (f"--{name}", f"-{name}"):
+            value = text if equals else "".join(command[i + 1 : i + 2])
+    return value
+
+
+def _process(command: Sequence[str]) -> int:
+    """Which process of the run the command is, as far as can be told without starting it."""
+    for text in (_flag(command, "process_id"), *map(os.environ.get, PROCESS_IDS)):
+        if text and text.isdecimal():
+            return int(text)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main, arguments=sys.maxsize)

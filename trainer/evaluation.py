@@ -1,0 +1,48 @@
+"""Losses on held-out text."""
+
+import math
+from collections.abc import Callable
+
+import jax
+from jax import Array
+
+from data import formats, loader
+from trainer.config import Config
+
+
+def evaluate(
+    eval_step: Callable[[dict, Array, Array], Array],
+    params: dict,
+    sources: dict[str, formats.TokenFiles],
+    config: Config,
+    batch_sharding: jax.sharding.Sharding,
+    num_windows: int,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """val/loss (nats a token), val/perplexity and, where the text's bytes are known, val/bits_per_byte.
+
+    Over `num_windows` fixed windows of each source; 0: its whole split. Of several sources the mean over all their
+    targets, and val/loss/NAME of each. None when `interrupted`, which is asked after each batch, says True.
+    """
+    totals, counts = dict.fromkeys(sources, 0.0), dict.fromkeys(sources, 0.0)
+    for name, files in sources.items():
+        batches = loader.evaluation_batches(
+            files,
+            seq_len=config.data.seq_len,
+            batch_size=config.global_batch_size,
+            sharding=batch_sharding,
+            limit=num_windows,
+        )
+        for tokens, lengths in batches:
+            totals[name] += float(eval_step(params, tokens, lengths))
+            counts[name] += float(lengths.sum())
+            if interrupted():
+                return None
+    loss = sum(totals.values()) / sum(counts.values())
+    result = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700))}
+    if all(files.text_bytes for files in sources.values()):
+        tokens, text_bytes = (sum(getattr(f, what) for f in sources.values()) for what in ("tokens", "text_bytes"))
+        result["val/bits_per_byte"] = loss / math.log(2) * tokens / text_bytes
+    if len(sources) > 1:
+        result |= {f"val/loss/{name}": totals[name] / counts[name] for name in sources}
+    return result

@@ -1,0 +1,164 @@
+"""A second place for checkpoints: a folder, or gs://… or s3://… through tensorstore.
+
+    MIRROR/config.json           of the run that it belongs to
+    MIRROR/checkpoints/<step>/…  the files of RUN/checkpoints/<step>, Orbax's metadata last: with it a copy is whole
+
+Process 0 copies, on a thread, one step at a time; a step that is overtaken while it waits is left out.
+"""
+
+import json
+import logging
+import pathlib
+import shutil
+import threading
+from typing import Any
+
+from data import remote
+from data.errors import DataError
+from trainer.config import Config, changes, from_dict, to_json
+from trainer.errors import ConfigError
+
+log = logging.getLogger("meshlm")
+METADATA_FILE = "_CHECKPOINT_METADATA"
+TIMEOUT_S = 600  # for one file
+
+
+class Mirror:
+    """Copies of the checkpoints in `source`. For process 0 only.
+
+    Args:
+      location: folder or URL.
+      source: RUN/checkpoints.
+      config: of the run.
+
+    Attributes:
+      copying: the step being copied, or None.
+
+    Raises:
+      ConfigError: the location cannot be used, or belongs to another run.
+    """
+
+    def __init__(self, location: str, source: pathlib.Path, config: Config):
+        self.location, self.source = location.rstrip("/"), source
+        self.copying: int | None = None
+        self._waiting: tuple[int, set[int]] | None = None
+        self._bad: set[int] = set()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        try:
+            if not remote.is_remote(self.location):  # of a copy that was killed: the next would end in its old bytes
+                for leftover in pathlib.Path(self.location).rglob("[!.]*.__lock"):
+                    leftover.unlink()
+            self._store = remote.open_store(self.location)
+            self._claim(config)
+        except (DataError, *_ERRORS) as e:
+            raise ConfigError(f"config.checkpoint.mirror = {location} cannot be used: {_line(e)}") from None
+
+    def _claim(self, config: Config) -> None:
+        recorded = self._read("config.json")
+        if recorded is not None:
+            refused = changes(from_dict(json.loads(recorded)), config)["refused"]
+            if refused:
+                raise ConfigError(
+                    f"config.checkpoint.mirror = {self.location} holds another run's checkpoints "
+                    f"({'; '.join(refused)}); name another place"
+                )
+        self._write("config.json", to_json(config).encode())
+
+    # Copying there
+
+    def offer(self, step: int, keep: set[int]) -> None:
+        """Copies `step` when the copy under way is done, and deletes the copies of steps that are not to keep."""
+        with self._changed:
+            self._waiting = step, keep
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                if self._waiting is None:
+                    self._thread = None
+                    self._changed.notify_all()
+                    return
+                (self.copying, keep), self._waiting = self._waiting, None
+            try:
+                self._copy(self.copying)
+                self.keep_only(keep)
+            except _ERRORS as e:
+                log.error("checkpoint at step %d was NOT copied to %s: %s", self.copying, self.location, _line(e))
+            finally:
+                self.copying = None
+
+    def _copy(self, step: int) -> None:
+        folder = self.source / str(step)
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != METADATA_FILE)
+        for path in [*files, folder / METADATA_FILE]:
+            self._write(f"checkpoints/{step}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+    def keep_only(self, steps: set[int]) -> None:
+        """Deletes the copies of other steps."""
+        for step in set(self.steps()) - steps - {self.copying}:
+            try:  # what makes it whole first
+                self._store.write(f"checkpoints/{step}/{METADATA_FILE}", None).result(TIMEOUT_S)
+                self._store.delete_range(_range(f"checkpoints/{step}/")).result(TIMEOUT_S)
+            except _ERRORS as e:
+                log.warning("the copy of step %d in %s could not be deleted: %s", step, self.location, _line(e))
+
+    def close(self, timeout_s: float) -> None:
+        """Waits for the copy under way, with a limit."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._thread is None, timeout_s):
+                log.error("step %s is not yet copied to %s after %.0f s", self.copying, self.location, timeout_s)
+
+    # And back
+
+    def steps(self) -> list[int]:
+        """Whole copies, newest first; without those that fetch() could not use."""
+        try:
+            keys = self._store.list(_range("checkpoints/")).result(TIMEOUT_S)
+        except _ERRORS as e:
+            log.warning("cannot look into %s: %s", self.location, _line(e))
+            return []
+        found = {key.decode().split("/")[1] for key in keys if key.endswith(f"/{METADATA_FILE}".encode())}
+        return sorted((int(name) for name in found if name.isdigit() and int(name) not in self._bad), reverse=True)
+
+    def fetch(self, step: int) -> bool:
+        """Copies `step` into the run; False, and never tried again, if that fails."""
+        self._bad.add(step)  # if it is damaged, it is not fetched twice
+        partial = self.source / f"{step}.orbax-checkpoint-tmp-mirror"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            prefix = f"checkpoints/{step}/"
+            for key in self._store.list(_range(prefix)).result(TIMEOUT_S):
+                path = partial / key.decode().removeprefix(prefix)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(self._read(key.decode()) or b"")
+            partial.rename(self.source / str(step))
+        except _ERRORS as e:
+            log.error("checkpoint at step %d cannot be fetched from %s: %s", step, self.location, _line(e))
+            return False
+        log.info("fetched   step %d from %s", step, self.location)
+        return True
+
+    def _read(self, key: str) -> bytes | None:
+        result = self._store.read(key).result(TIMEOUT_S)
+        return result.value if result.state == "value" else None
+
+    def _write(self, key: str, content: bytes) -> None:
+        self._store.write(key, content).result(TIMEOUT_S)
+
+
+_ERRORS = (OSError, ValueError, RuntimeError, TimeoutError)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _range(prefix: str) -> Any:
+    import tensorstore
+
+    raw = prefix.encode()
+    return tensorstore.KvStore.KeyRange(raw, raw[:-1] + bytes([raw[-1] + 1]))
