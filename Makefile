@@ -6,6 +6,8 @@ VENV ?= .venv
 CONFIG ?= configs/tiny.py
 RUN ?= runs/tiny
 ARGS ?=
+# Test processes side by side: each keeps some two cores busy, compiling.
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -23,7 +25,7 @@ train: $(VENV)/.installed
 	@$(BIN)/python -m launch.train --config=$(CONFIG) --workdir=$(RUN) $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses=$(JOBS) --dist=loadfile
 
 test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

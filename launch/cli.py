@@ -115,6 +115,7 @@ def quiet_console() -> None:
 def log_to_file(path: pathlib.Path) -> None:
     """The same messages with times, and the warnings of the libraries."""
     handler = logging.FileHandler(path, encoding="utf-8")
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # the disk is full: the console has it
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     log.addHandler(handler)
     logging.getLogger().addHandler(handler)

@@ -31,15 +31,18 @@ def initialize(
     *,
     timeout_s: int = START_S,
     heartbeat_s: int = HEARTBEAT_S,
-) -> None:
+) -> int:
     """Joins the processes, by the flags or by what the cluster says (TPU pod, Slurm, Open MPI, …); a lone one stays so.
 
     Args:
       timeout_s: how long to wait for the coordinator and for the others.
       heartbeat_s: a process not heard of for so long is dead, and the others leave.
 
+    Returns:
+      How many processes this one was told of. JAX goes by what the coordinator was told, so it is to be compared.
+
     Raises:
-      ConfigError: only some of the flags, impossible values, or another number of processes than the coordinator's.
+      ConfigError: only some of the flags, or impossible values.
       Stopped: the coordinator cannot be reached.
     """
     given = (coordinator_address, num_processes, process_id)
@@ -54,14 +57,15 @@ def initialize(
             ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, timeout_s)
         )
         if coordinator_address is None or (num_processes or 1) == 1:  # no cluster around
-            return
+            return 1
     assert num_processes is not None and process_id is not None
     if process_id >= num_processes:
         raise ConfigError(f"--process_id={process_id} must be below --num_processes={num_processes}")
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself (launch/signals.py)
     started = time.monotonic()
     if process_id != 0:
         wait_for(coordinator_address, timeout_s)
-    with _limit(f"all {num_processes} processes, coordinator {coordinator_address},", started, timeout_s):
+    with _limit(f"all {num_processes} processes at {coordinator_address}", started, timeout_s):
         try:
             jax.distributed.initialize(
                 coordinator_address,
@@ -75,9 +79,8 @@ def initialize(
         except (RuntimeError, ValueError) as e:
             reason = " ".join(str(e).split())[:200]
             raise Stopped(f"cannot join the processes at {coordinator_address}: {reason}; start all again") from None
-        count = jax.process_count()
-    if count != num_processes:
-        raise ConfigError(f"--num_processes={num_processes} here, but the coordinator has {count}; give all the same")
+        jax.devices()  # a backend waits for all processes, too
+    return num_processes
 
 
 def wait_for(address: str, timeout_s: float) -> None:
@@ -87,8 +90,9 @@ def wait_for(address: str, timeout_s: float) -> None:
         raise ConfigError(f"--coordinator_address={address} is not HOST:PORT")
     start, shown = time.monotonic(), time.monotonic()
     while True:
+        left = timeout_s - (time.monotonic() - start)
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            socket.create_connection((host.strip("[]"), int(port)), timeout=min(5.0, max(left, 0.1))).close()
             return
         except OSError as e:
             reason = e.strerror or str(e)
@@ -98,10 +102,14 @@ def wait_for(address: str, timeout_s: float) -> None:
                 f"no coordinator at {address} after {waited:.0f} s: {reason}; start process 0 there, open the port, or "
                 "correct --coordinator_address"
             )
-        if time.monotonic() - shown > PROGRESS_S:
+        if time.monotonic() - shown > _progress_s(timeout_s):
             shown = time.monotonic()
             cli.log.info("waiting for the coordinator at %s: %s, %.0f of %.0f s", address, reason, waited, timeout_s)
         time.sleep(0.5)
+
+
+def _progress_s(timeout_s: float) -> float:
+    return min(PROGRESS_S, timeout_s / 4)
 
 
 @contextlib.contextmanager
@@ -110,7 +118,7 @@ def _limit(what: str, started: float, timeout_s: float) -> Iterator[None]:
     done = threading.Event()
 
     def watch() -> None:
-        while not done.wait(PROGRESS_S if timeout_s > PROGRESS_S else timeout_s / 4):
+        while not done.wait(_progress_s(timeout_s)):
             waited = time.monotonic() - started
             if waited > timeout_s:
                 cli.log.error("error: not %s are here after %.0f s; start the missing ones", what, waited)

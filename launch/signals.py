@@ -24,13 +24,9 @@ class Signals:
         self._pipe, write = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        self.install()
-        threading.Thread(target=self._listen, name="signals", daemon=True).start()
-
-    def install(self) -> None:
-        """Again after jax.distributed.initialize, which takes SIGTERM for itself."""
         for number in SIGNALS:
             signal.signal(number, lambda number, frame: None)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def connect(self, stop: Callable[[], None]) -> None:
         """From now on the first signal calls `stop`, on a thread."""

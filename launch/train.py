@@ -17,6 +17,7 @@ import os
 import pathlib
 import shlex
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -77,9 +78,9 @@ def main() -> int:
     from trainer.processes import STOP, Processes
 
     watchdog.dump_on_quit(None)
-    distributed.initialize(*gang, timeout_s=START_TIMEOUT.value, heartbeat_s=HEARTBEAT_TIMEOUT.value)
-    listening.install()
+    told = distributed.initialize(*gang, timeout_s=START_TIMEOUT.value, heartbeat_s=HEARTBEAT_TIMEOUT.value)
     processes = Processes(START_TIMEOUT.value)
+    processes.check_same("number of processes", {"--num_processes": told})
     config = processes.together("configuration", lambda: config or prepare(run))
     locks, data = enter(run, config, processes)
     dog = watchdog.Watchdog(run, config.watchdog, processes.index)
@@ -89,10 +90,8 @@ def main() -> int:
         processes.close()
         dog.close()
         distributed.shutdown()
-        for lock in locks:
-            lock.release()
 
-    processes.listen(lambda started: give_up(config.watchdog.stop_s) if started else leave_at_once(locks))
+    processes.listen(asked=lambda: give_up(config.watchdog.stop_s), too_early=lambda: leave_at_once(processes, locks))
     listening.connect(lambda: processes.request(STOP))
     try:
         finished = Trainer(config, run, data, processes, dog).train()
@@ -105,6 +104,9 @@ def main() -> int:
         logging.exception("meshlm: a collective failed")
         reason = " ".join(str(e).split())[:200]
         raise Stopped(f"a collective failed, probably as another process is gone; see the other logs: {reason}") from e
+    finally:
+        for lock in locks:
+            lock.release()
     leave()
     command = f"python -m launch.sample --workdir={shlex.quote(str(run))}"
     if config.sample.prompt.isprintable():
@@ -163,12 +165,10 @@ def lost(message: str) -> None:
     os._exit(ConfigError.exit_code)
 
 
-def leave_at_once(locks: list[RunLock]) -> None:
+def leave_at_once(processes: Processes, locks: list[RunLock]) -> None:
     """Told to stop before the first step was done: there is nothing to save, and a compilation may take minutes."""
-    from launch import distributed
-
     cli.log.info("Stopped before the first step was done; the same command goes on from here.")
-    distributed.shutdown()
+    processes.part()
     for lock in locks:
         lock.release()
     os._exit(cli.STOPPED)
@@ -177,6 +177,7 @@ def leave_at_once(locks: list[RunLock]) -> None:
 def give_up(after_s: float) -> None:
     """A process that was told to stop and is stuck must still leave, before the machine is taken away."""
     time.sleep(after_s)
+    threading.Timer(watchdog.LAST_WORDS_S, os._exit, [cli.STOPPED]).start()  # should the log be what is stuck
     cli.log.error("error: not stopped %.0f s after being asked to; leaving. Where it is stands on stderr", after_s)
     faulthandler.dump_traceback()
     os._exit(cli.STOPPED)

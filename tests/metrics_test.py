@@ -1,6 +1,7 @@
 """metrics.jsonl reads as one uninterrupted run, exactly."""
 
 import json
+import resource
 
 import numpy as np
 
@@ -39,3 +40,31 @@ def test_writers_continue_after_the_restored_step(tmp_path):
         steps = [json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()]
         assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_rows_that_cannot_be_written_are_written_later(tmp_path):
+    """Fault 12: no file may grow past 100 bytes, which cuts a row in the middle as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for last_try in (False, True):
+        writers = metrics.Writers(tmp_path, 0, tensorboard=True)
+        writers.metrics(1, 1, {"train/loss": 1.0})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        try:
+            for step in range(2, 6):
+                writers.metrics(step, step, {"train/loss": float(step)})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert (tmp_path / "metrics.jsonl").stat().st_size == 100
+        if not last_try:
+            writers.metrics(6, 6, {"train/loss": 6.0})
+        writers.close()
+        text = (tmp_path / "metrics.jsonl").read_text()
+        assert [json.loads(line)["step"] for line in text.splitlines()] == list(range(1, 6 if last_try else 7))
+
+
+def test_a_sample_with_line_separators_is_one_row(tmp_path):
+    """JSON leaves U+2028 and U+0085 as they are, and str.splitlines takes them for ends of lines."""
+    writers = metrics.Writers(tmp_path, 0, tensorboard=False)
+    writers.sample({"step": 1, "text": "a\u2028b\x85c"})
+    writers.close()
+    assert metrics.cut_rows_after(tmp_path / "samples.jsonl", 1) == 0

@@ -125,7 +125,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer(200, json.dumps({"name": key, "generation": generation}).encode(), {"ETag": f'"{generation}"'})
 
     def keys(self, query: dict[str, str]) -> list[str]:
-        return sorted(key for key in self.server.objects if key.startswith(query.get("prefix", "")))
+        first, end = query.get("startOffset", ""), query.get("endOffset", "\U0010ffff")
+        return sorted(k for k in self.server.objects if k.startswith(query.get("prefix", "")) and first <= k < end)
 
     def content(self, key: str, known: str | None) -> None:
         if key not in self.server.objects:

@@ -6,6 +6,8 @@ import warnings
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data import order
 
@@ -50,6 +52,29 @@ def test_domains_around_a_power_of_two_are_permuted_without_loss(k):
     for n in (2**k - 1, 2**k, 2**k + 1):
         for epoch in (0, 1):
             assert np.array_equal(np.sort(permutation(n, 1, "train", epoch)), np.arange(n)), f"n = {n}"
+
+
+@given(n=st.integers(1, 5000), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 2**31))
+def test_any_domain_of_any_seed_is_permuted_without_loss(n, seed, epoch):
+    assert np.array_equal(np.sort(permutation(n, seed, "train", epoch)), np.arange(n))
+
+
+@given(
+    n=st.integers(1, 2**62 - 1),
+    seed=st.integers(0, 2**32 - 1),
+    wanted=st.lists(st.integers(0, 2**62), min_size=1, max_size=50),
+    cuts=st.lists(st.integers(0, 50), max_size=5),
+)
+def test_samples_asked_for_in_any_parts_are_those_asked_for_at_once(n, seed, wanted, cuts):
+    """A run that was stopped anywhere, or whose batches became larger, goes on in the same order."""
+    index = np.array([i % n for i in wanted])
+    whole = order.permute(index, n, seed, "train", 0)
+    parts = [
+        order.permute(part, n, seed, "train", 0) for part in np.split(index, sorted(c % (len(index) + 1) for c in cuts))
+    ]
+    assert np.array_equal(np.concatenate(parts), whole)
+    assert ((whole >= 0) & (whole < n)).all()
+    assert len(np.unique(whole)) == len(np.unique(index))
 
 
 GOLDEN = [

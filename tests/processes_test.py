@@ -51,6 +51,7 @@ def test_two_processes_train_the_run_of_one(tmp_path, data, devices, mesh):
 
 
 def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path, data):
+    """Fault 3."""
     run = tmp_path / "run"
     gang = runs.start_gang(run, data, num_train_steps=100_000, checkpoint__every_steps=0, eval__every_steps=0)
     with runs.ending(*gang):
@@ -63,7 +64,7 @@ def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path, data):
 
 
 def test_processes_that_differ_in_config_leave_together(tmp_path, data):
-    """They would train different things and, on gloo, sum them without a word."""
+    """Fault 24: they would train different things and, on gloo, sum them without a word."""
     other = {1: {"optimizer__peak_lr": 0.5}}
     out = runs.finish_gang(runs.start_gang(tmp_path / "run", data, num_train_steps=STEPS, per_process=other), code=2)
     assert all("(process 1) has another setting: config.optimizer.peak_lr: 0.5 there, 0.001 on" in text for text in out)
@@ -71,7 +72,7 @@ def test_processes_that_differ_in_config_leave_together(tmp_path, data):
 
 
 def test_processes_that_see_other_files_under_one_path_leave_together(tmp_path, data):
-    """The same command on two machines whose disks differ: a stale copy is never trained on beside a newer one."""
+    """Fault 24: the same command on two machines whose disks differ; a stale copy is never trained on beside a newer."""
     gang, address = [], f"--coordinator_address=localhost:{runs.free_port()}"
     for i in range(2):
         machine = tmp_path / f"machine{i}"

@@ -87,6 +87,7 @@ def test_a_stop_at_an_evaluation_step_owes_the_evaluation(tmp_path, data, uninte
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_leaves_with_42(tmp_path, data, uninterrupted, number):
+    """Faults 4 and 5."""
     run = tmp_path / "run"
     argv = runs.command(run, data, num_train_steps=STEPS, model__dropout=0.1, checkpoint__every_steps=0)
     process = runs.start(argv)
@@ -101,6 +102,7 @@ def test_a_signal_saves_and_leaves_with_42(tmp_path, data, uninterrupted, number
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path, data):
+    """Fault 7."""
     run = tmp_path / "run"
     process = runs.start(runs.command(run, data, num_train_steps=100_000, eval__every_steps=1, eval__num_windows=0))
     runs.wait_for_rows(run, process, count=3)
@@ -125,6 +127,7 @@ def test_a_finished_run_says_so_and_more_steps_continue_it(tmp_path, data, unint
 
 
 def test_another_model_or_dataset_is_refused(tmp_path, data, uninterrupted):
+    """Faults 18 and 19."""
     run, _ = uninterrupted
     before = (run / "config.json").read_bytes()
     out = runs.train(run, data, num_train_steps=STEPS, model__dropout=0.1, model__num_layers=3, code=2)
@@ -143,6 +146,7 @@ def test_another_model_or_dataset_is_refused(tmp_path, data, uninterrupted):
 
 
 def test_divergence_ends_with_4_and_saves_nothing_bad(tmp_path, data):
+    """Fault 17."""
     run = tmp_path / "run"
     flags = {"optimizer__peak_lr": 1e18, "optimizer__warmup_steps": 0, "optimizer__clip_norm": 0.0}
     out = runs.train(run, data, num_train_steps=STEPS, checkpoint__every_steps=1, code=4, **flags)
@@ -155,6 +159,7 @@ def test_divergence_ends_with_4_and_saves_nothing_bad(tmp_path, data):
 
 
 def test_damaged_data_is_found_before_the_first_step(tmp_path, data):
+    """Fault 9."""
     shutil.copytree(data, tmp_path / "data")
     shard = tmp_path / "data/train-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-10])

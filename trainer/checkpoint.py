@@ -34,6 +34,7 @@ from trainer.processes import Processes
 from trainer.state import Program, TrainState
 
 log = logging.getLogger("meshlm")
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tracebacks of Orbax's tasks; their errors reach us anyway
 
 ITEMS = ("params", "opt_state")
 METADATA_FILE = "_CHECKPOINT_METADATA"  # Orbax's; holds what save() was given as `meta`, and is written last
@@ -117,7 +118,8 @@ class Checkpoints:
         When it returns, the arrays are copied and the state may be donated. One save runs at a time: a second waits.
         """
         start = time.perf_counter()
-        self.wait()
+        if not self.wait():
+            self._clear_partial()  # again: its other threads may have written on
         self.failed = False
         items = {"params": state.params, "opt_state": state.opt_state}
         if state.guard:
@@ -158,14 +160,18 @@ class Checkpoints:
         self.failed = True
         reason = " ".join(str(error).split())[:300]
         log.error("checkpoint at step %d FAILED, training goes on, the one before it is intact: %s", step, reason)
-        if self.processes.index == 0:  # what it left takes room that the next one may need
-            for path in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+        self._clear_partial()
+
+    def _clear_partial(self) -> None:
+        """What a failed save left takes room that the next one may need."""
+        if self.processes.index == 0:
+            for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def wait(self) -> bool:
+    def wait(self, limit_s: float | None = None) -> bool:
         """Waits for the save in flight, if any; False if it failed."""
         if self._watcher is not None:
-            self._watcher.join()
+            self._watcher.join(limit_s)
             self._watcher = None
         return not self.failed
 

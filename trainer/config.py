@@ -269,13 +269,15 @@ def from_dict(tree: dict[str, Any]) -> Config:
     """A Config from nested plain values; a missing field takes its default. Raises ConfigError."""
     try:
         return _build(Config, tree, "")
-    except ValueError as e:
+    except (ValueError, OverflowError) as e:  # a whole number too large for a float
         raise ConfigError(f"config.{e}") from None
 
 
 def _build(cls: type, tree: dict[str, Any], prefix: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     values = {}
+    if not isinstance(tree, dict):
+        raise ValueError(f"{prefix.rstrip('.')} is {tree!r}; it must have fields: {', '.join(fields)}")
     for name, value in tree.items():
         if name not in fields:
             raise ValueError(f"{prefix}{name} is no field of {cls.__name__}; its fields: {', '.join(fields)}")

@@ -33,6 +33,7 @@ from trainer.watchdog import Watchdog
 log = logging.getLogger("meshlm")
 FINAL_RETRIES_S = (1, 5, 15)  # pauses before the last save of a run is tried again
 MIRROR_LIMIT_S = 600
+LAST_SAVE_S = 10  # for a save in flight when another process may be gone
 
 
 class Bad(NamedTuple):
@@ -129,6 +130,9 @@ class Trainer:
                 with self.meter.paused():
                     state, samples = self._go_back(bad)
             return not self._stopping
+        except jax.errors.JaxRuntimeError:  # a peer may be gone, for which a save would wait
+            self.checkpoints.wait(LAST_SAVE_S)
+            raise
         finally:
             self.progress.clear()
             self.checkpoints.wait()
@@ -305,6 +309,7 @@ class Trainer:
             "config": json.loads(to_json(self.config)),
             "jax": jax.__version__,
         }
+        self.writers.flush()
         stall_s = self.checkpoints.save(step, state, meta, val_loss)
         self.meter.checkpoint_stall_s += stall_s
         self.clock.started(time.monotonic(), stall_s)

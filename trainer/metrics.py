@@ -85,13 +85,20 @@ class Writers:
         """One row. repr of a Python float is the shortest text that reads back exactly."""
         if self._metrics is None:
             return
-        self._metrics.add(json.dumps({"step": step, "tokens": tokens, **values}))
+        row = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        self._metrics.add(json.dumps({"step": step, "tokens": tokens, **row}))
         if self._board is not None:
             self._board.add(step, values)
 
     def sample(self, row: dict[str, Any]) -> None:
         if self._samples is not None:
             self._samples.add(json.dumps(row, ensure_ascii=False))
+
+    def flush(self) -> None:
+        """Tries rows again that could not be written: a checkpoint should find all of them in the file."""
+        for rows in (self._metrics, self._samples):
+            if rows is not None:
+                rows.write()
 
     def close(self) -> None:
         for writer in (self._metrics, self._samples, self._board):
@@ -108,6 +115,9 @@ class Rows:
 
     def add(self, row: str) -> None:
         self._waiting += row.encode(errors="replace") + b"\n"
+        self.write()
+
+    def write(self) -> None:
         try:
             while self._waiting:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
@@ -121,8 +131,7 @@ class Rows:
         self._failing = False
 
     def close(self) -> None:
-        if self._waiting:
-            self.add("")  # a last try; an empty line is no row
+        self.write()
         if self._waiting:
             log.error("the last rows of %s are LOST, %d bytes", self._path, len(self._waiting))
         self._file.close()

@@ -92,6 +92,7 @@ class Mirror:
                 self.copying = None
 
     def _copy(self, step: int) -> None:
+        self._delete(step)  # a copy of other files under this number, from before the run went back
         folder = self.source / str(step)
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != METADATA_FILE)
         for path in [*files, folder / METADATA_FILE]:
@@ -100,11 +101,15 @@ class Mirror:
     def keep_only(self, steps: set[int]) -> None:
         """Deletes the copies of other steps."""
         for step in set(self.steps()) - steps - {self.copying}:
-            try:  # what makes it whole first
-                self._store.write(f"checkpoints/{step}/{METADATA_FILE}", None).result(TIMEOUT_S)
-                self._store.delete_range(_range(f"checkpoints/{step}/")).result(TIMEOUT_S)
+            try:
+                self._delete(step)
             except _ERRORS as e:
                 log.warning("the copy of step %d in %s could not be deleted: %s", step, self.location, _line(e))
+
+    def _delete(self, step: int) -> None:
+        """What makes it whole first."""
+        self._store.write(f"checkpoints/{step}/{METADATA_FILE}", None).result(TIMEOUT_S)
+        self._store.delete_range(_range(f"checkpoints/{step}/")).result(TIMEOUT_S)
 
     def close(self, timeout_s: float) -> None:
         """Waits for the copy under way, with a limit."""

@@ -23,6 +23,7 @@ log = logging.getLogger("meshlm")
 T = TypeVar("T")
 TIMEOUT_S = 300.0
 POLL_S = 60.0  # of a wait without a limit; only so that it is not one call for ever
+PARTING_S = 0.5  # from a process's last word to its end
 STOP, SAVE = "stop", "save"
 
 
@@ -52,7 +53,7 @@ class Processes:
         self._paused = threading.Lock()  # held while a tick is being agreed on: the loop waits in tick()
         self._listener: threading.Thread | None = None
         self._stopping = False
-        self.hosts = [platform.node()]
+        self.hosts: list[str] = []
         self.hosts = self.exchange("hosts", platform.node())
 
     # Values
@@ -127,7 +128,8 @@ class Processes:
         self.exchange(name, "")
 
     def _named(self, process: int) -> str:
-        return f"{self.hosts[process] if process < len(self.hosts) else '?'} (process {process})"
+        name = f"process {process}"
+        return f"{self.hosts[process]} ({name})" if process < len(self.hosts) else name
 
     # Events
 
@@ -167,6 +169,21 @@ class Processes:
             if self.index == 0:
                 self.request("end")
             self._listener.join(self.timeout_s)
+
+    def part(self) -> None:
+        """Before os._exit, on all, while the main thread is busy. Process 0, whose service the others need, goes last.
+
+        jax.distributed.shutdown would take the service away from under the main thread.
+        """
+        if self.size == 1:
+            return
+        with contextlib.suppress(jax.errors.JaxRuntimeError, TimeoutError):
+            if self.index:
+                self._set(f"meshlm/parted/{self.index}", "")
+                return
+            for i in range(1, self.size):
+                self._get(f"meshlm/parted/{i}", self.timeout_s)
+            time.sleep(PARTING_S)
 
     def _listen(self) -> None:
         """As JAX's preemption service does it: all loops are held, and the tick after the furthest is taken."""

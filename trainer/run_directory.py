@@ -84,7 +84,7 @@ def read_config(run: pathlib.Path) -> Config:
         return from_dict(json.loads(path.read_text()))
     except FileNotFoundError:
         raise ConfigError(f"{run} is not a run directory: it has no config.json; name one with --workdir") from None
-    except ValueError as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(f"{path} cannot be read: {e}") from None
 
 

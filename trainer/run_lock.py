@@ -164,6 +164,8 @@ class RunLock:
                 if self._write(self._record(), generation):
                     if over:
                         log.warning("the lock of %s is taken over from %s, %s", self._location, name, over)
+                    if record is not None and lives is not False and waited < stale_s:
+                        self._let_it_notice(owner)
                     return
             else:
                 if not waited:
@@ -173,6 +175,14 @@ class RunLock:
                 last, now = now, time.monotonic()
                 waited += min(now - last, 2 * poll_s)
             record, generation = self._read()
+
+    def _let_it_notice(self, owner: Owner | None) -> None:
+        """Until a robbed owner has had a heartbeat to find out: it must not write beside us."""
+        limit_s = 1.5 * self._heartbeat_s
+        log.info("waiting   for it to leave; %g s at most", limit_s)
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline and _lives(owner, self.owner) is not False:
+            time.sleep(min(0.2, limit_s))
 
     def _keep(self) -> None:
         """The heartbeat's thread."""

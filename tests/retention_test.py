@@ -1,0 +1,72 @@
+"""Which checkpoints stay, and when one is due by time, whatever the steps and times."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.config import CheckpointConfig
+from trainer.retention import RETRY_S, SaveClock, kept
+
+LOSSES = st.none() | st.floats(allow_nan=False)
+
+
+@given(
+    steps=st.dictionaries(st.integers(1, 200), LOSSES),
+    last=st.integers(1, 5),
+    multiple=st.integers(0, 20),
+    best=st.integers(0, 4),
+)
+def test_the_last_the_permanent_and_the_best_stay_and_nothing_else(steps, last, multiple, best):
+    keep = kept(steps, CheckpointConfig(keep_last=last, keep_every_steps=multiple, keep_best=best))
+    newest = set(sorted(steps)[-last:])
+    permanent = {step for step in steps if multiple and step % multiple == 0}
+    assert newest | permanent <= keep <= set(steps)
+    evaluated = sorted(loss for loss in steps.values() if loss is not None)
+    by_loss = [steps[step] for step in keep if steps[step] is not None]
+    assert sorted(by_loss)[:best] == evaluated[:best], "the lowest losses are among those kept"
+    assert len(keep - newest - permanent) <= best
+
+
+@given(st.dictionaries(st.integers(1, 99), LOSSES), st.integers(1, 5), st.integers(0, 3))
+def test_a_newer_step_never_brings_an_older_one_back(steps, last, best):
+    """What was deleted is gone: keeping is decided again after every save, and must not want it."""
+    config = CheckpointConfig(keep_last=last, keep_best=best)
+    before = kept(steps, config)
+    assert kept({step: steps.get(step) for step in before} | {100: None}, config) <= before | {100}
+    assert kept({step: steps[step] for step in before}, config) == before
+
+
+def clock(minutes: float = 1.0, share: float = 0.01) -> SaveClock:
+    return SaveClock(CheckpointConfig(every_minutes=minutes, max_share=share), now=1000.0)
+
+
+@given(st.floats(0.01, 1e4), st.floats(0, 1e5))
+def test_due_after_the_minutes_and_not_before(minutes, later):
+    assert clock(minutes).due(1000.0 + later) == (1000.0 + later - 1000.0 >= 60 * minutes)
+    assert not clock(0).due(1000.0 + later), "0 minutes: never by time"
+
+
+@given(stall=st.floats(0, 1e3), share=st.floats(0.001, 1))
+def test_slow_saves_become_rarer(stall, share):
+    """The loop is held up for at most this share of the time, however slow the disk is."""
+    saves = clock(share=share)
+    saves.started(2000.0, stall)
+    assert saves.interval_s >= 60 and stall <= saves.interval_s * share * 1.0001
+    assert not saves.due(2000.0 + 0.99 * saves.interval_s) and saves.due(2000.0 + 1.01 * saves.interval_s)
+
+
+@pytest.mark.parametrize("minutes", [0, 10])
+def test_a_failed_save_is_tried_again_ever_more_rarely(minutes):
+    """Fault 12: a full disk is tried again soon, but does not keep the loop busy with saving."""
+    saves, now = clock(minutes), 2000.0
+    for pause in (RETRY_S, 2 * RETRY_S, 4 * RETRY_S):
+        saves.started(now, 0.0)
+        saves.ended(False, now)
+        assert not saves.due(now + pause - 0.1) and saves.due(now + pause)
+        now += pause
+    saves.started(now, 0.0)
+    assert not saves.due(now + 1), "one under way is not tried again"
+    saves.ended(True, now)
+    saves.started(now, 0.0)
+    saves.ended(False, now)
+    assert saves.due(now + RETRY_S), "after a success it begins anew"
