@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from data import allocator
+from data.errors import UserError
 from launch import cli, runtime, signals
 from trainer import run_directory, watchdog
-from trainer.errors import CheckpointError, ConfigError, Diverged, Stopped
+from trainer.errors import ConfigError, Stopped
 from trainer.run_lock import RunLock
 
 if TYPE_CHECKING:
@@ -72,42 +73,22 @@ def main() -> int:
     allocator.tune_allocator()
     runtime.use_gpu_memory()
     runtime.use_compilation_cache(COMPILATION_CACHE.value)
-    import jax
-
     from launch import distributed
-    from trainer.processes import STOP, Processes
+    from trainer.processes import Processes
 
     watchdog.dump_on_quit(None)
     told = distributed.initialize(*gang, timeout_s=START_TIMEOUT.value, heartbeat_s=HEARTBEAT_TIMEOUT.value)
     processes = Processes(START_TIMEOUT.value)
-    processes.check_same("number of processes", {"--num_processes": told})
-    config = processes.together("configuration", lambda: config or prepare(run))
-    locks, data = enter(run, config, processes)
-    dog = watchdog.Watchdog(run, config.watchdog, processes.index)
-    from trainer.loop import Trainer
-
-    def leave() -> None:
-        processes.close()
-        dog.close()
-        distributed.shutdown()
-
-    processes.listen(asked=lambda: give_up(config.watchdog.stop_s), too_early=lambda: leave_at_once(processes, locks))
-    listening.connect(lambda: processes.request(STOP))
     try:
-        finished = Trainer(config, run, data, processes, dog).train()
-    except (Diverged, CheckpointError):  # found by every process, at the same step
-        leave()
+        processes.check_same("number of processes", {"--num_processes": told})
+        config = processes.together("configuration", lambda: config or prepare(run))
+        finished = train(run, config, processes, listening)
+    except Stopped:
         raise
-    except jax.errors.JaxRuntimeError as e:
-        if processes.size == 1 or "RESOURCE_EXHAUSTED" in str(e):
-            raise
-        logging.exception("meshlm: a collective failed")
-        reason = " ".join(str(e).split())[:200]
-        raise Stopped(f"a collective failed, probably as another process is gone; see the other logs: {reason}") from e
-    finally:
-        for lock in locks:
-            lock.release()
-    leave()
+    except UserError:
+        processes.part()
+        raise
+    distributed.shutdown()
     command = f"python -m launch.sample --workdir={shlex.quote(str(run))}"
     if config.sample.prompt.isprintable():
         command += f" --prompt={shlex.quote(config.sample.prompt)}"
@@ -116,6 +97,33 @@ def main() -> int:
         return 0
     cli.log.info("Stopped and saved in %s; the same command goes on from here.", run)
     return cli.STOPPED
+
+
+def train(run: pathlib.Path, config: Config, processes: Processes, listening: signals.Signals) -> bool:
+    """Whether the run is finished; if not, it was stopped and saved."""
+    import jax
+
+    from trainer.loop import Trainer
+    from trainer.processes import STOP
+
+    locks, data = enter(run, config, processes)
+    dog = watchdog.Watchdog(run, config.watchdog, processes.index)
+    processes.listen(asked=lambda: give_up(config.watchdog.stop_s), too_early=lambda: leave_at_once(processes, locks))
+    listening.connect(lambda: processes.request(STOP))
+    try:
+        finished = Trainer(config, run, data, processes, dog).train()
+        processes.close()
+        return finished
+    except jax.errors.JaxRuntimeError as e:
+        if processes.size == 1 or "RESOURCE_EXHAUSTED" in str(e):
+            raise
+        logging.exception("meshlm: a collective failed")
+        reason = " ".join(str(e).split())[:200]
+        raise Stopped(f"a collective failed, probably as another process is gone; see the other logs: {reason}") from e
+    finally:
+        dog.close()
+        for lock in locks:
+            lock.release()
 
 
 def prepare(run: pathlib.Path) -> Config:

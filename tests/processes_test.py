@@ -72,7 +72,7 @@ def test_processes_that_differ_in_config_leave_together(tmp_path, data):
 
 
 def test_processes_that_see_other_files_under_one_path_leave_together(tmp_path, data):
-    """Fault 24: the same command on two machines whose disks differ; a stale copy is never trained on beside a newer."""
+    """Fault 24: the same command on two machines whose disks differ; no stale copy is trained on beside a newer."""
     gang, address = [], f"--coordinator_address=localhost:{runs.free_port()}"
     for i in range(2):
         machine = tmp_path / f"machine{i}"

@@ -23,7 +23,7 @@ log = logging.getLogger("meshlm")
 T = TypeVar("T")
 TIMEOUT_S = 300.0
 POLL_S = 60.0  # of a wait without a limit; only so that it is not one call for ever
-PARTING_S = 0.5  # from a process's last word to its end
+PARTING_S, PARTING_LIMIT_S = 0.5, 10.0  # from a process's last word to its end; for all to say it
 STOP, SAVE = "stop", "save"
 
 
@@ -171,18 +171,20 @@ class Processes:
             self._listener.join(self.timeout_s)
 
     def part(self) -> None:
-        """Before os._exit, on all, while the main thread is busy. Process 0, whose service the others need, goes last.
+        """Before os._exit, on all that end for the same reason. Process 0, whose service the others need, goes last.
 
-        jax.distributed.shutdown would take the service away from under the main thread.
+        jax.distributed.shutdown would take the service away from under a main thread that is busy, and wait for one
+        that ends for another reason.
         """
         if self.size == 1:
             return
-        with contextlib.suppress(jax.errors.JaxRuntimeError, TimeoutError):
+        deadline = time.monotonic() + PARTING_LIMIT_S
+        with contextlib.suppress(jax.errors.JaxRuntimeError, TimeoutError, _Taken):
             if self.index:
                 self._set(f"meshlm/parted/{self.index}", "")
                 return
             for i in range(1, self.size):
-                self._get(f"meshlm/parted/{i}", self.timeout_s)
+                self._get(f"meshlm/parted/{i}", max(deadline - time.monotonic(), 0.1))
             time.sleep(PARTING_S)
 
     def _listen(self) -> None:
