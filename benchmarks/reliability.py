@@ -1,6 +1,6 @@
 """What stopping, dying, saving and restoring cost; docs/reliability.md has the table.
 
-  python -m benchmarks.reliability [--kill_minutes=8]
+  python -m benchmarks.reliability [--kill_minutes=8] [--only=save,stall]
 
 Two processes on loopback for what takes two; one process and a model of 10 M parameters, of which a checkpoint has
 120 MB, for what a save costs. Seconds are those of this machine; ratios are taken within one run.
@@ -21,7 +21,8 @@ from absl import app, flags
 
 from tests import runs
 
-KILL_MINUTES = flags.DEFINE_float("kill_minutes", 8, "How long to train under a kill every two minutes; 0: not at all.")
+KILL_MINUTES = flags.DEFINE_float("kill_minutes", 8, "How long to train under a kill every two minutes.")
+ONLY = flags.DEFINE_list("only", [], "Of signals, slow_host, save, stall, goodput; empty: all.")
 KILL_EVERY_S = 120
 HEARTBEAT_S = 10
 LARGER = {
@@ -178,17 +179,16 @@ def goodput(folder: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
 def main(argv: list[str]) -> None:
     folder = pathlib.Path(tempfile.mkdtemp(prefix="reliability"))
     data = runs.dataset(folder)
-    parts = [
-        lambda: signals(folder, data),
-        lambda: slow_host(folder, data),
-        lambda: save_and_restore(folder),
-        lambda: stall(folder, data),
-    ]
-    if KILL_MINUTES.value:
-        parts.append(lambda: goodput(folder, data))
+    parts: dict[str, Callable[[], dict[str, str]]] = {
+        "signals": lambda: signals(folder, data),
+        "slow_host": lambda: slow_host(folder, data),
+        "save": lambda: save_and_restore(folder),
+        "stall": lambda: stall(folder, data),
+        "goodput": lambda: goodput(folder, data),
+    }
     print("| what | measured |\n|---|---|")
-    for part in parts:
-        for what, value in part().items():
+    for name in ONLY.value or parts:
+        for what, value in parts[name]().items():
             print(f"| {what} | {value} |", flush=True)
     shutil.rmtree(folder)
 

@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
-from launch import cli
+from launch import cli, runtime
 from trainer import lives
 from trainer.errors import ConfigError
 
@@ -43,7 +43,6 @@ MAX_BACKOFF_S = flags.DEFINE_float("max_backoff_s", 60.0, "Longest wait.", lower
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PASSED_ON = (*STOPS, signal.SIGQUIT)  # Ctrl-\: the trainer writes where it is, and goes on
-PROCESS_IDS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JOB_COMPLETION_INDEX", "TPU_WORKER_ID")
 PR_SET_PDEATHSIG = 1  # Linux: the signal a process gets when its parent dies
 
 
@@ -172,7 +171,7 @@ def _flag(command: Sequence[str], name: str) -> str | None:
 
 def _process(command: Sequence[str]) -> int:
     """Which process of the run the command is, as far as can be told without starting it."""
-    for text in (_flag(command, "process_id"), *map(os.environ.get, PROCESS_IDS)):
+    for text in (_flag(command, "process_id"), *map(os.environ.get, runtime.RANKS)):
         if text and text.isdecimal():
             return int(text)
     return 0

@@ -56,6 +56,7 @@ def test_recipes_are_imported_by_nobody():
         "launch.train",
         "launch.sample",
         "launch.prepare",
+        "launch.supervise",
         "launch.inspect",
         "launch.pack",
         "launch.tokenizer",

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from launch import supervise
+from launch import runtime, supervise
 from tests import runs
 from trainer import lives
 
@@ -63,7 +63,7 @@ class Supervised:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "launch.supervise", *flags, "--", *child],
             cwd=runs.ROOT,
-            env={k: v for k, v in os.environ.items() if k not in supervise.PROCESS_IDS} | env,
+            env={k: v for k, v in os.environ.items() if k not in runtime.RANKS} | env,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -29,6 +29,7 @@ from orbax.checkpoint import v1 as ocp
 from trainer import retention
 from trainer.config import CheckpointConfig
 from trainer.errors import CheckpointError, ConfigError
+from trainer.lives import METADATA_FILE
 from trainer.mirror import Mirror
 from trainer.processes import Processes
 from trainer.state import Program, TrainState
@@ -37,7 +38,6 @@ log = logging.getLogger("meshlm")
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tracebacks of Orbax's tasks; their errors reach us anyway
 
 ITEMS = ("params", "opt_state")
-METADATA_FILE = "_CHECKPOINT_METADATA"  # Orbax's; holds what save() was given as `meta`, and is written last
 DELETING = ".deleting"
 STEP = re.compile("0|[1-9][0-9]*")
 # A host that cannot write makes the others wait; for how long depends on how long saves take.
@@ -324,7 +324,8 @@ class Checkpoints:
                 if later > step:
                     self._move_to_quarantine(self._path(later), f"the run goes back to before step {step + 1}")
             if self.mirror is not None:
-                self.mirror.keep_only({s for s in self.mirror.steps() if s <= step})
+                self.mirror.wait()
+                self.mirror.keep_only({s for s in self.mirror.whole() if s <= step})
 
         self._on_process_0(f"going back to step {step}", move)
 

@@ -23,7 +23,7 @@ from data import files
 log = logging.getLogger("meshlm")
 
 DONE, STOPPED = 0, 42
-METADATA_FILE = "_CHECKPOINT_METADATA"  # Orbax's, as in trainer/checkpoint.py
+METADATA_FILE = "_CHECKPOINT_METADATA"  # Orbax's, in each step of checkpoints/; written last
 STEP_TIME, COMPILE_TIME = "perf/step_time_s", "perf/compile_s"
 MOST_SHOWN = 20
 

@@ -32,7 +32,6 @@ from trainer.watchdog import Watchdog
 
 log = logging.getLogger("meshlm")
 FINAL_RETRIES_S = (1, 5, 15)  # pauses before the last save of a run is tried again
-MIRROR_LIMIT_S = 600
 LAST_SAVE_S = 10  # for a save in flight when another process may be gone
 
 
@@ -299,7 +298,7 @@ class Trainer:
                     f"command goes on from {f'step {steps[-1]}' if steps else 'the beginning'}"
                 )
             if self.mirror is not None:
-                self.mirror.close(MIRROR_LIMIT_S)
+                self.mirror.wait()
 
     def _start_save(self, step: int, samples: int, state: TrainState, val_loss: float | None, owed: bool) -> None:
         meta = {

@@ -17,9 +17,9 @@ from data import remote
 from data.errors import DataError
 from trainer.config import Config, changes, from_dict, to_json
 from trainer.errors import ConfigError
+from trainer.lives import METADATA_FILE
 
 log = logging.getLogger("meshlm")
-METADATA_FILE = "_CHECKPOINT_METADATA"
 TIMEOUT_S = 600  # for one file
 
 
@@ -42,7 +42,7 @@ class Mirror:
         self.location, self.source = location.rstrip("/"), source
         self.copying: int | None = None
         self._waiting: tuple[int, set[int]] | None = None
-        self._bad: set[int] = set()
+        self._fetched: set[int] = set()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         try:
@@ -100,7 +100,7 @@ class Mirror:
 
     def keep_only(self, steps: set[int]) -> None:
         """Deletes the copies of other steps."""
-        for step in set(self.steps()) - steps - {self.copying}:
+        for step in self.whole() - steps - {self.copying}:
             try:
                 self._delete(step)
             except _ERRORS as e:
@@ -111,8 +111,8 @@ class Mirror:
         self._store.write(f"checkpoints/{step}/{METADATA_FILE}", None).result(TIMEOUT_S)
         self._store.delete_range(_range(f"checkpoints/{step}/")).result(TIMEOUT_S)
 
-    def close(self, timeout_s: float) -> None:
-        """Waits for the copy under way, with a limit."""
+    def wait(self, timeout_s: float = TIMEOUT_S) -> None:
+        """Waits for the copies under way, with a limit."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._thread is None, timeout_s):
                 log.error("step %s is not yet copied to %s after %.0f s", self.copying, self.location, timeout_s)
@@ -120,18 +120,22 @@ class Mirror:
     # And back
 
     def steps(self) -> list[int]:
-        """Whole copies, newest first; without those that fetch() could not use."""
+        """Whole copies, newest first; without those that were fetched once."""
+        return sorted(self.whole() - self._fetched, reverse=True)
+
+    def whole(self) -> set[int]:
+        """Steps of which all is there."""
         try:
             keys = self._store.list(_range("checkpoints/")).result(TIMEOUT_S)
         except _ERRORS as e:
             log.warning("cannot look into %s: %s", self.location, _line(e))
-            return []
-        found = {key.decode().split("/")[1] for key in keys if key.endswith(f"/{METADATA_FILE}".encode())}
-        return sorted((int(name) for name in found if name.isdigit() and int(name) not in self._bad), reverse=True)
+            return set()
+        names = {key.decode().split("/")[1] for key in keys if key.endswith(f"/{METADATA_FILE}".encode())}
+        return {int(name) for name in names if name.isdigit()}
 
     def fetch(self, step: int) -> bool:
-        """Copies `step` into the run; False, and never tried again, if that fails."""
-        self._bad.add(step)  # if it is damaged, it is not fetched twice
+        """Copies `step` into the run; False if that fails. Never tried again: the copy may be damaged."""
+        self._fetched.add(step)
         partial = self.source / f"{step}.orbax-checkpoint-tmp-mirror"
         try:
             shutil.rmtree(partial, ignore_errors=True)

@@ -165,7 +165,7 @@ class RunLock:
                     if over:
                         log.warning("the lock of %s is taken over from %s, %s", self._location, name, over)
                     if record is not None and lives is not False and waited < stale_s:
-                        self._let_it_notice(owner)
+                        self._let_it_notice(owner, min(1.5 * self._heartbeat_s, stale_s))
                     return
             else:
                 if not waited:
@@ -176,9 +176,8 @@ class RunLock:
                 waited += min(now - last, 2 * poll_s)
             record, generation = self._read()
 
-    def _let_it_notice(self, owner: Owner | None) -> None:
+    def _let_it_notice(self, owner: Owner | None, limit_s: float) -> None:
         """Until a robbed owner has had a heartbeat to find out: it must not write beside us."""
-        limit_s = 1.5 * self._heartbeat_s
         log.info("waiting   for it to leave; %g s at most", limit_s)
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline and _lives(owner, self.owner) is not False:
