@@ -112,13 +112,27 @@ class Checkpoints:
 
     # Writing
 
-    def save(self, step: int, state: TrainState, meta: dict[str, Any], val_loss: float | None = None) -> float:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        meta: dict[str, Any],
+        val_loss: float | None = None,
+        patience_s: float = SAVE_TIMEOUT_S,
+    ) -> float:
         """Starts a save of `state` after `step` finished steps and returns the seconds the caller was held up.
 
-        When it returns, the arrays are copied and the state may be donated. One save runs at a time: a second waits.
+        When it returns, the arrays are copied and the state may be donated. One save runs at a time: a second waits for
+        `patience_s`, and is left out, as one that failed, where the first is then still under way on any process. (One
+        that fails on some makes Orbax wait on the others, for minutes.)
         """
         start = time.perf_counter()
-        if not self.wait():
+        ok = self.wait(patience_s)
+        if not all(map(json.loads, self.processes.exchange(f"save of step {step}", json.dumps(not self.busy)))):
+            self.failed = True
+            log.error("checkpoint at step %d LEFT OUT: the one before it is still being written, or failing", step)
+            return time.perf_counter() - start
+        if not ok:
             self._clear_partial()  # again: its other threads may have written on
         self.failed = False
         items = {"params": state.params, "opt_state": state.opt_state}
@@ -172,8 +186,7 @@ class Checkpoints:
         """Waits for the save in flight, if any; False if it failed."""
         if self._watcher is not None:
             self._watcher.join(limit_s)
-            self._watcher = None
-        return not self.failed
+        return not self.failed and not self.busy
 
     @property
     def busy(self) -> bool:

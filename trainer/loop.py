@@ -19,7 +19,7 @@ from data.errors import DataError
 from model.generate import Generator
 from trainer import divergence, sharding, startup, stragglers
 from trainer import metrics as reporting
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoint import SAVE_TIMEOUT_S, Checkpoints
 from trainer.config import Config, to_json
 from trainer.errors import CheckpointError, ConfigError, Diverged
 from trainer.evaluation import evaluate
@@ -32,6 +32,7 @@ from trainer.watchdog import Watchdog
 
 log = logging.getLogger("meshlm")
 FINAL_RETRIES_S = (1, 5, 15)  # pauses before the last save of a run is tried again
+SAVE_PATIENCE_S = 30  # with the save before, where a later one will do as well
 LAST_SAVE_S = 10  # for a save in flight when another process may be gone
 
 
@@ -280,10 +281,9 @@ class Trainer:
     # To a checkpoint
 
     def _save(self, step: int, samples: int, state: TrainState, val_loss: float | None, owed: bool) -> None:
-        last = step == self.config.num_train_steps or self._stopping
         with self.watchdog.phase("saving"):
             self._start_save(step, samples, state, val_loss, owed)
-            if not last:
+            if not self._is_last(step):
                 return
             for pause_s in (*FINAL_RETRIES_S[: 1 if self._stopping else None], None):
                 if all(map(json.loads, self.processes.exchange("saved", json.dumps(self.checkpoints.wait())))):
@@ -300,6 +300,9 @@ class Trainer:
             if self.mirror is not None:
                 self.mirror.wait()
 
+    def _is_last(self, step: int) -> bool:
+        return step == self.config.num_train_steps or self._stopping
+
     def _start_save(self, step: int, samples: int, state: TrainState, val_loss: float | None, owed: bool) -> None:
         meta = {
             "samples": samples,
@@ -309,7 +312,8 @@ class Trainer:
             "jax": jax.__version__,
         }
         self.writers.flush()
-        stall_s = self.checkpoints.save(step, state, meta, val_loss)
+        patience_s = SAVE_TIMEOUT_S if self._is_last(step) else 1 if self.checkpoints.failed else SAVE_PATIENCE_S
+        stall_s = self.checkpoints.save(step, state, meta, val_loss, patience_s)
         self.meter.checkpoint_stall_s += stall_s
         self.clock.started(time.monotonic(), stall_s)
         self.events.discard(SAVE)
