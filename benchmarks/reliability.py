@@ -100,13 +100,14 @@ def slow_host(folder: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
 def save_and_restore(folder: pathlib.Path) -> dict[str, str]:
     import jax
 
-    from tests.step_test import config, mesh_of
+    from trainer import sharding
     from trainer.checkpoint import Checkpoints, checksums
-    from trainer.config import CheckpointConfig
+    from trainer.config import CheckpointConfig, from_dict
     from trainer.state import Program
 
-    model = {"num_layers": 6, "embed_dim": 384, "num_heads": 6, "num_kv_heads": 6, "vocab_size": 64}
-    program = Program(config(model=model), mesh_of("one"))
+    model = {"num_layers": 6, "embed_dim": 384, "num_heads": 6, "vocab_size": 64, "max_seq_len": 128}
+    config = from_dict({"model": model, "data": {"seq_len": 128}})
+    program = Program(config, sharding.make_mesh(config, jax.devices()[:1]))
     state = jax.block_until_ready(program.init())
     size = sum(x.nbytes for x in jax.tree.leaves(state))
     items = (state.params, state.opt_state)
