@@ -112,6 +112,7 @@ class Trainer:
         first = int(state.step)
         startup.page(config, self.program, self.windows, self.data)
         self.writers = reporting.Writers(self.run, first, config.metrics.tensorboard)
+        patience_s = None
         try:
             if first >= config.num_train_steps and not owed:
                 steps = config.num_train_steps
@@ -131,11 +132,11 @@ class Trainer:
                     state, samples = self._go_back(bad)
             return not self._stopping
         except jax.errors.JaxRuntimeError:  # a peer may be gone, for which a save would wait
-            self.checkpoints.wait(LAST_SAVE_S)
+            patience_s = LAST_SAVE_S
             raise
         finally:
             self.progress.clear()
-            self.checkpoints.wait()
+            self.checkpoints.wait(patience_s)
             self.writers.close()
 
     def _compile(self) -> Any:

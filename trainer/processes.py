@@ -124,9 +124,6 @@ class Processes:
         self.together(what, on_process_0)
         return json.loads(self.exchange(f"{what}, chosen", json.dumps(chosen))[0])[0]
 
-    def barrier(self, name: str) -> None:
-        self.exchange(name, "")
-
     def _named(self, process: int) -> str:
         name = f"process {process}"
         return f"{self.hosts[process]} ({name})" if process < len(self.hosts) else name

@@ -2,7 +2,7 @@
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from trainer.config import Config, MeshConfig, check_divisible
@@ -98,12 +98,6 @@ def inference_mesh(config: Config) -> Mesh:
         return make_mesh(config)
     except ConfigError:
         return mesh_of({"data": jax.device_count(), "fsdp": 1, "context": 1, "tensor": 1}, jax.devices())
-
-
-def barrier(name: str) -> None:
-    """Waits until every process is here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def spec(axes: tuple[str | None, ...], rules: dict = RULES) -> PartitionSpec:

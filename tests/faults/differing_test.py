@@ -9,23 +9,10 @@ import pytest
 
 from data.prepare import prepare
 from tests import runs
+from tests.faults.interrupted import WHOLE_STEPS as STEPS
 
 pytestmark = pytest.mark.slow
-STEPS = 60
 SLOW = {"num_train_steps": 800, "eval__every_steps": 1, "eval__num_windows": 0, "checkpoint__every_steps": 200}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return runs.dataset(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, data):
-    """An uninterrupted run on one device that kept each tenth step."""
-    run = tmp_path_factory.mktemp("runs") / "whole"
-    runs.train(run, data, num_train_steps=STEPS, checkpoint__keep_last=10)
-    return run
 
 
 def forget_after(run: pathlib.Path, step: int) -> None:

@@ -9,6 +9,7 @@ import subprocess
 from tests import runs
 
 STEPS = 200
+WHOLE_STEPS = 60  # of the run that comes to its end, on one device
 CRASHED = range(128, 160)  # by a signal; JAX aborts (134) when a peer is gone
 # Steps of some milliseconds, so that a fault strikes well before the last of those to compare with.
 FIELDS = {

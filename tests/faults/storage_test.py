@@ -13,24 +13,11 @@ import pytest
 
 from tests import object_store, runs
 from tests.checkpoint_test import flip_a_bit_in_the_parameters
+from tests.faults.interrupted import WHOLE_STEPS as STEPS
 
 pytestmark = pytest.mark.slow
-STEPS = 60
 # An evaluation of the whole split after each step takes most of the time: faults have time to be made.
 SLOW = {"num_train_steps": 150, "eval__every_steps": 1, "eval__num_windows": 0, "checkpoint__every_steps": 50}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return runs.dataset(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, data):
-    """An uninterrupted run that kept each tenth step."""
-    run = tmp_path_factory.mktemp("runs") / "whole"
-    runs.train(run, data, num_train_steps=STEPS, checkpoint__keep_last=10)
-    return run
 
 
 @pytest.fixture(scope="module")
