@@ -25,6 +25,7 @@ KILL_MINUTES = flags.DEFINE_float("kill_minutes", 8, "How long to train under a 
 ONLY = flags.DEFINE_list("only", [], "Of signals, slow_host, save, stall, goodput; empty: all.")
 KILL_EVERY_S = 120
 HEARTBEAT_S = 10
+SAVES = 15
 LARGER = {
     "model.num_layers": 6,
     "model.embed_dim": 384,
@@ -113,18 +114,19 @@ def save_and_restore(folder: pathlib.Path) -> dict[str, str]:
     items = (state.params, state.opt_state)
     checksums(items)  # compiles
     checkpoints, times = Checkpoints(folder / "saves", CheckpointConfig(keep_last=1)), []
-    for step in range(1, 6):
+    for step in range(1, SAVES + 1):
         began = time.perf_counter()
         stall = checkpoints.save(step, state, {"samples": 0})
         assert checkpoints.wait()
         whole = time.perf_counter() - began
+        time.sleep(0.5)  # for what is deleted; a save's own sums come before its writes
         began = time.perf_counter()
         checksums(items)
         times.append((stall, whole, time.perf_counter() - began))
     restores = []
     for _ in range(3):
         began = time.perf_counter()
-        jax.block_until_ready(checkpoints.restore(program, 5)[0])
+        jax.block_until_ready(checkpoints.restore(program, SAVES)[0])
         restores.append(time.perf_counter() - began)
     stall, whole, summed = (statistics.median(t) for t in zip(*times[1:], strict=True))
     return {

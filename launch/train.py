@@ -153,7 +153,8 @@ def enter(run: pathlib.Path, config: Config, processes: Processes) -> tuple[list
             return []
         locks = [RunLock(run, steal=STEAL_LOCK.value, on_lost=lost)]
         if mirror := config.checkpoint.mirror:
-            locks.append(RunLock(mirror, flag="--config.checkpoint.mirror", steal=STEAL_LOCK.value, on_lost=lost))
+            flag = "--config.checkpoint.mirror"  # a place for copies that vanishes must not end the run
+            locks.append(RunLock(mirror, flag=flag, steal=STEAL_LOCK.value, on_lost=lost, regain=True))
         run_directory.record(run, config, data, sys.argv)
         return locks
 

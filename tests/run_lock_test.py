@@ -102,10 +102,12 @@ def take():
     """Makes locks of this process, pretending to be on `host`, and gives them back after the test."""
     with contextlib.ExitStack() as stack:
 
-        def make(location, host="", beat=BEAT_S, stale=STALE_S, steal=False, lost=None, **fields) -> RunLock:
+        def make(
+            location, host="", beat=BEAT_S, stale=STALE_S, steal=False, lost=None, regain=False, **fields
+        ) -> RunLock:
             with pretending(host, **fields):
                 told = (lambda message: None) if lost is None else lost.append
-                lock = RunLock(location, steal=steal, on_lost=told, heartbeat_s=beat, stale_s=stale)
+                lock = RunLock(location, steal=steal, on_lost=told, regain=regain, heartbeat_s=beat, stale_s=stale)
             stack.callback(lock.release)
             return lock
 
@@ -347,6 +349,21 @@ def test_a_record_that_was_removed_is_a_loss(tmp_path, take):
     assert "is gone" in lost[0]
     lock.release()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_record_that_was_removed_is_regained_where_that_is_wanted(tmp_path, take, warnings):
+    """The place may be gone for a while, too; but one that another has taken is lost."""
+    lost, place = [], tmp_path / "place"
+    lock = take(place, lost=lost, regain=True)
+    shutil.rmtree(place)
+    place.write_text("no folder any more")
+    until(lambda: "cannot renew the lock" in warnings.text)
+    place.unlink()
+    until(lambda: "had vanished; taken again" in warnings.text)
+    assert record(place)["id"] == lock.owner.id and not lost
+    take(place, steal=True)
+    until(lambda: lock.lost and lost)
+    assert "was taken over by" in lost[0]
 
 
 def test_release_within_on_lost(tmp_path):

@@ -163,7 +163,7 @@ def rows(run: pathlib.Path, name: str = "metrics.jsonl") -> list[dict]:
 def losses(run: pathlib.Path) -> list[tuple]:
     """What must be the same, bit for bit, in the same order, in an interrupted and an uninterrupted run."""
     kept = ("step", "tokens", "train/loss", "train/grad_norm", "train/param_norm", "train/lr", "val/loss")
-    return [tuple(row.get(k) for k in kept) for row in rows(run)]
+    return [tuple(row.get(k) for k in kept) for row in rows(run) if "train/loss" in row or "val/loss" in row]
 
 
 def free_port() -> int:

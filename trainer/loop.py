@@ -287,7 +287,7 @@ class Trainer:
             if not self._is_last(step):
                 return
             for pause_s in (*FINAL_RETRIES_S[: 1 if self._stopping else None], None):
-                if all(map(json.loads, self.processes.exchange("saved", json.dumps(self.checkpoints.wait())))):
+                if self.processes.all_agree("saved", self.checkpoints.wait()):
                     break
                 if pause_s is not None:
                     time.sleep(pause_s)
@@ -313,7 +313,9 @@ class Trainer:
             "jax": jax.__version__,
         }
         self.writers.flush()
-        patience_s = SAVE_TIMEOUT_S if self._is_last(step) else 1 if self.checkpoints.failed else SAVE_PATIENCE_S
+        # Where one process has failed, the others wait for it in vain: not with the steps, too.
+        well = self.processes.all_agree(f"before the save of step {step}", not self.checkpoints.failed)
+        patience_s = SAVE_TIMEOUT_S if self._is_last(step) else SAVE_PATIENCE_S if well else 1
         stall_s = self.checkpoints.save(step, state, meta, val_loss, patience_s)
         self.meter.checkpoint_stall_s += stall_s
         self.clock.started(time.monotonic(), stall_s)

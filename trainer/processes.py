@@ -83,6 +83,10 @@ class Processes:
             )
         return answer["values"]
 
+    def all_agree(self, name: str, yes: bool) -> bool:
+        """Whether every process says yes."""
+        return all(map(json.loads, self.exchange(name, json.dumps(yes))))
+
     def check_same(self, what: str, fields: dict[str, Any]) -> None:
         """Raises ConfigError on every process, naming hosts and fields, when `fields` are not the same on all."""
         everyone = [json.loads(text) for text in self.exchange(what, json.dumps(fields, sort_keys=True))]

@@ -87,6 +87,7 @@ class RunLock:
         flag: str = "--workdir",
         steal: bool = False,
         on_lost: Callable[[str], None],
+        regain: bool = False,
         heartbeat_s: float = 10.0,
         stale_s: float = 60.0,
     ) -> None:
@@ -97,6 +98,8 @@ class RunLock:
           flag: what names the location, for messages.
           steal: take it over from whoever has it now.
           on_lost: called once, in the heartbeat's thread, when another process has taken it over; told by whom.
+          regain: take it again where its record has vanished, as of a folder that was deleted or unmounted. Otherwise
+            that is a loss: another one may have had it in between and given it back.
           heartbeat_s: between two signs of life; well below everybody's `stale_s`.
 
         Raises:
@@ -104,7 +107,7 @@ class RunLock:
         """
         self.owner = this_process()
         self._location, self._flag = str(location), flag
-        self._on_lost = on_lost
+        self._on_lost, self._regain = on_lost, regain
         self._heartbeat_s = heartbeat_s
         self._beat = 0
         self._lost = self._released = False
@@ -207,9 +210,12 @@ class RunLock:
             # Read first: a write whose answer was lost leaves our record under a generation we do not know, and a
             # file's generation (inode and time) can come back within a tick of the kernel's clock.
             record, generation = self._read()
-            if not self._is_ours(record):
+            vanished = record is None and self._regain
+            if not self._is_ours(record) and not vanished:
                 break
             if self._write(self._record(), generation):
+                if vanished:
+                    log.warning("the lock of %s had vanished; taken again", self._location)
                 return True
         if self._stop.is_set():  # released while the store kept us waiting
             return False

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from tests import object_store, runs
 from tests.checkpoint_test import flip_a_bit_in_the_parameters
+from tests.faults import interrupted
 from tests.faults.interrupted import WHOLE_STEPS as STEPS
 
 pytestmark = pytest.mark.slow
@@ -154,6 +156,27 @@ def test_full_in_mid_run(tmp_path, data, slow_whole):
         assert saved[-1] == 150 and any(100 < step < 150 for step in saved)
         assert len(list((run / "checkpoints").iterdir())) == len(saved), "what failed takes no room"
         assert runs.losses(run) == runs.losses(slow_whole)
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_full_for_one_of_two_processes(tmp_path, data, reference, who):
+    """Fault 12: the other waits for what the first has given up. Steps go on, and so do saves after the wait."""
+    run = tmp_path / "run"
+    gang = interrupted.start_gang(run, data, checkpoint__every_steps=20)
+    with runs.ending(*gang):
+        runs.wait_until(lambda: len(interrupted.saved(run)) > 1, *gang)
+        resource.prlimit(gang[who].pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))  # as a quota would
+        wait_for_line(gang[who], "FAILED")
+        wait_for_line(gang[1 - who], "LEFT OUT")
+        resource.prlimit(gang[who].pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        last, since = interrupted.saved(run)[-1], time.monotonic()
+        runs.wait_until(lambda: interrupted.saved(run)[-1] > last, *gang)
+        print("until a save succeeds again:", time.monotonic() - since)
+        gang[0].send_signal(signal.SIGTERM)
+        for process in gang:
+            runs.finish(process, 42)
+    assert interrupted.saved(run)[-1] == runs.rows(run)[-1]["step"]
+    assert interrupted.trained(run)[: interrupted.STEPS] == interrupted.trained(reference)
 
 
 def test_full_at_the_last_save(tmp_path, data, slow_whole):
@@ -319,8 +342,12 @@ def test_a_mirror_that_fails_does_not_disturb_the_run(tmp_path, data, slow_whole
                 runs.wait_until(lambda: (mirror / "config.json").exists(), process)
                 shutil.rmtree(mirror)
                 mirror.write_text("no folder any more")
+                process.send_signal(signal.SIGSTOP)  # until its lock's next sign of life is due
+                time.sleep(10.5)
+                process.send_signal(signal.SIGCONT)
             out = runs.finish(process)
     assert "was NOT copied to" in out and "Traceback" not in out
+    assert ("cannot renew the lock" in out) == (how == "gone")
     assert steps(tmp_path / "run")[-1] == 150 and runs.losses(tmp_path / "run") == runs.losses(slow_whole)
 
 
