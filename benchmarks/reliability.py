@@ -171,6 +171,7 @@ def goodput(folder: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
     time.sleep(30)
     supervisor.send_signal(signal.SIGTERM)
     supervisor.wait(120)
+    print((folder / "kills.txt").read_text()[-2000:], file=sys.stderr)  # ends in the table of lives
     lives = [json.loads(line) for line in (run / "lives.jsonl").read_text().splitlines()]
     lost = [life["lost_steps"] for life in lives]
     return {

@@ -303,6 +303,7 @@ def is_compared(row: tuple) -> bool:
 
 
 def main(argv: list[str]) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))  # by an exception, so that no process is left
     scratch = pathlib.Path(tempfile.mkdtemp(prefix="soak"))
     data, dice, start = runs.dataset(scratch), random.Random(SEED.value), time.monotonic()
     run, reference = scratch / "run", scratch / "reference"

@@ -116,6 +116,10 @@ class Checkpoints:
 
     # Writing
 
+    def warm_up(self, state: TrainState) -> None:
+        """Compiles what save() runs: the first would seem slow, and saves by time become rarer where they are slow."""
+        _arrays(_items(state))
+
     def save(
         self,
         step: int,
@@ -139,16 +143,8 @@ class Checkpoints:
         if not ok:
             self._clear_partial()  # again: its other threads may have written on
         self.failed = False
-        items = {"params": state.params, "opt_state": state.opt_state}
-        if state.guard:
-            items["guard"] = state.guard
-        arrays = {
-            name: {
-                leaf: [kind, checksum] for (leaf, kind), checksum in zip(_leaves(x).items(), checksums(x), strict=True)
-            }
-            for name, x in items.items()
-        }
-        meta = meta | {"step": step, "val_loss": val_loss, "arrays": arrays}
+        items = _items(state)
+        meta = meta | {"step": step, "val_loss": val_loss, "arrays": _arrays(items)}
         meta["digest"] = _digest(meta)
         limit = max(LATER_TIMEOUT_S, int(TIMEOUT_FACTOR * self._save_s)) if self._save_s else SAVE_TIMEOUT_S
         try:
@@ -288,10 +284,7 @@ class Checkpoints:
 
     def restore(self, program: Program, step: int) -> tuple[TrainState, dict[str, Any]]:
         """The whole state of one step. Raises CheckpointError, ConfigError."""
-        abstract = {"params": program.state.params, "opt_state": program.state.opt_state}
-        if program.state.guard:
-            abstract["guard"] = program.state.guard
-        items, meta = self._load(step, abstract)
+        items, meta = self._load(step, _items(program.state))
         at = jax.device_put(np.int32(step), program.replicated)
         # The statistics of a guard that was switched on since begin here.
         guard = items.get("guard") or program.init_guard()
@@ -351,6 +344,20 @@ class Checkpoints:
         target = self.quarantine / f"{path.name}.{time.strftime('%Y%m%dT%H%M%S')}.{time.monotonic_ns() % 1000:03d}"
         path.rename(target)
         log.error("%s; moved %s to %s", reason, path, target)
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """What is saved, by name; the step is in the metadata."""
+    items = {"params": state.params, "opt_state": state.opt_state}
+    return items | {"guard": state.guard} if state.guard else items
+
+
+def _arrays(items: dict[str, Any]) -> dict[str, dict[str, list]]:
+    """By item and leaf, [kind, checksum]."""
+    return {
+        name: {leaf: [kind, checksum] for (leaf, kind), checksum in zip(_leaves(x).items(), checksums(x), strict=True)}
+        for name, x in items.items()
+    }
 
 
 def _check_leaves(

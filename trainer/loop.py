@@ -124,6 +124,7 @@ class Trainer:
             self.meter = reporting.Meter(config)
             with self.watchdog.phase("compiling"):
                 self.train_step = self._compile()
+                self.checkpoints.warm_up(state)
             if owed and self._look(first, samples, state.params)[1]:
                 return False
             while (bad := self._steps(state, samples)) is not None:
