@@ -203,26 +203,31 @@ def second_job(life: Life, dice: random.Random) -> None:
     kill_all(life, dice)
 
 
-def flip_a_bit(life: Life, dice: random.Random) -> None:
+def newest_of_two(life: Life, dice: random.Random) -> pathlib.Path:
+    """The newest checkpoint of a life that has ended. There is one before it: without, the run must not go on (3)."""
+    deadline = time.monotonic() + START_S
+    while len(committed(life.run)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
     kill_all(life, dice)
     life.leave()
-    if steps := committed(life.run):
-        files = sorted(p for p in steps[-1].rglob("*") if p.is_file() and p.parent.name == "d")
-        path = dice.choice(files)
-        raw = bytearray(path.read_bytes())
-        raw[dice.randrange(len(raw))] ^= 1 << dice.randrange(8)
-        path.write_bytes(raw)
+    return committed(life.run)[-1]
+
+
+def flip_a_bit(life: Life, dice: random.Random) -> None:
+    newest = newest_of_two(life, dice)
+    path = dice.choice(sorted(p for p in newest.rglob("*") if p.is_file() and p.parent.name == "d"))
+    raw = bytearray(path.read_bytes())
+    raw[dice.randrange(len(raw))] ^= 1 << dice.randrange(8)
+    path.write_bytes(raw)
 
 
 def cut_a_file(life: Life, dice: random.Random) -> None:
-    kill_all(life, dice)
-    life.leave()
-    if steps := committed(life.run):
-        path = dice.choice(sorted(p for p in steps[-1].rglob("*") if p.is_file()))
-        if dice.random() < 0.5:
-            path.unlink()
-        else:
-            os.truncate(path, path.stat().st_size // 2)
+    newest = newest_of_two(life, dice)
+    path = dice.choice(sorted(p for p in newest.rglob("*") if p.is_file()))
+    if dice.random() < 0.5:
+        path.unlink()
+    else:
+        os.truncate(path, path.stat().st_size // 2)
 
 
 FAULTS: tuple[Callable[[Life, random.Random], None], ...] = (

@@ -1,6 +1,7 @@
 """metrics.jsonl reads as one uninterrupted run, exactly."""
 
 import json
+import os
 import resource
 
 import numpy as np
@@ -60,6 +61,17 @@ def test_rows_that_cannot_be_written_are_written_later(tmp_path):
         writers.close()
         text = (tmp_path / "metrics.jsonl").read_text()
         assert [json.loads(line)["step"] for line in text.splitlines()] == list(range(1, 6 if last_try else 7))
+
+
+def test_flush_reaches_the_disk(tmp_path, monkeypatch):
+    """A checkpoint outlives a power cut, and so must the rows up to it."""
+    writers, synced = metrics.Writers(tmp_path, 0, tensorboard=False), {}
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.update({os.fstat(fd).st_ino: os.fstat(fd).st_size}))
+    writers.metrics(1, 8, {"train/loss": 2.0})
+    writers.flush()
+    found = (tmp_path / "metrics.jsonl").stat()
+    assert found.st_size and synced[found.st_ino] == found.st_size
+    writers.close()
 
 
 def test_a_sample_with_line_separators_is_one_row(tmp_path):

@@ -95,10 +95,11 @@ class Writers:
             self._samples.add(json.dumps(row, ensure_ascii=False))
 
     def flush(self) -> None:
-        """Tries rows again that could not be written: a checkpoint should find all of them in the file."""
+        """Brings all rows to the disk: whoever goes on from a checkpoint should find those up to it, as whole as it."""
         for rows in (self._metrics, self._samples):
             if rows is not None:
                 rows.write()
+                rows.sync()
 
     def close(self) -> None:
         for writer in (self._metrics, self._samples, self._board):
@@ -130,8 +131,13 @@ class Rows:
             log.info("%s is written again", self._path)
         self._failing = False
 
+    def sync(self) -> None:
+        with contextlib.suppress(OSError):  # what could not be written is said, and what no disk takes is lost with it
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self.write()
+        self.sync()
         if self._waiting:
             log.error("the last rows of %s are LOST, %d bytes", self._path, len(self._waiting))
         self._file.close()
