@@ -33,8 +33,8 @@ MINUTES = flags.DEFINE_float("minutes", 10.0, "How long to break things.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the faults and their moments.")
 
 HEARTBEAT_S = 10
-LEAVE_S = 60  # limit for any life to end after its fault
-START_S = 120
+LEAVE_S = 120  # limit for any life to end after its fault; long, for other work may be on the machine
+START_S = 240
 STEPS = 1_000_000  # more than come
 FIELDS = {
     "num_train_steps": STEPS,
@@ -48,7 +48,7 @@ FIELDS = {
     "eval.num_windows": 16,
     "mesh.data": 2,
     "watchdog.min_s": 10,
-    "watchdog.slow_s": 60,
+    "watchdog.slow_s": 180,
     "watchdog.stop_s": 30,
 }
 GOES_ON = {42, -signal.SIGKILL, -signal.SIGABRT}  # codes after which the same command is to be started again
