@@ -161,7 +161,9 @@ def enter(run: pathlib.Path, config: Config, processes: Processes) -> tuple[list
     locks = processes.together("run directory", take)
     # Every process must find there what process 0 has just written.
     seen = processes.together("shared run directory", lambda: run_directory.recorded(run))
-    processes.check_same("run directory (it must be shared by all)", {"environment.json": seen})
+    # And under the same name, or Orbax would refuse each save.
+    where = {"environment.json": seen, "path": str(run.resolve())}
+    processes.check_same("run directory (it must be shared by all)", where)
     if processes.index:
         cli.quiet_console()
     cli.log_to_file(run / f"log.{processes.index}.txt")

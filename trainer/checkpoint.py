@@ -215,7 +215,7 @@ class Checkpoints:
     # Reading
 
     def _path(self, step: int) -> pathlib.Path:
-        return (self.directory / str(step)).absolute()
+        return (self.directory / str(step)).resolve()  # by whatever links each process gets there: Orbax compares them
 
     def steps(self) -> list[int]:
         """Committed steps, ascending."""

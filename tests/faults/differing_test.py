@@ -1,9 +1,13 @@
 """What a run is continued with, and by whom: another tokenizer, other devices, another batch, a second job, hosts."""
 
+import contextlib
 import itertools
+import os
 import pathlib
 import shutil
+import subprocess
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -139,11 +143,15 @@ def copy_of_the_code(folder: pathlib.Path) -> pathlib.Path:
 
 def gang_that_differs(run, data, cwd: dict[int, pathlib.Path] | None = None, **environment: str) -> list[str]:
     """What both processes print; the second has its own environment, and each may have its folder."""
+    return gang_in(cwd or {}, run, data, code=2, **environment)
+
+
+def gang_in(cwd: dict[int, pathlib.Path], run, data, code: int, **environment: str) -> list[str]:
     address, gang = f"--coordinator_address=localhost:{runs.free_port()}", []
     for i in range(2):
         argv = runs.command(run, data, address, "--num_processes=2", f"--process_id={i}", num_train_steps=9)
-        gang.append(runs.start(argv, cwd=(cwd or {}).get(i, runs.ROOT), **environment if i else {}))
-    return runs.finish_gang(gang, code=2)
+        gang.append(runs.start(argv, cwd=cwd.get(i, runs.ROOT), **environment if i else {}))
+    return runs.finish_gang(gang, code=code)
 
 
 def test_other_code(tmp_path, data):
@@ -182,3 +190,37 @@ def test_a_run_directory_that_is_not_shared(tmp_path, data, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(runs.ROOT))
     out = gang_that_differs(pathlib.Path("run"), data, folders)
     assert all("--workdir=run is not the same folder for all processes" in text for text in out)
+
+
+@pytest.mark.parametrize("how", ["links", "mounts"])
+def test_a_run_directory_under_two_names(tmp_path, data, how, monkeypatch):
+    """By links of their own they find the same; mounted in two places it is refused, as Orbax would fail each save."""
+    (tmp_path / "shared").mkdir()
+    folders = {i: tmp_path / f"host{i}" for i in range(2)}
+    for folder in folders.values():
+        folder.mkdir()
+        (folder / "configs").symlink_to(runs.ROOT / "configs")
+    monkeypatch.setenv("PYTHONPATH", str(runs.ROOT))
+    if how == "links":
+        for folder in folders.values():
+            (folder / "shared").symlink_to(tmp_path / "shared")
+        gang_in(folders, pathlib.Path("shared/run"), data, code=0)
+        assert (tmp_path / "shared/run/checkpoints/9/_CHECKPOINT_METADATA").exists()
+        return
+    with contextlib.ExitStack() as mounts:
+        for folder in folders.values():
+            mounts.enter_context(mounted_again(tmp_path / "shared", folder / "shared"))
+        out = gang_in(folders, pathlib.Path("shared/run"), data, code=2)
+    assert all("another run directory (it must be shared by all): path: " in text for text in out)
+
+
+@contextlib.contextmanager
+def mounted_again(folder: pathlib.Path, at: pathlib.Path) -> Iterator[None]:
+    if os.geteuid():
+        pytest.skip("only root mounts a folder a second time")
+    at.mkdir()
+    subprocess.run(["mount", "--bind", folder, at], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", at], check=True)
