@@ -132,7 +132,7 @@ def test_the_probe_sees_a_throttled_process():
         try:
             assert process.stdout.readline() == "ready\n"
             free, slow = [], []
-            # In turns, and the best of each: other work on the machine slows down some of both, or all of one for a while.
+            # In turns, and the best of each: other work on the machine slows down some of both, or all of one.
             while len(free) < 5 or (len(free) < 40 and min(slow) < 1.2 * min(free)):
                 free.append(probe_ms())
                 with throttled(process):
