@@ -297,14 +297,15 @@ def wait_for_resume(life: Life, fault: str) -> float:
 
 def differing(run: pathlib.Path, reference: pathlib.Path) -> tuple[int, list[str]]:
     """Rows compared, and those that are not the same."""
-    ours, theirs = ([row for row in runs.losses(folder) if is_compared(row)] for folder in (run, reference))
+    last = last_step(reference)
+    ours, theirs = ([row for row in runs.losses(folder) if is_compared(row, last)] for folder in (run, reference))
     pairs = itertools.zip_longest(ours, theirs)
     return len(theirs), [f"{a} here, {b} undisturbed" for a, b in pairs if a != b]
 
 
-def is_compared(row: tuple) -> bool:
-    """All but the validation after the undisturbed run's last step, which the other did not come to an end at."""
-    return row[-1] is None or row[0] % FIELDS["eval.every_steps"] == 0
+def is_compared(row: tuple, last: int) -> bool:
+    """All but the validation after the last step: there the undisturbed run ends, and the other owes it, told to stop."""
+    return row[-1] is None or row[0] < last
 
 
 def main(argv: list[str]) -> int:
