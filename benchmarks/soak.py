@@ -304,7 +304,7 @@ def differing(run: pathlib.Path, reference: pathlib.Path) -> tuple[int, list[str
 
 
 def is_compared(row: tuple, last: int) -> bool:
-    """All but the validation after the last step: there the undisturbed run ends, and the other owes it, told to stop."""
+    """All but the validation after the last step: the undisturbed run ends there; the other, told to stop, owes it."""
     return row[-1] is None or row[0] < last
 
 
