@@ -20,6 +20,7 @@ from collections.abc import Callable
 from absl import app, flags
 
 from tests import runs
+from trainer import lives
 
 KILL_MINUTES = flags.DEFINE_float("kill_minutes", 8, "How long to train under a kill every two minutes.")
 ONLY = flags.DEFINE_list("only", [], "Of signals, slow_host, save, stall, goodput; empty: all.")
@@ -171,12 +172,11 @@ def goodput(folder: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
     time.sleep(30)
     supervisor.send_signal(signal.SIGTERM)
     supervisor.wait(120)
-    print((folder / "kills.txt").read_text()[-2000:], file=sys.stderr)  # ends in the table of lives
-    lives = [json.loads(line) for line in (run / "lives.jsonl").read_text().splitlines()]
-    lost = [life["lost_steps"] for life in lives]
+    found = lives.read_lives(run / "lives.jsonl")
+    print(*lives.table(found), sep="\n", file=sys.stderr)
     return {
-        "goodput under a kill every two minutes": f"{100 * lives[-1]['goodput']:.1f} % over {len(lives)} lives",
-        "… steps lost at a kill, at most (saves every half minute)": f"{max(lost)}",
+        "goodput under a kill every two minutes": f"{100 * found[-1].goodput:.1f} % over {len(found)} lives",
+        "… steps lost at a kill, at most (saves every half minute)": f"{max(life.lost_steps for life in found)}",
     }
 
 

@@ -16,7 +16,6 @@ import json
 import os
 import pathlib
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -179,15 +178,12 @@ def freeze_one(life: Life, dice: random.Random) -> None:
 
 
 def full_disk(life: Life, dice: random.Random) -> None:
-    """No file of these processes may grow past 4 KiB for a while: saves fail as on a full disk, and the run goes on."""
+    """Saves fail for a while, and the run goes on."""
     before = last_step(life.run)
-    for process in life.gang:
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-    time.sleep(dice.uniform(1, 3))
-    if dead := [p.poll() for p in life.gang if p.poll() is not None]:
-        raise Broken(f"a full disk ended the run: {dead}", life)
-    for process in life.gang:
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    with runs.quota(*life.gang):
+        time.sleep(dice.uniform(1, 3))
+        if dead := [p.poll() for p in life.gang if p.poll() is not None]:
+            raise Broken(f"a full disk ended the run: {dead}", life)
     life.wait_for_rows(before)
     kill_all(life, dice)
 

@@ -82,8 +82,11 @@ def _fail(error: UserError) -> NoReturn:
 
 def _exit(code: int) -> NoReturn:
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # closed by its reader; Python would try again, and leave with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if _several_processes():
         os._exit(code)
     sys.exit(code)

@@ -4,6 +4,7 @@ A thread reads which signal came from a pipe that Python's C handler writes to: 
 the compiler, in a collective or in a save, where a handler written in Python would have to wait.
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -11,7 +12,10 @@ from collections.abc import Callable
 
 from launch import cli
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # USR1: Slurm's warning (sbatch --signal=USR1@120)
+# USR1 is Slurm's warning (sbatch --signal=USR1@120). HUP comes from a terminal that is closed, unless nohup is at work.
+STOPS: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    STOPS += (signal.SIGHUP,)
 
 
 class Signals:
@@ -24,7 +28,7 @@ class Signals:
         self._pipe, write = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        for number in SIGNALS:
+        for number in STOPS:
             signal.signal(number, lambda number, frame: None)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
@@ -37,7 +41,7 @@ class Signals:
         interrupts = 0
         while True:
             for number in os.read(self._pipe, 64):
-                if number not in SIGNALS:
+                if number not in STOPS:
                     continue
                 interrupts += number == signal.SIGINT
                 if interrupts > 1:
@@ -47,8 +51,13 @@ class Signals:
                 self._asked = True
                 with self._changing:
                     if self._stop is None:
-                        os.write(2, b"\nStopped before the first step; there was nothing to save.\n")
+                        _say(b"\nStopped before the first step; there was nothing to save.\n")
                         os._exit(cli.STOPPED)
-                os.write(2, b"\nStopping after this step; saving. Ctrl-C again leaves at once.\n")
+                _say(b"\nStopping after this step; saving. Ctrl-C again leaves at once.\n")
                 # Apart, so that a second Ctrl-C is heard while processes agree.
                 threading.Thread(target=self._stop, name="stop", daemon=True).start()
+
+
+def _say(line: bytes) -> None:
+    with contextlib.suppress(OSError):  # the terminal or pipe is closed; that is no reason not to stop
+        os.write(2, line)

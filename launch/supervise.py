@@ -3,10 +3,10 @@
   python -m launch.supervise [--flags] -- python -m launch.train --config=configs/tiny.py --workdir=runs/tiny
 
 Started again: exit code 42 (stopped, resumable), 1, 128 and above, and death by a signal. Not: 0, 2, 3, 4, 130 and
-others. Three times in a row without a new checkpoint is the end, too. SIGTERM, SIGINT and SIGUSR1 are passed on to the
-command, each as often as it comes; after one of them it is not started again. (SIGQUIT, which shows where the trainer
-is, is only passed on.) The exit code is the command's, 128 + n for a death by signal n; 42 when told to stop between
-two lives.
+others. Three times in a row without a new checkpoint is the end, too. SIGTERM, SIGINT, SIGUSR1 and SIGHUP are passed on
+to the command, each as often as it comes; after one of them it is not started again. (SIGQUIT, which shows where the
+trainer is, is only passed on.) The exit code is the command's, 128 + n for a death by signal n; 42 when told to stop
+between two lives.
 
 Each life is a row of RUN/lives.jsonl. With several processes, each has a supervisor of its own. COMMAND has to be the
 trainer itself, or something that becomes it (exec): signals are for one process.
@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from absl import flags
 
 from launch import cli, runtime
+from launch.signals import STOPS
 from trainer import lives
 from trainer.errors import ConfigError
 
@@ -41,7 +42,6 @@ BACKOFF_S = flags.DEFINE_float(
 )
 MAX_BACKOFF_S = flags.DEFINE_float("max_backoff_s", 60.0, "Longest wait.", lower_bound=0)
 
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PASSED_ON = (*STOPS, signal.SIGQUIT)  # Ctrl-\: the trainer writes where it is, and goes on
 PR_SET_PDEATHSIG = 1  # Linux: the signal a process gets when its parent dies
 

@@ -4,12 +4,13 @@ import contextlib
 import json
 import os
 import pathlib
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 
 from data.prepare import prepare
 
@@ -104,6 +105,33 @@ def ending(*processes: subprocess.Popen) -> Iterator[list[subprocess.Popen]]:
         yield list(processes)
     finally:
         kill(list(processes))
+
+
+@contextlib.contextmanager
+def quota(*processes: subprocess.Popen) -> Iterator[None]:
+    """No file of theirs may grow past 4 KiB meanwhile: they write as on a full disk."""
+    limit_files(4096, processes)
+    try:
+        yield
+    finally:
+        limit_files(resource.RLIM_INFINITY, processes)
+
+
+def limit_files(most: int, processes: Iterable[subprocess.Popen]) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+
+
+@contextlib.contextmanager
+def mounted(at: pathlib.Path, *words: str | pathlib.Path) -> Iterator[pathlib.Path]:
+    """`mount WORDS AT`, which only root does; the folder is made."""
+    at.mkdir()
+    subprocess.run(["mount", *words, at], check=True)
+    try:
+        yield at
+    finally:
+        subprocess.run(["umount", "--lazy", at], check=True)
 
 
 def start_gang(

@@ -39,7 +39,7 @@ def note(number, frame):
     if code is not None:
         os._exit(code)
 if life["end"] == "wait":
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGQUIT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, note)
     (run / "ready").touch()
     for _ in range(600):  # bounded, should a test fail to end it
@@ -175,7 +175,7 @@ def test_waits_have_a_limit(tmp_path):
 # Signals
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_a_signal_is_passed_on_once_and_ends_it(tmp_path, name):
     supervised = Supervised(tmp_path, {"end": "wait", "codes": [42]})
     supervised.until("ready")
@@ -185,6 +185,20 @@ def test_a_signal_is_passed_on_once_and_ends_it(tmp_path, name):
     assert [life.cause for life in supervised.lives()] == ["stopped (42)"]
     child, session = supervised.words("starts")[0].split()
     assert child == session
+
+
+def test_nohup_is_heeded(tmp_path):
+    """A terminal that is closed is no reason to stop, then; SIGTERM is."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts it
+    try:
+        supervised = Supervised(tmp_path, {"end": "wait", "codes": [42]})
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    supervised.until("ready")
+    supervised.process.send_signal(signal.SIGHUP)
+    supervised.process.send_signal(signal.SIGTERM)
+    supervised.leaves(42)
+    assert supervised.words("signals") == ["SIGTERM"]
 
 
 def test_each_signal_is_passed_on(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -99,6 +100,26 @@ def test_a_signal_saves_and_leaves_with_42(tmp_path, data, uninterrupted, number
     assert saved == runs.rows(run)[-1]["step"] < STEPS
     assert f"Resuming after step {saved}." in runs.finish(runs.start(argv))
     assert runs.losses(run) == runs.losses(uninterrupted[0])
+
+
+@pytest.mark.parametrize("supervised", [False, True], ids=["alone", "supervised"])
+@pytest.mark.parametrize("console", ["pipe", "terminal"])
+def test_a_console_that_is_closed_ends_no_run_and_hides_no_signal(tmp_path, data, console, supervised):
+    run = tmp_path / "run"
+    argv = runs.command(run, data, num_train_steps=100_000, checkpoint__every_steps=0, eval__every_steps=0)
+    if supervised:
+        argv = [sys.executable, "-m", "launch.supervise", "--", *argv]
+    reader, writer = os.pipe() if console == "pipe" else os.openpty()
+    process = subprocess.Popen(argv, cwd=runs.ROOT, env=runs.environment(), stdout=writer, stderr=writer)
+    os.close(writer)
+    with runs.ending(process):
+        runs.wait_for_rows(run, process, count=3)
+        os.close(reader)
+        runs.wait_for_rows(run, process, count=100)
+        process.send_signal(signal.SIGTERM if console == "pipe" else signal.SIGHUP)
+        assert process.wait(runs.TIMEOUT_S) == 42
+    (saved,) = [int(p.name) for p in (run / "checkpoints").iterdir()]
+    assert saved == runs.rows(run)[-1]["step"]
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path, data):

@@ -43,6 +43,7 @@ STEP = re.compile("0|[1-9][0-9]*")
 # A host that cannot write makes the others wait, and no save begins meanwhile: for the first while nobody knows how
 # long a save takes; then for the others, or for so many times the one before.
 SAVE_TIMEOUT_S, LATER_TIMEOUT_S, TIMEOUT_FACTOR = 300, 60, 10
+PATIENCE_S, AFTER_FAILURE_S = 30, 1  # with the save before, where a later one will do as well
 
 
 @jax.jit
@@ -126,21 +127,20 @@ class Checkpoints:
         state: TrainState,
         meta: dict[str, Any],
         val_loss: float | None = None,
-        patience_s: float = SAVE_TIMEOUT_S,
+        last: bool = True,
     ) -> float:
         """Starts a save of `state` after `step` finished steps and returns the seconds the caller was held up.
 
         When it returns, the arrays are copied and the state may be donated. One save runs at a time: a second waits for
-        `patience_s`, and is left out, as one that failed, where the first is then still under way on any process. (One
-        that fails on some makes Orbax wait on the others, for minutes.)
+        the first, for minutes where it is the `last`, and is left out, as one that failed, where that one is then still
+        under way on any process. (One that fails on some makes Orbax wait on the others, for minutes.)
         """
         start = time.perf_counter()
-        ok = self.wait(patience_s)
-        if not self.processes.all_agree(f"save of step {step}", not self.busy):
+        if not self._is_free(step, last):
             self.failed = True
             log.error("checkpoint at step %d LEFT OUT: the one before it is still being written, or failing", step)
             return time.perf_counter() - start
-        if not ok:
+        if self.failed:
             self._clear_partial()  # again: its other threads may have written on
         self.failed = False
         items = _items(state)
@@ -158,6 +158,17 @@ class Checkpoints:
         self._watcher = threading.Thread(target=self._watch, args=(step, response), name="checkpoint", daemon=True)
         self._watcher.start()
         return time.perf_counter() - start
+
+    def _is_free(self, step: int, last: bool) -> bool:
+        """Whether the save before is over on all processes. Where one has failed, the others wait for it in vain."""
+        mine = json.dumps([self.busy, self.failed])
+        busy, failed = map(
+            any, zip(*map(json.loads, self.processes.exchange(f"before step {step}", mine)), strict=True)
+        )
+        if not busy:
+            return True
+        self.wait(SAVE_TIMEOUT_S if last else AFTER_FAILURE_S if failed else PATIENCE_S)
+        return self.processes.all_agree(f"save of step {step}", not self.busy)
 
     def _watch(self, step: int, response: Any) -> None:
         start = time.perf_counter()

@@ -1,5 +1,6 @@
 """The progress line: rewrites itself on a terminal, is a line now and then elsewhere."""
 
+import contextlib
 import logging
 import sys
 import time
@@ -23,7 +24,8 @@ class StatusLine:
             return
         self._last = time_now
         if self.terminal:
-            print(f"\r\x1b[K{line}", end="", flush=True)
+            with contextlib.suppress(OSError):  # it was closed; the run goes on
+                print(f"\r\x1b[K{line}", end="", flush=True)
             self._shown = True
         else:
             log.info("%s", line)
@@ -31,7 +33,8 @@ class StatusLine:
     def clear(self) -> None:
         """Ends the rewriting line, so that the next message starts on its own."""
         if self._shown:
-            print(flush=True)
+            with contextlib.suppress(OSError):
+                print(flush=True)
             self._shown = False
 
 

@@ -19,7 +19,7 @@ from data.errors import DataError
 from model.generate import Generator
 from trainer import divergence, sharding, startup, stragglers
 from trainer import metrics as reporting
-from trainer.checkpoint import SAVE_TIMEOUT_S, Checkpoints
+from trainer.checkpoint import Checkpoints
 from trainer.config import Config, to_json
 from trainer.errors import CheckpointError, ConfigError, Diverged
 from trainer.evaluation import evaluate
@@ -32,7 +32,6 @@ from trainer.watchdog import Watchdog
 
 log = logging.getLogger("meshlm")
 FINAL_RETRIES_S = (1, 5, 15)  # pauses before the last save of a run is tried again
-SAVE_PATIENCE_S = 30  # with the save before, where a later one will do as well
 LAST_SAVE_S = 10  # for a save in flight when another process may be gone
 
 
@@ -314,10 +313,7 @@ class Trainer:
             "jax": jax.__version__,
         }
         self.writers.flush()
-        # Where one process has failed, the others wait for it in vain: not with the steps, too.
-        well = self.processes.all_agree(f"before the save of step {step}", not self.checkpoints.failed)
-        patience_s = SAVE_TIMEOUT_S if self._is_last(step) else SAVE_PATIENCE_S if well else 1
-        stall_s = self.checkpoints.save(step, state, meta, val_loss, patience_s)
+        stall_s = self.checkpoints.save(step, state, meta, val_loss, last=self._is_last(step))
         self.meter.checkpoint_stall_s += stall_s
         self.clock.started(time.monotonic(), stall_s)
         self.events.discard(SAVE)

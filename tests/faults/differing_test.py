@@ -5,9 +5,7 @@ import itertools
 import os
 import pathlib
 import shutil
-import subprocess
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -181,14 +179,19 @@ def test_another_step(tmp_path, data):
     assert runs.rows(tmp_path / "run") == []
 
 
-def test_a_run_directory_that_is_not_shared(tmp_path, data, monkeypatch):
-    """Fault 24: checkpoints of one part on each host could never be put together again."""
+def folders_of_hosts(tmp_path: pathlib.Path, monkeypatch) -> dict[int, pathlib.Path]:
+    """Where each of two processes is started, as on a host of its own."""
     folders = {i: tmp_path / f"host{i}" for i in range(2)}
     for folder in folders.values():
         folder.mkdir()
         (folder / "configs").symlink_to(runs.ROOT / "configs")
     monkeypatch.setenv("PYTHONPATH", str(runs.ROOT))
-    out = gang_that_differs(pathlib.Path("run"), data, folders)
+    return folders
+
+
+def test_a_run_directory_that_is_not_shared(tmp_path, data, monkeypatch):
+    """Fault 24: checkpoints of one part on each host could never be put together again."""
+    out = gang_that_differs(pathlib.Path("run"), data, folders_of_hosts(tmp_path, monkeypatch))
     assert all("--workdir=run is not the same folder for all processes" in text for text in out)
 
 
@@ -196,31 +199,17 @@ def test_a_run_directory_that_is_not_shared(tmp_path, data, monkeypatch):
 def test_a_run_directory_under_two_names(tmp_path, data, how, monkeypatch):
     """By links of their own they find the same; mounted in two places it is refused, as Orbax would fail each save."""
     (tmp_path / "shared").mkdir()
-    folders = {i: tmp_path / f"host{i}" for i in range(2)}
-    for folder in folders.values():
-        folder.mkdir()
-        (folder / "configs").symlink_to(runs.ROOT / "configs")
-    monkeypatch.setenv("PYTHONPATH", str(runs.ROOT))
+    folders = folders_of_hosts(tmp_path, monkeypatch)
     if how == "links":
         for folder in folders.values():
             (folder / "shared").symlink_to(tmp_path / "shared")
         gang_in(folders, pathlib.Path("shared/run"), data, code=0)
         assert (tmp_path / "shared/run/checkpoints/9/_CHECKPOINT_METADATA").exists()
         return
-    with contextlib.ExitStack() as mounts:
-        for folder in folders.values():
-            mounts.enter_context(mounted_again(tmp_path / "shared", folder / "shared"))
-        out = gang_in(folders, pathlib.Path("shared/run"), data, code=2)
-    assert all("another run directory (it must be shared by all): path: " in text for text in out)
-
-
-@contextlib.contextmanager
-def mounted_again(folder: pathlib.Path, at: pathlib.Path) -> Iterator[None]:
     if os.geteuid():
         pytest.skip("only root mounts a folder a second time")
-    at.mkdir()
-    subprocess.run(["mount", "--bind", folder, at], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", at], check=True)
+    with contextlib.ExitStack() as mounts:
+        for folder in folders.values():
+            mounts.enter_context(runs.mounted(folder / "shared", "--bind", tmp_path / "shared"))
+        out = gang_in(folders, pathlib.Path("shared/run"), data, code=2)
+    assert all("another run directory (it must be shared by all): path: " in text for text in out)

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import pathlib
-import resource
 import shutil
 import signal
 import subprocess
@@ -34,14 +33,8 @@ def disk(folder: pathlib.Path, megabytes: float, options: str = ""):
     """A disk of its own at `folder`."""
     if os.geteuid():
         pytest.skip("only root mounts a small disk")
-    folder.mkdir()
-    subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={int(megabytes * 1024)}k{options}", "tmpfs", folder], check=True
-    )
-    try:
+    with runs.mounted(folder, "-t", "tmpfs", "-o", f"size={int(megabytes * 1024)}k{options}", "tmpfs"):
         yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def fill(folder: pathlib.Path) -> pathlib.Path:
@@ -165,10 +158,9 @@ def test_full_for_one_of_two_processes(tmp_path, data, reference, who):
     gang = interrupted.start_gang(run, data, checkpoint__every_steps=20)
     with runs.ending(*gang):
         runs.wait_until(lambda: len(interrupted.saved(run)) > 1, *gang)
-        resource.prlimit(gang[who].pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))  # as a quota would
-        wait_for_line(gang[who], "FAILED")
-        wait_for_line(gang[1 - who], "LEFT OUT")
-        resource.prlimit(gang[who].pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        with runs.quota(gang[who]):
+            wait_for_line(gang[who], "FAILED")
+            wait_for_line(gang[1 - who], "LEFT OUT")
         last, since = interrupted.saved(run)[-1], time.monotonic()
         runs.wait_until(lambda: interrupted.saved(run)[-1] > last, *gang)
         print("until a save succeeds again:", time.monotonic() - since)
