@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for every test, and a compilation cache that outlives a run. Set before JAX loads."""
 
 import os
+import signal
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -8,3 +9,6 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "meshlm-jax-cache"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+# Started by nohup, the tests and all that they start would ignore it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
