@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -56,7 +56,6 @@ def run(main: Callable[..., int | None], arguments: int = 0) -> NoReturn:
             code = main(*argv[1:]) or 0
             sys.stdout.flush()
         except BrokenPipeError:  # what reads our output, such as head, has enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             _exit(1)
         except UserError as e:
             if DEBUG.value:
@@ -85,11 +84,17 @@ def _exit(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # closed by its reader; Python would try again, and leave with 120
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except OSError:  # Python would try again, and leave with 120
+            _discard(stream)
     if _several_processes():
         os._exit(code)
     sys.exit(code)
+
+
+def _discard(stream: TextIO) -> None:
+    """The pipe or terminal behind it is closed: what is still to be written goes nowhere, and is no error any more."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def _several_processes() -> bool:
@@ -97,11 +102,19 @@ def _several_processes() -> bool:
     return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
+class _Console(logging.StreamHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exc_info()[1], OSError):
+            _discard(self.stream)  # nobody reads it any more; that changes neither the run nor its exit code
+        else:
+            super().handleError(record)
+
+
 def _log_to_console() -> None:
     """Messages as they are: errors to stderr, the rest to stdout."""
     log.setLevel(logging.INFO)
     log.propagate = False
-    out, err = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+    out, err = _Console(sys.stdout), _Console(sys.stderr)
     out.addFilter(lambda record: record.levelno < logging.ERROR)
     err.setLevel(logging.ERROR)
     for handler in (out, err):

@@ -110,7 +110,8 @@ def test_a_console_that_is_closed_ends_no_run_and_hides_no_signal(tmp_path, data
     if supervised:
         argv = [sys.executable, "-m", "launch.supervise", "--", *argv]
     reader, writer = os.pipe() if console == "pipe" else os.openpty()
-    process = subprocess.Popen(argv, cwd=runs.ROOT, env=runs.environment(), stdout=writer, stderr=writer)
+    buffered = runs.environment(PYTHONUNBUFFERED="")  # as users have it: what nobody reads is still there at the end
+    process = subprocess.Popen(argv, cwd=runs.ROOT, env=buffered, stdout=writer, stderr=writer)
     os.close(writer)
     with runs.ending(process):
         runs.wait_for_rows(run, process, count=3)
@@ -120,6 +121,19 @@ def test_a_console_that_is_closed_ends_no_run_and_hides_no_signal(tmp_path, data
         assert process.wait(runs.TIMEOUT_S) == 42
     (saved,) = [int(p.name) for p in (run / "checkpoints").iterdir()]
     assert saved == runs.rows(run)[-1]["step"]
+
+
+@pytest.mark.parametrize("console", ["pipe", "terminal"])
+def test_a_run_that_nobody_reads_is_done_all_the_same(tmp_path, data, console):
+    run = tmp_path / "run"
+    reader, writer = os.pipe() if console == "pipe" else os.openpty()
+    argv = runs.command(run, data, num_train_steps=STEPS)
+    buffered = runs.environment(PYTHONUNBUFFERED="")
+    with runs.ending(subprocess.Popen(argv, cwd=runs.ROOT, env=buffered, stdout=writer, stderr=writer)) as (process,):
+        os.close(writer)
+        runs.wait_for_rows(run, process, count=3)
+        os.close(reader)
+        assert process.wait(runs.TIMEOUT_S) == 0
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path, data):

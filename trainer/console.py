@@ -24,8 +24,7 @@ class StatusLine:
             return
         self._last = time_now
         if self.terminal:
-            with contextlib.suppress(OSError):  # it was closed; the run goes on
-                print(f"\r\x1b[K{line}", end="", flush=True)
+            _write(f"\r\x1b[K{line}")
             self._shown = True
         else:
             log.info("%s", line)
@@ -33,9 +32,13 @@ class StatusLine:
     def clear(self) -> None:
         """Ends the rewriting line, so that the next message starts on its own."""
         if self._shown:
-            with contextlib.suppress(OSError):
-                print(flush=True)
+            _write("\n")
             self._shown = False
+
+
+def _write(text: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal was closed; the run goes on
+        print(text, end="", flush=True)
 
 
 def duration(seconds: float) -> str:
