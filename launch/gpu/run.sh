@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Trains on the GPUs of this machine, or of several, under a supervisor that starts it again after a crash.
+#
+#   launch/gpu/run.sh -- python -m launch.train --config=configs/llama_1b.py --workdir=runs/llama
+#
+#   --per_gpu         one process for each GPU; default: one process with all of them
+#   --nodes=N --node=I --coordinator=HOST:PORT
+#                     N machines, each with such a command; this is number I, from 0, and HOST number 0 (its port open
+#                     to the others; the run directory on a file system of all)
+#   --deterministic   the same bits after a restart, too; slower
+#   --skip_check      do not look at driver, wheels, memory and links first (launch/gpu/check.py)
+#   --dry_run         print the settings and commands, run nothing
+#
+# Settings of XLA and NCCL are in launch/gpu/env.sh. The rest is launch/local/run.sh: lines are marked [process] where
+# there are several; Ctrl-C, SIGTERM and SIGUSR1 save and leave with 42, and the same command goes on.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=../lib.sh
+source "$(dirname "$0")/../lib.sh"
+# shellcheck source-path=SCRIPTDIR source=../local/command.sh
+source "$(dirname "$0")/../local/command.sh"
+
+NODES=1 NODE="" COORDINATOR="" PER_GPU="" DETERMINISTIC="" SKIP_CHECK="" DRY_RUN=""
+SETTINGS=(XLA_FLAGS JAX_OPTIMIZATION_LEVEL JAX_PLATFORMS NCCL_DEBUG NCCL_ALGO)
+
+count_gpus() {
+  local names
+  if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+    IFS=, read -ra names <<<"$CUDA_VISIBLE_DEVICES"
+    printf '%s' "${#names[@]}"
+  else
+    nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU '
+  fi
+}
+
+parse_flags nodes node coordinator "per_gpu?" "deterministic?" "skip_check?" "dry_run?" -- "$@"
+find_python
+# shellcheck source-path=SCRIPTDIR source=env.sh
+source "$(dirname "$0")/env.sh"
+if [[ -n $DRY_RUN ]]; then
+  for name in "${SETTINGS[@]}"; do [[ -z ${!name:-} ]] || printf 'export %s\n' "$(quote "$name=${!name}")"; done
+fi
+[[ -n $SKIP_CHECK ]] || act "$PYTHON" -m launch.gpu.check
+
+GANG=(--processes=1)
+if [[ -n $PER_GPU ]]; then
+  GPUS=$(count_gpus) ||
+    fail 2 "nvidia-smi lists no GPU; python -m launch.gpu.check says why, CUDA_VISIBLE_DEVICES=0,1 does without it"
+  GANG=("--processes=$GPUS" --per_gpu)
+fi
+GANG+=("--nodes=$NODES" "--node=${NODE:-}" "--coordinator=$COORDINATOR")
+exec "$(dirname "$0")/../local/run.sh" "${GANG[@]}" ${DRY_RUN:+--dry_run} -- "${COMMAND[@]}"

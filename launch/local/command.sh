@@ -1,0 +1,17 @@
+# shellcheck shell=bash
+# What launch/local/ and launch/gpu/ want of the training command in the array COMMAND. Sourced after lib.sh.
+
+# Sets PYTHON to the interpreter that COMMAND names: supervisor and checks must be of the same environment.
+find_python() {
+  local i python="" example="python -m launch.train --config=configs/tiny.py --workdir=runs/tiny"
+  ((${#COMMAND[@]})) || fail 2 "no command; it follows --, as in $0 … -- $example"
+  PYTHON=""
+  for ((i = 0; i + 1 < ${#COMMAND[@]}; i++)); do
+    [[ ${COMMAND[i]##*/} != python* ]] || python=${COMMAND[i]}
+    [[ "${COMMAND[i]} ${COMMAND[i + 1]}" != "-m launch.train" ]] || PYTHON=$python
+  done
+  [[ -n $PYTHON ]] || fail 2 "the command after -- must be $example, or the like; it is $(quote "${COMMAND[@]:0:4}")"
+  command -v "$PYTHON" >/dev/null ||
+    fail 2 "$PYTHON is no command here; activate the environment, or name its Python, such as .venv/bin/python"
+  [[ " ${COMMAND[*]}" == *" --workdir"* ]] || fail 2 "the command has no --workdir; name a folder for the run"
+}

@@ -1,0 +1,109 @@
+"""Run the processes of one run on this machine as one command: what launch/local/run.sh becomes.
+
+  python -m launch.local.gang LINE ...
+
+Each LINE is a command, quoted as for a shell. What the commands print is marked with their number, line by line.
+SIGTERM, SIGINT, SIGUSR1 and SIGQUIT are passed on to all, each as often as it comes. A run needs all of its processes:
+when one has ended, those that are left ten seconds later are told to stop. None outlives this process, whatever ends
+it. The exit code is 0 when all ended with 0, else that of the process that says most.
+"""
+
+import logging
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from launch import cli, supervise
+from trainer.errors import ConfigError
+
+log = logging.getLogger("meshlm")
+
+GRACE_S = 10.0  # to end by itself, with a word about why
+
+
+class Member:
+    """A command of the gang, and the program that marks its lines.
+
+    The latter is apart so that it outlives a killed gang and, where nobody reads it any more, goes on without printing:
+    a command that cannot write neither says nor does what it should at its end.
+    """
+
+    def __init__(self, number: int, command: Sequence[str]):
+        self.number = number
+        # In sessions of their own a Ctrl-C on the terminal does not reach them, and then comes once, from here.
+        mark = ["sh", "-c", 'sed -u "$0" 2>/dev/null || exec cat >/dev/null', f"s/^/[{number}] /"]
+        self.printer = subprocess.Popen(mark, stdin=subprocess.PIPE, start_new_session=True)
+        assert self.printer.stdin is not None
+        try:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=self.printer.stdin,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=supervise._end_with_parent(),
+            )
+        except OSError as e:
+            raise ConfigError(f"{command[0]} cannot be started: {e.strerror}") from None
+        finally:
+            self.printer.stdin.close()
+
+    @property
+    def code(self) -> int | None:
+        """The exit code, 128 + n for a death by signal n; None while it runs."""
+        code = self.process.poll()
+        return code if code is None or code >= 0 else 128 - code
+
+
+def main(*lines: str) -> int:
+    if not lines:
+        raise ConfigError("a command for each process is missing; launch/local/run.sh writes them")
+    signals = supervise.Signals()
+    gang = [Member(i, shlex.split(line)) for i, line in enumerate(lines)]
+    until_all_have_ended(gang, signals)
+    until_all_is_printed(gang, signals)
+    return most_telling([member.code or 0 for member in gang])
+
+
+def until_all_have_ended(gang: list[Member], signals: supervise.Signals) -> None:
+    due: float | None = None  # when those that are left are told to stop, and told again
+    while running := [member for member in gang if member.code is None]:
+        now = time.monotonic()
+        if due is None and len(running) < len(gang):
+            due = now + GRACE_S
+        if due is not None and now >= due:
+            ended = [f"process {member.number} with {member.code}" for member in gang if member not in running]
+            log.info("Ended: %s. Telling the others to stop.", ", ".join(ended))
+            tell(running, signal.SIGTERM)
+            due = now + GRACE_S
+        for number in signals.read(None if due is None else due - now):
+            if number in supervise.PASSED_ON:
+                tell(running, number)
+
+
+def until_all_is_printed(gang: list[Member], signals: supervise.Signals) -> None:
+    """A killed supervisor leaves a trainer that is still saving; a further signal is not to wait for it."""
+    while any(member.printer.poll() is None for member in gang):
+        if set(signals.read()) & set(supervise.STOPS):
+            return
+
+
+def tell(members: list[Member], number: int) -> None:
+    for member in members:
+        member.process.send_signal(number)
+
+
+def most_telling(codes: Sequence[int]) -> int:
+    """What must not be started again comes first, then a crash, then what the same command goes on from."""
+    final = (2, 3, 4, 130)
+    for code in final:
+        if code in codes:
+            return code
+    return max(codes, key=lambda code: (code != 0, code != cli.STOPPED, code))
+
+
+if __name__ == "__main__":
+    cli.run(main, arguments=sys.maxsize)

@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# Several processes of one run on this machine, each under a supervisor of its own: tries out what a pod does.
+#
+#   launch/local/run.sh --processes=4 -- python -m launch.train --config=configs/tiny.py --workdir=runs/tiny
+#
+#   --processes=N            processes on this machine (2)
+#   --devices_per_process=N  devices that each makes of the CPU, with JAX_PLATFORMS=cpu; default: those that JAX finds
+#   --nodes=N --node=I --coordinator=HOST:PORT
+#                            N machines, each with such a command; this is number I, from 0, and HOST number 0
+#   --per_gpu                process I has GPU I of the machine alone
+#   --dry_run                print the commands, run nothing
+#
+# Lines are marked [process]. Ctrl-C, SIGTERM and SIGUSR1 go to all: they save the same step, and it leaves with 42. The
+# same command goes on. Exit codes are those of docs/reliability.md: 0 when all ended with 0, else the most telling one.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=../lib.sh
+source "$(dirname "$0")/../lib.sh"
+# shellcheck source-path=SCRIPTDIR source=command.sh
+source "$(dirname "$0")/command.sh"
+
+PROCESSES=2 DEVICES_PER_PROCESS="" NODES=1 NODE="" COORDINATOR="" PER_GPU="" DRY_RUN=""
+
+check_flags() {
+  local word
+  at_least 1 --processes "$PROCESSES"
+  at_least 1 --devices_per_process "${DEVICES_PER_PROCESS:-1}"
+  at_least 1 --nodes "$NODES"
+  if ((NODES > 1)); then
+    [[ -n $NODE && -n $COORDINATOR ]] || fail 2 "--nodes=$NODES needs --node=I, from 0, and --coordinator=HOST:PORT"
+  fi
+  at_least 0 --node "${NODE:=0}"
+  ((NODE < NODES)) || fail 2 "--node=$NODE must be below --nodes=$NODES; the first is 0"
+  [[ -z $COORDINATOR || $COORDINATOR =~ ^.+:[0-9]+$ ]] || fail 2 "--coordinator=$COORDINATOR must be HOST:PORT"
+  for word in "${COMMAND[@]}"; do
+    case ${word%%=*} in
+    --coordinator_address | --num_processes | --process_id) fail 2 "$word is set for each process; leave it out" ;;
+    esac
+  done
+}
+
+at_least() { # LEAST FLAG VALUE
+  [[ $3 =~ ^(0|[1-9][0-9]{0,5})$ ]] && (($3 >= $1)) && return
+  fail 2 "$2=$3 must be a whole number, $1 or more"
+}
+
+# A port that nobody listens at, below those that the kernel gives to outgoing connections: in the seconds between two
+# lives of the gang, when nobody holds it, nothing takes it by chance. So it may stay the same for all of them.
+free_port() {
+  local port
+  while port=$((20000 + RANDOM % 10000)) && (: <"/dev/tcp/localhost/$port") 2>/dev/null; do :; done
+  printf '%s' "$port"
+}
+
+# Sets WORDS to the command of the process that is number I on this machine.
+words_of() { # I
+  WORDS=()
+  [[ -z $PER_GPU ]] || WORDS+=("JAX_LOCAL_DEVICE_IDS=$1")
+  [[ -z $DEVICES_PER_PROCESS ]] ||
+    WORDS+=("XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$DEVICES_PER_PROCESS")
+  ((${#WORDS[@]} == 0)) || WORDS=(env "${WORDS[@]}")
+  WORDS+=("$PYTHON" -m launch.supervise -- "${COMMAND[@]}")
+  if ((NODES * PROCESSES > 1)); then
+    WORDS+=("--coordinator_address=$COORDINATOR" "--num_processes=$((NODES * PROCESSES))")
+    WORDS+=("--process_id=$((NODE * PROCESSES + $1))")
+  fi
+}
+
+parse_flags processes devices_per_process nodes node coordinator "per_gpu?" "dry_run?" -- "$@"
+find_python
+check_flags
+COORDINATOR=${COORDINATOR:-localhost:$(free_port)}
+
+LINES=()
+for ((i = 0; i < PROCESSES; i++)); do
+  words_of "$i"
+  LINES+=("$(quote "${WORDS[@]}")")
+done
+if [[ -n $DRY_RUN ]]; then
+  printf '%s\n' "${LINES[@]}"
+elif ((PROCESSES == 1)); then
+  exec "${WORDS[@]}"
+else
+  exec "$PYTHON" -m launch.local.gang "${LINES[@]}"
+fi

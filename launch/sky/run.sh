@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Runs COMMAND on a host of a SkyPilot job, one process a host: `run:` of the yaml files.
+#   COMMAND='python -m launch.train …' launch/sky/run.sh tpu|cuda
+#
+# launch.supervise mends here what can be mended on these machines: crashes, and peers that died. What is left for
+# SkyPilot is in the exit code: 42 asks for new machines; any other ends the job, and the same command goes on with it.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+# shellcheck source-path=SCRIPTDIR source=../lib.sh
+source launch/lib.sh
+
+RUNS=${RUNS:-/runs}
+PORT=${COORDINATOR_PORT:-8476}
+HOSTS=${SKYPILOT_NUM_NODES:-1} RANK=${SKYPILOT_NODE_RANK:-0} IPS=${SKYPILOT_NODE_IPS:-localhost}
+PATH=$HOME/meshlm-env/bin:$PATH
+
+# Sets WORDS to those of COMMAND, as a shell reads them; patterns for files stay as they are.
+read_command() {
+  [[ -n ${COMMAND:-} ]] || fail 2 "COMMAND is empty; say --env COMMAND='python -m launch.train --config=… --workdir=$RUNS/…'"
+  set -f
+  eval "WORDS=($COMMAND)" 2>/dev/null ||
+    fail 2 "COMMAND must be one command with its arguments, and all quotes closed; it is: ${COMMAND//$'\n'/ }"
+}
+
+flag() { # NAME: its value in WORDS
+  local i value=""
+  for i in "${!WORDS[@]}"; do
+    case ${WORDS[i]} in
+    "--$1="*) value=${WORDS[i]#*=} ;;
+    "--$1") value=${WORDS[i + 1]:-} ;;
+    esac
+  done
+  printf '%s' "$value"
+}
+
+# What is not on a shared folder goes when the machines go.
+check_run_directory() {
+  local run mirror
+  run=$(flag workdir) mirror=$(flag config.checkpoint.mirror)
+  [[ $run == "$RUNS"/?* ]] || fail 2 "--workdir=$run must be below $RUNS, as in --workdir=$RUNS/a"
+  ! mountpoint -q "$RUNS" || return 0
+  ((HOSTS == 1)) || fail 2 "$HOSTS hosts need one folder for the run; say --env NFS=SERVER:/EXPORT, which becomes $RUNS"
+  [[ -n $mirror ]] ||
+    fail 2 "$run is on a disk that goes with the machine; add --config.checkpoint.mirror=gs://…, or say --env NFS=SERVER:/EXPORT"
+}
+
+supervise() {
+  case $ACCELERATOR in
+  tpu) # finds its peers by itself; the number is for the supervisor, which writes a file on each host
+    JOB_COMPLETION_INDEX=$RANK python -m launch.supervise -- env -u JOB_COMPLETION_INDEX "${WORDS[@]}"
+    ;;
+  cuda)
+    launch/gpu/run.sh --nodes="$HOSTS" --node="$RANK" --coordinator="${IPS%%$'\n'*}:$PORT" -- "${WORDS[@]}"
+    ;;
+  esac
+}
+
+ACCELERATOR=${1:-}
+[[ $ACCELERATOR =~ ^(tpu|cuda)$ ]] || fail 2 "name the accelerator: launch/sky/run.sh tpu or cuda"
+read_command
+check_run_directory
+
+# Signals reach every process of the host; this one has to outlive the save. They tell a stop from a supervisor that
+# gives up, after three restarts without a new checkpoint: new machines would not help it.
+told="" code=0
+trap 'told=1' TERM INT USR1
+supervise || code=$?
+if [[ -n $told && ! $code =~ ^(0|2|3|4|130)$ ]]; then
+  code=42
+elif [[ $code == 42 ]]; then
+  code=1
+fi
+say "ended with $code"
+exit "$code"

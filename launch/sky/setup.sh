@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Prepares a host of a SkyPilot job, in the snapshot of the code there: `setup:` of the yaml files. Python 3.12 and the
+# known-good packages in ~/meshlm-env, and the shared folder NFS=SERVER:/EXPORT at /runs; without NFS, a folder there.
+#   launch/sky/setup.sh tpu|cuda
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+# shellcheck source-path=SCRIPTDIR source=../lib.sh
+source launch/lib.sh
+
+RUNS=${RUNS:-/runs}
+ENVIRONMENT=$HOME/meshlm-env
+PATH=$HOME/.local/bin:$PATH # where SkyPilot keeps uv
+
+install_packages() { # EXTRA
+  command -v uv >/dev/null || fail 2 "uv is missing, which SkyPilot brings; use a newer SkyPilot"
+  [[ -x $ENVIRONMENT/bin/python ]] || uv venv --quiet --python=3.12 "$ENVIRONMENT" # that of the image may be older
+  uv pip install --quiet --python="$ENVIRONMENT/bin/python" -c .ci/constraints-3.12.txt -e ".[$1,data]"
+}
+
+mount_runs() {
+  sudo mkdir -p "$RUNS"
+  if [[ -n ${NFS:-} ]] && ! mountpoint -q "$RUNS"; then
+    command -v mount.nfs >/dev/null || install_nfs || fail 2 "the NFS client cannot be installed; see above"
+    # lookupcache: what another host has made must be seen at once, as processes tell each other that it is there.
+    sudo mount -t nfs -o hard,lookupcache=positive "$NFS" "$RUNS" ||
+      fail 2 "cannot mount NFS=$NFS; is it SERVER:/EXPORT, in the region and the network (VPC) of these machines?"
+  fi
+  sudo chmod 1777 "$RUNS" || [[ -w $RUNS ]] || fail 2 "NFS=$NFS cannot be written to; does its server refuse root (root_squash)?"
+}
+
+install_nfs() { # images update themselves when they start, and hold apt's lock
+  sudo apt-get update -qq -o DPkg::Lock::Timeout=300 &&
+    sudo apt-get install -qq -y -o DPkg::Lock::Timeout=300 nfs-common
+}
+
+case ${1:-} in
+tpu | cuda) ;;
+*) fail 2 "name the accelerator: launch/sky/setup.sh tpu or cuda" ;;
+esac
+chmod +x launch/*/*.sh # the way here through a bucket loses it
+mount_runs
+install_packages "$1"

@@ -1,0 +1,67 @@
+# shellcheck shell=bash
+# The lives of a run under Slurm: a row of RUN/lives.jsonl for each start of the job, as trainer/lives.py reads it (without
+# goodput, for which Python would have to be here). Sourced by train.sbatch, which sets RUN; it alone writes them.
+
+begin_life() {
+  LIVES=$RUN/lives.jsonl
+  LIFE=$(($(field life "$(last_row "$LIVES")") + 1))
+  START=$(now) FIRST_STEP=$(newest_step) METRICS=$(last_row "$RUN/metrics.jsonl")
+}
+
+# Sets LAST_STEP and writes the row.
+end_life() { # CODE
+  local cause="exit code $1" before waited=0 metrics reached=0 end torn=""
+  LAST_STEP=$(newest_step)
+  may_restart "$1" || [[ -e $RUN/config.json ]] || return 0 # a mistake leaves nothing behind
+  [[ $1 != 0 ]] || cause="done"
+  [[ $1 != 42 ]] || cause="stopped (42)"
+  end=$(now) before=$(last_row "$LIVES") metrics=$(last_row "$RUN/metrics.jsonl")
+  if ((${SLURM_RESTART_COUNT:-0})) && [[ $before =~ \"end\":\ \"([^\"]*) ]]; then
+    waited=$(seconds "${BASH_REMATCH[1]}" "$START")
+  fi
+  [[ $metrics == "$METRICS" ]] || reached=$(field step "$metrics") # else the row is one of a life before
+  mkdir -p "$RUN" || return
+  [[ ! -s $LIVES || -z $(tail -c 1 "$LIVES") ]] || torn=$'\n'
+  printf '%s{"life": %d, "start": "%s", "end": "%s", "waited": %d, "seconds": %d, "cause": "%s", "code": %d, ' \
+    "$torn" "$LIFE" "$START" "$end" "$waited" "$(seconds "$START" "$end")" "$cause" "$1" >>"$LIVES" &&
+    printf '"first_step": %d, "last_step": %d, "lost_steps": %d}\n' \
+      "$FIRST_STEP" "$LAST_STEP" $((reached > LAST_STEP ? reached - LAST_STEP : 0)) >>"$LIVES"
+}
+
+# How many lives of this job there were since one brought a new checkpoint.
+fruitless() {
+  local row count=0
+  while read -r row; do
+    count=$(($(field last_step "$row") > $(field first_step "$row") ? 0 : count + 1))
+  done < <(tail -n $((${SLURM_RESTART_COUNT:-0} + 1)) "$LIVES")
+  printf '%s' "$count"
+}
+
+# What a launcher starts again: stopped, an exception, and what signals leave but for the second Ctrl-C.
+may_restart() { # CODE
+  (($1 == 42 || $1 == 1 || $1 >= 128 && $1 != 130))
+}
+
+newest_step() { # committed in RUN; of a checkpoint this file is written last
+  local path step newest=0
+  for path in "$RUN"/checkpoints/*/_CHECKPOINT_METADATA; do
+    step=$(basename "$(dirname "$path")")
+    [[ ! -e $path || ! $step =~ ^[0-9]+$ ]] || ((10#$step <= newest)) || newest=$((10#$step))
+  done
+  printf '%s' "$newest"
+}
+
+last_row() { # FILE
+  [[ ! -s $1 ]] || tail -n 1 "$1"
+}
+
+field() { # NAME ROW: a whole number
+  if [[ $2 =~ \"$1\":\ ([0-9]+) ]]; then printf '%s' "${BASH_REMATCH[1]}"; else printf 0; fi
+}
+
+now() { date --utc +%FT%T.%3N+00:00; }
+
+seconds() { # FROM TO
+  local seconds=$(($(date --date="$2" +%s) - $(date --date="$1" +%s)))
+  printf '%s' $((seconds > 0 ? seconds : 0))
+}

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The end of the training log of every worker.
+#   launch/tpu/logs.sh [--lines=20] [settings]
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=tpu.sh
+source "$(dirname "$0")/tpu.sh"
+LINES=20
+begin lines -- "$@"
+
+code=0
+on_workers 60 bash meshlm/launch/tpu/worker.sh log "$LINES" || code=2
+[[ -n $DRY_RUN ]] || tail -n "$LINES" "$STATE"/logs/"$NAME"*.txt
+exit "$code"

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# A command on every worker, its output shown by worker; without one, a shell on the first.
+#   launch/tpu/ssh.sh [--limit_s=600] [settings] [--dry_run] [-- COMMAND...]
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=tpu.sh
+source "$(dirname "$0")/tpu.sh"
+LIMIT_S=600
+begin limit_s -- "$@"
+
+if ((${#COMMAND[@]} == 0)); then
+  node=$(nodes | head -n 1)
+  act gcloud compute tpus tpu-vm ssh "$node" --worker=0 --project="$PROJECT" --zone="$ZONE" ${INTERNAL_IPS:+--internal-ip}
+  exit
+fi
+code=0
+on_workers "$LIMIT_S" "${COMMAND[@]}" || code=$?
+[[ -n $DRY_RUN ]] || tail -n +1 "$STATE"/logs/"$NAME"*.txt
+exit "$code"

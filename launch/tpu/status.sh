@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The state of NAME, of the command on each worker with its newest committed step, and what is billing in the zone.
+#   launch/tpu/status.sh [settings]
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=tpu.sh
+source "$(dirname "$0")/tpu.sh"
+begin -- "$@"
+
+now=$(state)
+printf '%s %s\n' "$NAME" "$now"
+if [[ $now == ACTIVE || -n $DRY_RUN ]]; then
+  on_workers 60 bash meshlm/launch/tpu/worker.sh status || true
+  [[ -n $DRY_RUN ]] || for file in "$STATE"/logs/"$NAME"*.txt; do printf '%s %s\n' "$(basename "$file" .txt)" "$(tail -n 1 "$file")"; done
+fi
+printf 'billing in %s:\n' "$ZONE"
+billing

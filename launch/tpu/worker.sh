@@ -1,0 +1,158 @@
+#!/usr/bin/env bash
+# What happens on a TPU worker; started there by the other scripts. All of it is in the home directory:
+#   meshlm/          the snapshot of the code, and in it bucket/, the bucket
+#   meshlm-env/      the Python environment
+#   meshlm-run/      of the training command: pid, workdir, code (when it has ended), log.txt
+#
+#   worker.sh setup [BUCKET]    the environment, the bucket; prints versions and devices in one line
+#   worker.sh start COMMAND...  in the background, under launch.supervise; ends what was started before
+#   worker.sh status            running, exited CODE or none, and the newest committed step
+#   worker.sh stop              saves and ends it, as a preemption would
+#   worker.sh log [LINES]       the end of its log
+set -euo pipefail
+
+RUN=$HOME/meshlm-run
+STOP_S=120 # for a save; then it is killed
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+export PATH=$HOME/meshlm-env/bin:$HOME/.local/bin:$PATH
+
+# bash does not end at an error within what follows, as its result is asked for: so each step says || return.
+setup() { # [BUCKET]
+  stop
+  environment >setup.log 2>&1 || {
+    tail -n 3 setup.log
+    printf 'the environment could not be made\n'
+    return 1
+  }
+  if [[ -n ${1:-} ]]; then
+    mount_bucket "$1" >>setup.log 2>&1 || {
+      tail -n 3 setup.log
+      printf 'gs://%s could not be mounted; is it there, and may the service account of this TPU write to it?\n' "$1"
+      return 1
+    }
+  fi
+  python - <<'EOF'
+import jax, os, platform, sys
+if jax.default_backend() != "tpu" and os.environ.get("JAX_PLATFORMS") is None:
+    sys.exit("JAX finds no TPU here, only " + jax.default_backend())
+print(f"python {platform.python_version()} jax {jax.__version__} devices {jax.local_device_count()} of {jax.device_count()}")
+EOF
+}
+
+environment() {
+  local python
+  if [[ ! -x $HOME/meshlm-env/bin/python ]]; then
+    if python=$(new_enough); then
+      "$python" -m venv "$HOME/meshlm-env" || return
+    else # the images of TPU VMs may have 3.10
+      python3 -m pip install --quiet --user uv || return
+      uv venv --quiet --seed --python=3.12 "$HOME/meshlm-env" || return
+    fi
+  fi
+  local constraints
+  constraints=.ci/constraints-$(python -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt
+  # The constraints are for CPUs: the accelerator's own packages are free to be what jax asks for.
+  python -m pip install --quiet --disable-pip-version-check -c "$constraints" -e ".[tpu,data]"
+}
+
+new_enough() {
+  local python
+  for python in python3.13 python3.12 python3.11 python3; do
+    if "$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      printf '%s' "$python"
+      return 0
+    fi
+  done
+  return 1
+}
+
+mount_bucket() { # BUCKET
+  mkdir -p bucket
+  mountpoint -q bucket && return
+  command -v gcsfuse >/dev/null || install_gcsfuse || return
+  # A checkpoint is committed by renaming its folder. In a bucket with hierarchical namespace that is one step.
+  gcsfuse --implicit-dirs --rename-dir-limit=200000 "$1" bucket || return
+  : >"bucket/.meshlm-$HOSTNAME" && rm "bucket/.meshlm-$HOSTNAME"
+}
+
+install_gcsfuse() {
+  local key=/usr/share/keyrings/cloud.google.asc packages=https://packages.cloud.google.com/apt
+  curl -fsS "$packages/doc/apt-key.gpg" | sudo tee "$key" >/dev/null || return
+  printf 'deb [signed-by=%s] %s gcsfuse-%s main\n' "$key" "$packages" "$(lsb_release -cs)" |
+    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null || return
+  sudo apt-get update -qq && sudo apt-get install -qq -y gcsfuse
+}
+
+start() { # COMMAND...
+  stop
+  rm -rf "$RUN"
+  mkdir "$RUN"
+  setsid nohup bash launch/tpu/worker.sh live "$@" >"$RUN/log.txt" 2>&1 </dev/null &
+  printf '%s\n' $! >"$RUN/pid"
+  workdir "$@" >"$RUN/workdir"
+  sleep 1
+  status
+}
+
+# The background of start. Signals are for the supervisor, which passes them on; the shell waits for its end.
+live() { # COMMAND...
+  local code=0
+  trap : TERM INT USR1
+  python -m launch.supervise -- "$@" || code=$?
+  printf '%s\n' "$code" >"$RUN/code.new"
+  mv "$RUN/code.new" "$RUN/code"
+}
+
+workdir() { # COMMAND...
+  local word found=""
+  while (($#)); do
+    word=$1
+    shift
+    case $word in
+    --workdir=*) found=${word#*=} ;;
+    --workdir) found=${1:-} ;;
+    esac
+  done
+  printf '%s\n' "$found"
+}
+
+is_running() {
+  [[ -f $RUN/pid && ! -f $RUN/code ]] && kill -0 "$(<"$RUN/pid")" 2>/dev/null
+}
+
+status() {
+  local step=0 folder
+  if [[ -f $RUN/workdir ]]; then
+    for folder in "$(<"$RUN/workdir")"/checkpoints/*/_CHECKPOINT_METADATA; do
+      folder=$(basename "$(dirname "$folder")")
+      [[ $folder =~ ^[0-9]+$ ]] && ((folder > step)) && step=$folder
+    done
+  fi
+  if is_running; then
+    printf 'running %s\n' "$step"
+  elif [[ -f $RUN/code ]]; then
+    printf 'exited %s %s\n' "$(<"$RUN/code")" "$step"
+  elif [[ -f $RUN/pid ]]; then # killed, or the machine was started again
+    printf 'exited 137 %s\n' "$step"
+  else
+    printf 'none %s\n' "$step"
+  fi
+}
+
+stop() {
+  local group waited
+  is_running || return 0
+  group=$(<"$RUN/pid")
+  kill -TERM -- "-$group"
+  for ((waited = 0; waited < STOP_S; waited++)); do
+    is_running || return 0
+    sleep 1
+  done
+  kill -KILL -- "-$group"
+}
+
+log() { # [LINES]
+  tail -n "${1:-20}" "$RUN/log.txt"
+}
+
+"$@"

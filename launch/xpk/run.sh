@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# Starts a training command on TPU slices of a GKE cluster, as a workload of xpk, which starts it again after a
+# preemption or a crash. The same command on the same run directory goes on with it.
+#   launch/xpk/run.sh --name=run [settings] [--dry_run] -- python -m launch.train --config=… --workdir=/runs/…
+#
+#   settings    those of launch/xpk/example.env, from xpk.env (or --env=FILE) and flags: --cluster=… --type=v6e-16 …
+#   --dry_run   print the command for xpk, run nothing
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=../lib.sh
+source "$(dirname "$0")/../lib.sh"
+
+SETTINGS=(PROJECT ZONE CLUSTER TYPE SLICES IMAGE STORAGE MAX_RESTARTS)
+PROJECT="" ZONE="" CLUSTER="" TYPE="" SLICES=1 IMAGE="" STORAGE="" MAX_RESTARTS=50
+NAME="" DRY_RUN=""
+GRACE_S=120 # from SIGTERM to SIGKILL: for a save. Spot machines may have less
+
+read_settings() { # ARGUMENT...
+  local file=xpk.env word
+  for word in "$@"; do
+    [[ $word != -- ]] || break
+    [[ $word != --env=* ]] || file=${word#*=}
+  done
+  if [[ -f $file ]]; then
+    load_settings "$file" "${SETTINGS[@]}"
+  elif [[ " $* " == *" --env="* ]]; then
+    fail 2 "--env=$file is no file; launch/xpk/example.env is one to begin with"
+  fi
+  parse_flags name env "dry_run?" "${SETTINGS[@],,}" -- "$@"
+}
+
+check_settings() {
+  local name
+  for name in PROJECT ZONE CLUSTER TYPE IMAGE; do
+    [[ -n ${!name} ]] || fail 2 "$name is not set; put it into xpk.env (launch/xpk/example.env), or say --${name,,}=…"
+  done
+  [[ $NAME =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
+    fail 2 "--name=$NAME must be small letters, digits and hyphens, begin with a letter, and have 40 of them at most"
+  [[ $SLICES =~ ^[1-9][0-9]*$ ]] || fail 2 "SLICES=$SLICES must be a number, 1 or more"
+  [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || fail 2 "MAX_RESTARTS=$MAX_RESTARTS must be a number"
+  [[ -n $DRY_RUN ]] || command -v xpk >/dev/null || fail 2 "xpk is missing; install it: pip install xpk"
+}
+
+check_command() {
+  local word run=""
+  ((${#COMMAND[@]})) || fail 2 "name the training command after --: -- python -m launch.train --config=… --workdir=/runs/…"
+  for word in "${COMMAND[@]}"; do [[ $word != --workdir=* ]] || run=${word#*=}; done
+  [[ $run == /* ]] ||
+    fail 2 "--workdir=$run is in the container, and goes with it; name a folder on a storage of the cluster: --workdir=/runs/a"
+}
+
+# The words for bash on one line, in ASCII: what the YAML around them takes. Kubernetes reads $$ and $(NAME) in it, so no
+# bare $ is left: bash puts a \ before it, and within $'…' its number stands for it.
+one_line() { # WORD...
+  local LC_ALL=C word quoted line=""
+  for word in "$@"; do
+    printf -v quoted '%q' "$word"
+    if [[ $quoted == "\$'"* ]]; then
+      quoted=${quoted:1}
+      quoted="\$${quoted//\$/\\044}"
+    fi
+    line+=" $quoted"
+  done
+  printf '%s' "${line# }"
+}
+
+read_settings "$@"
+check_settings
+check_command
+
+PLACE=("--cluster=$CLUSTER" "--project=$PROJECT" "--zone=$ZONE")
+CREATE=(xpk workload create "--workload=$NAME" "${PLACE[@]}")
+CREATE+=("--tpu-type=$TYPE" "--num-slices=$SLICES" "--docker-image=$IMAGE" ${STORAGE:+"--storage=$STORAGE"})
+# xpk restarts on 42 and 127 to 255 by itself; 1 is a crash in Python. Mistakes (2), data (3) and divergence (4) end it.
+CREATE+=("--max-restarts=$MAX_RESTARTS" --restart-on-exit-codes=1 "--termination-grace-period-seconds=$GRACE_S")
+# exec: xpk passes SIGTERM to the process that it started, which could be a shell.
+CREATE+=("--command=exec $(one_line "${COMMAND[@]}")")
+
+act "${CREATE[@]}" || fail 2 "xpk did not start $NAME; what it said is above"
+[[ -z $DRY_RUN ]] || exit 0
+say "started. Its state: $(quote xpk workload list "${PLACE[@]}" "--filter-by-job=$NAME")"
+say "its output: kubectl logs -f -l xpk.google.com/workload=$NAME,batch.kubernetes.io/job-completion-index=0"
+say "to end it: $(quote xpk workload delete "--workload=$NAME" "${PLACE[@]}")"

@@ -1,0 +1,63 @@
+"""What the stand-ins for Slurm's commands share: a folder ($FAKE_SLURM) with a log of calls and the state of one job.
+
+They behave as Slurm 22.05 was seen to; slurm_test.py runs the same tests with both.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import sys
+
+FOLDER = pathlib.Path(os.environ["FAKE_SLURM"])
+JOB_ID = 4095 + 4096  # its port for the coordinator is the last of all
+KILL_WAIT_S = 15.0  # from a SIGTERM to the SIGKILL
+
+
+def log() -> None:
+    """Adds this call to calls.jsonl."""
+    row = json.dumps([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])
+    with (FOLDER / "calls.jsonl").open("a") as file:
+        file.write(row + "\n")
+
+
+def say(name: str, value: object = "") -> None:
+    (FOLDER / name).write_text(str(value))
+
+
+def said(name: str) -> str | None:
+    """What was said about `name`; None where nothing was."""
+    path = FOLDER / name
+    return path.read_text() if path.exists() else None
+
+
+def forget(name: str) -> None:
+    (FOLDER / name).unlink(missing_ok=True)
+
+
+def send(number: int, *pids: str, group: bool = False) -> None:
+    for pid in map(int, pids):
+        with contextlib.suppress(ProcessLookupError):
+            (os.killpg if group else os.kill)(pid, number)
+
+
+def tasks() -> list[str]:
+    return (said("tasks") or "").split()
+
+
+def options(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Leading --NAME=VALUE and --NAME of a command line, and the rest."""
+    found = {}
+    while words and words[0].startswith("--"):
+        name, _, value = words[0][2:].partition("=")
+        found[name] = value
+        words = words[1:]
+    return found, words
+
+
+def end_job() -> None:
+    """As slurmd does: the script with all that belongs to it, and the tasks."""
+    if batch := said("batch"):
+        send(signal.SIGTERM, batch, group=True)
+    send(signal.SIGTERM, *tasks())

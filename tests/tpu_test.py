@@ -1,0 +1,423 @@
+"""The scripts of launch/tpu/ against a cloud that is a folder (tests/fakes/cloud/gcloud): arguments, states, ends."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests import runs
+
+FAKES = runs.ROOT / "tests/fakes"
+SETTINGS = "PROJECT=p\nZONE=us-east5-b\nNAME=run\nTYPE=v6e-16\nTIER=spot\nBUCKET=gs://b   # of the run\n"
+DICE = random.Random(1)
+ODD = ["two words", 'it\'s "quoted" $HOME `id` \\', "new\nline", "", "*", "--flag=a b"]
+
+
+class Cloud:
+    """The fake cloud, and the scripts that talk to it."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        (folder / "buckets/b").mkdir(parents=True)
+        (folder / "tpu.env").write_text(SETTINGS)
+        self.script()
+        self.environment = {
+            **os.environ,
+            "PATH": f"{FAKES / 'cloud'}:/usr/local/bin:/usr/bin:/bin",
+            "FAKE_CLOUD": str(folder),
+            "FAKE_PYTHON": sys.executable,
+            "FAKE_JOB": str(random.randrange(10**6)),  # the coordinator's port comes from it
+            "XDG_STATE_HOME": str(folder / "state"),
+            "MESHLM_RETRY_S": "0",
+        }
+
+    def script(self, **what) -> None:
+        (self.folder / "script.json").write_text(json.dumps(what))
+
+    def command(self, name: str, *words: str) -> list[str]:
+        return [str(runs.ROOT / f"launch/tpu/{name}.sh"), *words]
+
+    def start(self, name: str, *words: str, **environment: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            self.command(name, *words),
+            cwd=self.folder,
+            env=self.environment | environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def run(self, name: str, *words: str, code: int = 0, **environment: str) -> str:
+        process = self.start(name, *words, **environment)
+        with runs.ending(process):
+            return runs.finish(process, code, within_s=120)
+
+    @property
+    def calls(self) -> list[list[str]]:
+        path = self.folder / "calls.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    @property
+    def resources(self) -> dict:
+        path = self.folder / "cloud.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def preempt(self) -> None:
+        """The machines are taken away: all that runs on them dies, and their disks are gone."""
+        with (self.folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            cloud = self.resources
+            for found in cloud.values():
+                found |= {"state": "SUSPENDING", "next": ["SUSPENDED"]}
+            (self.folder / "cloud.json").write_text(json.dumps(cloud))
+        self.kill_workers()
+        shutil.rmtree(self.folder / "workers", ignore_errors=True)
+
+    def kill_workers(self) -> None:
+        """All processes whose home is one of the workers'."""
+        for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
+            try:
+                ours = f"HOME={self.folder / 'workers'}/".encode() in path.read_bytes()
+            except OSError:
+                continue
+            if ours:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    made = Cloud(tmp_path)
+    yield made
+    made.kill_workers()
+
+
+def without_gcloud(folder: pathlib.Path) -> str:
+    """A PATH with all that is on the real one, but for a real gcloud."""
+    folder.mkdir()
+    for path in (path for place in ("/usr/bin", "/bin") for path in pathlib.Path(place).iterdir()):
+        if path.name != "gcloud" and not (folder / path.name).exists():
+            (folder / path.name).symlink_to(path)
+    return str(folder)
+
+
+def last_line(out: str) -> str:
+    return out.splitlines()[-1]
+
+
+# What gcloud is told
+
+
+def test_create(cloud):
+    cloud.run("create")
+    place = ["--project=p", "--zone=us-east5-b", "--quiet"]
+    kind = ["--accelerator-type=v6e-16", "--runtime-version=v2-alpha-tpuv6e"]
+    create = ["compute", "tpus", "queued-resources", "create", "run"]
+    assert cloud.calls[-1] == [*create, *kind, "--node-id=run", "--spot", *place]
+    assert "is there already" in cloud.run("create")
+    assert sum(call[3] == "create" for call in cloud.calls) == 1
+
+
+def test_create_several_reserved_slices(cloud):
+    cloud.run("create", "--slices=2", "--tier", "reserved", "--valid_for=6h", "--internal_ips=1")
+    expected = "--node-count=2 --node-prefix=run --reserved --valid-until-duration=6h --internal-ips"
+    assert expected in " ".join(cloud.calls[-1])
+
+
+def test_arguments_arrive_unchanged(cloud):
+    """Through this shell, gcloud's ssh and the worker's shell."""
+    cloud.run("create")
+    cloud.run("wait")
+    argv = [sys.executable, "-c", "import json, sys; print(json.dumps(sys.argv[1:]))", *ODD]
+    out = cloud.run("ssh", "--", *argv)
+    assert [json.loads(line) for line in out.splitlines() if line.startswith("[")] == [ODD, ODD]
+
+
+def test_a_dry_run_of_everything_needs_no_cloud(cloud):
+    """What a spot run would do, command by command, before a cent is spent."""
+    argv = ["python", "-m", "launch.train", "--workdir=bucket/runs/x", "--config.sample.prompt=two words"]
+    out = cloud.run("babysit", "--dry_run", "--", *argv, PATH=without_gcloud(cloud.folder / "bin"))
+    lines = [shlex.split(line) for line in out.splitlines() if line.startswith("gcloud")]
+    verbs = [" ".join(line[3:5]) for line in lines]
+    assert verbs == [
+        "queued-resources create",
+        "tpu-vm scp",
+        "tpu-vm ssh",
+        "tpu-vm ssh",
+        "queued-resources delete",
+    ]
+    (told,) = [word for word in lines[3] if word.startswith("--command=")]
+    assert shlex.split(told.partition("=")[2])[-len(argv) :] == argv
+    assert not cloud.calls
+
+
+@pytest.fixture(scope="module")
+def real_gcloud(tmp_path_factory):
+    """Asks the real gcloud whether it can read a command line; without an account it then goes no further."""
+    if shutil.which("gcloud") is None:
+        pytest.skip("no gcloud here to parse the command lines")
+    environment = {**os.environ, "CLOUDSDK_CONFIG": str(tmp_path_factory.mktemp("gcloud"))}
+
+    def parse(argv: list[str]) -> None:
+        found = subprocess.run(["gcloud", *argv], env=environment, capture_output=True, text=True, timeout=60)
+        assert found.returncode and "active account" in found.stderr, found.stderr
+
+    return parse
+
+
+def test_the_real_gcloud_can_read_all_of_it(cloud, real_gcloud):
+    for words in (["--internal_ips=1", "--valid_for=6h", "--service_account=a@b"], ["--slices=2", "--tier=reserved"]):
+        cloud.run("create", *words)
+        cloud.run("wait", *words)
+        cloud.run("ssh", *words, "--", "true")
+        cloud.run("setup", *words, code=2 if "--slices=2" in words else 0)
+        cloud.run("status", *words)
+        cloud.run("delete", *words)
+    seen = {}
+    for call in cloud.calls:
+        seen[tuple(word.partition("=")[0] for word in call)] = call
+    assert len(seen) > 8
+    for call in seen.values():
+        real_gcloud(call)
+
+
+# States
+
+
+def test_wait(cloud):
+    cloud.script(states=["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"])
+    assert "there is no run" in cloud.run("wait", code=2)
+    cloud.run("create")
+    out = cloud.run("wait", "--poll_s=0.1")
+    assert [line.split()[-1] for line in out.splitlines()] == ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
+
+
+@pytest.mark.parametrize("state", ["FAILED", "SUSPENDED"])
+def test_wait_for_what_will_not_come(cloud, state):
+    cloud.script(states=["WAITING_FOR_RESOURCES", state])
+    cloud.run("create")
+    assert "delete.sh, then create.sh" in last_line(cloud.run("wait", "--poll_s=0.1", code=42))
+    assert "there, and dead" in last_line(cloud.run("create", code=2))
+    cloud.run("delete")
+    assert cloud.resources == {}
+
+
+def test_delete_what_is_not_there(cloud):
+    assert "is deleted" in cloud.run("delete")
+    cloud.run("create", "--name=other")
+    out = cloud.run("delete")
+    assert "still billing in us-east5-b:\nqueued resource other ACTIVE" in out
+
+
+def test_status_names_what_is_billing(cloud):
+    cloud.run("create")
+    cloud.run("wait")
+    out = cloud.run("status")
+    assert "run ACTIVE" in out and "billing in us-east5-b:\nqueued resource run ACTIVE\nTPU VM run READY" in out
+
+
+# Mistakes, each in one line
+
+MISTAKES = {
+    "not logged in": ("You do not currently have an active account selected.", "gcloud auth login"),
+    "zone": ("Permission denied on 'locations/us-eats5-b' (or it may not exist).", "ZONE=us-east5-b"),
+    "rights": ("PERMISSION_DENIED: caller lacks tpu.nodes.create", "TPU Admin in p"),
+    "type": ("INVALID_ARGUMENT: Accelerator type v6e-17 is invalid", "accelerator-types list"),
+    "runtime": ("INVALID_ARGUMENT: runtimeVersion: Runtime version x not found", "versions list"),
+    "quota": (
+        "RESOURCE_EXHAUSTED: Quota limit 'TPUV6EPreemptible' has been exceeded. Limit: 0",
+        "ask for quota of v6e-16",
+    ),
+    "room": ("RESOURCE_EXHAUSTED: There is no more capacity in the zone", "another zone"),
+}
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_the_cloud_says_no(cloud, what):
+    said, advice = MISTAKES[what]
+    cloud.script(faults=[{"match": "queued-resources create", "stderr": f"ERROR: (gcloud) {said}"}])
+    out = cloud.run("create", code=2)
+    assert len(out.splitlines()) == 1 and said[:40] in out and advice in out
+
+
+def test_what_passes_is_tried_again(cloud):
+    cloud.script(faults=[{"match": "create", "stderr": "ERROR: UNAVAILABLE: try later", "times": 3}])
+    out = cloud.run("create")
+    assert out.count("UNAVAILABLE") == 3 and cloud.resources["run"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--zome=x"], "unknown flag --zome"),
+        (["--name=Run_1"], "NAME=Run_1 must be small letters"),
+        (["--type="], "TYPE is not set"),
+        (["--type=v9-8"], "TYPE=v9-8 is not known"),
+        (["--slices=two"], "SLICES=two must be a number"),
+        (["--tier=cheap"], "TIER=cheap must be"),
+        (["--env=nowhere.env"], "--env=nowhere.env is no file"),
+        (["--env=bad.env"], "bad.env, line 2: ZON=x sets none of"),
+        (["zone"], "zone is no flag"),
+    ],
+)
+def test_settings_that_cannot_be(cloud, words, says):
+    (cloud.folder / "bad.env").write_text("PROJECT=p\nZON=x\n")
+    out = cloud.run("create", *words, code=2)
+    assert says in out and len(out.splitlines()) == 1 and not cloud.calls
+
+
+def test_gcloud_is_missing(cloud):
+    out = cloud.run("create", code=2, PATH=without_gcloud(cloud.folder / "bin"))
+    assert "gcloud is missing; install" in out and len(out.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "name the training command after --"),
+        (["--", "python", "-m", "launch.train"], "has no --workdir"),
+        (["--", "python", "--workdir=runs/x"], "say --workdir=bucket/runs/x"),
+        (["--bucket=", "--", "python", "--workdir=bucket/x"], "none is set; put BUCKET into tpu.env"),
+    ],
+)
+def test_commands_that_cannot_be(cloud, words, says):
+    for script in ("run", "babysit"):
+        out = cloud.run(script, *words, code=2)
+        assert says in out and len(out.splitlines()) == 1 and not cloud.calls
+
+
+# Workers
+
+
+def test_workers_that_fail_are_named(cloud):
+    """One that refuses connections for a while, one that hangs, one on which a command fails."""
+    cloud.script(workers=3, faults=[{"match": "--worker=0", "code": 255, "times": 2}])
+    cloud.run("create")
+    cloud.run("wait")
+    cloud.run("ssh", "--", "true")
+    hang = {"match": "--worker=1", "hang": 30, "times": 1}
+    cloud.script(workers=3, faults=[hang])
+    command = "case $HOME in *.2) echo broken >&2; exit 7 ;; esac"
+    out = cloud.run("ssh", "--limit_s=3", "--", "sh", "-c", command, code=2)
+    assert "worker run.1: no answer within 3 s" in out and "worker run.2: exit code 7: broken" in out
+    assert "worker run.0" not in out
+
+
+def test_a_bucket_that_is_not_there(cloud):
+    cloud.run("create")
+    cloud.run("wait")
+    out = cloud.run("setup", "--bucket=wrong", code=2)
+    assert "gs://wrong could not be mounted" in out and "2 workers of run are not set up" in last_line(out)
+
+
+# From create to done
+
+TRAIN = {
+    "num_train_steps": 60,
+    "data__seq_len": 64,
+    "mesh__data": 2,
+    "model__dropout": 0.1,
+    "checkpoint__every_steps": 5,
+    "checkpoint__keep_last": 3,
+    "eval__every_steps": 1,
+    "eval__num_windows": 0,
+}
+
+
+def training(cloud: Cloud, **fields) -> list[str]:
+    """The command for a worker; its dataset is in the bucket."""
+    argv = runs.command(pathlib.Path("bucket/runs/x"), pathlib.Path("bucket/dataset"), **TRAIN | fields)
+    return ["python", *argv[1:]]
+
+
+def newest(cloud: Cloud) -> int:
+    names = (
+        path.parent.name for path in (cloud.folder / "buckets/b/runs/x/checkpoints").glob("*/_CHECKPOINT_METADATA")
+    )
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+@pytest.mark.slow
+def test_a_babysitter_and_three_preemptions(cloud, tmp_path):
+    """The machines are taken away at random moments, and once the babysitter dies too; the losses show none of it."""
+    data = runs.dataset(cloud.folder / "buckets/b")
+    runs.finish_gang(runs.start_gang(tmp_path / "whole", data, **TRAIN))
+    cloud.script(states=["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"])
+    argv = ["--poll_s=0.5", "--", *training(cloud)]
+    babysitters = [cloud.start("babysit", *argv)]
+    try:
+        for life, step in enumerate((5, 20, 35)):
+            runs.wait_until(lambda step=step: newest(cloud) >= step, babysitters[-1])
+            time.sleep(DICE.uniform(0, 1))
+            if life == 1:
+                babysitters[-1].kill()
+                babysitters[-1].communicate()
+            cloud.preempt()
+            if life == 1:
+                babysitters.append(cloud.start("babysit", *argv))
+        out = runs.finish(babysitters[-1])
+    finally:
+        runs.kill(babysitters)
+    assert "done at step 60" in out and last_line(out) == "run is deleted"
+    assert out.count("deleting") + out.count("is deleted") >= 2
+    assert cloud.resources == {}, "nothing goes on costing"
+    assert runs.losses(cloud.folder / "buckets/b/runs/x") == runs.losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fields", "code"), [({"model__num_heads": 7}, 2), ({"num_train_steps": 10}, 0)])
+def test_a_babysitter_knows_when_to_end(cloud, fields, code):
+    """At a mistake, which a restart does not mend, as at the end of the run; the machines are deleted."""
+    runs.dataset(cloud.folder / "buckets/b")
+    out = cloud.run("babysit", "--poll_s=0.5", "--", *training(cloud, **fields), code=code)
+    assert "which a restart does not mend" in out if code else "done at step 10" in out
+    assert cloud.resources == {}
+
+
+@pytest.mark.slow
+def test_a_babysitter_gives_up(cloud):
+    """After three lives without a checkpoint; the supervisors on the workers have tried before."""
+    argv = ["sh", "-c", "exit 1", "--workdir=bucket/runs/x"]
+    out = cloud.run("babysit", "--poll_s=0.2", "--", *argv, code=1)
+    assert "3 lives without a new checkpoint" in out and cloud.resources == {}
+
+
+@pytest.mark.slow
+def test_the_hours_of_a_babysitter(cloud):
+    runs.dataset(cloud.folder / "buckets/b")
+    argv = ["--poll_s=0.5", "--max_hours=0.004", "--keep", "--", *training(cloud, num_train_steps=100_000)]
+    out = cloud.run("babysit", *argv, code=42)
+    assert "the run saves" in out and "still billing in us-east5-b:\nqueued resource run ACTIVE" in out
+    rows = runs.rows(cloud.folder / "buckets/b/runs/x")
+    assert rows[-1]["step"] == newest(cloud)
+
+
+@pytest.mark.slow
+def test_start_stop_and_start_again(cloud):
+    """By hand: run, status, logs, stop; the same command goes on."""
+    runs.dataset(cloud.folder / "buckets/b")
+    cloud.run("create")
+    cloud.run("wait")
+    cloud.run("setup")
+    argv = training(cloud, num_train_steps=100_000)
+    cloud.run("run", "--", *argv)
+    deadline = time.monotonic() + runs.TIMEOUT_S
+    while not newest(cloud) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    out = cloud.run("status")
+    assert re.search(r"run.0 running [1-9]", out) and re.search(r"run.1 running [1-9]", out)
+    cloud.run("run", "--", *argv)  # what ran is stopped first, or there would be two on one run
+    assert "Resuming after step" in cloud.run("logs", "--lines=200") or newest(cloud)
+    cloud.run("stop")
+    assert "exited 42" in cloud.run("status")
