@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Settings of XLA, JAX and NCCL for training on NVIDIA GPUs: the one place for them. Sourced, by launch/gpu/run.sh or by
-# hand before any other command. What the environment has already wins. DETERMINISTIC=1 asks for the same bits each time.
+# hand before any other command. What the environment has already wins. DETERMINISTIC=1: the same bits each time.
 #
 # No step was timed with these, as no GPU was at hand; what compiled programs show stands beside them. XLA ends the
 # process on a flag that it does not know: tests/gpu_launch_test.py starts the installed jaxlib with these.
