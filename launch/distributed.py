@@ -72,6 +72,7 @@ def initialize(
                 num_processes,
                 process_id,
                 local_device_ids,
+                cluster_detection_method="deactivate",  # or Slurm's variables would add the devices to our flags
                 initialization_timeout=2 * timeout_s,  # ours ends in a message, JAX's in SIGABRT
                 heartbeat_timeout_seconds=heartbeat_s,
                 shutdown_timeout_seconds=timeout_s,

@@ -99,3 +99,20 @@ act() { # WORD...
     "$@"
   fi
 }
+
+# The value of --NAME=VALUE or --NAME VALUE in a command; the last one, as the command itself has it.
+flag() { # NAME COMMAND...
+  local name=$1 value=""
+  while shift && (($#)); do
+    case $1 in
+    "--$name="*) value=${1#*=} ;;
+    "--$name") value=${2:-} ;;
+    esac
+  done
+  printf '%s' "$value"
+}
+
+# What a launcher starts again: stopped, an exception, and what signals leave but for the second Ctrl-C.
+may_restart() { # CODE
+  (($1 == 42 || $1 == 1 || $1 >= 128 && $1 != 130))
+}

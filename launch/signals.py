@@ -37,6 +37,11 @@ class Signals:
         with self._changing:
             self._stop = stop
 
+    def close(self) -> None:
+        """There is nothing left to stop. At its end Python takes its handlers back: a signal would be the exit code."""
+        for number in STOPS:
+            signal.signal(number, signal.SIG_IGN)
+
     def _listen(self) -> None:
         interrupts = 0
         while True:

@@ -34,6 +34,12 @@ from trainer.errors import ConfigError
 log = logging.getLogger("meshlm")
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, where the command does not have it as --workdir.")
+PROCESS = flags.DEFINE_integer(
+    "process",
+    None,
+    "Which of several processes, from 0, where the command and its environment do not say.",
+    lower_bound=0,
+)
 MAX_RESTARTS = flags.DEFINE_integer(
     "max_restarts_without_progress", 3, "Restarts in a row without a new committed step.", lower_bound=1
 )
@@ -122,7 +128,7 @@ def _live(command: Sequence[str], signals: Signals) -> tuple[int, bool]:
     """Runs the command once and passes signals on; its return code, and whether one of them was to stop it."""
     try:
         # In a session of its own a Ctrl-C on the terminal does not reach it, and then comes once, from here.
-        child = subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent())
+        child = subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent())
     except OSError as e:
         raise ConfigError(f"{command[0]} cannot be started: {e.strerror}") from None
     told_to_stop = False
@@ -134,7 +140,7 @@ def _live(command: Sequence[str], signals: Signals) -> tuple[int, bool]:
     return child.returncode, told_to_stop
 
 
-def _end_with_parent() -> Callable[[], None]:
+def end_with_parent() -> Callable[[], None]:
     """What the child calls before it becomes the command: a supervisor that is killed takes it down, with a SIGTERM."""
     parent = os.getpid()
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
@@ -171,6 +177,8 @@ def _flag(command: Sequence[str], name: str) -> str | None:
 
 def _process(command: Sequence[str]) -> int:
     """Which process of the run the command is, as far as can be told without starting it."""
+    if PROCESS.value is not None:
+        return PROCESS.value
     for text in (_flag(command, "process_id"), *map(os.environ.get, runtime.RANKS)):
         if text and text.isdecimal():
             return int(text)

@@ -89,6 +89,7 @@ def main() -> int:
         processes.part()
         raise
     distributed.shutdown()
+    listening.close()
     command = f"python -m launch.sample --workdir={shlex.quote(str(run))}"
     if config.sample.prompt.isprintable():
         command += f" --prompt={shlex.quote(config.sample.prompt)}"

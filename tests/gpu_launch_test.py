@@ -142,7 +142,7 @@ def machine(
 
 def check(environment: dict[str, str], code: int) -> list[str]:
     """The lines that it prints: results first, then errors."""
-    argv = [sys.executable, "-m", "launch.gpu.check"]
+    argv = [sys.executable, "-m", "launch.gpu_check"]
     done = subprocess.run(argv, cwd=runs.ROOT, env=environment, capture_output=True, text=True, timeout=SOON_S)
     assert done.returncode == code, done
     assert all(line.startswith("error: ") for line in done.stderr.splitlines()), done.stderr
@@ -317,7 +317,7 @@ def test_one_process_with_all_gpus(tmp_path):
         ["export", "JAX_OPTIMIZATION_LEVEL=O1"],
         ["export", "JAX_PLATFORMS=cuda,cpu"],
         ["export", "NCCL_DEBUG=WARN"],
-        [sys.executable, "-m", "launch.gpu.check"],
+        [sys.executable, "-m", "launch.gpu_check"],
         [sys.executable, "-m", "launch.supervise", "--", *TRAIN],
     ]
 

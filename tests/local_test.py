@@ -96,7 +96,7 @@ def test_one_process_needs_no_coordinator():
 def gang(*commands: list[str]) -> subprocess.Popen:
     """In a process group of its own, as a terminal would have it."""
     lines = [shlex.join(command) for command in commands]
-    argv = [sys.executable, "-m", "launch.local.gang", *lines]
+    argv = [sys.executable, "-m", "launch.gang", *lines]
     pipe, both = subprocess.PIPE, subprocess.STDOUT
     return subprocess.Popen(argv, cwd=runs.ROOT, text=True, stdout=pipe, stderr=both, start_new_session=True)
 

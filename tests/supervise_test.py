@@ -297,6 +297,13 @@ def test_each_process_has_its_own_file(tmp_path, environment, process):
     assert len(supervised.lives(process)) == 1
 
 
+def test_a_process_that_is_told_its_number(tmp_path):
+    """On TPU VMs nothing in the environment says it."""
+    supervised = Supervised(tmp_path, {"end": 0}, flags=("--process=5",), TPU_WORKER_ID="2")
+    supervised.leaves(0)
+    assert len(supervised.lives(".5")) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "value"),
     [

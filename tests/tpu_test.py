@@ -181,7 +181,7 @@ def test_the_real_gcloud_can_read_all_of_it(cloud, real_gcloud):
         cloud.run("create", *words)
         cloud.run("wait", *words)
         cloud.run("ssh", *words, "--", "true")
-        cloud.run("setup", *words, code=2 if "--slices=2" in words else 0)
+        cloud.run("setup", *words)
         cloud.run("status", *words)
         cloud.run("delete", *words)
     seen = {}
@@ -287,7 +287,10 @@ def test_gcloud_is_missing(cloud):
     [
         ([], "name the training command after --"),
         (["--", "python", "-m", "launch.train"], "has no --workdir"),
-        (["--", "python", "--workdir=runs/x"], "say --workdir=bucket/runs/x"),
+        (["--", "python", "--workdir=/tmp/x"], "--workdir=/tmp/x must be below runs/ (NFS) or bucket/ (BUCKET)"),
+        (["--", "python", "--workdir=runs/x"], "put NFS=SERVER:/EXPORT into tpu.env"),
+        (["--type=v6e-8", "--", "python", "--workdir=runs/x"], "on a disk that is deleted with the machine"),
+        (["--nfs=10.0.0.2", "--", "python", "--workdir=runs/x"], "NFS=10.0.0.2 must be SERVER:/EXPORT"),
         (["--bucket=", "--", "python", "--workdir=bucket/x"], "none is set; put BUCKET into tpu.env"),
     ],
 )
@@ -312,6 +315,27 @@ def test_workers_that_fail_are_named(cloud):
     out = cloud.run("ssh", "--limit_s=3", "--", "sh", "-c", command, code=2)
     assert "worker run.1: no answer within 3 s" in out and "worker run.2: exit code 7: broken" in out
     assert "worker run.0" not in out
+
+
+def test_a_shared_folder(cloud):
+    """NFS is runs/ on each worker, what another has written is seen at once, and it outlives the code there."""
+    cloud.run("create")
+    cloud.run("wait")
+    for _ in range(2):
+        assert "2 workers: python" in cloud.run("setup", "--nfs=server:/runs")
+        cloud.run("ssh", "--", "sh", "-c", "echo $MESHLM_PROCESS >>meshlm/runs/numbers")
+    assert sorted((cloud.folder / "exports/runs/numbers").read_text().split()) == ["0", "0", "1", "1"]
+    mounts = (cloud.folder / "mounts.txt").read_text().splitlines()
+    assert mounts == 2 * ["-t nfs -o hard,lookupcache=positive server:/runs runs"], "once a worker"
+    out = cloud.run("setup", "--name=run", "--nfs=nowhere:/runs", "--bucket=b", code=0)
+    assert "2 workers" in out, "what is mounted stays"
+
+
+def test_a_shared_folder_that_is_not_there(cloud):
+    cloud.run("create")
+    cloud.run("wait")
+    out = cloud.run("setup", "--nfs=nowhere:/runs", code=2)
+    assert "NFS=nowhere:/runs could not be mounted" in out and "2 workers of run are not set up" in last_line(out)
 
 
 def test_a_bucket_that_is_not_there(cloud):

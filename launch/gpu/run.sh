@@ -8,7 +8,7 @@
 #                     N machines, each with such a command; this is number I, from 0, and HOST number 0 (its port open
 #                     to the others; the run directory on a file system of all)
 #   --deterministic   the same bits after a restart, too; slower
-#   --skip_check      do not look at driver, wheels, memory and links first (launch/gpu/check.py)
+#   --skip_check      do not look at driver, wheels, memory and links first (launch/gpu_check.py)
 #   --dry_run         print the settings and commands, run nothing
 #
 # Settings of XLA and NCCL are in launch/gpu/env.sh. The rest is launch/local/run.sh: lines are marked [process] where
@@ -39,12 +39,12 @@ source "$(dirname "$0")/env.sh"
 if [[ -n $DRY_RUN ]]; then
   for name in "${SETTINGS[@]}"; do [[ -z ${!name:-} ]] || printf 'export %s\n' "$(quote "$name=${!name}")"; done
 fi
-[[ -n $SKIP_CHECK ]] || act "$PYTHON" -m launch.gpu.check
+[[ -n $SKIP_CHECK ]] || act "$PYTHON" -m launch.gpu_check
 
 GANG=(--processes=1)
 if [[ -n $PER_GPU ]]; then
   GPUS=$(count_gpus) ||
-    fail 2 "nvidia-smi lists no GPU; python -m launch.gpu.check says why, CUDA_VISIBLE_DEVICES=0,1 does without it"
+    fail 2 "nvidia-smi lists no GPU; python -m launch.gpu_check says why, CUDA_VISIBLE_DEVICES=0,1 does without it"
   GANG=("--processes=$GPUS" --per_gpu)
 fi
 GANG+=("--nodes=$NODES" "--node=${NODE:-}" "--coordinator=$COORDINATOR")

@@ -22,21 +22,10 @@ read_command() {
     fail 2 "COMMAND must be one command with its arguments, and all quotes closed; it is: ${COMMAND//$'\n'/ }"
 }
 
-flag() { # NAME: its value in WORDS
-  local i value=""
-  for i in "${!WORDS[@]}"; do
-    case ${WORDS[i]} in
-    "--$1="*) value=${WORDS[i]#*=} ;;
-    "--$1") value=${WORDS[i + 1]:-} ;;
-    esac
-  done
-  printf '%s' "$value"
-}
-
 # What is not on a shared folder goes when the machines go.
 check_run_directory() {
   local run mirror
-  run=$(flag workdir) mirror=$(flag config.checkpoint.mirror)
+  run=$(flag workdir "${WORDS[@]}") mirror=$(flag config.checkpoint.mirror "${WORDS[@]}")
   [[ $run == "$RUNS"/?* ]] || fail 2 "--workdir=$run must be below $RUNS, as in --workdir=$RUNS/a"
   ! mountpoint -q "$RUNS" || return 0
   ((HOSTS == 1)) || fail 2 "$HOSTS hosts need one folder for the run; say --env NFS=SERVER:/EXPORT, which becomes $RUNS"
@@ -47,7 +36,7 @@ check_run_directory() {
 supervise() {
   case $ACCELERATOR in
   tpu) # finds its peers by itself; the number is for the supervisor, which writes a file on each host
-    JOB_COMPLETION_INDEX=$RANK python -m launch.supervise -- env -u JOB_COMPLETION_INDEX "${WORDS[@]}"
+    python -m launch.supervise --process="$RANK" -- "${WORDS[@]}"
     ;;
   cuda)
     launch/gpu/run.sh --nodes="$HOSTS" --node="$RANK" --coordinator="${IPS%%$'\n'*}:$PORT" -- "${WORDS[@]}"

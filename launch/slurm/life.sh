@@ -37,11 +37,6 @@ fruitless() {
   printf '%s' "$count"
 }
 
-# What a launcher starts again: stopped, an exception, and what signals leave but for the second Ctrl-C.
-may_restart() { # CODE
-  (($1 == 42 || $1 == 1 || $1 >= 128 && $1 != 130))
-}
-
 newest_step() { # committed in RUN; of a checkpoint this file is written last
   local path step newest=0
   for path in "$RUN"/checkpoints/*/_CHECKPOINT_METADATA; do

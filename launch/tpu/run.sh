@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Starts the training command on every worker, in the background; what ran there before is stopped first. The same
 # command on the same run directory goes on with it.
-#   launch/tpu/run.sh [settings] [--dry_run] -- python -m launch.train --config=… --workdir=bucket/runs/…
+#   launch/tpu/run.sh [settings] [--dry_run] -- python -m launch.train --config=… --workdir=runs/…
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu.sh
 source "$(dirname "$0")/tpu.sh"

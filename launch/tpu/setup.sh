@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Copies the code to every worker, makes the environment there, mounts the bucket, and compares versions and devices.
+# Copies the code to every worker, makes the environment there, mounts bucket and NFS, and compares versions and devices.
 # What is copied is the commit with the changes of tracked files on top. Again: only what has changed is installed.
 #   launch/tpu/setup.sh [--limit_s=1200] [settings] [--dry_run]
 set -euo pipefail
@@ -19,11 +19,11 @@ for node in $(nodes); do
 done
 # shellcheck disable=SC2016 # for the worker's shell
 unpack='if [ -e meshlm/launch ]; then bash meshlm/launch/tpu/worker.sh stop; fi && mkdir -p meshlm && '
-unpack+='find meshlm -mindepth 1 -maxdepth 1 ! -name bucket -exec rm -rf {} + && tar -xzf meshlm.tgz -C meshlm && '
+unpack+='find meshlm -mindepth 1 -maxdepth 1 ! -name bucket ! -name runs -exec rm -rf {} + && tar -xzf meshlm.tgz -C meshlm && '
 # shellcheck disable=SC2016
-unpack+='exec bash meshlm/launch/tpu/worker.sh setup "$0"'
-on_workers "$LIMIT_S" bash -c "$unpack" "$BUCKET" || fail 2 "$? workers of $NAME are not set up; the same command again tries all"
+unpack+='exec bash meshlm/launch/tpu/worker.sh setup "$0" "$1"'
+on_workers "$LIMIT_S" bash -c "$unpack" "$BUCKET" "$NFS" || fail 2 "$? workers of $NAME are not set up; the same command again tries all"
 [[ -z $DRY_RUN ]] || exit 0
-lines=$(tail -qn 1 "$STATE"/logs/"$NAME"*.txt | sort | uniq -c | sort -rn)
-(($(wc -l <<<"$lines") == 1)) || fail 2 "the workers of $NAME differ: $(tr -s ' \n' ' ;' <<<"$lines")"
-say "$(tr -s ' ' <<<"$lines") on each of so many workers"
+lines=$(tail -qn 1 "$STATE"/logs/"$NAME"*.txt | sort | uniq -c | sort -rn | sed -E 's/^ *([0-9]+) /\1 workers: /')
+(($(wc -l <<<"$lines") == 1)) || fail 2 "the workers of $NAME differ: ${lines//$'\n'/; }"
+say "$lines"

@@ -4,9 +4,9 @@
 # shellcheck source-path=SCRIPTDIR source=../lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
 
-SETTINGS=(PROJECT ZONE NAME TYPE SLICES RUNTIME TIER VALID_FOR BUCKET SERVICE_ACCOUNT INTERNAL_IPS)
+SETTINGS=(PROJECT ZONE NAME TYPE SLICES RUNTIME TIER VALID_FOR BUCKET NFS SERVICE_ACCOUNT INTERNAL_IPS)
 : "${PROJECT:=}" "${ZONE:=}" "${NAME:=}" "${TYPE:=}" "${SLICES:=1}" "${RUNTIME:=}" "${TIER:=on-demand}"
-: "${VALID_FOR:=}" "${BUCKET:=}" "${SERVICE_ACCOUNT:=}" "${INTERNAL_IPS:=}" "${DRY_RUN:=}"
+: "${VALID_FOR:=}" "${BUCKET:=}" "${NFS:=}" "${SERVICE_ACCOUNT:=}" "${INTERNAL_IPS:=}" "${DRY_RUN:=}"
 ATTEMPTS=5
 RETRY_S=${MESHLM_RETRY_S:-5} # doubled each time
 AT_ONCE=32                   # connections
@@ -44,6 +44,7 @@ check_settings() {
   [[ $SLICES =~ ^[1-9][0-9]*$ ]] || fail 2 "SLICES=$SLICES must be a number, 1 or more"
   [[ $TIER =~ ^(on-demand|spot|reserved)$ ]] || fail 2 "TIER=$TIER must be on-demand, spot or reserved"
   BUCKET=${BUCKET#gs://} BUCKET=${BUCKET%/}
+  [[ -z $NFS || $NFS == ?*:/* ]] || fail 2 "NFS=$NFS must be SERVER:/EXPORT, such as 10.0.0.2:/runs"
   if [[ -z $RUNTIME ]]; then
     case $TYPE in
     v6e-*) RUNTIME=v2-alpha-tpuv6e ;;
@@ -172,15 +173,16 @@ on_worker() { # LIMIT_S NODE WORKER WORD...
   return "$code"
 }
 
-# Runs the words on all workers at once. What each printed is in $STATE/logs/NODE.WORKER.txt; those that failed are
+# Runs the words on all workers at once, each with its number in MESHLM_PROCESS. What each printed is in $STATE/logs/NODE.WORKER.txt; those that failed are
 # named. Its code is the number of those, 255 at most.
 on_workers() { # LIMIT_S WORD...
-  local limit_s=$1 node worker i failed=0 code names=() pids=() list
+  local limit_s=$1 node worker i failed=0 code names=() pids=() list number
   shift
   list=$(workers)
   rm -f "$STATE"/logs/*
   while read -r node worker; do
-    on_worker "$limit_s" "$node" "$worker" "$@" >"$STATE/logs/$node.$worker.txt" 2>&1 &
+    number=MESHLM_PROCESS=${#pids[@]}
+    on_worker "$limit_s" "$node" "$worker" env "$number" "$@" >"$STATE/logs/$node.$worker.txt" 2>&1 &
     pids+=($!) names+=("$node.$worker")
     ((${#pids[@]} % AT_ONCE)) || wait "${pids[-1]}" || true
   done <<<"$list"
@@ -213,17 +215,24 @@ billing() {
   grep -vE ',(PREEMPTED|TERMINATED|STOPPED|DELETING)$' <<<"$OUTPUT" | grep . | sed 's/,/ /; s/^/TPU VM /' || true
 }
 
-# A training command whose run can be told, on storage that all of several hosts share.
+# A training command whose run can be told, on storage that all of several hosts share, and that outlives them.
 check_command() {
-  local word run=""
-  ((${#COMMAND[@]})) || fail 2 "name the training command after --: -- python -m launch.train --config=… --workdir=bucket/runs/…"
-  for word in "${COMMAND[@]}"; do [[ $word != --workdir=* ]] || run=${word#*=}; done
+  local run
+  ((${#COMMAND[@]})) || fail 2 "name the training command after --: -- python -m launch.train --config=… --workdir=runs/…"
+  run=$(flag workdir "${COMMAND[@]}")
   [[ -n $run ]] || fail 2 "the command has no --workdir=…"
-  if [[ $run == bucket/* && -z $BUCKET ]]; then
-    fail 2 "--workdir=$run is in the bucket, and none is set; put BUCKET into tpu.env"
-  elif [[ $run != /* && $run != bucket/* ]] && { ((SLICES > 1)) || has_several_hosts; }; then
-    fail 2 "$TYPE has several hosts, and --workdir=$run is on the disk of each; say --workdir=bucket/$run, with BUCKET in tpu.env"
-  fi
+  case $run in
+  bucket/?*) [[ -n $BUCKET ]] || fail 2 "--workdir=$run is in the bucket, and none is set; put BUCKET into tpu.env" ;;
+  runs/?*)
+    [[ -z $NFS ]] || return 0
+    if ((SLICES > 1)) || has_several_hosts; then
+      fail 2 "$SLICES x $TYPE has several hosts, and --workdir=$run is on the disk of each; put NFS=SERVER:/EXPORT into tpu.env, which becomes runs/, or BUCKET, and say --workdir=bucket/$run"
+    fi
+    [[ -n $(flag config.checkpoint.mirror "${COMMAND[@]}") ]] ||
+      fail 2 "--workdir=$run is on a disk that is deleted with the machine; put NFS or BUCKET into tpu.env (launch/tpu/example.env), or add --config.checkpoint.mirror=gs://…"
+    ;;
+  *) fail 2 "--workdir=$run must be below runs/ (NFS) or bucket/ (BUCKET), where it outlives the machines" ;;
+  esac
 }
 
 # More chips than one host has: 8 of v5e and v6e in one machine at most, 4 of v4 and v5p, whose types count cores.

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # What happens on a TPU worker; started there by the other scripts. All of it is in the home directory:
-#   meshlm/          the snapshot of the code, and in it bucket/, the bucket
+#   meshlm/          the snapshot of the code, and in it bucket/, the bucket, and runs/, the shared folder
 #   meshlm-env/      the Python environment
 #   meshlm-run/      of the training command: pid, workdir, code (when it has ended), log.txt
 #
-#   worker.sh setup [BUCKET]    the environment, the bucket; prints versions and devices in one line
+#   worker.sh setup BUCKET NFS  the environment, bucket and shared folder (or ''); prints versions and devices in a line
 #   worker.sh start COMMAND...  in the background, under launch.supervise; ends what was started before
 #   worker.sh status            running, exited CODE or none, and the newest committed step
 #   worker.sh stop              saves and ends it, as a preemption would
@@ -14,23 +14,29 @@ set -euo pipefail
 RUN=$HOME/meshlm-run
 STOP_S=120 # for a save; then it is killed
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+# shellcheck source-path=SCRIPTDIR source=../lib.sh
+source launch/lib.sh
 export PATH=$HOME/meshlm-env/bin:$HOME/.local/bin:$PATH
 
 # bash does not end at an error within what follows, as its result is asked for: so each step says || return.
-setup() { # [BUCKET]
+setup() { # BUCKET NFS
   stop
   environment >setup.log 2>&1 || {
     tail -n 3 setup.log
     printf 'the environment could not be made\n'
     return 1
   }
-  if [[ -n ${1:-} ]]; then
-    mount_bucket "$1" >>setup.log 2>&1 || {
-      tail -n 3 setup.log
-      printf 'gs://%s could not be mounted; is it there, and may the service account of this TPU write to it?\n' "$1"
-      return 1
-    }
-  fi
+  [[ -z $1 ]] || mount_bucket "$1" >>setup.log 2>&1 || {
+    tail -n 3 setup.log
+    printf 'gs://%s could not be mounted; is it there, and may the service account of this TPU write to it?\n' "$1"
+    return 1
+  }
+  mkdir -p runs
+  [[ -z $2 ]] || mount_nfs "$2" >>setup.log 2>&1 || {
+    tail -n 3 setup.log
+    printf 'NFS=%s could not be mounted; is it SERVER:/EXPORT, in the region and the network (VPC) of these machines?\n' "$2"
+    return 1
+  }
   python - <<'EOF'
 import jax, os, platform, sys
 if jax.default_backend() != "tpu" and os.environ.get("JAX_PLATFORMS") is None:
@@ -70,9 +76,19 @@ mount_bucket() { # BUCKET
   mkdir -p bucket
   mountpoint -q bucket && return
   command -v gcsfuse >/dev/null || install_gcsfuse || return
-  # A checkpoint is committed by renaming its folder. In a bucket with hierarchical namespace that is one step.
-  gcsfuse --implicit-dirs --rename-dir-limit=200000 "$1" bucket || return
+  # A checkpoint is committed by renaming its folder. In a bucket with hierarchical namespace that is one step. Each host
+  # sees at once what another has written (no cache), and what is synced is in the bucket (fsync does nothing to a stream).
+  gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --enable-streaming-writes=false --rename-dir-limit=200000 "$1" bucket ||
+    return
   : >"bucket/.meshlm-$HOSTNAME" && rm "bucket/.meshlm-$HOSTNAME"
+}
+
+mount_nfs() { # SERVER:/EXPORT
+  mountpoint -q runs && return
+  command -v mount.nfs >/dev/null || { sudo apt-get update -qq && sudo apt-get install -qq -y nfs-common; } || return
+  # lookupcache: what another host has made must be seen at once, as processes tell each other that it is there.
+  sudo mount -t nfs -o hard,lookupcache=positive "$1" runs || return
+  [[ -w runs ]] || sudo chmod 1777 runs
 }
 
 install_gcsfuse() {
@@ -89,7 +105,7 @@ start() { # COMMAND...
   mkdir "$RUN"
   setsid nohup bash launch/tpu/worker.sh live "$@" >"$RUN/log.txt" 2>&1 </dev/null &
   printf '%s\n' $! >"$RUN/pid"
-  workdir "$@" >"$RUN/workdir"
+  flag workdir "$@" >"$RUN/workdir"
   sleep 1
   status
 }
@@ -98,22 +114,9 @@ start() { # COMMAND...
 live() { # COMMAND...
   local code=0
   trap : TERM INT USR1
-  python -m launch.supervise -- "$@" || code=$?
+  python -m launch.supervise --process="${MESHLM_PROCESS:-0}" -- "$@" || code=$?
   printf '%s\n' "$code" >"$RUN/code.new"
   mv "$RUN/code.new" "$RUN/code"
-}
-
-workdir() { # COMMAND...
-  local word found=""
-  while (($#)); do
-    word=$1
-    shift
-    case $word in
-    --workdir=*) found=${word#*=} ;;
-    --workdir) found=${1:-} ;;
-    esac
-  done
-  printf '%s\n' "$found"
 }
 
 is_running() {

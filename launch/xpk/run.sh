@@ -41,9 +41,9 @@ check_settings() {
 }
 
 check_command() {
-  local word run=""
+  local run
   ((${#COMMAND[@]})) || fail 2 "name the training command after --: -- python -m launch.train --config=… --workdir=/runs/…"
-  for word in "${COMMAND[@]}"; do [[ $word != --workdir=* ]] || run=${word#*=}; done
+  run=$(flag workdir "${COMMAND[@]}")
   [[ $run == /* ]] ||
     fail 2 "--workdir=$run is in the container, and goes with it; name a folder on a storage of the cluster: --workdir=/runs/a"
 }

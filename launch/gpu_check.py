@@ -1,6 +1,6 @@
 """Say what keeps JAX from this machine's GPUs, each in one line, before a training is started on them.
 
-  python -m launch.gpu.check
+  python -m launch.gpu_check
 
 Looks at the wheels, the driver, what other programs hold of the memory, and the links between the GPUs; loads no JAX.
 Exit codes: 0 all is well, or only slower than it could be (warnings); 2 it would not work.

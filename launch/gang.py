@@ -1,6 +1,6 @@
 """Run the processes of one run on this machine as one command: what launch/local/run.sh becomes.
 
-  python -m launch.local.gang LINE ...
+  python -m launch.gang LINE ...
 
 Each LINE is a command, quoted as for a shell. What the commands print is marked with their number, line by line.
 SIGTERM, SIGINT, SIGUSR1 and SIGQUIT are passed on to all, each as often as it comes. A run needs all of its processes:
@@ -44,7 +44,7 @@ class Member:
                 stdout=self.printer.stdin,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=supervise._end_with_parent(),
+                preexec_fn=supervise.end_with_parent(),
             )
         except OSError as e:
             raise ConfigError(f"{command[0]} cannot be started: {e.strerror}") from None
