@@ -42,8 +42,13 @@ plans:
 	@$(MAKE) --no-print-directory VENV=$(PLAN_VENV) $(PLAN_VENV)/.installed-plan
 	$(PLAN_VENV)/bin/python -m benchmarks.plans
 
+SCRIPTS := $(shell git ls-files .ci/run 'launch/*.sh' launch/slurm/train.sbatch)
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/shellcheck --external-sources $(SCRIPTS)
+	$(BIN)/shfmt --indent=2 --diff $(SCRIPTS)
 
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy

@@ -60,7 +60,7 @@ def main(*command: str) -> int:
     workdir = WORKDIR.value or _flag(command, "workdir")
     if not workdir:
         raise ConfigError("the command has no --workdir; give it one, or name the run with --workdir before the --")
-    return supervise(command, pathlib.Path(workdir), _process(command))
+    return supervise(command, pathlib.Path(workdir), _process(command) if PROCESS.value is None else PROCESS.value)
 
 
 def supervise(command: Sequence[str], run: pathlib.Path, process: int) -> int:
@@ -177,8 +177,6 @@ def _flag(command: Sequence[str], name: str) -> str | None:
 
 def _process(command: Sequence[str]) -> int:
     """Which process of the run the command is, as far as can be told without starting it."""
-    if PROCESS.value is not None:
-        return PROCESS.value
     for text in (_flag(command, "process_id"), *map(os.environ.get, runtime.RANKS)):
         if text and text.isdecimal():
             return int(text)

@@ -113,7 +113,7 @@ def daemons(folder: pathlib.Path, environment: dict[str, str]) -> Iterator[Calla
 
     def start(*argv: str) -> None:
         with (folder / f"{len(started)}.{argv[0]}.log").open("w") as log:
-            end = supervise._end_with_parent()  # should nobody get to the end of this function
+            end = supervise.end_with_parent()  # should nobody get to the end of this function
             environ = os.environ | environment
             started.append(subprocess.Popen(argv, env=environ, stdout=log, stderr=log, cwd=folder, preexec_fn=end))
 
