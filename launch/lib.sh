@@ -2,6 +2,11 @@
 # What the scripts below launch/ share: messages, flags, settings, quoting, dry runs, retries. Sourced; runs nothing.
 # Exit codes are those of docs/reliability.md: 2 for a mistake, 42 for "start me again".
 
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
+  echo "error: bash 4.4 or newer is needed, and this is $BASH_VERSION; on macOS: brew install bash" >&2
+  exit 2
+fi
+
 say() { printf '%s\n' "$*" >&2; } # stdout is for results
 
 fail() { # CODE MESSAGE
@@ -89,6 +94,25 @@ load_settings() { # FILE NAME...
     esac
     printf -v "$name" '%s' "$value"
   done <"$file"
+}
+
+# Settings from the file that --env names; else from DEFAULT, where there is one.
+load_env() { # DEFAULT EXAMPLE NAME... -- ARGUMENT...
+  local file=$1 example=$2 names=() own=() given
+  shift 2
+  while [[ $1 != -- ]]; do
+    names+=("$1")
+    shift
+  done
+  shift
+  while (($#)) && [[ $1 != -- ]]; do # not those of the training command
+    own+=("$1")
+    shift
+  done
+  given=$(flag env "${own[@]}")
+  [[ -z $given || -f $given ]] || fail 2 "--env=$given is no file; $example is one to begin with"
+  file=${given:-$file}
+  [[ ! -f $file ]] || load_settings "$file" "${names[@]}"
 }
 
 # Runs a command that changes something; with --dry_run it is only shown.

@@ -129,6 +129,14 @@ def test_create(cloud):
     assert sum(call[3] == "create" for call in cloud.calls) == 1
 
 
+def test_a_name_in_use(cloud):
+    cloud.run("create", "--type=v6e-8")
+    out = last_line(cloud.run("create", code=2))
+    assert "NAME=run is in use, by a v6e-8; take another for your v6e-16" in out
+    cloud.script(faults=[{"match": "queued-resources create", "stderr": "ERROR: (gcloud) ALREADY_EXISTS: node x"}])
+    assert "NAME=x is in use" in last_line(cloud.run("create", "--name=x", code=2))
+
+
 def test_create_several_reserved_slices(cloud):
     cloud.run("create", "--slices=2", "--tier", "reserved", "--valid_for=6h", "--internal_ips=1")
     expected = "--node-count=2 --node-prefix=run --reserved --valid-until-duration=6h --internal-ips"
@@ -267,6 +275,7 @@ def test_what_passes_is_tried_again(cloud):
         (["--slices=two"], "SLICES=two must be a number"),
         (["--tier=cheap"], "TIER=cheap must be"),
         (["--env=nowhere.env"], "--env=nowhere.env is no file"),
+        (["--env", "nowhere.env"], "--env=nowhere.env is no file"),
         (["--env=bad.env"], "bad.env, line 2: ZON=x sets none of"),
         (["zone"], "zone is no flag"),
     ],
@@ -336,6 +345,17 @@ def test_a_shared_folder_that_is_not_there(cloud):
     cloud.run("wait")
     out = cloud.run("setup", "--nfs=nowhere:/runs", code=2)
     assert "NFS=nowhere:/runs could not be mounted" in out and "2 workers of run are not set up" in last_line(out)
+
+
+def test_half_of_the_workers_are_not_set_up(cloud):
+    """The others are named by their absence, and the same command again mends it."""
+    cloud.script(workers=4, faults=[{"match": f"--worker={i}", "code": 1, "stderr": "No space left"} for i in (1, 3)])
+    cloud.run("create")
+    cloud.run("wait")
+    out = cloud.run("setup", code=2).splitlines()
+    assert [line.partition(":")[0] for line in out[1:-1]] == ["worker run.1", "worker run.3"]
+    assert "No space left" in out[1] and "2 workers of run are not set up" in out[-1]
+    assert "4 workers: python" in cloud.run("setup")
 
 
 def test_a_bucket_that_is_not_there(cloud):
@@ -420,8 +440,12 @@ def test_a_babysitter_gives_up(cloud):
 @pytest.mark.slow
 def test_the_hours_of_a_babysitter(cloud):
     runs.dataset(cloud.folder / "buckets/b")
-    argv = ["--poll_s=0.5", "--max_hours=0.004", "--keep", "--", *training(cloud, num_train_steps=100_000)]
-    out = cloud.run("babysit", *argv, code=42)
+    argv = ["--poll_s=0.5", "--max_hours=1", "--keep", "--", *training(cloud, num_train_steps=100_000)]
+    with runs.ending(cloud.start("babysit", *argv)) as (babysitter,):
+        runs.wait_until(lambda: newest(cloud) > 0, babysitter)
+        (began,) = (cloud.folder / "state").rglob("began")
+        began.write_text(str(int(began.read_text()) - 3600))
+        out = runs.finish(babysitter, 42)
     assert "the run saves" in out and "still billing in us-east5-b:\nqueued resource run ACTIVE" in out
     rows = runs.rows(cloud.folder / "buckets/b/runs/x")
     assert rows[-1]["step"] == newest(cloud)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Asks for TPU VMs as a queued resource. Nothing happens where NAME is there already.
+# Asks for TPU VMs as a queued resource. Nothing happens where NAME is there already, with this TYPE.
 #   launch/tpu/create.sh [--env=tpu.env] [--zone=… and other settings] [--dry_run]
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu.sh
@@ -11,6 +11,9 @@ case $now in
 NONE | "") ;;
 FAILED | SUSPENDED | SUSPENDING) fail 2 "$NAME is there, and dead; launch/tpu/delete.sh, then again" ;;
 *)
+  cloud queued-resources describe "$NAME" --format='value(tpu.nodeSpec[0].node.acceleratorType)' || explain "cannot ask for $NAME"
+  [[ -z $OUTPUT || $OUTPUT == "$TYPE" ]] ||
+    fail 2 "NAME=$NAME is in use, by a $OUTPUT; take another for your $TYPE, or delete that one: launch/tpu/delete.sh"
   say "$NAME is there already"
   exit 0
   ;;

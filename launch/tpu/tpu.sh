@@ -13,21 +13,13 @@ AT_ONCE=32                   # connections
 
 # Settings from tpu.env (or --env=FILE), then from flags; everything is checked before anything is asked of the cloud.
 begin() { # FLAG... -- ARGUMENT...
-  local own=() file=tpu.env word
+  local own=()
   while [[ $1 != -- ]]; do
     own+=("$1")
     shift
   done
   shift
-  for word in "$@"; do
-    [[ $word != -- ]] || break
-    [[ $word != --env=* ]] || file=${word#*=}
-  done
-  if [[ -f $file ]]; then
-    load_settings "$file" "${SETTINGS[@]}"
-  elif [[ " $* " == *" --env="* ]]; then
-    fail 2 "--env=$file is no file; launch/tpu/example.env is one to begin with"
-  fi
+  load_env tpu.env launch/tpu/example.env "${SETTINGS[@]}" -- "$@"
   parse_flags "${own[@]}" env "dry_run?" "${SETTINGS[@],,}" -- "$@"
   check_settings
   STATE=${XDG_STATE_HOME:-$HOME/.local/state}/meshlm/tpu/$PROJECT.$ZONE.$NAME
@@ -54,8 +46,12 @@ check_settings() {
     *) fail 2 "TYPE=$TYPE is not known here (v6e-…, v5p-…, v5litepod-…, v4-…); correct it, or say its RUNTIME, too" ;;
     esac
   fi
-  [[ -n $DRY_RUN ]] || command -v gcloud >/dev/null ||
+  [[ -z $DRY_RUN ]] || return 0
+  command -v gcloud >/dev/null ||
     fail 2 "gcloud is missing; install the Google Cloud CLI (cloud.google.com/sdk), then: gcloud auth login"
+  for name in timeout flock; do
+    command -v "$name" >/dev/null || fail 2 "$name is missing; on macOS: brew install coreutils flock"
+  done
 }
 
 # gcloud

@@ -14,20 +14,6 @@ PROJECT="" ZONE="" CLUSTER="" TYPE="" SLICES=1 IMAGE="" STORAGE="" MAX_RESTARTS=
 NAME="" DRY_RUN=""
 GRACE_S=120 # from SIGTERM to SIGKILL: for a save. Spot machines may have less
 
-read_settings() { # ARGUMENT...
-  local file=xpk.env word
-  for word in "$@"; do
-    [[ $word != -- ]] || break
-    [[ $word != --env=* ]] || file=${word#*=}
-  done
-  if [[ -f $file ]]; then
-    load_settings "$file" "${SETTINGS[@]}"
-  elif [[ " $* " == *" --env="* ]]; then
-    fail 2 "--env=$file is no file; launch/xpk/example.env is one to begin with"
-  fi
-  parse_flags name env "dry_run?" "${SETTINGS[@],,}" -- "$@"
-}
-
 check_settings() {
   local name
   for name in PROJECT ZONE CLUSTER TYPE IMAGE; do
@@ -63,7 +49,8 @@ one_line() { # WORD...
   printf '%s' "${line# }"
 }
 
-read_settings "$@"
+load_env xpk.env launch/xpk/example.env "${SETTINGS[@]}" -- "$@"
+parse_flags name env "dry_run?" "${SETTINGS[@],,}" -- "$@"
 check_settings
 check_command
 
