@@ -325,6 +325,11 @@ def test_damaged_rows_of_lives_are_left_as_they_are(tmp_path, submit, player):
 # Signals
 
 
+# What a life that Slurm ends may have as its code where its tasks leave with 42: srun, which is ended too, is sometimes
+# gone before it has heard of them. The job is started again after any of these.
+TOLD = (42, 137, 143)
+
+
 def starts(tmp_path: pathlib.Path, count: int, processes: int = 2):
     paths = [tmp_path / f"started.{i}" for i in range(processes)]
     return lambda: all(path.exists() and len(path.read_text().splitlines()) == count for path in paths)
@@ -347,8 +352,10 @@ def test_a_preemption(tmp_path, submit, player):
     submit.cluster.preempt(job.id)
     log = job.leaves(0)
     assert "process 0 stops" in log and "process 1 stops" in log
-    assert "Life 1 ended with 42; checkpoint at step 10, 0 before. The job was told to end, by scancel" in log
-    assert [life.code for life in journal(tmp_path)] == [42, 0]
+    first, second = journal(tmp_path)
+    assert first.code in TOLD and second.code == 0, log
+    says = f"Life 1 ended with {first.code}; checkpoint at step 10, 0 before. The job was told to end, by scancel"
+    assert says in log, log
 
 
 def test_scancel_is_the_end(tmp_path, submit, player):
@@ -358,7 +365,8 @@ def test_scancel_is_the_end(tmp_path, submit, player):
     submit.cluster.do("scancel", job.id)
     job.until(lambda: submit.cluster.end(job.process, job.id) >= 0)
     job.until(lambda: bool(journal(tmp_path)))
-    assert [(life.code, life.last_step) for life in journal(tmp_path)] == [(42, 10)]
+    (life,) = journal(tmp_path)
+    assert life.code in TOLD and life.last_step == 10
     assert "The job was told to end" in job.log() and starts(tmp_path, 1)()
 
 
@@ -459,8 +467,8 @@ def test_the_same_run(tmp_path, submit, data, whole):
         job.until(lambda: len(journal(tmp_path)) > life)  # noqa: B023
     log = job.leaves(0, within_s=300)
     written = journal(tmp_path)
-    assert [life.code for life in written][:2] == [42, 42] and written[2].code in {42, *interrupted.CRASHED}, log
-    assert written[3].code == 0 and len(written) == 4
+    preempted, stopped, killed, done = (life.code for life in written)
+    assert preempted in TOLD and stopped == 42 and killed in {42, *interrupted.CRASHED} and done == 0, log
     assert all(after.first_step == before.last_step for before, after in itertools.pairwise(written))
     assert log.count("Resuming after step ") == 3
     assert runs.losses(run) == runs.losses(whole)
