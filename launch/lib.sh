@@ -9,6 +9,8 @@ fi
 
 say() { printf '%s\n' "$*" >&2; } # stdout is for results
 
+report() { [[ -n ${DRY_RUN:-} ]] || say "$*"; } # what was done
+
 fail() { # CODE MESSAGE
   printf 'error: %s\n' "$2" >&2
   exit "$1"

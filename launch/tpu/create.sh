@@ -32,4 +32,4 @@ esac
 [[ -z $SERVICE_ACCOUNT ]] || words+=(--service-account="$SERVICE_ACCOUNT")
 [[ -z $INTERNAL_IPS ]] || words+=(--internal-ips)
 cloud "${words[@]}" || explain "cannot create $NAME"
-say "$NAME is asked for: $SLICES x $TYPE, $TIER, in $ZONE; it costs from when it is ACTIVE until launch/tpu/delete.sh"
+report "$NAME is asked for: $SLICES x $TYPE, $TIER, in $ZONE; it costs from when it is ACTIVE until launch/tpu/delete.sh"

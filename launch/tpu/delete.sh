@@ -7,6 +7,6 @@ source "$(dirname "$0")/tpu.sh"
 begin -- "$@"
 
 cloud queued-resources delete "$NAME" --force || is_not_found || explain "cannot delete $NAME, WHICH GOES ON COSTING"
-say "$NAME is deleted"
+report "$NAME is deleted"
 still=$(billing)
 [[ -z $still ]] || say "still billing in $ZONE:"$'\n'"$still"

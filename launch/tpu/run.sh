@@ -9,4 +9,4 @@ begin -- "$@"
 check_command
 
 on_workers 300 bash meshlm/launch/tpu/worker.sh start "${COMMAND[@]}" || fail 2 "it did not start on $? workers of $NAME"
-say "started; launch/tpu/status.sh, logs.sh, and babysit.sh to keep it going"
+report "started; launch/tpu/status.sh, logs.sh, and babysit.sh to keep it going"

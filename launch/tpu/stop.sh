@@ -7,4 +7,4 @@ source "$(dirname "$0")/tpu.sh"
 begin -- "$@"
 
 on_workers 300 bash meshlm/launch/tpu/worker.sh stop || fail 2 "it may go on on $? workers of $NAME"
-say "stopped; $NAME goes on costing until launch/tpu/delete.sh"
+report "stopped; $NAME goes on costing until launch/tpu/delete.sh"

@@ -57,13 +57,13 @@ check_settings() {
 # gcloud
 
 # `gcloud compute tpus WORD...` here; tried again where the network or the service is at fault. Leaves what it printed
-# in OUTPUT and REASON (stderr). With --dry_run what changes something is only shown, and nothing is asked.
+# in OUTPUT and REASON (stderr). With --dry_run all is only shown, what asks on stderr.
 cloud() { # WORD...
   local command=(gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE" --quiet)
   local attempt wait_s=$RETRY_S code errors
   OUTPUT="" REASON=""
   if [[ -n $DRY_RUN ]]; then
-    [[ " $* " =~ " "(describe|list)" " ]] || act "${command[@]}"
+    if [[ " $* " =~ " "(describe|list)" " ]]; then say "asks: $(quote "${command[@]}")"; else act "${command[@]}"; fi
     return 0
   fi
   errors=$(mktemp)

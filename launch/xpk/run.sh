@@ -63,7 +63,6 @@ CREATE+=("--max-restarts=$MAX_RESTARTS" --restart-on-exit-codes=1 "--termination
 CREATE+=("--command=exec $(one_line "${COMMAND[@]}")")
 
 act "${CREATE[@]}" || fail 2 "xpk did not start $NAME; what it said is above"
-[[ -z $DRY_RUN ]] || exit 0
-say "started. Its state: $(quote xpk workload list "${PLACE[@]}" "--filter-by-job=$NAME")"
-say "its output: kubectl logs -f -l xpk.google.com/workload=$NAME,batch.kubernetes.io/job-completion-index=0"
-say "to end it: $(quote xpk workload delete "--workload=$NAME" "${PLACE[@]}")"
+report "started. Its state: $(quote xpk workload list "${PLACE[@]}" "--filter-by-job=$NAME")"
+report "its output: kubectl logs -f -l xpk.google.com/workload=$NAME,batch.kubernetes.io/job-completion-index=0"
+report "to end it: $(quote xpk workload delete "--workload=$NAME" "${PLACE[@]}")"
