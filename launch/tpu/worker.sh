@@ -80,7 +80,7 @@ mount_bucket() { # BUCKET
   # sees at once what another has written (no cache), and what is synced is in the bucket (fsync does nothing to a stream).
   gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --enable-streaming-writes=false --rename-dir-limit=200000 "$1" bucket ||
     return
-  : >"bucket/.meshlm-$HOSTNAME" && rm "bucket/.meshlm-$HOSTNAME"
+  : >"bucket/.meshlm-$HOSTNAME" && rm -f "bucket/.meshlm-$HOSTNAME"
 }
 
 mount_nfs() { # SERVER:/EXPORT
