@@ -347,6 +347,34 @@ def test_a_shared_folder_that_is_not_there(cloud):
     assert "NFS=nowhere:/runs could not be mounted" in out and "2 workers of run are not set up" in last_line(out)
 
 
+def test_a_command_that_cannot_be_stopped(cloud):
+    """Nothing of it is left, or the next one finds the TPU taken."""
+    cloud.run("create")
+    cloud.run("wait")
+    cloud.run("setup")
+    stubborn = "trap '' TERM; echo $$ >pid.$$; while :; do sleep 0.1; done"
+    cloud.run("run", "--", "sh", "-c", stubborn, "--workdir=bucket/runs/x")
+    pids = [int(path.name.removeprefix("pid.")) for path in cloud.folder.glob("workers/*/meshlm/pid.*")]
+    assert len(pids) == 2 and all(pathlib.Path(f"/proc/{pid}").exists() for pid in pids)
+    cloud.run("stop", MESHLM_STOP_S="2")
+    runs.wait_until(lambda: not any(pathlib.Path(f"/proc/{pid}").exists() for pid in pids))
+    assert cloud.run("status").count("exited 137 0") == 2
+
+
+def test_a_machine_that_was_started_again(cloud):
+    """What ran is gone, whatever has its process number now."""
+    cloud.run("create")
+    cloud.run("wait")
+    cloud.run("setup")
+    cloud.run("run", "--", "sleep", "1000", "--workdir=bucket/runs/x")
+    assert cloud.run("status").count("running 0") == 2
+    cloud.kill_workers()
+    for path in cloud.folder.glob("workers/*/meshlm-run/group"):
+        path.write_text(f"{os.getpid()}\n")
+    assert cloud.run("status").count("exited 137 0") == 2
+    cloud.run("stop")
+
+
 def test_half_of_the_workers_are_not_set_up(cloud):
     """The others are named by their absence, and the same command again mends it."""
     cloud.script(workers=4, faults=[{"match": f"--worker={i}", "code": 1, "stderr": "No space left"} for i in (1, 3)])

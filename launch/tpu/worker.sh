@@ -2,7 +2,8 @@
 # What happens on a TPU worker; started there by the other scripts. All of it is in the home directory:
 #   meshlm/          the snapshot of the code, and in it bucket/, the bucket, and runs/, the shared folder
 #   meshlm-env/      the Python environment
-#   meshlm-run/      of the training command: pid, workdir, code (when it has ended), log.txt
+#   meshlm-run/      of the training command: lock (held while it runs), group (of its processes), workdir, code (when
+#                    it has ended), log.txt
 #
 #   worker.sh setup BUCKET NFS  the environment, bucket and shared folder (or ''); prints versions and devices in a line
 #   worker.sh start COMMAND...  in the background, under launch.supervise; ends what was started before
@@ -12,7 +13,7 @@
 set -euo pipefail
 
 RUN=$HOME/meshlm-run
-STOP_S=120 # for a save; then it is killed
+STOP_S=${MESHLM_STOP_S:-120} # for a save; then it is killed
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # shellcheck source-path=SCRIPTDIR source=../lib.sh
 source launch/lib.sh
@@ -103,8 +104,11 @@ start() { # COMMAND...
   stop
   rm -rf "$RUN"
   mkdir "$RUN"
-  setsid nohup bash launch/tpu/worker.sh live "$@" >"$RUN/log.txt" 2>&1 </dev/null &
-  printf '%s\n' $! >"$RUN/pid"
+  exec 9>"$RUN/lock"
+  flock 9
+  setsid nohup bash launch/tpu/worker.sh live "$@" >"$RUN/log.txt" 2>&1 </dev/null & # and keeps the lock
+  exec 9>&-
+  printf '%s\n' $! >"$RUN/group"
   flag workdir "$@" >"$RUN/workdir"
   sleep 1
   status
@@ -119,8 +123,8 @@ live() { # COMMAND...
   mv "$RUN/code.new" "$RUN/code"
 }
 
-is_running() {
-  [[ -f $RUN/pid && ! -f $RUN/code ]] && kill -0 "$(<"$RUN/pid")" 2>/dev/null
+is_running() { # not by its pid, which is another's after the machine was started again
+  [[ -f $RUN/lock && ! -f $RUN/code ]] && ! flock --nonblock "$RUN/lock" true
 }
 
 status() {
@@ -135,7 +139,7 @@ status() {
     printf 'running %s\n' "$step"
   elif [[ -f $RUN/code ]]; then
     printf 'exited %s %s\n' "$(<"$RUN/code")" "$step"
-  elif [[ -f $RUN/pid ]]; then # killed, or the machine was started again
+  elif [[ -f $RUN/lock ]]; then # killed, or the machine was started again
     printf 'exited 137 %s\n' "$step"
   else
     printf 'none %s\n' "$step"
@@ -145,13 +149,14 @@ status() {
 stop() {
   local group waited
   is_running || return 0
-  group=$(<"$RUN/pid")
+  group=$(<"$RUN/group")
   kill -TERM -- "-$group"
   for ((waited = 0; waited < STOP_S; waited++)); do
     is_running || return 0
     sleep 1
   done
-  kill -KILL -- "-$group"
+  pkill -KILL --parent "$(pgrep --delimiter=, --pgroup "$group")" || true # the trainer has a group of its own
+  kill -KILL -- "-$group" 2>/dev/null || true
 }
 
 log() { # [LINES]
