@@ -6,10 +6,12 @@ import pathlib
 from trainer.topology import GPU_FRACTION
 
 
-def default_compilation_cache() -> str:
-    """$JAX_COMPILATION_CACHE_DIR, or a folder in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "meshlm", "xla"))
+def compilation_cache(run: pathlib.Path) -> str:
+    """$JAX_COMPILATION_CACHE_DIR, or a folder beside the run directory.
+
+    There the machines of a later life find it, and all processes: JAX lets number 0 alone write.
+    """
+    return os.environ.get("JAX_COMPILATION_CACHE_DIR", str(run.absolute().parent / ".xla"))
 
 
 def use_compilation_cache(folder: str) -> None:
@@ -20,7 +22,9 @@ def use_compilation_cache(folder: str) -> None:
         return
     try:
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError:  # a read-only home is no reason not to train
+    except OSError:
+        return
+    if not os.access(folder, os.W_OK):  # another user's run can be sampled from
         return
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -57,7 +57,9 @@ HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
     lower_bound=1,
 )
 COMPILATION_CACHE = flags.DEFINE_string(
-    "compilation_cache", runtime.default_compilation_cache(), "Folder for compiled programs; empty for none."
+    "compilation_cache",
+    None,
+    "Folder for compiled programs; empty for none; default: $JAX_COMPILATION_CACHE_DIR, or .xla beside --workdir.",
 )
 
 
@@ -72,7 +74,6 @@ def main() -> int:
 
     allocator.tune_allocator()
     runtime.use_gpu_memory()
-    runtime.use_compilation_cache(COMPILATION_CACHE.value)
     from launch import distributed
     from trainer.processes import Processes
 
@@ -82,6 +83,8 @@ def main() -> int:
     try:
         processes.check_same("number of processes", {"--num_processes": told})
         config = processes.together("configuration", lambda: config or prepare(run))
+        cache = COMPILATION_CACHE.value
+        runtime.use_compilation_cache(runtime.compilation_cache(run) if cache is None else cache)
         finished = train(run, config, processes, listening)
     except Stopped:
         raise

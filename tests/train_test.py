@@ -204,6 +204,21 @@ def test_damaged_data_is_found_before_the_first_step(tmp_path, data):
     assert runs.rows(tmp_path / "run") == []
 
 
+def test_compiled_programs_lie_beside_the_run(tmp_path, data):
+    """Where a new machine finds them; a mistake leaves none."""
+
+    def train(name: str, code: int = 0, **fields) -> set[str]:
+        argv = ["env", "-u", "JAX_COMPILATION_CACHE_DIR", *runs.command(tmp_path / "runs" / name, data, **fields)]
+        runs.finish(runs.start(argv), code)
+        return {path.name for path in tmp_path.glob("runs/.xla/*-cache")}
+
+    train("a", 2, model__num_heads=7)
+    assert not (tmp_path / "runs").exists()
+    compiled = train("a", num_train_steps=2)
+    assert any(name.startswith("jit_train_step-") for name in compiled)
+    assert train("b", num_train_steps=2) == compiled
+
+
 def test_a_second_job_on_the_same_run_is_refused(tmp_path, data):
     run = tmp_path / "run"
     process = runs.start(runs.command(run, data, num_train_steps=100_000))
