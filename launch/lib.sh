@@ -7,6 +7,8 @@ if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
   exit 2
 fi
 
+shopt -u checkwinsize # with it bash sets LINES, which is the flag --lines
+
 say() { printf '%s\n' "$*" >&2; } # stdout is for results
 
 report() { [[ -n ${DRY_RUN:-} ]] || say "$*"; } # what was done

@@ -56,6 +56,18 @@ def test_mistakes(words, message):
     assert done.returncode == 2 and line.startswith("error: ") and message in line and not done.stdout
 
 
+def test_a_python_without_our_packages(tmp_path):
+    """As that of the system is, where the environment was not activated."""
+    bare = tmp_path / "python3"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    bare.chmod(0o755)
+    for launcher in ("local", "gpu"):
+        argv = [runs.ROOT / f"launch/{launcher}/run.sh", "--", bare, *TRAIN[1:]]
+        done = subprocess.run(argv, text=True, capture_output=True, timeout=60)
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 2 and f"{bare} lacks our packages; activate the environment" in line
+
+
 def test_words_arrive_as_they_are():
     odd = ['--config.sample.prompt=it\'s "$HOME" `x`; &\n*', "--workdir=runs/a b", ""]
     done = script("--processes=2", "--devices_per_process=3", "--dry_run", "--", *TRAIN, *odd, XLA_FLAGS="--xla_a=b c")

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import pathlib
+import pty
 import random
 import re
 import shlex
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -284,6 +286,33 @@ def test_settings_that_cannot_be(cloud, words, says):
     (cloud.folder / "bad.env").write_text("PROJECT=p\nZON=x\n")
     out = cloud.run("create", *words, code=2)
     assert says in out and len(out.splitlines()) == 1 and not cloud.calls
+
+
+@pytest.mark.parametrize(
+    ("script", "word", "says"),
+    [
+        ("wait", "--poll_s=often", "--poll_s=often must be a number"),
+        ("wait", "--limit_s=1.5", "--limit_s=1.5 must be a whole number"),
+        ("logs", "--lines=-1", "--lines=-1 must be a whole number"),
+        ("babysit", "--max_hours=day", "--max_hours=day must be a number"),
+    ],
+)
+def test_numbers_that_are_none(cloud, script, word, says):
+    out = cloud.run(script, word, "--", "python", "--workdir=bucket/x", code=2)
+    assert says in out and len(out.splitlines()) == 1 and not cloud.calls
+
+
+def test_a_terminal_does_not_say_how_many_lines(cloud):
+    """bash sets LINES where it has one."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(ours, (50, 80))
+    argv = cloud.command("logs", "--dry_run", "--lines=7")
+    out = subprocess.run(
+        argv, cwd=cloud.folder, env=cloud.environment, text=True, stdout=subprocess.PIPE, stdin=theirs, stderr=theirs
+    ).stdout
+    os.close(ours)
+    os.close(theirs)
+    assert "worker.sh log 7'" in out
 
 
 def test_gcloud_is_missing(cloud):

@@ -13,5 +13,7 @@ find_python() {
   [[ -n $PYTHON ]] || fail 2 "the command after -- must be $example, or the like; it is $(quote "${COMMAND[@]:0:4}")"
   command -v "$PYTHON" >/dev/null ||
     fail 2 "$PYTHON is no command here; activate the environment, or name its Python, such as .venv/bin/python"
+  [[ -n ${DRY_RUN:-} ]] || "$PYTHON" -c 'import absl' 2>/dev/null ||
+    fail 2 "$PYTHON lacks our packages; activate the environment that has them, or name its Python, such as .venv/bin/python"
   [[ " ${COMMAND[*]}" == *" --workdir"* ]] || fail 2 "the command has no --workdir; name a folder for the run"
 }

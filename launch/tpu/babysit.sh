@@ -15,7 +15,6 @@ POLL_S=30 MAX_HOURS=0 KEEP="" LIVES=3
 LOST_S=${MESHLM_LOST_S:-900} # a worker that does not answer for so long is not waited for
 begin poll_s max_hours "keep?" -- "$@"
 check_command
-[[ $MAX_HOURS =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail 2 "--max_hours=$MAX_HOURS is not a number"
 settings=()
 for name in "${SETTINGS[@]}"; do [[ -z ${!name} ]] || settings+=("--${name,,}=${!name}"); done
 

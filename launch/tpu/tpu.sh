@@ -21,9 +21,20 @@ begin() { # FLAG... -- ARGUMENT...
   shift
   load_env tpu.env launch/tpu/example.env "${SETTINGS[@]}" -- "$@"
   parse_flags "${own[@]}" env "dry_run?" "${SETTINGS[@],,}" -- "$@"
+  check_numbers
   check_settings
   STATE=${XDG_STATE_HOME:-$HOME/.local/state}/meshlm/tpu/$PROJECT.$ZONE.$NAME
   mkdir -p "$STATE/logs"
+}
+
+check_numbers() {
+  local name
+  for name in LIMIT_S LINES; do
+    [[ ${!name:-0} =~ ^[0-9]+$ ]] || fail 2 "--${name,,}=${!name} must be a whole number"
+  done
+  for name in POLL_S MAX_HOURS; do
+    [[ ${!name:-0} =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail 2 "--${name,,}=${!name} must be a number"
+  done
 }
 
 check_settings() {
