@@ -46,7 +46,7 @@ def open_run() -> Run:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
 
     allocator.tune_allocator()
-    runtime.use_compilation_cache(runtime.compilation_cache(path))
+    runtime.use_compilation_cache(path)
     import jax
 
     from trainer import sharding

@@ -80,6 +80,11 @@ parse_flags() { # NAME... -- ARGUMENT...
   done
 }
 
+at_least() { # LEAST FLAG VALUE
+  [[ $3 =~ ^(0|[1-9][0-9]{0,5})$ ]] && (($3 >= $1)) && return
+  fail 2 "$2=$3 must be a whole number, $1 or more"
+}
+
 # NAME=VALUE a line, # for comments; quotes around a value are left out. Unknown names are mistakes.
 load_settings() { # FILE NAME...
   local file=$1 line number=0 name value

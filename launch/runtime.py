@@ -6,18 +6,16 @@ import pathlib
 from trainer.topology import GPU_FRACTION
 
 
-def compilation_cache(run: pathlib.Path) -> str:
-    """$JAX_COMPILATION_CACHE_DIR, or a folder beside the run directory.
+def use_compilation_cache(run: pathlib.Path, folder: str | None = None) -> None:
+    """Keeps every compiled program in `folder`, so that a second start takes seconds; '' turns it off.
 
-    There the machines of a later life find it, and all processes: JAX lets number 0 alone write.
+    By default that is $JAX_COMPILATION_CACHE_DIR, or lies beside the run directory. There the machines of a later life
+    find it, and all processes: JAX lets number 0 alone write.
     """
-    return os.environ.get("JAX_COMPILATION_CACHE_DIR", str(run.absolute().parent / ".xla"))
-
-
-def use_compilation_cache(folder: str) -> None:
-    """Keeps every compiled program, so that a second start takes seconds; '' turns it off."""
     import jax
 
+    if folder is None:
+        folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(run.absolute().parent / ".xla"))
     if not folder:
         return
     try:

@@ -83,8 +83,7 @@ def main() -> int:
     try:
         processes.check_same("number of processes", {"--num_processes": told})
         config = processes.together("configuration", lambda: config or prepare(run))
-        cache = COMPILATION_CACHE.value
-        runtime.use_compilation_cache(runtime.compilation_cache(run) if cache is None else cache)
+        runtime.use_compilation_cache(run, COMPILATION_CACHE.value)
         finished = train(run, config, processes, listening)
     except Stopped:
         raise

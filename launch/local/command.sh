@@ -4,6 +4,7 @@
 # Sets PYTHON to the interpreter that COMMAND names: supervisor and checks must be of the same environment.
 find_python() {
   local i python="" example="python -m launch.train --config=configs/tiny.py --workdir=runs/tiny"
+  local advice="activate the environment, or name its Python, such as .venv/bin/python"
   ((${#COMMAND[@]})) || fail 2 "no command; it follows --, as in $0 … -- $example"
   PYTHON=""
   for ((i = 0; i + 1 < ${#COMMAND[@]}; i++)); do
@@ -12,8 +13,8 @@ find_python() {
   done
   [[ -n $PYTHON ]] || fail 2 "the command after -- must be $example, or the like; it is $(quote "${COMMAND[@]:0:4}")"
   command -v "$PYTHON" >/dev/null ||
-    fail 2 "$PYTHON is no command here; activate the environment, or name its Python, such as .venv/bin/python"
+    fail 2 "$PYTHON is no command here; $advice"
   [[ -n ${DRY_RUN:-} ]] || "$PYTHON" -c 'import absl' 2>/dev/null ||
-    fail 2 "$PYTHON lacks our packages; activate the environment that has them, or name its Python, such as .venv/bin/python"
+    fail 2 "$PYTHON lacks our packages; $advice"
   [[ " ${COMMAND[*]}" == *" --workdir"* ]] || fail 2 "the command has no --workdir; name a folder for the run"
 }

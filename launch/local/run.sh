@@ -38,11 +38,6 @@ check_flags() {
   done
 }
 
-at_least() { # LEAST FLAG VALUE
-  [[ $3 =~ ^(0|[1-9][0-9]{0,5})$ ]] && (($3 >= $1)) && return
-  fail 2 "$2=$3 must be a whole number, $1 or more"
-}
-
 # A port that nobody listens at, below those that the kernel gives to outgoing connections: in the seconds between two
 # lives of the gang, when nobody holds it, nothing takes it by chance. So it may stay the same for all of them.
 free_port() {

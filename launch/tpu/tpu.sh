@@ -29,9 +29,7 @@ begin() { # FLAG... -- ARGUMENT...
 
 check_numbers() {
   local name
-  for name in LIMIT_S LINES; do
-    [[ ${!name:-0} =~ ^[0-9]+$ ]] || fail 2 "--${name,,}=${!name} must be a whole number"
-  done
+  for name in LIMIT_S LINES; do at_least 0 "--${name,,}" "${!name:-0}"; done
   for name in POLL_S MAX_HOURS; do
     [[ ${!name:-0} =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail 2 "--${name,,}=${!name} must be a number"
   done
