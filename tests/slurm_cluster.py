@@ -26,6 +26,7 @@ JOB_S = 120  # from submission to the end, of a job that plays
 NODES = (platform.node(), f"{platform.node()}-2")  # Slurm takes them in the order of their names
 KILL_WAIT_S = 10  # from a SIGTERM to the SIGKILL
 START_S, END_S = 60, 60
+ENDS = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
 PATH = f"{os.environ['PATH']}:/usr/sbin"
 # cred_expire is also how long a job that is queued again has to wait; 5 is the least.
 CONFIG = """
@@ -180,7 +181,7 @@ class Real(Fake):
     def end(self, process: subprocess.Popen, job: str) -> int:
         shown = ask(self.environment, "scontrol", "show", "job", job)
         state, code = (shown.partition(f"{what}=")[2].split()[0] for what in ("JobState", "ExitCode"))
-        if state in ("PENDING", "RUNNING", "COMPLETING"):
+        if state not in ENDS:  # between the others there are short ones: SIGNALING, CONFIGURING, REQUEUED
             return -1
         code, number = map(int, code.split(":"))
         return code or (128 + number if number else 0)
