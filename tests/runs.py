@@ -59,7 +59,7 @@ def command(run: pathlib.Path, data: pathlib.Path, *flags: str, **fields) -> lis
 
 def environment(devices: int = 1, **extra: str) -> dict[str, str]:
     """The caller's environment with this many virtual CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1", **extra}
 
 

@@ -35,7 +35,7 @@ class Cloud:
         (folder / "tpu.env").write_text(SETTINGS)
         self.script()
         self.environment = {
-            **os.environ,
+            **runs.environment(),
             "PATH": f"{FAKES / 'cloud'}:/usr/local/bin:/usr/bin:/bin",
             "FAKE_CLOUD": str(folder),
             "FAKE_PYTHON": sys.executable,
