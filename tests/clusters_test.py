@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 
@@ -35,11 +34,7 @@ def folder(tmp_path_factory):
         for setting, value in PLACES.items():
             text = re.sub(f"^{setting}=", f"{setting}={value}", text, flags=re.M)
         (made / f"{name}.env").write_text(text)
-    shutil.copytree(runs.ROOT / "launch", made / "launch")
-    subprocess.run(["git", "init", "-q"], cwd=made, check=True)
-    subprocess.run(["git", "add", "launch"], cwd=made, check=True)
-    who = ["-c", "user.name=x", "-c", "user.email=x"]
-    subprocess.run(["git", *who, "commit", "-q", "-m", "x"], cwd=made, check=True)
+    runs.clone(made)
     return made
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -47,6 +48,14 @@ def dataset(folder: pathlib.Path) -> pathlib.Path:
     source.write_text(text())
     prepare(folder / "dataset", source=str(source), tokenizer="char")
     return folder / "dataset"
+
+
+def clone(folder: pathlib.Path) -> pathlib.Path:
+    """A git clone of its own, with the launchers as they are here."""
+    shutil.copytree(ROOT / "launch", folder / "launch", ignore=shutil.ignore_patterns("__pycache__"))
+    for words in ("init -q", "add launch", "-c user.name=x -c user.email=x commit -q -m x"):
+        subprocess.run(["git", *words.split()], cwd=folder, check=True)
+    return folder
 
 
 def command(run: pathlib.Path, data: pathlib.Path, *flags: str, **fields) -> list[str]:

@@ -30,7 +30,7 @@ class Cloud:
     """The fake cloud, and the scripts that talk to it."""
 
     def __init__(self, folder: pathlib.Path):
-        self.folder = folder
+        self.folder, self.code = folder, runs.ROOT
         (folder / "buckets/b").mkdir(parents=True)
         (folder / "tpu.env").write_text(SETTINGS)
         self.script()
@@ -48,7 +48,7 @@ class Cloud:
         (self.folder / "script.json").write_text(json.dumps(what))
 
     def command(self, name: str, *words: str) -> list[str]:
-        return [str(runs.ROOT / f"launch/tpu/{name}.sh"), *words]
+        return [str(self.code / f"launch/tpu/{name}.sh"), *words]
 
     def start(self, name: str, *words: str, **environment: str) -> subprocess.Popen:
         return subprocess.Popen(
@@ -353,6 +353,22 @@ def test_workers_that_fail_are_named(cloud):
     out = cloud.run("ssh", "--limit_s=3", "--", "sh", "-c", command, code=2)
     assert "worker run.1: no answer within 3 s" in out and "worker run.2: exit code 7: broken" in out
     assert "worker run.0" not in out
+
+
+def test_the_code_that_is_copied(cloud, tmp_path):
+    """The commit with what has changed in tracked files. One that only looks changed, as after a touch, has not."""
+    cloud.code, copied = runs.clone(tmp_path / "clone"), cloud.folder / "workers/run.1/meshlm"
+    cloud.run("create")
+    cloud.run("wait")
+    changed = "launch/tpu/example.env"
+    os.utime(cloud.code / changed, (0, 0))
+    assert "with changes" not in cloud.run("setup") and (copied / changed).read_text().startswith("#")
+    (cloud.code / changed).write_text("changed")
+    (cloud.code / "untracked").touch()
+    assert "with changes, without 1 untracked files" in cloud.run("setup")
+    assert (copied / changed).read_text() == "changed" and not (copied / "untracked").exists()
+    (cloud.code / ".git/index.lock").touch()
+    assert ".git/index.lock" in last_line(cloud.run("setup", code=2))
 
 
 def test_a_shared_folder(cloud):

@@ -10,7 +10,10 @@ begin limit_s -- "$@"
 cd "$(dirname "$0")/../.."
 
 git rev-parse --verify --quiet HEAD >/dev/null || fail 2 "$PWD is no git clone, and the code that is copied is a commit"
-snapshot=$(git stash create)
+snapshot=""
+# First a look: git stash fails, and says nothing, where a file only seems to have changed, as after a touch.
+git diff --quiet HEAD || snapshot=$(git stash create) ||
+  fail 2 "git cannot put the changes of $PWD together; is another git at work there? Else remove .git/index.lock"
 git archive --format=tar.gz --output="$STATE/meshlm.tgz" "${snapshot:-HEAD}"
 left=$(git ls-files --others --exclude-standard | wc -l)
 say "code of $(git rev-parse --short HEAD)${snapshot:+ with changes}$( ((left)) && printf ', without %s untracked files' "$left")"
