@@ -145,6 +145,12 @@ def test_create_several_reserved_slices(cloud):
     assert expected in " ".join(cloud.calls[-1])
 
 
+def test_a_shell_on_the_first_of_many_slices(cloud):
+    """Nobody reads the names of the others, which may not end the script."""
+    first = "gcloud compute tpus tpu-vm ssh run-0 --worker=0 --project=p --zone=us-east5-b\n"
+    assert cloud.run("ssh", "--slices=5000", "--dry_run") == first
+
+
 def test_arguments_arrive_unchanged(cloud):
     """Through this shell, gcloud's ssh and the worker's shell."""
     cloud.run("create")

@@ -8,7 +8,7 @@ LIMIT_S=600
 begin limit_s -- "$@"
 
 if ((${#COMMAND[@]} == 0)); then
-  node=$(nodes | head -n 1)
+  read -r node < <(nodes)
   act gcloud compute tpus tpu-vm ssh "$node" --worker=0 --project="$PROJECT" --zone="$ZONE" ${INTERNAL_IPS:+--internal-ip}
   exit
 fi
