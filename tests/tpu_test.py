@@ -15,6 +15,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -45,7 +46,21 @@ class Cloud:
         }
 
     def script(self, **what) -> None:
-        (self.folder / "script.json").write_text(json.dumps(what))
+        with self.locked():
+            (self.folder / "script.json").write_text(json.dumps(what))
+
+    def has_faults(self) -> bool:
+        """Whether some are still to come."""
+        with self.locked():
+            script = json.loads((self.folder / "script.json").read_text())
+        return any(fault["times"] for fault in script["faults"])
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """No gcloud reads or writes meanwhile."""
+        with (self.folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def command(self, name: str, *words: str) -> list[str]:
         return [str(self.code / f"launch/tpu/{name}.sh"), *words]
@@ -77,8 +92,7 @@ class Cloud:
 
     def preempt(self) -> None:
         """The machines are taken away: all that runs on them dies, and their disks are gone."""
-        with (self.folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self.locked():
             cloud = self.resources
             for found in cloud.values():
                 found |= {"state": "SUSPENDING", "next": ["SUSPENDED"]}
@@ -243,6 +257,25 @@ def test_status_names_what_is_billing(cloud):
     assert "run ACTIVE" in out and "billing in us-east5-b:\nqueued resource run ACTIVE\nTPU VM run READY" in out
 
 
+def test_status_where_the_workers_are_not_known(cloud):
+    cloud.script(faults=[{"match": "tpu-vm describe", "stderr": "ERROR: (gcloud) x"}])
+    cloud.run("create")
+    assert "billing in us-east5-b:\nqueued resource run ACTIVE" in cloud.run("status")
+
+
+def test_a_babysitter_for_whom_the_workers_are_not_known(cloud):
+    """For a while; the run goes on meanwhile."""
+    done = cloud.folder / "done"
+    argv = ["sh", "-c", f"until [ -e {done} ]; do sleep 0.1; done", "--workdir=bucket/runs/x"]
+    with runs.ending(cloud.start("babysit", "--poll_s=0.2", "--", *argv)) as (babysitter,):
+        runs.wait_until(lambda: (cloud.folder / "workers/run.1/meshlm-run/group").exists(), babysitter)
+        cloud.script(faults=[{"match": "tpu-vm describe", "stderr": "ERROR: (gcloud) x", "times": 2}])
+        runs.wait_until(lambda: not cloud.has_faults(), babysitter)
+        done.touch()
+        out = runs.finish(babysitter)
+    assert "a worker does not answer" in out and "done at step 0" in out
+
+
 # Mistakes, each in one line
 
 MISTAKES = {
@@ -265,6 +298,14 @@ def test_the_cloud_says_no(cloud, what):
     cloud.script(faults=[{"match": "queued-resources create", "stderr": f"ERROR: (gcloud) {said}"}])
     out = cloud.run("create", code=2)
     assert len(out.splitlines()) == 1 and said[:40] in out and advice in out
+
+
+@pytest.mark.parametrize("script", ["setup", "run", "logs", "ssh", "stop"])
+def test_before_there_are_machines(cloud, script):
+    """Or after they were taken away, or in another zone."""
+    out = cloud.run(script, "--", "python", "--workdir=bucket/x", code=2)
+    (line,) = [line for line in out.splitlines() if not line.startswith("code of ")]
+    assert "launch/tpu/create.sh" in line and not [call for call in cloud.calls if call[3] == "ssh"]
 
 
 def test_what_passes_is_tried_again(cloud):

@@ -80,7 +80,7 @@ trap leave INT TERM HUP
 
 # Fetches the end of every worker's log while there is a machine to have it from.
 last_words() {
-  [[ $now != ACTIVE ]] || on_workers 60 bash meshlm/launch/tpu/worker.sh log 200 || true
+  [[ $now != ACTIVE ]] || (on_workers 60 bash meshlm/launch/tpu/worker.sh log 200) || true
 }
 
 # Counts a life that has ended, once; too many without a new step are the end of it.
@@ -182,7 +182,7 @@ while true; do
     ;;
   FAILED | SUSPENDED) replace "it is $now" ;;
   ACTIVE)
-    if [[ -s $STATE/ready ]]; then found=$(watch); else found=none; fi
+    if [[ -s $STATE/ready ]]; then found=$(watch) || found=lost; else found=none; fi
     [[ $found == lost ]] || lost_since=$SECONDS
     case $found in
     running) note "running, step $(recall best 0)" ;;
@@ -196,7 +196,7 @@ while true; do
       code=${found#ended }
       if [[ $code =~ ^(2|3|4|130)$ ]]; then
         last_words
-        finish "$code" "the command ended with $code, which a restart does not mend: $(grep -hm1 ^error: "$STATE"/logs/*)"
+        finish "$code" "the command ended with $code, which a restart does not mend: $(first_line "$(grep -h ^error: "$STATE"/logs/*)")"
       fi
       life_ended "$code" "exit code $code"
       begin_life || life_ended 2 "it could not be started"

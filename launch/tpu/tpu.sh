@@ -112,6 +112,7 @@ explain() { # WHAT
   *ALREADY_EXISTS* | *"already exists"*) todo="NAME=$NAME is in use; take another, or delete that one: launch/tpu/delete.sh" ;;
   *ccelerator*ype*) todo="types in $ZONE: gcloud compute tpus accelerator-types list --zone=$ZONE" ;;
   *untime*ersion*) todo="runtimes in $ZONE: gcloud compute tpus versions list --zone=$ZONE" ;;
+  *NOT_FOUND* | *"not found"*) todo="is it in ZONE=$ZONE, and asked for (launch/tpu/create.sh)? launch/tpu/status.sh shows what is there" ;;
   *) todo="see above, or ask gcloud with --verbosity=debug" ;;
   esac
   fail 2 "$what: $(first_line "$REASON"); $todo"
@@ -179,11 +180,11 @@ on_worker() { # LIMIT_S NODE WORKER WORD...
 }
 
 # Runs the words on all workers at once, each with its number in MESHLM_PROCESS. What each printed is in $STATE/logs/NODE.WORKER.txt; those that failed are
-# named. Its code is the number of those, 255 at most.
+# named. Its code is the number of those, 255 at most. Where the cloud does not say which workers there are, it ends the script.
 on_workers() { # LIMIT_S WORD...
   local limit_s=$1 node worker i failed=0 code names=() pids=() list number
   shift
-  list=$(workers)
+  list=$(workers) || exit
   rm -f "$STATE"/logs/*
   while read -r node worker; do
     number=MESHLM_PROCESS=${#pids[@]}

@@ -150,7 +150,7 @@ stop() {
   local group waited
   is_running || return 0
   group=$(<"$RUN/group")
-  kill -TERM -- "-$group"
+  kill -TERM -- "-$group" 2>/dev/null || true # it may have ended by now
   for ((waited = 0; waited < STOP_S; waited++)); do
     is_running || return 0
     sleep 1
