@@ -546,6 +546,7 @@ def test_a_babysitter_knows_when_to_end(cloud, fields, code):
     runs.dataset(cloud.folder / "buckets/b")
     out = cloud.run("babysit", "--poll_s=0.5", "--", *training(cloud, **fields), code=code)
     assert "which a restart does not mend" in out if code else "done at step 10" in out
+    assert out.count("error: ") == bool(code), "once, not for each worker"
     assert cloud.resources == {}
 
 
