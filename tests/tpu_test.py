@@ -258,9 +258,14 @@ def test_status_names_what_is_billing(cloud):
 
 
 def test_status_where_the_workers_are_not_known(cloud):
-    cloud.script(faults=[{"match": "tpu-vm describe", "stderr": "ERROR: (gcloud) x"}])
+    """What they said before is not shown for what they say now."""
     cloud.run("create")
-    assert "billing in us-east5-b:\nqueued resource run ACTIVE" in cloud.run("status")
+    cloud.run("wait")
+    cloud.run("ssh", "--", "echo", "before")
+    cloud.script(faults=[{"match": "tpu-vm describe", "stderr": "ERROR: (gcloud) x"}])
+    first, error, *rest = cloud.run("status").splitlines()
+    assert first == "run ACTIVE" and error.startswith("error: cannot ask for the workers of run")
+    assert rest == ["billing in us-east5-b:", "queued resource run ACTIVE", "TPU VM run READY"]
 
 
 def test_a_babysitter_for_whom_the_workers_are_not_known(cloud):

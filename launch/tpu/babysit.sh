@@ -196,7 +196,7 @@ while true; do
       code=${found#ended }
       if [[ $code =~ ^(2|3|4|130)$ ]]; then
         last_words
-        finish "$code" "the command ended with $code, which a restart does not mend: $(first_line "$(grep -h ^error: "$STATE"/logs/*)")"
+        finish "$code" "the command ended with $code, which a restart does not mend: $(first_line "$(grep -hs ^error: "$STATE"/logs/*)")"
       fi
       life_ended "$code" "exit code $code"
       begin_life || life_ended 2 "it could not be started"

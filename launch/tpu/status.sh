@@ -10,7 +10,9 @@ now=$(state)
 printf '%s %s\n' "$NAME" "$now"
 if [[ $now == ACTIVE || -n $DRY_RUN ]]; then
   (on_workers 60 bash meshlm/launch/tpu/worker.sh status) || true # what is billing has to be shown
-  [[ -n $DRY_RUN ]] || for file in "$STATE"/logs/"$NAME"*.txt; do printf '%s %s\n' "$(basename "$file" .txt)" "$(tail -n 1 "$file")"; done
+  for file in "$STATE"/logs/"$NAME"*.txt; do
+    [[ -n $DRY_RUN || ! -f $file ]] || printf '%s %s\n' "$(basename "$file" .txt)" "$(tail -n 1 "$file")"
+  done
 fi
 printf 'billing in %s:\n' "$ZONE"
 billing

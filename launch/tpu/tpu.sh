@@ -179,13 +179,14 @@ on_worker() { # LIMIT_S NODE WORKER WORD...
   return "$code"
 }
 
-# Runs the words on all workers at once, each with its number in MESHLM_PROCESS. What each printed is in $STATE/logs/NODE.WORKER.txt; those that failed are
-# named. Its code is the number of those, 255 at most. Where the cloud does not say which workers there are, it ends the script.
+# Runs the words on all workers at once, each with its number in MESHLM_PROCESS. What each printed is in
+# $STATE/logs/NODE.WORKER.txt; those that failed are named. Its code is the number of those, 255 at most. Where the cloud
+# does not say which workers there are, it ends the script.
 on_workers() { # LIMIT_S WORD...
   local limit_s=$1 node worker i failed=0 code names=() pids=() list number
   shift
-  list=$(workers) || exit
   rm -f "$STATE"/logs/*
+  list=$(workers) || exit
   while read -r node worker; do
     number=MESHLM_PROCESS=${#pids[@]}
     on_worker "$limit_s" "$node" "$worker" env "$number" "$@" >"$STATE/logs/$node.$worker.txt" 2>&1 &
