@@ -12,12 +12,12 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 
 from absl import app, flags
 
+from benchmarks.memory import PeakMemory
 from data import allocator
 
 ROUNDS = flags.DEFINE_integer("rounds", 20, "Interleaved rounds; medians are printed.")
@@ -116,40 +116,6 @@ def cold_rows(path: pathlib.Path, windows: loader.TokenWindows) -> list[tuple[st
             times[advised].append(time.perf_counter() - start)
     naive, ours = (4 * 512 * SEQ_LEN / 1e6 / float(np.median(times[a])) for a in (False, True))
     return [("cold file, batch 512", f"{ours:.1f} M tokens/s, {ours / naive:.0f} x without advice ({naive:.1f})")]
-
-
-class PeakMemory:
-    """Largest sum of proportional set sizes (man 5 proc) of a process and its children, sampled."""
-
-    def __init__(self, pid: int):
-        self.pid, self.peak, self.stop = pid, 0, threading.Event()
-        self.thread = threading.Thread(target=self._watch)
-        self.thread.start()
-
-    def _watch(self) -> None:
-        while not self.stop.wait(0.05):
-            self.peak = max(self.peak, sum(map(_pss, (self.pid, *_children(self.pid)))))
-
-    def result(self) -> float:
-        self.stop.set()
-        self.thread.join()
-        return self.peak / 1024**2
-
-
-def _children(pid: int) -> list[int]:
-    try:
-        tasks = list(pathlib.Path(f"/proc/{pid}/task").iterdir())
-        return [int(child) for task in tasks for child in (task / "children").read_text().split()]
-    except OSError:
-        return []
-
-
-def _pss(pid: int) -> int:
-    try:
-        lines = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
 
 
 def prepare_rows(folder: pathlib.Path) -> list[tuple[str, str]]:
