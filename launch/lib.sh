@@ -105,23 +105,25 @@ load_settings() { # FILE NAME...
   done <"$file"
 }
 
-# Settings from the file that --env names; else from DEFAULT, where there is one.
+# Settings from the file that --env names (--env= is none); without --env from DEFAULT, if it is there.
 load_env() { # DEFAULT EXAMPLE NAME... -- ARGUMENT...
-  local file=$1 example=$2 names=() own=() given
+  local file=$1 example=$2 names=()
   shift 2
   while [[ $1 != -- ]]; do
     names+=("$1")
     shift
   done
   shift
+  [[ -f $file ]] || file=""
   while (($#)) && [[ $1 != -- ]]; do # not those of the training command
-    own+=("$1")
+    case $1 in
+    --env=*) file=${1#*=} ;;
+    --env) file=${2:-} ;;
+    esac
     shift
   done
-  given=$(flag env "${own[@]}")
-  [[ -z $given || -f $given ]] || fail 2 "--env=$given is no file; $example is one to begin with"
-  file=${given:-$file}
-  [[ ! -f $file ]] || load_settings "$file" "${names[@]}"
+  [[ -z $file || -f $file ]] || fail 2 "--env=$file is no file; $example is one to begin with"
+  [[ -z $file ]] || load_settings "$file" "${names[@]}"
 }
 
 # Runs a command that changes something; with --dry_run it is only shown.
@@ -143,6 +145,11 @@ flag() { # NAME COMMAND...
     esac
   done
   printf '%s' "$value"
+}
+
+# What is mounted at FOLDER; nothing if nothing is.
+mounted_at() { # FOLDER
+  findmnt --noheadings --nofsroot --output=SOURCE --mountpoint "$1" | tail -n 1 || true
 }
 
 # What a launcher starts again: stopped, an exception, and what signals leave but for the second Ctrl-C.

@@ -54,7 +54,7 @@ class Host:
 
     def environment(self, command: str, shared: bool = True, **extra: str) -> dict[str, str]:
         if shared:
-            (self.runs / ".mounted").touch()
+            (self.runs / ".mounted").write_text("server:/runs\n")
         own = {
             "HOME": str(self.home),
             "RUNS": str(self.runs),

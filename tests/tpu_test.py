@@ -1,7 +1,5 @@
 """The scripts of launch/tpu/ against a cloud that is a folder (tests/fakes/cloud/gcloud): arguments, states, ends."""
 
-import contextlib
-import fcntl
 import json
 import os
 import pathlib
@@ -10,113 +8,24 @@ import random
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from tests import runs
+from tests.tpu_cloud import Cloud, running
 
-FAKES = runs.ROOT / "tests/fakes"
-SETTINGS = "PROJECT=p\nZONE=us-east5-b\nNAME=run\nTYPE=v6e-16\nTIER=spot\nBUCKET=gs://b   # of the run\n"
 DICE = random.Random(1)
 ODD = ["two words", 'it\'s "quoted" $HOME `id` \\', "new\nline", "", "*", "--flag=a b"]
 
 
-class Cloud:
-    """The fake cloud, and the scripts that talk to it."""
-
-    def __init__(self, folder: pathlib.Path):
-        self.folder, self.code = folder, runs.ROOT
-        (folder / "buckets/b").mkdir(parents=True)
-        (folder / "tpu.env").write_text(SETTINGS)
-        self.script()
-        self.environment = {
-            **runs.environment(),
-            "PATH": f"{FAKES / 'cloud'}:/usr/local/bin:/usr/bin:/bin",
-            "FAKE_CLOUD": str(folder),
-            "FAKE_PYTHON": sys.executable,
-            "FAKE_JOB": str(random.randrange(10**6)),  # the coordinator's port comes from it
-            "XDG_STATE_HOME": str(folder / "state"),
-            "MESHLM_RETRY_S": "0",
-        }
-
-    def script(self, **what) -> None:
-        with self.locked():
-            (self.folder / "script.json").write_text(json.dumps(what))
-
-    def has_faults(self) -> bool:
-        """Whether some are still to come."""
-        with self.locked():
-            script = json.loads((self.folder / "script.json").read_text())
-        return any(fault["times"] for fault in script["faults"])
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """No gcloud reads or writes meanwhile."""
-        with (self.folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-
-    def command(self, name: str, *words: str) -> list[str]:
-        return [str(self.code / f"launch/tpu/{name}.sh"), *words]
-
-    def start(self, name: str, *words: str, **environment: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            self.command(name, *words),
-            cwd=self.folder,
-            env=self.environment | environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-
-    def run(self, name: str, *words: str, code: int = 0, **environment: str) -> str:
-        process = self.start(name, *words, **environment)
-        with runs.ending(process):
-            return runs.finish(process, code, within_s=120)
-
-    @property
-    def calls(self) -> list[list[str]]:
-        path = self.folder / "calls.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    @property
-    def resources(self) -> dict:
-        path = self.folder / "cloud.json"
-        return json.loads(path.read_text()) if path.exists() else {}
-
-    def preempt(self) -> None:
-        """The machines are taken away: all that runs on them dies, and their disks are gone."""
-        with self.locked():
-            cloud = self.resources
-            for found in cloud.values():
-                found |= {"state": "SUSPENDING", "next": ["SUSPENDED"]}
-            (self.folder / "cloud.json").write_text(json.dumps(cloud))
-        self.kill_workers()
-        shutil.rmtree(self.folder / "workers", ignore_errors=True)
-
-    def kill_workers(self) -> None:
-        """All processes whose home is one of the workers'."""
-        for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
-            try:
-                ours = f"HOME={self.folder / 'workers'}/".encode() in path.read_bytes()
-            except OSError:
-                continue
-            if ours:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(path.parent.name), signal.SIGKILL)
-
-
 @pytest.fixture
 def cloud(tmp_path):
-    made = Cloud(tmp_path)
-    yield made
-    made.kill_workers()
+    with running(tmp_path) as made:
+        yield made
 
 
 def without_gcloud(folder: pathlib.Path) -> str:
@@ -140,7 +49,7 @@ def test_create(cloud):
     place = ["--project=p", "--zone=us-east5-b", "--quiet"]
     kind = ["--accelerator-type=v6e-16", "--runtime-version=v2-alpha-tpuv6e"]
     create = ["compute", "tpus", "queued-resources", "create", "run"]
-    assert cloud.calls[-1] == [*create, *kind, "--node-id=run", "--spot", *place]
+    assert cloud.calls[-1] == [*create, *kind, f"--labels=meshlm={cloud.owner()}", "--node-id=run", "--spot", *place]
     assert "is there already" in cloud.run("create")
     assert sum(call[3] == "create" for call in cloud.calls) == 1
 
@@ -148,7 +57,10 @@ def test_create(cloud):
 def test_a_name_in_use(cloud):
     cloud.run("create", "--type=v6e-8")
     out = last_line(cloud.run("create", code=2))
-    assert "NAME=run is in use, by a v6e-8; take another for your v6e-16" in out
+    assert "NAME=run is in use, by 1 x v6e-8; take another for your 1 x v6e-16" in out
+    assert "by 1 x v6e-16; take another for your 2 x v6e-16" in cloud.run("create", "--name=two", code=0) + cloud.run(
+        "create", "--name=two", "--slices=2", code=2
+    )
     cloud.script(faults=[{"match": "queued-resources create", "stderr": "ERROR: (gcloud) ALREADY_EXISTS: node x"}])
     assert "NAME=x is in use" in last_line(cloud.run("create", "--name=x", code=2))
 
@@ -244,10 +156,13 @@ def test_wait_for_what_will_not_come(cloud, state):
 
 
 def test_delete_what_is_not_there(cloud):
-    assert "is deleted" in cloud.run("delete")
+    cloud.run("create")
+    out = cloud.run("delete", "--zone=us-central1-a", code=2)
+    assert out.startswith("error: there is no run in us-central1-a of p") and "run" in cloud.resources
     cloud.run("create", "--name=other")
     out = cloud.run("delete")
-    assert "still billing in us-east5-b:\nqueued resource other ACTIVE" in out
+    assert "run is deleted\nstill billing in us-east5-b:\nqueued resource other ACTIVE" in out
+    assert "there is no run in us-east5-b of p" in cloud.run("delete", code=2)
 
 
 def test_status_names_what_is_billing(cloud):
@@ -433,8 +348,8 @@ def test_a_shared_folder(cloud):
     assert sorted((cloud.folder / "exports/runs/numbers").read_text().split()) == ["0", "0", "1", "1"]
     mounts = (cloud.folder / "mounts.txt").read_text().splitlines()
     assert mounts == 2 * ["-t nfs -o hard,lookupcache=positive server:/runs runs"], "once a worker"
-    out = cloud.run("setup", "--name=run", "--nfs=nowhere:/runs", "--bucket=b", code=0)
-    assert "2 workers" in out, "what is mounted stays"
+    out = cloud.run("setup", "--nfs=server:/other", code=2)
+    assert "runs/ is server:/runs here, and the settings say server:/other" in out, "another run's folder is not taken"
 
 
 def test_a_shared_folder_that_is_not_there(cloud):
@@ -474,7 +389,9 @@ def test_a_machine_that_was_started_again(cloud):
 
 def test_half_of_the_workers_are_not_set_up(cloud):
     """The others are named by their absence, and the same command again mends it."""
-    cloud.script(workers=4, faults=[{"match": f"--worker={i}", "code": 1, "stderr": "No space left"} for i in (1, 3)])
+    cloud.script(
+        workers=4, faults=[{"match": f"ssh run --worker={i}", "code": 1, "stderr": "No space left"} for i in (1, 3)]
+    )
     cloud.run("create")
     cloud.run("wait")
     out = cloud.run("setup", code=2).splitlines()

@@ -186,9 +186,10 @@ def test_without_xpk(folder):
 
 def test_what_xpk_refuses(folder):
     done = run(folder, "--name=run", "--cluster=none", "--", *TRAIN, code=2)
+    assert done.stdout.splitlines()[-1] == "[XPK] XPK failed, error code 1"
     assert done.stderr.splitlines() == [
-        "[XPK] Failed to find cluster none",
-        "error: xpk did not start run; what it said is above",
+        "error: xpk did not start run, as it says above; what runs all the same: "
+        "xpk workload list --cluster=none --project=p --zone=us-east5-b",
     ]
 
 
@@ -231,6 +232,22 @@ def test_the_real_package(folder, real_xpk):
     argv = [kubernetes(word, {"HOME": "/elsewhere"}) for word in container["command"]]
     subprocess.run(argv, cwd=folder, check=True, timeout=60)
     assert (folder / "words").read_text().split("\0")[:-1] == ["--workdir=/runs/a", *ODD]
+
+
+def test_the_real_package_fails_as_the_fake(folder, real_xpk):
+    """When there is no such cluster, which it asks gcloud."""
+    (folder / "bin").mkdir()
+    (folder / "bin/gcloud").write_text("#!/bin/sh\nexit 1\n")
+    (folder / "bin/gcloud").chmod(0o755)
+    words = shlex.split(run(folder, "--name=run", "--cluster=none", "--dry_run", "--", *TRAIN).stdout)
+    env = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "HOME": str(folder), "TELEMETRY_ENABLED": "false"}
+    env["FAKE_XPK"] = str(folder / "call")
+    real, fake = (
+        subprocess.run([xpk, *words[1:], *more], cwd=folder, env=env, text=True, capture_output=True, timeout=120)
+        for xpk, *more in ((real_xpk, "--skip-validation"), (FAKES / "xpk",))
+    )
+    assert real.returncode == fake.returncode
+    assert real.stdout.splitlines()[-2:] == fake.stdout.splitlines()
 
 
 def test_the_real_package_knows_the_types_we_name(folder, real_xpk):

@@ -24,10 +24,12 @@ read_command() {
 
 # What is not on a shared folder goes when the machines go.
 check_run_directory() {
-  local run mirror
-  run=$(flag workdir "${WORDS[@]}") mirror=$(flag config.checkpoint.mirror "${WORDS[@]}")
+  local run mirror there
+  run=$(flag workdir "${WORDS[@]}") mirror=$(flag config.checkpoint.mirror "${WORDS[@]}") there=$(mounted_at "$RUNS")
   [[ $run == "$RUNS"/?* ]] || fail 2 "--workdir=$run must be below $RUNS, as in --workdir=$RUNS/a"
-  ! mountpoint -q "$RUNS" || return 0
+  [[ -z ${NFS:-} || $there == "$NFS" ]] || # else the run would begin anew, on this disk or in a folder of others
+    fail 2 "$RUNS is ${there:-not mounted} here, and NFS=$NFS; was the machine started again? Launch the job again"
+  [[ -z $there ]] || return 0
   ((HOSTS == 1)) || fail 2 "$HOSTS hosts need one folder for the run; say --env NFS=SERVER:/EXPORT, which becomes $RUNS"
   [[ -n $mirror ]] ||
     fail 2 "$run is on a disk that goes with the machine; add --config.checkpoint.mirror=gs://…, or say --env NFS=SERVER:/EXPORT"

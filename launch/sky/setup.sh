@@ -18,8 +18,11 @@ install_packages() { # EXTRA
 }
 
 mount_runs() {
+  local there
   sudo mkdir -p "$RUNS"
-  if [[ -n ${NFS:-} ]] && ! mountpoint -q "$RUNS"; then
+  there=$(mounted_at "$RUNS")
+  [[ -z ${NFS:-} || -z $there || $there == "$NFS" ]] || fail 2 "$RUNS is $there here, and NFS=$NFS; sudo umount $RUNS first"
+  if [[ -n ${NFS:-} && -z $there ]]; then
     command -v mount.nfs >/dev/null || install_nfs || fail 2 "the NFS client cannot be installed; see above"
     # lookupcache: what another host has made must be seen at once, as processes tell each other that it is there.
     sudo mount -t nfs -o hard,lookupcache=positive "$NFS" "$RUNS" ||

@@ -1,12 +1,30 @@
 #!/usr/bin/env bash
 # Deletes NAME with all its machines, and says what still costs in the zone. What is in the bucket stays.
-#   launch/tpu/delete.sh [settings] [--dry_run]
+#   launch/tpu/delete.sh [--adopt] [settings] [--dry_run]
+#     --adopt    also if it was not made from here
+# 0 when it is gone; 2 when it is not there, or not ours; 42 when it is not known to be gone.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu.sh
 source "$(dirname "$0")/tpu.sh"
-begin -- "$@"
+begin "adopt?" -- "$@"
 
-cloud queued-resources delete "$NAME" --force || is_not_found || explain "cannot delete $NAME, WHICH GOES ON COSTING"
+delete() {
+  ATTEMPTS=1 cloud queued-resources delete "$NAME" --force
+}
+
+need
+[[ -z $DRY_RUN ]] || {
+  delete
+  exit
+}
+made=$MADE said=""
+for ((attempt = 1; attempt <= ATTEMPTS; attempt++)); do
+  delete || said=": ${REASON:0:240}"
+  ! look || [[ $NOW != NONE && $MADE == "$made" ]] || break # what has its name now is another
+  nap "$RETRY_S"
+done
+((attempt <= ATTEMPTS)) || fail 42 "$NAME in $ZONE of $PROJECT GOES ON COSTING; it is not known to be deleted$said; the same command again"
+rm -f "$STATE/new"
 report "$NAME is deleted"
 still=$(billing)
 [[ -z $still ]] || say "still billing in $ZONE:"$'\n'"$still"

@@ -8,6 +8,7 @@ LINES=20
 begin lines -- "$@"
 
 code=0
-on_workers 60 bash meshlm/launch/tpu/worker.sh log "$LINES" || code=2
-[[ -n $DRY_RUN ]] || tail -n "$LINES" "$STATE"/logs/"$NAME"*.txt
-exit "$code"
+on_workers 60 bash meshlm/launch/tpu/worker.sh log "$LINES" || code=$?
+((code < 2)) || exit "$code"
+[[ -n $DRY_RUN ]] || tail -n "$LINES" "$ANSWERS"/*.txt
+((code == 0)) || give_up "$code" "have no log"

@@ -14,5 +14,6 @@ if ((${#COMMAND[@]} == 0)); then
 fi
 code=0
 on_workers "$LIMIT_S" "${COMMAND[@]}" || code=$?
-[[ -n $DRY_RUN ]] || tail -n +1 "$STATE"/logs/"$NAME"*.txt
-exit "$code"
+((code < 2)) || exit "$code"
+[[ -n $DRY_RUN ]] || tail -n +1 "$ANSWERS"/*.txt
+((code == 0)) || give_up "$code" "ended with an error"

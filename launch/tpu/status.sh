@@ -6,11 +6,11 @@ set -euo pipefail
 source "$(dirname "$0")/tpu.sh"
 begin -- "$@"
 
-now=$(state)
-printf '%s %s\n' "$NAME" "$now"
-if [[ $now == ACTIVE || -n $DRY_RUN ]]; then
-  (on_workers 60 bash meshlm/launch/tpu/worker.sh status) || true # what is billing has to be shown
-  for file in "$STATE"/logs/"$NAME"*.txt; do
+look || explain "cannot ask for $NAME"
+printf '%s %s\n' "$NAME" "$NOW"
+if [[ $NOW == ACTIVE || -n $DRY_RUN ]]; then
+  ask_workers 60 status || true # what is billing has to be shown
+  for file in "$ANSWERS"/*.txt; do
     [[ -n $DRY_RUN || ! -f $file ]] || printf '%s %s\n' "$(basename "$file" .txt)" "$(tail -n 1 "$file")"
   done
 fi

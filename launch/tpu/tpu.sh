@@ -1,17 +1,19 @@
 # shellcheck shell=bash
-# What the scripts of launch/tpu/ share: settings, gcloud with retries and errors in one line, every worker at once.
-# Sourced; runs nothing. A queued resource NAME has the nodes NAME, or NAME-0, NAME-1, … with several slices.
+# What the scripts of launch/tpu/ share: settings, and the files that they keep; cloud.sh asks gcloud, workers.sh asks the
+# workers. Sourced; runs nothing. A queued resource NAME has the nodes NAME, or NAME-0, NAME-1, … with several slices.
 # shellcheck source-path=SCRIPTDIR source=../lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
+# shellcheck source-path=SCRIPTDIR source=cloud.sh
+source "$(dirname "${BASH_SOURCE[0]}")/cloud.sh"
+# shellcheck source-path=SCRIPTDIR source=workers.sh
+source "$(dirname "${BASH_SOURCE[0]}")/workers.sh"
 
 SETTINGS=(PROJECT ZONE NAME TYPE SLICES RUNTIME TIER VALID_FOR BUCKET NFS SERVICE_ACCOUNT INTERNAL_IPS)
-: "${PROJECT:=}" "${ZONE:=}" "${NAME:=}" "${TYPE:=}" "${SLICES:=1}" "${RUNTIME:=}" "${TIER:=on-demand}"
-: "${VALID_FOR:=}" "${BUCKET:=}" "${NFS:=}" "${SERVICE_ACCOUNT:=}" "${INTERNAL_IPS:=}" "${DRY_RUN:=}"
-ATTEMPTS=5
-RETRY_S=${MESHLM_RETRY_S:-5} # doubled each time
-AT_ONCE=32                   # connections
+PROJECT="" ZONE="" NAME="" TYPE="" SLICES=1 RUNTIME="" TIER=on-demand
+# shellcheck disable=SC2034
+VALID_FOR="" BUCKET="" NFS="" SERVICE_ACCOUNT="" INTERNAL_IPS="" DRY_RUN="" ADOPT=""
 
-# Settings from tpu.env (or --env=FILE), then from flags; everything is checked before anything is asked of the cloud.
+# Settings from tpu.env (or --env=FILE; --env= is none), then from flags; all is checked before the cloud is asked.
 begin() { # FLAG... -- ARGUMENT...
   local own=()
   while [[ $1 != -- ]]; do
@@ -24,7 +26,19 @@ begin() { # FLAG... -- ARGUMENT...
   check_numbers
   check_settings
   STATE=${XDG_STATE_HOME:-$HOME/.local/state}/meshlm/tpu/$PROJECT.$ZONE.$NAME
-  mkdir -p "$STATE/logs"
+  [[ $STATE == /* ]] || STATE=$PWD/$STATE
+  mkdir -p "$STATE"
+  find "$STATE" -maxdepth 1 -name '*.answers' -mtime +7 -exec rm -rf {} + || true # of calls that were killed, or failed
+  trap tidy EXIT
+}
+
+# What outlives a script, a file each; a file is whole or not there.
+recall() { # FILE DEFAULT
+  if [[ -s $1 ]]; then cat "$1"; else printf '%s' "$2"; fi
+}
+remember() { # FILE VALUE
+  printf '%s' "$2" >"$1.new"
+  mv "$1.new" "$1"
 }
 
 check_numbers() {
@@ -40,12 +54,16 @@ check_settings() {
   for name in PROJECT ZONE NAME TYPE; do
     [[ -n ${!name} ]] || fail 2 "$name is not set; put it into tpu.env (launch/tpu/example.env), or say --${name,,}=…"
   done
+  for name in PROJECT ZONE; do
+    [[ ${!name} =~ ^[a-z0-9][-a-z0-9.:]*$ ]] || fail 2 "$name=${!name} must be small letters, digits and hyphens"
+  done
   [[ $NAME =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
     fail 2 "NAME=$NAME must be small letters, digits and hyphens, begin with a letter, and have 40 of them at most"
   [[ $SLICES =~ ^[1-9][0-9]*$ ]] || fail 2 "SLICES=$SLICES must be a number, 1 or more"
   [[ $TIER =~ ^(on-demand|spot|reserved)$ ]] || fail 2 "TIER=$TIER must be on-demand, spot or reserved"
   BUCKET=${BUCKET#gs://} BUCKET=${BUCKET%/}
   [[ -z $NFS || $NFS == ?*:/* ]] || fail 2 "NFS=$NFS must be SERVER:/EXPORT, such as 10.0.0.2:/runs"
+  [[ $NFS == *:/ ]] || NFS=${NFS%/}
   if [[ -z $RUNTIME ]]; then
     case $TYPE in
     v6e-*) RUNTIME=v2-alpha-tpuv6e ;;
@@ -61,165 +79,6 @@ check_settings() {
   for name in timeout flock; do
     command -v "$name" >/dev/null || fail 2 "$name is missing; on macOS: brew install coreutils flock"
   done
-}
-
-# gcloud
-
-# `gcloud compute tpus WORD...` here; tried again where the network or the service is at fault. Leaves what it printed
-# in OUTPUT and REASON (stderr). With --dry_run all is only shown, what asks on stderr.
-cloud() { # WORD...
-  local command=(gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE" --quiet)
-  local attempt wait_s=$RETRY_S code errors
-  OUTPUT="" REASON=""
-  if [[ -n $DRY_RUN ]]; then
-    if [[ " $* " =~ " "(describe|list)" " ]]; then say "asks: $(quote "${command[@]}")"; else act "${command[@]}"; fi
-    return 0
-  fi
-  errors=$(mktemp)
-  for ((attempt = 1; ; attempt++)); do
-    code=0
-    OUTPUT=$("${command[@]}" 2>"$errors" </dev/null) || code=$?
-    REASON=$(<"$errors")
-    if ((code == 0 || attempt == ATTEMPTS)) || ! is_passing; then
-      rm -f "$errors"
-      return "$code"
-    fi
-    say "gcloud: $(first_line "$REASON"); again in $wait_s s"
-    sleep "$wait_s"
-    wait_s=$((2 * wait_s))
-  done
-}
-
-is_passing() {
-  [[ $REASON =~ UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|ABORTED|RATE_LIMIT|"Connection reset"|"timed out"|" 503" ]]
-}
-
-is_not_found() {
-  [[ $REASON =~ NOT_FOUND|"not found" ]]
-}
-
-# Ends the script with what to do about gcloud's REASON.
-explain() { # WHAT
-  local what=$1 todo
-  case $REASON in
-  *"auth login"* | *"active account"* | *eauthentication* | *credentials*) todo="log in: gcloud auth login" ;;
-  *"not have permission"* | *PERMISSION_DENIED*locations* | *"Permission denied on 'locations"* | *"nvalid zone"* | *"nknown zone"*)
-    todo="is ZONE=$ZONE right, and may your account use TPUs in $PROJECT? Zones: gcloud compute tpus locations list"
-    ;;
-  *PERMISSION_DENIED*) todo="your account needs the role TPU Admin in $PROJECT" ;;
-  *uota*) todo="ask for quota of $TYPE ($TIER) in $ZONE, or take another zone or TIER" ;;
-  *RESOURCE_EXHAUSTED* | *"no more capacity"*) todo="there is no room for $TYPE in $ZONE now; take another zone, or TIER=spot with VALID_FOR" ;;
-  *ALREADY_EXISTS* | *"already exists"*) todo="NAME=$NAME is in use; take another, or delete that one: launch/tpu/delete.sh" ;;
-  *ccelerator*ype*) todo="types in $ZONE: gcloud compute tpus accelerator-types list --zone=$ZONE" ;;
-  *untime*ersion*) todo="runtimes in $ZONE: gcloud compute tpus versions list --zone=$ZONE" ;;
-  *NOT_FOUND* | *"not found"*) todo="is it in ZONE=$ZONE, and asked for (launch/tpu/create.sh)? launch/tpu/status.sh shows what is there" ;;
-  *) todo="see above, or ask gcloud with --verbosity=debug" ;;
-  esac
-  fail 2 "$what: $(first_line "$REASON"); $todo"
-}
-
-first_line() { # TEXT
-  local line
-  line=$(grep -m1 -v '^[[:space:]]*$' <<<"$1" || true)
-  printf '%s' "${line:0:240}"
-}
-
-# WAITING_FOR_RESOURCES, PROVISIONING, ACTIVE, FAILED, SUSPENDING, SUSPENDED, …; NONE where there is no such resource.
-state() {
-  if cloud queued-resources describe "$NAME" --format='value(state.state)'; then
-    printf '%s' "$OUTPUT"
-  else
-    is_not_found || explain "cannot ask for $NAME"
-    printf NONE
-  fi
-}
-
-# Workers
-
-nodes() {
-  local i
-  if ((SLICES == 1)); then
-    printf '%s\n' "$NAME"
-  else
-    for ((i = 0; i < SLICES; i++)); do printf '%s\n' "$NAME-$i"; done
-  fi
-}
-
-# A line "NODE WORKER" for each worker.
-workers() {
-  local node i
-  for node in $(nodes); do
-    cloud tpu-vm describe "$node" --format='value(networkEndpoints.len())' || explain "cannot ask for the workers of $node"
-    for ((i = 0; i < ${OUTPUT:-1}; i++)); do printf '%s %s\n' "$node" "$i"; done
-  done
-}
-
-ssh_words() { # NODE WORKER WORD...
-  printf '%s\0' gcloud compute tpus tpu-vm ssh "$1" --worker="$2" --project="$PROJECT" --zone="$ZONE" --quiet
-  [[ -z $INTERNAL_IPS ]] || printf '%s\0' --internal-ip
-  printf '%s\0' --command="$(quote "${@:3}")"
-}
-
-# Runs the words on one worker, LIMIT_S at most; once more where the connection was at fault (255) or hung (124).
-on_worker() { # LIMIT_S NODE WORKER WORD...
-  local limit_s=$1 command=() attempt code=0
-  shift
-  mapfile -d '' -t command < <(ssh_words "$@")
-  if [[ -n $DRY_RUN ]]; then
-    act "${command[@]}"
-    return
-  fi
-  for attempt in 1 2 3; do
-    code=0
-    timeout --kill-after=5 "$limit_s" "${command[@]}" </dev/null || code=$?
-    [[ $code == 255 ]] || break
-    say "no connection to worker $2 of $1; attempt $attempt"
-    sleep "$RETRY_S"
-  done
-  return "$code"
-}
-
-# Runs the words on all workers at once, each with its number in MESHLM_PROCESS. What each printed is in
-# $STATE/logs/NODE.WORKER.txt; those that failed are named. Its code is the number of those, 255 at most. Where the cloud
-# does not say which workers there are, it ends the script.
-on_workers() { # LIMIT_S WORD...
-  local limit_s=$1 node worker i failed=0 code names=() pids=() list number
-  shift
-  rm -f "$STATE"/logs/*
-  list=$(workers) || exit
-  while read -r node worker; do
-    number=MESHLM_PROCESS=${#pids[@]}
-    on_worker "$limit_s" "$node" "$worker" env "$number" "$@" >"$STATE/logs/$node.$worker.txt" 2>&1 &
-    pids+=($!) names+=("$node.$worker")
-    ((${#pids[@]} % AT_ONCE)) || wait "${pids[-1]}" || true
-  done <<<"$list"
-  for i in "${!pids[@]}"; do
-    code=0
-    wait "${pids[i]}" || code=$?
-    if [[ -n $DRY_RUN ]]; then
-      cat "$STATE/logs/${names[i]}.txt"
-    elif ((code)); then
-      failed=$((failed + 1))
-      say "worker ${names[i]}: $(worker_problem "$code" "$limit_s" "$STATE/logs/${names[i]}.txt")"
-    fi
-  done
-  return $((failed > 255 ? 255 : failed))
-}
-
-worker_problem() { # CODE LIMIT_S FILE
-  case $1 in
-  124 | 137) printf 'no answer within %s s' "$2" ;;
-  255) printf 'no connection: %s' "$(grep -v '^[[:space:]]*$' "$3" | tail -n 1)" ;;
-  *) printf 'exit code %s: %s (all of it: %s)' "$1" "$(grep -v '^[[:space:]]*$' "$3" | tail -n 1)" "$3" ;;
-  esac
-}
-
-# What is paid for: queued resources that hold machines, and machines that belong to none. One line each.
-billing() {
-  cloud queued-resources list --format='csv[no-heading](name.basename(),state.state)' || explain "cannot list queued resources"
-  grep -E ',(ACTIVE|PROVISIONING|CREATING|SUSPENDING|DELETING)$' <<<"$OUTPUT" | sed 's/,/ /; s/^/queued resource /' || true
-  cloud tpu-vm list --format='csv[no-heading](name.basename(),state)' || explain "cannot list TPU VMs"
-  grep -vE ',(PREEMPTED|TERMINATED|STOPPED|DELETING)$' <<<"$OUTPUT" | grep . | sed 's/,/ /; s/^/TPU VM /' || true
 }
 
 # A training command whose run can be told, on storage that all of several hosts share, and that outlives them.
@@ -247,4 +106,30 @@ has_several_hosts() {
   local size=${TYPE##*-}
   [[ $size =~ ^[0-9]+$ ]] || return 0
   ((size > 8))
+}
+
+# Packs the code: the commit of this clone, with the changes of tracked files on top. In FILE.txt is its tree, and then
+# what it is called.
+snapshot() { # FILE
+  local changes left text
+  changes=$(changes)
+  left=$(git ls-files --others --exclude-standard | wc -l)
+  text="$(git rev-parse --short HEAD)${changes:+ with changes}"
+  ((left == 0)) || text+=", without $((left)) untracked files"
+  git archive --format=tar.gz --output="$1.new" "${changes:-HEAD}"
+  remember "$1.txt" "$(tree) $text"
+  mv "$1.new" "$1"
+}
+
+tree() {
+  local changes
+  changes=$(changes) && git rev-parse "${changes:-HEAD}^{tree}"
+}
+
+# The commit that git makes of the changes of tracked files; nothing when there are none. First a look: git stash fails,
+# and says nothing, when a file only seems to have changed, as after a touch.
+changes() {
+  git rev-parse --verify --quiet HEAD >/dev/null || fail 2 "$PWD is no git clone, and the code that is copied is a commit"
+  git diff --quiet HEAD || git stash create || { sleep 1 && git stash create; } || { sleep 5 && git stash create; } ||
+    fail 2 "git cannot put the changes of $PWD together; is another git at work there? Else remove .git/index.lock"
 }

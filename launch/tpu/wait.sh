@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Waits until NAME is ACTIVE; 42 where it never will be, and has to be deleted and created again.
+# Waits until NAME is ACTIVE; 42 when it never will be, and has to be deleted and created again.
 #   launch/tpu/wait.sh [--poll_s=30] [--limit_s=N] [settings] [--dry_run]
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu.sh
@@ -9,15 +9,15 @@ begin poll_s limit_s -- "$@"
 
 before=""
 while true; do
-  now=$(state)
+  look || explain "cannot ask for $NAME"
   [[ -z $DRY_RUN ]] || exit 0
-  [[ $now == "$before" ]] || say "$(date +%H:%M:%S) $NAME is $now"
-  before=$now
-  case $now in
+  [[ $NOW == "$before" ]] || say "$(date +%H:%M:%S) $NAME is $NOW"
+  before=$NOW
+  case $NOW in
   ACTIVE) exit 0 ;;
   NONE) fail 2 "there is no $NAME in $ZONE; launch/tpu/create.sh" ;;
   FAILED | SUSPENDED | SUSPENDING) fail 42 "$NAME will not become ACTIVE; launch/tpu/delete.sh, then create.sh" ;;
   esac
-  ((LIMIT_S == 0 || SECONDS < LIMIT_S)) || fail 42 "$NAME is $now after $LIMIT_S s; it stays in the queue until delete.sh"
+  ((LIMIT_S == 0 || SECONDS < LIMIT_S)) || fail 42 "$NAME is $NOW after $LIMIT_S s; it stays in the queue until delete.sh"
   sleep "$POLL_S"
 done

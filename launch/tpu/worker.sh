@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # What happens on a TPU worker; started there by the other scripts. All of it is in the home directory:
 #   meshlm/          the snapshot of the code, and in it bucket/, the bucket, and runs/, the shared folder
-#   meshlm-env/      the Python environment
-#   meshlm-run/      of the training command: lock (held while it runs), group (of its processes), workdir, code (when
-#                    it has ended), log.txt
+#   meshlm-env/      the Python environment; in it is `installed`, a hash of what it was made from
+#   meshlm-busy      is locked by what sets up, starts or stops: one at a time
+#   meshlm-run/      of the training command: lock (held while it runs), group (of its processes), told (what start was
+#                    told), call (by which call of it), code (when it has ended), log.txt
 #
 #   worker.sh setup BUCKET NFS  the environment, bucket and shared folder (or ''); prints versions and devices in a line
-#   worker.sh start COMMAND...  in the background, under launch.supervise; ends what was started before
+#   worker.sh start BUCKET NFS COMMAND...  with these mounted, or not at all; in the background, under launch.supervise.
+#                               What was started before is ended first
 #   worker.sh status            running, exited CODE or none, and the newest committed step
+#   worker.sh status BUCKET NFS COMMAND...  the same; "other" when something else is running, and none when it has ended
 #   worker.sh stop              saves and ends it, as a preemption would
 #   worker.sh log [LINES]       the end of its log
 set -euo pipefail
@@ -22,22 +25,13 @@ export PATH=$HOME/meshlm-env/bin:$HOME/.local/bin:$PATH
 # bash does not end at an error within what follows, as its result is asked for: so each step says || return.
 setup() { # BUCKET NFS
   stop
+  rm -rf "$RUN"
   environment >setup.log 2>&1 || {
     tail -n 3 setup.log
     printf 'the environment could not be made\n'
     return 1
   }
-  [[ -z $1 ]] || mount_bucket "$1" >>setup.log 2>&1 || {
-    tail -n 3 setup.log
-    printf 'gs://%s could not be mounted; is it there, and may the service account of this TPU write to it?\n' "$1"
-    return 1
-  }
-  mkdir -p runs
-  [[ -z $2 ]] || mount_nfs "$2" >>setup.log 2>&1 || {
-    tail -n 3 setup.log
-    printf 'NFS=%s could not be mounted; is it SERVER:/EXPORT, in the region and the network (VPC) of these machines?\n' "$2"
-    return 1
-  }
+  mounts "$1" "$2" || return
   python - <<'EOF'
 import jax, os, platform, sys
 if jax.default_backend() != "tpu" and os.environ.get("JAX_PLATFORMS") is None:
@@ -56,10 +50,13 @@ environment() {
       uv venv --quiet --seed --python=3.12 "$HOME/meshlm-env" || return
     fi
   fi
-  local constraints
+  local constraints made_from
   constraints=.ci/constraints-$(python -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt
+  made_from=$(cat "$constraints" pyproject.toml | cksum)
+  [[ $(cat "$HOME/meshlm-env/installed" 2>/dev/null) != "$made_from" ]] || return 0
   # The constraints are for CPUs: the accelerator's own packages are free to be what jax asks for.
-  python -m pip install --quiet --disable-pip-version-check -c "$constraints" -e ".[tpu,data]"
+  python -m pip install --quiet --disable-pip-version-check -c "$constraints" -e ".[tpu,data]" || return
+  printf '%s' "$made_from" >"$HOME/meshlm-env/installed"
 }
 
 new_enough() {
@@ -73,9 +70,30 @@ new_enough() {
   return 1
 }
 
+# The bucket is bucket/ and the shared folder runs/, or it says why not. Also after the machine was started again, which
+# takes mounts away: a run must not begin anew on the disk of the machine, nor in the folder of another.
+mounts() { # BUCKET NFS
+  mkdir -p bucket runs
+  mounted bucket "$1" mount_bucket "gs://$1 could not be mounted; is it there, and may the service account of this TPU write to it?" &&
+    mounted runs "$2" mount_nfs "NFS=$2 could not be mounted; is it SERVER:/EXPORT, in the region and the network (VPC) of these machines?"
+}
+
+mounted() { # FOLDER SOURCE HOW OR
+  local there
+  there=$(mounted_at "$1")
+  if [[ -z $there && -n $2 ]]; then
+    "$3" "$2" >>setup.log 2>&1 || {
+      tail -n 3 setup.log
+      printf '%s\n' "$4"
+      return 1
+    }
+    there=$(mounted_at "$1")
+  fi
+  [[ $there == "$2" ]] ||
+    fail 2 "$1/ is ${there:-not mounted} here, and the settings say ${2:-that it is not mounted}; launch/tpu/ssh.sh -- sudo umount meshlm/$1 takes it away"
+}
+
 mount_bucket() { # BUCKET
-  mkdir -p bucket
-  mountpoint -q bucket && return
   command -v gcsfuse >/dev/null || install_gcsfuse || return
   # A checkpoint is committed by renaming its folder. In a bucket with hierarchical namespace that is one step. Each host
   # sees at once what another has written (no cache), and what is synced is in the bucket (fsync does nothing to a stream).
@@ -85,7 +103,6 @@ mount_bucket() { # BUCKET
 }
 
 mount_nfs() { # SERVER:/EXPORT
-  mountpoint -q runs && return
   command -v mount.nfs >/dev/null || { sudo apt-get update -qq && sudo apt-get install -qq -y nfs-common; } || return
   # lookupcache: what another host has made must be seen at once, as processes tell each other that it is there.
   sudo mount -t nfs -o hard,lookupcache=positive "$1" runs || return
@@ -100,16 +117,25 @@ install_gcsfuse() {
   sudo apt-get update -qq && sudo apt-get install -qq -y gcsfuse
 }
 
-start() { # COMMAND...
+# A second time in one call, because the answer was lost, it does nothing.
+start() { # BUCKET NFS COMMAND...
+  if is_running && [[ -n ${MESHLM_CALL:-} && $(cat "$RUN/call") == "$MESHLM_CALL" ]]; then
+    status
+    return
+  fi
   stop
+  mounts "$1" "$2" || return
   rm -rf "$RUN"
   mkdir "$RUN"
+  quote "$@" >"$RUN/told"
+  printf '%s' "${MESHLM_CALL:-}" >"$RUN/call"
+  shift 2
+  flag workdir "$@" >"$RUN/workdir"
   exec 9>"$RUN/lock"
   flock 9
   setsid nohup bash launch/tpu/worker.sh live "$@" >"$RUN/log.txt" 2>&1 </dev/null & # and keeps the lock
   exec 9>&-
   printf '%s\n' $! >"$RUN/group"
-  flag workdir "$@" >"$RUN/workdir"
   sleep 1
   status
 }
@@ -127,7 +153,24 @@ is_running() { # not by its pid, which is another's after the machine was starte
   [[ -f $RUN/lock && ! -f $RUN/code ]] && ! flock --nonblock "$RUN/lock" true
 }
 
-status() {
+# shellcheck disable=SC2120
+status() { # [BUCKET NFS COMMAND...]
+  local told step
+  told=$(cat "$RUN/told" 2>/dev/null || true) step=$(newest_step)
+  if [[ ! -f $RUN/lock ]]; then
+    echo none 0
+  elif (($#)) && [[ $told != "$(quote "$@")" ]]; then
+    if is_running; then echo other 0; else echo none 0; fi
+  elif is_running; then
+    printf 'running %s\n' "$step"
+  elif [[ -f $RUN/code ]]; then
+    printf 'exited %s %s\n' "$(<"$RUN/code")" "$step"
+  else # killed, or the machine was started again
+    printf 'exited 137 %s\n' "$step"
+  fi
+}
+
+newest_step() {
   local step=0 folder
   if [[ -f $RUN/workdir ]]; then
     for folder in "$(<"$RUN/workdir")"/checkpoints/*/_CHECKPOINT_METADATA; do
@@ -135,15 +178,7 @@ status() {
       [[ $folder =~ ^[0-9]+$ ]] && ((folder > step)) && step=$folder
     done
   fi
-  if is_running; then
-    printf 'running %s\n' "$step"
-  elif [[ -f $RUN/code ]]; then
-    printf 'exited %s %s\n' "$(<"$RUN/code")" "$step"
-  elif [[ -f $RUN/lock ]]; then # killed, or the machine was started again
-    printf 'exited 137 %s\n' "$step"
-  else
-    printf 'none %s\n' "$step"
-  fi
+  printf '%s' "$step"
 }
 
 stop() {
@@ -157,6 +192,11 @@ stop() {
   done
   pkill -KILL --parent "$(pgrep --delimiter=, --pgroup "$group")" || true # the trainer has a group of its own
   kill -KILL -- "-$group" 2>/dev/null || true
+  for ((waited = 0; waited < 10; waited++)); do
+    is_running || return 0
+    sleep 1
+  done
+  fail 2 "what runs here does not end, not even by SIGKILL; launch/tpu/delete.sh, and begin with new machines"
 }
 
 log() { # [LINES]

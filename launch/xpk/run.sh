@@ -62,7 +62,7 @@ CREATE+=("--max-restarts=$MAX_RESTARTS" --restart-on-exit-codes=1 "--termination
 # exec: xpk passes SIGTERM to the process that it started, which could be a shell.
 CREATE+=("--command=exec $(one_line "${COMMAND[@]}")")
 
-act "${CREATE[@]}" || fail 2 "xpk did not start $NAME; what it said is above"
+act "${CREATE[@]}" || fail 2 "xpk did not start $NAME, as it says above; what runs all the same: $(quote xpk workload list "${PLACE[@]}")"
 report "started. Its state: $(quote xpk workload list "${PLACE[@]}" "--filter-by-job=$NAME")"
 report "its output: kubectl logs -f -l xpk.google.com/workload=$NAME,batch.kubernetes.io/job-completion-index=0"
 report "to end it: $(quote xpk workload delete "--workload=$NAME" "${PLACE[@]}")"

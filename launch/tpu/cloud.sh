@@ -1,0 +1,159 @@
+# shellcheck shell=bash
+# gcloud, for the scripts of launch/tpu/: calls with retries and errors in one line; what is there, whose it is, what it
+# costs. Sourced; runs nothing.
+
+ATTEMPTS=5
+RETRY_S=${MESHLM_RETRY_S:-5} # doubled each time
+ASK_S=120 ACT_S=900          # gcloud waits for the end of what it asks for
+FIELDS='csv[no-heading](state.state,createTime,tpu.nodeSpec[0].node.acceleratorType.basename(),tpu.nodeSpec[0].multisliceParams.nodeCount,tpu.nodeSpec[0].node.labels.meshlm)'
+
+# `gcloud compute tpus WORD...` here; tried again when the network or the service is at fault. Leaves what it printed
+# in OUTPUT and REASON (stderr). With --dry_run all is only shown, what asks on stderr.
+cloud() { # WORD...
+  local command=(gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE" --quiet)
+  local attempt wait_s=$RETRY_S limit_s=$ACT_S code
+  OUTPUT="" REASON=""
+  [[ ! " $* " =~ " "(describe|list)" " ]] || limit_s=$ASK_S
+  if [[ -n $DRY_RUN ]]; then
+    if ((limit_s == ASK_S)); then say "asks: $(quote "${command[@]}")"; else act "${command[@]}"; fi
+    return 0
+  fi
+  for ((attempt = 1; ; attempt++)); do
+    code=0
+    answer "$limit_s" "${command[@]}" || code=$?
+    if ((code == 0 || attempt == ATTEMPTS)) || ! is_passing; then return "$code"; fi
+    say "gcloud: ${REASON:0:240}; again in $wait_s s"
+    nap "$wait_s"
+    wait_s=$((2 * wait_s))
+  done
+}
+
+# Runs a command, LIMIT_S at most. It is waited for in the background, so that a signal is taken up at once; and it does
+# not have the babysitter's lock (9), which would outlive the babysitter with it.
+answer() { # LIMIT_S COMMAND...
+  local said code=0
+  said=$(mktemp -d)
+  timeout --kill-after=5 "$@" >"$said/output" 2>"$said/reason" </dev/null 9>&- &
+  wait $! || code=$?
+  OUTPUT=$(<"$said/output") REASON=""
+  ((code == 0)) || REASON=$(error_in "$said/reason")
+  rm -rf "$said"
+  ((code != 124 && code != 137)) || REASON="no answer within $1 s"
+  return "$code"
+}
+
+# What gcloud prints from ERROR: on, in one line; before it are requests and waiting, in it is who is logged in.
+error_in() { # FILE
+  local text
+  text=$(sed -n '/^ERROR: /,$p' "$1")
+  tr -s '[:space:]' ' ' <<<"${text:-$(<"$1")}" |
+    sed -E 's/^ | $//g; s/ This command is authenticated as [^[]*\[core\/account\] property\.?//'
+}
+
+nap() { # SECONDS
+  sleep "$1" 9>&- &
+  wait $!
+}
+
+# The network or the service is at fault, in the words of gcloud 528. A login that has ended is told in the words of a
+# network that fails, too.
+is_passing() {
+  [[ ! $REASON =~ invalid_grant|[Rr]eauth ]] || return 1
+  # Statuses of the service; of an operation they are numbers.
+  [[ $REASON =~ UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|ABORTED|CANCELLED|RATE_LIMIT|"per minute"|" 503" ]] ||
+    [[ $REASON =~ \"code\":\ (1|4|10|13|14)[,\ ] ]] ||
+    # 5xx, 429 and answers that are cut
+    [[ $REASON =~ "network connectivity issues"|\'status\':\ (5|429)|InvalidDataFromServerError|IncompleteRead ]] ||
+    [[ $REASON =~ ConnectionError|"Connection "(reset|refused|aborted)|"establish a new connection"|"Max retries"|[Uu]nreachable ]] ||
+    [[ $REASON =~ "Failed to resolve"|"name resolution"|"find the server"|"auth tokens"|"timed out"|[Tt]imeout|SSLE|TransportError ]] ||
+    [[ $REASON =~ RemoteDisconnected|"Broken pipe"|"no answer within"|"an answer that is none" ]]
+}
+
+# Of NAME itself: a project, a host or a file that is not found says nothing about it.
+is_absent() {
+  [[ $REASON =~ NOT_FOUND:.*[\'/]"$NAME"\' ]]
+}
+
+# Ends the script with what to do about gcloud's REASON: with 42 when it may pass.
+explain() { # WHAT
+  local what=$1 todo code=2
+  case $REASON in
+  *"auth login"* | *"active account"* | *eauthentication* | *credentials* | *invalid_grant*) todo="log in: gcloud auth login" ;;
+  *"not have permission"* | *PERMISSION_DENIED*locations* | *"Permission denied on 'locations"* | *"nvalid zone"* | *"nknown zone"*)
+    todo="is ZONE=$ZONE right, and may your account use TPUs in $PROJECT? Zones: gcloud compute tpus locations list"
+    ;;
+  *PERMISSION_DENIED*) todo="your account needs the role TPU Admin in $PROJECT" ;;
+  *uota*) todo="ask for quota of $TYPE ($TIER) in $ZONE, or take another zone or TIER" ;;
+  *RESOURCE_EXHAUSTED* | *"no more capacity"*) todo="there is no room for $TYPE in $ZONE now; take another zone, or TIER=spot with VALID_FOR" ;;
+  *ALREADY_EXISTS* | *"already exists"*) todo="NAME=$NAME is in use; take another, or delete that one: launch/tpu/delete.sh" ;;
+  *ccelerator*ype*) todo="types in $ZONE: gcloud compute tpus accelerator-types list --zone=$ZONE" ;;
+  *untime*ersion*) todo="runtimes in $ZONE: gcloud compute tpus versions list --zone=$ZONE" ;;
+  *NOT_FOUND* | *"not found"*) todo="is it in ZONE=$ZONE, and asked for (launch/tpu/create.sh)? launch/tpu/status.sh shows what is there" ;;
+  *) todo="see above, or ask gcloud with --verbosity=debug" ;;
+  esac
+  ! is_passing || { code=42 && todo="the network or the service is at fault; the same command again"; }
+  fail "$code" "$what: ${REASON:0:240}; $todo"
+}
+
+# What the cloud says of NAME, in one answer: its state in NOW (NONE when it is not there), its time of creation in MADE,
+# its type in KIND, its number of slices in COUNT, and whose it is in MARK. Fails when the answer is not known.
+look() {
+  NOW="" MADE="" KIND="" COUNT="" MARK=""
+  if ! cloud queued-resources describe "$NAME" --format="$FIELDS"; then
+    is_absent || return 1
+    NOW=NONE
+  elif [[ $OUTPUT =~ ^([A-Z_]+),([^,]+),([^,]*),([0-9]*),([^,]*)$ ]]; then
+    NOW=${BASH_REMATCH[1]} MADE=${BASH_REMATCH[2]} KIND=${BASH_REMATCH[3]} COUNT=${BASH_REMATCH[4]:-1} MARK=${BASH_REMATCH[5]}
+  elif [[ -z $DRY_RUN ]]; then
+    REASON="an answer that is none: '${OUTPUT:0:80}'"
+    return 1
+  fi
+}
+
+# Sets OWNER: who has STATE, by account, machine and a number of its own. It is the label meshlm of what is created from
+# here, and only what has it is set up, stopped or deleted; or what --adopt has named, by its time of creation.
+know_owner() {
+  local file=$STATE/owner who
+  if [[ ! -e $file ]]; then
+    who=$(printf '%s-%s' "${USER:-user}" "${HOSTNAME%%.*}" | tr '[:upper:]' '[:lower:]' | tr -c 'a-z0-9' -)
+    (set -o noclobber && printf '%s-%s' "${who:0:40}" "$(od -An -N6 -tx1 /dev/urandom | tr -d ' \n')" >"$file") 2>/dev/null || true
+  fi
+  OWNER=$(<"$file")
+  [[ $OWNER =~ ^[-a-z0-9]{14,63}$ ]] || fail 2 "$file is damaged; remove it, and take what is yours over with --adopt"
+}
+
+is_ours() {
+  [[ -n $OWNER && $MARK == "$OWNER" || -n $MADE && $MADE == "$(recall "$STATE/adopted" "")" ]]
+}
+
+# What is there is ours, or becomes it by --adopt; else the script ends.
+check_ours() {
+  if [[ -n $ADOPT ]] && ! is_ours; then
+    remember "$STATE/adopted" "$MADE"
+    rm -f "$STATE/new"
+  fi
+  is_ours || fail 2 "$NAME in $ZONE of $PROJECT was not made from here (label meshlm: ${MARK:-none}), and nothing is done to it; take another NAME, or, if it is yours and nobody else's, take it over: the same command with --adopt"
+}
+
+# As was asked for, or the script ends.
+check_kind() {
+  [[ "$COUNT x ${KIND:-$TYPE}" == "$SLICES x $TYPE" ]] ||
+    fail 2 "NAME=$NAME is in use, by $COUNT x $KIND; take another for your $SLICES x $TYPE, or delete that one: launch/tpu/delete.sh"
+}
+
+# NAME is there, and ours, or the script ends.
+need() {
+  know_owner
+  look || explain "cannot ask for $NAME"
+  [[ -z $DRY_RUN ]] || return 0
+  [[ $NOW != NONE ]] || fail 2 "there is no $NAME in $ZONE of $PROJECT; launch/tpu/create.sh asks for it, status.sh shows what is there"
+  check_ours
+}
+
+# What is paid for, or will be: queued resources but for dead ones, and machines but for those that are gone. A line each.
+billing() {
+  cloud queued-resources list --format='csv[no-heading](name.basename(),state.state)' || explain "cannot list queued resources"
+  grep -vE ',(FAILED|SUSPENDED)$' <<<"$OUTPUT" | grep . | sed 's/,/ /; s/^/queued resource /' || true
+  cloud tpu-vm list --format='csv[no-heading](name.basename(),state)' || explain "cannot list TPU VMs"
+  grep -vE ',(PREEMPTED|TERMINATED|STOPPED|DELETING)$' <<<"$OUTPUT" | grep . | sed 's/,/ /; s/^/TPU VM /' || true
+}

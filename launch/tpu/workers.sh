@@ -1,0 +1,131 @@
+# shellcheck shell=bash
+# The workers of NAME, for the scripts of launch/tpu/: something on all of them at once. Sourced; runs nothing.
+
+AT_ONCE=32 # connections
+ANSWERS=""
+
+nodes() {
+  local i
+  if ((SLICES == 1)); then
+    printf '%s\n' "$NAME"
+  else
+    for ((i = 0; i < SLICES; i++)); do printf '%s\n' "$NAME-$i"; done
+  fi
+}
+
+# A line "NODE WORKER" for each worker.
+workers() {
+  local node i
+  for node in $(nodes); do
+    cloud tpu-vm describe "$node" --format='value(networkEndpoints.len())' || explain "cannot ask for the workers of $node"
+    [[ -z $DRY_RUN ]] || OUTPUT=1
+    [[ $OUTPUT =~ ^[1-9][0-9]*$ ]] || fail 42 "the cloud does not say which workers $node has; try again"
+    for ((i = 0; i < OUTPUT; i++)); do printf '%s %s\n' "$node" "$i"; done
+  done
+}
+
+# Words for gcloud, each with a 0 byte at its end. In MESHLM_CALL is what tells this call from others: gcloud may run
+# the words twice when the connection breaks.
+ssh_words() { # NODE WORKER NUMBER WORD...
+  printf '%s\0' gcloud compute tpus tpu-vm ssh "$1" --worker="$2" --project="$PROJECT" --zone="$ZONE" --quiet
+  [[ -z $INTERNAL_IPS ]] || printf '%s\0' --internal-ip
+  printf '%s\0' --command="$(quote env MESHLM_PROCESS="$3" MESHLM_CALL="$CALL" "${@:4}")"
+}
+
+# Not to all in one call: with more than one gcloud refuses an ssh-agent that has another key.
+scp_words() { # NODE WORKER NUMBER FILE
+  printf '%s\0' gcloud compute tpus tpu-vm scp "$4" "$1:meshlm.tgz" --worker="$2" --project="$PROJECT" --zone="$ZONE" --quiet
+  [[ -z $INTERNAL_IPS ]] || printf '%s\0' --internal-ip
+}
+
+# Runs the words on one worker, LIMIT_S at most; again when there was no connection (255).
+on_worker() { # LIMIT_S WORD...
+  local attempt code=0
+  if [[ -n $DRY_RUN ]]; then
+    act "${@:2}"
+    return
+  fi
+  for attempt in 1 2 3; do
+    code=0
+    timeout --kill-after=5 "$@" </dev/null || code=$?
+    [[ $code == 255 ]] || break
+    say "no connection; attempt $attempt"
+    sleep "$RETRY_S"
+  done
+  return "$code"
+}
+
+# Runs what WORDS makes for each worker, on all at once. What each printed is in $ANSWERS/NODE.WORKER.txt, a folder of this
+# call alone; those that failed are named. 1 when some did: FAILED that said so, and UNKNOWN of whom nothing is known. It
+# is another code when the workers are not known, which has been said.
+each_worker() { # LIMIT_S WORDS ARGUMENT...
+  local limit_s=$1 words=$2 node worker i code list command names=() pids=()
+  shift 2
+  rm -rf "$ANSWERS"
+  ANSWERS=$(mktemp -d "$STATE/XXXXXXXX.answers") FAILED=0 UNKNOWN=0
+  CALL=$(basename "$ANSWERS" .answers)
+  list=$(exec 9>&- && workers) || return
+  while read -r node worker; do
+    mapfile -d '' -t command < <("$words" "$node" "$worker" "${#pids[@]}" "$@")
+    on_worker "$limit_s" "${command[@]}" >"$ANSWERS/$node.$worker.txt" 2>&1 9>&- &
+    pids+=($!) names+=("$node.$worker")
+    # The first copy is waited for: gcloud makes a key with it, if there is none.
+    [[ ${#pids[@]}$words != 1scp_words ]] && ((${#pids[@]} % AT_ONCE)) || wait "${pids[-1]}" || true
+  done <<<"$list"
+  for i in "${!pids[@]}"; do
+    code=0
+    wait "${pids[i]}" || code=$?
+    if [[ -n $DRY_RUN ]]; then
+      cat "$ANSWERS/${names[i]}.txt"
+    elif ((code)); then
+      if is_unknown "$code" "$ANSWERS/${names[i]}.txt"; then UNKNOWN=$((UNKNOWN + 1)); else FAILED=$((FAILED + 1)); fi
+      say "worker ${names[i]}: $(worker_problem "$code" "$limit_s" "$ANSWERS/${names[i]}.txt")"
+    fi
+  done
+  ((FAILED + UNKNOWN == 0)) || return 1
+}
+
+on_workers() { # LIMIT_S WORD...
+  each_worker "$1" ssh_words "${@:2}"
+}
+
+copy_to_workers() { # LIMIT_S FILE
+  each_worker "$1" scp_words "$2"
+}
+
+# worker.sh on all of them; where nothing is set up it says "none 0". A worker does one thing at a time: what is still
+# going on there, from a call that was given up, is waited for.
+ask_workers() { # LIMIT_S VERB ARGUMENT...
+  # shellcheck disable=SC2016 # for the worker's shell
+  on_workers "$1" flock --close --wait=$(($1 / 2)) meshlm-busy bash -c \
+    'if [ -e meshlm/launch/tpu/worker.sh ]; then exec bash meshlm/launch/tpu/worker.sh "$@"; else echo none 0; fi' worker "${@:2}"
+}
+
+# Nothing is known when the connection (255), the time (124, 137) or gcloud itself failed.
+is_unknown() { # CODE FILE
+  [[ $1 =~ ^(255|124|137)$ ]] || grep -qE '^ERROR: (\(gcloud|gcloud crashed)' "$2"
+}
+
+worker_problem() { # CODE LIMIT_S FILE
+  case $1 in
+  124 | 137) printf 'no answer within %s s' "$2" ;;
+  255) printf 'no connection: %s' "$(last_line "$3")" ;;
+  *) printf 'exit code %s: %s (all of it: %s)' "$1" "$(last_line "$3")" "$3" ;;
+  esac
+}
+
+last_line() { # FILE
+  grep -v '^[[:space:]]*$' "$1" | tail -n 1
+}
+
+# Ends the script after each_worker has failed: with 42 when no worker has said so.
+give_up() { # CODE WHAT
+  (($1 == 1)) || exit "$1"
+  ((FAILED == 0)) || fail 2 "$FAILED workers of $NAME $2"
+  fail 42 "$UNKNOWN workers of $NAME have not answered, and perhaps $2"
+}
+
+# Answers go at the end of the script, unless some failed: then they are read.
+tidy() {
+  [[ -z $ANSWERS ]] || ((FAILED + UNKNOWN)) || rm -rf "$ANSWERS"
+}
