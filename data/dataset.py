@@ -10,7 +10,7 @@ import pathlib
 import re
 from collections.abc import Callable
 
-from data import content, foreign, formats, tokenizers
+from data import content, foreign, formats, names, remote, tokenizers
 from data.config import DataConfig
 from data.errors import DataError
 
@@ -20,6 +20,7 @@ VALIDATION_WORDS = {"val", "valid", "validation"}
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     path: str  # data.path as it was given
+    folder: pathlib.Path  # of a dataset folder: where it lies on this machine
     manifest: formats.Manifest  # of foreign files: what their headers and bytes say, which is no vocabulary (0)
     vocab_size: int  # 0: not known
     tokenizer_path: str  # '' for none
@@ -31,7 +32,7 @@ class Dataset:
         """The tokens of a split, memory-mapped and checked. Raises DataError."""
         try:
             if not self.foreign_files:
-                return formats.TokenFiles(pathlib.Path(self.path), self.manifest, split)
+                return formats.TokenFiles(self.folder, self.manifest, split)
             if split not in self.foreign_files:
                 raise DataError(f"{self.path} has no {split!r} files; name them with data.val_path")
             return foreign.Files(self.foreign_files[split], self.vocab_size)
@@ -41,6 +42,33 @@ class Dataset:
     def has(self, split: str) -> bool:
         """Whether there is a token to predict in it."""
         return split in self.manifest.splits and self.manifest.splits[split].tokens > 1
+
+
+def located(path: str) -> pathlib.Path:
+    """Where a path of the configuration lies on this machine; that of an object store, where its copy does.
+
+    Raises:
+      DataError: it cannot be fetched.
+    """
+    return pathlib.Path(remote.local(path) if remote.is_remote(path) else path)
+
+
+def is_prepared(config: DataConfig) -> bool:
+    """Whether config.path is a dataset folder; in a store, by what it lists now. Raises DataError."""
+    if config.format not in ("", "meshlm"):
+        return False
+    manifest = located(config.path) / formats.MANIFEST
+    return manifest in remote.files(config.path) if remote.is_remote(config.path) else _is_there(manifest)
+
+
+def _is_there(path: pathlib.Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
+        return False
+    except OSError as e:
+        raise DataError(f"{path} cannot be read: {e.strerror}") from None
+    return True
 
 
 def open_dataset(config: DataConfig, vocab_size: int = 0) -> Dataset:
@@ -53,26 +81,29 @@ def open_dataset(config: DataConfig, vocab_size: int = 0) -> Dataset:
       FileNotFoundError: there is nothing at config.path.
       DataError: what is there cannot be used.
     """
-    path = pathlib.Path(config.path)
-    if config.format in ("", "meshlm") and (path / formats.MANIFEST).exists():
-        given = [f"data.{name}" for name in ("dtype", "val_path", "tokenizer_path") if getattr(config, name)]
-        if given:
-            raise DataError(f"{path} is a dataset of launch.prepare and says it all; leave {', '.join(given)} empty")
-        manifest = formats.read_manifest(path)
-        folder = path / "tokenizer"
-        load = functools.cache(functools.partial(tokenizers.load, folder, manifest.tokenizer_sha256))
-        return Dataset(config.path, manifest, manifest.vocab_size, str(folder), load, {})
-    named_as_foreign = config.format or path.suffix in foreign.SUFFIXES or any(c in config.path for c in "*?[")
-    if config.format == "meshlm" or not (named_as_foreign or path.exists()):
+    path = located(config.path)
+    prepared = is_prepared(config)
+    named_as_foreign = config.format or path.suffix in foreign.SUFFIXES or names.is_pattern(config.path)
+    if not prepared and (config.format == "meshlm" or not (named_as_foreign or _is_there(path))):
         raise FileNotFoundError(config.path)
     try:
-        return _open_foreign(config, vocab_size)
+        return _open_prepared(config, path) if prepared else _open_foreign(config, path, vocab_size)
     except OSError as e:
-        raise DataError(f"{e.filename} cannot be read: {e.strerror}") from None
+        raise DataError(f"{e.filename or path} cannot be read: {e.strerror or e}") from None
 
 
-def _open_foreign(config: DataConfig, vocab_size: int) -> Dataset:
-    tokenizer = tokenizers.make(config.tokenizer_path) if config.tokenizer_path else None
+def _open_prepared(config: DataConfig, path: pathlib.Path) -> Dataset:
+    given = [f"data.{name}" for name in ("dtype", "val_path", "tokenizer_path") if getattr(config, name)]
+    if given:
+        raise DataError(f"{config.path} is a dataset of launch.prepare and says it all; leave {', '.join(given)} empty")
+    manifest = formats.read_manifest(path)
+    folder = path / "tokenizer"
+    load = functools.cache(functools.partial(tokenizers.load, folder, manifest.tokenizer_sha256))
+    return Dataset(config.path, path, manifest, manifest.vocab_size, str(folder), load, {})
+
+
+def _open_foreign(config: DataConfig, path: pathlib.Path, vocab_size: int) -> Dataset:
+    tokenizer = tokenizers.make(str(located(config.tokenizer_path))) if config.tokenizer_path else None
     if tokenizer is not None:
         vocab_size = tokenizer.vocab_size
     paths = _paths_by_split(config)
@@ -90,7 +121,8 @@ def _open_foreign(config: DataConfig, vocab_size: int) -> Dataset:
         splits[name] = formats.Split(sum(f.tokens for f in of_split), 0, documents, shards)
     # Names without folders: files that were moved are the same data. No tokenizer: it decides about no token.
     manifest = formats.Manifest(read[0].dtype, 0, None, "", splits, {"format": read[0].kind})
-    return Dataset(config.path, manifest, vocab_size, config.tokenizer_path, lambda: tokenizer, files, largest)
+    tokenizer_path = config.tokenizer_path
+    return Dataset(config.path, path, manifest, vocab_size, tokenizer_path, lambda: tokenizer, files, largest)
 
 
 def _paths_by_split(config: DataConfig) -> dict[str, list[pathlib.Path]]:

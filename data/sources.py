@@ -6,13 +6,14 @@ data.path names the sources, separated by commas; data.weights how they are mixe
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import re
 from typing import Any
 
-from data import formats, mixture, packing, remote, tokenizers
+from data import foreign, formats, mixture, packing, tokenizers
 from data.config import DataConfig
-from data.dataset import Dataset, open_dataset
+from data.dataset import Dataset, is_prepared, open_dataset
 from data.errors import DataError
 
 
@@ -73,13 +74,13 @@ def open_sources(config: DataConfig, vocab_size: int = 0) -> Sources:
     datasets: dict[str, Dataset] = {}
     prepared: Dataset | None = None
     # Prepared ones first: they know the vocabulary.
-    for name, of_source in sorted(configs.items(), key=lambda item: not _is_prepared(item[1])):
+    for name, of_source in sorted(configs.items(), key=lambda item: not is_prepared(item[1])):
         data = datasets[name] = open_dataset(of_source, vocab_size)
-        if _is_prepared(of_source):
+        if is_prepared(of_source):
             if prepared and data.manifest.tokenizer_sha256 != prepared.manifest.tokenizer_sha256:
                 raise DataError(
                     f"{data.path} was prepared with another tokenizer than {prepared.path}; prepare one again with "
-                    f"--tokenizer={prepared.path}"
+                    f"--tokenizer={prepared.folder}"
                 )
             prepared = prepared or data
             vocab_size = data.vocab_size
@@ -105,54 +106,75 @@ def packing_of(data: Dataset, seq_len: int) -> packing.Index:
             f"{data.path} was not prepared by launch.prepare, and only that can be packed; leave data.packed false"
         )
     packing.check_packable(data.path, data.manifest)
-    return packing.read_index(pathlib.Path(data.path), data.manifest, seq_len)
-
-
-def _is_prepared(config: DataConfig) -> bool:
-    return config.format in ("", "meshlm") and (pathlib.Path(config.path) / formats.MANIFEST).exists()
+    return packing.read_index(data.folder, data.manifest, seq_len)
 
 
 def _config_of_each(config: DataConfig) -> dict[str, DataConfig]:
     """The configuration of each source by its name. Raises DataError."""
-    paths = [path.strip() for path in config.path.split(",")]
+    paths = _separated(config.path)
     if len(paths) == 1:
-        return {_name(config.path): local(config)}
+        path, val_path = paths[0], ",".join(_separated(config.val_path))
+        return {_name(path): dataclasses.replace(config, path=path, val_path=val_path)}
+    if os.path.exists(config.path):
+        raise DataError(
+            rf"{config.path} is there, with a comma in its name; write \, for a comma that is part of a path"
+        )
+    if "" in paths:
+        raise DataError(f"data.path names an empty source: {config.path}")
     per_source = {
         field: _spread(field, getattr(config, field), len(paths)) for field in ("format", "dtype", "val_path")
     }
     configs = {}
-    for i, path in enumerate(paths):
-        name = _name(path)
+    for i, (path, name) in enumerate(zip(paths, names_of(paths), strict=True)):
         fields: dict[str, Any] = {field: values[i] for field, values in per_source.items()}
         of_source = dataclasses.replace(config, path=path, **fields)
-        if not path or name in configs:
-            raise DataError(
-                f"data.path names {'an empty source' if not path else f'two sources {name!r}'}: {config.path}"
-            )
-        of_source = local(of_source)
-        if _is_prepared(of_source):
+        if is_prepared(of_source):
             of_source = dataclasses.replace(of_source, dtype="", tokenizer_path="")
         configs[name] = of_source
     return configs
 
 
-def local(config: DataConfig) -> DataConfig:
-    """With paths of object stores replaced by those of their copies."""
-    paths = {field: getattr(config, field) for field in ("path", "val_path", "tokenizer_path")}
-    fetched: dict[str, Any] = {f: remote.local(path) for f, path in paths.items() if remote.is_remote(path)}
-    return dataclasses.replace(config, **fetched)
+def _separated(text: str) -> list[str]:
+    r"""What stands between commas; '\,' is a comma that separates nothing."""
+    values = [value.replace("\\,", ",") for value in re.split(r"(?<!\\),", text)]
+    return [value.strip() for value in values] if len(values) > 1 else values
 
 
-def _name(path: str) -> str:
-    """For metrics: datasets/books is books, tokens/fineweb_*.bin is fineweb, tokens/*.bin is tokens."""
-    parts = pathlib.PurePath(path).parts
-    names = (re.sub(r"[*?\[\]]", "", pathlib.PurePath(part).stem).strip("-_./") for part in reversed(parts))
-    return next(filter(None, names), path)
+def names_of(paths: list[str]) -> list[str]:
+    """Of each source, for metrics: the last part of its path, and as much before it as tells it from the others.
+
+    Raises:
+      DataError: a path is there twice.
+    """
+    places = [os.path.normpath(path) for path in paths]
+    if twice := [path for path in places if places.count(path) > 1]:
+        raise DataError(f"data.path names two sources {_name(twice[0])!r} with one path; weigh it by data.weights")
+    depths = [0] * len(paths)
+    while True:
+        found = [_name(path, depth) for path, depth in zip(paths, depths, strict=True)]
+        depths = [depth + (found.count(name) > 1) for name, depth in zip(found, depths, strict=True)]
+        if len(set(found)) == len(found):
+            return found
+
+
+def _name(path: str, depth: int = 0) -> str:
+    """datasets/books is books, tokens/fineweb_*.bin is fineweb, tokens/*.bin is tokens.
+
+    With a `depth`: so many parts, without wildcards and the suffixes of token files; in the end the whole path.
+    """
+    parts = list(pathlib.PurePath(path).parts)
+    if depth == 0:
+        parts = [pathlib.PurePath(part).stem for part in parts]
+    for suffix in foreign.SUFFIXES:
+        parts = [part.removesuffix(suffix) for part in parts]
+    parts = [re.sub(r"[*?\[\]]", "", part) for part in parts]
+    parts = [stripped for part in parts if (stripped := part.strip("-_./"))]
+    return "-".join(parts[-max(1, depth) :]) if parts and depth <= len(parts) + 1 else path
 
 
 def _spread(field: str, text: str, count: int) -> list[str]:
     """One value for all, or one for each, separated by commas."""
-    values = [value.strip() for value in text.split(",")]
+    values = [value.strip() for value in _separated(text)]
     if len(values) == 1 and field != "val_path":
         values *= count
     if values == [""]:

@@ -3,12 +3,16 @@
 Nothing here imports JAX: a mistyped flag or field is answered at once.
 """
 
+import contextlib
 import difflib
 import importlib.util
+import io
 import logging
+import math
 import os
 import pathlib
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -18,7 +22,9 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from data.errors import UserError
+from data.errors import DataError, UserError
+from data.remote import is_remote
+from launch import INTERRUPTED, INTERRUPTED_LINE
 from trainer.config import Config, from_dict
 from trainer.errors import ConfigError, Stopped
 
@@ -27,21 +33,28 @@ log = logging.getLogger("meshlm")
 STOPPED = Stopped.exit_code  # stopped, and resumable by the same command
 
 DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error that would end in one line.")
+flags.disclaim_key_flags()  # those defined below are of the modules that call
 
 
-def run(main: Callable[..., int | None], arguments: int = 0) -> NoReturn:
+def run(main: Callable[..., int | None], arguments: int = 0, *, restarted: bool = False) -> NoReturn:
     """Parses flags, calls main() with up to `arguments` words that are no flags, and exits with what it returns.
 
-    A UserError ends in one line on stderr and its exit code. So does any other exception when there are several
-    processes: an ordinary exit would wait in JAX's shutdown barrier for peers that wait for this one.
+    A UserError ends in one line on stderr and its exit code; so does a file that cannot be read or written, with 3,
+    except in a command that is `restarted` after it: there it is a crash. Ctrl-C ends in one line and 130, except in
+    launch.train, which handles the signal. With several processes any other exception ends this one at once: an
+    ordinary exit would wait in JAX's shutdown barrier for peers that wait for this one.
     """
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:
+            argv = _with_recipe_expanded(argv)
             _check_config_names(argv)
             rest = flags.FLAGS(argv)
             if len(rest) > 1 + arguments:
                 raise ConfigError(f"unexpected argument {rest[-1]!r}; flags are written --name=value")
+            for name in flags.FLAGS:
+                if isinstance(value := flags.FLAGS[name].value, float) and math.isnan(value):
+                    raise ConfigError(f"--{name}={value} is not a number")
             return rest
         except UserError as e:
             _fail(e)
@@ -52,15 +65,20 @@ def run(main: Callable[..., int | None], arguments: int = 0) -> NoReturn:
             _fail(ConfigError(" ".join(str(e).split())))
 
     def guarded(argv: Sequence[str]) -> NoReturn:
+        if "json" in flags.FLAGS and flags.FLAGS["json"].value:
+            _messages_to_stderr()
         try:
             code = main(*argv[1:]) or 0
             sys.stdout.flush()
         except BrokenPipeError:  # what reads our output, such as head, has enough
             _exit(1)
         except UserError as e:
-            if DEBUG.value:
-                logging.exception("meshlm: the error in full")
             _fail(e)
+        except OSError as e:
+            if restarted:
+                raise
+            where = e.filename or "what this command reads or prints"
+            _fail(DataError(f"{where}: {e.strerror or e}; mend that, or name another file or folder"))
         except BaseException:
             if not _several_processes():
                 raise
@@ -68,15 +86,46 @@ def run(main: Callable[..., int | None], arguments: int = 0) -> NoReturn:
             _exit(1)
         _exit(code)
 
+    _fill_closed_streams()
+    _write_any_character()
     _log_to_console()
     absl_logging.set_verbosity(absl_logging.WARNING)
-    app.run(guarded, flags_parser=parse)
+    try:
+        app.run(guarded, flags_parser=parse)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one while this process ends its own is no traceback
+        log.error("\n%s", INTERRUPTED_LINE)
+        _exit(INTERRUPTED)
     raise AssertionError("app.run does not return")
 
 
 def _fail(error: UserError) -> NoReturn:
-    log.error("error: %s", " ".join(str(error).split()))
+    if flags.FLAGS.is_parsed() and DEBUG.value:
+        logging.error("meshlm: the error in full", exc_info=error)
+    log.error("error: %s", visible(" ".join(str(error).split())))
     _exit(error.exit_code)
+
+
+def visible(text: str) -> str:
+    """In one line; control characters, such as those of a terminal in the name of a file, are escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _fill_closed_streams() -> None:
+    """A stream that the caller closed becomes /dev/null; else the next file that is opened would take its place."""
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(opened)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+
+
+def _write_any_character() -> None:
+    """What the console's encoding does not have, and what is no character (in the name of a file), is escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _exit(code: int) -> NoReturn:
@@ -122,6 +171,13 @@ def _log_to_console() -> None:
         log.addHandler(handler)
 
 
+def _messages_to_stderr() -> None:
+    """For commands whose stdout a program reads."""
+    for handler in log.handlers:
+        if isinstance(handler, _Console):
+            handler.setStream(sys.stderr)
+
+
 def quiet_console() -> None:
     """Only warnings and errors from here on: for the processes whose messages process 0 prints already."""
     for handler in log.handlers:
@@ -130,15 +186,71 @@ def quiet_console() -> None:
 
 def log_to_file(path: pathlib.Path) -> None:
     """The same messages with times, and the warnings of the libraries."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.handleError = lambda record: None  # type: ignore[method-assign]  # the disk is full: the console has it
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     log.addHandler(handler)
     logging.getLogger().addHandler(handler)
 
 
+# Paths
+
+
+class _PathParser(flags.ArgumentParser[str]):
+    def __init__(self, parse: Callable[[str], str]):
+        self._parse = parse
+
+    def parse(self, argument: str) -> str:
+        return self._parse(argument)
+
+    def flag_type(self) -> str:
+        return "path"
+
+
+def define_path(name: str, default: str | None, help: str) -> flags.FlagHolder:
+    """A flag with a path of this machine, as `local_path` reads it."""
+    return flags.DEFINE(_PathParser(local_path), name, default, help)
+
+
+def define_data_path(name: str, default: str | None, help: str) -> flags.FlagHolder:
+    """The same, but it may be in an object store, too."""
+    return flags.DEFINE(_PathParser(expanded), name, default, help)
+
+
+def local_path(path: str) -> str:
+    """As `expanded`. Raises ConfigError for gs:// and s3://, too: a folder of that name would be made here."""
+    if is_remote(path):
+        raise ConfigError(f"{path} is in an object store, and a path of this machine is needed; copy what is there")
+    return expanded(path)
+
+
+def expanded(path: str) -> str:
+    """The path with a leading `~` or `~user` replaced, which a shell leaves in --out=~/x; ./~ is a file of that name.
+
+    Raises:
+      ConfigError: there is no such user.
+    """
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        user = path.partition("/")[0]
+        raise ConfigError(f"{path} begins with the home of a user {user[1:]!r} who is not known; ./{user} is a file")
+    return found
+
+
+def _with_recipe_expanded(argv: Sequence[str]) -> list[str]:
+    words = list(argv)
+    for i, word in enumerate(argv):
+        match = CONFIG_ARGUMENT.match(word)
+        if match and not match["path"] and match["value"]:
+            words[i] = f"--config={expanded(match['value'])}"
+        elif i and argv[i - 1] in ("--config", "-config"):
+            words[i] = expanded(word)
+    return words
+
+
 # Configuration
 
+PATH_FIELDS = ("data.path", "data.val_path", "data.tokenizer_path", "checkpoint.mirror")
 CONFIG_ARGUMENT = re.compile(r"^--?config(?P<path>(\.\w+)*)(=(?P<value>.*))?$", re.DOTALL)
 
 
@@ -156,7 +268,13 @@ def config_from(value: ConfigDict | None) -> Config:
     """The typed, validated configuration. Raises ConfigError."""
     if value is None:
         raise ConfigError("--config is missing; name a recipe, for example --config=configs/tiny.py")
-    return from_dict(value.to_dict())
+    fields = value.to_dict()
+    for section, _, name in (field.partition(".") for field in PATH_FIELDS):
+        values = fields.get(section)
+        if isinstance(values, dict) and isinstance(values.get(name), str):
+            paths = re.split(r"((?<!\\),\s*)", values[name])
+            values[name] = "".join(expanded(path) for path in paths)
+    return from_dict(fields)
 
 
 def _check_config_names(argv: Sequence[str]) -> None:
@@ -200,8 +318,9 @@ def _check_type(name: str, default: object, text: str) -> None:
 def _load_recipe(value: str) -> ConfigDict:
     path, _, variant = value.partition(":")
     if not os.path.isfile(path):
-        folder = os.path.dirname(path) or "."
-        there = [os.path.join(folder, f) for f in os.listdir(folder)] if os.path.isdir(folder) else []
+        there: list[str] = []
+        with contextlib.suppress(OSError):  # the folder is not there, or not to be read: nothing to propose
+            there = [os.path.join(os.path.dirname(path), f) for f in os.listdir(os.path.dirname(path) or ".")]
         raise ConfigError(f"--config={value}: there is no file {path}{_nearest(path, there)}")
     spec = importlib.util.spec_from_file_location("recipe", path)
     if spec is None or spec.loader is None:

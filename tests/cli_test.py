@@ -1,11 +1,21 @@
 """Mistakes at the command line: one line, the documented exit code, no traceback, nothing written."""
 
+import collections
+import json
+import os
+import pathlib
+import random
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
+from configs import tiny
+from launch import cli
 from tests import runs
+from tests.border import Border, Ended
 
 
 def call(*argv: str) -> subprocess.CompletedProcess:
@@ -63,6 +73,14 @@ TINY = (*TRAIN, "--config=configs/tiny.py")
         (("launch.prepare", "--source=x", "--out=y", "--val_fraction=1.5"), 2, ["val_fraction", "1.5"]),
         (("launch.sample",), 2, ["--workdir is missing"]),
         (("launch.sample", "--workdir=WORKDIR"), 2, ["not a run directory"]),
+        ((*TINY, "--coordinator_address=²", "--num_processes=2", "--process_id=0"), 2, ["not HOST:PORT"]),
+        ((*TINY, "--coordinator_address=a..b:5", "--num_processes=2", "--process_id=1"), 2, ["not HOST:PORT"]),
+        (("launch.sample", "--workdir=README.md"), 2, ["README.md/config.json", "Not a directory"]),
+        (
+            ("launch.plan", "--config=configs/tiny.py", f"--topology=v5p:{'9' * 5000}x1x1"),
+            2,
+            ["three numbers of chips"],
+        ),
         (("launch.sample", "--workdir=x", "--top_p=2"), 2, ["top_p", "2"]),
         (("launch.sample", "--workdir=x", "--prompt="), 2, ["--prompt is empty"]),
         (("launch.evaluate", "--workdir=WORKDIR"), 2, ["not a run directory"]),
@@ -116,3 +134,308 @@ def test_prepare_says_what_it_made_and_does_it_once(tmp_path):
     assert (tmp_path / "set/train-00000.bin").stat().st_mtime_ns == before
     assert_one_line(call(*argv, "--tokenizer=byte"), 3, "another request", "--overwrite")
     assert call(*argv, "--tokenizer=byte", "--overwrite").returncode == 0
+
+
+# The border: whatever a person or another program hands over ends in one line.
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> pathlib.Path:
+    """A folder of good and bad things, with names that are hard to print."""
+    home = tmp_path_factory.mktemp("home")
+    records = "".join(json.dumps({"text": f"{i} 中文 caf\u00e9"}, ensure_ascii=False) + "\n" for i in range(50))
+    (home / "records.jsonl").write_text(records, encoding="utf-8")
+    (home / "text.txt").write_text("some text\n" * 50)
+    (home / os.fsdecode(b"caf\xe9.txt")).write_text("a name that is not UTF-8")
+    (home / "empty").touch()
+    (home / "tokens.bin").write_bytes(bytes(1000))
+    (home / "ones.npy").write_bytes(b"\xff" * 64)
+    (home / "folder/manifest.json").mkdir(parents=True)
+    (home / "fake").mkdir()
+    (home / "fake/manifest.json").write_text('{"format": "meshlm-tokens"}')
+    for name, target in (("dangling", "/none/x"), ("loop", "loop")):
+        (home / name).symlink_to(target)
+    return home
+
+
+@pytest.fixture(scope="module")
+def border(home):
+    border = Border(home)
+    made = border("launch.prepare", "--source=records.jsonl", "--tokenizer=bpe:300", "--out=set")
+    assert made.code == 0, made
+    yield border
+    border.close()
+
+
+PATHS = (
+    "records.jsonl",
+    "text.txt",
+    "empty",
+    "tokens.bin",
+    "ones.npy",
+    "folder",
+    "fake",
+    "dangling",
+    "loop",
+    "loop/x",
+    "set",
+    "set/manifest.json",
+    "set/train-00000.bin",
+    "set/tokenizer",
+    "text.txt/x",
+    "text.txt/*",
+    "set/*.bin",
+    "**/*.bin",
+    "*",
+    "[",
+    "a" * 300,
+    "b/" * 3000,
+    "a\udce9b",
+    "caf\udce9.txt",
+    "n\nl",
+    "e\x1b[2J",
+    "~",
+    "~/x",
+    "~no-such-user/x",
+    "gs://",
+    "gs:///x",
+    "gs://My_B/x",
+    "gs://b//x",
+    "gs://b/../x",
+    "s3://..//x",
+    "s3://b/./x",
+    "-",
+    "",
+    ",",
+    ".",
+    "..",
+    "/dev/null",
+    "/proc/self/mem",
+    "char",
+    "byte",
+    "bpe:-1",
+    "bpe:x",
+    "bpe:" + "9" * 50,
+    "set:llama3",
+    "*/../x.bin",
+    "set\\",
+    "\u202e",
+)
+NUMBERS = (
+    "0",
+    "1",
+    "2",
+    "7",
+    "64",
+    "-1",
+    "0.5",
+    "nan",
+    "inf",
+    "1e400",
+    str(10**9),
+    str(2**62),
+    str(2**64),
+    str(10**30),
+    "9" * 5000,
+    "",
+    "\u0661",
+    "0x10",
+)
+FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
+    "launch.inspect": {
+        "format": ("nanogpt", "llmc", "megatron", "olmo", "meshlm", "x"),
+        "dtype": ("uint16", "uint32"),
+        "val_path": PATHS,
+        "tokenizer_path": PATHS,
+        "vocab_size": NUMBERS,
+        "seq_len": NUMBERS,
+        "seed": NUMBERS,
+        "sample": NUMBERS,
+        "packed": ("true", "maybe"),
+        "json": ("true",),
+    },
+    "launch.pack": {"seq_len": NUMBERS},
+    "launch.tokenizer": {
+        "tokenizer": PATHS,
+        "file": PATHS,
+        "start": NUMBERS,
+        "rows": NUMBERS,
+        "source": PATHS,
+        "vocab_size": ("300", "-1"),
+        "special_tokens": ("", ",", "a,a", "\udce9"),
+        "out": PATHS,
+        "overwrite": ("true",),
+    },
+    "launch.prepare": {
+        "source": PATHS,
+        "tokenizer": PATHS,
+        "out": ("new", *PATHS),
+        "val_fraction": NUMBERS,
+        "split": ("last", "file"),
+        "text_key": ("", "x", "\udce9"),
+        "special_tokens": ("", ",", "a,a"),
+        "bad_records": ("skip",),
+        "stdin_format": ("parquet", "txt.gz"),
+        "min_frequency": NUMBERS,
+    },
+}
+
+
+def test_no_flag_and_no_path_ends_in_a_traceback(border):
+    rng, codes = random.Random(0), collections.Counter[int]()
+    for _ in range(200):
+        module = rng.choice(list(FLAGS))
+        argv = [module]
+        if module == "launch.tokenizer":
+            argv.append(rng.choice(["show", "encode", "decode", "train"]))
+        names = [name for name in FLAGS[module] if rng.random() < (0.12 if len(FLAGS[module]) > 1 else 1)]
+        if module == "launch.prepare":
+            names = list({*names, "source", "out"})
+        argv += [f"--{name}={rng.choice(FLAGS[module][name])}" for name in names]
+        if module != "launch.prepare" and rng.random() < 0.9:
+            argv += ["--", rng.choice(["set", rng.choice(PATHS), rng.choice(NUMBERS)])]
+        ended = border(*argv)
+        codes[ended.code] += 1
+        assert ended.code in (0, 2, 3), (argv, ended)
+        if ended.code:
+            assert_one_error(ended, ended.code)
+        assert "Traceback" not in ended.out + ended.err, (argv, ended)
+    assert min(codes[code] for code in (0, 2, 3)) > 5
+
+
+def assert_one_error(ended: Ended, code: int, *parts: str) -> None:
+    lines = ended.err.splitlines()
+    assert ended.code == code and len(lines) == 1 and lines[0].startswith("error: "), ended
+    for part in parts:
+        assert part in lines[0]
+
+
+def test_the_home_is_meant_by_a_tilde(border, home):
+    """The shell leaves it in --out=~/x; in a folder that is called so nobody would look, and `rm -rf ~` removes it."""
+    assert border("launch.prepare", "--source=~/text.txt", "--tokenizer=byte", "--out=~/at/home").code == 0
+    for argv in (
+        ("launch.inspect", "~/at/home", "--seq_len=8"),
+        ("launch.inspect", "~/*.bin", "--tokenizer_path=~/set", "--seq_len=8"),
+        ("launch.tokenizer", "show", "--tokenizer=~/at/home"),
+        ("launch.tokenizer", "encode", "--tokenizer=byte", "--file=~/text.txt"),
+        ("launch.tokenizer", "train", "--source=~/text.txt", "--vocab_size=260", "--out=~/tokenizer.json"),
+        ("launch.pack", "~/set", "--seq_len=8"),
+    ):
+        assert border(*argv).code == 0, (argv, border(*argv))
+    assert (home / "at/home/manifest.json").exists() and not (home / "~").exists()
+    (home / "recipe.py").write_text((runs.ROOT / "configs/tiny.py").read_text())
+    for recipe in (("--config=~/recipe.py",), ("--config", "~/recipe.py")):
+        assert_one_error(border("launch.train", *recipe), 2, "--workdir is missing")
+    unknown = border("launch.prepare", "--source=text.txt", "--out=~no-such-user/x")
+    assert_one_error(unknown, 2, "'no-such-user' who is not known", "./~no-such-user")
+    assert border("launch.prepare", "--source=text.txt", "--tokenizer=byte", "--out=./~").code == 0
+    assert (home / "~/manifest.json").exists()
+
+
+def test_the_home_in_fields_of_the_configuration(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = tiny.get_config()
+    config.data.path, config.data.val_path, config.checkpoint.mirror = r"~/a, ~/b,c\,~d", "./~", "~/m"
+    found = cli.config_from(config)
+    assert (found.data.path, found.data.val_path) == (r"/home/me/a, /home/me/b,c\,~d", "./~")
+    assert found.checkpoint.mirror == "/home/me/m"
+
+
+def test_any_character_is_printed_on_any_console(border):
+    """Here it has ASCII alone, and strictly."""
+    shown = border("launch.inspect", "set", "--seq_len=8")
+    assert shown.code == 0 and "\\u4e2d\\u6587" in shown.out
+    assert border("launch.tokenizer", "decode", "--tokenizer=byte", "228 184 173").out == "\\u4e2d\n"
+    assert_one_error(border("launch.inspect", "a\udce9\n\x1b[2J"), 3, "a\\udce9 \\x1b[2J")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("launch.prepare", "--source=text.txt", "--out=gs://b/x"),
+        ("launch.prepare", "--source=s3://b/x.txt", "--out=x"),
+        ("launch.train", f"--config={runs.ROOT}/configs/tiny.py", "--workdir=s3://b/x"),
+        ("launch.pack", "gs://b/x", "--seq_len=8"),
+        ("launch.tokenizer", "show", "--tokenizer=gs://b/x"),
+    ],
+)
+def test_a_store_is_not_a_folder_here(argv, border, home):
+    assert_one_error(border(*argv), 2, "is in an object store")
+    assert not (home / "gs:").exists() and not (home / "s3:").exists()
+
+
+@pytest.mark.parametrize("word", ["9" * 5000, "9" * 400, "-1", "1.5", "\u0663", "1_0", "300"])
+def test_a_word_that_is_not_an_id(word, border):
+    ended = border("launch.tokenizer", "decode", "--tokenizer=byte", "--", word)
+    assert_one_error(ended, 3 if word == "300" else 2, ascii(word)[1:40].rstrip("'"), "token id")
+    assert len(ended.err) < 200
+
+
+def test_messages_are_not_among_json(border, home):
+    """Two names of one file: a warning, and stdout is still one object."""
+    (home / "twice").mkdir()
+    (home / "twice/a.bin").write_bytes(bytes(1000))
+    (home / "twice/b.bin").symlink_to("a.bin")
+    ended = border("launch.inspect", "twice", "--json", "--seq_len=8")
+    assert json.loads(ended.out)["splits"]["train"]["tokens"] == 500 and "read once" in ended.err
+
+
+def interrupted(argv: list[str], ready, **options) -> tuple[int, str, str]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", *argv],
+        cwd=runs.ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+    deadline = time.monotonic() + 60
+    while not ready():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of it
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+    """In the middle of what is read, and of the work of several processes; the same command goes on."""
+    argv = ["launch.prepare", "--source=-", f"--out={tmp_path / 'a'}"]
+    code, _, err = interrupted(argv, ready=lambda: list(tmp_path.glob(".stdin-*")))
+    assert code == 130 and len(err.strip().splitlines()) == 1 and not list(tmp_path.glob(".stdin-*")), err
+    (tmp_path / "in.jsonl").write_text('{"text": "some words of a document"}\n' * 1_000_000)
+    argv = ["launch.prepare", f"--source={tmp_path / 'in.jsonl'}", "--tokenizer=byte", f"--out={tmp_path / 'b'}"]
+    code, _, err = interrupted([*argv, "--workers=2"], ready=lambda: (tmp_path / "b.partial").exists())
+    assert code == 130 and len(err.strip().splitlines()) == 1, err
+
+
+@pytest.mark.parametrize(
+    ("redirections", "code", "words"),
+    [
+        (">&-", 0, ""),
+        (">&- 2>&-", 0, ""),
+        (">/dev/full", 0, ""),
+        ("<&- --source=-", 3, "error: "),
+    ],
+)
+def test_streams_that_are_closed_or_full(tmp_path, redirections, code, words):
+    (tmp_path / "a\x1b[31m.txt").write_text("some words of a text")
+    command = f"{sys.executable} -m launch.prepare --out={tmp_path}/out --source={tmp_path} {redirections}"
+    ended = subprocess.run(["sh", "-c", command], cwd=runs.ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == code and ended.stdout == "", ended
+    assert ended.stderr.startswith(words) and ended.stderr.count("\n") == bool(words), ended.stderr
+
+
+def test_what_cannot_be_printed_is_one_line(tmp_path):
+    (tmp_path / "a.txt").write_text("some words of a text\n" * 40)
+    assert call("launch.prepare", f"--source={tmp_path}/a.txt", f"--out={tmp_path}/out").returncode == 0
+    command = f"{sys.executable} -m launch.inspect {tmp_path}/out > /dev/full"
+    ended = subprocess.run(["sh", "-c", command], cwd=runs.ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 3 and ended.stderr.count("\n") == 1 and "No space left" in ended.stderr, ended
+
+
+def test_a_flag_that_is_not_a_number(tmp_path):
+    asked = ("launch.prepare", f"--source={tmp_path}", f"--out={tmp_path}/out", "--val_fraction=nan")
+    assert_one_line(call(*asked), 2, "--val_fraction=nan is not a number")

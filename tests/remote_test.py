@@ -3,13 +3,17 @@
 The clients are the real ones, the stores speak their protocols on loopback (object_store.py).
 """
 
+import errno
 import os
 import pathlib
+import subprocess
+import sys
+from typing import IO
 
 import object_store
 import pytest
 
-from data import remote, sources
+from data import cache, foreign, remote, sources
 from data.config import DataConfig
 from data.errors import DataError
 from tests import runs
@@ -104,6 +108,8 @@ def test_what_is_wrong_is_said_in_one_line(scheme, store, tmp_path, monkeypatch)
     store.put("a/../../etc", b"x")
     with pytest.raises(DataError, match=r"'\.\.' in its name"):
         remote.local(f"{scheme}://a-bucket/a")
+    with pytest.raises(DataError, match=r"cannot read .*://My!Data/mine.*[Ii]nvalid"):
+        remote.local(f"{scheme}://My!Data/mine")
     store.put("b.bin", b"x")
     monkeypatch.setenv("MESHLM_CACHE", "/proc/none")
     with pytest.raises(DataError, match=r"cannot keep .*MESHLM_CACHE"):
@@ -113,6 +119,145 @@ def test_what_is_wrong_is_said_in_one_line(scheme, store, tmp_path, monkeypatch)
     with pytest.raises(DataError, match=credentials) as e:
         remote.local(f"{scheme}://a-bucket/b.bin")
     assert "\n" not in str(e.value)
+
+
+@schemes
+def test_no_key_writes_or_removes_anything_outside_the_cache(scheme, store, tmp_path):
+    """A path or an object that would lie elsewhere is refused, and what is there stays as it is."""
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "thesis.tex").write_text("years of work")
+    (victim / "train.bin").write_text("mine")
+    keys = [f"{victim}/train.bin", "a//b.bin", "c/./d.bin", "e/../../../f.bin", "g/" + "x" * 300, "h.bin/", "i/j\0k"]
+    for key in keys:
+        store.put(key, b"theirs")
+    for path in (f"/{victim}", str(victim), "a", "a/", "a//", "c", "c/.", "e/..", "e", "g", "../x", "/", "i", "*//*"):
+        with pytest.raises(DataError):
+            remote.local(f"{scheme}://a-bucket/{path}")
+    for bucket in ("..", ".", ""):
+        with pytest.raises(DataError):
+            remote.local(f"{scheme}://{bucket}/a")
+    assert contents(victim) == {"thesis.tex": b"years of work", "train.bin": b"mine"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"victim", "cache"} and not contents(tmp_path / "cache")
+
+
+def test_inspect_writes_nothing_outside_the_cache(store, tmp_path):
+    store.put(f"{tmp_path}/set/manifest.json", b"{}")
+    result = subprocess.run(
+        [sys.executable, "-m", "launch.inspect", f"gs://a-bucket/{tmp_path}/set"],
+        cwd=runs.ROOT, env=os.environ | environment(store, tmp_path / "cache"), text=True, capture_output=True,
+    )  # fmt: skip
+    assert result.returncode == 3 and "is not a place below a folder" in result.stderr
+    assert not (tmp_path / "set").exists()
+
+
+@schemes
+def test_a_pattern_is_that_of_a_disk_and_what_is_listed_is_what_is_read(scheme, store):
+    """Whatever another run has fetched before; hidden parts and folders below a match are no files of it."""
+    for key in ("t/0.bin", "t/a/1.bin", "t/b/c/2.bin", "t/.h/3.bin", "t/x.bin/4.bin"):
+        store.put(key, key.encode())
+    remote.local(f"{scheme}://a-bucket/t")
+    store.put("t/b/c/2.bin", b"changed")
+    del store.objects["t/a/1.bin"]
+    remote.local.cache_clear()
+    found = {path.parent.name: path.read_bytes() for path in foreign.find(f"{scheme}://a-bucket/t/**/*.bin")}
+    assert found == {"t": b"t/0.bin", "c": b"changed", "x.bin": b"t/x.bin/4.bin"}
+    assert [path.name for path in foreign.find(f"{scheme}://a-bucket/t/*.bin")] == ["0.bin"]
+    assert [path.name for path in foreign.find(f"{scheme}://a-bucket/t")] == ["0.bin"]
+
+
+def test_an_index_that_left_the_store_is_not_found_beside_the_tokens(store):
+    for key in ("t/a.bin", "t/a.idx"):
+        store.put(key, b"x")
+    remote.local("gs://a-bucket/t/a.bin")
+    del store.objects["t/a.idx"]
+    remote.local.cache_clear()
+    assert not pathlib.Path(remote.local("gs://a-bucket/t/a.bin")).with_suffix(".idx").exists()
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda raw: raw[:-1], lambda raw: raw + b"x", lambda raw: b"", lambda raw: raw[::-1]]
+)
+def test_a_copy_that_is_not_as_it_was_made_is_fetched_again(damage, store):
+    store.put("set/tokens.bin", b"all of it")
+    copy = pathlib.Path(remote.local("gs://a-bucket/set"), "tokens.bin")
+    copy.write_bytes(damage(copy.read_bytes()))
+    remote.local.cache_clear()
+    remote.local("gs://a-bucket/set")
+    assert copy.read_bytes() == b"all of it"
+
+
+def test_only_copies_are_removed_from_the_cache(store):
+    """Not an index that launch.pack wrote beside them, and not one that replaced a copy."""
+    store.put("set/manifest.json", b"{}")
+    store.put("set/train.packed-8.bin", b"old")
+    store.put("set/gone.bin", b"x")
+    folder = pathlib.Path(remote.local("gs://a-bucket/set"))
+    (folder / "train.packed-16.bin").write_bytes(b"mine")
+    (folder / "train.packed-8.bin").write_bytes(b"mine, too")
+    for key in ("set/train.packed-8.bin", "set/gone.bin"):
+        del store.objects[key]
+    remote.local.cache_clear()
+    remote.local("gs://a-bucket/set")
+    mine = {"train.packed-16.bin": b"mine", "train.packed-8.bin": b"mine, too"}
+    assert contents(folder) == {"manifest.json": b"{}", **mine}
+
+
+def test_an_object_becomes_a_folder_and_a_folder_an_object(store):
+    store.put("set/a", b"file")
+    store.put("set/b/c/d", b"deep")
+    folder = pathlib.Path(remote.local("gs://a-bucket/set"))
+    del store.objects["set/a"], store.objects["set/b/c/d"]
+    store.put("set/a/e", b"below")
+    store.put("set/b", b"flat")
+    remote.local.cache_clear()
+    remote.local("gs://a-bucket/set/b")
+    remote.local("gs://a-bucket/set/a/e")
+    assert contents(folder) == {"a/e": b"below", "b": b"flat"}
+    store.put("set/b/x", b"both")
+    with pytest.raises(DataError, match="has both set/b and set/b/x"):
+        remote.local("gs://a-bucket/set")
+
+
+def test_a_link_in_the_cache_leads_nowhere(store, tmp_path):
+    store.put("set/a.bin", b"theirs")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/a.bin").write_bytes(b"mine")
+    bucket = remote.cache_folder() / "files/gs/a-bucket"
+    bucket.mkdir(parents=True)
+    (bucket / "set").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="set is a link or a file there"):
+        remote.local("gs://a-bucket/set")
+    (bucket / "set").unlink()
+    (bucket / "set").mkdir()
+    (bucket / "set/a.bin").symlink_to(tmp_path / "elsewhere/a.bin")
+    assert contents(pathlib.Path(remote.local("gs://a-bucket/set"))) == {"a.bin": b"theirs"}
+    assert (tmp_path / "elsewhere/a.bin").read_bytes() == b"mine"
+
+
+def test_a_disk_that_is_full_is_left_as_it_was(store, monkeypatch):
+    """Nothing stays of what did not fit: it would keep the room that is missing."""
+    store.put("set/a.bin", b"old")
+    folder = pathlib.Path(remote.local("gs://a-bucket/set"))
+    store.put("set/a.bin", b"new")
+    remote.local.cache_clear()
+
+    def full(file: IO[bytes]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache, "close_durably", full)
+    with pytest.raises(DataError, match="No space left on device; make room, or set MESHLM_CACHE"):
+        remote.local("gs://a-bucket/set")
+    assert contents(folder) == {"a.bin": b"old"}
+    assert not [name for name in contents(remote.cache_folder() / "state") if name.endswith(".partial")]
+
+
+def test_keys_of_any_characters(store):
+    """They are the same in the cache."""
+    for key in ("set/caf\xe9 \u4e2d.bin", "set/#?%.bin", "set/back\\slash.bin", "set/~.bin"):
+        store.put(key, key.encode())
+    folder = pathlib.Path(remote.local("gs://a-bucket/set"))
+    assert contents(folder) == {key.removeprefix("set/"): content for key, content in store.objects.items()}
 
 
 def test_a_run_from_a_store_is_that_from_the_folder(store, tmp_path):

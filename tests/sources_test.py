@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import os
 import pathlib
+import random
 import signal
 import struct
 import time
@@ -125,6 +127,46 @@ def test_fields_that_do_not_fit_the_sources(fields, parts, three):
 )
 def test_names_of_sources_for_metrics(path, name):
     assert sources._name(path) == name
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (["wiki/train_*.bin", "books/train_*.bin"], ["wiki-train", "books-train"]),
+        (["en/dataset", "de/dataset", "other"], ["en-dataset", "de-dataset", "other"]),
+        (["/data/en/v1/x", "/data/de/v1/x"], ["en-v1-x", "de-v1-x"]),
+        (["a/v1.5", "a/v1.6"], ["v1.5", "v1.6"]),
+        (["wiki/*.bin", "books/wiki/*.bin"], ["wiki", "books-wiki"]),
+        (["gs://one/x", "s3://two/x"], ["one-x", "two-x"]),
+        (["a.bin", "a.npy"], ["a.bin", "a.npy"]),
+    ],
+)
+def test_sources_with_one_last_name_are_told_apart_by_more_of_their_paths(paths, expected):
+    assert sources.names_of(paths) == expected
+    assert sources.names_of(paths[::-1]) == expected[::-1]
+
+
+def test_names_are_distinct_whatever_the_paths():
+    rng = random.Random(0)
+    for _ in range(2000):
+        parts = ["a", "b", "a.bin", "*.bin", "a-b", "v1.0", "v1.1", "é", "..", "a_*"]
+        paths = list({"/".join(rng.choices(parts, k=rng.randint(1, 3))) for _ in range(rng.randint(2, 5))})
+        try:
+            names = sources.names_of(paths)
+        except DataError:  # one place, spelled in two ways
+            assert len({os.path.normpath(path) for path in paths}) < len(paths)
+            continue
+        assert len(set(names)) == len(paths) and all(names)
+        alone = [sources._name(path) for path in paths]
+        assert names == alone or len(set(alone)) < len(alone)
+
+
+def test_a_comma_in_a_path_is_written_with_a_backslash(three, tmp_path):
+    (tmp_path / "a,b").symlink_to(three / "fresh")
+    assert list(open_(rf"{tmp_path}/a\,b").datasets) == ["a,b"]
+    assert list(open_(rf"{tmp_path}/a\,b,{three / 'upper_*.bin'}").datasets) == ["a,b", "upper"]
+    with pytest.raises(DataError, match=r"with a comma in its name; write \\, for"):
+        open_(f"{tmp_path}/a,b")
 
 
 def test_sources_need_names_of_their_own(three):

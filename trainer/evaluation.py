@@ -19,7 +19,9 @@ def evaluate(
     num_windows: int,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """val/loss (nats a token), val/perplexity and, where the text's bytes are known, val/bits_per_byte.
+    """val/loss (nats a token), val/perplexity and, if the text's bytes are known, val/bits_per_byte.
+
+    They are not known of token files of other programs, nor of a dataset whose tokenizer loses text (data/losses.py).
 
     Over `num_windows` fixed windows of each source; 0: its whole split. Of several sources the mean over all their
     targets, and val/loss/NAME of each. None when `interrupted`, which is asked after each batch, says True.

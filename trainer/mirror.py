@@ -8,12 +8,14 @@ Process 0 copies, on a thread, one step at a time; a step that is overtaken whil
 
 import json
 import logging
+import os
 import pathlib
+import re
 import shutil
 import threading
 from typing import Any
 
-from data import remote
+from data import names, remote
 from data.errors import DataError
 from trainer.config import Config, changes, from_dict, to_json
 from trainer.errors import ConfigError
@@ -46,24 +48,37 @@ class Mirror:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         try:
-            if not remote.is_remote(self.location):  # of a copy that was killed: the next would end in its old bytes
-                for leftover in pathlib.Path(self.location).rglob("[!.]*.__lock"):
-                    leftover.unlink()
             self._store = remote.open_store(self.location)
             self._claim(config)
-        except (DataError, *_ERRORS) as e:
+        except _ERRORS as e:
             raise ConfigError(f"config.checkpoint.mirror = {location} cannot be used: {_line(e)}") from None
 
     def _claim(self, config: Config) -> None:
         recorded = self._read("config.json")
         if recorded is not None:
-            refused = changes(from_dict(json.loads(recorded)), config)["refused"]
+            try:
+                of_run = from_dict(json.loads(recorded))
+            except (ConfigError, ValueError, RecursionError) as e:
+                raise ConfigError(
+                    f"config.checkpoint.mirror = {self.location} has a config.json that this version does not read "
+                    f"({_line(e)}); name another place"
+                ) from None
+            refused = changes(of_run, config)["refused"]
             if refused:
                 raise ConfigError(
                     f"config.checkpoint.mirror = {self.location} holds another run's checkpoints "
                     f"({'; '.join(refused)}); name another place"
                 )
+        if not remote.is_remote(self.location):
+            self._clear_leftovers(pathlib.Path(self.location), is_ours=recorded is not None)
         self._write("config.json", to_json(config).encode())
+
+    @staticmethod
+    def _clear_leftovers(folder: pathlib.Path, is_ours: bool) -> None:
+        """Of copies that were killed, under the names that tensorstore gives them: the next would end in old bytes."""
+        steps = [path for path in folder.glob("checkpoints/*") if is_ours and _step(path.name) is not None]
+        for leftover in [folder / "config.json.__lock", *(path for step in steps for path in step.rglob("*.__lock"))]:
+            leftover.unlink(missing_ok=True)
 
     # Copying there
 
@@ -130,8 +145,8 @@ class Mirror:
         except _ERRORS as e:
             log.warning("cannot look into %s: %s", self.location, _line(e))
             return set()
-        names = {key.decode().split("/")[1] for key in keys if key.endswith(f"/{METADATA_FILE}".encode())}
-        return {int(name) for name in names if name.isdigit()}
+        folders = {os.fsdecode(key).split("/")[1] for key in keys if key.endswith(f"/{METADATA_FILE}".encode())}
+        return {step for folder in folders if (step := _step(folder)) is not None}
 
     def fetch(self, step: int) -> bool:
         """Copies `step` into the run; False if that fails. Never tried again: the copy may be damaged."""
@@ -141,9 +156,11 @@ class Mirror:
             shutil.rmtree(partial, ignore_errors=True)
             prefix = f"checkpoints/{step}/"
             for key in self._store.list(_range(prefix)).result(TIMEOUT_S):
-                path = partial / key.decode().removeprefix(prefix)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(self._read(key.decode()) or b"")
+                content = self._read(key) or b""
+                with names.opened(partial, os.fsdecode(key).removeprefix(prefix)) as (folder, last):
+                    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+                    with os.fdopen(os.open(last, flags, 0o666, dir_fd=folder), "wb") as f:
+                        f.write(content)
             partial.rename(self.source / str(step))
         except _ERRORS as e:
             log.error("checkpoint at step %d cannot be fetched from %s: %s", step, self.location, _line(e))
@@ -151,7 +168,7 @@ class Mirror:
         log.info("fetched   step %d from %s", step, self.location)
         return True
 
-    def _read(self, key: str) -> bytes | None:
+    def _read(self, key: str | bytes) -> bytes | None:
         result = self._store.read(key).result(TIMEOUT_S)
         return result.value if result.state == "value" else None
 
@@ -159,7 +176,12 @@ class Mirror:
         self._store.write(key, content).result(TIMEOUT_S)
 
 
-_ERRORS = (OSError, ValueError, RuntimeError, TimeoutError)
+_ERRORS = (OSError, ValueError, RuntimeError, TimeoutError, DataError)
+
+
+def _step(name: str) -> int | None:
+    """The step whose folder is called so."""
+    return int(name) if re.fullmatch("0|[1-9][0-9]{0,17}", name) else None
 
 
 def _line(error: Exception) -> str:

@@ -16,7 +16,7 @@ import platform
 import shlex
 import subprocess
 
-from data import files, sources, tokenizers
+from data import ends, files, sources, tokenizers
 from data.errors import DataError
 from trainer.config import Config, changes, from_dict, to_json
 from trainer.errors import ConfigError
@@ -74,6 +74,8 @@ def resolve(config: Config) -> Config:
             f"config.data.mask_documents needs the token that ends a document: {data.path} names none; set "
             f"config.data.eos_id to a token below {model.vocab_size}"
         )
+    if data.mask_documents:
+        ends.check(found.datasets.values(), data.eos_id)
     return dataclasses.replace(config, model=model, data=data)
 
 

@@ -262,9 +262,7 @@ def _open(location: str, locking: str = "os") -> tuple[Any, str]:
     """The store and the record's key in it; conditions hold only with `locking` by the file system. Raises OSError."""
     try:
         if remote.is_remote(location):
-            scheme, _, rest = location.partition("://")
-            bucket, _, path = rest.partition("/")
-            return remote._open(scheme, bucket, location), f"{path.rstrip('/')}/{KEY}".lstrip("/")
+            return remote.open_store(location), KEY
         import tensorstore
 
         folder = pathlib.Path(location)

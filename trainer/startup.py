@@ -5,6 +5,7 @@ import math
 
 import jax
 
+from data import foreign
 from data.dataset import Dataset
 from data.loader import MixedWindows
 from data.sources import Sources
@@ -49,6 +50,10 @@ def page(config: Config, program: Program, windows: MixedWindows, data: Sources)
             dataset.path, f"{dataset.manifest.splits['train'].tokens:,}", 100 * seen[i] / samples,
             seen[i] / windows.sources[i].num_windows, _in_place(dataset),
         )  # fmt: skip
+        if left_out := str(windows.sources[i].unreached):
+            log.info("          never read of it: %s", left_out)
+    if not any(dataset.has("val") for dataset in data.datasets.values()):
+        log.info("          nothing validates: no validation split holds a token to predict")
     for index in data.packings.values():
         log.info("          %s: %.2f %% of the rows are tokens", index.path, 100 * index.utilisation)
     if not data.tokenizer_path:
@@ -61,7 +66,9 @@ def _in_place(dataset: Dataset) -> str:
         return ""
     files, held_out = (len(dataset.foreign_files.get(split, ())) for split in ("train", "val"))
     kind = f"{dataset.manifest.request['format']} {dataset.manifest.dtype}"
-    return f"; {kind}, read in place: {files} file(s) to train on, {held_out} to validate on"
+    others = len(foreign.others(dataset.path, dataset.foreign_files))
+    left_out = f", {others} other entries of the folder left out" if others else ""
+    return f"; {kind}, read in place: {files} file(s) to train on, {held_out} to validate on{left_out}"
 
 
 def parameter_table(program: Program) -> list[str]:

@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import ConfigError
@@ -127,7 +128,7 @@ def parse(name: str, num_slices: int = 1) -> tuple[str, tuple[int, ...]]:
         raise ConfigError(f"topology {name!r}: no chip is called {family!r}; there are {known}")
     axes = CHIPS[family].axes
     sizes = text.split("x")
-    if len(sizes) != axes or not all(s.isascii() and s.isdigit() and int(s) for s in sizes):
+    if len(sizes) != axes or not all(re.fullmatch("0*[1-9][0-9]{0,8}", s) for s in sizes):
         numbers = {1: "a number of GPUs", 2: "two numbers of chips", 3: "three numbers of chips"}[axes]
         raise ConfigError(f"topology {name!r}: after {family}: comes {numbers}, as in {family}:{EXAMPLES[axes]}")
     shape = tuple(map(int, sizes))

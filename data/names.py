@@ -1,0 +1,219 @@
+"""Names that come from outside: of objects in a store, of files in a folder, and the patterns that select them.
+
+A name says where something lies below a folder, with '/' between its parts. `parts` and `opened` are the only way from
+such a name to a place that is written to, replaced or removed; `matches` is the only meaning of a pattern, on a disk
+and in a store.
+"""
+
+import contextlib
+import errno
+import fnmatch
+import functools
+import itertools
+import os
+import pathlib
+import re
+import stat
+from collections.abc import Iterable, Iterator
+
+from data.errors import DataError
+
+PART_BYTES = 255  # of one part of a path, in the usual file systems
+NAME_BYTES = 3072  # of a whole name: a path has at most 4096, and the folder comes before the name
+WILDCARDS = re.compile(r"[*?[]")
+
+
+# Safe places
+
+
+def parts(name: str, what: str = "") -> list[str]:
+    """The parts of a name that has a place below any folder.
+
+    Args:
+      name: from outside.
+      what: the error calls it so.
+
+    Raises:
+      DataError: a part is empty, '.' or '..' (an absolute name has an empty one), has a NUL, or is too long for a file
+        system.
+    """
+    found, what = name.split("/"), what or repr(name)
+    if odd := [part for part in found if part in ("", ".", "..")]:
+        which = repr(odd[0]) if odd[0] else "an empty part (two slashes in a row, or one at an end)"
+        raise DataError(f"{what} has {which} in its name, which is not a place below a folder; rename it")
+    try:
+        encoded = os.fsencode(name)
+    except UnicodeEncodeError:
+        raise DataError(f"{what} has a character that no file name can have; rename it") from None
+    if b"\0" in encoded:
+        raise DataError(f"{what} has a NUL character, which no file name can have; rename it")
+    if len(encoded) > NAME_BYTES or max(map(len, encoded.split(b"/"))) > PART_BYTES:
+        raise DataError(
+            f"{what[:200]} is too long a name for a file system ({PART_BYTES} bytes between slashes, {NAME_BYTES} in "
+            "all); rename it"
+        )
+    return found
+
+
+def check_apart(names: Iterable[str], what: str) -> None:
+    """Raises DataError if a name is a folder of another one: a store may have both, a file system cannot."""
+    files = set(names)
+    for name in sorted(files):
+        for folder in itertools.accumulate(name.split("/")[:-1], "{}/{}".format):
+            if folder in files:
+                raise DataError(f"{what} has both {folder} and {name}, but a file cannot be a folder; rename one")
+
+
+@contextlib.contextmanager
+def opened(root: pathlib.Path, name: str) -> Iterator[tuple[int, str]]:
+    """A descriptor of the folder in which `name` lies below `root`, made where it is missing, and the last part.
+
+    No folder below `root` may be a link, also if it becomes one meanwhile: it would lead elsewhere. With the descriptor
+    (dir_fd) and the last part everything else is done.
+
+    Raises:
+      DataError: the name has no place below a folder.
+      OSError: a folder is a link or a file, or cannot be made.
+    """
+    *folders, last = parts(name)
+    root.mkdir(parents=True, exist_ok=True)
+    at = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for part in folders:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(part, dir_fd=at)
+            try:
+                below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+            except NotADirectoryError as e:
+                raise OSError(e.errno, f"{part} is a link or a file there, and not a folder") from None
+            os.close(at)
+            at = below
+        yield at, last
+    finally:
+        os.close(at)
+
+
+# Patterns
+
+
+def is_pattern(path: str) -> bool:
+    return WILDCARDS.search(path) is not None
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern selects a name; both relative to the same folder, with '/' between their parts.
+
+    `*`, `?` and `[…]` stand for characters of one part. `**` as a whole part stands for any number of parts, also none;
+    at the end for at least one. A part that begins with '.' is selected only by a part of the pattern that does.
+    """
+    return len(_steps(pattern)) in reached(name, pattern)
+
+
+def may_hold(folder: str, pattern: str) -> bool:
+    """Whether a pattern may select a name below this folder; '' is the folder that both are relative to."""
+    return bool(going_on(folder, pattern))
+
+
+def going_on(folder: str, pattern: str) -> frozenset[int]:
+    """The steps of the pattern that may come next, below this folder. A folder of fewer of them holds nothing more."""
+    return reached(folder, pattern) - {len(_steps(pattern))}
+
+
+def reached(name: str, pattern: str) -> frozenset[int]:
+    """How many steps of the pattern may lie behind, after all parts of the name; none: it selects nothing there."""
+    steps = _steps(pattern)
+    reached = _with_skipped({0}, steps)
+    for part in name.split("/") if name else ():
+        following = set()
+        for at in reached:
+            if at == len(steps):
+                continue
+            step = steps[at]
+            if step is None:
+                following |= {at} if not part.startswith(".") else set()
+            elif step.fullmatch(part):
+                following.add(at + 1)
+        reached = _with_skipped(following, steps)
+    return frozenset(reached)
+
+
+def _with_skipped(reached: set[int], steps: tuple[re.Pattern[str] | None, ...]) -> set[int]:
+    """With those reached by `**` that stands for nothing."""
+    for at in sorted(reached):
+        while at < len(steps) and steps[at] is None:
+            at += 1
+            reached.add(at)
+    return reached
+
+
+@functools.lru_cache(maxsize=64)
+def _steps(pattern: str) -> tuple[re.Pattern[str] | None, ...]:
+    pieces = [piece for piece in pattern.split("/") if piece]
+    if pieces[-1:] == ["**"]:
+        pieces.append("*")
+    return tuple(None if piece == "**" else _step(piece) for piece in pieces)
+
+
+def _step(piece: str) -> re.Pattern[str]:
+    hidden = "" if piece.startswith(".") else r"(?!\.)"
+    return re.compile(hidden + fnmatch.translate(piece))
+
+
+def split(pattern: str) -> tuple[pathlib.Path, str]:
+    """The folder before the first wildcard, and the pattern of the names below it.
+
+    Raises:
+      DataError: the pattern leaves a folder again after a wildcard.
+    """
+    pieces = pathlib.PurePath(pattern).parts
+    root = list(itertools.takewhile(lambda piece: not is_pattern(piece), pieces))
+    below = pieces[len(root) :]
+    if ".." in below:
+        raise DataError(f"{pattern} has '..' after a wildcard; write the folder that is meant")
+    return pathlib.Path(*root), "/".join(below)
+
+
+def find(root: pathlib.Path, pattern: str) -> tuple[list[str], int]:
+    """The files below `root` that a pattern selects, sorted; and how many further names of the same files there are.
+
+    Links are followed. Every real folder is entered once, or again where another step of the pattern comes next, and
+    every real file is taken once, so that a loop ends and no file counts twice: under a name that has no link in it, or
+    else under the first in sorted order.
+
+    Raises:
+      OSError: a folder that may hold some cannot be read.
+    """
+    found: list[str] = []
+    seen: dict[tuple[int, int], list[frozenset[int]]] = {}  # with which steps of the pattern to come
+    repeated = 0
+    pending, links = [""], list[str]()
+    while pending or links:
+        if not pending:
+            links.sort(reverse=True)
+        name = (pending or links).pop()
+        selected = bool(name) and matches(name, pattern)
+        status = _status(root / name) if selected or may_hold(name, pattern) else None
+        if status is None:
+            continue
+        steps, before = going_on(name, pattern), seen.setdefault((status.st_dev, status.st_ino), [])
+        is_new = not any(steps <= others for others in before)
+        if stat.S_ISREG(status.st_mode) and selected:
+            found += [name] if not before else []
+            repeated += bool(before)
+            before.append(steps)
+        elif stat.S_ISDIR(status.st_mode) and is_new:
+            before.append(steps)
+            with os.scandir(root / name) as entries:
+                for entry in sorted(entries, key=lambda e: e.name, reverse=True):
+                    (links if entry.is_symlink() else pending).append(f"{name}/{entry.name}".lstrip("/"))
+    return sorted(found), repeated
+
+
+def _status(path: pathlib.Path) -> os.stat_result | None:
+    """None for a link that leads nowhere."""
+    try:
+        return path.stat()
+    except OSError as e:
+        if e.errno in (errno.ENOENT, errno.ELOOP):
+            return None
+        raise
