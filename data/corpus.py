@@ -1,19 +1,22 @@
 """Where text comes from: a file, a directory, a glob, or a corpus known by name. A corpus is a list of files."""
 
 import dataclasses
-import glob
+import errno
 import hashlib
 import http.client
-import itertools
 import os
 import pathlib
+import stat
 import sysconfig
-import tempfile
 import urllib.error
 import urllib.request
-from typing import IO
+from collections.abc import Sequence
+from typing import IO, NamedTuple
 
+from data import names, recognize, spool, walk
 from data.errors import DataError
+from data.files import write_durably
+from data.problems import Problems
 
 SHAKESPEARE_REPOSITORY_FILE = "karpathy/char-rnn, file data/tinyshakespeare/input.txt"
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -22,103 +25,138 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 STDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "__pycache__", "lib2to3", "pydoc_data", "encodings"}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class File:
-    """A file of text, JSON lines or Parquet, told by its name, perhaps compressed.
-
-    `name` does not depend on where the corpus lies, so splits by name are the same anywhere.
-    """
+    """`name` does not depend on where the corpus lies, so splits by name are the same anywhere."""
 
     name: str
     path: pathlib.Path
-
-    @property
-    def compression(self) -> str:
-        suffix = self.path.suffix.lower()
-        return suffix[1:] if suffix in (".gz", ".zst") else ""
-
-    @property
-    def kind(self) -> str:
-        """'text' (the file is one document), 'jsonl' or 'parquet' (a document a record)."""
-        name = self.path.with_suffix("") if self.compression else self.path
-        return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(name.suffix.lower(), "text")
+    kind: str = recognize.TEXT  # 'text' (the file is one document), 'jsonl' or 'parquet' (a document a record)
+    compression: str = ""  # or 'gz', 'zst'
+    content: str = ""  # a hash, where it is known: then inode and times say nothing (see spool)
 
     def size(self) -> int:
+        """Bytes on disk, now."""
         return self.path.stat().st_size
 
     def open(self) -> IO[bytes]:
-        try:
-            return self.path.open("rb")
-        except OSError as e:
-            raise DataError(f"cannot read {self.path}: {e.strerror}") from None
+        return opened(self.path)
 
 
-def find(source: str, cache: pathlib.Path) -> list[File]:
-    """The files of `source`, sorted by name, empty ones left out.
+def opened(path: str | pathlib.Path) -> IO[bytes]:
+    """Raises DataError where it cannot be opened."""
+    try:
+        return open(path, "rb")
+    except OSError as e:
+        raise DataError(f"cannot read {path}: {e.strerror}") from None
+
+
+class Found(NamedTuple):
+    files: list[File]  # sorted by name
+    left_out: Problems
+
+
+def is_there(source: str) -> bool:
+    """Whether `find` would look at something that is on this machine."""
+    if source == "tinyshakespeare":
+        return False
+    root = source if os.path.lexists(source) else names.split(source)[0]
+    return source == "python-stdlib" or os.path.lexists(root)
+
+
+def find(
+    source: str,
+    cache: pathlib.Path,
+    *,
+    kind: str = "auto",
+    bad_records: str = "error",
+    own: Sequence[pathlib.Path] = (),
+) -> Found:
+    """The files of `source`, and what was left out of it.
 
     Args:
       source: PATH of a file or directory, a glob (** allowed), 'python-stdlib' or 'tinyshakespeare'.
       cache: where a download is kept.
+      kind: of all files, one of recognize.KINDS; 'auto' to look at each.
+      bad_records: 'skip' leaves out what cannot be read as text in a folder or a glob; 'error' says what it is.
+      own: what the preparation itself writes; passed over.
 
     Raises:
-      DataError: nothing there, or nothing in it.
+      DataError: nothing there, or nothing in it; a file that cannot be looked at, or is not text.
     """
+    left_out = Problems()
     if source == "python-stdlib":
-        root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-        files = [
-            File(p.relative_to(root).as_posix(), p)
-            for p in root.rglob("*.py")
-            if not STDLIB_SKIP & set(p.relative_to(root).parts) and _is_utf8(p)
-        ]
-    elif source == "tinyshakespeare":
-        files = [File("tinyshakespeare.txt", tinyshakespeare(cache))]
-    elif os.path.isdir(source):
-        root = pathlib.Path(source)
-        files = [
-            File(p.relative_to(root).as_posix(), p)
-            for p in root.rglob("*")
-            if p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts)
-        ]
-    elif os.path.exists(source):
-        files = [File(os.path.basename(source), pathlib.Path(source))]
-    else:
-        # Names are relative to the part before the first wildcard. Several ** can match one file more than once.
-        root = pathlib.Path(*itertools.takewhile(lambda part: not glob.has_magic(part), pathlib.Path(source).parts))
-        paths = {pathlib.Path(p) for p in glob.glob(source, recursive=True) if os.path.isfile(p)}
-        files = [File(p.relative_to(root).as_posix(), p) for p in paths]
-        if not files:
-            raise DataError(
-                f"--source={source} is no file, directory or matching glob, and not one of the corpora known by name: "
-                "python-stdlib, tinyshakespeare"
-            )
-    files = sorted((d for d in files if d.size() > 0), key=lambda d: d.name)
+        return Found(_python_stdlib(), left_out)
+    if source == "tinyshakespeare":
+        return Found([File("tinyshakespeare.txt", tinyshakespeare(cache))], left_out)
+    path = pathlib.Path(source)
+    status = _status(path)
+    if status is not None and not stat.S_ISDIR(status.st_mode):
+        return Found([_named(path, status, kind)], left_out)
+    root, pattern = (path, walk.ALL) if status is not None else names.split(source)
+    there = walk.walk(root, pattern, left_out, _skip(own)) if _status(root) is not None else []
+    if status is None and not there:
+        raise DataError(
+            f"--source={source} is not a file, a directory or a glob that matches a text, and not one of the corpora "
+            f"known by name: python-stdlib, tinyshakespeare. {_told(left_out)}"
+        )
+    files = [file for one in there if (file := _recognized(one, kind, bad_records, left_out)) is not None]
     if not files:
-        raise DataError(f"--source={source} holds no text: it is empty, or every file in it is")
-    return files
+        raise DataError(f"--source={source} holds no text: {_told(left_out) or 'it is empty'}")
+    return Found(files, left_out)
 
 
-def spool(stream: IO[bytes], folder: pathlib.Path, suffix: str) -> pathlib.Path:
-    """Keeps a stream in a file of `folder`, named and dated so that the same text is the same file.
+def is_pipe(source: str) -> bool:
+    """Whether it can be read only once. Raises DataError where it cannot be looked at."""
+    status = _status(pathlib.Path(source))
+    return status is not None and stat.S_ISFIFO(status.st_mode)
 
-    Raises:
-      DataError: the folder cannot be written.
-    """
-    digest = hashlib.sha256()
+
+def _status(path: pathlib.Path) -> os.stat_result | None:
+    """None where nothing is."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".stdin-", delete=False) as f:
-            try:
-                while block := stream.read(1 << 20):
-                    f.write(block)
-                    digest.update(block)
-            except BaseException:
-                os.unlink(f.name)
-                raise
-        path = folder / f".stdin-{digest.hexdigest()[:16]}.{suffix}"
-        os.utime(f.name, (0, 0))
-        return pathlib.Path(f.name).replace(path)
-    except OSError as e:
-        raise DataError(f"cannot keep standard input in {folder}: {e.strerror}") from None
+        return path.stat()
+    except (OSError, ValueError) as e:
+        if isinstance(e, OSError) and e.errno not in walk.NOWHERE and e.errno != errno.ENAMETOOLONG:
+            raise DataError(f"cannot read {path}: {e.strerror}") from None
+        return None
+
+
+def _named(path: pathlib.Path, status: os.stat_result, kind: str) -> File:
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"--source={path} is not a file; write what it gives to one, or use --source=- < {path}")
+    if not status.st_size:
+        raise DataError(f"--source={path} holds no text: it is empty")
+    found = recognize.recognize(path, kind)
+    return File(path.name, path, found.name, found.compression, spool.content(path))
+
+
+def _recognized(there: walk.Found, kind: str, bad_records: str, left_out: Problems) -> File | None:
+    path = pathlib.Path(there.path)
+    try:
+        found = recognize.recognize(path, kind)
+    except recognize.Refusal as e:
+        if not e.is_media and bad_records == "error":
+            raise DataError(f"{e}; --bad_records=skip leaves such files out, counted") from None
+        left_out.found("media, left out" if e.is_media else "not text, left out", f"{path} ({e.what})")
+        return None
+    return File(there.name, path, found.name, found.compression)
+
+
+def _told(left_out: Problems) -> str:
+    return "; ".join(f"{kind}: {n}, first {left_out.examples[kind][0]}" for kind, n in left_out.counts.items())
+
+
+def _skip(own: Sequence[pathlib.Path]) -> walk.Skip:
+    places = {(os.path.realpath(path.parent), path.name) for path in own}
+    own_names = {name for _, name in places}
+    return lambda folder, name: name in own_names and (os.path.realpath(folder), name) in places
+
+
+def _python_stdlib() -> list[File]:
+    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    there = walk.walk(root, "**/*.py", Problems(), lambda folder, name: name in STDLIB_SKIP)
+    return [File(one.name, path) for one in there if _is_utf8(path := pathlib.Path(one.path))]
 
 
 def _is_utf8(path: pathlib.Path) -> bool:
@@ -143,10 +181,11 @@ def tinyshakespeare(cache: pathlib.Path) -> pathlib.Path:
                 "--source=PATH"
             ) from None
         _check_sha256(raw, SHAKESPEARE_URL)
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(raw)
-        partial.replace(path)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            write_durably(path, raw)
+        except OSError as e:
+            raise DataError(f"cannot keep tinyshakespeare at {path}: {e.strerror}") from None
     else:
         _check_sha256(path.read_bytes(), str(path))
     return path
@@ -164,14 +203,25 @@ def _check_sha256(raw: bytes, where: str) -> None:
 def split(files: list[File], val_fraction: float) -> tuple[list[File], list[File]]:
     """Train and validation files, whole, chosen by a hash of their names until `val_fraction` of the bytes is met.
 
-    At least one file stays on each side. A corpus of one file is not split here (see prepare).
+    A file that would make it more than twice that share, or most of the corpus, is passed over. At least one file stays
+    on each side. A corpus of one file is not split here (see prepare).
     """
-    by_hash = sorted(files, key=lambda d: hashlib.sha256(d.name.encode()).digest())
-    wanted = val_fraction * sum(d.size() for d in files)
-    val: list[File] = []
-    size = 0
-    while size < wanted and len(val) < len(files) - 1:
-        val.append(by_hash[len(val)])
-        size += val[-1].size()
-    names = {d.name for d in val}
-    return [d for d in files if d.name not in names], [d for d in files if d.name in names]
+    if val_fraction > 0.5:
+        val, train = split(files, 1 - val_fraction)
+        return train, val
+    sizes = {file.name: file.size() for file in files}
+    wanted = val_fraction * sum(sizes.values())
+    most = min(2 * wanted, max(sum(sizes.values()) / 2, 1.25 * wanted))
+    chosen: set[str] = set()
+    size, rest = 0, []
+    for name in sorted(sizes, key=lambda name: hashlib.sha256(os.fsencode(name)).digest()):
+        if size < wanted and size + sizes[name] <= most:
+            chosen.add(name)
+            size += sizes[name]
+        else:
+            rest.append(name)
+    if wanted and size < wanted and len(rest) > 1:
+        nearest = min(rest, key=sizes.__getitem__)
+        if not chosen or size + sizes[nearest] - wanted < wanted - size:
+            chosen.add(nearest)
+    return [file for file in files if file.name not in chosen], [file for file in files if file.name in chosen]

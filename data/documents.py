@@ -1,29 +1,36 @@
 """Documents out of files. A stretch is a part of one file that can be read alone: a byte range of text or JSON lines,
-a row group of Parquet, a whole compressed file. A unit is a few stretches: what one worker does at a time, and what a
+row groups of Parquet, a whole compressed file. A unit is a few stretches: what one worker does at a time, and what a
 preparation that was killed need not do again.
 
 The cuts depend on the files alone, never on the number of workers, so neither does the result.
 """
 
 import codecs
-import collections
 import dataclasses
 import functools
 import gzip
-import io
+import itertools
 import json
+import os
+import pathlib
+import re
 import zlib
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from data.corpus import File
 from data.errors import DataError
+from data.problems import NUL, REPLACED, Lines, Place, Problems
 
 UNIT_BYTES = 8 << 20  # a worker holds some 20 bytes of memory for each
 LONG_LINE_BYTES = 64 << 20  # of a record; taken, and counted: most often newlines were lost
-LINE_SEARCH_BYTES = 1 << 20  # a text without a newline for so long is cut between two characters
+MAX_LINE_BYTES = 1 << 30  # a longer one is a bad record: reading it would take several times the memory
+LINE_SEARCH_BYTES = 1 << 16  # in which a place is looked for where a text can be cut
 BLOCK_BYTES = 1 << 16  # read or decompressed at a time
-EXAMPLES = 3  # of each kind of problem that are named; all are counted
+ZSTD_BYTES = 256  # given to zstandard at a time: four of them may become 128 KiB
+ZSTD_WINDOW_BYTES = 1 << 31  # as `zstd --long=31` writes
+ROWS = 128  # of Parquet, held at a time
+BYTE_ORDER_MARK = codecs.BOM_UTF8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +38,7 @@ class Stretch:
     file: File
     start: int  # bytes; of Parquet, the row group; of a compressed file 0
     stop: int
+    first: bool  # whether the file begins here; with a byte order mark, `start` is after it
     last: bool  # whether the file ends here
     size: int  # bytes on disk, for the progress
     split: str | None = None  # 'train' or 'val' where the whole file goes to one
@@ -46,7 +54,13 @@ class Reading:
     text_key: str = "text"
     invalid_utf8: str = "replace"  # by U+FFFD, counted; or 'error'
     bad_records: str = "error"  # or 'skip', counted: broken JSON, no text under the key, a compressed file cut off
-    raw: bool = False  # text as bytes, whatever they are
+    raw: bool = False  # text as bytes, whatever they are; of a record, the UTF-8 of its text
+
+
+class Piece(NamedTuple):
+    text: str | bytes  # never empty
+    begins: bool  # whether a document begins with it
+    ends: bool
 
 
 def bytes_of(unit: Unit) -> int:
@@ -54,31 +68,12 @@ def bytes_of(unit: Unit) -> int:
     return sum(stretch.size for stretch in unit)
 
 
-class Problems:
-    """What was wrong with the input and where: everything counted, a few of each kind named."""
-
-    def __init__(self, counts: dict[str, int] | None = None, examples: dict[str, list[str]] | None = None):
-        self.counts = collections.Counter(counts or {})
-        self.examples: dict[str, list[str]] = examples or {}
-
-    def found(self, kind: str, where: str, times: int = 1) -> None:
-        self.counts[kind] += times
-        examples = self.examples.setdefault(kind, [])
-        if len(examples) < EXAMPLES:
-            examples.append(where)
-
-    def add(self, other: "Problems") -> None:
-        self.counts.update(other.counts)
-        for kind, examples in other.examples.items():
-            mine = self.examples.setdefault(kind, [])
-            mine.extend(examples[: EXAMPLES - len(mine)])
-
-    def to_json(self) -> dict[str, Any]:
-        return {"counts": dict(self.counts), "examples": self.examples}
-
-
 def plan(files: list[File], splits: dict[str, str] | None = None) -> list[Unit]:
-    """The units of all files in their order: large files cut, small ones together. `splits`: of each file's name."""
+    """The units of all files in their order: large files cut, small ones together. `splits`: of each file's name.
+
+    Raises:
+      DataError: a file cannot be read.
+    """
     units: list[Unit] = []
     current: list[Stretch] = []
     filled = 0
@@ -95,97 +90,150 @@ def plan(files: list[File], splits: dict[str, str] | None = None) -> list[Unit]:
 
 
 def _stretches(file: File) -> Iterator[Stretch]:
-    size = file.size()
+    try:
+        yield from _cuts(file, file.size())
+    except OSError as e:
+        raise DataError(_cannot_read(file, e)) from None
+
+
+def _cannot_read(file: File, error: OSError) -> str:
+    return f"cannot read {file.path}: {error.strerror or _first_line(error)}"
+
+
+def _cuts(file: File, size: int) -> Iterator[Stretch]:
     if file.kind == "parquet":
-        groups = _parquet(file).num_row_groups
-        for i in range(groups):
-            yield Stretch(file, i, i + 1, i == groups - 1, size // groups)
-        return
-    start = 0
-    if not file.compression:
+        groups = _parquet(file)[0].num_row_groups
+        some = max(1, UNIT_BYTES * groups // size)
+        for start in range(0, max(1, groups), some):
+            stop = min(start + some, groups)
+            yield Stretch(file, start, stop, start == 0, stop == groups, size * (stop - start) // max(1, groups))
+    elif file.compression:
+        yield Stretch(file, 0, size, True, True, size)
+    else:
         with file.open() as f:
-            while size - start > UNIT_BYTES * 5 // 4:
-                stop = _cut(f, start + UNIT_BYTES, size, LINE_SEARCH_BYTES if file.kind == "text" else size)
-                if stop == size:
-                    break
-                yield Stretch(file, start, stop, False, stop - start)
+            start = begin = len(BYTE_ORDER_MARK) if f.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK else 0
+            cut = _cut_text if file.kind == "text" else _cut_lines
+            while size - start > UNIT_BYTES and (stop := cut(f, start + UNIT_BYTES, size)) < size:
+                yield Stretch(file, start, stop, start == begin, False, stop - start)
                 start = stop
-    yield Stretch(file, start, size, True, size - start)
+        yield Stretch(file, start, size, start == begin, True, size - start)
 
 
-def _cut(f: IO[bytes], at: int, size: int, search: int) -> int:
-    """The place after the first newline from `at` on; without one for `search` bytes, between two characters."""
+def _cut_lines(f: IO[bytes], at: int, size: int) -> int:
+    """The place after the first newline from `at` on."""
     f.seek(at)
-    seen = 0
-    while seen < search:
-        block = f.read(min(1 << 16, search - seen))
-        if not block:
-            return size
+    while block := f.read(BLOCK_BYTES):
         if (newline := block.find(b"\n")) >= 0:
-            return at + seen + newline + 1
-        seen += len(block)
+            return at + newline + 1
+        at += len(block)
+    return size
+
+
+def _cut_text(f: IO[bytes], at: int, size: int) -> int:
     f.seek(at)
-    following = f.read(4)  # a character has at most three continuation bytes, 0b10xxxxxx
-    return at + next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), 0)
+    return at + cut(f.read(3 + LINE_SEARCH_BYTES))
 
 
-def read(stretch: Stretch, reading: Reading, problems: Problems) -> Iterator[tuple[str | bytes, bool]]:
-    """(text, whether a document ends with it) of a stretch, in order; empty documents are counted and left out.
+# Tokenizers begin a token at a single space between two words, and after a newline between two lines; so a text cut
+# there has the tokens of the whole. Runs of white space can be one token.
+PLACES = [re.compile(place) for place in (r"(?<=\S)(?= \S)", r"(?<=\S\n)(?=\S)", r"(?=\s)")]
+
+
+def cut(window: bytes) -> int:
+    """Where in `window`, a part of a text in UTF-8, the text is cut: before a single space, else after a single
+    newline, else before other white space, else between characters."""
+    begin = _rest_of_character(window)
+    text = window[begin:].decode("utf-8", "surrogateescape")
+    for place in PLACES:
+        if found := place.search(text):
+            return begin + len(text[: found.start()].encode("utf-8", "surrogateescape"))
+    return begin
+
+
+def _rest_of_character(raw: bytes) -> int:
+    """How many bytes at the beginning may be the rest of a character: continuation bytes, 0b10xxxxxx, at most three."""
+    return next((i for i, byte in enumerate(raw[:3]) if byte & 0xC0 != 0x80), min(3, len(raw)))
+
+
+def read(stretch: Stretch, reading: Reading, problems: Problems) -> Iterator[Piece]:
+    """The documents of a stretch in order, long texts in pieces; bytes where reading.raw, else str. A text has the
+    same pieces whether its file is compressed or not. Empty documents are counted and left out.
 
     Raises:
       DataError: the file cannot be read, or holds what `reading` does not allow; it names file and place.
     """
     kind = {"text": _read_text, "jsonl": _read_json_lines, "parquet": _read_parquet}[stretch.file.kind]
     try:
-        yield from kind(stretch, reading, problems)
+        for piece in kind(stretch, reading, problems):
+            problems.characters += len(piece.text)
+            yield piece
     except OSError as e:
-        raise DataError(f"cannot read {stretch.file.path}: {e.strerror or e}") from None
+        raise DataError(_cannot_read(stretch.file, e)) from None
 
 
-def _read_text(stretch: Stretch, reading: Reading, problems: Problems) -> Iterator[tuple[str | bytes, bool]]:
-    offset, empty = stretch.start, True
-    for raw, last in _pieces(stretch, reading, problems):
-        where = f"{stretch.file.path} offset {offset}"
-        offset += len(raw)
-        empty = empty and not raw
-        if raw or not empty:
-            yield (raw if reading.raw else _decode(raw, stretch.file, offset - len(raw), reading, problems)), last
-        if b"\0" in raw and not reading.raw:
-            problems.found("text with NUL characters", where)
-    if empty:
-        problems.found("empty document", str(stretch.file.path))
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
-def _pieces(stretch: Stretch, reading: Reading, problems: Problems) -> Iterator[tuple[bytes, bool]]:
-    """Bytes of a text and whether they end it: all of a stretch; of a compressed file, UNIT_BYTES at a time."""
+def _read_text(stretch: Stretch, reading: Reading, problems: Problems) -> Iterator[Piece]:
     with stretch.file.open() as f:
-        if not stretch.file.compression:
-            f.seek(stretch.start)
-            raw = f.read(stretch.stop - stretch.start)
-            if len(raw) < stretch.stop - stretch.start:
-                raise DataError(f"{stretch.file.path} became shorter while it was read; start again")
-            yield raw, stretch.last
-            return
-        decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        for block in _decompressed(f, stretch, reading, problems):
-            # Held back until it is whole: a character cut by the end of a block.
-            piece = block if reading.raw else decoder.decode(block).encode("utf-8", "surrogateescape")
-            yield piece, False
-        yield (b"" if reading.raw else decoder.decode(b"", True).encode("utf-8", "surrogateescape")), True
+        offset, blocks = _content(f, stretch, reading, problems)
+        pieces = _cut_up(blocks) if stretch.file.compression else iter([b"".join(blocks)])
+        begins = stretch.first
+        raw = next(pieces)
+        while raw:
+            following = next(pieces, b"")
+            text = raw if reading.raw else _text(raw, stretch.file, offset, reading, problems)
+            yield Piece(text, begins, stretch.last and not following)
+            offset, raw, begins = offset + len(raw), following, False
+        if begins:
+            problems.found("empty document", str(stretch.file.path))
+
+
+def _cut_up(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """The pieces of a text that comes in blocks, as `plan` cuts one that is on a disk; at least one, perhaps empty."""
+    held = bytearray()
+    for block in itertools.chain(blocks, [None]):
+        held += block or b""
+        enough = UNIT_BYTES + 3 + LINE_SEARCH_BYTES
+        while len(held) >= enough or (block is None and len(held) > UNIT_BYTES):
+            at = UNIT_BYTES + cut(bytes(held[UNIT_BYTES:enough]))
+            yield bytes(held[:at])
+            del held[:at]
+    yield bytes(held)
+
+
+def _content(f: IO[bytes], stretch: Stretch, reading: Reading, problems: Problems) -> tuple[int, Iterator[bytes]]:
+    """The bytes of text or JSON lines, decompressed, without a byte order mark; and the offset of the first."""
+    start, blocks = stretch.start, _on_disk(f, stretch)
+    if stretch.file.compression:
+        blocks, head = _decompressed(f, stretch, reading, problems), b""
+        while len(head) < len(BYTE_ORDER_MARK) and (block := next(blocks, b"")):
+            head += block
+        start = len(BYTE_ORDER_MARK) if head.startswith(BYTE_ORDER_MARK) else 0
+        blocks = itertools.chain([head[start:]], blocks)
+    if stretch.first and start:
+        problems.found("byte order mark, taken off", str(stretch.file.path))
+    return start, blocks
+
+
+def _on_disk(f: IO[bytes], stretch: Stretch) -> Iterator[bytes]:
+    f.seek(stretch.start)
+    left = stretch.stop - stretch.start
+    while left:
+        block = f.read(min(left, BLOCK_BYTES))
+        if not block:
+            raise DataError(f"{stretch.file.path} became shorter while it was read; start again")
+        left -= len(block)
+        yield block
 
 
 def _decompressed(f: IO[bytes], stretch: Stretch, reading: Reading, problems: Problems) -> Iterator[bytes]:
-    """UNIT_BYTES at a time; of a damaged file what comes before the damage."""
-    gathered = io.BytesIO()
+    """Blocks, none of them empty; of a damaged file what comes before the damage."""
     try:
-        for block in _gunzip(f) if stretch.file.compression == "gz" else _unzstd(f, stretch.file):
-            gathered.write(block)
-            if gathered.tell() >= UNIT_BYTES:
-                yield gathered.getvalue()
-                gathered = io.BytesIO()
+        yield from filter(None, _gunzip(f) if stretch.file.compression == "gz" else _unzstd(f, stretch.file))
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         _bad("damaged compressed file", f"{stretch.file.path} ({e})", reading, problems)
-    yield gathered.getvalue()
 
 
 def _gunzip(f: IO[bytes]) -> Iterator[bytes]:
@@ -198,163 +246,242 @@ def _unzstd(f: IO[bytes], file: File) -> Iterator[bytes]:
         import zstandard
     except ImportError:
         raise DataError(f"{file.path} needs the zstandard package: pip install 'meshlm[data]'") from None
-    frame, begun = zstandard.ZstdDecompressor().decompressobj(), False
-    while raw := f.read(BLOCK_BYTES):
+    new_frame = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES).decompressobj
+    frame, begun = new_frame(), False
+    while raw := f.read(ZSTD_BYTES):
         while raw:
             try:
                 yield frame.decompress(raw)
             except zstandard.ZstdError as e:
-                raise EOFError(str(e)) from None
+                if "allocation" in str(e).lower():  # nothing is wrong with the file
+                    raise DataError(f"cannot decompress {file.path}: {e}; its window needs up to 2 GiB") from None
+                hint = "; perhaps it was compressed with one: zstd -d -D FILE" if "ictionary" in str(e) else ""
+                raise EOFError(f"{e}{hint}") from None
             begun, raw = not frame.eof, frame.unused_data
             if frame.eof:
-                frame = zstandard.ZstdDecompressor().decompressobj()
+                frame = new_frame()
     if begun:
         raise EOFError("the file ended before its last frame did")
 
 
-def _decode(raw: bytes, file: File, offset: int, reading: Reading, problems: Problems) -> str:
-    """Text with newlines as they are."""
+def _not_utf8(where: str) -> DataError:
+    return DataError(
+        f"{where}; convert the file, use --invalid_utf8=replace, or --tokenizer=byte, which takes any bytes of text"
+    )
+
+
+def _text(raw: bytes, file: File, offset: int, reading: Reading, problems: Problems) -> str:
+    """A piece of a text file, which begins at `offset`; newlines stay as they are."""
+    if nuls := raw.count(b"\0"):
+        problems.found(NUL, Place(str(file.path), "offset", offset + raw.index(b"\0")), nuls)
+    parts, start = [], 0
+    while start < len(raw):  # by blocks, because strict decoding is several times faster, and most blocks allow it
+        stop = start + BLOCK_BYTES
+        stop += _rest_of_character(raw[stop : stop + 3])
+        part = raw[start:stop]
+        try:
+            text = part.decode("utf-8")
+        except UnicodeDecodeError as e:
+            at = offset + start + e.start
+            if reading.invalid_utf8 == "error":
+                raise _not_utf8(f"{file.path} is not UTF-8: byte 0x{part[e.start]:02x} at offset {at}") from None
+            text = part.decode("utf-8", "replace")
+            replaced = text.count("\ufffd") - part.count("\ufffd".encode())
+            problems.found(REPLACED, Place(str(file.path), "offset", at), replaced)
+        parts.append(text)
+        start = stop
+    return "".join(parts)
+
+
+# Stands for bytes of a record that are not UTF-8 until they are counted; JSON may hold such halves as escapes, too.
+HALF = "\ud800"
+
+
+def _half(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return HALF, error.end
+
+
+codecs.register_error("half of a surrogate pair", _half)
+
+
+def _decode(raw: bytes, place: Place, reading: Reading) -> str:
     try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as e:
-        at = offset + e.start
-        if reading.invalid_utf8 == "error":
-            raise DataError(
-                f"{file.path} is not UTF-8: byte 0x{raw[e.start]:02x} at offset {at}; convert the file, "
-                "use --invalid_utf8=replace, or --tokenizer=byte, which takes any bytes"
-            ) from None
-        text = raw.decode("utf-8", "replace")
-        problems.found(
-            "invalid UTF-8, now U+FFFD", f"{file.path} offset {at}", text.count("\ufffd") - raw.count(b"\xef\xbf\xbd")
-        )
-        return text
-
-
-def _read_json_lines(stretch: Stretch, reading: Reading, problems: Problems) -> Iterator[tuple[str, bool]]:
-    with stretch.file.open() as f:
-        lines: Iterator[bytes]
-        if stretch.file.compression:
-            lines, before = _lines(_decompressed(f, stretch, reading, problems)), 0
-        else:
-            f.seek(stretch.start)
-            lines, before = iter(_until(f, stretch.stop)), -1  # counted when there is something to say
-        for i, line in enumerate(map(bytes.strip, lines), 1):
-            if not line:
-                continue
-
-            def where(i: int = i) -> str:
-                nonlocal before
-                if before < 0:
-                    before = _newlines_before(stretch)
-                return f"{stretch.file.path} line {before + i}"
-
-            if len(line) > LONG_LINE_BYTES:
-                problems.found(f"line longer than {LONG_LINE_BYTES >> 20} MiB", where())
-            text = _record_text(line, where, reading, problems)
-            if text is not None:
-                yield text, True
-
-
-def _until(f: IO[bytes], stop: int) -> Iterator[bytes]:
-    left = stop - f.tell()
-    while left > 0 and (line := f.readline()):
-        left -= len(line)
-        yield line
-
-
-def _lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    rest = io.BytesIO()
-    for block in blocks:
-        *whole, tail = block.split(b"\n")
-        for line in whole:
-            rest.write(line)
-            yield rest.getvalue()
-            rest = io.BytesIO()
-        rest.write(tail)
-    yield rest.getvalue()
-
-
-def _newlines_before(stretch: Stretch) -> int:
-    with stretch.file.open() as f:
-        count, left = 0, stretch.start
-        while left and (block := f.read(min(left, 1 << 20))):
-            count, left = count + block.count(b"\n"), left - len(block)
-    return count
-
-
-def _record_text(line: bytes, where, reading: Reading, problems: Problems) -> str | None:
-    try:
-        record = json.loads(line.decode("utf-8"))
+        return raw.decode("utf-8", "strict" if reading.invalid_utf8 == "error" else "half of a surrogate pair")
     except UnicodeDecodeError:
-        if reading.invalid_utf8 == "error":
-            raise DataError(f"{where()} is not UTF-8; convert the file or use --invalid_utf8=replace") from None
-        problems.found("invalid UTF-8, now U+FFFD", where())
-        return _record_text(line.decode("utf-8", "replace").encode(), where, reading, problems)
-    except (ValueError, RecursionError) as e:
-        _bad("broken JSON", f"{where()} ({str(e)[:80]})", reading, problems)
-        return None
-    return _text_of(record, where, reading, problems)
+        raise _not_utf8(f"{_exact(place)} is not UTF-8") from None
 
 
-def _text_of(record: Any, where, reading: Reading, problems: Problems) -> str | None:
-    """The text of a record; None when there is none, which was counted or raised."""
-    if not isinstance(record, dict) or reading.text_key not in record:
-        keys = ", ".join(sorted(map(str, record))[:8]) if isinstance(record, dict) else type(record).__name__
-        _bad("record without the text key", f"{where()} (no {reading.text_key!r}; it has: {keys})", reading, problems)
-        return None
-    text = record[reading.text_key]
-    if not isinstance(text, str):
-        _bad("text that is no string", f"{where()} ({type(text).__name__})", reading, problems)
-        return None
-    if not text:
-        problems.found("empty document", where())
-        return None
-    if "\0" in text:
-        problems.found("text with NUL characters", where())
-    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):  # JSON may hold halves of a pair
-        problems.found("invalid UTF-8, now U+FFFD", where())
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+def _whole(text: str, place: Place, reading: Reading, problems: Problems) -> str:
+    """`text` with U+FFFD for halves of surrogate pairs, counted."""
+    replaced = 0
+    while (half := _first_half(text)) is not None:
+        replaced += text.count(half)
+        text = text.replace(half, "\ufffd")
+    if replaced and reading.invalid_utf8 == "error":
+        raise _not_utf8(f"{_exact(place)} is not UTF-8: it has half of a surrogate pair")
+    if replaced:
+        problems.found(REPLACED, place, replaced)
     return text
 
 
-def _parquet(file: File) -> Any:
+def _first_half(text: str) -> str | None:
+    try:
+        text.encode()  # by far the fastest way to look
+        return None
+    except UnicodeEncodeError as e:
+        return text[e.start]
+
+
+def _read_json_lines(stretch: Stretch, reading: Reading, problems: Problems) -> Iterator[Piece]:
+    path, after = str(stretch.file.path), 0 if stretch.first else stretch.start
+    with stretch.file.open() as f:
+        number = 0
+        for number, line in enumerate(_lines(_content(f, stretch, reading, problems)[1]), 1):
+            text = _of_line(line, Place(path, "line", number, after=after), reading, problems)
+            if text:
+                yield Piece(text, True, True)
+    if not stretch.file.compression:
+        problems.read_lines(Lines(path, after, stretch.stop, number - 1))  # the last line is what follows a newline
+
+
+def _lines(blocks: Iterator[bytes]) -> Iterator[bytes | None]:
+    """Lines without their newline, the last perhaps empty; None in the place of one above MAX_LINE_BYTES."""
+    held: list[bytes] = []
+    size = 0
+    for block in blocks:
+        first, *others = block.split(b"\n")
+        size += len(first)
+        if size <= MAX_LINE_BYTES:
+            held.append(first)
+        else:
+            held.clear()
+        if others:
+            yield b"".join(held) if size <= MAX_LINE_BYTES else None
+            yield from others[:-1]
+            held, size = [others[-1]], len(others[-1])
+    yield b"".join(held) if size <= MAX_LINE_BYTES else None
+
+
+# Python's int() refuses more than 4,300 digits, and no number is asked for its value.
+_parse = json.JSONDecoder(parse_int=len).decode
+
+
+def _of_line(line: bytes | None, place: Place, reading: Reading, problems: Problems) -> str | bytes | None:
+    if line is None:
+        _bad(f"record longer than {MAX_LINE_BYTES >> 20} MiB", place, reading, problems)
+        return None
+    if not line or line.isspace():
+        return None
+    if len(line) > LONG_LINE_BYTES:
+        problems.found(f"line longer than {LONG_LINE_BYTES >> 20} MiB", place)
+    try:
+        record = _parse(_decode(line, place, reading))
+    except (ValueError, RecursionError) as e:
+        _bad("broken JSON", place._replace(note=str(e)[:80]), reading, problems)
+        return None
+    if not isinstance(record, dict) or reading.text_key not in record:
+        keys = ", ".join(sorted(map(str, record))[:8]) if isinstance(record, dict) else type(record).__name__
+        note = f"no {reading.text_key!r}; it has: {keys}"
+        _bad("record without the text key", place._replace(note=note), reading, problems)
+        return None
+    return _of_value(record[reading.text_key], place, reading, problems)
+
+
+def _of_value(value: Any, place: Place, reading: Reading, problems: Problems) -> str | bytes | None:
+    """The text of a record; None when there is none, which was counted or raised."""
+    if not isinstance(value, str | bytes):
+        _bad("text that is no string", place._replace(note=type(value).__name__), reading, problems)
+        return None
+    if not value:
+        problems.found("empty document", place)
+        return None
+    if isinstance(value, bytes):  # of Parquet
+        if reading.raw:
+            return value
+        value = _decode(value, place, reading)
+    text = _whole(value, place, reading, problems)
+    if reading.raw:
+        return text.encode()
+    if nuls := text.count("\0"):
+        problems.found(NUL, place, nuls)
+    return text
+
+
+@functools.lru_cache(maxsize=1)
+def _open_parquet(path: pathlib.Path, size: int, mtime_ns: int) -> tuple[Any, list[int]]:
+    """The file, and the number of rows before each of its row groups. To open one takes time for each row group."""
     try:
         import pyarrow.parquet
     except ImportError:
-        raise DataError(f"{file.path} needs the pyarrow package: pip install 'meshlm[data]'") from None
+        raise DataError(f"{path} needs the pyarrow package: pip install 'meshlm[data]'") from None
     import pyarrow
 
     try:
-        return pyarrow.parquet.ParquetFile(file.path)
-    except (OSError, pyarrow.ArrowException) as e:
-        raise DataError(f"{file.path} is not a Parquet file that can be read: {str(e).splitlines()[0]}") from None
+        opened = pyarrow.OSFile(os.fsencode(path))  # a name need not be UTF-8
+        table = pyarrow.parquet.ParquetFile(opened, page_checksum_verification=True)
+        groups = map(table.metadata.row_group, range(table.num_row_groups))
+        return table, list(itertools.accumulate((group.num_rows for group in groups), initial=0))
+    except (OSError, ValueError, pyarrow.ArrowException) as e:  # names of columns may be no UTF-8
+        raise DataError(f"{path} is not a Parquet file that can be read: {_first_line(e)}") from None
 
 
-def _read_parquet(stretch: Stretch, reading: Reading, problems: Problems) -> Iterator[tuple[str, bool]]:
+def _parquet(file: File) -> tuple[Any, list[int]]:
+    stat = file.path.stat()
+    return _open_parquet(file.path, stat.st_size, stat.st_mtime_ns)
+
+
+def _read_parquet(stretch: Stretch, reading: Reading, problems: Problems) -> Iterator[Piece]:
     import pyarrow
 
-    table = _parquet(stretch.file)
-    if reading.text_key not in table.schema_arrow.names:
-        names = ", ".join(table.schema_arrow.names[:8])
-        raise DataError(f"{stretch.file.path} has no column {reading.text_key!r}; name one with --text_key: {names}")
-    number = sum(table.metadata.row_group(i).num_rows for i in range(stretch.start))
-    groups = list(range(stretch.start, stretch.stop))
+    path, key = stretch.file.path, reading.text_key
+    table, rows_before = _parquet(stretch.file)
+    names = table.schema_arrow.names
+    if names.count(key) != 1:
+        has = "two columns" if key in names else "no column"
+        raise DataError(f"{path} has {has} {key!r}; name one with --text_key: {', '.join(names[:8])}")
+    number, groups = rows_before[stretch.start], list(range(stretch.start, stretch.stop))
     try:
-        for batch in table.iter_batches(row_groups=groups, columns=[reading.text_key], batch_size=1024):
-            for value in batch.column(0).to_pylist():
+        for batch in table.iter_batches(ROWS, row_groups=groups, columns=[key], use_threads=False):
+            for value in _values(batch.column(key)):
                 number += 1
-
-                def where(number: int = number) -> str:
-                    return f"{stretch.file.path} row {number}"
-
-                text = _text_of({reading.text_key: value}, where, reading, problems)
-                if text is not None:
-                    yield text, True
-    except pyarrow.ArrowException as e:
-        raise DataError(f"{stretch.file.path} cannot be read after row {number}: {str(e).splitlines()[0]}") from None
+                text = _of_value(value, Place(str(path), "row", number), reading, problems)
+                if text:
+                    yield Piece(text, True, True)
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as e:  # values of other types raise any
+        raise DataError(f"{path} cannot be read after row {number}: {_first_line(e)}") from None
 
 
-def _bad(kind: str, where: str, reading: Reading, problems: Problems) -> None:
+def _values(column: Any) -> list[Any]:
+    """Strings as bytes, for nothing says that they are UTF-8."""
+    import pyarrow
+
+    if isinstance(column, pyarrow.ExtensionArray):
+        column = column.storage
+    if isinstance(column, pyarrow.DictionaryArray):
+        column = column.dictionary_decode()
+    binary = {
+        pyarrow.string(): pyarrow.binary(),
+        pyarrow.large_string(): pyarrow.large_binary(),
+        pyarrow.string_view(): pyarrow.large_binary(),
+    }
+    return column.cast(binary.get(column.type, column.type)).to_pylist()
+
+
+def _bad(kind: str, where: str | Place, reading: Reading, problems: Problems) -> None:
     if reading.bad_records == "error":
-        raise DataError(f"{kind}: {where}; mend it, or pass --bad_records=skip to leave such records out, counted")
+        raise DataError(
+            f"{kind}: {_exact(where)}; mend it, or pass --bad_records=skip to leave such records out, counted"
+        )
     problems.found(kind, where)
+
+
+def _exact(where: str | Place) -> str | Place:
+    """The line counted from the beginning of the file, which is read for it: only where reading ends with it."""
+    if isinstance(where, str) or not where.after:
+        return where
+    with open(where.path, "rb") as f:
+        left, lines = where.after, 0
+        while left and (block := f.read(min(left, 1 << 20))):
+            left, lines = left - len(block), lines + block.count(b"\n")
+    return where._replace(number=where.number + lines, after=0)

@@ -3,23 +3,32 @@
 from collections.abc import Iterator, Sequence
 
 from data import documents
+from data.problems import Problems
 
 BYTES = 200 << 20  # more changes a vocabulary little, and training holds every distinct word in memory
+PARTS = 200  # at most: a place to read from costs time, however little is read there
 
 
 def texts(
-    units: Sequence[documents.Unit], reading: documents.Reading, problems: documents.Problems, max_bytes: int = BYTES
+    units: Sequence[documents.Unit], reading: documents.Reading, problems: Problems, max_bytes: int = BYTES
 ) -> Iterator[str]:
-    """The texts of whole units, about `max_bytes` (on disk) of them; all where that is enough.
+    """About `max_bytes` of text in UTF-8, from the beginnings of units; all of plain files that are not larger.
+
+    After each unit as large a share of the bytes has been taken as of the corpus (on disk) lies behind.
 
     Raises:
       DataError: a file cannot be read.
     """
     total = sum(map(documents.bytes_of, units))
-    share = min(1.0, max_bytes / max(total, 1))
-    for index, unit in enumerate(units):
-        if index == 0 or int((index + 1) * share) > int(index * share):
-            for stretch in unit:
-                for text, _ in documents.read(stretch, reading, problems):
-                    assert isinstance(text, str), "training needs text, not reading.raw"
-                    yield text
+    passed = taken = 0
+    for unit in units:
+        passed += documents.bytes_of(unit)
+        wanted = max_bytes * passed // max(total, 1)
+        if wanted - taken < min(max_bytes // PARTS, documents.bytes_of(unit)):
+            continue
+        for piece in (piece for stretch in unit for piece in documents.read(stretch, reading, problems)):
+            assert isinstance(piece.text, str), "training needs text, not reading.raw"
+            taken += len(piece.text.encode())
+            yield piece.text
+            if taken >= wanted:
+                break

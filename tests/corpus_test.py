@@ -1,15 +1,26 @@
 """Protects where text comes from: the same documents in the same order anywhere, and errors that say what to do."""
 
+import collections
+import glob
 import hashlib
 import http.server
+import itertools
+import os
 import pathlib
+import shutil
 import socket
+import stat
+import subprocess
+import sys
+import tempfile
 import threading
 import urllib.error
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from data import corpus
+from data import corpus, formats
 from data.errors import DataError
 
 
@@ -22,7 +33,7 @@ def write(folder: pathlib.Path, files: dict[str, str | bytes]) -> pathlib.Path:
 
 
 def names(source: object, cache: pathlib.Path) -> list[str]:
-    return [d.name for d in corpus.find(str(source), cache)]
+    return [d.name for d in corpus.find(str(source), cache).files]
 
 
 @pytest.fixture
@@ -32,7 +43,7 @@ def texts(tmp_path):
 
 
 def test_file(texts, tmp_path):
-    (document,) = corpus.find(str(texts / "b.txt"), tmp_path)
+    (document,) = corpus.find(str(texts / "b.txt"), tmp_path).files
     assert (document.name, document.path.read_text(), document.size()) == ("b.txt", "bee", 3)
 
 
@@ -84,8 +95,240 @@ def test_nothing_in_it_is_an_error(source, tmp_path):
         corpus.find(str(tmp_path / source), tmp_path)
 
 
+# Trees of all kinds against a plain reading
+
+NAMES = st.sampled_from(["a", "b.txt", "c.txt", ".h", "caf\udce9", "a b\n", "ü"])
+ENTRIES = st.lists(
+    st.tuples(st.integers(0, 9), NAMES, st.sampled_from(["file", "empty", "folder", "folder", "link", "hard", "pipe"])),
+    max_size=14,
+)
+
+
+def grow(root: str, entries: list[tuple[int, str, str]], loops: bool) -> None:
+    """Makes what `entries` say: each in one of the folders that are there, links to anything that is there or not."""
+    folders, files, everything = [root], [], [*([root] if loops else []), f"{root}/nowhere"]
+    for number, name, kind in entries:
+        path = os.path.join(folders[number % len(folders)], name)
+        if os.path.lexists(path):
+            continue
+        if kind == "folder":
+            os.mkdir(path)
+            folders.append(path)
+        elif kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "hard" and files:
+            os.link(files[number % len(files)], path)
+        elif kind == "link":
+            target = everything[number % len(everything)]
+            if not loops and pathlib.Path(path).is_relative_to(target):
+                continue
+            os.symlink(os.path.relpath(target, os.path.dirname(path)) if number % 2 else target, path)
+        else:
+            pathlib.Path(path).write_text("" if kind == "empty" else f"text {len(files)}")
+            files.append(path)
+        everything.append(path)
+
+
+def read_plainly(root: str) -> tuple[dict[str, str], collections.Counter]:
+    """Name and path of each file of a folder, slowly; and how much of each kind is left out."""
+    found: dict[str, str] = {}
+    entered: list[str] = []
+    left: collections.Counter = collections.Counter()
+    tops, links = [("", root)], []
+    while tops or links:
+        if not tops:
+            tops, links = sorted(links), []
+        name, top = tops.pop(0)
+        places = [(name, top)]
+        if os.path.isdir(top):
+            places = []
+            for folder, inside, files in os.walk(top, onerror=lambda e: (_ for _ in ()).throw(e)):
+                below = os.path.normpath(os.path.join(name, os.path.relpath(folder, top)))
+                if os.path.realpath(folder) in entered:
+                    left["again"] += 1
+                    inside.clear()
+                    continue
+                entered.append(os.path.realpath(folder))
+                for entry in sorted(inside + files):
+                    place = (os.path.normpath(os.path.join(below, entry)), os.path.join(folder, entry))
+                    if entry.startswith("."):
+                        left["hidden"] += 1
+                    elif os.path.islink(place[1]):
+                        links.append(place)
+                    elif entry in files:
+                        places.append(place)
+                inside[:] = [entry for entry in inside if not entry.startswith(".")]
+        for name, path in sorted(places):
+            if not os.path.exists(path):
+                left["nowhere"] += 1
+            elif not os.path.isfile(path):
+                left["neither"] += 1
+            elif not os.path.getsize(path):
+                left["empty"] += 1
+            elif any(os.path.samefile(path, other) for other in found.values()):
+                left["again"] += 1
+            else:
+                found[name] = path
+        if not tops and links:
+            tops, links = sorted(links), []
+    return found, left
+
+
+KINDS = {
+    "again": "the same file or folder by another name, left out",
+    "hidden": "hidden file or folder, left out",
+    "nowhere": "link that leads nowhere, left out",
+    "neither": "neither file nor folder, left out",
+    "empty": "empty file, left out",
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(ENTRIES)
+def test_any_folder_is_read_as_a_plain_reading_does(entries):
+    with tempfile.TemporaryDirectory() as folder:
+        grow(folder, entries, loops=True)
+        expected, left = read_plainly(folder)
+        try:
+            files, left_out = corpus.find(folder, pathlib.Path("unused"))
+        except DataError as e:
+            assert not expected and all(KINDS[kind] in str(e) for kind in left)
+            return
+        assert {file.name: str(file.path) for file in files} == expected
+        assert left_out.counts == {KINDS[kind]: count for kind, count in left.items()}
+
+
+PARTS = st.sampled_from(["**", "*", "a", "?*", "*.txt", "[ab]*", ".h", ".*", "caf*"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(ENTRIES, st.lists(PARTS, min_size=1, max_size=4))
+def test_any_glob_selects_the_files_that_pythons_does_and_each_once(entries, pattern):
+    """Python's takes a file by each of its names, and does not end in loops."""
+    with tempfile.TemporaryDirectory() as folder:
+        grow(folder, entries, loops=False)
+        pattern = "/".join([*pattern, "*"])
+        matches = glob.glob(pattern, root_dir=folder, recursive=True)
+        matches = [m for m in matches if os.path.isfile(f"{folder}/{m}") and os.path.getsize(f"{folder}/{m}")]
+        try:
+            files = corpus.find(f"{folder}/{pattern}", pathlib.Path("unused")).files
+        except DataError:
+            files = []
+        plain = "/".join(itertools.takewhile(lambda part: not glob.has_magic(part), pattern.split("/")))
+        assert {file.name for file in files} <= {os.path.relpath(m, plain or ".") for m in matches}
+        inodes = [os.stat(file.path).st_ino for file in files]
+        assert sorted(inodes) == sorted({os.stat(f"{folder}/{m}").st_ino for m in matches})
+
+
+def test_a_loop_is_entered_once(tmp_path):
+    texts = write(tmp_path / "texts", {"a.txt": "1", "b/c.txt": "2"})
+    for at, target in (("self", "."), ("b/up", ".."), ("b/me", "me"), ("x", "y"), ("y", "x")):
+        (texts / at).symlink_to(target)
+    for source in (texts, texts / "**", texts / "**/*.txt"):
+        files, left_out = corpus.find(str(source), tmp_path)
+        assert [file.name for file in files] == ["a.txt", "b/c.txt"]
+        assert sum(left_out.counts.values()) == 5
+
+
+def test_a_link_out_of_the_folder_is_followed_and_a_name_without_a_link_is_kept(tmp_path):
+    texts = write(tmp_path / "texts", {"z/b.txt": "2"})
+    write(tmp_path / "disk", {"c.txt": "3"})
+    (texts / "part").symlink_to(tmp_path / "disk")
+    (texts / "a.txt").symlink_to("z/b.txt")
+    (texts / "q").symlink_to(tmp_path / "disk")
+    files, left_out = corpus.find(str(texts), tmp_path)
+    assert [file.name for file in files] == ["part/c.txt", "z/b.txt"]
+    (kind,) = left_out.counts
+    assert left_out.counts[kind] == 2 and left_out.examples[kind] == [str(texts / "a.txt"), str(texts / "q")]
+
+
+WITHOUT_PRIVILEGE = (
+    "setpriv",
+    "--bounding-set=-dac_override,-dac_read_search",
+    "--inh-caps=-dac_override,-dac_read_search",
+)
+
+
+@pytest.mark.parametrize("secret", ["secret.txt", "secret/x.txt"])
+@pytest.mark.parametrize("source", ["", "/**/*.txt", "/*/x.txt", "/secret*", "/secret/x.txt", "/secret/*.txt"])
+def test_what_may_not_be_read_is_an_error_that_names_it(secret, source, tmp_path):
+    texts = write(tmp_path / "texts", {"a.txt": "1", "b/x.txt": "1", secret: "2"})
+    closed = texts / secret.split("/")[0]
+    if closed.is_dir() and source == "/secret*":
+        return  # not entered
+    if closed.is_file() and source.endswith(("/x.txt", "t/*.txt")):
+        return  # not selected
+    closed.chmod(0)
+    script = (
+        "import pathlib, sys\nfrom data import corpus\n"
+        "corpus.is_pipe(sys.argv[1]) or corpus.find(sys.argv[1], pathlib.Path('.'))"
+    )
+    command = [sys.executable, "-c", script, f"{texts}{source}"]
+    if os.geteuid() == 0:
+        if not shutil.which("setpriv"):
+            pytest.skip("root may read everything, and setpriv is not there")
+        command = [*WITHOUT_PRIVILEGE, *command]
+    result = subprocess.run(command, text=True, capture_output=True, timeout=60)
+    closed.chmod(stat.S_IRWXU)
+    error = result.stderr.splitlines()[-1]
+    assert result.returncode and f"DataError: cannot read {closed}" in error and "Permission denied" in error
+
+
+def test_own_output_is_never_read(tmp_path):
+    dataset = {formats.MANIFEST: '{"format": "meshlm-tokens"}', "train-00000.bin": b"\0\1", "summary.json": "{}"}
+    texts = write(tmp_path / "texts", {"a.txt": "1", "ds.partial/x.txt": "half", "other/ds.partial/y.txt": "mine"})
+    write(texts / "old", dataset)
+    files, left_out = corpus.find(str(texts), tmp_path, own=[texts / "ds", texts / "ds.partial"])
+    assert [file.name for file in files] == ["a.txt", "other/ds.partial/y.txt"]
+    assert left_out.summary() == {
+        "counts": {"dataset, left out": 1},
+        "examples": {"dataset, left out": [str(texts / "old")]},
+    }
+    with pytest.raises(DataError, match="dataset, left out"):
+        corpus.find(str(texts / "old"), tmp_path)
+
+
+def test_what_is_not_text_is_an_error_or_is_left_out_and_counted(tmp_path):
+    png = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
+    texts = write(
+        tmp_path / "texts", {"a.txt": "1", "b.zip": b"PK\x03\x04" + bytes(99), "c.png": png, "_metadata": "PAR1"}
+    )
+    with pytest.raises(DataError, match=r"b\.zip is a zip archive.*--bad_records=skip"):
+        corpus.find(str(texts), tmp_path)
+    files, left_out = corpus.find(str(texts), tmp_path, bad_records="skip")
+    assert [file.name for file in files] == ["a.txt"]
+    assert left_out.examples == {
+        "metadata of Parquet files, left out": [str(texts / "_metadata")],
+        "not text, left out": [f"{texts / 'b.zip'} (a zip archive)"],
+        "media, left out": [f"{texts / 'c.png'} (an image)"],
+    }
+    for name in ("b.zip", "c.png"):  # a file that was named is meant
+        with pytest.raises(DataError, match=name):
+            corpus.find(str(texts / name), tmp_path, bad_records="skip")
+        assert corpus.find(str(texts / name), tmp_path, kind="text").files[0].kind == "text"
+    assert len(corpus.find(str(texts), tmp_path, kind="text").files) == 3
+
+
+def test_kinds_of_files_in_one_folder(tmp_path):
+    record = '{"text": "x"}\n'
+    texts = write(tmp_path / "texts", {"a.txt": "x", "b.jsonl": "x", "c.json": record, "d.parquet": "PAR1"})
+    files = corpus.find(str(texts), tmp_path).files
+    assert [(file.name, file.kind) for file in files] == [
+        ("a.txt", "text"),
+        ("b.jsonl", "jsonl"),
+        ("c.json", "jsonl"),
+        ("d.parquet", "parquet"),
+    ]
+
+
+def test_a_pipe_is_said_to_be_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="--source=- <"):
+        corpus.find(str(tmp_path / "pipe"), tmp_path)
+
+
 def test_python_stdlib_is_there_sorted_readable_and_always_the_same(tmp_path):
-    first = corpus.find("python-stdlib", tmp_path)
+    first = corpus.find("python-stdlib", tmp_path).files
     found = [d.name for d in first]
     assert len(found) > 100 and {"dataclasses.py", "json/decoder.py"} <= set(found)
     assert found == sorted(set(found))
@@ -134,7 +377,7 @@ def test_tinyshakespeare_is_downloaded_once_and_kept(serve, tmp_path, monkeypatc
     requests = serve(text)
     cache = tmp_path / "new" / "cache"
     for _ in range(2):
-        (document,) = corpus.find("tinyshakespeare", cache)
+        (document,) = corpus.find("tinyshakespeare", cache).files
         assert document.path.read_bytes() == text
     assert len(requests) == 1 and [p.name for p in cache.iterdir()] == ["tinyshakespeare.txt"]
 
@@ -187,7 +430,9 @@ def test_a_failed_download_says_what_to_fetch_and_where_to_put_it(length, status
 
 @pytest.fixture
 def many(tmp_path):
-    return corpus.find(str(write(tmp_path / "many", {f"{i:03}.txt": "x" * (50 + i) for i in range(100)})), tmp_path)
+    return corpus.find(
+        str(write(tmp_path / "many", {f"{i:03}.txt": "x" * (50 + i) for i in range(100)})), tmp_path
+    ).files
 
 
 @pytest.mark.parametrize("val_fraction", [0.01, 0.1, 0.5])
@@ -217,3 +462,26 @@ def test_split_leaves_a_document_on_each_side(many, count, val_fraction):
 
 def test_split_of_nothing_for_validation(many):
     assert corpus.split(many, 0.0) == (many, [])
+
+
+SIZES = st.lists(st.integers(1, 20) | st.integers(1, 10_000), min_size=2, max_size=9)
+
+
+@settings(max_examples=200, deadline=None)
+@given(SIZES, st.floats(0.01, 0.9))
+def test_split_is_never_far_off_where_there_is_a_better_one(sizes, val_fraction):
+    with tempfile.TemporaryDirectory() as folder:
+        files = [corpus.File(f"{i}", pathlib.Path(folder, f"{i}")) for i in range(len(sizes))]
+        for file, size in zip(files, sizes, strict=True):
+            with file.path.open("wb") as f:
+                f.truncate(size)
+        train, val = corpus.split(files, val_fraction)
+    assert train and val and [*train, *val] != val
+    size = dict(zip(files, sizes, strict=True))
+    share = sum(size[file] for file in val) / sum(sizes)
+    subsets = itertools.chain.from_iterable(itertools.combinations(sizes, n) for n in range(1, len(sizes)))
+    best = min(abs(sum(subset) / sum(sizes) - val_fraction) for subset in subsets)
+    smaller = min(val_fraction, 1 - val_fraction)
+    assert abs(share - val_fraction) <= max(best, smaller) + 1e-9
+    if 2 * max(sizes) > sum(sizes) and smaller < 0.25:  # the largest file goes to the larger side
+        assert (share < 0.5) == (val_fraction < 0.5)

@@ -3,29 +3,43 @@
 import gzip
 import json
 import pathlib
+import re
+import tracemalloc
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
 
-from data import corpus, documents
+from data import corpus, documents, prepare
 from data.errors import DataError
+from data.problems import REPLACED
+from tests.texts import damaged as damages
 
 SKIP = {"bad_records": "skip"}
+
+
+def plan(path: pathlib.Path) -> list[documents.Unit]:
+    """The units of a file that is what its name says, whatever is in it."""
+    kind, compression = (*path.name.split(".")[1:], "")[:2]
+    kind = {"txt": "text", "ndjson": "jsonl"}.get(kind, kind)
+    return documents.plan([corpus.File(path.name, path, kind, compression)])
 
 
 def read(path: pathlib.Path, **reading) -> tuple[list, documents.Problems]:
     """All documents of a file, and what was wrong."""
     texts, parts, problems = [], [], documents.Problems()
-    for unit in documents.plan([corpus.File(path.name, path)]):
+    for unit in plan(path):
         for stretch in unit:
-            for text, ends in documents.read(stretch, documents.Reading(**reading), problems):
+            for text, begins, ends in documents.read(stretch, documents.Reading(**reading), problems):
+                assert text and begins == (not parts)
                 parts.append(text)
                 if ends:
                     texts.append(type(text)().join(parts))
                     parts = []
     assert not parts
+    problems.examples = problems.summary()["examples"]
     return texts, problems
 
 
@@ -67,7 +81,7 @@ def test_lines_are_numbered_through_the_file_although_it_is_cut(tmp_path, monkey
     monkeypatch.setattr(documents, "UNIT_BYTES", 100)
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(*[GOOD] * 50, b"bad", *[GOOD] * 50, b"bad"))
-    assert sum(map(len, documents.plan([corpus.File("a", path)]))) > 5
+    assert sum(map(len, plan(path))) > 5
     texts, problems = read(path, **SKIP)
     assert len(texts) == 100
     assert [where.split(" (")[0] for where in problems.examples["broken JSON"]] == [
@@ -96,8 +110,8 @@ def test_nul_is_kept_and_counted(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"one\0two")
     for name, text in (("a.jsonl", "a\0b"), ("b.txt", "one\0two")):
         texts, problems = read(tmp_path / name)
-        assert texts == [text] and problems.counts == {"text with NUL characters": 1}
-        assert str(tmp_path / name) in problems.examples["text with NUL characters"][0]
+        assert texts == [text] and problems.counts == {"NUL characters": 1}
+        assert str(tmp_path / name) in problems.examples["NUL characters"][0]
 
 
 def test_invalid_utf8_is_replaced_and_counted_or_named_with_its_offset(tmp_path):
@@ -115,6 +129,48 @@ def test_invalid_utf8_is_replaced_and_counted_or_named_with_its_offset(tmp_path)
     assert texts == ["good", "\ufffd"] and problems.examples["invalid UTF-8, now U+FFFD"] == [f"{records} line 2"]
     with pytest.raises(DataError, match="line 2 is not UTF-8"):
         read(records, invalid_utf8="error")
+
+
+def test_invalid_utf8_is_counted_by_characters_and_stops_everything_when_asked_to(tmp_path):
+    """In records of any kind, too; halves of surrogate pairs are no UTF-8 either."""
+    bad = [b"\xe9 \xf0\x9f\x98 \xff\xfe", b"\xed\xa0\x80", b"\\ud83d \\ud83d", b"\xe9\\udc00"]
+    for raw, times in zip(bad, (4, 3, 2, 2), strict=True):
+        (tmp_path / "a.jsonl").write_bytes(lines(GOOD, b'{"text": "' + raw + b'"}', GOOD))
+        texts, problems = read(tmp_path / "a.jsonl")
+        assert texts[1].count("\ufffd") == times and problems.counts == {REPLACED: times}
+        assert problems.invalid_share == times / sum(map(len, texts))
+        with pytest.raises(DataError, match="line 2 is not UTF-8"):
+            read(tmp_path / "a.jsonl", invalid_utf8="error", **SKIP)
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [b"good", bad[0]]}), path)
+    assert read(path)[1].counts == {REPLACED: 4}
+    with pytest.raises(DataError, match="row 2 is not UTF-8"):
+        read(path, invalid_utf8="error", **SKIP)
+    assert read(path, invalid_utf8="error", raw=True)[0] == [b"good", bad[0]]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_a_byte_order_mark_is_taken_off_the_beginning_of_a_file(suffix, tmp_path):
+    compress = {".gz": gzip.compress, ".zst": zstandard.compress}.get(suffix, bytes)
+    for kind, raw, expected in (
+        ("txt", b"\xef\xbb\xbfone \xef\xbb\xbftwo", ["one \ufefftwo"]),
+        ("txt", b"\xef\xbb\xbf\xef\xbb\xbf", ["\ufeff"]),
+        ("txt", b"\xef\xbb\xbf", []),
+        ("jsonl", b"\xef\xbb\xbf" + lines(GOOD, {"text": "\ufefflast"}), ["good", "\ufefflast"]),
+    ):
+        path = tmp_path / f"a.{kind}{suffix}"
+        path.write_bytes(compress(raw))
+        for raw in (False, True):
+            texts, problems = read(path, raw=raw)
+            assert texts == [text.encode() if raw else text for text in expected]
+            assert problems.counts.pop("byte order mark, taken off") == 1
+            assert problems.counts == ({} if expected else {"empty document": 1})
+
+
+def test_numbers_may_be_of_any_length(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(*(b'{"n": %s, "text": "good"}' % (b"9" * digits) for digits in (1, 4300, 4301, 100_000))))
+    assert read(path)[0] == ["good"] * 4
 
 
 def test_offsets_count_through_a_file_that_is_cut(tmp_path, monkeypatch):
@@ -163,6 +219,36 @@ def test_a_compressed_file_cut_off_or_damaged(kind, compress, tmp_path):
     assert texts == [(raw + raw).decode()] if kind == "txt" else len(texts) == 40_000
 
 
+def zstd_frame(text: bytes, window_log: int) -> bytes:
+    """One block, not compressed, in a frame that asks for a window of 2**window_log bytes (RFC 8878)."""
+    return b"\x28\xb5\x2f\xfd\0" + bytes([window_log - 10 << 3]) + (len(text) << 3 | 1).to_bytes(3, "little") + text
+
+
+def test_zstd_with_long_windows_is_read_and_with_a_dictionary_it_is_said(tmp_path):
+    path = tmp_path / "a.txt.zst"
+    for window_log in (10, 27, 28, 31):
+        path.write_bytes(zstd_frame(b"some text", window_log))
+        assert read(path)[0] == ["some text"]
+    path.write_bytes(zstd_frame(b"some text", 32))  # which zstd itself does not write
+    with pytest.raises(DataError, match="damaged"):
+        read(path)
+    dictionary = zstandard.train_dictionary(1000, [f"{i} sample {i * i}".encode() for i in range(1000)])
+    path.write_bytes(zstandard.ZstdCompressor(dict_data=dictionary).compress(b"7 sample 49"))
+    with pytest.raises(DataError, match=rf"{path} \(.*ictionary.*perhaps it was compressed with one"):
+        read(path)
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [("gz", gzip.compress), ("zst", zstandard.compress)])
+def test_little_is_held_of_a_file_that_is_small_until_it_is_decompressed(suffix, compress, tmp_path):
+    path = tmp_path / f"a.txt.{suffix}"
+    path.write_bytes(compress(bytes(100 << 20)))
+    (unit,) = plan(path)
+    tracemalloc.start()
+    size = sum(len(piece.text) for piece in documents.read(unit[0], documents.Reading(raw=True), documents.Problems()))
+    assert size == 100 << 20 and tracemalloc.get_traced_memory()[1] < 70 << 20
+    tracemalloc.stop()
+
+
 def test_characters_across_the_blocks_of_a_compressed_file(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "UNIT_BYTES", 7)
     path = tmp_path / "a.txt.gz"
@@ -184,12 +270,53 @@ def test_a_very_long_line_is_taken_and_counted(tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_line_that_is_too_long_is_a_bad_record(suffix, tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 1 << 20)
+    path = tmp_path / f"a.jsonl{suffix}"
+    most = {"text": "x" * ((1 << 20) - len('{"text": ""}'))}
+    raw = lines(most, {"text": "x" * (1 << 20)}, LAST, {"text": "x" * (3 << 20)})
+    path.write_bytes(gzip.compress(raw) if suffix else raw)
+    with pytest.raises(DataError, match=r"record longer than 1 MiB: .* line 2; .*--bad_records=skip"):
+        read(path)
+    texts, problems = read(path, **SKIP)
+    assert texts == [most["text"], "last"] and problems.counts == {"record longer than 1 MiB": 2}
+
+
+def test_the_line_of_an_error_is_counted_from_the_beginning_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "UNIT_BYTES", 100)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + lines(*[GOOD] * 70, b'{"text": "\\ud800"}', b"bad"))
+    with pytest.raises(DataError, match=f"{path} line 72 "):
+        read(path)
+    with pytest.raises(DataError, match=f"{path} line 71 is not UTF-8"):
+        read(path, invalid_utf8="error")
+    # A part that is read alone, as for an excerpt, says from where on it has counted.
+    stretch = plan(path)[-1][0]
+    problems = documents.Problems()
+    list(documents.read(stretch, documents.Reading(**SKIP), problems))
+    (where,) = problems.summary()["examples"]["broken JSON"]
+    number, after = map(int, re.match(rf"{path} line (\d+) after byte (\d+) ", where).groups())
+    assert path.read_bytes()[after:].split(b"\n")[number - 1] == b"bad"
+
+
+def test_problems_cost_no_reading_from_the_beginning(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "UNIT_BYTES", 1000)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(*[GOOD, b"bad"] * 2000))
+    opened = []
+    monkeypatch.setattr(corpus.File, "open", lambda file: opened.append(file) or file.path.open("rb"))
+    monkeypatch.setattr(documents, "_exact", None)
+    assert read(path, **SKIP)[1].counts == {"broken JSON": 2000}
+    assert len(opened) == 1 + len(plan(path))  # by the plan; of each unit once
+
+
 def test_a_text_without_newlines_is_cut_between_characters(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "UNIT_BYTES", 50)
     monkeypatch.setattr(documents, "LINE_SEARCH_BYTES", 10)
     for text in ("東" * 100, "é" * 99, "\U0001f600x" * 55):
         (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-        assert len(documents.plan([corpus.File("a", tmp_path / "a.txt")])) > 2
+        assert len(plan(tmp_path / "a.txt")) > 2
         texts, problems = read(tmp_path / "a.txt")
         assert texts == [text] and not problems.counts
 
@@ -219,11 +346,108 @@ def test_parquet_rows_are_numbered_through_the_file(tmp_path):
     }
 
 
+def test_many_row_groups_are_read_together_and_the_file_is_opened_once(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [f"text {i}" for i in range(600)]}), path, row_group_size=2)
+    monkeypatch.setattr(documents, "UNIT_BYTES", path.stat().st_size // 7)
+    before = documents._open_parquet.cache_info().misses
+    units = plan(path)
+    assert 7 <= len(units) <= 9
+    assert read(path)[0] == [f"text {i}" for i in range(600)]
+    assert documents._open_parquet.cache_info().misses == before + 1
+
+
+def test_a_damaged_parquet_file_is_an_error_of_one_line_or_read(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": ["a", "ü b", None, "x" * 50] * 5, "n": range(20)})
+    pyarrow.parquet.write_table(table, path, row_group_size=7)
+    errors = 0
+    for raw in damages(path.read_bytes(), 300):
+        path.write_bytes(raw)
+        documents._open_parquet.cache_clear()
+        try:
+            read(path, **SKIP)
+        except DataError as e:
+            errors += 1
+            assert str(path) in str(e) and "\n" not in str(e)
+    assert errors > 100
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "née": [1]}), path)
+    path.write_bytes(path.read_bytes().replace("née".encode(), b"n\xe9ee"))
+    with pytest.raises(DataError, match="not a Parquet file that can be read"):
+        read(path)
+
+
+def test_a_column_of_another_type_is_an_error_of_one_line(tmp_path):
+    path = tmp_path / "a.parquet"
+    for column in (
+        pyarrow.array([1_000_000_001], pyarrow.timestamp("ns", "Europe/Berlin")),
+        pyarrow.array([{"text": "a"}]),
+        pyarrow.array([["a"]]),
+        pyarrow.nulls(1),
+        pyarrow.array([1.5]),
+        pyarrow.array([7]).dictionary_encode(),
+    ):
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+        with pytest.raises(DataError, match=rf"{path} (row 1 \(\w+\)|cannot be read after row 0: .)"):
+            read(path)
+
+
+def test_parquet_of_several_such_columns_or_without_rows(tmp_path):
+    path = tmp_path / "a.parquet"
+    twice = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], ["text", "text"])
+    pyarrow.parquet.write_table(twice, path)
+    with pytest.raises(DataError, match="two columns 'text'"):
+        read(path)
+    schema = pyarrow.schema([("text", pyarrow.string())])
+    pyarrow.parquet.ParquetWriter(path, schema).close()
+    assert read(path)[0] == [] and len(plan(path)) == 1
+
+
+@pytest.mark.parametrize("split", ["last", "file", "document"])
+def test_texts_and_records_together_are_bytes_for_the_byte_tokenizer(split, tmp_path):
+    """All of them, in the order of the files; the validation split is a tenth of them, or whole ones of them."""
+    source = tmp_path / "source"
+    source.mkdir()
+    texts = [f"täxt {i} " * 9 for i in range(60)]
+    (source / "a.jsonl").write_bytes(lines(*({"text": text} for text in texts[:20])))
+    (source / "b.txt").write_text(texts[20])
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts[21:50]}), source / "c.parquet", row_group_size=7)
+    (source / "d.jsonl.gz").write_bytes(gzip.compress(lines(*({"text": text} for text in texts[50:]))))
+    manifest = prepare.prepare(tmp_path / "out", source=str(source), tokenizer="byte", split=split)
+    found = {
+        name: np.concatenate([np.fromfile(tmp_path / "out" / shard.file, "<u2") for shard in of.shards])
+        for name, of in manifest.splits.items()
+    }
+    if split == "last":
+        joined = np.concatenate([*found.values()])
+        assert bytes(joined[joined < 256].astype(np.uint8)) == "".join(texts).encode()
+        size = len("".join(texts).encode())
+        assert (found["train"] < 256).sum() == int(size * 0.9)
+    else:
+        apart = [np.split(ids, np.flatnonzero(ids == 256) + 1)[:-1] for ids in found.values()]
+        of = [bytes(d[:-1].astype(np.uint8)).decode() for ids in apart for d in ids]
+        assert sorted(of) == sorted(texts)
+
+
 def test_a_file_that_shrinks_or_vanishes_after_the_plan(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("some text")
-    (unit,) = documents.plan([corpus.File("a", path)])
+    (unit,) = plan(path)
     for act in (lambda: path.write_text("some"), path.unlink):
         act()
         with pytest.raises(DataError, match=str(path)):
             list(documents.read(unit[0], documents.Reading(), documents.Problems()))
+
+
+def test_a_text_has_the_same_tokens_plain_compressed_and_uncut(tmp_path, monkeypatch):
+    text = "".join(f"line {i * i}: “it's” a  wörd,\n\n  and\tmore 東 text\r\n" for i in range(300)).encode()
+    files = {"txt": text, "txt.gz": gzip.compress(text), "txt.zst": zstandard.compress(text)}
+    datasets = set()
+    for unit_bytes in (documents.UNIT_BYTES, 1000):
+        monkeypatch.setattr(documents, "UNIT_BYTES", unit_bytes)
+        for suffix, raw in files.items():
+            (tmp_path / f"in.{suffix}").write_bytes(raw)
+            out = tmp_path / f"{suffix}-{unit_bytes}"
+            prepare.prepare(out, source=str(tmp_path / f"in.{suffix}"), tokenizer="bpe:300", val_fraction=0.0)
+            datasets.add((out / "train-00000.bin").read_bytes())
+    assert len(datasets) == 1

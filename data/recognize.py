@@ -1,0 +1,286 @@
+"""What a file is: text, JSON lines, Parquet, or nothing to train on. The one place that knows kinds of files.
+
+A file is told by its first bytes, after decompression; its name decides only what these leave open.
+"""
+
+import codecs
+import dataclasses
+import functools
+import io
+import itertools
+import json
+import pathlib
+import re
+import zlib
+from collections.abc import Iterator
+
+from data.errors import DataError
+
+HEAD_BYTES = 1 << 16  # of a file, and of what it holds decompressed
+BLOCK_BYTES = 1 << 10  # given to a decompressor at a time: what comes before a damage is seen
+MAX_WRONG = 0.1  # of the first bytes: NULs and bytes that are not UTF-8; a text in Latin-1 has fewer
+MAX_NUL = 0.005  # of the first bytes: binary records have them in the numbers between their texts
+SEEN_LINES = 20  # in which records are looked for: the first may be cut off, or a header
+FEW_BYTES = 256  # a shorter file counts as so long: one odd byte does not make it binary
+TEXT, JSONL, PARQUET = "text", "jsonl", "parquet"
+KINDS = ("auto", TEXT, JSONL, PARQUET)
+
+# RFC 1952; RFC 8878, of which a frame may be skippable.
+COMPRESSIONS = ((re.compile(rb"\x1f\x8b"), "gz"), (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), "zst"))
+COMPRESSION_SUFFIXES = {".gz": "gz", ".gzip": "gz", ".zst": "zst", ".zstd": "zst"}
+PROGRAMS = {"gz": "gzip", "zst": "zstd"}
+RECORD_SUFFIXES = {".jsonl": JSONL, ".ndjson": JSONL, ".jl": JSONL, ".parquet": PARQUET}
+
+UNPACK = "unpack it (gzip and zstd need not be)"
+TO_RECORDS = "convert it to JSON lines or Parquet"
+TO_UTF8 = "convert it with iconv -t UTF-8"
+TOKENS = "launch.train reads token files itself: --config.data.path"
+NO_TEXT = "leave it out"
+
+# First bytes (a pattern), what such a file is, what to do.
+REFUSED = (
+    (rb"version https://git-lfs|/annex/objects/", "a Git LFS or git-annex pointer", "fetch the file itself"),
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-32", TO_UTF8),
+    (rb"\xff\xfe|\xfe\xff", "UTF-16", TO_UTF8),
+    (rb"BZh[1-9](1AY&SY|\x17rE8P)", "compressed by bzip2", UNPACK),
+    (rb"\xfd7zXZ\0", "compressed by xz", UNPACK),
+    (rb"\]\0\0.{2}[\0\xff]{4}", "compressed by lzma", UNPACK),
+    (rb"\x04\x22\x4d\x18|\x02\x21\x4c\x18", "compressed by lz4", UNPACK),
+    (rb"\x1f[\x9d\xa0\x1e]|LZIP[\0\x01]|\x89LZO|\xff\x06\0\0sNaPpY", "compressed by another program than gzip", UNPACK),
+    (rb"PK(\x03\x04|\x05\x06|\x07\x08)", "a zip archive", UNPACK),
+    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", UNPACK),
+    (rb"Rar!\x1a\x07", "a rar archive", UNPACK),
+    (rb".{257}ustar[\0 ]", "a tar archive", UNPACK),
+    (rb"!<arch>\n|\xed\xab\xee\xdb|MSCF\0", "an archive", UNPACK),
+    (rb"WARC/\d", "a web archive", "take the text of its pages out"),
+    (rb"ARROW1\0|\xff\xff\xff\xff.{3}\0|FEA1\0", "Arrow data", TO_RECORDS),
+    (rb"ORC[\0-\x08]|Obj\x01", "ORC or Avro", TO_RECORDS),
+    (rb"PARE.{4}", "encrypted Parquet", TO_RECORDS),
+    (rb"SQLite format 3\0", "an SQLite database", TO_RECORDS),
+    (rb"\x89HDF\r\n\x1a\n", "HDF5", TO_RECORDS),
+    (rb"%PDF-", "a PDF", "take its text out, for example with pdftotext"),
+    (rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1|\{\\rtf", "an office document", "save it as text"),
+    (
+        rb"\x80[\x02-\x05]|\([ld]p0\n|c(copy_reg|numpy|builtins|__builtin__)[\w.]*\n\w+\n",
+        "a pickle, which is never opened",
+        TO_RECORDS,
+    ),
+    (rb"\x93NUMPY", "a NumPy array", TOKENS),
+    (rb"LITPKDS|MMIDIDX\0", "a token file", TOKENS),
+    (rb".{6}\0\0\{\"", "safetensors: a model's weights", NO_TEXT),
+    (rb"GGUF[\x01-\x09]\0", "a GGUF model", NO_TEXT),
+)
+# Of files that are often beside text: in a folder they are left out. Java's classes begin like Mach-O.
+MEDIA = (
+    (
+        rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a|BM.{4}\0\0\0\0|II\*\0|MM\0\*|\0\0\x01\0|8BPS\0\x01|RIFF.{4}WEBP",
+        "an image",
+    ),
+    (rb"RIFF.{4}(WAVE|AVI )|FORM.{4}AIFF|ID3[\x02-\x04]|\xff[\xe2\xe3\xf2\xf3\xfa\xfb]|MThd\0", "media"),
+    (rb"OggS\0|fLaC[\0\x80]\0|\0\0.{2}ftyp|\x1aE\xdf\xa3|FLV\x01|\0\0\x01\xba", "media"),
+    (rb"\0\x01\0\0\0.{7}|OTTO\0|ttcf\0|wOF[F2](\0\x01\0\0|OTTO|true|ttcf)", "a font"),
+    (rb"\x7fELF|MZ.{0,64}\0|[\xce\xcf]\xfa\xed\xfe|\xca\xfe\xba\xbe|\0asm", "a program"),
+)
+# Suffixes of what first bytes do not show.
+REFUSED_SUFFIXES = {
+    ".csv": ("a table", TO_RECORDS),
+    ".tsv": ("a table", TO_RECORDS),
+    ".bz2": ("named as compressed by bzip2", UNPACK),
+    ".xz": ("named as compressed by xz", UNPACK),
+    ".lzma": ("compressed by lzma", UNPACK),
+    ".lz4": ("named as compressed by lz4", UNPACK),
+    ".br": ("compressed by brotli", UNPACK),
+    ".zip": ("named as a zip archive", UNPACK),
+    ".7z": ("named as a 7z archive", UNPACK),
+    ".rar": ("named as a rar archive", UNPACK),
+    ".tar": ("named as a tar archive", UNPACK),
+    ".tgz": ("named as a tar archive", UNPACK),
+    ".arrow": ("Arrow data", TO_RECORDS),
+    ".feather": ("Arrow data", TO_RECORDS),
+    ".orc": ("ORC", TO_RECORDS),
+    ".avro": ("Avro", TO_RECORDS),
+    ".bin": ("a token file", TOKENS),
+    ".idx": ("the index of a token file", TOKENS),
+    ".npy": ("a NumPy array", TOKENS),
+    ".npz": ("NumPy arrays", TO_RECORDS),
+    ".pkl": ("a pickle, which is never opened", TO_RECORDS),
+    ".pickle": ("a pickle, which is never opened", TO_RECORDS),
+    ".safetensors": ("safetensors: a model's weights", NO_TEXT),
+    ".gguf": ("a GGUF model", NO_TEXT),
+    ".tfrecord": ("TFRecord data", TO_RECORDS),
+    ".tfrecords": ("TFRecord data", TO_RECORDS),
+    ".mds": ("MosaicML shards", TO_RECORDS),
+}
+OFFICE_SUFFIXES = {".docx", ".xlsx", ".pptx", ".odt", ".ods", ".odp", ".epub"}
+# Media whose first bytes are of many kinds; only what is not text is taken for them.
+MEDIA_SUFFIXES = {
+    ".bmp",
+    ".mp3",
+    ".aac",
+    ".ts",
+    ".mpg",
+    ".mpeg",
+    ".tga",
+    ".pyc",
+    ".pyo",
+    ".class",
+    ".o",
+    ".obj",
+    ".dds",
+}
+
+_REFUSED = [(re.compile(pattern, re.DOTALL), what, advice) for pattern, what, advice in REFUSED]
+_MEDIA = [(re.compile(pattern, re.DOTALL), what) for pattern, what in MEDIA]
+_BEGINS_OBJECT = re.compile(rb'\s*\{\s*("([^"\\]|\\.)*"\s*:|\})')
+_BEGINS_ARRAY = re.compile(rb"\s*\[\s*\{")
+_BEGINS_JSON_ARRAY = re.compile(rb'\s*\[\s*[\[{"]')  # of what may be texts, in a file that is named .json
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Kind:
+    name: str  # 'text' (the file is one document), 'jsonl' or 'parquet' (a document a record)
+    compression: str  # 'gz', 'zst' or ''
+
+
+class Refusal(DataError):
+    """A file that holds no text. `what` it is; `is_media`: images, sound, fonts and programs, as lie beside text."""
+
+    def __init__(self, path: pathlib.Path, what: str, advice: str, is_media: bool = False):
+        super().__init__(f"{path} is {what}; {advice}, or say --format=text to take it as it is")
+        self.what, self.is_media = what, is_media
+
+
+def recognize(path: pathlib.Path, asked: str = "auto") -> Kind:
+    """What a file is.
+
+    Args:
+      asked: one of KINDS; anything but 'auto' is what it is, whatever it holds.
+
+    Raises:
+      Refusal: there is nothing to train on in it, or it must be said what it is.
+      DataError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as f:
+            raw = f.read(HEAD_BYTES)
+    except OSError as e:
+        raise DataError(f"cannot read {path}: {e.strerror}") from None
+    compression = next((name for pattern, name in COMPRESSIONS if pattern.match(raw)), "")
+    head = _decompressed(raw, compression, path) if compression else raw
+    is_whole = max(len(raw), len(head)) < HEAD_BYTES
+    suffixes = [s.lower() for s in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] in COMPRESSION_SUFFIXES:
+        named = COMPRESSION_SUFFIXES[suffixes.pop()]
+        if not compression and asked == "auto":
+            raise Refusal(path, f"not {PROGRAMS[named]}, though it is named so", "rename it, copy it again")
+    suffix = suffixes[-1] if suffixes else ""
+    name = asked if asked != "auto" else _kind(path, suffix, head, is_whole, compression)
+    if name == PARQUET and compression:
+        raise Refusal(path, f"Parquet inside {PROGRAMS[compression]}", "unpack it")
+    return Kind(name, compression)
+
+
+def _kind(path: pathlib.Path, suffix: str, head: bytes, is_whole: bool, compression: str) -> str:
+    inside = f" inside {PROGRAMS[compression]}" if compression else ""
+    if compression and any(pattern.match(head) for pattern, _ in COMPRESSIONS):
+        raise Refusal(path, "compressed twice", UNPACK)
+    for pattern, what, advice in _REFUSED:
+        if pattern.match(head):
+            raise Refusal(path, ("an office document" if suffix in OFFICE_SUFFIXES else what) + inside, advice)
+    for pattern, what in _MEDIA:
+        if pattern.match(head):
+            raise Refusal(path, what + inside, NO_TEXT, is_media=True)
+    if head.startswith(b"PAR1"):
+        return PARQUET
+    if suffix in RECORD_SUFFIXES:
+        return RECORD_SUFFIXES[suffix]
+    if suffix in REFUSED_SUFFIXES:
+        raise Refusal(path, *REFUSED_SUFFIXES[suffix])
+    wrong = _share_wrong(head)
+    if wrong > MAX_WRONG or head.count(0) > MAX_NUL * max(len(head), FEW_BYTES):
+        if suffix in MEDIA_SUFFIXES:
+            raise Refusal(path, "media", NO_TEXT, is_media=True)
+        what = f"not text: {wrong:.1%} of its first bytes are NUL or not UTF-8"
+        raise Refusal(path, what, f"{TO_UTF8} if it is text in another encoding, leave it out")
+    return _text_or_records(path, suffix, head.removeprefix(codecs.BOM_UTF8), is_whole)
+
+
+def _text_or_records(path: pathlib.Path, suffix: str, head: bytes, is_whole: bool) -> str:
+    lines = list(filter(bytes.strip, io.BytesIO(head)))
+    objects = [_is_object(line, is_cut=not is_whole and not line.endswith(b"\n")) for line in lines[:SEEN_LINES]]
+    is_json = suffix == ".json"
+    if is_json and objects and objects[0]:
+        return JSONL
+    if (_BEGINS_JSON_ARRAY if is_json else _BEGINS_ARRAY).match(head):
+        raise Refusal(path, "a JSON array", "write one record a line, for example with jq -c '.[]'")
+    if is_json and _is_one_of_many(head):
+        raise Refusal(path, "JSON objects that are not one a line", "write them so, for example with jq -c .")
+    if objects and (all(objects) or any(a and b for a, b in itertools.pairwise(objects))):
+        raise Refusal(path, "text that looks like JSON lines", "say --format=jsonl if it is")
+    return TEXT
+
+
+def _is_object(line: bytes, is_cut: bool) -> bool:
+    """Whether a line is a JSON object, or begins like one where the end of the head cuts it."""
+    if is_cut or not line.lstrip().startswith(b"{"):
+        return is_cut and _BEGINS_OBJECT.match(line) is not None
+    try:
+        return isinstance(json.loads(line.decode("utf-8", "replace"), parse_int=len), dict)  # of any length
+    except RecursionError:
+        return _BEGINS_OBJECT.match(line) is not None
+    except ValueError:
+        return False
+
+
+def _is_one_of_many(head: bytes) -> bool:
+    """Whether another object or string follows the first one, which may have several lines."""
+    text = head.decode("utf-8", "replace").lstrip()
+    try:
+        first, end = json.JSONDecoder(parse_int=len).raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(first, dict | str) and text[end:].lstrip()[:1] in ("{", '"', "[", ",")
+
+
+def _share_wrong(head: bytes) -> float:
+    """Of the bytes, those that are NUL or not UTF-8. A character that the end of the head cuts is not wrong."""
+    text = codecs.getincrementaldecoder("utf-8")("replace").decode(head)
+    wrong = head.count(0)
+    if not head.isascii():
+        wrong += text.count("\ufffd") - head.count("\ufffd".encode())
+    return wrong / max(len(head), FEW_BYTES)
+
+
+def _decompressed(raw: bytes, compression: str, path: pathlib.Path) -> bytes:
+    """The first HEAD_BYTES of what is inside; less of a damaged file, which its reader reports."""
+    head = bytearray()
+    for block in _gunzip(raw) if compression == "gz" else _unzstd(raw, path):
+        head += block
+        if len(head) >= HEAD_BYTES:
+            break
+    return bytes(head[:HEAD_BYTES])
+
+
+def _gunzip(raw: bytes) -> Iterator[bytes]:
+    member, left = zlib.decompressobj(zlib.MAX_WBITS | 16), raw
+    while left:
+        try:
+            yield member.decompress(left[:BLOCK_BYTES], HEAD_BYTES)
+        except zlib.error:
+            return
+        left = member.unconsumed_tail + member.unused_data + left[BLOCK_BYTES:]
+        if member.eof:
+            member = zlib.decompressobj(zlib.MAX_WBITS | 16)
+
+
+def _unzstd(raw: bytes, path: pathlib.Path) -> Iterator[bytes]:
+    try:
+        import zstandard
+    except ImportError:
+        raise DataError(f"{path} needs the zstandard package: pip install 'meshlm[data]'") from None
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    with decompressor.stream_reader(raw, read_across_frames=True) as reader:
+        try:
+            yield from iter(functools.partial(reader.read, BLOCK_BYTES), b"")
+        except zstandard.ZstdError:
+            return

@@ -1,0 +1,106 @@
+"""Standard input kept in a file while it is prepared: it is read more than once.
+
+The file is named by its content, so that the same text is the same file, also after a kill. Who uses one holds a shared
+lock on it, and whoever finds one without a lock removes it: at the end of a preparation, or of a later one when that
+was killed.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Iterator
+from typing import IO
+
+from data.errors import DataError
+
+PREFIX = ".meshlm-stdin-"
+OURS = re.compile(re.escape(PREFIX) + r"(([0-9a-f]{32})\.[a-z.]+|[0-9a-z_]{8}\.partial)")
+
+
+@contextlib.contextmanager
+def spooled(stream: IO[bytes], folder: pathlib.Path, suffix: str) -> Iterator[pathlib.Path]:
+    """Yields the path of a file in `folder` that holds all that comes from `stream`, and is removed afterwards.
+
+    Raises:
+      DataError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=PREFIX, suffix=".partial") as f:
+            _lock(f)
+            path = folder / f"{PREFIX}{_copy(stream, f)}.{suffix}"
+            kept = _named(f, path)
+    except OSError as e:
+        raise DataError(f"cannot keep standard input in {folder}: {e.strerror}") from None
+    try:
+        with kept:
+            yield path
+    finally:
+        _remove_unused(folder)
+
+
+def content(path: pathlib.Path) -> str:
+    """What tells the content of a file that is kept here, whenever it was written; '' for any other."""
+    ours = OURS.fullmatch(path.name)
+    return ours[2] or "" if ours else ""
+
+
+def _copy(stream: IO[bytes], f: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        f.write(block)
+        digest.update(block)
+    f.flush()
+    return digest.hexdigest()[:32]
+
+
+def _named(f: IO[bytes], path: pathlib.Path) -> IO[bytes]:
+    """The file at `path`, locked: that of another preparation of the same text, or `f` under this name."""
+    while True:
+        with contextlib.suppress(FileExistsError):
+            os.link(f.name, path)
+        try:
+            kept = path.open("rb")
+        except FileNotFoundError:  # its last user removed it just now
+            continue
+        _lock(kept)
+        if not _is_at(kept, path):
+            kept.close()
+        elif _digest(kept) == content(path):
+            return kept
+        else:  # cut off, by a power failure
+            kept.close()
+            path.unlink(missing_ok=True)
+
+
+def _digest(f: IO[bytes]) -> str:
+    return hashlib.file_digest(f, "sha256").hexdigest()[:32]  # type: ignore[arg-type]
+
+
+def _remove_unused(folder: pathlib.Path) -> None:
+    for path in folder.iterdir():
+        if not OURS.fullmatch(path.name) or path.is_symlink():
+            continue
+        with contextlib.suppress(OSError), path.open("rb") as f:
+            if _lock(f, fcntl.LOCK_EX | fcntl.LOCK_NB) and _is_at(f, path):
+                path.unlink()
+
+
+def _lock(f: IO[bytes], how: int = fcntl.LOCK_SH) -> bool:
+    """Some file systems have no locks."""
+    try:
+        fcntl.flock(f, how)
+    except OSError:
+        return False
+    return True
+
+
+def _is_at(f: IO[bytes], path: pathlib.Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(f.fileno()), path.lstat())
+    except FileNotFoundError:
+        return False
