@@ -4,13 +4,15 @@ Where such a file is plain byte-level BPE, tiktoken encodes: the same ids, some 
 """
 
 import json
+import re
 import secrets
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from data import ranks
+from data import ranks, seams
 from data.errors import DataError
 from data.ranks import BYTE_CHARACTERS, BYTE_OF
 from data.vocabulary import (
@@ -30,6 +32,12 @@ FILE_NAME = "tokenizer.json"
 # How text is cut before merges, in the regular expressions of the tokenizers library (Oniguruma).
 PATTERNS = {"gpt2": ranks.GPT2_PATTERN, "llama3": ranks.PATTERNS["llama3"]}
 
+WORD = 999  # characters of a word that training looks at in one piece; Llama 3's pattern cuts digits by threes
+_LONG_RUN = re.compile(rf"(?<!\S)\S{{{WORD + 1},}}|(?<!\s)\s{{{WORD + 1},}}")
+_KINDS = (
+    r"\p{L}++|\p{N}++|[^\s\p{L}\p{N}]++|\s++"  # a word of PATTERNS is one of these, but for a character or line end
+)
+
 
 def _library() -> Any:
     try:
@@ -40,7 +48,8 @@ def _library() -> Any:
 
 
 class JsonTokenizer(Tokenizer):
-    """A tokenizer.json. Special tokens are its added tokens marked so, and its end-of-text token.
+    """A tokenizer.json. Special tokens are its added tokens marked so, and its end-of-text token; but the bytes that
+    stand for what is no piece (byte_fallback), which a trainer can only add as special tokens, are ordinary ones.
 
     What the file says of truncation, padding, dropout and post-processing ([CLS], [SEP], a first <s>) is left out: the
     text alone is encoded, the same way each time. Where BPE has no unknown token, a character it cannot express is an
@@ -63,9 +72,13 @@ class JsonTokenizer(Tokenizer):
         with refusing(f"{where} is not a tokenizer.json, or is damaged"):
             self._read(eos)
             self._tiktoken = ranks.accelerated(self.spec, self.plain, self._encode) if accelerate else None
+        self.lossless = self.accelerated and self.byte_level
 
     def _read(self, eos: str | None) -> None:
-        model, added = self.spec["model"], self.spec.get("added_tokens") or []
+        model = self.spec["model"]
+        bytes_of_model = _byte_tokens(model)
+        added = self.spec.get("added_tokens") or []
+        added = [token for token in added if bytes_of_model.get(token["content"]) != token["id"]]
         specials = {token["content"]: token["id"] for token in added if token["special"]}
         if eos is None and find_eos(specials) is None:
             eos = find_eos({token["content"] for token in added})
@@ -90,6 +103,10 @@ class JsonTokenizer(Tokenizer):
                 vocabulary = named | copy["model"]["vocab"]
                 self._unknown = max(vocabulary.values(), default=-1) + 1
                 copy["model"] |= {"vocab": vocabulary | {f"?{secret}": self._unknown}, "unk_token": f"?{secret}"}
+        self.unknown_id = model.get("unk_id")  # of Unigram; else by its name
+        if model.get("unk_token"):
+            named = {token["content"]: token["id"] for token in added}
+            self.unknown_id = (model["vocab"] | named).get(model["unk_token"])
         self._library = _library().Tokenizer.from_str(json.dumps(copy))
         self._check(copy["added_tokens"], {hidden[name]: name for name in specials})
 
@@ -115,12 +132,14 @@ class JsonTokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         text = encodable(text)
         ids = self._tiktoken(text) if self._tiktoken else None
-        return self._encode(text) if ids is None else ids
+        return seams.encode_long(self._encode, text) if ids is None else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         if self._tiktoken:
             return [self.encode(text) for text in texts]
-        texts = [encodable(text) for text in texts]
+        return seams.encode_batch(self._encode_batch, [encodable(text) for text in texts])
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         with refusing(f"{self._where} cannot encode a text"):
             encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
         return [self._checked(encoding, text) for encoding, text in zip(encodings, texts, strict=True)]
@@ -133,7 +152,8 @@ class JsonTokenizer(Tokenizer):
     def _checked(self, encoding: Any, text: str) -> np.ndarray:
         ids = np.array(encoding.ids, np.uint32)
         if self._unknown is not None and (ids == self._unknown).any():
-            alone = (c for c in text if self._unknown in self._library.encode(c, add_special_tokens=False).ids)
+            characters = dict.fromkeys(text)  # each once: there may be millions
+            alone = (c for c in characters if self._unknown in self._library.encode(c, add_special_tokens=False).ids)
             missing = next(alone, text[0])
             raise DataError(
                 f"{self._where} cannot express {missing!r} (U+{ord(missing):04X}) and has no unknown token; "
@@ -209,6 +229,15 @@ def _hide(model: dict[str, Any], hidden: dict[str, str]) -> dict[str, Any]:
     return copy
 
 
+def _byte_tokens(model: dict[str, Any]) -> dict[str, int]:
+    """Of a model with byte_fallback, its tokens <0x00> to <0xFF> and their ids."""
+    if not model.get("byte_fallback"):
+        return {}
+    vocabulary = model["vocab"]
+    ids = vocabulary if isinstance(vocabulary, dict) else {piece: id for id, (piece, _) in enumerate(vocabulary)}
+    return {name: id for name, id in ids.items() if re.fullmatch("<0x[0-9A-F]{2}>", name)}
+
+
 def _mentions(part: Any, word: str) -> bool:
     """Whether a decoder, or one inside it, is of type `word` or replaces it."""
     return part is not None and json.dumps(word) in json.dumps(part)
@@ -273,7 +302,8 @@ def train_bpe(
     """Byte-level BPE that encodes any text: the 256 bytes, then merges, then the special tokens.
 
     The same texts give the same tokenizer, in whatever order they come. Text with fewer pairs than asked for gives a
-    smaller vocabulary. Memory grows with the distinct words: give a sample of a few GB at most.
+    smaller vocabulary. Memory grows with the distinct words: give a sample of a few GB at most. A word, by the pattern,
+    of more than WORD characters is taken for several, since time grows with the square of its length.
 
     Args:
       vocab_size: tokens in all, special ones included.
@@ -300,7 +330,42 @@ def train_bpe(
         initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(map(encodable, texts), trainer)
+    _train(tokenizer, (part for text in texts for part in _without_long_words(encodable(text))), trainer)
     found = [_pair(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
     specials = {name: 256 + len(found) + i for i, name in enumerate(special_tokens)}
     return JsonTokenizer(byte_level_json(found, PATTERNS[pattern], specials), "the trained tokenizer")
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """The text in parts, cut only inside words of more than WORD characters, which are few or none."""
+    import regex  # tiktoken needs it, too
+
+    start = 0
+    blocks = (text[at : at + WORD // 2] for at in range(0, len(text) - WORD // 2 + 1, WORD // 2))
+    if not any(len(block.split(maxsplit=1)) < 2 for block in blocks):  # no run can be that long: nearly every text
+        yield text
+        return
+    for run in _LONG_RUN.finditer(text):  # a word holds no white space but at its ends, or nothing else
+        for word in regex.finditer(_KINDS, text, pos=run.start(), endpos=run.end()):
+            for cut in range(word.start() + WORD, word.end(), WORD):
+                yield text[start:cut]
+                start = cut
+    yield text[start:]
+
+
+def _train(tokenizer: Any, texts: Iterable[str], trainer: Any) -> None:
+    """In a thread, since the library looks at no signal while it trains: Ctrl-C ends the wait, and so the process."""
+    failed: list[BaseException] = []
+
+    def train() -> None:
+        try:
+            tokenizer.train_from_iterator(texts, trainer)
+        except BaseException as e:  # raised again by the one who waits
+            failed.append(e)
+
+    thread = threading.Thread(target=train, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if failed:
+        raise failed[0]

@@ -38,6 +38,8 @@ class ByteTokenizer(Tokenizer):
     """UTF-8 bytes, ids 0 to 255, then the special tokens. Encodes anything; a decoder's stray bytes become U+FFFD."""
 
     kind = "byte"
+    lossless = True
+    joins = False
 
     def __init__(self, special_tokens: Sequence[str] = ()):
         self.special_tokens = list(special_tokens)
@@ -80,6 +82,8 @@ class CharTokenizer(Tokenizer):
     """
 
     kind = "char"
+    lossless = True
+    joins = False
 
     def __init__(self, characters: str, special_tokens: Sequence[str] = ()):
         self.characters = characters
@@ -89,14 +93,15 @@ class CharTokenizer(Tokenizer):
         self.vocab_size = len(self.pieces)
         self.eos_id = self._special_id(END_OF_TEXT)
         # A lookup table over code points: text becomes ids by one indexing operation on its UTF-32 form.
-        missing = self.vocab_size
-        self._table = np.full(CODE_POINTS, self._special_id(UNKNOWN, missing), np.uint32)
+        self.unknown_id = self._special_id(UNKNOWN)
+        missing = self.vocab_size if self.unknown_id is None else self.unknown_id
+        self._table = np.full(CODE_POINTS, missing, np.uint32)
         self._table[[ord(c) for c in characters]] = np.arange(len(characters), dtype=np.uint32)
         # For stretches of ASCII the same by bytes.translate, five times faster; 255 where an id does not fit.
         self._ascii = bytes(np.minimum(self._table[:128], 255).astype(np.uint8)) + bytes([255]) * 128
 
-    def _special_id(self, token: str, default=None):
-        return len(self.characters) + self.special_tokens.index(token) if token in self.special_tokens else default
+    def _special_id(self, token: str) -> int | None:
+        return len(self.characters) + self.special_tokens.index(token) if token in self.special_tokens else None
 
     @classmethod
     def train(

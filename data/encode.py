@@ -7,20 +7,22 @@ written last: where it is, the unit is done.
 
 import dataclasses
 import functools
-import hashlib
 import json
 import pathlib
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, TypeVar
 
 import numpy as np
 
 from data import characters, documents, files, formats, tokenizers
 from data.errors import DataError
+from data.losses import Losses
+from data.parts import NO_SEAM, Part, Splitting, parts
+from data.problems import Problems
 
-VERSION = 2  # of the unit files; a preparation does not go on with another version's
+VERSION = 3  # of the unit files; a preparation does not go on with another version's
 SPLITS = ("train", "val")
-BATCH_CHARACTERS = 1 << 20  # encoded in one call
+BATCH_CHARACTERS = 1 << 18  # encoded in one call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +64,13 @@ class Survey:
 def survey(unit: documents.Unit, reading: documents.Reading, index: int) -> Survey:
     """Counts the characters of unit `index` (bytes where reading.raw)."""
     counts = np.zeros(tokenizers.CODE_POINTS, np.int64)
-    texts = (part for stretch in unit for part in documents.read(stretch, reading, documents.Problems()))
-    for batch in _batches(("", text, ends) for text, ends in texts):  # many small documents cost as much as one
+    pieces = (piece for stretch in unit for piece in documents.read(stretch, reading, Problems()))
+    for batch in _batches(pieces):  # many small documents cost as much as one
         if reading.raw:
-            raw = b"".join(text for _, text, _ in batch if isinstance(text, bytes))
+            raw = b"".join(piece.text for piece in batch if isinstance(piece.text, bytes))
             counts[:256] += characters.byte_counts(np.frombuffer(raw, np.uint8))
         else:
-            characters.count("".join(text for _, text, _ in batch if isinstance(text, str)), counts)
+            characters.count("".join(piece.text for piece in batch if isinstance(piece.text, str)), counts)
     found = np.flatnonzero(counts)
     return Survey(int(counts.sum()), found.astype(np.uint32), counts[found])
 
@@ -85,17 +87,21 @@ def encode(index: int, unit: documents.Unit, first_character: int, job: Job) -> 
       DataError: the unit cannot be read, or there is no room for the files.
     """
     stem = job.partial / "units" / f"{index:06d}"
-    problems = documents.Problems()
+    problems = Problems()
     codec = _tokenizer(job.partial / "tokenizer", job.tokenizer_sha256)
     try:
         outputs = {split: _Output(stem, split, job) for split in SPLITS}
-        hashes: list[int] = []
-        for batch in _batches(_parts(unit, first_character, job, problems, hashes)):
-            for (split, text, ends), ids in zip(batch, _encode_batch(codec, batch), strict=True):
-                outputs[split].add(ids, len(text) if text.isascii() else len(_utf8(text)), ends)
+        hashes: list[int] | None = [] if job.hashes else None
+        losses = Losses(codec, problems)
+        splitting = Splitting(job.split, job.val_fraction, job.cut)
+        texts = parts(unit, first_character, splitting, job.reading, codec, problems, hashes)
+        for batch in _batches(texts):
+            for part, ids in zip(batch, _encode_batch(codec, batch, problems), strict=True):
+                losses.look(part, ids)
+                outputs[part.split].add(ids, _utf8_bytes(part.text), part.ends)
         for output in outputs.values():
             output.close()
-        if job.hashes:
+        if hashes is not None:
             files.write_durably(stem.with_suffix(".hashes"), np.array(hashes, "<u8").tobytes())
         result = {
             "tokens": {split: output.tokens for split, output in outputs.items()},
@@ -110,65 +116,41 @@ def encode(index: int, unit: documents.Unit, first_character: int, job: Job) -> 
     return result
 
 
+def _utf8_bytes(text: str | bytes) -> int:
+    return len(text) if isinstance(text, bytes) or text.isascii() else len(text.encode())
+
+
 def finished(partial: pathlib.Path, index: int) -> dict | None:
     """What `encode` returned for a unit that is done; None where it is not."""
     path = partial / "units" / f"{index:06d}.json"
     return json.loads(path.read_bytes()) if path.exists() else None
 
 
-def _encode_batch(codec: tokenizers.Tokenizer, batch: list["Part"]) -> list[np.ndarray]:
-    texts = [text for _, text, _ in batch if isinstance(text, str)]
-    if texts:
-        return codec.encode_batch(texts)
-    # The byte tokenizer alone reads raw, and always.
-    return [tokenizers.ByteTokenizer.encode_bytes(text) for _, text, _ in batch if isinstance(text, bytes)]
+def _encode_batch(codec: tokenizers.Tokenizer, batch: list[Part], problems: Problems) -> list[np.ndarray]:
+    texts = [(part.left.before if part.left else "") + part.text for part in batch if isinstance(part.text, str)]
+    if not texts:  # the byte tokenizer alone reads raw, and always
+        return [tokenizers.ByteTokenizer.encode_bytes(part.text) for part in batch if isinstance(part.text, bytes)]
+    rows = []
+    for part, ids in zip(batch, codec.encode_batch(texts), strict=True):
+        row = part.left.take(ids) if part.left else ids
+        same = row is not None
+        if row is None:  # the text alone, as if it began a document
+            row = codec.encode(str(part.text))
+        if not same or (part.right and not part.right.ends(row)):
+            problems.found(NO_SEAM, f"{part.path} ({part.text[:40]!r} …)")
+        rows.append(row)
+    return rows
 
 
-Part = tuple[str, str | bytes, bool]  # split, text, whether a document ends with it
+T = TypeVar("T", documents.Piece, Part)
 
 
-def _parts(
-    unit: documents.Unit, character: int, job: Job, problems: documents.Problems, hashes: list[int]
-) -> Iterator[Part]:
-    """The texts of a unit with their splits; a text across the cut becomes two."""
-    for stretch in unit:
-        whole = stretch.start == 0 or stretch.file.kind != "text"  # else the rest of a document begun before
-        for text, ends in documents.read(stretch, job.reading, problems):
-            if job.hashes and whole and ends:
-                hashes.append(_hash(text))
-            whole = ends
-            if job.split == "last":
-                before = min(max(job.cut - character, 0), len(text))
-                character += len(text)
-                if not text:  # the end of a text of which all was given before
-                    yield "train" if character <= job.cut else "val", text, ends
-                if text[:before]:
-                    yield "train", text[:before], ends and before == len(text)
-                if text[before:]:
-                    yield "val", text[before:], ends
-            elif job.split == "document":
-                # A file of text is one document that may come in several parts, so its name decides.
-                key = stretch.file.name if stretch.file.kind == "text" else text
-                yield "val" if _hash(key) < job.val_fraction * 2**64 else "train", text, ends
-            else:
-                assert stretch.split is not None
-                yield stretch.split, text, ends
-
-
-def _utf8(text: str | bytes) -> bytes:
-    return text if isinstance(text, bytes) else text.encode()
-
-
-def _hash(text: str | bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(_utf8(text), digest_size=8).digest(), "little")
-
-
-def _batches(parts: Iterator[Part]) -> Iterator[list[Part]]:
-    batch: list[Part] = []
+def _batches(parts: Iterator[T]) -> Iterator[list[T]]:
+    batch: list[T] = []
     characters = 0
     for part in parts:
         batch.append(part)
-        characters += len(part[1])
+        characters += len(part.text)
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

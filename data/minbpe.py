@@ -103,9 +103,11 @@ def write(tokenizer: JsonTokenizer) -> bytes:
         raise DataError(f"{where} it is not plain byte-level BPE (no normalizer, prefix space, dropout or added words)")
     order = ranks.rank_order(spec["model"] | {"ignore_merges": False}, tokenizer.plain)
     if order is None or len(order) != 256 + len(tokenizer.merges()):
-        raise DataError(f"{where} its merges do not make each token once, of earlier ones")
+        raise DataError(f"{where} its merges do not make each token once")
     if [tokenizer.plain[token] for token in order] != list(range(len(order))):
         raise DataError(f"{where} its ids are not the bytes 0 to 255 and then the merges in their order")
+    if any(max(map(tokenizer.plain.__getitem__, pair)) >= 256 + i for i, pair in enumerate(tokenizer.merges())):
+        raise DataError(f"{where} its merges do not make each token of earlier ones")
     if spaced := [name for name in tokenizer.special_tokens if name.split() != [name]]:
         raise DataError(f"{where} special token {spaced[0]!r} has a space in it")
     if pattern.strip() != pattern or "\n" in pattern:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from data import seams
 from data.errors import DataError
 from data.vocabulary import Tokenizer, choose_eos, decode_around, encodable, find_eos, refusing
 
@@ -43,6 +44,7 @@ class PieceTokenizer(Tokenizer):
             }
             self._bytes = {i: bytes.fromhex(self._pieces[i][3:5]) for i in range(self.vocab_size) if model.is_byte(i)}
             own = model.eos_id()
+            self.unknown_id = model.unk_id()
         if not self._pieces:
             raise DataError(f"{where} is a SentencePiece model without pieces")
         self.special_tokens = list(self.specials.values())
@@ -55,8 +57,11 @@ class PieceTokenizer(Tokenizer):
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return seams.encode_batch(self._encode_batch, [encodable(text) for text in texts])
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         with refusing(f"{self._where} cannot encode a text"):
-            rows = self._model.encode([encodable(text) for text in texts], out_type=int, num_threads=1)
+            rows = self._model.encode(texts, out_type=int, num_threads=1)
         return [np.array(row, np.uint32) for row in rows]
 
     def decode(self, ids: Iterable[int]) -> str:

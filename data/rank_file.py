@@ -51,6 +51,7 @@ class RankTokenizer(Tokenizer):
     """
 
     kind = "tiktoken"
+    lossless = True
 
     def __init__(self, raw: bytes, where: str = FILE_NAME, eos: str | None = None, pattern: str = ""):
         try:

@@ -1,10 +1,12 @@
 """Byte-level BPE by ranks, as tiktoken runs it: the fast way through a tokenizer.json, and `.tiktoken` files.
 
 tiktoken merges the adjacent pair whose concatenation has the lowest rank. A tokenizer.json lists merges instead. Both
-give the same ids where `rank_order` finds an order of tokens for which that can be proved.
+give the same ids if `rank_order` finds an order of tokens for which that is proved, and `same_cuts` knows that the
+expression means the same to both; else tiktoken is not used.
 """
 
 import itertools
+import re
 from collections.abc import Callable, Container, Iterable
 from typing import Any
 
@@ -55,6 +57,14 @@ NEW_CHARACTERS = (
     " 1\U00011bf0 \U00011db0a \U0001e4d0 \U000323b0a \ua7cea \U00016ea0a \U0001e5d0a"
 )
 
+# What an expression may consist of: what Oniguruma (the tokenizers library) and Rust (tiktoken) read in the same way.
+# Not among it: ^ and $ (Oniguruma's are those of a line), "." and \w \d \h \b, {1,3}+ (possessive in one alone), other
+# look-around, references. Of (?i:…) only the contractions; TRICKY has all that folds to their letters.
+_CHARACTER = r"(?:\\p\{[A-Z][a-z]?\}|\\[sSrnt]|[^\\\[\](){}|?*+^$.&~-])"
+_ITEM = rf"(?:{_CHARACTER}|\[\^?(?:[A-Za-z0-9]-[A-Za-z0-9]|{_CHARACTER})+\])(?:[?*+]\+?|\{{\d(?:,\d?)?\}}(?!\+))?"
+_FOLDED = r"\(\?i:(?:'|\[sdmt\]|\||s|t|re|ve|m|ll|d)+\)\??"
+_PLAIN_EXPRESSION = re.compile(rf"(?:{_ITEM}|{_FOLDED}|\(\?!\\S\)|\||\(\?:|\))+")
+
 # A special token that tiktoken is told of and never allowed to find: told of none, it looks for one at each character
 # and takes twice as long. (Its encode_ordinary does not look, but ends in a Rust panic where this is a ValueError.)
 NEVER = "<|endoftext|>"
@@ -65,7 +75,7 @@ Encode = Callable[[str], np.ndarray]
 def accelerated(
     spec: dict[str, Any], plain: dict[str, int], encode: Encode
 ) -> Callable[[str], np.ndarray | None] | None:
-    """tiktoken in place of `encode`, or None: no tiktoken, not plain byte-level BPE, or another result on TRICKY text.
+    """tiktoken in place of `encode`, or None: no tiktoken, or its ids are not proved to be the same.
 
     Args:
       spec: a tokenizer.json that the tokenizers library has accepted.
@@ -73,14 +83,15 @@ def accelerated(
       encode: what the library makes of a text.
 
     Returns:
-      text to ids as `encode` gives them; None for a text that tiktoken cannot cut (very long runs of white space).
+      text to ids as `encode` gives them; None for a text that tiktoken cannot cut (very long runs of white space), or
+      of which its expression leaves something out.
     """
     try:
         import tiktoken
     except ImportError:
         return None
     pattern = cut_by(spec)
-    if pattern is None or (order := rank_order(spec["model"], plain)) is None:
+    if pattern is None or not same_cuts(pattern) or (order := rank_order(spec["model"], plain)) is None:
         return None
     try:
         encoding = tiktoken.Encoding(
@@ -92,12 +103,15 @@ def accelerated(
     except ValueError:  # a regular expression it does not know
         return None
     ids = np.array([plain[token] for token in order], np.uint32)
+    lengths = np.array(list(map(len, order)), np.uint32)  # a character of a token is a byte of text
 
     def fast(text: str) -> np.ndarray | None:
         try:
-            return ids[encoding.encode_to_numpy(text, disallowed_special=())]
+            found = encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError:  # "Max stack size exceeded for backtracking"
             return None
+        whole = lengths[found].sum(dtype=np.int64) == (len(text) if text.isascii() else len(text.encode()))
+        return ids[found] if whole else None  # text between two matches is a piece to the library, nothing to tiktoken
 
     for text in (*TRICKY, NEW_CHARACTERS):
         if (found := fast(text)) is None or not np.array_equal(found, encode(text)):
@@ -131,36 +145,40 @@ def cut_by(spec: dict[str, Any]) -> str | None:
     return split["pattern"].get("Regex")
 
 
-def rank_order(model: dict[str, Any], plain: dict[str, int]) -> list[str] | None:
-    """Tokens by rank, such that tiktoken's rule merges as `model` does; None where there may be no such order.
+def same_cuts(pattern: str) -> bool:
+    """Whether the expression consists of what both libraries read in the same way, and matches no empty text."""
+    import regex  # tiktoken needs it, too
 
-    Ranks are the bytes, then the products of merges in order. What merges inside a token does not depend on what is
-    around it, so a token can only ever be made of the two parts that it is made of when it is alone. Hence the rules
-    agree where
-    - every way to cut a token into two is a merge, in the order of ranks (files converted from ranks, as Llama 3's):
-      both have the same pairs to choose from; whole words must be looked up first (ignore_merges), as tiktoken does; or
-    - parts rank below their product, and each token, encoded alone, is itself (trained files, as GPT-2's): a pair
-      that only tiktoken would merge would have been merged before, by the merges of its token.
+    if not pattern:
+        return True
+    return bool(_PLAIN_EXPRESSION.fullmatch(pattern)) and not regex.match(pattern, "")
+
+
+def rank_order(model: dict[str, Any], plain: dict[str, int]) -> list[str] | None:
+    """Tokens by rank, such that tiktoken's rule merges as `model` does; None if none is proved to.
+
+    Ranks are the bytes, then the products of merges in order; the merges of one product must lie side by side. What
+    merges inside a span that nothing merges across does not depend on what is around it. So two parts of a token are
+    only ever adjacent if they are the last two when the token is encoded alone. Hence the rules agree if
+    - every way to cut a token into two is a merge (files converted from ranks, as Llama 3's): both have the same pairs
+      to choose from, and of one product there is one; whole words must be looked up first (ignore_merges), as tiktoken
+      does; or
+    - each token, encoded alone, is itself (trained files, as GPT-2's): its last two parts are a merge, so tiktoken has
+      no pair that is not, and of one product there is one.
     """
     import tokenizers
 
     merges: list[Any] = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     rank = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
-    parts_first = True
-    for left, right in merges:
-        product = rank.setdefault(left + right, len(rank))
-        parts_first = parts_first and max(rank.get(left, product), rank.get(right, product)) < product
-    if rank.keys() - plain.keys():
+    products = [rank.setdefault(left + right, len(rank)) for left, right in merges]
+    if rank.keys() - plain.keys() or products != sorted(products):
         return None
     if model.get("ignore_merges"):
         order = [*rank, *(token for token in plain if token not in rank)]
-        products = [rank[left + right] for left, right in merges]
-        if products == sorted(products) and _every_cut(order, plain, set(merges)):
+        if _every_cut(order, plain, set(merges)):
             return order
         if len(order) > len(rank):
             return None
-    if not parts_first:
-        return None
     alone = tokenizers.Tokenizer(tokenizers.models.BPE({token: plain[token] for token in rank}, merges))
     encodings = alone.encode_batch_fast(list(rank), add_special_tokens=False)
     reached = all(encoding.ids == [plain[token]] for token, encoding in zip(rank, encodings, strict=True))

@@ -13,25 +13,30 @@ with - goes after --. Exit codes: 0 done, 2 flags, 3 a tokenizer or source that 
 import itertools
 import os
 import pathlib
+import re
 import sys
 import time
 
 from absl import flags
 
-from data import bpe, corpus, documents, excerpt, minbpe, tokenizers
+from data import bpe, corpus, documents, excerpt, minbpe, recognize, tokenizers
 from data.bpe import JsonTokenizer
 from data.errors import DataError
 from data.files import write_durably
 from launch import cli
 from trainer.errors import ConfigError
 
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "Dataset or run folder, or tokenizer file.")
-FILE = flags.DEFINE_string("file", None, "encode: UTF-8 text to read.")
+TOKENIZER = cli.define_path("tokenizer", None, "Dataset or run folder, or tokenizer file.")
+FILE = cli.define_path("file", None, "encode: UTF-8 text to read.")
 IDS_ONLY = flags.DEFINE_bool("ids_only", False, "encode: print the ids and nothing else.")
 START = flags.DEFINE_integer("start", None, "show: first id; where merges begin, if not given.", lower_bound=0)
 ROWS = flags.DEFINE_integer("rows", 20, "show: how many tokens.", lower_bound=0)
-SOURCE = flags.DEFINE_string("source", None, "train: file, directory, glob or python-stdlib.")
+SOURCE = cli.define_path("source", None, "train: file, directory, glob or python-stdlib.")
 TEXT_KEY = flags.DEFINE_string("text_key", "text", "train: key of the text in JSON lines and Parquet.")
+FORMAT = flags.DEFINE_enum("format", "auto", recognize.KINDS, "train: what all files are; auto: each is looked at.")
+BAD_RECORDS = flags.DEFINE_enum(
+    "bad_records", "error", ["error", "skip"], "train: what cannot be read as text: stop, or leave out and count."
+)
 VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 16384, "train: tokens in all.")
 PATTERN = flags.DEFINE_enum("pattern", "gpt2", list(bpe.PATTERNS), "train: how text is cut before merges.")
 SPECIAL_TOKENS = flags.DEFINE_list("special_tokens", ["<|endoftext|>"], "train: comma-separated.")
@@ -39,7 +44,7 @@ MIN_FREQUENCY = flags.DEFINE_integer("min_frequency", 1, "train: rarer pairs are
 SAMPLE_MB = flags.DEFINE_integer(
     "sample_mb", excerpt.BYTES >> 20, "train: read about so much, spread evenly.", lower_bound=1
 )
-OUT = flags.DEFINE_string("out", None, "train: file to write, .json or .model.")
+OUT = cli.define_path("out", None, "train: file to write, .json or .model.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "train: replace --out.")
 
 COLOURS = (46, 42, 43, 45)  # backgrounds: cyan, green, yellow, magenta
@@ -67,7 +72,7 @@ def show() -> None:
     fast = ", encoded by tiktoken" if isinstance(tokenizer, JsonTokenizer) and tokenizer.accelerated else ""
     print(f"{TOKENIZER.value}: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens{fast}")
     for id, name in itertools.islice(tokenizer.specials.items(), 20):
-        print(f"special token {id}: {visible(name)}{' (end of text)' if id == tokenizer.eos_id else ''}")
+        print(f"special token {id}: {cli.visible(name)}{' (end of text)' if id == tokenizer.eos_id else ''}")
     if (more := len(tokenizer.specials) - 20) > 0:
         print(f"… and {more} more special tokens")
     merges = _merges(tokenizer)
@@ -92,7 +97,7 @@ def _merges(tokenizer: tokenizers.Tokenizer) -> dict[int, tuple[int, int]]:
 
 
 def _quoted(tokenizer: tokenizers.Tokenizer, id: int) -> str:
-    return f"'{visible(shown(tokenizer.token_bytes(id)))}'"
+    return f"'{cli.visible(shown(tokenizer.token_bytes(id)))}'"
 
 
 def encode(*arguments: str) -> None:
@@ -122,7 +127,7 @@ def _text() -> str:
 
 def split(pieces: list[bytes], colour: bool) -> str:
     """Tokens told apart by background colours, or by brackets. What is no printable character is escaped."""
-    texts = [visible(shown(piece)) for piece in pieces]
+    texts = [cli.visible(shown(piece)) for piece in pieces]
     if not colour:
         return "".join(f"[{text}]" for text in texts)
     return "".join(f"\x1b[30;{COLOURS[i % len(COLOURS)]}m{text}\x1b[0m" for i, text in enumerate(texts))
@@ -133,17 +138,12 @@ def shown(piece: bytes) -> str:
     return piece.decode("utf-8", errors="backslashreplace")
 
 
-def visible(text: str) -> str:
-    """`text` without what moves a cursor or hides: control characters as in Python's source."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
 def decode(*arguments: str) -> None:
     tokenizer = _tokenizer()
     words = [word for argument in (arguments or [_text()]) for word in argument.replace(",", " ").split()]
-    wrong = next((word for word in words if not (word.isascii() and word.isdigit())), None)
+    wrong = next((word for word in words if not re.fullmatch(r"0*[0-9]{1,9}", word)), None)
     if wrong is not None:
-        raise ConfigError(f"{wrong!r} is not a token id; give whole numbers, such as 464 3290")
+        raise ConfigError(f"{wrong[:40]!r} is not a token id; give whole numbers, such as 464 3290")
     print(tokenizer.decode(map(int, words)))
 
 
@@ -156,10 +156,13 @@ def train() -> None:
     if out.exists() and not OVERWRITE.value:
         raise ConfigError(f"{out} exists; choose another --out, or --overwrite")
     start = time.monotonic()
-    files = corpus.find(SOURCE.value, cache=out.parent)
-    problems = documents.Problems()
+    files, problems = corpus.find(SOURCE.value, cache=out.parent, kind=FORMAT.value, bad_records=BAD_RECORDS.value)
+    reading = documents.Reading(TEXT_KEY.value, bad_records=BAD_RECORDS.value)
+    texts = excerpt.texts(documents.plan(files), reading, problems, SAMPLE_MB.value << 20)
+    if (first := next(texts, None)) is None:
+        raise DataError(f"--source={SOURCE.value} holds no text to train on")
     tokenizer = bpe.train_bpe(
-        excerpt.texts(documents.plan(files), documents.Reading(TEXT_KEY.value), problems, SAMPLE_MB.value << 20),
+        itertools.chain([first], texts),
         VOCAB_SIZE.value,
         pattern=PATTERN.value,
         special_tokens=SPECIAL_TOKENS.value,

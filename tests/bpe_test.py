@@ -1,17 +1,28 @@
 """Protects tokenizer.json: the ids of the library that wrote it, tiktoken or not; no document can forge its end."""
 
+import base64
+import itertools
 import json
+import os
+import random
+import re
+import signal
+import threading
+import time
+import unicodedata
 
 import numpy as np
 import pytest
 import tokenizers as library
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from data import bpe
+from data import bpe, ranks
 from data.bpe import JsonTokenizer, byte_level_json, train_bpe
 from data.errors import DataError
+from data.ranks import BYTE_CHARACTERS
+from tests import merge_lists
 from tests.texts import ALL_TRICKY, CORPUS, TEXT, damaged
 
 QUICK = settings(max_examples=100, deadline=None)
@@ -68,6 +79,62 @@ def test_no_text_gives_bytes():
 def test_what_cannot_be_trained_is_refused(size, options, words):
     with pytest.raises(DataError, match=words):
         train_bpe(CORPUS, size, **options)
+
+
+RUNS = {
+    "dashes": lambda n: "-" * n,
+    "spaces": lambda n: f"x{' ' * n}y",
+    "lines": lambda n: "\n \n" * (n // 3),
+    "DNA": lambda n: "".join(random.Random(0).choices("ACGT", k=n)),
+    "base64": lambda n: base64.b64encode(random.Random(0).randbytes(n * 3 // 4)).decode(),
+    "CJK": lambda n: "".join(map(chr, random.Random(0).choices(range(0x4E00, 0x5E00), k=n))),
+}
+
+
+@pytest.mark.parametrize("pattern", bpe.PATTERNS)
+@pytest.mark.parametrize("run", RUNS)
+def test_training_time_does_not_grow_with_the_square_of_a_run(run, pattern):
+    """200,000 dashes took 50 s, as many letters of DNA 20 s, of CJK above 600 s."""
+    text = RUNS[run](200_000)
+    start = time.monotonic()
+    trained = train_bpe(["the fox", text, "the end"], 300, pattern=pattern)
+    assert time.monotonic() - start < 8
+    assert trained.decode(trained.encode(text)) == text
+
+
+def test_only_long_words_are_cut_for_training():
+    """Nothing of a text is lost, and one without such words is trained on as it is."""
+    whole = ["", " ", "the fox " * 500, "日本語、" * 900, "1" * 999, "-" * 999 + "\n", "a" * 999 + " " + "b" * 999]
+    for text in whole:
+        assert list(bpe._without_long_words(text)) == [text]
+    for text in ("a" * 1000, f"x {'é' * 5000}9 y", " " * 3000 + "z", "東" * 4001 + "、" + "京" * 4001):
+        parts = list(bpe._without_long_words(text))
+        assert "".join(parts) == text and 1 < len(parts) < 11
+        assert all(len(word) <= 1000 for part in parts for word in re.findall(r"\w+|\s+", part))
+
+
+class Hung:
+    """A library that trains for a long time, whatever signals come."""
+
+    def train_from_iterator(self, texts, trainer) -> None:
+        time.sleep(60)
+
+
+def test_ctrl_c_ends_training():
+    threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        bpe._train(Hung(), [], None)
+    assert time.monotonic() - start < 30
+
+
+def test_an_unreadable_text_ends_training():
+    def texts():
+        yield "a"
+        raise DataError("cannot read it")
+
+    with pytest.raises(DataError, match="cannot read it"):
+        train_bpe(texts(), 300)
 
 
 def test_special_tokens_do_not_come_from_text(trained):
@@ -191,6 +258,77 @@ def test_any_merges_give_the_ids_of_the_library(data):
             assert tokenizer._tiktoken(text).tolist() == slow(tokenizer, text)
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_merge_lists_that_no_training_makes(seed):
+    """Two merges of one product that lie apart, among others: 2 of 1,000 differed (`c c, c cc, c b, cc c` on cccb)."""
+    rng, fast = random.Random(seed), 0
+    for _ in range(250):
+        raw, letters = merge_lists.tokenizer_json(rng)
+        tokenizer, theirs = JsonTokenizer(raw), library.Tokenizer.from_str(raw.decode())
+        fast += tokenizer.accelerated
+        for _ in range(50 * tokenizer.accelerated):
+            text = merge_lists.text(rng, letters)
+            assert tokenizer._tiktoken(text).tolist() == theirs.encode(text, add_special_tokens=False).ids, (raw, text)
+    assert fast > 50  # the proof holds often enough to be of use
+
+
+def test_two_merges_of_one_product_that_lie_apart():
+    spec = json.loads(byte_level_json([], bpe.PATTERNS["gpt2"], {}))
+    spec["model"]["vocab"] |= {"cc": 256, "ccc": 257, "cb": 258}
+    spec["model"]["merges"] = [("c", "c"), ("c", "cc"), ("c", "b"), ("cc", "c")]
+    tokenizer = JsonTokenizer(json.dumps(spec).encode())
+    assert not tokenizer.accelerated and tokenizer.encode("cccb").tolist() == [256, 258] == slow(tokenizer, "cccb")
+
+
+PUBLISHED = [
+    *bpe.PATTERNS.values(),
+    ranks.PATTERNS["o200k"],
+    ranks.PATTERNS["llama3"].replace("{1,3}", ""),  # Qwen2's
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+]
+
+
+@pytest.mark.parametrize("pattern", PUBLISHED)
+def test_published_expressions_are_accelerated(pattern):
+    assert JsonTokenizer(byte_level_json([], pattern, {})).accelerated
+
+
+@pytest.mark.parametrize("pattern", [bpe.PATTERNS["gpt2"], ranks.PATTERNS["o200k"]])
+def test_every_character_is_cut_alike(pattern):
+    """The Unicode tables of the two libraries are the same. Any two bytes merge, so that the ids show each cut."""
+    pairs = list(itertools.product(BYTE_CHARACTERS, repeat=2))
+    random.Random(0).shuffle(pairs)
+    tokenizer = JsonTokenizer(byte_level_json(pairs, pattern, {}))
+    assigned = (c for c in map(chr, range(0x20000)) if unicodedata.category(c) not in ("Cn", "Cs"))
+    text = "".join(f"a{c} {c}1{c}" for c in assigned)
+    assert np.array_equal(tokenizer._tiktoken(text), tokenizer._encode(text))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"^#[^\n]*|\s+|\S+",  # ^ is that of a line in one of the two
+        r"\p{N}{1,3}+|\s+|[^\s\p{N}]+",  # possessive in one, repeated in the other
+        r"\w+|[^\w\s]+|\s+",
+        r"(?i:straße)|\s+|\S+",
+        r" ?\p{L}*|\s+|\S",
+        r"[一-龥]+|\s+|\S+|.",
+        r"(a)\1|\s+|\S+",
+        r"\s+|\S+\b",
+    ],
+)
+def test_expressions_that_may_mean_another_thing_are_left_to_the_library(pattern):
+    """Whatever they do on the few texts that are compared when a file is read."""
+    assert not JsonTokenizer(byte_level_json([], pattern, {})).accelerated
+
+
+def test_text_that_an_expression_leaves_out_is_kept():
+    """Between two matches the library has a piece, tiktoken nothing; not each such character is in TRICKY."""
+    tokenizer = JsonTokenizer(byte_level_json([], r"[^\u0f00]+", {}))
+    text = "a\u0f00b"
+    assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.encode(text).tolist() == slow(tokenizer, text)
+
+
 def test_merges_that_make_no_whole_of_a_token_are_not_given_to_tiktoken():
     """bc is merged first, so abc is never made of ab and c; tiktoken would take it for a whole word."""
     merges = [("b", "c"), ("a", "b"), ("ab", "c")]
@@ -278,6 +416,31 @@ def test_byte_fallback():
         assert llama.decode(ids) == text and not {0, 1, 2} & set(ids.tolist())
         assert b"".join(map(llama.token_bytes, ids.tolist())) == b" " + text.encode()
     assert llama.decode([263, 2, 263]) == "hi</s>hi"
+
+
+@pytest.mark.parametrize("model", [models.BPE(byte_fallback=True, unk_token="<unk>"), None])
+def test_bytes_that_are_marked_special_are_found_all_the_same(model):
+    """The library's trainer can add the bytes of byte_fallback as special tokens only."""
+    names = ["<unk>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+    if model is None:
+        pieces = [*((name, 0.0) for name in names), *((c, -1.0) for c in "ne▁")]
+        tokenizer = library.Tokenizer(models.Unigram(pieces, 0, byte_fallback=True))
+    else:
+        tokenizer = library.Tokenizer(model)
+        tokenizer.train_from_iterator(["ne e"], trainers.BpeTrainer(special_tokens=names, show_progress=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    ours = of_library(tokenizer, [special(i, name) for i, name in enumerate(names)])
+    assert ours.encode("née 中").tolist() == slow(ours, "née 中") and ours.decode(ours.encode("née 中")) == "née 中"
+    assert ours.special_tokens == ["<unk>", "</s>"] and ours.unknown_id == 0
+    assert not {0, 1} & set(ours.encode("</s><unk>").tolist())
+
+
+def test_a_byte_that_has_two_ids_is_refused():
+    names = [f"<0x{b:02X}>" for b in range(256)]
+    tokenizer = library.Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True))
+    with pytest.raises(DataError, match="'<0x07>' id 9"):
+        of_library(tokenizer, [special(9, "<0x07>")])
 
 
 def test_a_text_that_bpe_without_unknown_token_would_drop_is_an_error():

@@ -120,6 +120,9 @@ def test_split_in_colour_shows_every_token_and_nothing_that_acts_on_a_terminal()
         (("encode", "--tokenizer=byte", "a", "b"), 2, ["quotes"]),
         (("encode", "--tokenizer=byte", "--file=none"), 3, ["cannot read none"]),
         (("decode", "--tokenizer=byte", "1", "2x"), 2, ["'2x' is not a token id"]),
+        (("decode", "--tokenizer=byte", "1" * 5000), 2, ["11111' is not a token id"]),
+        (("decode", "--tokenizer=byte", "²"), 2, ["not a token id"]),
+        (("decode", "--tokenizer=byte", "999999999"), 3, ["vocabulary of 256"]),
         (("decode", "--tokenizer=byte", "256"), 3, ["256", "vocabulary of 256"]),
         (("train", "--source=data"), 2, ["--out"]),
         (("train", "--source=data", "--out=x.txt"), 2, [".json", ".model"]),
@@ -128,3 +131,17 @@ def test_split_in_colour_shows_every_token_and_nothing_that_acts_on_a_terminal()
 )
 def test_mistakes(argv, code, parts):
     assert_one_line(call(*argv), code, *parts)
+
+
+def test_training_leaves_out_what_is_not_text_when_told_so(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text(TEXT * 20)
+    (tmp_path / "in" / "b.zip").write_bytes(b"PK\3\4" + bytes(99))
+    argv = ("train", f"--source={tmp_path / 'in'}", f"--out={tmp_path / 'tokenizer.json'}", "--vocab_size=260")
+    refused = call(*argv)
+    assert (
+        refused.returncode == 3
+        and "b.zip is a zip archive" in refused.stderr
+        and "--bad_records=skip" in refused.stderr
+    )
+    assert "not text, left out: 1" in output(*argv, "--bad_records=skip")

@@ -1,0 +1,179 @@
+"""Protects long texts: the tokens of their parts are those of the whole, whatever the tokenizer does at its ends."""
+
+import gzip
+import random
+
+import numpy as np
+import pytest
+
+from data import documents, parts, prepare, seams, tokenizers
+from tests import families
+
+WORDS = [
+    "the",
+    "quick",
+    "fox",
+    "hello",
+    "naïve",
+    "日本語",
+    "東京" * 9,
+    "e\u0301",
+    "x1",
+    "ACGT" * 12,
+    "'LL",
+    "🚀",
+    "</s>",
+    "▁",
+    "1234",
+]
+BETWEEN = [" ", " ", " ", " ", "  ", "\n", "\n\n", "\n  ", "\t", ". ", "", " \r\n", "\u3000"]
+
+
+def any_text(rng: random.Random, length: int, run: int = 300) -> str:
+    """Words and what may be between them; now and then a run of one character, at most so long."""
+    parts: list[str] = []
+    size = 0
+    while size < length:
+        part = rng.choice("a -\n東") * rng.randint(20, run) if rng.random() < 0.01 else rng.choice(WORDS)
+        parts += [part, rng.choice(BETWEEN)]
+        size += len(part)
+    return "".join(parts)[:length]
+
+
+def cut_in_two(encode, text: str, at: int) -> np.ndarray | None:
+    """The tokens of the two parts of a text, as two processes make them; None if they say that it cannot be."""
+    seam = seams.find(encode, text[max(at - seams.WINDOW, 0) : at], text[at : at + seams.WINDOW])
+    if seam is None:
+        return None
+    stop = max(at - seams.WINDOW, 0) + seam.at
+    first, second = encode(text[:stop]), seam.take(encode(seam.before + text[stop:]))
+    return np.concatenate([first, second]) if seam.ends(first) and second is not None else None
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_two_parts_have_the_tokens_of_the_whole(family):
+    """Cut after a newline, before white space or anywhere else."""
+    encode, rng, refused = families.make(family).encode, random.Random(family), 0
+    for i in range(40):
+        text = any_text(rng, rng.choice((20, 500, 6000)))
+        at = rng.randrange(1, len(text))
+        if i % 4:
+            at = text.find("\n" if i % 4 == 1 else " ", at) + (i % 4 == 1)
+        if not 0 < at < len(text):
+            continue
+        found = cut_in_two(encode, text, at)
+        refused += found is None
+        assert found is None or np.array_equal(found, encode(text)), (text, at)
+    assert refused <= 1
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_many_parts_have_the_tokens_of_the_whole(family, monkeypatch):
+    tokenizer, rng = families.make(family), random.Random(family)
+    texts = [any_text(rng, length) for length in (0, 1, 300, 3000, 40_000, 100)]
+    expected = [ids.tolist() for ids in tokenizer.encode_batch(texts)]
+    monkeypatch.setattr(seams, "PART", 3000)
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == expected
+    assert [tokenizer.encode(text).tolist() for text in texts] == expected
+
+
+@pytest.fixture
+def tiny_units(monkeypatch):
+    """Units of 4,000 bytes, and windows of 250 characters."""
+    monkeypatch.setattr(documents, "UNIT_BYTES", 4000)
+    monkeypatch.setattr(documents, "LINE_SEARCH_BYTES", 64)
+
+
+def prepared(folder, text: bytes, codec, **request) -> tuple[dict[str, list[int]], dict]:
+    """The tokens of a text in a file, by split, and the summary."""
+    tokenizers.save(codec, folder / "tokenizer")
+    (folder / request.get("name", "x.txt")).write_bytes(text)
+    arguments = {key: value for key, value in request.items() if key != "name"}
+    out = folder / "out"
+    source = str(folder / request.get("name", "x.txt"))
+    manifest = prepare.prepare(out, source=source, tokenizer=str(folder), overwrite=out.exists(), **arguments)
+    rows = {split: np.fromfile(out / f"{split}-00000.bin", manifest.dtype).tolist() for split in ("train", "val")}
+    return rows, prepare.read_summary(out)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_a_prepared_text_has_the_tokens_of_the_whole(family, tiny_units, tmp_path):
+    """In a file of many units, compressed or not, validated at the end or not at all."""
+    codec, rng = families.make(family), random.Random(family)
+    text = any_text(rng, 20_000, run=40)  # windows are small here
+    rows, summary = prepared(tmp_path, text.encode(), codec, val_fraction=0.0)
+    assert parts.NO_SEAM not in summary["problems"]["counts"]
+    assert rows["train"] == codec.encode(text).tolist()
+    raw = gzip.compress(text.encode())
+    assert prepared(tmp_path, raw, codec, val_fraction=0.0, name="x.txt.gz")[0] == rows
+    for fraction in (0.37, rng.random()):
+        rows, _ = prepared(tmp_path, text.encode(), codec, val_fraction=fraction)
+        cut = int(len(text) * (1 - fraction))
+        assert rows == {"train": codec.encode(text[:cut]).tolist(), "val": codec.encode(text[cut:]).tolist()}
+
+
+@pytest.mark.parametrize("offset", [-300, -100, -1, 0, 1, 100, 300])
+def test_no_text_crosses_the_cut_to_validation(offset, tiny_units, tmp_path):
+    """Near the cut between two units there is less to look at."""
+    codec = families.make("llama2")
+    text = "\n".join(["  the quick  fox "] * 1000)
+    text = text[: text.index("\n", 4000) + 1].ljust(4000) + text
+    first = documents.cut(text[4000:4064].encode()) + 4000
+    fraction = 1 - (first + offset + 0.5) / len(text)
+    rows, _ = prepared(tmp_path, text.encode(), codec, val_fraction=fraction)
+    cut = first + offset
+    assert rows == {"train": codec.encode(text[:cut]).tolist(), "val": codec.encode(text[cut:]).tolist()}
+
+
+def test_bytes_that_are_no_text_near_a_cut(tiny_units, tmp_path):
+    """Both units see the same there; what is lost is nothing, what is there twice is nothing."""
+    codec, rng = families.make("sp-bpe"), random.Random(0)
+    for i in range(10):
+        raw = b"".join(
+            rng.choice((b"\xe4", b"\xb8", b"\xad", b"\xf0\x9f", b"ab", b" ", b"\xc3\xa9")) for _ in range(9000)
+        )
+        rows, _ = prepared(tmp_path, raw, codec, val_fraction=0.0, max_invalid=1.0, format="text")
+        pieces = prepared(
+            tmp_path, gzip.compress(raw), codec, val_fraction=0.0, max_invalid=1.0, format="text", name="x.txt.gz"
+        )[0]
+        assert rows == pieces, i
+        text = raw.decode("utf-8", "replace")
+        assert abs(len(codec.decode(rows["train"])) - len(text)) < 8  # a cut inside of it makes one U+FFFD or two
+
+
+def test_a_place_where_no_seam_is_found_is_counted(tiny_units, tmp_path, monkeypatch):
+    monkeypatch.setattr(seams, "find", lambda *args: None)
+    codec = families.make("llama2")
+    _, summary = prepared(tmp_path, b"hello " * 2000, codec, val_fraction=0.0)
+    assert summary["problems"]["counts"][parts.NO_SEAM] == 2
+
+
+@pytest.mark.parametrize("family", ["bpe-nfc", "llama2", "unigram", "word-piece", "sp-bpe", "sp-unigram"])
+def test_a_long_text_is_encoded_a_part_at_a_time(family, monkeypatch):
+    """Memory is that of the largest call: 160 bytes for each of its bytes. Only a run without a seam is one call."""
+    codec, sizes = families.make(family), []
+    monkeypatch.setattr(seams, "PART", 4000)
+
+    def counted(text: str) -> np.ndarray:
+        sizes.append(len(text))
+        return codec.encode_batch([text])[0] if len(text) <= seams.PART else codec._encode_batch([text])[0]
+
+    text = any_text(random.Random(0), 40_000, run=40)
+    whole = codec._encode_batch([text])[0]
+    assert np.array_equal(seams.encode_long(counted, text), whole) and max(sizes) < 4000 + 3 * seams.WINDOW
+    with_run = f"{text}{'a' * 10_000} {text}"
+    assert np.array_equal(seams.encode_long(counted, with_run), codec._encode_batch([with_run])[0])
+    assert max(sizes) < 40_000
+
+
+def test_many_small_texts_are_few_calls():
+    calls: list[int] = []
+
+    def encode(texts):
+        calls.append(sum(map(len, texts)))
+        return [np.zeros(len(text)) for text in texts]
+
+    texts = ["ab"] * 300_000 + ["c" * 200_000, "", "d" * 100_000]
+    found = seams.encode_batch(encode, texts)
+    assert [len(ids) for ids in found] == [len(text) for text in texts]
+    assert len(calls) == 5 and max(calls) <= seams.PART
