@@ -5,6 +5,7 @@ read by many. What is read is checked: a truncated, missing or foreign file is a
     DATASET/train-00000.bin               tokens, uint16 or uint32, no header; likewise val-00000.bin
     DATASET/train.documents.bin           uint64 offsets, in tokens, of the first token of each document of the split
     DATASET/tokenizer/                    the tokenizer's own file
+    DATASET/summary.json                  what launch.prepare counted
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import hashlib
 import json
 import pathlib
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -21,6 +23,10 @@ from data.errors import DataError
 FORMAT = "meshlm-tokens"
 VERSION = 1
 MANIFEST = "manifest.json"
+SUMMARY = "summary.json"
+MARK = re.compile(rb'\s*(\{\s*"format"\s*:\s*)?"%s"' % FORMAT.encode())  # another program's may name us further on
+MARK_BYTES = 1024
+OUTSIDE = ("request", "files", "loses_text")  # of the fingerprint: the tokens are the same without
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")  # of a file in the folder itself
 # Up to this size a start of a run rereads and hashes every shard (under a second); larger ones are checked by size,
 # and any dataset by the largest id of every batch.
@@ -37,7 +43,7 @@ class Shard:
 @dataclasses.dataclass(frozen=True)
 class Split:
     tokens: int
-    text_bytes: int  # UTF-8 bytes of the text the tokens stand for: bits per byte needs it
+    text_bytes: int  # UTF-8 bytes of the text that was encoded: bits per byte needs it
     documents: int
     shards: tuple[Shard, ...]
 
@@ -50,16 +56,24 @@ class Manifest:
     tokenizer_sha256: str
     splits: dict[str, Split]
     request: dict  # what launch.prepare was asked for; not part of the fingerprint
+    # sha256 of the other files of the folder, by name; not part of the fingerprint; empty: of an earlier version.
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
+    loses_text: bool = (
+        False  # the tokenizer does: its tokens do not stand for all of text_bytes; not in the fingerprint
+    )
 
     def fingerprint(self) -> str:
         """16 hex digits that change with any token, the tokenizer, or the algorithm that orders the samples."""
-        content = {k: v for k, v in dataclasses.asdict(self).items() if k != "request"}
+        content = {k: v for k, v in dataclasses.asdict(self).items() if k not in OUTSIDE}
         canonical = json.dumps([VERSION, order.VERSION, content], sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
         head = {"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint()}
-        return json.dumps(head | dataclasses.asdict(self), indent=1) + "\n"
+        content = head | dataclasses.asdict(self)
+        if self.files:
+            content["sha256"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return json.dumps(content, indent=1) + "\n"
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -67,9 +81,16 @@ def token_dtype(vocab_size: int) -> str:
 
 
 def is_dataset(folder: pathlib.Path) -> bool:
-    """Whether this was a dataset of any version once, damaged or not."""
+    """Whether this was a dataset of any version once, damaged or not: its manifest begins with our mark.
+
+    Raises:
+      OSError: that cannot be told.
+    """
     path = folder / MANIFEST
-    return path.is_file() and FORMAT.encode() in path.read_bytes()
+    if not path.is_file():
+        return False
+    with path.open("rb") as f:
+        return MARK.match(f.read(MARK_BYTES)) is not None
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest:
@@ -81,6 +102,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
         if raw.pop("format") != FORMAT or raw.pop("version") != VERSION:
             raise ValueError(f"not format {FORMAT!r} version {VERSION}")
         fingerprint = raw.pop("fingerprint")
+        raw.pop("sha256", None)  # of all of it, for launch.inspect: whoever changes `request` by hand may go on
         splits = {
             name: Split(**(s | {"shards": tuple(Shard(**shard) for shard in s["shards"])}))
             for name, s in raw.pop("splits").items()
@@ -101,7 +123,12 @@ def _check_values(manifest: Manifest) -> None:
     """Raises ValueError for what no version writes: whoever forged a fingerprint still names no file outside."""
     if not isinstance(manifest.request, dict):
         raise ValueError(f"request {manifest.request!r}")
-    counts: list[object] = [manifest.vocab_size, manifest.eos_id or 0]
+    if not isinstance(manifest.loses_text, bool):
+        raise ValueError(f"loses_text {manifest.loses_text!r}")
+    for file, sha256 in manifest.files.items():
+        if not all(map(PLAIN_NAME.fullmatch, file.split("/"))) or not isinstance(sha256, str):
+            raise ValueError(f"file {file!r}")
+    counts: list[object] = [manifest.vocab_size, 0 if manifest.eos_id is None else manifest.eos_id]
     if manifest.dtype not in ("uint16", "uint32"):
         raise ValueError(f"dtype {manifest.dtype!r}")
     for name, split in manifest.splits.items():
@@ -113,9 +140,23 @@ def _check_values(manifest: Manifest) -> None:
             raise ValueError(f"a hash of the {name} split is no text")
     if wrong := [n for n in counts if type(n) is not int or n < 0]:
         raise ValueError(f"number {wrong[0]!r}")
+    if manifest.eos_id is not None and manifest.eos_id >= manifest.vocab_size:
+        raise ValueError(f"end of text {manifest.eos_id} of a vocabulary of {manifest.vocab_size}")
+    if "train" not in manifest.splits:
+        raise ValueError("no split to train on")
     for name, split in manifest.splits.items():
         if split.tokens != sum(s.tokens for s in split.shards):
             raise ValueError(f"{split.tokens} tokens in the {name} split, but other shards")
+
+
+def hash_files(folder: pathlib.Path, splits: Iterable[str]) -> dict[str, str]:
+    """What Manifest.files holds: of all files of a finished dataset but the manifest and the shards."""
+    paths = [
+        folder / SUMMARY,
+        *(folder / f"{name}.documents.bin" for name in splits),
+        *(folder / "tokenizer").iterdir(),
+    ]
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(paths)}
 
 
 def sha256_file(path: pathlib.Path) -> str:
@@ -129,7 +170,7 @@ class TokenFiles:
     Attributes:
       shards: list of uint16 or uint32 arrays (memory maps), one for each shard.
       tokens: tokens in all.
-      text_bytes: bytes of text they stand for; 0 when not known.
+      text_bytes: bytes of text they stand for; 0 when not known, because the tokenizer loses some.
     """
 
     advice = "it does not belong to this tokenizer: prepare again with --overwrite"
@@ -140,7 +181,7 @@ class TokenFiles:
         spec = manifest.splits[split]
         dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self.vocab_size = manifest.vocab_size
-        self.tokens, self.text_bytes = spec.tokens, spec.text_bytes
+        self.tokens, self.text_bytes = spec.tokens, 0 if manifest.loses_text else spec.text_bytes
         self.shards = []
         self.paths = [folder / shard.file for shard in spec.shards]
         check_hash = spec.tokens * dtype.itemsize <= HASH_AT_START_BYTES

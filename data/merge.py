@@ -1,31 +1,61 @@
 """Units to shards: the tokens of all units in the order of the plan, cut into shards, hashed on the way."""
 
+import dataclasses
 import hashlib
+import json
+import os
 import pathlib
 from typing import IO, Any
 
 import numpy as np
 
-from data import documents, encode, files, formats
+from data import encode, files, formats, losses
+from data.errors import DataError
+from data.output import MERGED
+from data.problems import Problems
 
 SHARD_TOKENS = 100_000_000
 COPY_TOKENS = 1 << 22  # held in memory
+NOTE_UNITS = 8  # merged between two notes; 64 MiB of text
 
 
 class _SplitWriter:
-    """Writes one split: shards, and where each document begins."""
+    """Writes one split: shards, and where each document begins. `written`: what `state` returned, to go on from it."""
 
-    def __init__(self, folder: pathlib.Path, split: str, job: encode.Job):
+    def __init__(self, folder: pathlib.Path, split: str, job: encode.Job, written: dict[str, Any] | None = None):
         self.folder, self.split, self.job = folder, split, job
         self.shards: list[formats.Shard] = []
         self.tokens = self.text_bytes = self.documents = self.longest = 0
         self._begin = 0  # of the document that is being written
-        self._offsets: IO[bytes] = (folder / f"{split}.documents.bin").open("wb")
-        self._open_shard()
+        self._file: IO[bytes]
+        offsets = folder / f"{split}.documents.bin"
+        if written is None:
+            self._offsets: IO[bytes] = offsets.open("wb")
+            self._open_shard()
+            return
+        self.shards = [formats.Shard(*shard) for shard in written["shards"]]
+        self.tokens, self.text_bytes, self.documents, self.longest, self._begin = written["counts"]
+        self._offsets = _opened_at(offsets, self.documents * 8)
+        self._path = self._shard_path()
+        self._shard_tokens = self.tokens - sum(shard.tokens for shard in self.shards)
+        self._file = _opened_at(self._path, self._shard_tokens * self.job.dtype.itemsize)
+        with self._path.open("rb") as f:
+            self._sha256 = hashlib.file_digest(f, "sha256")
+
+    def state(self) -> dict[str, Any]:
+        """What was written so far, which is on the disk from now on."""
+        for file in (self._offsets, self._file):
+            file.flush()
+            os.fsync(file.fileno())
+        counts = [self.tokens, self.text_bytes, self.documents, self.longest, self._begin]
+        return {"shards": [dataclasses.astuple(shard) for shard in self.shards], "counts": counts}
+
+    def _shard_path(self) -> pathlib.Path:
+        return self.folder / f"{self.split}-{len(self.shards):05d}.bin"
 
     def _open_shard(self) -> None:
-        self._path = self.folder / f"{self.split}-{len(self.shards):05d}.bin"
-        self._file: IO[bytes] = self._path.open("wb")
+        self._path = self._shard_path()
+        self._file = self._path.open("wb")
         self._sha256, self._shard_tokens = hashlib.sha256(), 0
 
     def _close_shard(self) -> None:
@@ -66,32 +96,69 @@ class _SplitWriter:
         return formats.Split(self.tokens, self.text_bytes, self.documents, tuple(self.shards))
 
 
+def _opened_at(path: pathlib.Path, size: int) -> IO[bytes]:
+    """A file to go on with after its first `size` bytes; what a run that was killed wrote behind them goes."""
+    file = path.open("r+b" if size else "wb")
+    if os.fstat(file.fileno()).st_size < size:
+        raise DataError(f"{path} became shorter than it was noted; remove {path.parent} and start again")
+    file.truncate(size)
+    file.seek(0, os.SEEK_END)
+    return file
+
+
 class Merge:
     """Writes the shards and document offsets of both splits into `partial`, unit by unit in the order of the plan.
 
-    Units may be added in any order: each is appended when those before it have been.
+    Units may be added in any order: each is appended when those before it have been. Now and then what was written is
+    noted, and the files of the units in it are removed: a corpus needs the room of its tokens once. A later Merge of
+    the same folder goes on from there.
+
+    Attributes:
+      next: the unit that is appended next; those before it are done.
+      tokens: of all units that were appended.
     """
 
     def __init__(self, partial: pathlib.Path, job: encode.Job):
         self.partial, self.job = partial, job
-        self.writers = {split: _SplitWriter(partial, split, job) for split in encode.SPLITS}
-        self.problems = documents.Problems()
+        noted = partial / MERGED
+        state: dict[str, Any] = json.loads(noted.read_bytes()) if noted.exists() else {"next": 0, "writers": {}}
+        self.writers = {
+            split: _SplitWriter(partial, split, job, state["writers"].get(split)) for split in encode.SPLITS
+        }
+        self.problems = Problems.from_json(state["problems"]) if "problems" in state else Problems()
         self._waiting: dict[int, dict] = {}
-        self._next = 0
+        self.next = self._noted = state["next"]
+
+    @property
+    def tokens(self) -> int:
+        return sum(writer.tokens for writer in self.writers.values())
 
     def add(self, index: int, result: dict) -> None:
         """`result`: what encode.encode returned for unit `index`."""
         self._waiting[index] = result
-        while self._next in self._waiting:
-            self._append(self._waiting.pop(self._next))
-            self._next += 1
+        while self.next in self._waiting:
+            self._append(self._waiting.pop(self.next))
+            self.next += 1
+            if self.next - self._noted >= NOTE_UNITS:
+                self._note()
 
     def _append(self, result: dict) -> None:
-        stem = self.partial / "units" / f"{self._next:06d}"
-        self.problems.add(documents.Problems(**result["problems"]))
+        self.problems.add(Problems.from_json(result["problems"]))
         for split, writer in self.writers.items():
-            ends = np.fromfile(stem.with_suffix(f".{split}.ends"), "<u8").astype(np.int64)
-            writer.unit(stem.with_suffix(f".{split}.tokens"), ends, result["text_bytes"][split])
+            ends = np.fromfile(self._unit(self.next, f".{split}.ends"), "<u8").astype(np.int64)
+            writer.unit(self._unit(self.next, f".{split}.tokens"), ends, result["text_bytes"][split])
+
+    def _unit(self, index: int, suffix: str) -> pathlib.Path:
+        return self.partial / "units" / f"{index:06d}{suffix}"
+
+    def _note(self) -> None:
+        writers = {split: writer.state() for split, writer in self.writers.items()}
+        state = {"next": self.next, "writers": writers, "problems": self.problems.to_json()}
+        files.write_durably(self.partial / MERGED, json.dumps(state).encode())
+        for index in range(self._noted, self.next):
+            for suffix in (".json", *(f".{split}.{what}" for split in encode.SPLITS for what in ("ends", "tokens"))):
+                self._unit(index, suffix).unlink()
+        self._noted = self.next
 
     def finish(self) -> tuple[dict[str, formats.Split], dict[str, Any]]:
         """The splits of the manifest; the summary: documents, tokens, bytes per token, longest document, problems."""
@@ -103,15 +170,16 @@ class Merge:
             "tokens": tokens,
             "bytes_per_token": text_bytes / tokens if tokens else None,
             "longest_document_tokens": max(w.longest for w in self.writers.values()),
-            "problems": self.problems.to_json(),
+            "loses_text": any(self.problems.counts[kind] for kind in losses.LOSSES),
+            "problems": self.problems.summary(),
         }
         if self.job.hashes:
-            summary["duplicates"] = _duplicates(self.partial, self._next)
+            summary["duplicates"] = _duplicates(self.partial, self.next)
         return splits, summary
 
 
 def _duplicates(partial: pathlib.Path, num_units: int) -> int:
     """Documents whose text occurred before; 8 bytes of memory for each document."""
     stems = (partial / "units" / f"{index:06d}" for index in range(num_units))
-    hashes = np.concatenate([np.fromfile(stem.with_suffix(".hashes"), "<u8") for stem in stems])
+    hashes = np.concatenate([np.empty(0, "<u8"), *(np.fromfile(stem.with_suffix(".hashes"), "<u8") for stem in stems)])
     return len(hashes) - len(np.unique(hashes))

@@ -2,39 +2,76 @@
 
 import collections
 import concurrent.futures
+import contextlib
+import math
 import multiprocessing
 import os
+import pathlib
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
 from typing import Any
 
 from data import allocator
 from data.errors import DataError
 
 IN_FLIGHT = 4  # jobs a worker that are handed over ahead of time
+CGROUPS = pathlib.Path("/sys/fs/cgroup")
+
+
+def cores() -> int:
+    """The cores that this process may use: its affinity (taskset, Slurm), or its cgroup's share (containers)."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([allowed, *map(math.ceil, _quotas())]))
+
+
+def _quotas() -> Iterator[float]:
+    """Cores of each cgroup around this process that has a quota (cgroups of version 2, and `cpu` of version 1)."""
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            root = CGROUPS / "cpu" if controllers else CGROUPS
+            inner = pathlib.PurePath(name.lstrip("/"))
+            for folder in (root / inner, *(root / outer for outer in inner.parents), root):
+                with contextlib.suppress(OSError, ValueError):
+                    if controllers:
+                        numbers = [(folder / f"cpu.cfs_{what}_us").read_text() for what in ("quota", "period")]
+                    else:
+                        numbers = (folder / "cpu.max").read_text().split()
+                    quota, period = map(float, numbers)  # without a limit "max", or -1
+                    if quota > 0:
+                        yield quota / period
 
 
 class Pool:
-    """Runs functions in `workers` processes, or in this one when that is 1."""
+    """Runs functions in `workers` processes, or in this one when that is 1.
+
+    Workers end when this process does, however it ends, and at once when the `with` block is left by an exception.
+    """
 
     def __init__(self, workers: int):
         self.workers = workers
-        self._executor = (
-            None
-            if workers == 1
-            else concurrent.futures.ProcessPoolExecutor(
-                workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(os.getpid(),)
+        self._executor = None
+        if workers > 1:
+            context = multiprocessing.get_context("spawn")
+            ours, self._lifeline = context.Pipe(duplex=False)  # workers read it, and see when it is closed
+            self._executor = concurrent.futures.ProcessPoolExecutor(
+                workers, context, initializer=_start, initargs=(ours,)
             )
-        )
 
     def __enter__(self) -> "Pool":
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        if self._executor is None:
+            return
+        if kind is not None:
+            self._lifeline.close()
+        self._executor.shutdown(cancel_futures=True)
+        self._lifeline.close()
 
     def run(self, function: Callable, jobs: Iterable[tuple]) -> Iterator[tuple[tuple, Any]]:
         """(job, function(*job)) of every job, as they finish.
@@ -51,7 +88,8 @@ class Pool:
             while waiting or running:
                 while waiting and len(running) < IN_FLIGHT * self.workers:
                     job = waiting.popleft()
-                    running[self._executor.submit(function, *job)] = job
+                    with _interrupts_later():
+                        running[self._executor.submit(function, *job)] = job
                 done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
                 for future in done:
                     yield running.pop(future), future.result()
@@ -62,15 +100,24 @@ class Pool:
             ) from None
 
 
-def _start(parent: int) -> None:
-    """In a new worker: Ctrl-C is the parent's business, threads are the other workers', and its death is noticed."""
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Ctrl-C reaches this process after the block, and never a worker that is started in it: that is for its parent."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start(lifeline: Connection) -> None:
+    """In a new worker: threads are the other workers', and the end of its parent is its own."""
     allocator.tune_allocator()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["RAYON_NUM_THREADS"] = "1"
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        with contextlib.suppress(EOFError, OSError):
+            lifeline.recv_bytes()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

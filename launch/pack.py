@@ -4,8 +4,8 @@
 
 Each row holds whole documents and, where none fits any more, padding of which no loss is counted; only documents longer
 than a row are cut. The tokens stay where they are: an index of what each row holds is written beside them
-(train.packed-1024.bin), once for each seq_len. Exit codes: 0 done, or done before; 2 flags; 3 the dataset cannot be
-packed.
+(train.packed-1024.bin), once for each seq_len. Of several that are started at once, the others wait for the first and
+find its index. Exit codes: 0 done, or done before; 2 flags; 3 the dataset cannot be packed.
 """
 
 import pathlib
@@ -26,7 +26,7 @@ def main(dataset: str = "") -> int:
     if not dataset or SEQ_LEN.value is None:
         raise ConfigError("name a dataset and a length: python -m launch.pack DATASET --seq_len=1024")
     start = time.monotonic()
-    index, there = packing.pack(pathlib.Path(dataset), SEQ_LEN.value)
+    index, there = packing.pack(pathlib.Path(cli.local_path(dataset)), SEQ_LEN.value)
     cli.log.info(
         "%s: %s rows of %d tokens, %.3f %% of them used, %s",
         index.path, f"{index.rows:,}", index.seq_len + 1, 100 * index.utilisation,

@@ -4,34 +4,38 @@
     --out=DATASET
 
 Files are text (each one document), JSON lines or Parquet (a document a record, its text under --text_key), told by
-their names; .gz and .zst are read as they are; - is standard input. A single text is split as nanoGPT does: the first
-90 % of its characters train. Several are split whole, by a hash of their names; records by a hash of their text. An
-end-of-text token is put after each document.
+their first bytes (--format says otherwise); gzip and zstd are read as they are; - is standard input. A single text is
+split as nanoGPT does: the first 90 % of its characters train. Several are split whole, by a hash of their names;
+records by a hash of their text. An end-of-text token is put after each document.
 
 Tokenizers: characters, bytes, byte-level BPE trained on a sample of the text (bpe:16384, or bpe:16384:llama3 with Llama
 3's split pattern), or one there is: a tokenizer.json, .tiktoken, minbpe or SentencePiece file (launch.tokenizer).
 
 Killed, it goes on when the same command is started again; the dataset is the same, byte for byte, for any number of
 kills and --workers. What was wrong with the input is counted, and the first of each kind named, at the end and in
-DATASET/summary.json. Exit codes: 0 done, 2 flags, 3 the source cannot be used.
+DATASET/summary.json. Exit codes: 0 done, 2 flags, 3 the source or --out cannot be used, 130 Ctrl-C.
 """
 
+import contextlib
 import pathlib
+import signal
 import sys
 import time
+from collections.abc import Iterator
 
 from absl import flags
 
-from data import allocator, corpus, formats, prepare
+from data import allocator, corpus, formats, losses, prepare, recognize, spool
+from data.output import Output
 from launch import cli
 from trainer.console import StatusLine, duration
 from trainer.errors import ConfigError
 
-SOURCE = flags.DEFINE_string("source", None, "File, directory, glob, -, python-stdlib or tinyshakespeare.")
-TOKENIZER = flags.DEFINE_string(
+SOURCE = cli.define_path("source", None, "File, directory, glob, -, python-stdlib or tinyshakespeare.")
+TOKENIZER = cli.define_path(
     "tokenizer", "char", "char, byte, bpe:16384 (trained here), or PATH of a tokenizer or of a dataset that has one."
 )
-OUT = flags.DEFINE_string("out", None, "Folder to write, for example datasets/mine.")
+OUT = cli.define_path("out", None, "Folder to write, for example datasets/mine.")
 VAL_FRACTION = flags.DEFINE_float(
     "val_fraction", 0.1, "Share of the text kept for validation.", lower_bound=0.0, upper_bound=0.9
 )
@@ -56,10 +60,20 @@ BAD_RECORDS = flags.DEFINE_enum(
     ["error", "skip"],
     "Broken JSON, a record without text, a compressed file cut off: stop, or leave out and count.",
 )
+FORMAT = flags.DEFINE_enum(
+    "format", "auto", recognize.KINDS, "What all files are; auto: each is told by its first bytes and its name."
+)
 STDIN_FORMAT = flags.DEFINE_enum(
     "stdin_format", "txt", ["txt", "jsonl", "parquet", "txt.gz", "jsonl.gz", "jsonl.zst"], "What --source=- is."
 )
-WORKERS = flags.DEFINE_integer("workers", 0, "Processes; 0 for one a core.", lower_bound=0)
+MAX_INVALID = flags.DEFINE_float(
+    "max_invalid",
+    0.01,
+    "Largest share of characters that are NUL, or U+FFFD where text is not UTF-8; above it the corpus is refused.",
+    lower_bound=0.0,
+    upper_bound=1.0,
+)
+WORKERS = flags.DEFINE_integer("workers", 0, "Processes; 0 for one a core that this job may use.", lower_bound=0)
 COUNT_DUPLICATES = flags.DEFINE_bool("count_duplicates", False, "Count documents whose text occurred before.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a dataset at --out that another request made.")
 
@@ -91,42 +105,54 @@ def main() -> int:
     if not SOURCE.value or not OUT.value:
         raise ConfigError("--source and --out are needed, for example --source=python-stdlib --out=datasets/mine")
     allocator.tune_allocator()
-    out = pathlib.Path(OUT.value)
-    there = formats.is_dataset(out) and not OVERWRITE.value
-    start = time.monotonic()
-    if SOURCE.value == "-":
-        spooled = corpus.spool(sys.stdin.buffer, out.parent, STDIN_FORMAT.value)
-        try:
-            manifest = make(out, str(spooled))
-        finally:
-            spooled.unlink()
-    else:
-        manifest = make(out, SOURCE.value)
-    report(out, manifest, "was there, by the same request" if there else f"{time.monotonic() - start:.1f} s")
+    out = Output(pathlib.Path(OUT.value)).path  # a folder that is replaced may be the one we are in
+    with sourced(SOURCE.value, out.parent) as source:
+        make(out, source)
     return 0
 
 
-def make(out: pathlib.Path, source: str) -> formats.Manifest:
-    progress = Progress()
+@contextlib.contextmanager
+def sourced(source: str, folder: pathlib.Path) -> Iterator[str]:
+    """The path of a source; what comes from standard input or a pipe is kept in `folder` meanwhile."""
+    if source != "-" and not corpus.is_pipe(source):
+        yield source
+        return
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # not without removing what was kept
+    with contextlib.ExitStack() as stack:
+        stream = sys.stdin.buffer if source == "-" else stack.enter_context(corpus.opened(source))
+        yield str(stack.enter_context(spool.spooled(stream, folder, STDIN_FORMAT.value)))
+
+
+def make(out: pathlib.Path, source: str) -> None:
+    start, progress = time.monotonic(), Progress()
+    request = {
+        "source": source,
+        "tokenizer": TOKENIZER.value,
+        "val_fraction": VAL_FRACTION.value,
+        "split": SPLIT.value,
+        "text_key": TEXT_KEY.value,
+        "min_frequency": MIN_FREQUENCY.value,
+        "special_tokens": SPECIAL_TOKENS.value,
+        "invalid_utf8": INVALID_UTF8.value,
+        "bad_records": BAD_RECORDS.value,
+        "format": FORMAT.value,
+    }
+    if not OVERWRITE.value and (found := prepare.there(out, **request)) is not None:
+        report(out, found, "was there, by the same request")
+        return
     try:
-        return prepare.prepare(
+        made = prepare.prepare(
             out,
-            source=source,
-            tokenizer=TOKENIZER.value,
-            val_fraction=VAL_FRACTION.value,
-            split=SPLIT.value,
-            text_key=TEXT_KEY.value,
-            min_frequency=MIN_FREQUENCY.value,
-            special_tokens=SPECIAL_TOKENS.value,
-            invalid_utf8=INVALID_UTF8.value,
-            bad_records=BAD_RECORDS.value,
             overwrite=OVERWRITE.value,
             workers=WORKERS.value,
             count_duplicates=COUNT_DUPLICATES.value,
+            max_invalid=MAX_INVALID.value,
             progress=progress,
+            **request,
         )
     finally:
         progress.status.clear()
+    report(out, made, f"{time.monotonic() - start:.1f} s")
 
 
 def report(out: pathlib.Path, manifest: formats.Manifest, how: str) -> None:
@@ -134,6 +160,8 @@ def report(out: pathlib.Path, manifest: formats.Manifest, how: str) -> None:
         f"{name} {s.tokens:,} tokens ({s.documents:,} document(s))" for name, s in manifest.splits.items()
     )
     cli.log.info("%s: %s, vocabulary %d, %s, %s", out, splits, manifest.vocab_size, manifest.dtype, how)
+    for notice in prepare.notices(manifest):
+        cli.log.warning("%s", notice)
     summary = prepare.read_summary(out)
     if not summary:
         return
@@ -143,9 +171,16 @@ def report(out: pathlib.Path, manifest: formats.Manifest, how: str) -> None:
     if "duplicates" in summary:
         parts.append(f"{summary['duplicates']:,} of {summary['documents']:,} documents occurred before")
     cli.log.info("%s", ", ".join(parts))
-    for kind, count in summary["problems"]["counts"].items():
-        examples = summary["problems"]["examples"][kind]
-        cli.log.warning("%s: %d, first in %s", kind, count, "; ".join(examples))
+    if summary.get("loses_text"):
+        share = summary["problems"]["counts"].get(losses.UNKNOWN, 0) / max(summary["tokens"], 1)
+        cli.log.warning(
+            "the tokenizer loses text (%.2g %% of the tokens are unknown, the rest below): no val/bits_per_byte will "
+            "be reported, for nobody knows how many bytes the tokens stand for",
+            100 * share,
+        )
+    for problems in (summary.get("left_out", {"counts": {}}), summary["problems"]):
+        for kind, count in problems["counts"].items():
+            cli.log.warning("%s: %d, first in %s", kind, count, "; ".join(map(cli.visible, problems["examples"][kind])))
 
 
 if __name__ == "__main__":

@@ -176,7 +176,8 @@ def test_no_flipped_bit_makes_another_manifest(dataset):
                 found = formats.read_manifest(dataset)
             except DataError:
                 continue
-            assert dataclasses.replace(found, request={}) == dataclasses.replace(manifest, request={})
+            outside = {"request": {}, "files": {}, "loses_text": False}
+            assert dataclasses.replace(found, **outside) == dataclasses.replace(manifest, **outside)
 
 
 def leaves(node, at=()):
@@ -220,7 +221,8 @@ def test_fuzz_of_the_manifest(dataset):
         except DataError as e:
             assert str(path) in str(e)
         else:
-            assert dataclasses.replace(found, request={}) == dataclasses.replace(manifest, request={})
+            outside = {"request": {}, "files": {}, "loses_text": False}
+            assert dataclasses.replace(found, **outside) == dataclasses.replace(manifest, **outside)
 
 
 @pytest.mark.parametrize("depth", [300, 700, 100_000])
@@ -240,7 +242,8 @@ def test_a_forged_fingerprint_opens_no_file_outside_the_folder(dataset):
     read = refused = 0
     for _ in range(3000):
         tree = replaced(json.loads(raw), rng)
-        content = {k: v for k, v in tree.items() if k not in ("format", "version", "fingerprint", "request")}
+        outside = ("format", "version", "fingerprint", "sha256", *formats.OUTSIDE)
+        content = {k: v for k, v in tree.items() if k not in outside}
         canonical = json.dumps([formats.VERSION, order.VERSION, content], sort_keys=True)
         tree["fingerprint"] = hashlib.sha256(canonical.encode()).hexdigest()[:16]
         (dataset / "manifest.json").write_text(json.dumps(tree))
@@ -263,6 +266,27 @@ def test_a_shard_is_a_plain_name(name, dataset):
     (dataset / "manifest.json").write_text(dataclasses.replace(manifest, splits={"val": forged}).to_json())
     with pytest.raises(DataError, match="file name"):
         formats.read_manifest(dataset)
+
+
+def test_a_dataset_is_known_by_its_mark(dataset, tmp_path):
+    """Also cut off or of another version; not a manifest that only names us: --overwrite would remove its folder."""
+    path = dataset / "manifest.json"
+    raw = path.read_bytes()
+    for ours in (raw, raw[:60], raw.replace(b'"version": 1', b'"version": 9')):
+        path.write_bytes(ours)
+        assert formats.is_dataset(dataset)
+    others = (
+        b"",
+        b"{}",
+        b'{"name": "meshlm-tokens"}',
+        b'{"files": ["%s"], "uses": "meshlm-tokens"}' % (b"x" * 5000),
+        raw[:9],
+    )
+    for other in others:
+        path.write_bytes(other)
+        assert not formats.is_dataset(dataset)
+    path.unlink()
+    assert not formats.is_dataset(dataset) and not formats.is_dataset(tmp_path / "none")
 
 
 def test_no_manifest_is_told_apart_from_a_bad_one(tmp_path):

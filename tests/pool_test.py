@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from data import pool as pool_module
 from data.errors import DataError
 from data.pool import Pool
 
@@ -78,7 +79,75 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path):
         assert all(map(alive, pids))
         parent.kill()
         parent.stdout.close()
+    wait_for_the_end(pids)
+
+
+def wait_for_the_end(pids: list[int]) -> None:
     deadline = time.monotonic() + 20
     while any(map(alive, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+INTERRUPTED = """
+import sys
+from data.pool import Pool
+from tests.pool_test import report_and_sleep
+if __name__ == "__main__":
+    try:
+        with Pool(3) as pool:
+            print("begun", flush=True)
+            list(pool.run(report_and_sleep, [(n,) for n in range(9)]))
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+def children(pid: int) -> list[int]:
+    tasks = pathlib.Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.05, 0.3, 0.7, 1.5])
+def test_ctrl_c_ends_workers_at_once_and_without_a_word(after_s, tmp_path):
+    """The whole group gets SIGINT, as from a terminal, also while workers start; they would have slept for a minute."""
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "interrupted.py"], env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout and process.stdout.readline() == "begun\n"
+    time.sleep(after_s)
+    workers = children(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr) == (130, "")
+    wait_for_the_end(workers)
+
+
+def test_an_error_ends_the_other_workers_at_once():
+    began = time.monotonic()
+    with pytest.raises(DataError, match="no 7"), Pool(2) as pool:
+        list(pool.run(refuse_or_sleep, [(0,), (7,)]))
+    assert time.monotonic() - began < 30
+
+
+def refuse_or_sleep(n: int) -> None:
+    if n:
+        refuse(n)
+    time.sleep(60)
+
+
+def test_cores_are_those_that_this_process_may_use(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool_module, "CGROUPS", tmp_path)
+    allowed = len(os.sched_getaffinity(0))
+    assert pool_module.cores() == allowed
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert pool_module.cores() == allowed
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    assert pool_module.cores() == 1
+    (tmp_path / "cpu.max").write_text("not a number")
+    assert pool_module.cores() == allowed
+    command = [sys.executable, "-c", "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+               "from data.pool import cores; print(cores())"]  # fmt: skip
+    assert subprocess.check_output(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) == b"1\n"

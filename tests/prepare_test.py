@@ -90,7 +90,7 @@ def test_manifest_counts_what_was_written(file, tmp_path):
 def test_byte_tokenizer_cuts_at_bytes_and_takes_any(tmp_path):
     raw = bytes(range(256)) * 5
     (tmp_path / "raw.bin").write_bytes(raw)
-    manifest = run(tmp_path / "out", tmp_path / "raw.bin", "byte")
+    manifest = run(tmp_path / "out", tmp_path / "raw.bin", "byte", format="text")
     assert manifest.vocab_size == 256
     assert tokens(tmp_path / "out", "train").tolist() == list(raw[:1152])
     assert tokens(tmp_path / "out", "val").tolist() == list(raw[1152:])
@@ -112,7 +112,7 @@ def test_several_documents_stay_whole_and_each_ends_with_eos(kind, folder, tmp_p
         assert np.array_equal([d[-1] for d in np.split(ids, starts[1:])], [manifest.eos_id] * len(starts))
         assert spec.text_bytes == sum(len(d.encode("utf-8")) for d in documents)  # without the eos
         found[split] = documents
-    train, val = corpus.split(corpus.find(str(folder), tmp_path), 0.3)
+    train, val = corpus.split(corpus.find(str(folder), tmp_path).files, 0.3)
     assert found == {
         "train": [d.path.read_text("utf-8") for d in train],
         "val": [d.path.read_text("utf-8") for d in val],
@@ -572,3 +572,185 @@ def test_a_text_that_spells_the_end_of_text_does_not_end_a_document(tmp_path):
     manifest = run(tmp_path / "out", tmp_path / "in.jsonl", "bpe:280", val_fraction=0.0)
     ids = tokens(tmp_path / "out", "train")
     assert (ids == manifest.eos_id).sum() == manifest.splits["train"].documents == 40
+
+
+def test_text_that_names_a_tokenizer_of_another_dataset_is_compared_by_content(file, tmp_path):
+    """char and byte have no file of their own: what they are is compared as well."""
+    run(tmp_path / "a", file)
+    run(tmp_path / "b", file, str(tmp_path / "a"))
+    assert run(tmp_path / "b", file, str(tmp_path / "a")) == formats.read_manifest(tmp_path / "b")
+    file.write_text(POEM + "ß")
+    run(tmp_path / "a", file, overwrite=True)
+    before = contents(tmp_path / "b")
+    with pytest.raises(DataError, match="another tokenizer"):
+        run(tmp_path / "b", file, str(tmp_path / "a"))
+    assert contents(tmp_path / "b") == before
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_a_tokenizer_that_changed_before_a_run_goes_on(kind, folder, tmp_path):
+    """Units of the tokenizer that was there before are not used with the new one."""
+    given = tmp_path / "given"
+
+    def give(number: int) -> None:
+        codec = tokenizers.make(f"bpe:{300 - number}", [POEM], eos=True)
+        if kind == "char":
+            codec = tokenizers.make(
+                "char", [POEM, *(p.read_text() for p in folder.iterdir()), "xyz"[:number]], eos=True
+            )
+        tokenizers.save(codec, given)
+
+    give(0)
+    code = KILLED.replace('"char"', repr(str(given)))
+    argv = [sys.executable, "-c", code, tmp_path / "out", folder]
+    subprocess.run(argv, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60)
+    assert (tmp_path / "out.partial/units/000002.json").exists()
+    give(3)
+    run(tmp_path / "out", folder, str(given), val_fraction=0.3)
+    run(tmp_path / "undisturbed", folder, str(given), val_fraction=0.3)
+    assert without_times(tmp_path / "out") == without_times(tmp_path / "undisturbed")
+
+
+def change_by_move(path: pathlib.Path) -> None:
+    """As `mv new path`, with the same size and time."""
+    stat = path.stat()
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes().replace(b" x ", b" y "))
+    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    other.replace(path)
+
+
+def change_in_place(path: pathlib.Path) -> None:
+    stat = path.stat()
+    path.write_bytes(path.read_bytes().replace(b" x ", b" y "))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def change_the_length(path: pathlib.Path) -> None:
+    with path.open("a") as f:
+        f.write('{"text": "more"}')
+
+
+CHANGES = [change_by_move, change_in_place, change_the_length, pathlib.Path.unlink]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("tokenizer", ["byte", "char", "bpe:270"])
+def test_a_source_that_changes_while_it_is_read_is_an_error(tokenizer, change, tmp_path, monkeypatch):
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(json_lines("x"))
+    monkeypatch.setattr(documents, "UNIT_BYTES", 1000)
+    done, at = [], "reading" if tokenizer == "char" else "encoding"
+
+    def progress(stage: str, *_: int) -> None:
+        done.append(stage)
+        if done.count(at) == 1 and stage == at:
+            change(source)
+
+    with pytest.raises(DataError, match=r"in\.jsonl(:| was changed or replaced)"):
+        run(tmp_path / "out", source, tokenizer, progress=progress)
+    assert not (tmp_path / "out").exists()
+    if change is not pathlib.Path.unlink:
+        monkeypatch.undo()
+        run(tmp_path / "out", source, tokenizer)
+        run(tmp_path / "undisturbed", source, tokenizer)
+        assert without_times(tmp_path / "out") == without_times(tmp_path / "undisturbed")
+
+
+EMPTY = {
+    "blank.jsonl": b"\n \n\n",
+    "texts.jsonl": b'{"text": ""}\n' * 3,
+    "broken.jsonl": b"broken\n" * 3,
+}
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "char", "bpe:260"])
+@pytest.mark.parametrize("name", [*EMPTY, "rows.parquet", "groups.parquet"])
+def test_a_corpus_without_a_token_is_an_error(name, tokenizer, tmp_path):
+    source = tmp_path / name
+    if name == "rows.parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), source)
+    elif name == "groups.parquet":
+        pyarrow.parquet.ParquetWriter(source, pyarrow.schema([("text", pyarrow.string())])).close()
+    else:
+        source.write_bytes(EMPTY[name])
+    for duplicates in (False, True):
+        with pytest.raises(DataError, match="text"):
+            run(tmp_path / "out", source, tokenizer, bad_records="skip", count_duplicates=duplicates)
+        assert not (tmp_path / "out").exists()
+
+
+def test_text_of_which_all_validates_is_an_error(tmp_path):
+    (tmp_path / "in.txt").write_text("a")
+    with pytest.raises(DataError, match="validate"):
+        run(tmp_path / "out", tmp_path / "in.txt", "byte", val_fraction=0.5)
+
+
+@pytest.mark.parametrize(
+    ("records", "fraction", "expected"),
+    [(3, 0.001, "no text validates"), (400, 0.1, ""), (3, 0.0, ""), (1, 0.1, "no text validates")],
+)
+def test_a_split_far_from_what_was_asked_for_is_said(records, fraction, expected, tmp_path):
+    (tmp_path / "in.jsonl").write_text("".join(f'{{"text": "a text {i}"}}\n' for i in range(records)))
+    notices = prepare.notices(run(tmp_path / "out", tmp_path / "in.jsonl", "byte", val_fraction=fraction))
+    assert len(notices) == bool(expected) and expected in str(notices)
+
+
+def test_a_split_of_unequal_documents_is_said(tmp_path):
+    lines = [json.dumps({"text": f"{i} " * (100000 if i == 7 else 1)}) for i in range(40)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    manifest = run(tmp_path / "out", tmp_path / "in.jsonl", "byte", val_fraction=0.3)
+    assert "of the text validates although --val_fraction is 0.3" in prepare.notices(manifest)[0]
+
+
+def test_a_corpus_that_is_not_utf8_is_refused_and_may_be_taken(tmp_path):
+    (tmp_path / "in.txt").write_bytes("né, ".encode("latin-1") * 100)
+    with pytest.raises(DataError, match=r"25\.000% .*first in .*in\.txt.* --max_invalid=0\.25 or --tokenizer=byte"):
+        run(tmp_path / "out", tmp_path / "in.txt", format="text")
+    assert not (tmp_path / "out").exists()
+    assert run(tmp_path / "out", tmp_path / "in.txt", format="text", max_invalid=0.25)
+    assert run(tmp_path / "bytes", tmp_path / "in.txt", "byte", format="text")
+
+
+def test_a_dataset_of_a_version_that_knew_fewer_settings_is_found(file, tmp_path):
+    run(tmp_path / "out", file)
+    path = tmp_path / "out/manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["request"]["format"]
+    path.write_text(json.dumps(manifest))
+    assert run(tmp_path / "out", file) == formats.read_manifest(tmp_path / "out")
+
+
+def test_what_was_left_out_is_said(folder, tmp_path):
+    (folder / "none.txt").touch()
+    (folder / ".hidden").write_text("x")
+    argv = [sys.executable, "-m", "launch.prepare", f"--source={folder}", f"--out={folder / 'out'}"]
+    done = subprocess.run(argv, cwd=ROOT, text=True, capture_output=True, timeout=60)
+    assert done.returncode == 0 and "hidden file or folder, left out: 1" in done.stdout, done
+    assert prepare.read_summary(folder / "out")["left_out"]["counts"] == {
+        "empty file, left out": 1,
+        "hidden file or folder, left out": 1,
+    }
+    again = subprocess.run([*argv, "--overwrite"], cwd=ROOT, text=True, capture_output=True, timeout=60)
+    assert again.returncode == 0 and again.stdout.splitlines()[1:] == done.stdout.splitlines()[1:]
+
+
+@pytest.mark.parametrize("change", ["appended", "added", "removed", "same size"])
+def test_a_finished_dataset_is_not_the_same_when_its_source_has_changed(folder, tmp_path, change):
+    run(tmp_path / "out", folder)
+    before = contents(tmp_path / "out")
+    one = folder / "1.txt"
+    if change == "appended":
+        one.write_text(one.read_text() + "more")
+    elif change == "added":
+        (folder / "new.txt").write_text("one more")
+    elif change == "removed":
+        one.unlink()
+    else:
+        one.write_text(one.read_text().swapcase())
+        os.utime(one, ns=(0, 0))
+    with pytest.raises(DataError, match="other files"):
+        run(tmp_path / "out", folder)
+    folder.rename(tmp_path / "moved away")
+    run(tmp_path / "out", folder)
+    assert contents(tmp_path / "out") == before

@@ -1,0 +1,260 @@
+"""Where a dataset is written and how it gets its name: by one process at a time, without harm to what is not ours.
+
+    NAME.partial              what is being written; its first file is MARK, put into a new or an empty folder
+    .NAME.meshlm-lock         is held from before the first look at NAME.partial until NAME is complete
+    .NAME.meshlm-replaced     the dataset that was NAME, from when the new one is complete until it is removed
+
+So a kill at any point leaves the old dataset or the new one, and the next preparation of NAME ends what was begun. Only
+a folder with the mark is cleared, only a dataset is replaced, and only files with the names that preparations write
+are ever removed: a folder that holds anything else is refused.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Iterator
+
+from data import bpe, files, formats, minbpe, packing, pieces, rank_file, tokenizers
+from data.errors import DataError
+
+log = logging.getLogger("meshlm")
+
+MARK = "meshlm-unfinished.json"
+FORMAT = "meshlm-unfinished-dataset"
+CHARACTERS, MERGED = "characters.json", "merged.json"  # what is known so far
+_TOKENIZER_FILES = (tokenizers.FILE_NAME, bpe.FILE_NAME, minbpe.FILE_NAME, pieces.FILE_NAME, rank_file.FILE_NAME)
+_JSON_FILES = (MARK, CHARACTERS, MERGED, formats.SUMMARY, formats.MANIFEST)
+
+
+def _any_of(names: tuple[str, ...]) -> str:
+    return "|".join(map(re.escape, names))
+
+
+SHARD, PACKED = re.compile(r"(train|val)-\d+\.bin"), re.compile(r"(train|val)\.packed-\d+\.bin")
+# The files that preparations and launch.pack write, in each folder.
+_OWN = {
+    "units": re.compile(r"\d+\.(json|hashes|(train|val)\.(tokens|ends))"),
+    "tokenizer": re.compile(_any_of(_TOKENIZER_FILES)),
+    "": re.compile(
+        r"(train|val)(-\d+|\.documents|\.packed-\d+)\.bin|\.(train|val)\.packed-\d+\.bin\.meshlm-lock|"
+        + _any_of(_JSON_FILES)
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mark:
+    folder: int  # its inode: a copy of an unfinished dataset is not taken for the dataset itself
+    key: str  # of what is being prepared; "" while what is of another is removed
+
+
+def is_unfinished(folder: pathlib.Path) -> bool:
+    """Whether a preparation began to write a dataset in this folder."""
+    return _read_mark(folder) is not None
+
+
+class Output:
+    """A dataset folder that is there, or is to be.
+
+    Attributes:
+      path: where it is or will be, without links.
+      partial: where it is written.
+      own: all that may be there because of it.
+
+    Raises:
+      DataError: the path cannot be that of a dataset.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        try:
+            self.path = path.resolve()
+        except (OSError, RuntimeError, ValueError) as e:
+            raise DataError(f"--out={path} cannot be followed: {getattr(e, 'strerror', None) or e}") from None
+        if not self.path.name or self.path.name.endswith(".partial"):
+            raise DataError(f"--out={path} cannot be the name of a dataset; choose another")
+        self.partial = self.path.with_name(f"{self.path.name}.partial")
+        self._replaced = self.path.with_name(f".{self.path.name}.meshlm-replaced")
+        self.own = (self.path, self.partial, self._replaced, files.lock_path(self.path))
+
+    def has_dataset(self) -> bool:
+        """Whether a dataset is at `path`, damaged or not. Raises DataError when something else is."""
+        try:
+            if formats.is_dataset(self.path):
+                return True
+        except OSError as e:
+            raise DataError(f"cannot read {self.path}: {e.strerror}") from None
+        if os.path.lexists(self.path):  # it is never replaced, whatever the flags
+            raise DataError(f"{self.path} exists and is not a dataset; choose another --out")
+        return False
+
+    def was_interrupted(self) -> bool:
+        """Whether a preparation was killed while it replaced the dataset or gave it its name."""
+        return os.path.lexists(self._replaced) or is_unfinished(self.path)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """No other process prepares this dataset meanwhile; what a killed one was about to end is ended.
+
+        Raises:
+          DataError: another process has it; and for every OSError: nothing can be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with files.locked(self.path):
+                self._recover()
+                yield
+        except files.Held as e:
+            raise DataError(f"{self.path} is being written by {e}") from None
+        except OSError as e:
+            where, why = e.filename or self.partial, e.strerror or e
+            raise DataError(f"cannot write {where}: {why}; start the same command again when that is mended") from None
+
+    def _recover(self) -> None:
+        if os.path.lexists(self._replaced):
+            if not formats.is_dataset(self._replaced):
+                raise DataError(f"{self._replaced} is in the way: it is not a dataset; move it away")
+            if not os.path.lexists(self.path):
+                self._replaced.rename(self.path)
+            elif self.has_dataset():
+                _check_own(self._replaced)
+                _remove(self._replaced)
+        if is_unfinished(self.path) and self.has_dataset():
+            (self.path / MARK).unlink()
+
+    def begin(self, key: str) -> None:
+        """Makes `partial`, with what an earlier run of the same key has done there; what is of another is removed.
+
+        Raises:
+          DataError: it, or the dataset that is to be replaced, has something in it that no preparation writes.
+        """
+        if self.has_dataset():
+            _check_own(self.path)
+        if os.path.lexists(self.partial) and (self.partial.is_symlink() or not self.partial.is_dir()):
+            raise DataError(f"{self.partial} is in the way: it is not a folder; move it away or choose another --out")
+        self.partial.mkdir(exist_ok=True)
+        _check_own(self.partial)
+        mark, here = _read_mark(self.partial), _Mark(self.partial.stat().st_ino, key)
+        if mark is None and not all(path.name.startswith(f"{MARK}.") for path in _files(self.partial)[0]):
+            raise DataError(
+                f"{self.partial} is in the way: it does not have the mark of a preparation; move it away or choose "
+                "another --out"
+            )
+        if mark is not None and mark.key != key:
+            if mark.folder != here.folder:
+                raise DataError(
+                    f"{self.partial} is a copy of an unfinished dataset of another request; remove it or choose "
+                    "another --out"
+                )
+            self._write_mark(dataclasses.replace(here, key=""))  # first: no run of the old key may go on with a part
+            _remove_files(path for path in _files(self.partial)[0] if path.name != MARK)
+        if mark != here:
+            self._write_mark(here)
+        (self.partial / "units").mkdir(exist_ok=True)
+
+    def _write_mark(self, mark: _Mark) -> None:
+        text = json.dumps({"format": FORMAT, **dataclasses.asdict(mark)}) + "\n"
+        files.write_durably(self.partial / MARK, text.encode())
+
+    def is_complete(self) -> bool:
+        """Whether all of `partial` is written: its manifest is the last."""
+        return (self.partial / formats.MANIFEST).exists()
+
+    def publish(self) -> None:
+        """Gives the complete dataset its name. What was there before is removed when the new one has it.
+
+        Raises:
+          DataError: something that is not a dataset has appeared there.
+        """
+        done = _files(self.partial)[0]
+        _remove_files(
+            p for p in done if p.parent.name == "units" or p.name in (CHARACTERS, MERGED) or _is_half_written(p)
+        )
+        (self.partial / "units").rmdir()
+        for path in (self.partial, self.partial / "tokenizer"):
+            files.sync(path)
+        if self.has_dataset():
+            self.path.rename(self._replaced)
+        self.partial.rename(self.path)
+        (self.path / MARK).unlink()
+        files.sync(self.path.parent)
+        if self._replaced.exists():
+            _remove(self._replaced)
+
+
+def _read_mark(folder: pathlib.Path) -> _Mark | None:
+    try:
+        raw = json.loads((folder / MARK).read_bytes())
+        return _Mark(raw["folder"], raw["key"]) if raw["format"] == FORMAT else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _files(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
+    """What lies in a folder of ours: the files that preparations write, and everything else."""
+    own: list[pathlib.Path] = []
+    others: list[pathlib.Path] = []
+    shards = _shards(folder)
+    for name, pattern in _OWN.items():
+        inside = folder / name
+        if name and (inside.is_symlink() or not inside.is_dir()):
+            continue
+        for entry in os.scandir(inside):
+            if not name and entry.name in _OWN and entry.is_dir(follow_symlinks=False):
+                continue
+            half = files.WRITING.fullmatch(entry.name)
+            known = pattern.fullmatch(half[1] if half else entry.name) and entry.is_file(follow_symlinks=False)
+            if known and SHARD.fullmatch(entry.name) and shards is not None:
+                known = entry.name in shards
+            elif known and PACKED.fullmatch(entry.name):
+                known = packing.is_index(pathlib.Path(entry.path))
+            (own if known else others).append(pathlib.Path(entry.path))
+    return own, others
+
+
+def _shards(folder: pathlib.Path) -> set[str] | None:
+    """Those of a finished dataset; None when nobody can say, because it is not finished, or damaged."""
+    try:
+        return {shard.file for split in formats.read_manifest(folder).splits.values() for shard in split.shards}
+    except (FileNotFoundError, DataError):
+        return None
+
+
+def _is_half_written(path: pathlib.Path) -> bool:
+    return files.WRITING.fullmatch(path.name) is not None
+
+
+def _check_own(folder: pathlib.Path) -> None:
+    """Raises DataError for a folder with anything in it that no preparation writes, or for what is not a folder."""
+    if folder.is_symlink() or not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; move it away, then start again")
+    if (folder / "plan").is_file() and (folder / "units").is_dir() and not is_unfinished(folder):
+        raise DataError(f"{folder} was left unfinished by an earlier version; remove it, then start again")
+    if others := sorted(_files(folder)[1]):
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise DataError(
+            f"{others[0]}{more}: not from launch.prepare, and would be lost; move it away or choose another --out"
+        )
+
+
+def _remove_files(paths: Iterable[pathlib.Path]) -> None:
+    for path in paths:
+        path.unlink()
+
+
+def _remove(folder: pathlib.Path) -> None:
+    """Removes a dataset; its manifest last, so that what a kill leaves of it is still known to be one."""
+    own, others = _files(folder)
+    if others:  # they came after the first look
+        log.warning("%s stays: it has files that are not from launch.prepare", folder)
+        return
+    manifest = folder / formats.MANIFEST
+    _remove_files(path for path in own if path != manifest)
+    for name in ("units", "tokenizer"):
+        if (folder / name).is_dir():
+            (folder / name).rmdir()
+    manifest.unlink(missing_ok=True)
+    folder.rmdir()
