@@ -1,20 +1,23 @@
 """Token files of other programs, read where they lie: nanoGPT, llm.c, Megatron and OLMo. Nothing is copied, written or
 unpickled; every number a header states is compared with the files before a token is used.
 
-Owns: which files a path means, their kind and their headers. Layouts: docs/formats.md. What is in them: content.py.
+Owns: which files a path means, their kind and their headers. Layouts: docs/formats.md. What is in them: content.py;
+what is taken for none: not_tokens.py.
 """
 
 import dataclasses
 import functools
-import glob
+import logging
 import pathlib
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from data import formats, tokenizers
+from data import formats, names, not_tokens, remote, tokenizers
 from data.errors import DataError
+
+log = logging.getLogger("meshlm")
 
 SUFFIXES = (".bin", ".npy", ".idx")
 # Of llm.c's files that begin with 256 int32: magic -> (version, dtype), from its dev/data/data_common.py.
@@ -26,6 +29,7 @@ NUMPY_MAGIC = b"\x93NUMPY"
 MEGATRON_MAGIC = b"MMIDIDX\0\0"
 MEGATRON_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
 MEGATRON_DTYPES = ("", "uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16")
+MEGATRON_NAMES = ("_document", "_sentence")  # how its preprocess_data.py ends the names of both files
 MEGATRON_CHUNK = 1 << 20  # sequences checked at once: an index may be larger than memory
 
 
@@ -62,31 +66,60 @@ class Files(formats.TokenFiles):
         self.vocab_size = min(vocab_size or files[0].id_limit, files[0].id_limit)  # 0: not known
         self.tokens, self.text_bytes = sum(f.tokens for f in files), 0
         self.paths = [f.path for f in files]
-        self.shards = [
-            np.memmap(f.path, np.dtype(f.dtype).newbyteorder("<"), "r", f.offset, (f.tokens,))
-            if f.tokens
-            else np.empty(0, f.dtype)
-            for f in files
-        ]
+        self.shards = [_mapped(f) for f in files]
 
 
-def find(pattern: str) -> list[pathlib.Path]:
-    """The token files that a file, a folder (its .bin and .npy) or a glob means, sorted by name. Raises DataError."""
-    path = pathlib.Path(pattern)
-    if path.is_dir():
-        if (path / "tokenizer" / tokenizers.FILE_NAME).exists():  # its document offsets are no tokens
+def _mapped(file: TokenFile) -> np.ndarray:
+    if not file.tokens:
+        return np.empty(0, file.dtype)
+    check_size(file)
+    return np.memmap(file.path, np.dtype(file.dtype).newbyteorder("<"), "r", file.offset, (file.tokens,))
+
+
+def check_size(file: TokenFile) -> None:
+    """Raises DataError when the file is not as long any more as it was when its header was read."""
+    if (size := file.path.stat().st_size) != file.offset + file.nbytes:
+        raise DataError(
+            f"{file.path} is {size} bytes, and was {file.offset + file.nbytes} a moment ago; start again when nobody "
+            "writes it any more"
+        )
+
+
+def find(path: str) -> list[pathlib.Path]:
+    """The token files that a file, a folder (its .bin and .npy) or a glob means, here or in a store, sorted by name.
+
+    Raises:
+      DataError: there are none.
+      OSError: a folder cannot be read.
+    """
+    place = pathlib.Path(remote.local(path) if remote.is_remote(path) else path)
+    found = remote.files(path) if remote.is_remote(path) else _here(place)
+    if place.is_dir():
+        if (place / "tokenizer" / tokenizers.FILE_NAME).exists():  # its document offsets are no tokens
             raise DataError(f"{path} is a meshlm dataset; leave data.format empty (manifest lost: prepare it again)")
-        found = [p for p in path.iterdir() if p.suffix in SUFFIXES and not p.name.startswith(".")]
-    else:
-        found = [path] if path.exists() else list(map(pathlib.Path, glob.glob(pattern, recursive=True)))
+        found = [p for p in found if p.parent == place and p.suffix in SUFFIXES and not p.name.startswith(".")]
     # Megatron's index stands for the tokens beside it, so that a glob may meet both.
-    files = sorted({p.with_suffix(".bin") if p.suffix == ".idx" else p for p in found if p.is_file()})
+    files = sorted({p.with_suffix(".bin") if p.suffix == ".idx" else p for p in found})
     if not files:
         raise DataError(
-            f"no token file matches {pattern}; name .bin or .npy files by a path, a folder or a glob, or a dataset "
+            f"no token file matches {path}; name .bin or .npy files by a path, a folder or a glob, or a dataset "
             "folder made by launch.prepare"
         )
     return files
+
+
+def _here(place: pathlib.Path) -> list[pathlib.Path]:
+    """The file, the files of the folder, or those that the glob selects; a file that has two names once."""
+    if place.is_file():
+        return [place]
+    root, pattern = (place, "*") if place.is_dir() else names.split(str(place))
+    found, repeated = names.find(root, pattern) if pattern else ([], 0)
+    if repeated:
+        log.warning(
+            "%s: %d name(s) are links to files that have another name there; each file is read once (versions before "
+            "this one read it again, and their runs do not resume: list the files without the links)", place, repeated
+        )  # fmt: skip
+    return [root / name for name in found]
 
 
 def read(paths: list[pathlib.Path], kind: str, dtype: str) -> list[TokenFile]:
@@ -97,9 +130,10 @@ def read(paths: list[pathlib.Path], kind: str, dtype: str) -> list[TokenFile]:
       dtype: 'uint16' or 'uint32', for files that do not say; '' for uint16.
 
     Raises:
-      DataError: a file contradicts itself, its index, `dtype`, or the file before it.
+      DataError: a file contradicts itself, its index, `dtype`, or the file before it, or holds something else.
     """
     files = [READERS[kind or detect(path)](path, dtype) for path in paths]
+    _check_distinct(paths)
     first = files[0]
     for file in files:
         for what, a, b in (("format", first.kind, file.kind), ("type", first.stored_dtype, file.stored_dtype)):
@@ -113,6 +147,25 @@ def read(paths: list[pathlib.Path], kind: str, dtype: str) -> list[TokenFile]:
     return files
 
 
+def _check_distinct(paths: list[pathlib.Path]) -> None:
+    """Raises DataError for one file under two names: it would be trained on twice, or train and validate."""
+    names: dict[tuple[int, int], pathlib.Path] = {}
+    for path in paths:
+        stat = path.stat()
+        if (other := names.setdefault((stat.st_dev, stat.st_ino), path)) != path:
+            raise DataError(f"{other} and {path} are one file under two names; name it once")
+
+
+def others(path: str, files: Mapping[str, list[TokenFile]]) -> list[str]:
+    """What else lies in the folder that data.path means, and is not read; nothing when it means no folder."""
+    folder = pathlib.Path(path)
+    if not files or not folder.is_dir():
+        return []
+    read = {file.path.name for of_split in files.values() for file in of_split}
+    read |= {str(pathlib.PurePath(name).with_suffix(".idx")) for name in read}
+    return sorted(p.name for p in folder.iterdir() if p.name not in read and not p.name.startswith("."))
+
+
 def detect(path: pathlib.Path) -> str:
     """The kind of a file, by its name, its neighbour and its first bytes. Raises DataError for no token file."""
     if path.suffix == ".npy":
@@ -121,6 +174,11 @@ def detect(path: pathlib.Path) -> str:
         raise DataError(f"{path} is neither .bin nor .npy; say what it is with data.format ({', '.join(READERS)})")
     if path.with_suffix(".idx").exists():
         return "megatron"
+    if path.stem.endswith(MEGATRON_NAMES):
+        raise DataError(
+            f"{path} is named as Megatron's tokens are, but {path.with_suffix('.idx').name} is not beside it; copy it "
+            "there, or set data.format to nanogpt (and data.dtype) if there never was one"
+        )
     head = _head(path, LLMC_HEADER_BYTES)
     magic = int.from_bytes(head[:4], "little")
     if magic in LLMC:
@@ -137,13 +195,20 @@ def _head(path: pathlib.Path, count: int) -> bytes:
         return f.read(count)
 
 
+def _refuse_others(path: pathlib.Path) -> None:
+    """Raises DataError for what is no token file, nor the index of one."""
+    if what := not_tokens.kind(_head(path, not_tokens.HEAD_BYTES)):
+        raise DataError(f"{path} holds no tokens: it is {what}")
+
+
 def _headerless(kind: str, path: pathlib.Path, dtype: str) -> TokenFile:
     """Raw tokens to the last byte, as nanoGPT's prepare.py and OLMo's memmaps are."""
     if _head(path, len(NUMPY_MAGIC)) == NUMPY_MAGIC:
         raise DataError(
             f"{path} was saved by numpy.save, with a header, and is not a raw memmap such as OLMo's; write the tokens "
-            "alone: numpy.load(FILE).astype('uint16').tofile(OTHER)"
+            "alone: numpy.load(FILE).astype('uint16').tofile(OTHER), or 'uint32' for a vocabulary above 65,536"
         )
+    _refuse_others(path)
     dtype = dtype or "uint16"
     size, width = path.stat().st_size, np.dtype(dtype).itemsize
     if size == 0:
@@ -179,10 +244,13 @@ def _megatron(path: pathlib.Path, dtype: str) -> TokenFile:
     for file in (path, index):
         if not file.exists():
             raise DataError(f"{file} is missing: Megatron's tokens are {path.name} and {index.name}, side by side")
+    _refuse_others(path)
     size, head = index.stat().st_size, _head(index, MEGATRON_HEADER.size)
     if len(head) < MEGATRON_HEADER.size:
         raise DataError(f"{index}, the index of {path}, is {size} bytes, expected at least {MEGATRON_HEADER.size}")
     magic, version, code, sequences, boundaries = MEGATRON_HEADER.unpack(head)
+    if magic != MEGATRON_MAGIC:
+        _refuse_others(index)
     if magic != MEGATRON_MAGIC or version != 1:
         raise DataError(
             f"{index}, the index of {path}, begins with {magic!r}, version {version}; Megatron's have "
@@ -195,12 +263,12 @@ def _megatron(path: pathlib.Path, dtype: str) -> TokenFile:
             "preprocess again with Megatron's --vocab-size, or convert .bin and .idx to int32"
         )
     expected = MEGATRON_HEADER.size + 12 * sequences + 8 * boundaries
-    if size not in (expected, expected + sequences):  # the mode of each sequence may follow: a byte
+    raw = np.asarray(np.memmap(index, np.uint8, "r"))
+    if (size := len(raw)) not in (expected, expected + sequences):  # the mode of each sequence may follow: a byte
         raise DataError(
             f"{index}, the index of {path}, is {size} bytes, expected {expected} ({sequences} sequences, {boundaries} "
             "document boundaries); it was cut off or replaced: copy both again"
         )
-    raw = np.asarray(np.memmap(index, np.uint8, "r"))
     ends = MEGATRON_HEADER.size + np.cumsum([0, 4 * sequences, 8 * sequences, 8 * boundaries])
     lengths, offsets, documents = (
         raw[start:stop].view(t) for start, stop, t in zip(ends[:-1], ends[1:], ("<i4", "<i8", "<i8"), strict=True)

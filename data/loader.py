@@ -11,6 +11,7 @@ Packed documents (data.packed) have rows in place of windows, the same in every 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import queue
 import threading
@@ -34,13 +35,34 @@ RESIDENT_BYTES = pages.memory_bytes() // 4
 CHECK_ROWS = 1 << 14  # between looks at it
 
 
+@dataclasses.dataclass(frozen=True)
+class Unreached:
+    """What no window holds, in any epoch."""
+
+    files: int  # shorter than a window
+    tokens: int  # of these
+    tails: int  # tokens at the ends of other files, fewer than seq_len of each
+
+    def __str__(self) -> str:
+        """'' when all tokens are read."""
+        parts = []
+        if self.files:
+            parts.append(f"{self.files:,} file(s) shorter than a window ({self.tokens:,} tokens)")
+        if self.tails:
+            parts.append(f"{self.tails:,} tokens at the ends of files")
+        return " and ".join(parts)
+
+
 class Windows:
     """Rows of seq_len + 1 tokens of a split, in the order of a keyed permutation; a subclass says what window w holds.
 
     Attributes:
       num_windows: of an epoch.
       dtype: of the files.
+      unreached: what is never read.
     """
+
+    unreached = Unreached(0, 0, 0)
 
     def __init__(self, files: TokenFiles, num_windows: int, *, seq_len: int, seed: int, split: str):
         self.files, self.num_windows, self.seq_len, self.seed, self.split = files, num_windows, seq_len, seed, split
@@ -99,11 +121,17 @@ class TokenWindows(Windows):
             for shard in files.shards
         ]
         self.first_window = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        lengths = [len(shard) for shard in files.shards]
+        short = [length for length in lengths if 0 < length <= seq_len]
+        # The last phase ends at a multiple of seq_len; of one window all phases are tried.
+        tails = [length % seq_len for length in lengths if length >= 2 * seq_len]
+        self.unreached = Unreached(len(short), sum(short), sum(tails))
         super().__init__(files, int(self.first_window[-1]), seq_len=seq_len, seed=seed, split=split)
         if self.num_windows == 0:
             raise DataError(
-                f"{files.paths[0].parent} has {files.tokens} tokens in its {split} split; a window needs "
-                f"{seq_len + 1} (data.seq_len + 1): prepare a longer corpus or lower data.seq_len"
+                f"{files.paths[0].parent} has {files.tokens} tokens in its {split} split, and at most "
+                f"{max(lengths, default=0)} in a file; a window needs {seq_len + 1} (data.seq_len + 1): prepare a "
+                "longer corpus or lower data.seq_len"
             )
 
     def _gather(self, g: np.ndarray) -> np.ndarray:
@@ -170,7 +198,7 @@ class PackedWindows(Windows):
 
     def __init__(self, files: TokenFiles, index: packing.Index, *, seed: int, split: str = "train"):
         super().__init__(files, index.rows, seq_len=index.seq_len, seed=seed, split=split)
-        self.eos_id = index.eos_id
+        self.index, self.eos_id = index, index.eos_id
         self.pieces, self.first_piece = index.load()
         self.first_token = np.cumsum([0, *map(len, files.shards)])
 

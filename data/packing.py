@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from data import formats, integrity, pages
+from data import files, formats, integrity, pages
 from data.errors import DataError
-from data.files import close_durably
 
 FORMAT = "meshlm-packing"
 VERSION = 1  # changes with the rows of the same documents: tests/packing_test.py freezes them
@@ -113,6 +112,44 @@ def read_index(folder: pathlib.Path, manifest: formats.Manifest, seq_len: int, s
     return index
 
 
+def verify(folder: pathlib.Path, manifest: formats.Manifest, split: str = "train") -> list[Index]:
+    """All packings of a split, every byte of them checked: the rows by their hash, each number of a header.
+
+    Raises:
+      DataError: one is damaged, or packs another dataset; with the command that makes it again.
+    """
+    found = []
+    for path in sorted(folder.glob(f"{split}.packed-*.bin")):
+        length = path.stem.rpartition("-")[2]
+        if not length.isdecimal():
+            raise DataError(f"{path} is no index of launch.pack; move it away")
+        index = read_index(folder, manifest, int(length), split)
+        index.load()
+        spec = manifest.splits[split]
+        cut = count_cut(folder, manifest, index.seq_len, split)
+        with path.open("rb") as f:
+            header = f.read(HEADER_BYTES)
+        if header != index.header() or (index.documents, index.cut, index.cut_by_windows) != (spec.documents, *cut):
+            raise DataError(
+                f"{path} has a header that does not belong to its dataset; remove it and run: "
+                f"{command(folder, index.seq_len)}"
+            )
+        found.append(index)
+    return found
+
+
+def count_cut(folder: pathlib.Path, manifest: formats.Manifest, seq_len: int, split: str) -> tuple[int, int]:
+    """Documents that lie in several pieces, and those that no window of the first phase holds whole."""
+    spec, first = manifest.splits[split], 0
+    offsets = np.memmap(folder / f"{split}.documents.bin", "<i8", mode="r")
+    whole = np.zeros(2, np.int64)
+    for shard in spec.shards:
+        whole += _whole(offsets, first, first + shard.tokens, spec.tokens, seq_len)
+        first += shard.tokens
+    cut, cut_by_windows = (spec.documents - whole).tolist()
+    return cut, cut_by_windows
+
+
 def _read_header(path: pathlib.Path) -> Index | None:
     """None for anything but an index of this version."""
     with path.open("rb") as f:
@@ -142,18 +179,39 @@ def pack(folder: pathlib.Path, seq_len: int, split: str = "train") -> tuple[Inde
         raise DataError(f"{folder} is not a dataset of launch.prepare") from None
     check_packable(str(folder), manifest)
     path = index_path(folder, seq_len, split)
-    if path.exists():
-        try:
-            index = read_index(folder, manifest, seq_len, split)
-            index.load()
-            return index, True
-        except DataError:
-            if not _is_own(path):
-                raise DataError(f"{path} is no index of launch.pack; move it away, it would be overwritten") from None
     try:
-        return _write(path, folder, manifest, seq_len, split), False
+        if (index := _usable(path, folder, manifest, seq_len, split)) is not None:
+            return index, True
+        with files.locked(path, wait=True) as alone:  # each host of a job may pack the folder that they share
+            if alone:
+                files.remove_half_written(path)
+            if (index := _usable(path, folder, manifest, seq_len, split)) is not None:
+                return index, True
+            return _write(path, folder, manifest, seq_len, split), False
     except OSError as e:
-        raise DataError(f"cannot write {path}: {e.strerror}; mend that, then start the same command again") from None
+        name = str(e.filename or path)
+        what = f"write {path}" if name.startswith(str(path)) else f"read {name}"
+        raise DataError(f"cannot {what}: {e.strerror}; mend that, then start the same command again") from None
+
+
+def _usable(
+    path: pathlib.Path, folder: pathlib.Path, manifest: formats.Manifest, seq_len: int, split: str
+) -> Index | None:
+    """The index that is there, if it belongs to this dataset; None where there is none, or one to be replaced.
+
+    Raises:
+      DataError: the file is not an index.
+    """
+    if not path.exists():
+        return None
+    try:
+        index = read_index(folder, manifest, seq_len, split)
+        index.load()
+        return index
+    except DataError:
+        if not is_index(path):
+            raise DataError(f"{path} is no index of launch.pack; move it away, it would be overwritten") from None
+        return None
 
 
 def check_packable(path: str, manifest: formats.Manifest) -> None:
@@ -165,13 +223,13 @@ def check_packable(path: str, manifest: formats.Manifest) -> None:
         )
 
 
-def _is_own(path: pathlib.Path) -> bool:
+def is_index(path: pathlib.Path) -> bool:
     with path.open("rb") as f:
         return f'"{FORMAT}"'.encode() in f.read(HEADER_BYTES)
 
 
 def _write(path: pathlib.Path, folder: pathlib.Path, manifest: formats.Manifest, seq_len: int, split: str) -> Index:
-    files, spec = formats.TokenFiles(folder, manifest, split), manifest.splits[split]
+    shards, spec = formats.TokenFiles(folder, manifest, split).shards, manifest.splits[split]
     if not spec.tokens or not spec.documents:
         raise DataError(f"{folder} has no tokens in its {split} split; prepare a longer corpus")
     offsets_path = folder / f"{split}.documents.bin"
@@ -180,11 +238,10 @@ def _write(path: pathlib.Path, folder: pathlib.Path, manifest: formats.Manifest,
     assert manifest.eos_id is not None
     digest, first_pieces, pieces = hashlib.sha256(), [np.zeros(1, np.int64)], 0
     whole = np.zeros(2, np.int64)  # documents in one piece; in one window of the first phase
-    partial = path.with_name(path.name + ".writing")
-    with partial.open("wb") as f:
+    with files.written(path) as f:
         f.write(bytes(HEADER_BYTES))
         first = 0
-        for tokens in files.shards:
+        for tokens in shards:
             stop = first + len(tokens)
             begins = _begins(offsets, first, stop)
             if len(begins):
@@ -208,8 +265,6 @@ def _write(path: pathlib.Path, folder: pathlib.Path, manifest: formats.Manifest,
         )  # fmt: skip
         f.seek(0)
         f.write(index.header())
-        close_durably(f)
-    partial.replace(path)
     return index
 
 

@@ -35,10 +35,10 @@ CONFIG = cli.define_config()
 STEPS = flags.DEFINE_integer("steps", 20, "Steps of a round.", lower_bound=1)
 WARMUP = flags.DEFINE_integer("warmup", 3, "Steps before the first round.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds.", lower_bound=1)
-TRACE = flags.DEFINE_string("trace", None, "Folder for a profile of a few more steps, and the compiled program's text.")
+TRACE = cli.define_path("trace", None, "Folder for a profile of a few more steps, and the compiled program's text.")
 PEER = flags.DEFINE_bool("peer", False, "Take turns with a GPT in PyTorch of the same size, on one device.")
 PEER_COMPILE = flags.DEFINE_bool("peer_compile", None, "Whether the peer uses torch.compile; default: on a GPU.")
-TORCH_PYTHON = flags.DEFINE_string("torch_python", sys.executable, "A Python that has torch.")
+TORCH_PYTHON = cli.define_path("torch_python", sys.executable, "A Python that has torch.")
 
 TRACED_STEPS = 5
 LOSS_TOLERANCE = 0.03

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import re
 import socket
 import threading
 import time
@@ -48,6 +49,8 @@ def initialize(
     given = (coordinator_address, num_processes, process_id)
     if any(v is None for v in given) and given != (None, None, None):
         raise ConfigError("--coordinator_address, --num_processes and --process_id go together; give all three or none")
+    if coordinator_address is not None:
+        _host_and_port(coordinator_address)
     local_device_ids = None
     if coordinator_address is None:
         # JAX's own detection, taken apart so that the coordinator can be tried before JAX aborts over it.
@@ -84,16 +87,24 @@ def initialize(
     return num_processes
 
 
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    try:
+        if not host.strip("[]").encode("idna") or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 1 << 16:
+            raise ValueError
+    except ValueError:  # also a name that no host has
+        raise ConfigError(f"--coordinator_address={address} is not HOST:PORT") from None
+    return host.strip("[]"), int(port)
+
+
 def wait_for(address: str, timeout_s: float) -> None:
     """Waits until a TCP connection to HOST:PORT succeeds, with a line now and then. Raises ConfigError, Stopped."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise ConfigError(f"--coordinator_address={address} is not HOST:PORT")
+    host, port = _host_and_port(address)
     start, shown = time.monotonic(), time.monotonic()
     while True:
         left = timeout_s - (time.monotonic() - start)
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=min(5.0, max(left, 0.1))).close()
+            socket.create_connection((host, port), timeout=min(5.0, max(left, 0.1))).close()
             return
         except OSError as e:
             reason = e.strerror or str(e)

@@ -5,24 +5,24 @@
 PATH is a dataset folder of launch.prepare, or token files of other programs as in --config.data.path (a file, a
 folder or a glob; then --format, --dtype, --val_path, --tokenizer_path and --vocab_size may say what the files do not),
 here or in an object store (gs://, s3://).
-Every byte is read and checked (--nocheck: only what the start of a run checks), some text is shown, and the batch that
-begins at sample G, exactly as a run with this seed, seq_len and data.packed trains on it; step n takes the
-samples from (n - 1) x batch. Nothing is written. Exit codes: 0 whole, 2 flags, 3 damaged or not there.
+Every byte is read and checked (--nocheck: only what the start of a run checks), what a run never reads is counted, some
+text is shown, and the batch that begins at sample G, exactly as a run with this seed, seq_len and data.packed trains on
+it; step n takes the samples from (n - 1) x batch. Nothing is written. Exit codes: 0 whole, 2 flags, 3 damaged or not
+there.
 """
 
 import dataclasses
 import json
-import pathlib
 import time
 from typing import Any
 
 import numpy as np
 from absl import flags
 
-from data import dataset, integrity, sources
+from data import dataset, foreign, integrity, packing, sources
 from data.config import DTYPES, FORMATS, DataConfig
 from data.errors import DataError
-from data.loader import PackedWindows, TokenWindows, Windows
+from data.loader import PackedWindows, TokenWindows, Unreached, Windows
 from data.tokenizers import Tokenizer
 from launch import cli
 from trainer.errors import ConfigError
@@ -36,8 +36,8 @@ SAMPLE = flags.DEFINE_integer(
 PACKED = flags.DEFINE_bool("packed", False, "As config.data.packed of the run.")
 FORMAT = flags.DEFINE_enum("format", "", ["", *FORMATS], "As config.data.format; empty: detected.")
 DTYPE = flags.DEFINE_enum("dtype", "", ["", *DTYPES], "As config.data.dtype.")
-VAL_PATH = flags.DEFINE_string("val_path", "", "As config.data.val_path.")
-TOKENIZER_PATH = flags.DEFINE_string("tokenizer_path", "", "As config.data.tokenizer_path.")
+VAL_PATH = cli.define_data_path("val_path", "", "As config.data.val_path.")
+TOKENIZER_PATH = cli.define_data_path("tokenizer_path", "", "As config.data.tokenizer_path.")
 VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 0, "As config.model.vocab_size; 0: not known.", lower_bound=0)
 CHECK = flags.DEFINE_bool("check", True, "Read and check every byte.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object, and nothing else on stdout.")
@@ -48,6 +48,7 @@ WINDOWS_SHOWN, WINDOW_TOKENS = 3, 64  # of each split
 def main(path: str = "") -> int:
     if not path:
         raise ConfigError("name a dataset folder or token files: python -m launch.inspect PATH")
+    path = cli.expanded(path)
     config = DataConfig(
         path=path,
         format=FORMAT.value,
@@ -56,7 +57,7 @@ def main(path: str = "") -> int:
         tokenizer_path=TOKENIZER_PATH.value,
     )
     try:
-        data = dataset.open_dataset(sources.local(config), VOCAB_SIZE.value)
+        data = dataset.open_dataset(config, VOCAB_SIZE.value)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{path} is neither a dataset folder of launch.prepare nor a token file") from None
     if VOCAB_SIZE.value not in (0, data.vocab_size):
@@ -66,10 +67,14 @@ def main(path: str = "") -> int:
         start = time.monotonic()
         found = integrity.verify(data)
         report["check"] = {name: dataclasses.asdict(split) for name, split in found.items()}
+        if not data.foreign_files:
+            report["packed"] = [packed(index) for index in packing.verify(data.folder, data.manifest)]
         report["check_s"] = round(time.monotonic() - start, 3)
     tokenizer = data.load_tokenizer()
     report["text"] = {name: windows(data, name, tokenizer) for name in data.manifest.splits if data.has(name)}
-    report["batch"] = batch(data, tokenizer)
+    order = windows_of(data)
+    report["left_out"] = left_out(data, order)
+    report["batch"] = batch(order, tokenizer)
     print(json.dumps(report) if JSON.value else page(report))
     return 0
 
@@ -86,7 +91,7 @@ def about(data: dataset.Dataset) -> dict[str, Any]:
             "bytes_per_token": split.text_bytes / split.tokens if split.text_bytes and split.tokens else None,
             "files": [str(f.path) for f in data.foreign_files[name]]
             if data.foreign_files
-            else [str(pathlib.Path(data.path) / shard.file) for shard in split.shards],
+            else [str(data.folder / shard.file) for shard in split.shards],
         }
     return {
         "path": data.path,
@@ -97,6 +102,7 @@ def about(data: dataset.Dataset) -> dict[str, Any]:
         "eos_id": manifest.eos_id,
         "request": None if data.foreign_files else manifest.request,
         "splits": splits,
+        "other_files": foreign.others(data.path, data.foreign_files),
     }
 
 
@@ -117,14 +123,34 @@ def windows(data: dataset.Dataset, split: str, tokenizer: Tokenizer | None) -> l
     return out
 
 
-def batch(data: dataset.Dataset, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """The rows that a run trains on: inputs and targets together, seq_len + 1 tokens each."""
+def packed(index: packing.Index) -> dict[str, Any]:
+    """Of a packing whose every byte was checked."""
+    fields = ("seq_len", "rows", "utilisation", "documents", "cut", "cut_by_windows")
+    return {name: getattr(index, name) for name in fields}
+
+
+def windows_of(data: dataset.Dataset) -> Windows:
+    """What a run reads."""
     files = data.files("train")
-    order: Windows
     if PACKED.value:
-        order = PackedWindows(files, sources.packing_of(data, SEQ_LEN.value), seed=SEED.value)
-    else:
-        order = TokenWindows(files, seq_len=SEQ_LEN.value, seed=SEED.value)
+        return PackedWindows(files, sources.packing_of(data, SEQ_LEN.value), seed=SEED.value)
+    return TokenWindows(files, seq_len=SEQ_LEN.value, seed=SEED.value)
+
+
+def left_out(data: dataset.Dataset, order: Windows) -> dict[str, Any]:
+    """What a run with this seq_len never reads, documents that lie in no row whole, and splits that are empty."""
+    cut = None
+    if isinstance(order, PackedWindows):
+        cut = order.index.cut
+    elif not data.foreign_files:
+        integrity.check_documents(data.folder / "train.documents.bin", data.manifest.splits["train"])
+        cut = packing.count_cut(data.folder, data.manifest, SEQ_LEN.value, "train")[1]
+    empty = [name for name in ("train", "val") if not data.has(name)]
+    return dataclasses.asdict(order.unreached) | {"documents_cut": cut, "empty_splits": empty}
+
+
+def batch(order: Windows, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The rows that a run trains on: inputs and targets together, seq_len + 1 tokens each."""
     samples = SAMPLE.value + np.arange(BATCH_SIZE.value)
     return {
         "sample": SAMPLE.value,
@@ -149,13 +175,25 @@ def page(report: dict[str, Any]) -> str:
         if split["text_bytes"]:
             line += f", {split['text_bytes']:,} bytes of text, {split['bytes_per_token']:.3f} a token"
         lines.append(line)
+    if others := report["other_files"]:
+        lines.append(f"{len(others)} other entries of the folder are no token files: {', '.join(others[:5])}")
     if "check" in report:
         nbytes = sum(split["nbytes"] for split in report["check"].values())
         largest = max(split["largest_id"] for split in report["check"].values())
         lines.append(f"whole: {nbytes:,} bytes read in {report['check_s']:.1f} s, largest id {largest}")
     for name, stretches in report["text"].items():
         lines += [f"{name} from token {s['token']:,}: {quoted(s)}" for s in stretches]
-    rows = report["batch"]
+    rows, missed = report["batch"], report["left_out"]
+    for index in report.get("packed", ()):
+        lines.append(
+            f"packed for seq_len {index['seq_len']}: {index['rows']:,} rows, {index['utilisation']:.2%} of them used, "
+            f"{index['cut']:,} of {index['documents']:,} document(s) cut"
+        )
+    if never := str(Unreached(*(missed[field.name] for field in dataclasses.fields(Unreached)))):
+        lines.append(f"never read with seq_len {rows['seq_len']}: {never}")
+    if missed["documents_cut"]:
+        lines.append(f"{missed['documents_cut']:,} training document(s) are cut: no row holds them whole")
+    lines += [f"the {name} split holds nothing to predict" for name in missed["empty_splits"]]
     lines.append(
         f"batch at sample {rows['sample']} (epoch {rows['epoch']:.3f} of {rows['samples_per_epoch']:,} samples), "
         f"seed {rows['seed']}, seq_len {rows['seq_len']}:"

@@ -33,7 +33,7 @@ from trainer.errors import ConfigError
 
 log = logging.getLogger("meshlm")
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, where the command does not have it as --workdir.")
+WORKDIR = cli.define_path("workdir", None, "Run directory, where the command does not have it as --workdir.")
 PROCESS = flags.DEFINE_integer(
     "process",
     None,
@@ -57,7 +57,7 @@ def main(*command: str) -> int:
         raise ConfigError("name a command: python -m launch.supervise -- python -m launch.train --workdir=RUN ...")
     if shutil.which(command[0]) is None:
         raise ConfigError(f"{command[0]} is not a command, or not on the PATH")
-    workdir = WORKDIR.value or _flag(command, "workdir")
+    workdir = WORKDIR.value or cli.expanded(_flag(command, "workdir") or "")
     if not workdir:
         raise ConfigError("the command has no --workdir; give it one, or name the run with --workdir before the --")
     return supervise(command, pathlib.Path(workdir), _process(command) if PROCESS.value is None else PROCESS.value)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from trainer.processes import Processes
 
 CONFIG = cli.define_config()
-WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; made, or resumed when it holds a run.")
+WORKDIR = cli.define_path("workdir", None, "Run directory; made, or resumed when it holds a run.")
 ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Resume although the learning rate, batch size and the like were changed."
 )
@@ -56,7 +56,7 @@ HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
     "Seconds after which a process not heard of counts as dead; the others leave.",
     lower_bound=1,
 )
-COMPILATION_CACHE = flags.DEFINE_string(
+COMPILATION_CACHE = cli.define_path(
     "compilation_cache",
     None,
     "Folder for compiled programs; empty for none; default: $JAX_COMPILATION_CACHE_DIR, or .xla beside --workdir.",
@@ -132,7 +132,10 @@ def train(run: pathlib.Path, config: Config, processes: Processes, listening: si
 def prepare(run: pathlib.Path) -> Config:
     """The configuration, completed by the dataset and compared with the run's."""
     config = run_directory.resolve(cli.config_from(CONFIG.value))
-    run_directory.check_changes(run, config, ALLOW_CONFIG_CHANGE.value)
+    try:
+        run_directory.check_changes(run, config, ALLOW_CONFIG_CHANGE.value)
+    except OSError as e:
+        raise ConfigError(f"--workdir={run} cannot be used: {e.filename}: {e.strerror}") from None
     return config
 
 
@@ -198,4 +201,4 @@ def give_up(after_s: float) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, restarted=True)

@@ -1,19 +1,30 @@
 """Token files of other programs: the right tokens or an error that names files and numbers, never something between."""
 
+import bz2
+import gzip
+import io
 import json
+import lzma
+import os
+import pathlib
+import pickle
 import random
 import shutil
 import signal
 import struct
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from data import content, dataset, foreign
+from data import content, dataset, ends, foreign, widths
 from data.config import DataConfig
 from data.errors import DataError, UserError
 from data.loader import TokenWindows
@@ -47,6 +58,9 @@ MEGATRON = {
         "0000000100",
     ),
 }
+
+
+MEGATRON_HEAD = struct.pack("<9sQB", b"MMIDIDX\0\0", 1, 8)
 
 
 def megatron(folder, name="text_document", dtype="uint16"):
@@ -253,6 +267,233 @@ def test_ids_outside_the_vocabulary_are_found_at_the_start_and_in_a_batch(tmp_pa
         TokenWindows(data.files("train"), seq_len=2, seed=0).rows(np.arange(2))
 
 
+# What is no token file, whatever its name says
+
+
+def zipped(make) -> bytes:
+    buffer = io.BytesIO()
+    make(buffer)
+    return buffer.getvalue()
+
+
+TEXT = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 40
+IDS = np.arange(1000, dtype="<u2")
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 1115394\n"
+
+
+def lit_gpt(ids, dtype="<i4", code=4) -> bytes:
+    """As lit-gpt's PackedDatasetBuilder."""
+    return b"LITPKDS" + struct.pack("<QBQ", 1, code, len(ids)) + np.asarray(ids, dtype).tobytes()
+
+
+OTHERS = {
+    "a Git LFS pointer": (POINTER, "Git LFS"),
+    "a short answer": (b"404: Not Found\n", "text"),
+    "a web page": (b"\n<!DOCTYPE html>\n<title>Sign in</title>caf\xe9", "web page"),
+    "text": (TEXT, "launch.prepare"),
+    "a character cut at the block": ("é".encode() * (1 << 16), "launch.prepare"),
+    "UTF-16": (TEXT.decode().encode("utf-16"), "text"),
+    "UTF-16, big-endian": (b"\xfe\xff" + TEXT.decode().encode("utf-16-be"), "text"),
+    "JSON": (json.dumps({"tokens": list(range(100))}).encode(), "text"),
+    "gzip": (gzip.compress(IDS.tobytes()), "gzip"),
+    "bzip2": (bz2.compress(IDS.tobytes()), "bzip2"),
+    "xz": (lzma.compress(IDS.tobytes()), "xz"),
+    "zstd": (b"\x28\xb5\x2f\xfd" + IDS.tobytes(), "zstd"),
+    "lz4": (b"\x04\x22\x4d\x18" + IDS.tobytes(), "lz4"),
+    "npz": (zipped(lambda f: np.savez(f, tokens=IDS)), "zip"),
+    "tar": (tarfile.TarInfo("a").tobuf(), "tar"),
+    "Parquet": (b"PAR1" + IDS.tobytes(), "Parquet"),
+    "Arrow": (b"\xff\xff\xff\xff\x78\0\0\0\x10\0\0\0" + IDS.tobytes(), "Arrow"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + IDS.tobytes(), "HDF5"),
+    "safetensors": (struct.pack("<Q", 300) + b'{"a":' + IDS.tobytes(), "safetensors"),
+    "GGUF": (b"GGUF\x03" + IDS.tobytes(), "GGUF"),
+    "a pickle": (pickle.dumps({"stoi": dict(zip("abc", range(3), strict=True))}), "pickle"),
+    "an old pickle": (pickle.dumps({"stoi": 1}, 2), "pickle"),
+    "numpy.save": (zipped(lambda f: np.save(f, IDS)), "numpy.save"),
+    "lit-gpt, int32": (lit_gpt(IDS), "lit-gpt"),
+    "lit-gpt, uint16": (lit_gpt(IDS, "<u2", 8), "lit-gpt"),
+    "a Megatron index": (bytes.fromhex(MEGATRON["uint16"][1]), "Megatron"),
+    "an unfinished copy": (bytes(1000), "zeros"),
+}
+
+
+def test_a_hole_is_an_unfinished_copy_unless_the_type_is_given(tmp_path):
+    (tmp_path / "a.bin").write_bytes(IDS.tobytes() * 200 + bytes(1 << 18) + IDS.tobytes() * 200)
+    with pytest.raises(DataError, match="zeros"):
+        open_(tmp_path / "a.bin")
+    assert open_(tmp_path / "a.bin", dtype="uint16").manifest.splits["train"].tokens > 1 << 17
+
+
+@pytest.mark.parametrize("fields", [{}, {"format": "nanogpt"}, {"format": "olmo", "dtype": "uint16"}])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_files_are_told_by_their_content(tmp_path, name, fields):
+    raw, says = OTHERS[name]
+    for suffix in (".bin", ".npy"):
+        path = tmp_path / f"train{suffix}"
+        path.write_bytes(raw + b"\n" * (len(raw) % 2))
+        refused(path, path, says, vocab_size=60_000, **fields)
+
+
+def test_pointers_in_place_of_megatrons_files_are_named(tmp_path):
+    path = megatron(tmp_path)
+    path.with_suffix(".idx").write_bytes(POINTER)
+    refused(path, "text_document.idx", "Git LFS")
+    megatron(tmp_path)
+    path.write_bytes(POINTER)
+    refused(path, "text_document.bin", "Git LFS")
+
+
+def test_a_lost_index_is_missed(tmp_path):
+    path = megatron(tmp_path)
+    path.with_suffix(".idx").unlink()
+    for where in (path, tmp_path):
+        refused(where, "text_document.idx is not beside it", "data.format to nanogpt")
+    assert tokens_of(open_(path, format="nanogpt")) == [TOKENS]
+
+
+def test_a_vocabulary_above_uint16_wants_a_type(tmp_path):
+    """However the ids look: here they are all small."""
+    for name in ("x.bin", "x.npy"):
+        np.arange(1000, dtype="<u2").tofile(tmp_path / name)
+        refused(tmp_path / name, "vocabulary of 100278", "set data.dtype", vocab_size=100_278)
+        assert len(tokens_of(open_(tmp_path / name, 100_278, dtype="uint16"))[0]) == 1000
+        assert len(tokens_of(open_(tmp_path / name, 1 << 16))[0]) == 1000
+    (tmp_path / "x.bin").write_bytes(llmc(TOKENS))  # says itself what it is
+    assert tokens_of(open_(tmp_path / "x.bin", 100_278)) == [TOKENS]
+
+
+def streams(rng: np.random.Generator, vocab_size: int, count: int) -> dict[str, np.ndarray]:
+    """Ids as those of text are distributed (Zipf), in the order of their frequency and in any other; and evenly."""
+    share = 1 / np.arange(1, vocab_size + 1)
+    ids = rng.choice(vocab_size, count, p=share / share.sum())
+    return {"text": ids, "another order": rng.permutation(vocab_size)[ids], "even": rng.integers(0, vocab_size, count)}
+
+
+@pytest.mark.parametrize("vocab_size", [2, 5, 16, 65, 256, 4096, 32_000, 50_257, 65_536])
+def test_sound_uint16_tokens_raise_no_alarm(vocab_size):
+    """In 25,000 such streams there was none."""
+    rng = np.random.default_rng(vocab_size)
+    for count in (64, 70, 300, 5000):
+        for kind, ids in streams(rng, vocab_size, count).items():
+            for dtype in ("<u2", "<u4"):
+                seen = widths.look(ids.astype(dtype).tobytes())
+                assert seen is None or seen.numpy == dtype, (kind, count, dtype)
+
+
+@pytest.mark.parametrize("odd", [0, 1, 30])
+@pytest.mark.parametrize("header", [0, 8, 24, 256, 1022])
+@pytest.mark.parametrize("stored", ["<u4", "<i8", ">u4", ">i8"])
+@pytest.mark.parametrize("vocab_size", [65, 256, 4096, 32_000, 50_257, 65_536, 100_278, 151_936])
+def test_wider_and_swapped_tokens_are_noticed(tmp_path, vocab_size, stored, header, odd):
+    """With a header of any even length before them, and odd ids such as -1 among them."""
+    rng = np.random.default_rng(odd)
+    path = tmp_path / "train.bin"
+    for kind, ids in streams(rng, vocab_size, 3000).items():
+        ids[rng.choice(3000, odd, replace=False)] = -1
+        path.write_bytes(rng.bytes(header) + ids.astype(stored).tobytes())
+        for known in (0, vocab_size):
+            with pytest.raises(DataError) as e:
+                open_(path, known)
+            assert str(path) in str(e.value) and "\n" not in str(e.value), kind
+            if stored != "<u4":
+                refused(path, path, vocab_size=known, dtype="uint32")
+
+
+@pytest.mark.parametrize("vocab_size", [65, 256, 4096, 32_000, 50_257])
+def test_two_byte_tokens_of_another_order_or_read_as_wider_ones(tmp_path, vocab_size):
+    path = tmp_path / "train.bin"
+    for ids in streams(np.random.default_rng(0), vocab_size, 3000).values():
+        ids.astype(">u2").tofile(path)
+        refused(path, path, vocab_size=vocab_size)
+        ids.astype("<u2").tofile(path)
+        refused(path, path, vocab_size=vocab_size, dtype="uint32")
+        assert tokens_of(open_(path, vocab_size)) == [ids.tolist()]
+    text = streams(np.random.default_rng(0), vocab_size, 3000)["text"]
+    text.astype(">u2").tofile(path)
+    refused(path, "big-endian", vocab_size=0)
+    text.astype("<u2").tofile(path)
+    refused(path, path, vocab_size=0, dtype="uint32")
+
+
+def test_one_file_is_read_once(tmp_path):
+    """Under two names it would train twice, or train and validate."""
+    (tmp_path / "train.bin").write_bytes(llmc(TOKENS))
+    for link in (os.symlink, os.link):
+        for name in ("other.bin", "val.bin"):
+            link(tmp_path / "train.bin", tmp_path / name)
+            data = open_(tmp_path)
+            assert len(data.foreign_files["train"]) == 1 and not data.has("val")
+            refused(tmp_path / "train.bin", "train.bin", val_path=str(tmp_path / name))
+            (tmp_path / name).unlink()
+
+
+def megatron_documents(folder, lengths, eos=None):
+    tokens = np.arange(10, 10 + sum(lengths), dtype="<u2")
+    ends = np.cumsum(lengths)
+    if eos is not None:
+        tokens[ends - 1] = eos
+    tokens.tofile(folder / "x.bin")
+    count = len(lengths)
+    head = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, count, count + 1)
+    offsets = 2 * (ends - lengths)
+    arrays = (np.array(lengths, "<i4"), offsets.astype("<i8"), np.arange(count + 1, dtype="<i8"))
+    (folder / "x.idx").write_bytes(head + b"".join(a.tobytes() for a in arrays))
+    return open_(folder / "x.bin", 60_000)
+
+
+def test_masked_documents_want_their_end_in_the_tokens(tmp_path, monkeypatch):
+    ends.check([megatron_documents(tmp_path, [7, 9, 30], eos=5)], 5)
+    for eos, count in ((6, 0), (12, 1)):  # nowhere, and by chance
+        with pytest.raises(DataError) as e:
+            ends.check([megatron_documents(tmp_path, [7, 9, 30], eos=5)], eos)
+        for part in ("x.bin, which has 3 documents,", f"holds it {count} times in 46 tokens", "--append-eod", "eos_id"):
+            assert part in str(e.value)
+    (tmp_path / "x.idx").unlink()
+    (tmp_path / "x.bin").write_bytes(llmc([5, 1, 2] * 5000))  # no documents are named: one end is enough
+    ends.check([open_(tmp_path / "x.bin")], 5)
+    monkeypatch.setattr(content, "WHOLE_BYTES", 100)
+    monkeypatch.setattr(content, "SAMPLED_BLOCKS", 4)
+    monkeypatch.setattr(content, "BLOCK_BYTES", 64)
+    ends.check([open_(tmp_path / "x.bin")], 5)
+    with pytest.raises(DataError, match="holds it 0 times in 128 tokens"):
+        ends.check([open_(tmp_path / "x.bin")], 6)
+
+
+def test_a_run_with_masked_documents_that_never_end_is_refused(tmp_path):
+    (tmp_path / "x.bin").write_bytes(llmc([3] * 100))
+    tree = {"data": {"path": str(tmp_path / "x.bin"), "eos_id": 3, "mask_documents": True}, "model": {"vocab_size": 9}}
+    run_directory.resolve(from_dict(tree))
+    tree["data"]["eos_id"] = 4
+    with pytest.raises(
+        DataError, match=r"token 4 ends documents for data\.mask_documents, but .* 0 times in 100 tokens"
+    ):
+        run_directory.resolve(from_dict(tree))
+    text = runs.dataset(tmp_path)  # one text is one document, without an end
+    tree = {"data": {"path": str(text), "eos_id": 4, "mask_documents": True}}
+    run_directory.resolve(from_dict(tree))
+
+
+def test_64_bit_tokens_are_never_advised_into_half_of_them(tmp_path):
+    path = tmp_path / "part.npy"
+    np.random.default_rng(0).integers(0, 50_000, 1000).astype("<u8").tofile(path)
+    for fields in ({}, {"dtype": "uint32"}, {"dtype": "uint16"}):
+        refused(path, "64-bit", "astype('<u4')", vocab_size=50_000, **fields)
+
+
+def test_files_that_change_while_they_are_opened(tmp_path, monkeypatch):
+    path = tmp_path / "x.bin"
+    IDS.tofile(path)
+    data = open_(path)
+    for raw in (IDS.tobytes()[:-2], IDS.tobytes() + b"\0\0", b""):
+        path.write_bytes(raw)
+        with pytest.raises(DataError, match=f"is {len(raw)} bytes, and was 2000"):
+            data.files("train")
+    IDS.tofile(path)
+    monkeypatch.setattr(foreign, "check_size", lambda file: path.write_bytes(b"12"))  # in the very moment
+    with pytest.raises(DataError, match="became shorter"):
+        open_(path)
+
+
 # Which files
 
 
@@ -370,6 +611,31 @@ def test_no_damage_reads_as_other_tokens(tmp_path):
     assert min(outcomes.values()) > 100, "both must happen, or the damage says nothing"
 
 
+@given(
+    st.sampled_from(["x.bin", "x.npy"]),
+    st.sampled_from([b"", llmc([])[:12], MEGATRON_HEAD, b"\x93NUMPY", b"\x1f\x8b\x08\0"]),
+    st.binary(max_size=1100),
+    st.one_of(st.none(), st.binary(max_size=120)),
+    st.sampled_from([{}, {"dtype": "uint32"}, *({"format": kind} for kind in foreign.READERS)]),
+)
+@settings(deadline=None, max_examples=300)
+def test_any_bytes_are_tokens_to_the_last_one_or_refused(name, head, rest, index, fields):
+    """Whatever a header claims: the tokens are those bytes of the file that no header takes, or there is an error."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / name
+        path.write_bytes(raw := head + rest)
+        if index is not None:
+            path.with_suffix(".idx").write_bytes(MEGATRON_HEAD[: len(index)] + index)
+        try:
+            data = open_(path, 0, **fields)
+            (shard,) = data.files("train").shards
+        except DataError as e:
+            assert "\n" not in str(e) and name.split(".")[0] in str(e)
+        else:
+            skipped = 1024 if data.manifest.request["format"] == "llmc" else 0
+            assert shard.tobytes() == raw[skipped:]
+
+
 def damaged(raw: bytes, rng: random.Random, within: int = 1 << 30) -> bytes:
     at = rng.randrange(min(len(raw), within))
     return rng.choice([
@@ -472,6 +738,10 @@ def test_without_a_tokenizer_a_run_trains_and_says_that_it_does_not_sample(prepa
     fields = {"num_train_steps": 3, "model__vocab_size": 300}
     out = runs.train(run, prepared / "llmc", **fields)
     assert out.count("no samples are written") == 1 and "ln 300" in out
+    tokens = ((prepared / "llmc/text_train_000000.bin").stat().st_size - 1024) // 2
+    tail = tokens % runs.TINY["data.seq_len"]
+    assert f"never read of it: {tail} tokens at the ends of files" in out or not tail
+    assert "nothing validates" not in out
     assert runs.rows(run, "samples.jsonl") == [] and not (run / "tokenizer").exists()
     out = tool("sample", run, code=2)
     assert "--config.data.tokenizer_path" in out.splitlines()[-1] and "Traceback" not in out

@@ -1,7 +1,9 @@
 """launch.inspect shows what a run trains on and finds every kind of damage, in one line."""
 
+import dataclasses
 import json
 import shutil
+import struct
 import subprocess
 import sys
 import tracemalloc
@@ -14,8 +16,9 @@ import pytest
 from data import dataset, formats, integrity, packing, prepare
 from data.config import DataConfig
 from data.errors import DataError
-from data.loader import Loader, PackedWindows, TokenWindows
+from data.loader import Loader, PackedWindows, TokenWindows, Unreached
 from tests import runs
+from tests.foreign_test import llmc
 
 
 def call(*argv: str, code: int = 0) -> subprocess.CompletedProcess:
@@ -119,6 +122,110 @@ def test_damage_is_one_line_and_exit_3(name, text, tmp_path, monkeypatch):
         integrity.verify(opened(tmp_path / "set"))
     for part in parts:
         assert part in result.stderr and part in str(e.value)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Every kind of file that a dataset folder has, as small as it can be; packed for two lengths."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "in.jsonl").write_text("".join(json.dumps({"text": "ab" * (i % 7 + 1)}) + "\n" for i in range(30)))
+    prepare.prepare(folder / "tok", source=str(folder / "in.jsonl"), tokenizer="bpe:260")
+    prepare.prepare(folder / "set", source=str(folder / "in.jsonl"), tokenizer=str(folder / "tok"), val_fraction=0.3)
+    for seq_len in (8, 16):
+        packing.pack(folder / "set", seq_len)
+    return folder / "set"
+
+
+def check(folder):
+    data = opened(folder)
+    integrity.verify(data)
+    packing.verify(folder, data.manifest)
+
+
+def test_every_byte_of_every_file_is_checked(tiny, tmp_path):
+    """Of files above 4 KiB (a tokenizer's) every 97th."""
+    check(tiny)
+    shutil.copytree(tiny, tmp_path / "set")
+    names = sorted(p.relative_to(tiny).as_posix() for p in tiny.rglob("*") if p.is_file())
+    kinds = {"manifest.json", "summary.json", "val.documents.bin", "train.packed-8.bin", "tokenizer/tokenizer.json"}
+    assert kinds < set(names)
+    for name in names:
+        path = tmp_path / "set" / name
+        raw = path.read_bytes()
+        for i in range(0, len(raw), 1 if len(raw) < 4096 else 97):
+            path.write_bytes(raw[:i] + bytes([raw[i] ^ (1 + i % 255)]) + raw[i + 1 :])
+            with pytest.raises(DataError) as e:
+                check(tmp_path / "set")
+            assert path.name in str(e.value) and "\n" not in str(e.value), (name, i)
+        for changed in (raw + b" ", raw[:-1], b""):
+            if changed != raw:
+                path.write_bytes(changed)
+                with pytest.raises(DataError):
+                    check(tmp_path / "set")
+        path.unlink()
+        if "packed" not in name and name != "manifest.json":
+            with pytest.raises(DataError, match=path.name):
+                check(tmp_path / "set")
+        path.write_bytes(raw)
+    check(tmp_path / "set")
+
+
+def as_before(folder):
+    """As an earlier version wrote it: a manifest without hashes of the other files."""
+    old = dataclasses.replace(formats.read_manifest(folder), files={})
+    (folder / "manifest.json").write_text(old.to_json())
+    return old
+
+
+def test_offsets_of_earlier_versions_are_compared_with_the_tokens(tiny, tmp_path, monkeypatch):
+    shutil.copytree(tiny, tmp_path / "set")
+    fingerprint = formats.read_manifest(tiny).fingerprint()
+    old = as_before(tmp_path / "set")
+    assert old.fingerprint() == fingerprint and "sha256" not in json.loads((tmp_path / "set/manifest.json").read_text())
+    check(tmp_path / "set")
+    path = tmp_path / "set/train.documents.bin"
+    raw = path.read_bytes()
+    for chunk, step in ((1 << 20, 1), (16, 29)):
+        monkeypatch.setattr(integrity, "CHUNK_BYTES", chunk)
+        for i in range(0, len(raw), step):
+            path.write_bytes(raw[:i] + bytes([raw[i] ^ (1 + i % 255)]) + raw[i + 1 :])
+            with pytest.raises(DataError, match=r"train\.documents\.bin"):
+                integrity.verify(opened(tmp_path / "set"))
+        path.write_bytes(raw)
+        check(tmp_path / "set")
+
+
+def test_what_no_window_reads_is_said(tiny, tmp_path):
+    """Shards, token files of other programs and documents alike."""
+    tokens = np.random.default_rng(0).integers(0, 50_000, 16_000).astype("<u2")
+    parts = np.split(tokens, [10_000, *range(10_120, 16_000, 120)])
+    make_dataset.write(tmp_path / "set", parts, vocab_size=50_000)
+    (tmp_path / "set/train.documents.bin").write_bytes(bytes(8))
+    for folder in ("nanogpt", "llmc", "megatron"):
+        (tmp_path / folder).mkdir()
+    for i, part in enumerate(parts):
+        (tmp_path / f"nanogpt/{i:02d}.bin").write_bytes(part.tobytes())
+        (tmp_path / f"llmc/{i:02d}.bin").write_bytes(llmc(part))
+        index = struct.pack("<9sQBQQiqqq", b"MMIDIDX\0\0", 1, 8, 1, 2, len(part), 0, 0, 1)
+        (tmp_path / f"megatron/{i:02d}.idx").write_bytes(index)
+        (tmp_path / f"megatron/{i:02d}.bin").write_bytes(part.tobytes())
+    (tmp_path / "nanogpt/more.bin.gz").write_bytes(b"")
+    for folder in ("set", "nanogpt", "llmc", "megatron"):
+        windows = TokenWindows(opened(tmp_path / folder).files("train"), seq_len=128, seed=0)
+        assert windows.unreached == Unreached(files=50, tokens=6000, tails=10_000 % 128)
+        assert str(windows.unreached).endswith("(6,000 tokens) and 16 tokens at the ends of files")
+    report = json.loads(call(tmp_path / "nanogpt", "--seq_len=128", "--json").stdout)
+    assert report["left_out"] == {
+        "files": 50, "tokens": 6000, "tails": 16, "documents_cut": None, "empty_splits": ["val"],
+    }  # fmt: skip
+    assert report["other_files"] == ["more.bin.gz"]
+    page = call(tmp_path / "nanogpt", "--seq_len=128", "--nocheck").stdout
+    for said in ("never read with seq_len 128: 50 file(s)", "the val split holds nothing", "1 other entries", "bin.gz"):
+        assert said in page
+    page = call(tiny, "--seq_len=8").stdout
+    assert "training document(s) are cut" in page and "packed for seq_len 16" in page
+    short = call(tmp_path / "llmc", "--val_path", tmp_path / "llmc/00.bin", "--seq_len=128", code=3)
+    assert "6000 tokens" in short.stderr and "at most 120 in a file" in short.stderr
 
 
 def test_chunks_do_not_change_what_is_found_and_memory_stays_small(text, tmp_path, monkeypatch):

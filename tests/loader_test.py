@@ -524,3 +524,22 @@ def test_a_validation_token_outside_the_vocabulary_is_an_error(tmp_path):
     files = val_files(tmp_path, 50, vocab_size=49)  # the last token is 49
     with pytest.raises(DataError, match="token id 49 in the validation split"):
         list(loader.evaluation_batches(files, seq_len=T, batch_size=8, sharding=one_device()))
+
+
+# What no window reaches
+
+
+@pytest.mark.parametrize("seq_len", [1, 3, 8])
+def test_unreached_counts_what_no_epoch_reads(seq_len, tmp_path):
+    """Against all rows of so many epochs that every phase occurs; a shard of each length up to four windows."""
+    lengths = list(range(4 * seq_len + 3))
+    make_dataset.write(tmp_path, make_dataset.counting_shards(*lengths))
+    windows = windows_of(tmp_path, seq_len=seq_len)
+    read = set(windows.rows(np.arange(100 * windows.num_windows)).flat)
+    short = [length for length in lengths if length <= seq_len]
+    told = windows.unreached
+    assert (told.files, told.tokens) == (sum(length > 0 for length in short), sum(short))
+    assert sum(lengths) - len(read) == told.tokens + told.tails
+    assert ("shorter than a window" in str(told)) == (told.files > 0) and ("at the ends" in str(told)) == (
+        told.tails > 0
+    )
