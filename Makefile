@@ -8,6 +8,7 @@ RUN ?= runs/tiny
 ARGS ?=
 # Test processes side by side: each keeps some two cores busy, compiling.
 JOBS ?= 2
+TESTS ?= tests
 
 BIN := $(VENV)/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -25,7 +26,7 @@ train: $(VENV)/.installed
 	@$(BIN)/python -m launch.train --config=$(CONFIG) --workdir=$(RUN) $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow" --numprocesses=$(JOBS) --dist=loadfile
+	$(BIN)/python -m pytest -m "not slow" --numprocesses=$(JOBS) --dist=loadfile $(TESTS)
 
 test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
