@@ -115,13 +115,14 @@ class Output:
 
     def _recover(self) -> None:
         if os.path.lexists(self._replaced):
-            if not formats.is_dataset(self._replaced):
-                raise DataError(f"{self._replaced} is in the way: it is not a dataset; move it away")
-            if not os.path.lexists(self.path):
+            if os.path.lexists(self.path):
+                if self.has_dataset():
+                    _check_own(self._replaced)
+                    _remove(self._replaced)
+            elif formats.is_dataset(self._replaced):
                 self._replaced.rename(self.path)
-            elif self.has_dataset():
-                _check_own(self._replaced)
-                _remove(self._replaced)
+            else:
+                raise DataError(f"{self._replaced} is in the way: it is not a dataset; move it away")
         if is_unfinished(self.path) and self.has_dataset():
             (self.path / MARK).unlink()
 

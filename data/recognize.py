@@ -132,7 +132,7 @@ MEDIA_SUFFIXES = {
 _REFUSED = [(re.compile(pattern, re.DOTALL), what, advice) for pattern, what, advice in REFUSED]
 _MEDIA = [(re.compile(pattern, re.DOTALL), what) for pattern, what in MEDIA]
 _BEGINS_OBJECT = re.compile(rb'\s*\{\s*("([^"\\]|\\.)*"\s*:|\})')
-_BEGINS_ARRAY = re.compile(rb"\s*\[\s*\{")
+_BEGINS_ARRAY = re.compile(rb'\s*\[\s*\{\s*("([^"\\]|\\.)*"\s*:|\})')
 _BEGINS_JSON_ARRAY = re.compile(rb'\s*\[\s*[\[{"]')  # of what may be texts, in a file that is named .json
 
 

@@ -148,7 +148,7 @@ def home(tmp_path_factory) -> pathlib.Path:
     (home / "text.txt").write_text("some text\n" * 50)
     (home / os.fsdecode(b"caf\xe9.txt")).write_text("a name that is not UTF-8")
     (home / "empty").touch()
-    (home / "tokens.bin").write_bytes(bytes(1000))
+    (home / "tokens.bin").write_bytes(bytes([7, 0, 9, 0]) * 250)
     (home / "ones.npy").write_bytes(b"\xff" * 64)
     (home / "folder/manifest.json").mkdir(parents=True)
     (home / "fake").mkdir()
@@ -374,7 +374,7 @@ def test_a_word_that_is_not_an_id(word, border):
 def test_messages_are_not_among_json(border, home):
     """Two names of one file: a warning, and stdout is still one object."""
     (home / "twice").mkdir()
-    (home / "twice/a.bin").write_bytes(bytes(1000))
+    (home / "twice/a.bin").write_bytes(bytes([7, 0, 9, 0]) * 250)
     (home / "twice/b.bin").symlink_to("a.bin")
     ended = border("launch.inspect", "twice", "--json", "--seq_len=8")
     assert json.loads(ended.out)["splits"]["train"]["tokens"] == 500 and "read once" in ended.err
@@ -403,8 +403,8 @@ def interrupted(argv: list[str], ready, **options) -> tuple[int, str, str]:
 def test_ctrl_c_is_one_line(tmp_path):
     """In the middle of what is read, and of the work of several processes; the same command goes on."""
     argv = ["launch.prepare", "--source=-", f"--out={tmp_path / 'a'}"]
-    code, _, err = interrupted(argv, ready=lambda: list(tmp_path.glob(".stdin-*")))
-    assert code == 130 and len(err.strip().splitlines()) == 1 and not list(tmp_path.glob(".stdin-*")), err
+    code, _, err = interrupted(argv, ready=lambda: list(tmp_path.glob(".meshlm-stdin-*")))
+    assert code == 130 and len(err.strip().splitlines()) == 1 and not list(tmp_path.glob(".meshlm-stdin-*")), err
     (tmp_path / "in.jsonl").write_text('{"text": "some words of a document"}\n' * 1_000_000)
     argv = ["launch.prepare", f"--source={tmp_path / 'in.jsonl'}", "--tokenizer=byte", f"--out={tmp_path / 'b'}"]
     code, _, err = interrupted([*argv, "--workers=2"], ready=lambda: (tmp_path / "b.partial").exists())

@@ -61,6 +61,9 @@ def test_only_leftovers_of_copies_are_removed(tmp_path):
         (place / name).write_text("x")
     Mirror(str(place), tmp_path, Config())
     left = {p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file()}
+    assert left == {*others, *ours[1:], "config.json"}  # it was nobody's mirror yet: only what would be in the way goes
+    Mirror(str(place), tmp_path, Config())
+    left = {p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file()}
     assert left == {*others, "config.json"}
 
 

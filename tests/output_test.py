@@ -364,7 +364,7 @@ if __name__ == "__main__":
 def test_killed_with_its_workers_again_and_again(tmp_path):
     """SIGKILL and Ctrl-C by turns, at any time: one line or none, no process is left, and the bytes are the same."""
     (tmp_path / "small.py").write_text(SMALL)
-    lines = (json.dumps({"text": f"{i} " * (i % 50)}) + "\n" for i in range(1500))
+    lines = (json.dumps({"text": f"{i} " * (i % 50)}) + "\n" for i in range(15000))
     (tmp_path / "in.jsonl").write_text("".join(lines))
 
     def start(out: str) -> subprocess.Popen:
@@ -380,7 +380,7 @@ def test_killed_with_its_workers_again_and_again(tmp_path):
         try:
             while process.poll() is None and not files.lock_path(tmp_path / "out").exists():
                 time.sleep(0.01)
-            _, stderr = process.communicate(timeout=draw.uniform(0, 2) if number < 5 else 120)
+            _, stderr = process.communicate(timeout=draw.uniform(0, 0.6) if number < 5 else 120)
             assert process.returncode == 0 and not stderr
             break
         except subprocess.TimeoutExpired:

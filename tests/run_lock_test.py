@@ -546,7 +546,7 @@ def test_a_place_that_cannot_be_written_is_said_in_one_line(tmp_path, take):
         tmp_path / "taken": os.strerror(errno.EISDIR),
         "a\0b": "embedded null byte",
         "/proc/none/run": os.strerror(errno.ENOENT),
-        "gs://": "Invalid GCS bucket name",
+        "gs://": "names no bucket",
         "gs://Not_a_bucket!/run": "Invalid GCS bucket name",
     }
     for location, reason in cases.items():

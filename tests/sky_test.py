@@ -378,7 +378,10 @@ def test_the_real_package(host, real_python, accelerator, kind, place, nodes, bu
     assert job["resources"]["infra"] == place
     assert dict(zip(CODES, job["starts_again"], strict=True)) == CODES
     assert job["setup"].strip() == f"bash launch/sky/setup.sh {accelerator}"
-    process = host.start(job["script"], host.environment(""))
+    environment = host.environment("")
+    nfs = next(word.partition("=")[2] for word in documented(accelerator) if word.startswith("NFS="))
+    (host.runs / ".mounted").write_text(f"{nfs}\n")
+    process = host.start(job["script"], environment)
     with runs.ending(process):
         runs.finish(process, within_s=30)
     start = host.words().index("python")
