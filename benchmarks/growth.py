@@ -47,12 +47,12 @@ def lines(path: pathlib.Path, megabytes: int, problems: bool = True) -> list[str
     with path.with_suffix(".jsonl").open("w") as f:
         for _ in range(max(1, megabytes * 1_000_000 // len(block))):
             f.write(block)
-    return [f"--source={path.with_suffix('.jsonl')}", "--tokenizer=byte"]
+    return [f"--source={path.with_suffix('.jsonl')}", "--tokenizer=byte", "--val_fraction=0"]
 
 
 def not_ascii(path: pathlib.Path, megabytes: int) -> list[str]:
     path.with_suffix(".jsonl").write_text(NOT_ASCII * (megabytes * 1_000_000 // len(NOT_ASCII.encode())))
-    return [f"--source={path.with_suffix('.jsonl')}", "--tokenizer=byte"]
+    return [f"--source={path.with_suffix('.jsonl')}", "--tokenizer=byte", "--val_fraction=0"]
 
 
 def many_files(path: pathlib.Path, files: int) -> list[str]:
@@ -61,7 +61,7 @@ def many_files(path: pathlib.Path, files: int) -> list[str]:
         folder = path / f"{i // 1000:03d}"
         folder.mkdir(exist_ok=True)
         (folder / f"{i % 1000:03d}.txt").write_text(f"the text of file {i}\n")
-    return [f"--source={path}", "--tokenizer=byte"]
+    return [f"--source={path}", "--tokenizer=byte", "--val_fraction=0"]
 
 
 def trained(text: Callable[[int], str]) -> Write:
@@ -90,7 +90,7 @@ def chinese(characters: int) -> str:
 
 def one_line(path: pathlib.Path, megabytes: int) -> list[str]:
     path.with_suffix(".jsonl").write_text(json.dumps({"text": "word " * (megabytes * 200_000)}) + "\n" + LINE)
-    return [f"--source={path.with_suffix('.jsonl')}", "--tokenizer=byte"]
+    return [f"--source={path.with_suffix('.jsonl')}", "--tokenizer=byte", "--val_fraction=0"]
 
 
 def packed(path: pathlib.Path, megabytes: int) -> list[str]:
@@ -98,7 +98,7 @@ def packed(path: pathlib.Path, megabytes: int) -> list[str]:
     with path.with_suffix(".txt.zst").open("wb") as f, zstandard.ZstdCompressor().stream_writer(f) as writer:
         for i in range(megabytes * 10):
             writer.write("".join(f"line {i * 4000 + j} of a text\n" for j in range(4000)).encode())
-    return [f"--source={path.with_suffix('.txt.zst')}", "--tokenizer=char"]
+    return [f"--source={path.with_suffix('.txt.zst')}", "--tokenizer=char", "--val_fraction=0"]
 
 
 def metaspace(path: pathlib.Path, megabytes: int) -> list[str]:

@@ -73,6 +73,7 @@ class Corpus:
     folder: pathlib.Path
     files: dict[str, Truth]  # by their names relative to the folder, as they are found without links if there is a way
     left_out: int  # entries that are not read, whatever is in them
+    has_loop: bool = False
 
 
 def text(rng: random.Random, least: int = 0) -> str:
@@ -288,8 +289,10 @@ def _write_file(rng: random.Random, corpus: Corpus, folder: pathlib.Path, name: 
 def _write_other(rng: random.Random, corpus: Corpus, folder: pathlib.Path, name: str, outside: pathlib.Path) -> None:
     """Links, hidden and special files, datasets: each is left out, or leads to one more file."""
     path, kind = folder / name, rng.randrange(9)
-    if path.exists():
+    # A link to a folder that is read, and one to a file outside, give that file two names with links: either is right.
+    if path.exists() or (kind == 0 and any(outside.iterdir())) or (kind > 6 and corpus.has_loop):
         return
+    corpus.has_loop |= kind == 0
     relative = path.relative_to(corpus.folder).as_posix()
     if kind == 0:
         path.symlink_to(rng.choice((".", corpus.folder, "..")) if folder != corpus.folder else ".")
