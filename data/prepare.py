@@ -168,7 +168,7 @@ def read_summary(out: pathlib.Path) -> dict[str, Any]:
 def make_plan(request: Request, out: pathlib.Path) -> Plan:
     """Finds the files and cuts them. Raises DataError. `out`: the dataset; a download is kept beside it."""
     found, left_out = _find(request, out)
-    stamps = {file.path: _stamp(file.path) for file in found}
+    stamps = _stamps(found)
     one_text = len(found) == 1 and found[0].kind == "text"
     split = request.split
     if split == "auto":
@@ -181,7 +181,7 @@ def make_plan(request: Request, out: pathlib.Path) -> Plan:
     reading = documents.Reading(
         request.text_key, request.invalid_utf8, request.bad_records, raw=request.tokenizer == "byte"
     )
-    units, identity = documents.plan(found, of_file), _identity(found)
+    units, identity = documents.plan(found, of_file), _identity(found, stamps)
     return Plan(request, units, split, reading, not one_text, identity, stamps, left_out)
 
 
@@ -190,9 +190,13 @@ def _find(request: Request, out: pathlib.Path) -> corpus.Found:
     return corpus.find(request.source, out.parent, kind=request.format, bad_records=request.bad_records, own=own)
 
 
-def _identity(found: list[corpus.File]) -> str:
+def _stamps(found: list[corpus.File]) -> dict[pathlib.Path, Stamp]:
+    return {file.path: _stamp(file.path) for file in found}
+
+
+def _identity(found: list[corpus.File], stamps: dict[pathlib.Path, Stamp]) -> str:
     """Changes with the files of a source: their names, sizes and times; not when they are moved to another disk."""
-    content = [(file.name, *_stamp(file.path)[:2]) for file in found]
+    content = [(file.name, *stamps[file.path][:2]) for file in found]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -226,11 +230,13 @@ def _intact(out: pathlib.Path, request: Request) -> formats.Manifest:
                 "--overwrite"
             )
     recorded = read_summary(out).get("source", "")  # not there in a dataset of an earlier version
-    if recorded and corpus.is_there(request.source) and _identity(_find(request, out).files) != recorded:
-        raise DataError(
-            f"{out} was prepared from other files than --source={request.source} has now (their names, sizes or times "
-            "differ); choose another --out, or --overwrite"
-        )
+    if recorded and corpus.is_there(request.source):
+        found = _find(request, out).files
+        if _identity(found, _stamps(found)) != recorded:
+            raise DataError(
+                f"{out} was prepared from other files than --source={request.source} has now (their names, sizes or "
+                "times differ); choose another --out, or --overwrite"
+            )
     return manifest
 
 
