@@ -103,11 +103,19 @@ class Pool:
 @contextlib.contextmanager
 def _interrupts_later() -> Iterator[None]:
     """Ctrl-C reaches this process after the block, and never a worker that is started in it: that is for its parent."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # Workers inherit what is blocked. That does not hold it back from this process: its other threads hear it.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    heard: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number)) if main else None
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        if main:
+            signal.signal(signal.SIGINT, handler)
+        if heard and callable(handler):
+            handler(signal.SIGINT, None)
 
 
 def _start(lifeline: Connection) -> None:

@@ -1,8 +1,10 @@
 """What a person starts: the only place with flags, signals and exit codes."""
 
+import contextlib
 import os
 import sys
 from types import TracebackType
+from typing import NoReturn
 
 INTERRUPTED = 130
 INTERRUPTED_LINE = "interrupted; start the same command again: it goes on if it can"
@@ -10,11 +12,23 @@ INTERRUPTED_LINE = "interrupted; start the same command again: it goes on if it 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Ctrl-C while a command still imports ends in one line, too; after that it is cli.run that does it."""
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
-        return
-    os.write(2, f"\n{INTERRUPTED_LINE}\n".encode())
+    if issubclass(kind, KeyboardInterrupt):
+        _leave()
+    sys.__excepthook__(kind, error, trace)
+
+
+def _unraisablehook(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Ctrl-C while Python removes an object: it would print a traceback, and go on as if nobody had asked."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        _leave()
+    sys.__unraisablehook__(unraisable)
+
+
+def _leave() -> NoReturn:
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        os.write(2, f"\n{INTERRUPTED_LINE}\n".encode())
     os._exit(INTERRUPTED)
 
 
 sys.excepthook = _excepthook
+sys.unraisablehook = _unraisablehook

@@ -3,6 +3,7 @@
 Nothing here imports JAX: a mistyped flag or field is answered at once.
 """
 
+import atexit
 import contextlib
 import difflib
 import importlib.util
@@ -95,7 +96,7 @@ def run(main: Callable[..., int | None], arguments: int = 0, *, restarted: bool 
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one while this process ends its own is no traceback
         log.error("\n%s", INTERRUPTED_LINE)
-        _exit(INTERRUPTED)
+        _exit(INTERRUPTED, wait=False)
     raise AssertionError("app.run does not return")
 
 
@@ -128,14 +129,17 @@ def _write_any_character() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _exit(code: int) -> NoReturn:
+def _exit(code: int, wait: bool = True) -> NoReturn:
+    """Without `wait` for threads: one that is in a library when Python ends them makes the process abort instead."""
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:  # Python would try again, and leave with 120
             _discard(stream)
-    if _several_processes():
+    if not wait and not _several_processes():
+        atexit._run_exitfuncs()  # those of multiprocessing remove its semaphores
+    if not wait or _several_processes():
         os._exit(code)
     sys.exit(code)
 

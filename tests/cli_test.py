@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+import launch
 from configs import tiny
 from launch import cli
 from tests import runs
@@ -409,6 +410,43 @@ def test_ctrl_c_is_one_line(tmp_path):
     argv = ["launch.prepare", f"--source={tmp_path / 'in.jsonl'}", "--tokenizer=byte", f"--out={tmp_path / 'b'}"]
     code, _, err = interrupted([*argv, "--workers=2"], ready=lambda: (tmp_path / "b.partial").exists())
     assert code == 130 and len(err.strip().splitlines()) == 1, err
+
+
+TRAINING = """
+import os, signal, threading, time
+from data import bpe
+from launch import cli
+class EndsSlowly:
+    def __del__(self, sleep=time.sleep):
+        sleep(0.5)
+cli.kept = EndsSlowly()
+def main():
+    threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
+    while True:
+        bpe.train_bpe((f"{i} " * (i % 50) for i in range(15000)), 300)
+if __name__ == "__main__":
+    cli.run(main)
+"""
+REMOVING = """
+import os, signal, weakref
+from launch import cli
+class Object:
+    pass
+def main():
+    kept = Object()
+    reference = weakref.ref(kept, lambda _: os.kill(os.getpid(), signal.SIGINT))
+    del kept
+if __name__ == "__main__":
+    cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("program", [TRAINING] * 4 + [REMOVING])
+def test_ctrl_c_while_a_library_works_on_a_thread_or_an_object_is_removed(tmp_path, program):
+    """Python aborted (-6) in four of ten such trainings; and it printed a traceback for the object, and went on."""
+    argv = [sys.executable, "-c", program]
+    ended = subprocess.run(argv, cwd=runs.ROOT, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr.strip()) == (130, launch.INTERRUPTED_LINE)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -123,6 +124,19 @@ def test_ctrl_c_ends_workers_at_once_and_without_a_word(after_s, tmp_path):
     _, stderr = process.communicate(timeout=30)
     assert (process.returncode, stderr) == (130, "")
     wait_for_the_end(workers)
+
+
+def test_ctrl_c_waits_while_a_worker_starts():
+    """Also when another thread hears it: blocking the signal holds it back from this thread only."""
+    threading.Thread(target=time.sleep, args=(1,), daemon=True).start()
+    begun = False
+    with pytest.raises(KeyboardInterrupt):
+        with pool_module._interrupts_later():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+            begun = True
+        time.sleep(10)
+    assert begun and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_an_error_ends_the_other_workers_at_once():
