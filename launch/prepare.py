@@ -170,6 +170,8 @@ def report(out: pathlib.Path, manifest: formats.Manifest, how: str) -> None:
         parts.insert(0, f"{summary['bytes_per_token']:.2f} bytes a token")
     if "duplicates" in summary:
         parts.append(f"{summary['duplicates']:,} of {summary['documents']:,} documents occurred before")
+    elif COUNT_DUPLICATES.value:
+        parts.append("duplicates were not counted when it was made; --overwrite makes it again")
     cli.log.info("%s", ", ".join(parts))
     if summary.get("loses_text"):
         share = summary["problems"]["counts"].get(losses.UNKNOWN, 0) / max(summary["tokens"], 1)
