@@ -8,7 +8,7 @@ import functools
 import itertools
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from data import content, foreign, formats, names, remote, tokenizers
 from data.config import DataConfig
@@ -38,6 +38,14 @@ class Dataset:
             return foreign.Files(self.foreign_files[split], self.vocab_size)
         except OSError as e:
             raise DataError(f"{e.filename} cannot be read: {e.strerror}") from None
+
+    def paths(self) -> Iterator[tuple[str, pathlib.Path]]:
+        """(split, file) of all token files."""
+        for split, spec in self.manifest.splits.items():
+            if self.foreign_files:
+                yield from ((split, file.path) for file in self.foreign_files[split])
+            else:
+                yield from ((split, self.folder / shard.file) for shard in spec.shards)
 
     def has(self, split: str) -> bool:
         """Whether there is a token to predict in it."""
@@ -133,7 +141,7 @@ def _paths_by_split(config: DataConfig) -> dict[str, list[pathlib.Path]]:
         held_out = {p.resolve() for p in val}
         train = [p for p in paths if p.resolve() not in held_out]
     else:
-        val = [p for p in paths if VALIDATION_WORDS & set(re.split(r"[^a-z]+", p.stem.lower()))]
+        val = [p for p in paths if _validates(p, names.root(str(located(config.path))))]
         train = sorted(set(paths) - set(val))
     if not train:
         raise DataError(
@@ -141,3 +149,9 @@ def _paths_by_split(config: DataConfig) -> dict[str, list[pathlib.Path]]:
             "or the validation files with data.val_path"
         )
     return {"train": train, "val": val} if val else {"train": train}
+
+
+def _validates(path: pathlib.Path, root: pathlib.Path) -> bool:
+    """Whether the name of a file, or of a folder below `root`, says that it is for validation."""
+    below = path.relative_to(root) if path.is_relative_to(root) and path != root else pathlib.Path(path.name)
+    return any(VALIDATION_WORDS & set(re.split(r"[^a-z]+", part.lower())) for part in below.with_suffix("").parts)

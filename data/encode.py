@@ -1,8 +1,8 @@
 """What a worker does: one unit of a corpus surveyed (characters counted) or encoded (tokens into files of their own).
 
 A unit's files, in PARTIAL/units/: I.train.tokens and I.val.tokens; I.train.ends and I.val.ends (uint64: where, in the
-tokens of this unit, each document ends that ends here); I.hashes (uint64, when asked for); and I.json, which is
-written last: where it is, the unit is done.
+tokens of this unit, each document ends that ends here); I.hashes (when asked for; see parts.py); and I.json, which is
+written last: if it is there, the unit is done.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from data.losses import Losses
 from data.parts import NO_SEAM, Part, Splitting, parts
 from data.problems import Problems
 
-VERSION = 3  # of the unit files; a preparation does not go on with another version's
+VERSION = 4  # of the unit files; a preparation does not go on with another version's
 SPLITS = ("train", "val")
 BATCH_CHARACTERS = 1 << 18  # encoded in one call
 
@@ -91,7 +91,7 @@ def encode(index: int, unit: documents.Unit, first_character: int, job: Job) -> 
     codec = _tokenizer(job.partial / "tokenizer", job.tokenizer_sha256)
     try:
         outputs = {split: _Output(stem, split, job) for split in SPLITS}
-        hashes: list[int] | None = [] if job.hashes else None
+        hashes: list[tuple[int, int]] | None = [] if job.hashes else None
         losses = Losses(codec, problems)
         splitting = Splitting(job.split, job.val_fraction, job.cut)
         texts = parts(unit, first_character, splitting, job.reading, codec, problems, hashes)
@@ -106,6 +106,7 @@ def encode(index: int, unit: documents.Unit, first_character: int, job: Job) -> 
         result = {
             "tokens": {split: output.tokens for split, output in outputs.items()},
             "text_bytes": {split: output.text_bytes for split, output in outputs.items()},
+            "sizes": {split: _sizes(stem, split) for split in SPLITS},
             "problems": problems.to_json(),
         }
         files.write_durably(stem.with_suffix(".json"), json.dumps(result).encode())
@@ -120,10 +121,20 @@ def _utf8_bytes(text: str | bytes) -> int:
     return len(text) if isinstance(text, bytes) or text.isascii() else len(text.encode())
 
 
-def finished(partial: pathlib.Path, index: int) -> dict | None:
-    """What `encode` returned for a unit that is done; None where it is not."""
-    path = partial / "units" / f"{index:06d}.json"
-    return json.loads(path.read_bytes()) if path.exists() else None
+def finished(job: Job, index: int) -> dict | None:
+    """What `encode` returned for a unit that is done; None if it is not, or its files are not those it wrote."""
+    stem = job.partial / "units" / f"{index:06d}"
+    try:
+        result = json.loads(stem.with_suffix(".json").read_bytes())
+        same = all(_sizes(stem, split) == result["sizes"][split] for split in SPLITS)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return result if same else None
+
+
+def _sizes(stem: pathlib.Path, split: str) -> list[int]:
+    """Of the files of a unit, in bytes."""
+    return [stem.with_suffix(f".{split}.{what}").stat().st_size for what in ("tokens", "ends")]
 
 
 def _encode_batch(codec: tokenizers.Tokenizer, batch: list[Part], problems: Problems) -> list[np.ndarray]:

@@ -12,8 +12,11 @@ import secrets
 from collections.abc import Iterator
 from typing import IO
 
+from data.errors import DataError
+
 log = logging.getLogger("meshlm")
 
+OWNER = re.compile(r".* process \d+")  # what a lock says
 WRITING = re.compile(r"(.+)\.writing-[0-9a-f]{16}")  # what a process that was killed leaves of a file
 
 
@@ -80,6 +83,7 @@ def locked(path: pathlib.Path, wait: bool = False) -> Iterator[bool]:
 
     Raises:
       Held: another process has it, and `wait` is false.
+      DataError: something else has its name.
       OSError: the lock cannot be written.
     """
     place = lock_path(path)
@@ -112,6 +116,10 @@ def _take(place: pathlib.Path, wait: bool) -> tuple[IO[str], bool]:
         if _is_at(handle, place):  # else its owner removed it before letting go
             break
         handle.close()
+    if (content := handle.read()) and not OWNER.fullmatch(content):
+        handle.close()
+        raise DataError(f"{place} is in the way: it is not a lock of this program; move it away")
+    handle.seek(0)
     handle.truncate(0)
     handle.write(f"{platform.node()} process {os.getpid()}")
     handle.flush()

@@ -38,7 +38,7 @@ def verify(data: Dataset) -> dict[str, Found]:
             return {name: _foreign(files, data.vocab_size) for name, files in data.foreign_files.items()}
         _check_manifest(data.folder, data.manifest)
         found = {name: _split(data.folder, data.manifest, name) for name in data.manifest.splits}
-        _check_files(data.folder, data.manifest)
+        check_files(data.folder, data.manifest)
         return found
     except OSError as e:
         raise DataError(f"{e.filename} cannot be read: {e.strerror}") from None
@@ -82,8 +82,8 @@ def _check_manifest(folder: pathlib.Path, manifest: formats.Manifest) -> None:
         raise DataError(f"{path} was changed by hand or damaged; copy it again or prepare again with --overwrite")
 
 
-def _check_files(folder: pathlib.Path, manifest: formats.Manifest) -> None:
-    """The files that are neither the manifest nor shards."""
+def check_files(folder: pathlib.Path, manifest: formats.Manifest) -> None:
+    """The files that are neither the manifest nor shards. Raises DataError."""
     for name, sha256 in manifest.files.items():
         path = folder / name
         if not path.exists():

@@ -11,7 +11,7 @@ import numpy as np
 
 from data import encode, files, formats, losses
 from data.errors import DataError
-from data.output import MERGED
+from data.output import MERGED, read_note, start_again
 from data.problems import Problems
 
 SHARD_TOKENS = 100_000_000
@@ -41,6 +41,8 @@ class _SplitWriter:
         self._file = _opened_at(self._path, self._shard_tokens * self.job.dtype.itemsize)
         with self._path.open("rb") as f:
             self._sha256 = hashlib.file_digest(f, "sha256")
+        if self._sha256.hexdigest() != written["sha256"]:
+            raise DataError(f"{self._path} is not what was written; {start_again(folder)}")
 
     def state(self) -> dict[str, Any]:
         """What was written so far, which is on the disk from now on."""
@@ -48,7 +50,8 @@ class _SplitWriter:
             file.flush()
             os.fsync(file.fileno())
         counts = [self.tokens, self.text_bytes, self.documents, self.longest, self._begin]
-        return {"shards": [dataclasses.astuple(shard) for shard in self.shards], "counts": counts}
+        shards = [dataclasses.astuple(shard) for shard in self.shards]
+        return {"shards": shards, "counts": counts, "sha256": self._sha256.hexdigest()}
 
     def _shard_path(self) -> pathlib.Path:
         return self.folder / f"{self.split}-{len(self.shards):05d}.bin"
@@ -100,7 +103,7 @@ def _opened_at(path: pathlib.Path, size: int) -> IO[bytes]:
     """A file to go on with after its first `size` bytes; what a run that was killed wrote behind them goes."""
     file = path.open("r+b" if size else "wb")
     if os.fstat(file.fileno()).st_size < size:
-        raise DataError(f"{path} became shorter than it was noted; remove {path.parent} and start again")
+        raise DataError(f"{path} became shorter than it was noted; {start_again(path.parent)}")
     file.truncate(size)
     file.seek(0, os.SEEK_END)
     return file
@@ -120,12 +123,15 @@ class Merge:
 
     def __init__(self, partial: pathlib.Path, job: encode.Job):
         self.partial, self.job = partial, job
-        noted = partial / MERGED
-        state: dict[str, Any] = json.loads(noted.read_bytes()) if noted.exists() else {"next": 0, "writers": {}}
-        self.writers = {
-            split: _SplitWriter(partial, split, job, state["writers"].get(split)) for split in encode.SPLITS
-        }
-        self.problems = Problems.from_json(state["problems"]) if "problems" in state else Problems()
+        state: dict[str, Any] = {"next": 0, "writers": {}, "problems": Problems().to_json()}
+        if (partial / MERGED).exists():
+            state = read_note(partial / MERGED)
+        try:
+            writers = {split: state["writers"].get(split) for split in encode.SPLITS}
+            self.writers = {split: _SplitWriter(partial, split, job, written) for split, written in writers.items()}
+            self.problems = Problems.from_json(state["problems"])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise DataError(f"{partial / MERGED} is damaged; {start_again(partial)}") from None
         self._waiting: dict[int, dict] = {}
         self.next = self._noted = state["next"]
 
@@ -179,7 +185,16 @@ class Merge:
 
 
 def _duplicates(partial: pathlib.Path, num_units: int) -> int:
-    """Documents whose text occurred before; 8 bytes of memory for each document."""
+    """Documents whose text occurred before; 16 bytes of memory for each document."""
     stems = (partial / "units" / f"{index:06d}" for index in range(num_units))
-    hashes = np.concatenate([np.empty(0, "<u8"), *(np.fromfile(stem.with_suffix(".hashes"), "<u8") for stem in stems)])
+    found = [np.fromfile(stem.with_suffix(".hashes"), "<u8") for stem in stems]
+    pieces = np.concatenate([np.empty(0, "<u8"), *found]).reshape(-1, 2)
+    whole = pieces[:, 1] == 3
+    long, held = [], b""
+    for piece, ends in pieces[~whole].tolist():  # equal texts are cut into equal pieces
+        held += piece.to_bytes(8, "little")
+        if ends & 2:
+            long.append(int.from_bytes(hashlib.blake2b(held, digest_size=8).digest(), "little"))
+            held = b""
+    hashes = np.concatenate([pieces[whole, 0], np.array(long, "<u8")])
     return len(hashes) - len(np.unique(hashes))

@@ -17,6 +17,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from data import bpe, files, formats, minbpe, packing, pieces, rank_file, tokenizers
 from data.errors import DataError
@@ -184,6 +185,18 @@ class Output:
         files.sync(self.path.parent)
         if self._replaced.exists():
             _remove(self._replaced)
+
+
+def read_note(path: pathlib.Path) -> Any:
+    """JSON that a preparation wrote for itself. Raises DataError."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise DataError(f"{path} is damaged; {start_again(path.parent)}") from None
+
+
+def start_again(partial: pathlib.Path) -> str:
+    return f"remove {partial} and start again"
 
 
 def _read_mark(folder: pathlib.Path) -> _Mark | None:

@@ -103,8 +103,9 @@ def read_index(folder: pathlib.Path, manifest: formats.Manifest, seq_len: int, s
         raise DataError(f"{path} cannot be read: {e.strerror}") from None
     if index is None:
         raise DataError(f"{path} is no index that this version reads; remove it and run: {command(folder, seq_len)}")
-    wanted = (manifest.fingerprint(), seq_len, manifest.eos_id, manifest.splits[split].tokens)
-    if (index.fingerprint, index.seq_len, index.eos_id, index.tokens) != wanted:
+    spec = manifest.splits[split]
+    wanted = (manifest.fingerprint(), seq_len, manifest.eos_id, spec.tokens, spec.documents)
+    if (index.fingerprint, index.seq_len, index.eos_id, index.tokens, index.documents) != wanted:
         raise DataError(
             f"{path} packs another dataset ({index.fingerprint}, seq_len {index.seq_len}) than this one ({wanted[0]}, "
             f"seq_len {seq_len}); replace it with: {command(folder, seq_len)}"
@@ -125,11 +126,8 @@ def verify(folder: pathlib.Path, manifest: formats.Manifest, split: str = "train
             raise DataError(f"{path} is no index of launch.pack; move it away")
         index = read_index(folder, manifest, int(length), split)
         index.load()
-        spec = manifest.splits[split]
         cut = count_cut(folder, manifest, index.seq_len, split)
-        with path.open("rb") as f:
-            header = f.read(HEADER_BYTES)
-        if header != index.header() or (index.documents, index.cut, index.cut_by_windows) != (spec.documents, *cut):
+        if (index.cut, index.cut_by_windows) != cut:
             raise DataError(
                 f"{path} has a header that does not belong to its dataset; remove it and run: "
                 f"{command(folder, index.seq_len)}"
@@ -159,9 +157,12 @@ def _read_header(path: pathlib.Path) -> Index | None:
         if (fields.pop("format"), fields.pop("version")) != (FORMAT, VERSION):
             return None
         index = Index(path, **fields)
-        numbers = (index.seq_len, index.eos_id, index.rows, index.pieces, index.tokens)
-        return index if all(type(n) is int and n >= 0 for n in numbers) and index.rows and index.seq_len else None
-    except (ValueError, KeyError, TypeError, AttributeError):
+        numbers = (index.seq_len, index.eos_id, index.rows, index.pieces, index.tokens, index.documents)
+        rest = (index.cut, index.cut_by_windows)
+        if not all(type(n) is int and n >= 0 for n in numbers + rest) or not (index.rows and index.seq_len):
+            return None
+        return index if index.header() == raw else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

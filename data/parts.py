@@ -43,9 +43,10 @@ def parts(
     reading: documents.Reading,
     codec: Tokenizer,
     problems: Problems,
-    hashes: list[int] | None = None,
+    hashes: list[tuple[int, int]] | None = None,
 ) -> Iterator[Part]:
-    """The parts of a unit in order. Appends to `hashes` that of each document which is whole in one piece.
+    """The parts of a unit in order. Appends to `hashes` that of each piece, and whether a document begins (1) and ends
+    (2) with it.
 
     Args:
       character: how many there are in the units before.
@@ -56,8 +57,8 @@ def parts(
         pieces = documents.read(stretch, reading, problems)
         in_pieces = codec.joins and stretch.file.kind == "text"  # records are whole
         for piece, before, after in _with_neighbours(pieces, stretch) if in_pieces else _alone(pieces):
-            if hashes is not None and piece.begins and piece.ends:
-                hashes.append(_hash(piece.text))
+            if hashes is not None:
+                hashes.append((_hash(piece.text), piece.begins + 2 * piece.ends))
             text, shift, left, right = piece.text, 0, None, None
             if in_pieces and isinstance(text, str) and not (piece.begins and piece.ends):
                 left = _seam(codec, before, text[: _window()], character, cut)

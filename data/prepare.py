@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from data import corpus, documents, encode, excerpt, files, formats, merge, spool, tokenizers
+from data import corpus, documents, encode, excerpt, files, formats, integrity, merge, spool, tokenizers
 from data.errors import DataError
-from data.output import CHARACTERS, Output
+from data.output import CHARACTERS, Output, read_note, start_again
 from data.pool import Pool, cores
 from data.problems import Problems
+from data.vocabulary import check_special_tokens
 
 INLINE_BYTES = 32 << 20  # a corpus up to this size is done in this process: workers take longer to start
 SPLITS = ("auto", "last", "file", "document")
@@ -123,6 +124,7 @@ def prepare(
         preparing it; there is no room.
     """
     asked, output = Request(**request), Output(out)
+    check_special_tokens(asked.special_tokens)
     found = None if overwrite else there(out, **request)
     if found is not None:
         return found
@@ -160,9 +162,15 @@ def there(out: pathlib.Path, **request) -> formats.Manifest | None:
 
 
 def read_summary(out: pathlib.Path) -> dict[str, Any]:
-    """What `prepare` counted; empty for a dataset of an earlier version, which did not."""
+    """What `prepare` counted; empty for a dataset of an earlier version, which did not. Raises DataError."""
     path = out / formats.SUMMARY
-    return json.loads(path.read_bytes()) if path.exists() else {}
+    try:
+        summary = json.loads(path.read_bytes()) if path.exists() else {}
+    except (ValueError, RecursionError):
+        summary = None
+    if not isinstance(summary, dict):
+        raise DataError(f"{path} is damaged; copy it again or prepare again with --overwrite")
+    return summary
 
 
 def make_plan(request: Request, out: pathlib.Path) -> Plan:
@@ -220,6 +228,7 @@ def _intact(out: pathlib.Path, request: Request) -> formats.Manifest:
         )
     for split in manifest.splits:
         formats.TokenFiles(out, manifest, split)
+    integrity.check_files(out, manifest)
     codec = tokenizers.load(out / "tokenizer", manifest.tokenizer_sha256)
     if not tokenizers.needs_texts(request.tokenizer):
         eos = manifest.eos_id is not None
@@ -271,10 +280,11 @@ def _finish(plan: Plan, job: encode.Job, merged: merge.Merge, max_invalid: float
     source = f"--source={plan.request.source}"
     if not splits["train"].tokens:
         raise DataError(f"{source} holds no text to train on{_said(summary)}")
-    if not plan.reading.raw and (share := merged.problems.invalid_share) > max_invalid:
+    if (share := merged.problems.invalid_share) > max_invalid:
         raise DataError(
             f"{source} is not UTF-8 text: {share:.3%} of its characters are invalid{_said(summary)}; convert it, for "
-            f"example with iconv, or pass --max_invalid={math.ceil(share * 1000) / 1000:g} or --tokenizer=byte"
+            f"example with iconv, or pass --max_invalid={math.ceil(share * 1000) / 1000:g} (the byte tokenizer takes "
+            "any bytes, except in JSON)"
         )
     files.write_durably(job.partial / formats.SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
     manifest = formats.Manifest(
@@ -349,7 +359,10 @@ def _tokenizer(
         for path in (*folder.iterdir(), folder):
             files.sync(path)
         files.write_durably(counted, json.dumps(characters).encode())
-    return tokenizers.load(folder), json.loads(counted.read_bytes())
+    characters = read_note(counted)
+    if not isinstance(characters, list) or len(characters) != len(plan.units):
+        raise DataError(f"{counted} is damaged; {start_again(partial)}")
+    return tokenizers.load(folder), characters
 
 
 def _char_tokenizer(plan: Plan, counts: np.ndarray) -> tokenizers.CharTokenizer:
@@ -382,7 +395,7 @@ def _encode_units(plan: Plan, characters: list[int], job: encode.Job, pool: Pool
         tokens += sum(result["tokens"].values())
         progress("encoding", done, plan.bytes, tokens)
 
-    finished = {index: encode.finished(job.partial, index) for index in range(merged.next, len(plan.units))}
+    finished = {index: encode.finished(job, index) for index in range(merged.next, len(plan.units))}
     left = [(index, plan.units[index], int(before[index]), job) for index, r in finished.items() if r is None]
     for index, result in finished.items():
         if result is not None:

@@ -91,12 +91,28 @@ def open_sources(config: DataConfig, vocab_size: int = 0) -> Sources:
                 f"the tokenizer of {data.path} has {data.vocab_size} tokens, but others have {vocab_size}; "
                 "sources of one run share one tokenizer"
             )
+    _check_distinct(datasets)
     try:
         stages = mixture.parse_stages(config.weights, len(datasets))
     except ValueError as e:
         raise DataError(str(e)) from None
     packings = {name: packing_of(data, config.seq_len) for name, data in datasets.items()} if config.packed else {}
     return Sources(datasets, stages, prepared or next(iter(datasets.values())), packings)
+
+
+def _check_distinct(datasets: dict[str, Dataset]) -> None:
+    """Raises DataError for a file that trains and is in another source, too: it would train twice, or also validate."""
+    found: dict[tuple[int, int], tuple[str, str, pathlib.Path]] = {}
+    for name, data in datasets.items():
+        for split, path in data.paths():
+            stat = path.stat()
+            other, of, path_there = found.setdefault((stat.st_dev, stat.st_ino), (name, split, path))
+            if other != name and "train" in (split, of):
+                how = "trains in both" if split == of else "trains in one and validates in the other"
+                raise DataError(
+                    f"{path} of source {name!r} and {path_there} of source {other!r} are one file, which {how}; name "
+                    "it in one source, and weigh it by data.weights"
+                )
 
 
 def packing_of(data: Dataset, seq_len: int) -> packing.Index:

@@ -159,7 +159,9 @@ def report(out: pathlib.Path, manifest: formats.Manifest, how: str) -> None:
     splits = ", ".join(
         f"{name} {s.tokens:,} tokens ({s.documents:,} document(s))" for name, s in manifest.splits.items()
     )
-    cli.log.info("%s: %s, vocabulary %d, %s, %s", out, splits, manifest.vocab_size, manifest.dtype, how)
+    cli.log.info(
+        "%s: %s, vocabulary %d, %s, %s", cli.visible(str(out)), splits, manifest.vocab_size, manifest.dtype, how
+    )
     for notice in prepare.notices(manifest):
         cli.log.warning("%s", notice)
     summary = prepare.read_summary(out)

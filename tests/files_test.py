@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from data import files, formats, packing, prepare
+from data.errors import DataError
 
 ROOT = pathlib.Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -66,17 +67,20 @@ def test_a_lock_names_its_owner_and_ends_with_it(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["link", "folder"])
+@pytest.mark.parametrize("kind", ["link", "folder", "file"])
 def test_what_is_not_a_lock_file_is_not_written(kind, tmp_path):
     lock = files.lock_path(tmp_path / "x")
     (tmp_path / "mine").write_text("mine")
     if kind == "link":
         lock.symlink_to("mine")
-    else:
+    elif kind == "folder":
         lock.mkdir()
-    with pytest.raises(OSError), files.locked(tmp_path / "x"):
+    else:
+        lock.write_text("mine")
+    with pytest.raises((OSError, DataError)), files.locked(tmp_path / "x"):
         pass
     assert (tmp_path / "mine").read_text() == "mine" and lock.lstat()
+    assert kind != "file" or lock.read_text() == "mine"
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):

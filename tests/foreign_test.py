@@ -528,6 +528,17 @@ def test_words_that_name_validation_files(tmp_path, word):
     assert [p.stem for p in data.files("val").paths] == [word] and len(data.files("train").paths) == 3
 
 
+@pytest.mark.parametrize("word", ["val", "x-valid", "Validation.1"])
+def test_folders_below_the_glob_may_name_validation_files(tmp_path, word):
+    for folder in ("train", word, f"{word}/deep", "medieval"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "0.bin").write_bytes(llmc(TOKENS))
+    data = open_(tmp_path / "**/*.bin")
+    assert {p.relative_to(tmp_path).parts[0] for p in data.files("val").paths} == {word}
+    assert len(data.files("val").paths) == len(data.files("train").paths) == 2
+    assert not open_(tmp_path / word / "*.bin").has("val")  # a folder that is named trains
+
+
 def test_kinds_and_types_are_not_mixed(tmp_path):
     (tmp_path / "a.bin").write_bytes(llmc(TOKENS))
     (tmp_path / "b.bin").write_bytes(struct.pack("<6H", *TOKENS))

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from data import files, formats, output, prepare
+from data import documents, files, formats, merge, output, prepare
 from data.errors import DataError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -402,6 +402,61 @@ def test_killed_with_its_workers_again_and_again(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out", "small.py", "undisturbed"]
 
 
+def test_what_an_interrupted_preparation_left_is_checked(source, place, monkeypatch):
+    """Each of its files is cut, made longer, or replaced: the dataset is the same, or one line says what to do."""
+    monkeypatch.setattr(documents, "UNIT_BYTES", 30)
+    monkeypatch.setattr(merge, "NOTE_UNITS", 2)
+    expected = contents(place / "expected") if run(place / "expected", source, "char") else {}
+    with monkeypatch.context() as patch:
+        append = merge.Merge._append
+
+        def fails(self: merge.Merge, result: dict) -> None:
+            if self.next == 3:
+                raise KeyboardInterrupt
+            append(self, result)
+
+        patch.setattr(merge.Merge, "_append", fails)
+        with pytest.raises(KeyboardInterrupt):
+            run(place / "out", source, "char")
+    shutil.copytree(place / "out.partial", place / "kept")
+    written = [p.relative_to(place / "kept") for p in (place / "kept").rglob("*") if p.is_file()]
+    assert {"merged.json", "train-00000.bin", "units/000002.json"} <= {p.as_posix() for p in written}
+    outcomes = set()
+    for name, change in itertools.product(written, (lambda raw: raw[:-2], lambda raw: raw + b"{}", lambda raw: b"{}")):
+        if name.name == output.MARK:
+            continue
+        for path in (place / "kept").rglob("*"):
+            if path.is_file():
+                shutil.copyfile(path, place / "out.partial" / path.relative_to(place / "kept"))
+        damaged = place / "out.partial" / name
+        damaged.write_bytes(change(damaged.read_bytes()))
+        try:
+            run(place / "out", source, "char")
+            outcomes.add("the same")
+        except DataError as e:
+            assert "\n" not in str(e), (name, e)
+            outcomes.add("an error")
+            continue
+        assert contents(place / "out") == expected, name
+        shutil.rmtree(place / "out")
+        shutil.copytree(place / "kept", place / "out.partial")
+    assert outcomes == {"the same", "an error"}
+
+
+@pytest.mark.parametrize("name", ["summary.json", "train.documents.bin", "tokenizer/meshlm_tokenizer.json"])
+@pytest.mark.parametrize("content", [None, b"", b"[]", b'{"tokens": 1}'])
+def test_a_dataset_that_is_not_whole_is_not_said_to_be_there(source, place, name, content):
+    run(place / "out", source)
+    if content is None:
+        (place / "out" / name).unlink()
+    else:
+        (place / "out" / name).write_bytes(content)
+    with pytest.raises(DataError) as e:
+        run(place / "out", source)
+    assert "\n" not in str(e.value)
+    assert run(place / "out", source, overwrite=True)
+
+
 def test_a_dataset_inside_its_source_is_the_same_after_a_kill(source):
     """What a killed preparation leaves there is not read, nor counted."""
     out = source / "sets/out"
@@ -411,7 +466,7 @@ def test_a_dataset_inside_its_source_is_the_same_after_a_kill(source):
     output.Output(out).partial.mkdir(parents=True)
     output.Output(out).begin("of another request")
     (source / "sets/out.partial/units/000000.json").write_text("{}")
-    files.lock_path(out).write_text("a process that was killed")
+    files.lock_path(out).write_text("host process 1")
     run(out, source)
     assert contents(out) == undisturbed
     run(source / "sets/more", source)

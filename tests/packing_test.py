@@ -1,10 +1,12 @@
 """Packed rows: every token once, nothing cut that fits, the same rows everywhere; the loss counts no padding."""
 
 import bisect
+import contextlib
 import dataclasses
 import itertools
 import json
 import pathlib
+import re
 import signal
 import sys
 import tempfile
@@ -244,6 +246,22 @@ def test_a_damaged_or_foreign_index_is_refused_and_packed_again(packed, how):
     _, there = packing.pack(packed, T)
     assert not there
     open_windows(packed).rows(np.arange(10))
+
+
+@pytest.mark.parametrize("header", [b"[" * 1024, b'"meshlm-packing"' + b"[" * 1008])
+def test_headers_of_any_depth_and_numbers(packed, header):
+    path = packing.index_path(packed, T)
+    raw = path.read_bytes()
+    for name in (b"documents", b"cut", b"cut_by_windows", b"rows"):
+        for value in (b"0", b"null", b"1e3", b"[]", b"true"):
+            found = re.sub(b'"%s": [^,]*' % name, b'"%s": %s' % (name, value), raw[:1024].rstrip(), count=1)
+            path.write_bytes(found.ljust(1023) + b"\n" + raw[1024:])
+            with contextlib.suppress(DataError):
+                open_windows(packed)
+                assert value == b"0" and name.startswith(b"cut")
+    path.write_bytes(header + raw[1024:])
+    with pytest.raises(DataError):
+        open_windows(packed)
 
 
 def test_a_file_that_is_no_index_is_left_alone(packed):

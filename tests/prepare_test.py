@@ -526,6 +526,33 @@ def test_what_was_wrong_is_said_at_the_end(tmp_path):
     assert summary["documents"] == 61 and sum(summary["problems"]["counts"].values()) == 3
 
 
+@pytest.mark.parametrize("size", [40, 1 << 20])
+def test_long_texts_are_compared_as_wholes(tmp_path, monkeypatch, size):
+    """Whatever pieces they are read in: two copies, one of which is longer, and one compressed."""
+    (tmp_path / "texts").mkdir()
+    for name, text in {"a": "word " * 40, "b": "word " * 41, "c": "word " * 40, "d": "word", "e": "word"}.items():
+        (tmp_path / f"texts/{name}.txt").write_text(text)
+    (tmp_path / "texts/f.txt.gz").write_bytes(gzip.compress(b"word " * 40))
+    monkeypatch.setattr(documents, "UNIT_BYTES", size)
+    run(tmp_path / "out", tmp_path / "texts", "byte", count_duplicates=True)
+    assert prepare.read_summary(tmp_path / "out")["duplicates"] == 3
+
+
+@pytest.mark.parametrize("names", [[""], ["a", "a"], ["\ud800"]])
+@pytest.mark.parametrize("tokenizer", ["byte", "char", "bpe:300"])
+def test_names_of_special_tokens_are_checked_for_every_tokenizer(file, tmp_path, tokenizer, names):
+    with pytest.raises(DataError, match="special token"):
+        run(tmp_path / "out", file, tokenizer, special_tokens=names)
+
+
+def test_invalid_records_are_refused_for_the_byte_tokenizer_too(tmp_path):
+    """Bytes of JSON are no text of their own: they are decoded, and replaced."""
+    (tmp_path / "in.jsonl").write_bytes('{"text": "né é"}\n'.encode("latin-1") * 50)
+    with pytest.raises(DataError, match="--max_invalid"):
+        run(tmp_path / "out", tmp_path / "in.jsonl", "byte")
+    assert run(tmp_path / "out", tmp_path / "in.jsonl", "byte", max_invalid=0.5)
+
+
 def test_duplicates_are_counted_and_kept(tmp_path, monkeypatch):
     texts = [f"text {n % 10}" for n in range(30)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
@@ -705,7 +732,7 @@ def test_a_split_of_unequal_documents_is_said(tmp_path):
 
 def test_a_corpus_that_is_not_utf8_is_refused_and_may_be_taken(tmp_path):
     (tmp_path / "in.txt").write_bytes("né, ".encode("latin-1") * 100)
-    with pytest.raises(DataError, match=r"25\.000% .*first in .*in\.txt.* --max_invalid=0\.25 or --tokenizer=byte"):
+    with pytest.raises(DataError, match=r"25\.000% .*first in .*in\.txt.* --max_invalid=0\.25 \(the byte tokenizer"):
         run(tmp_path / "out", tmp_path / "in.txt", format="text")
     assert not (tmp_path / "out").exists()
     assert run(tmp_path / "out", tmp_path / "in.txt", format="text", max_invalid=0.25)

@@ -114,6 +114,24 @@ def test_fields_that_do_not_fit_the_sources(fields, parts, three):
         assert part in str(e.value)
 
 
+def test_a_file_trains_in_one_source_and_validates_in_none_other(three, tmp_path):
+    """By whatever names: another glob, another folder that is a link, a validation file of another source."""
+    (tmp_path / "link").symlink_to(three)
+    (tmp_path / "hard_val.bin").hardlink_to(three / "upper_train.bin")
+    upper, link = f"{three}/upper_*.bin", tmp_path / "link"
+    more, other = llmc(tmp_path / "more.bin", np.arange(999) % 250), megatron(tmp_path / "other.bin", [np.arange(99)])
+    for path, val_path in (
+        (f"{upper},{link}/upper_t*.bin", ""),
+        (f"{three}/fresh,{link}/fresh", ""),
+        (f"{three}/titled.bin,{other}", f",{link}/titled.bin"),
+        (f"{three}/upper_train.bin,{more}", f",{tmp_path}/hard_val.bin"),
+    ):
+        with pytest.raises(DataError, match="are one file, which trains"):
+            open_(path, 300, val_path=val_path)
+    twice = f"{three}/upper_val.bin,{link}/upper_val.bin"  # it validates both
+    assert open_(f"{more},{three}/upper_train.bin", 300, val_path=twice)
+
+
 @pytest.mark.parametrize(
     ("path", "name"),
     [
