@@ -6,6 +6,10 @@ what is before it. What follows a seam is encoded behind the window's first part
 is right if the tokens near the seam depend on the window alone; hence the tokens of both parts are compared with the
 window's, and the caller is told when they are not the same.
 
+Equal ids tell a place only if they would be others a little further on. They tell nothing in a row of one id, such as
+unknown words or a run of N in DNA, or of a few ids that repeat. Nor is there a seam if the tokens depend on how far
+away the text begins, as when it is cut into sixes: so windows that begin elsewhere must have the same tokens, too.
+
 Unigram models add scores up from the beginning of a call, so between two ways of the same score (an odd run of newlines
 as pairs and one) rounding decides. There a part may take the other way; both stand for the same text.
 """
@@ -18,7 +22,8 @@ import numpy as np
 WINDOW = 1024  # characters that are looked at on each side of a cut
 REACH = 256  # how far a cut is moved
 WORDS, PLACES = 16, 32  # beginnings of words, and other places on each side, that are tried
-TOKENS = 16  # on each side of a seam that must be those of the window
+TOKENS = 16  # before a seam that must not repeat
+BEGINNINGS = 2  # of windows that are compared
 PART = 1 << 18  # characters encoded in one call, if seams are found; libraries need some 160 bytes for each
 
 Encode = Callable[[str], np.ndarray]
@@ -42,12 +47,12 @@ class Seam:
 
     def ends(self, ids: np.ndarray) -> bool:
         """Whether the tokens of a text that ends here do so as the window's."""
-        n = min(max(len(self.head) // 2, 1), TOKENS)
+        n = max(len(self.head) // 2, 1)
         return np.array_equal(ids[-n:], self.head[-n:])
 
     def take(self, ids: np.ndarray) -> np.ndarray | None:
         """Of the tokens of `before` and a text after it, those of the text; None if they are not the window's."""
-        n = min(len(self.rest) // 2, TOKENS)
+        n = len(self.rest) // 2
         start = len(self.head)
         same = np.array_equal(ids[:start], self.head) and np.array_equal(ids[start : start + n], self.rest[:n])
         return ids[start:] if same else None
@@ -64,9 +69,26 @@ def find(encode: Encode, before: str, after: str, reach: int = REACH) -> Seam | 
     whole = encode(window)
     for at in _places(window, len(before), reach):
         head = encode(window[:at])
-        if np.array_equal(whole[: len(head)], head):
-            return Seam(window, at, at - len(before), head, whole[len(head) :])
+        seam = Seam(window, at, at - len(before), head, whole[len(head) :])
+        if np.array_equal(whole[: len(head)], head) and not _repeats(head[-TOKENS:]) and _is_local(encode, seam):
+            return seam
     return None
+
+
+def _repeats(ids: np.ndarray) -> bool:
+    """Whether the ids are one or a few again and again, so that equal ids may be further on in the text."""
+    return any(np.array_equal(ids[period:], ids[:-period]) for period in range(1, max(len(ids) // 2, 1) + 1))
+
+
+def _is_local(encode: Encode, seam: Seam) -> bool:
+    """Whether windows that begin later, by steps of one character, have the same tokens on both sides of the seam."""
+    for start in range(seam.at // 2, min(seam.at // 2 + BEGINNINGS, seam.at)):
+        head, whole = encode(seam.window[start : seam.at]), encode(seam.window[start:])
+        n = max(len(head) // 2, 1)
+        same = np.array_equal(whole, np.concatenate([head, seam.rest])) and np.array_equal(head[-n:], seam.head[-n:])
+        if not same:
+            return False
+    return True
 
 
 def _places(window: str, cut: int, reach: int) -> Iterator[int]:
