@@ -72,6 +72,7 @@ class JsonTokenizer(Tokenizer):
         with refusing(f"{where} is not a tokenizer.json, or is damaged"):
             self._read(eos)
             self._tiktoken = ranks.accelerated(self.spec, self.plain, self._encode) if accelerate else None
+        self.phased = _mentions(self.spec.get("pre_tokenizer"), "FixedLength")
         self.lossless = self.accelerated and self.byte_level
 
     def _read(self, eos: str | None) -> None:
@@ -132,10 +133,12 @@ class JsonTokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         text = encodable(text)
         ids = self._tiktoken(text) if self._tiktoken else None
-        return seams.encode_long(self._encode, text) if ids is None else ids
+        if ids is not None:
+            return ids
+        return self._encode(text) if self.phased else seams.encode_long(self._encode, text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        if self._tiktoken:
+        if self._tiktoken or self.phased:
             return [self.encode(text) for text in texts]
         return seams.encode_batch(self._encode_batch, [encodable(text) for text in texts])
 

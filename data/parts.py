@@ -95,7 +95,7 @@ def _seam(codec: Tokenizer, before: str, after: str, character: int, cut: int | 
         before = before[-(character - cut) :]
     elif cut is not None:
         after = after[: cut - character]
-    if not before or not after:
+    if not before or not after or codec.phased:
         return None
     return seams.find(codec.encode, before, after, min(seams.REACH, documents.UNIT_BYTES // 64))
 

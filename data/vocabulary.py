@@ -39,7 +39,8 @@ class Tokenizer(Protocol):
     `specials` are the special tokens, id to name in the order of ids, and `special_tokens` their names; `eos_id` is
     that of the one after a document, `unknown_id` that of what stands for any text it cannot express. `lossless`:
     whether every text is known to decode to itself, but for unknown tokens. `joins`: whether a token depends on more
-    than one character.
+    than one character. `phased`: whether it depends on how many characters lie before it, as when text is cut into
+    pieces of a fixed length.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class Tokenizer(Protocol):
     unknown_id: int | None = None
     lossless: bool = False
     joins: bool = True
+    phased: bool = False
 
     @property
     def eos(self) -> str:

@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from data import documents, parts, prepare, seams, tokenizers
 from tests import families
@@ -177,3 +178,18 @@ def test_many_small_texts_are_few_calls():
     found = seams.encode_batch(encode, texts)
     assert [len(ids) for ids in found] == [len(text) for text in texts]
     assert len(calls) == 5 and max(calls) <= seams.PART
+
+
+@pytest.mark.parametrize("cutter", [pre_tokenizers.Split(Regex("[A-Z]{6}"), "isolated"), pre_tokenizers.FixedLength(6)])
+def test_where_equal_ids_prove_nothing(cutter, monkeypatch):
+    """Rows of unknown words, of one word, and of a few that repeat, in text that is cut into sixes from the start."""
+    monkeypatch.setattr(seams, "PART", 3000)
+    draw = random.Random(0)
+    words = ["<unk>", *{"".join(draw.choices("ACGT", k=6)) for _ in range(3000)}, "AAAAAA", "ACACAC", "CACACA"]
+    library = Tokenizer(models.WordLevel({word: id for id, word in enumerate(words)}, unk_token="<unk>"))
+    library.pre_tokenizer = cutter
+    codec = tokenizers.JsonTokenizer(library.to_str().encode())
+    for _ in range(20):
+        runs = [draw.choice(("N", "A", "AC", "ACG")) * draw.randrange(2000, 3000), *draw.choices("ACGT", k=4000)]
+        text = "".join(["".join(draw.choices("ACGT", k=draw.randrange(3000))), *runs])
+        assert np.array_equal(codec.encode(text), library.encode(text, add_special_tokens=False).ids)
