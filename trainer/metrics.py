@@ -54,9 +54,15 @@ def _step_of(line: bytes) -> float:
         return math.inf
 
 
-def was_evaluated(run: pathlib.Path, step: int) -> bool:
-    """Whether metrics.jsonl has the losses on held-out text after `step`."""
-    return any(row.get("step") == step and "val/loss" in row for row in lives.read_rows(run / "metrics.jsonl"))
+def has_row(path: pathlib.Path, step: int, name: str) -> bool:
+    """Whether a .jsonl file has `name` of `step`."""
+    return any(row.get("step") == step and name in row for row in lives.read_rows(path))
+
+
+def val_losses(run: pathlib.Path) -> dict[int, float]:
+    """The finite losses on held-out text in metrics.jsonl, by step."""
+    rows = lives.read_rows(run / "metrics.jsonl")
+    return {row["step"]: row["val/loss"] for row in rows if row.get("val/loss") is not None and "step" in row}
 
 
 class Writers:
