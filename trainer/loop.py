@@ -90,7 +90,7 @@ class Trainer:
         self.events: set[str] = set()
         self.returns: dict[int, int] = {}  # how often the run went back to a step
         self.sound = 0  # the states up to this step are known to have finite losses; later ones may have
-        self.has_stepped = False
+        self.has_stepped = False  # in this life
 
     def _open_mirror(self) -> Mirror | None:
         def open_it() -> Mirror | None:
@@ -173,7 +173,6 @@ class Trainer:
                 if pending is not None and (bad := self._report(*pending)):
                     return bad
                 pending = (step, samples, metrics)
-                self.has_stepped = True
                 self.watchdog.step(step)
                 self._take_events()
                 save, looks = self._save_is_due(step), self._looks(step)
@@ -391,6 +390,7 @@ class Trainer:
         with self.meter.waiting_for_device():
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.meter.step_finished()
+        self.has_stepped = True
         found = divergence.verdict(self.config.divergence, values)
         if found is not None:
             action, reason = found
@@ -411,6 +411,7 @@ class Trainer:
     def _diverged(self, bad: Bad, more: str = "") -> Diverged:
         """The end of the run. The checkpoint that it names has a finite loss; later ones are set aside."""
         steps = self.processes.choose("checkpoints", self.checkpoints.steps)
+        fate = "its checkpoint was set aside" if bad.step in steps else "it was not saved"
         if steps and steps[-1] > self.sound:
             state, _ = self._restore_sound(lambda steps: max(_before(bad.step, steps), default=None))
             del state
@@ -418,8 +419,8 @@ class Trainer:
             steps = self.processes.choose("checkpoints", self.checkpoints.steps)
         good = f"the last good checkpoint is step {steps[-1]}" if steps else "and there is no checkpoint yet"
         return Diverged(
-            f"{bad.reason}; {more + '; ' if more else ''}it was not saved, {good}; lower config.optimizer.peak_lr or "
-            "lengthen the warm-up, or let config.divergence skip such batches"
+            f"{bad.reason}; {more + '; ' if more else ''}{fate}, {good}; lower config.optimizer.peak_lr or lengthen the "
+            "warm-up, or let config.divergence skip such batches"
         )
 
     def _compare_speeds(self, step: int, samples: int) -> None:

@@ -58,10 +58,10 @@ def oddities(config: Config) -> list[str]:
     """What nobody would set on purpose, or should at least know, in a phrase each."""
     optimizer, steps = config.optimizer, config.num_train_steps
     warmup, last, falls = optimizer.warmup_steps, length(optimizer, steps), optimizer.schedule != "constant"
-    found = []
     if warmup >= steps:
         most = float(learning_rate(optimizer, steps, steps - 1))
-        found.append(f"warmup_steps = {warmup} does not end within the {steps} steps: {most:.3g} is the highest rate")
+        return [f"warmup_steps = {warmup} does not end within the {steps} steps, of which the last has {most:.3g}"]
+    found = []
     if falls and last <= warmup:
         found.append(f"decay_steps = {last} is not above warmup_steps = {warmup}: the rate falls to end_lr in one step")
     elif optimizer.schedule == "wsd" and (start := last - _wsd_steps(optimizer, last)) < warmup:
