@@ -87,9 +87,9 @@ class Generator:
             wrong = lowest if lowest < 0 else highest
             raise ValueError(f"prompt holds token {wrong}; the vocabulary has ids 0 to {self.config.vocab_size - 1}")
         wanted = len(prompt) + max_new_tokens
-        length = min(self.context, 1 << (wanted - 1).bit_length())
+        length = self._buffer_length(wanted)
         text = np.tile(np.asarray(prompt, np.int32), (rows, 1))
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(rows))
+        keys = _keys(seed, rows)
         while text.shape[1] < wanted:
             known = text.shape[1] if text.shape[1] < length else length // 2
             upto = min(length, known + wanted - text.shape[1])
@@ -98,6 +98,14 @@ class Generator:
             filled = self._fill(params, buffer, known, upto, keys, text.shape[1] - known)
             text = np.concatenate([text, np.asarray(filled)[:, known:upto]], axis=1)
         return text[:, len(prompt) :]
+
+    def lower(self, params, *, rows: int, wanted: int) -> jax.stages.Lowered:
+        """The program for `rows` texts of `wanted` tokens with their prompt; params may be abstract."""
+        buffer = jax.ShapeDtypeStruct((rows, self._buffer_length(wanted)), np.int32)
+        return self._fill.lower(params, buffer, 1, 2, jax.eval_shape(lambda: _keys(0, rows)), 0)
+
+    def _buffer_length(self, wanted: int) -> int:
+        return min(self.context, 1 << (wanted - 1).bit_length())
 
     def _fill_buffer(self, params, buffer: Array, known: Array, upto: Array, keys: Array, offset: Array) -> Array:
         """Fills buffer[:, known:upto]; `offset` is the place of buffer[:, 0] in the whole text, for the keys."""
@@ -124,3 +132,7 @@ class Generator:
             return position + 1, jax.lax.dynamic_update_slice(buffer, token[:, None], (0, position + 1)), cache
 
         return jax.lax.while_loop(lambda carry: carry[0] + 1 < upto, step, (known, buffer, cache))[1]
+
+
+def _keys(seed: int, rows: int) -> Array:
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(rows))

@@ -419,8 +419,8 @@ class Trainer:
             steps = self.processes.choose("checkpoints", self.checkpoints.steps)
         good = f"the last good checkpoint is step {steps[-1]}" if steps else "and there is no checkpoint yet"
         return Diverged(
-            f"{bad.reason}; {more + '; ' if more else ''}{fate}, {good}; lower config.optimizer.peak_lr or lengthen the "
-            "warm-up, or let config.divergence skip such batches"
+            f"{bad.reason}; {more + '; ' if more else ''}{fate}, {good}; lower config.optimizer.peak_lr or "
+            "lengthen the warm-up, or let config.divergence skip such batches"
         )
 
     def _compare_speeds(self, step: int, samples: int) -> None:
