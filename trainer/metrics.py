@@ -61,8 +61,8 @@ def has_row(path: pathlib.Path, step: int, name: str) -> bool:
 
 def val_losses(run: pathlib.Path) -> dict[int, float]:
     """The finite losses on held-out text in metrics.jsonl, by step."""
-    rows = lives.read_rows(run / "metrics.jsonl")
-    return {row["step"]: row["val/loss"] for row in rows if row.get("val/loss") is not None and "step" in row}
+    found = [(row.get("step"), row.get("val/loss")) for row in lives.read_rows(run / "metrics.jsonl")]
+    return {step: x for step, x in found if type(step) is int and type(x) is float and math.isfinite(x)}
 
 
 class Writers:
