@@ -106,10 +106,10 @@ class Trainer:
         with self.watchdog.phase("restoring"):
             state, samples = self._restore_or_init()
         first = int(state.step)
+        self.checkpoints.val_losses = reporting.val_losses(self.run, first)
         owed = self._owed(first)
         startup.page(config, self.program, self.windows, self.data)
         self.writers = reporting.Writers(self.run, first, config.metrics.tensorboard)
-        self.checkpoints.val_losses = reporting.val_losses(self.run)
         patience_s = None
         try:
             if first >= config.num_train_steps and not owed:
@@ -255,11 +255,10 @@ class Trainer:
         """Which were due after the restored `step`, and are not there: the process ended between the save and them."""
         if not step:
             return set()
-        left_by = {EVALUATION: ("metrics.jsonl", "val/loss"), SAMPLE: ("samples.jsonl", "text")}
 
         def find() -> list[str]:
-            places = {look: left_by[look] for look in self._looks(step)}
-            return [look for look, (file, name) in places.items() if not reporting.has_row(self.run / file, step, name)]
+            done = {EVALUATION: step in self.checkpoints.val_losses, SAMPLE: reporting.was_sampled(self.run, step)}
+            return [look for look in self._looks(step) if not done[look]]
 
         return set(self.processes.choose("owed", find))
 
@@ -322,6 +321,7 @@ class Trainer:
             step = int(state.step)
             self.returns[step] = self.returns.get(step, 0) + 1
             if self.returns[step] > self.config.divergence.max_in_a_row:
+                del state  # another may be restored
                 raise self._diverged(bad, f"the run went back to step {step} {self.returns[step] - 1} times")
             self.checkpoints.discard_after(step)
         skipped = bad.samples - samples
@@ -329,7 +329,7 @@ class Trainer:
         log.warning("%s; back to step %d%s, leaving out %d samples", bad.reason, step, older, skipped)
         self.writers.close()
         self.writers = reporting.Writers(self.run, step, self.config.metrics.tensorboard)
-        self.checkpoints.val_losses = reporting.val_losses(self.run)
+        self.checkpoints.val_losses = reporting.val_losses(self.run, step)
         # Of the step after, so that a resume from the same checkpoint, which will go back again, cuts it off.
         row = {"event/rollback_from": float(bad.step), "event/skipped_samples": float(skipped)}
         self.writers.metrics(step + 1, bad.samples * self.config.data.seq_len, row)
