@@ -28,8 +28,8 @@ class DataConfig:
     )
 
     def __post_init__(self):
-        if self.seq_len < 1:
-            raise ValueError(f"data.seq_len is {self.seq_len}; it must be at least 1 token")
+        if self.seq_len < 2:
+            raise ValueError(f"data.seq_len is {self.seq_len}; it must be at least 2 tokens")
         if self.eos_id < -1:
             raise ValueError(f"data.eos_id is {self.eos_id}; it must be a token, or -1 for the dataset's own")
         if self.prefetch < 1:

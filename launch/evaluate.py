@@ -3,14 +3,16 @@
   python -m launch.evaluate --workdir=runs/tiny [--step=1000] [--json]
 
 With --json one object: step, tokens (trained on), val/loss (nats a token), val/perplexity, val/bits_per_byte (where the
-bytes of the text are known: not for token files read in place).
+bytes of the text are known: not for token files read in place). A loss that is not finite is null there, and the exit
+code is then 4.
 """
 
 import dataclasses
 import json
+import math
 
 from launch import cli, inference
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, Diverged
 
 
 def main() -> int:
@@ -35,9 +37,11 @@ def main() -> int:
     assert result is not None  # nobody interrupts it
     row = {"step": run.meta["step"], "tokens": run.tokens, **result}
     if inference.JSON.value:
-        print(json.dumps(row))
+        print(json.dumps({name: value if math.isfinite(value) else None for name, value in row.items()}))
     else:
         print("\n".join(f"{name:<18}{value:,.6g}" for name, value in row.items()))
+    if not math.isfinite(result["val/loss"]):
+        raise Diverged(f"the loss of step {run.meta['step']} is not finite; --step=N takes an earlier checkpoint")
     return 0
 
 

@@ -3,7 +3,8 @@ best.
 
   python -m launch.plan --config=configs/llama_8b.py --topology=v5p:4x4x4 [--num_slices=2] [--json] [--search]
 
-The real train step is compiled for the named TPU slices or GPU nodes, on any computer; no account, no accelerator.
+The real train step, evaluation and sampling are compiled for the named TPU slices or GPU nodes, on any computer; no
+account, no accelerator.
 Needs the compilers: pip install -e ".[plan]". No dataset is read: model.vocab_size is the recipe's, or 50,304.
 
 Exit codes: 0 it fits, 1 it does not (the largest batch that does is printed), 2 configuration.
@@ -75,6 +76,7 @@ def page(plan: Any) -> str:
         f"{rows} sequence(s) a device at a time, {config.grad_accum_steps} part(s)",
         f"memory    {verdict}: {plan.peak / GIB:.2f} GiB at most of {plan.usable / GIB:.2f} usable on each device",
         *(f"          {part:<12}{size / GIB:9.3f} GiB" for part, size in plan.memory.items()),
+        *(f"          in {name:<12}{size / GIB:6.3f} GiB at most" for name, size in plan.beside.items()),
     ]
     if plan.collectives:
         lines.append("network   what a device takes part in, each step")
@@ -126,7 +128,7 @@ def as_json(plan: Any) -> dict[str, Any]:
         "topology": plan.topology, "num_slices": plan.num_slices, "devices": plan.devices, "mesh": plan.mesh,
         "fits": plan.fits, "attention": plan.kernel, "remat": plan.config.model.remat, "num_params": plan.num_params,
         "global_batch_size": plan.config.global_batch_size, "tokens_per_step": plan.config.tokens_per_step,
-        "peak_bytes": plan.peak, "usable_bytes": plan.usable, "memory": plan.memory,
+        "peak_bytes": plan.peak, "usable_bytes": plan.usable, "memory": plan.memory, "beside_bytes": plan.beside,
         "collectives": [dataclasses.asdict(row) for row in plan.collectives],
         "model_flops": plan.model_flops, "hardware_flops": plan.hardware_flops, "seconds": plan.seconds,
         "step_s_at_best": plan.step_s, "mfu_at_best": plan.mfu, "hours_at_best": plan.hours,

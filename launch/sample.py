@@ -7,6 +7,7 @@ is one line {"step", "sample", "seed", "prompt", "text"}, text without the promp
 """
 
 import json
+import math
 
 from absl import flags
 
@@ -25,12 +26,15 @@ SEED = flags.DEFINE_integer("seed", 0, "Of the random choices.", lower_bound=0, 
 
 
 def main() -> int:
+    if not math.isfinite(TEMPERATURE.value):
+        raise ConfigError(
+            f"--temperature={TEMPERATURE.value} is not a finite number; 1 samples what the model predicts"
+        )
     if not PROMPT.value:
         raise ConfigError("--prompt is empty; give at least one character, for example --prompt=$'\\n'")
     run = inference.open_run()
     from data import tokenizers
-    from data.errors import DataError
-    from model.generate import Generator
+    from trainer import sampling
 
     if not (run.path / "tokenizer").exists():
         raise ConfigError(
@@ -38,12 +42,9 @@ def main() -> int:
             "--config.data.tokenizer_path=PATH adds one"
         )
     tokenizer = tokenizers.load(run.path / "tokenizer")
-    try:
-        prompt = tokenizer.encode(PROMPT.value)
-    except DataError as e:
-        raise ConfigError(f"--prompt: {e}") from None
-    generator = Generator(
-        run.config.model, run.program.model, temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value
+    prompt = sampling.encode_prompt(tokenizer, PROMPT.value, "--prompt")
+    generator = sampling.make_generator(
+        run.program, temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value
     )
     rows = generator(run.params, prompt, rows=NUM_SAMPLES.value, max_new_tokens=MAX_NEW_TOKENS.value, seed=SEED.value)
     for i, ids in enumerate(rows):

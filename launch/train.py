@@ -62,6 +62,11 @@ COMPILATION_CACHE = cli.define_path(
     "Folder for compiled programs; empty for none; default: $JAX_COMPILATION_CACHE_DIR, or .xla beside --workdir.",
 )
 
+MORE_MEMORY = (
+    "raise config.grad_accum_steps, lower config.global_batch_size or config.loss_chunk_tokens, choose "
+    "config.model.remat=full, or split the model over more devices (config.mesh.fsdp)"
+)
+
 
 def main() -> int:
     if not WORKDIR.value:
@@ -106,6 +111,7 @@ def train(run: pathlib.Path, config: Config, processes: Processes, listening: si
     """Whether the run is finished; if not, it was stopped and saved."""
     import jax
 
+    from trainer import compiler
     from trainer.loop import Trainer
     from trainer.processes import STOP
 
@@ -113,12 +119,16 @@ def train(run: pathlib.Path, config: Config, processes: Processes, listening: si
     dog = watchdog.Watchdog(run, config.watchdog, processes.index)
     processes.listen(asked=lambda: give_up(config.watchdog.stop_s), too_early=lambda: leave_at_once(processes, locks))
     listening.connect(lambda: processes.request(STOP))
+    trainer = None
     try:
-        finished = Trainer(config, run, data, processes, dog).train()
+        trainer = Trainer(config, run, data, processes, dog)
+        finished = trainer.train()
         processes.close()
         return finished
     except jax.errors.JaxRuntimeError as e:
-        if processes.size == 1 or "RESOURCE_EXHAUSTED" in str(e):
+        if compiler.is_out_of_memory(e):
+            raise out_of_memory(e, stepped=trainer is not None and trainer.has_stepped) from e
+        if processes.size == 1:
             raise
         logging.exception("meshlm: a collective failed")
         reason = " ".join(str(e).split())[:200]
@@ -129,21 +139,29 @@ def train(run: pathlib.Path, config: Config, processes: Processes, listening: si
             lock.release()
 
 
+def out_of_memory(error: Exception, stepped: bool) -> UserError:
+    """In one line. Once steps were done in this life, they or another program may have left too little by chance; else
+    the next life would end like this one."""
+    what = f"the devices' memory is too small: {' '.join(str(error).split())[:200]}; "
+    if stepped:
+        return Stopped(f"{what}what was saved is kept; if the same command ends here again, {MORE_MEMORY}")
+    return ConfigError(what + MORE_MEMORY)
+
+
 def prepare(run: pathlib.Path) -> Config:
     """The configuration, completed by the dataset and compared with the run's."""
     config = run_directory.resolve(cli.config_from(CONFIG.value))
     try:
-        run_directory.check_changes(run, config, ALLOW_CONFIG_CHANGE.value)
+        return run_directory.check_changes(run, config, ALLOW_CONFIG_CHANGE.value)
     except OSError as e:
         raise ConfigError(f"--workdir={run} cannot be used: {e.filename}: {e.strerror}") from None
-    return config
 
 
 def enter(run: pathlib.Path, config: Config, processes: Processes) -> tuple[list[RunLock], Sources]:
     """Makes sure that all processes are about to train the same, and takes the run; process 0 holds its locks."""
     from data import sources
     from launch import distributed
-    from trainer import sharding
+    from trainer import sampling, sharding
     from trainer.placement import MeshPlacement
 
     # Before anything is written: a refused gang leaves no run behind. Axes, devices, batch and model must divide, and a
@@ -153,6 +171,7 @@ def enter(run: pathlib.Path, config: Config, processes: Processes) -> tuple[list
     data = processes.together("data", lambda: sources.open_sources(config.data, config.model.vocab_size))
     tokenizer = data.speaker.manifest.tokenizer_sha256
     processes.check_same("dataset", {"tokens and order": data.fingerprint(), "tokenizer": tokenizer})
+    processes.together("prompt", lambda: sampling.prompt_of(config, data.load_tokenizer()))
 
     def take() -> list[RunLock]:
         if processes.index:

@@ -19,4 +19,5 @@ def dropout(x: Array, rate: Array | float, key: Array | None) -> Array:
     if key is None:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), 0)
+    scaled = x.astype(jnp.float32) / jnp.asarray(1 - rate, jnp.float32)  # 1 - rate is another number in bfloat16
+    return jnp.where(keep, scaled.astype(x.dtype), 0)

@@ -11,6 +11,8 @@ from model.attention import empty_cache
 from model.config import ModelConfig
 from model.transformer import Transformer
 
+SMALLEST_TEMPERATURE = 1e-30  # logits divided by it, or by 1 over it, are finite in float32
+
 
 def filter_logits(logits: Array, *, temperature: float, top_k: int, top_p: float) -> Array:
     """Logits whose softmax is the distribution to sample from; -inf where a token is ruled out.
@@ -43,9 +45,10 @@ class Generator:
     was not trained on, and each token costs at most twice its share.
 
     Args:
-      config: of the model; max_seq_len is the longest context.
+      config: of the model.
       apply: params -> Transformer.
-      temperature: 0 is greedy.
+      context: the longest context, at least 2 and at most config.max_seq_len: the length of what it was trained on.
+      temperature: 0, and what is too small to divide by in float32, is greedy.
       out_sharding: of the tokens; replicated where several processes want to read them.
     """
 
@@ -54,13 +57,16 @@ class Generator:
         config: ModelConfig,
         apply: Callable[..., Transformer],
         *,
+        context: int,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
         out_sharding: jax.sharding.Sharding | None = None,
     ):
-        self.config, self._apply = config, apply
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        if not 2 <= context <= config.max_seq_len:
+            raise ValueError(f"a context of {context} tokens; it must be from 2 to max_seq_len = {config.max_seq_len}")
+        self.config, self._apply, self.context = config, apply, context
+        self.temperature, self.top_k, self.top_p = min(temperature, 1 / SMALLEST_TEMPERATURE), top_k, top_p
         self._fill = jax.jit(self._fill_buffer, out_shardings=out_sharding)
 
     def __call__(self, params, prompt: np.ndarray, *, rows: int, max_new_tokens: int, seed: int) -> np.ndarray:
@@ -74,17 +80,16 @@ class Generator:
         Returns:
           int32 [rows, max_new_tokens], without the prompt.
         """
-        longest = self.config.max_seq_len
-        if not len(prompt) or longest < 2:
-            raise ValueError(f"prompt of {len(prompt)} tokens, context of {longest}: at least 1 and 2 are needed")
+        if not len(prompt):
+            raise ValueError("a prompt of 0 tokens; at least 1 is needed")
         lowest, highest = np.min(prompt), np.max(prompt)
         if lowest < 0 or highest >= self.config.vocab_size:
             wrong = lowest if lowest < 0 else highest
             raise ValueError(f"prompt holds token {wrong}; the vocabulary has ids 0 to {self.config.vocab_size - 1}")
         wanted = len(prompt) + max_new_tokens
-        length = min(longest, 1 << (wanted - 1).bit_length())
+        length = self._buffer_length(wanted)
         text = np.tile(np.asarray(prompt, np.int32), (rows, 1))
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(rows))
+        keys = _keys(seed, rows)
         while text.shape[1] < wanted:
             known = text.shape[1] if text.shape[1] < length else length // 2
             upto = min(length, known + wanted - text.shape[1])
@@ -94,13 +99,21 @@ class Generator:
             text = np.concatenate([text, np.asarray(filled)[:, known:upto]], axis=1)
         return text[:, len(prompt) :]
 
+    def lower(self, params, *, rows: int, wanted: int) -> jax.stages.Lowered:
+        """The program for `rows` texts of `wanted` tokens with their prompt; params may be abstract."""
+        buffer = jax.ShapeDtypeStruct((rows, self._buffer_length(wanted)), np.int32)
+        return self._fill.lower(params, buffer, 1, 2, jax.eval_shape(lambda: _keys(0, rows)), 0)
+
+    def _buffer_length(self, wanted: int) -> int:
+        return min(self.context, 1 << (wanted - 1).bit_length())
+
     def _fill_buffer(self, params, buffer: Array, known: Array, upto: Array, keys: Array, offset: Array) -> Array:
         """Fills buffer[:, known:upto]; `offset` is the place of buffer[:, 0] in the whole text, for the keys."""
         model = self._apply(params)
         rows, length = buffer.shape
 
         def choose(logits: Array, position: Array) -> Array:
-            if self.temperature == 0:
+            if self.temperature < SMALLEST_TEMPERATURE:
                 return jnp.argmax(logits, -1).astype(jnp.int32)
             logits = filter_logits(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
             of_token = jax.vmap(lambda key: jax.random.fold_in(key, offset + position))(keys)
@@ -119,3 +132,7 @@ class Generator:
             return position + 1, jax.lax.dynamic_update_slice(buffer, token[:, None], (0, position + 1)), cache
 
         return jax.lax.while_loop(lambda carry: carry[0] + 1 < upto, step, (known, buffer, cache))[1]
+
+
+def _keys(seed: int, rows: int) -> Array:
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(rows))

@@ -87,9 +87,10 @@ class Transformer(nnx.Module):
             x = jax.lax.dynamic_slice_in_dim(x.reshape(*tokens.shape, -1), only, 1, axis=1)
             x = x.reshape(-1, config.embed_dim)
         w = placement.weight(self.output_table(), self.output_axes, x.dtype)
-        logits = x @ (w.T if self.output_axes[0] == "vocab" else w)
+        w = w.T if self.output_axes[0] == "vocab" else w
+        logits = jnp.matmul(x, w, preferred_element_type=jnp.float32)  # as the loss sees them
         logits = logits.reshape(len(tokens), -1, config.padded_vocab_size)
-        logits = placement.constrain(logits.astype(jnp.float32), ("batch", "seq", "vocab"))
+        logits = placement.constrain(logits, ("batch", "seq", "vocab"))
         return jnp.where(jnp.arange(config.padded_vocab_size) < config.vocab_size, logits, -jnp.inf), cache
 
     @property

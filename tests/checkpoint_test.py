@@ -38,8 +38,9 @@ def save(
     run: pathlib.Path, state: TrainState, *steps: int, keep: CheckpointConfig = KEEP_ALL, losses=None
 ) -> Checkpoints:
     checkpoints = Checkpoints(run, keep)
-    for i, step in enumerate(steps):
-        checkpoints.save(step, state, {"samples": 16 * step}, losses[i] if losses else None)
+    checkpoints.val_losses = dict(zip(steps, losses or (), strict=False))
+    for step in steps:
+        checkpoints.save(step, state, {"samples": 16 * step})
     assert checkpoints.wait()
     return checkpoints
 
@@ -186,3 +187,16 @@ def test_choosing_a_step(tmp_path, state):
     assert choose_step(checkpoints, None) == 4 and choose_step(checkpoints, 2) == 2
     with pytest.raises(CheckpointError, match="no checkpoint at step 3; there are 2, 4"):
         choose_step(checkpoints, 3)
+
+
+def test_a_chosen_step_is_restored_and_what_is_set_aside_is_no_step(tmp_path, program, state):
+    checkpoints = save(tmp_path, state, 2, 4, 6)
+    restored, _ = checkpoints.restore_newest(program, lambda steps: steps[1])
+    assert int(restored.step) == 4 and checkpoints.steps() == [2, 4, 6], "nothing was moved"
+    assert checkpoints.restore_newest(program, lambda steps: None) is None
+    for _ in range(2):  # again and again: one of each number stays
+        checkpoints.discard_after(2)
+        assert checkpoints.steps() == [2] and not checkpoints.quarantine.exists()
+        assert sorted(p.name for p in checkpoints.directory.iterdir()) == ["2", "4.set_aside", "6.set_aside"]
+        save(tmp_path, state, 4, 6)
+    assert int(Checkpoints(tmp_path, KEEP_ALL).restore_newest(program)[0].step) == 6

@@ -17,10 +17,10 @@ from trainer import run_directory
 from trainer.checkpoint import METADATA_FILE, Checkpoints
 from trainer.config import Config, to_json
 from trainer.errors import CheckpointError, ConfigError
-from trainer.metrics import cut_rows_after, was_evaluated
+from trainer.metrics import cut_rows_after, val_losses, was_sampled
 from trainer.state import Program
 
-META = {"samples": 112, "owed": False, "data_fingerprint": "0123456789abcdef"}
+META = {"samples": 112, "data_fingerprint": "0123456789abcdef"}
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning"
 )  # Orbax's
@@ -210,7 +210,9 @@ def test_any_bytes_as_metrics(tmp_path, lines, whole):
     """Faults 1 and 12: rows up to the step stay byte for byte; whatever is no row goes."""
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"".join(line + b"\n" for line in lines)[: None if whole else -3])
-    was_evaluated(tmp_path, 3)
+    val_losses(tmp_path, 3)
+    (tmp_path / "samples.jsonl").write_bytes(path.read_bytes())
+    was_sampled(tmp_path, 3)
     before = path.read_bytes().split(b"\n")[:-1]
     cut_rows_after(path, 3)
     after = path.read_bytes()

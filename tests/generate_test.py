@@ -107,7 +107,8 @@ def test_filtering_is_its_definition_row_by_row(temperature, top_k, top_p):
 
 @functools.cache
 def generator_of(config: ModelConfig, **sampling) -> Generator:
-    return Generator(config, tiny_models.make(config)[0], **({"temperature": 0.0} | sampling))
+    defaults = {"temperature": 0.0, "context": config.max_seq_len}
+    return Generator(config, tiny_models.make(config)[0], **(defaults | sampling))
 
 
 def slow_greedy(config: ModelConfig, params: dict, prompt: np.ndarray, max_new_tokens: int) -> list[int]:
@@ -171,7 +172,7 @@ def test_one_compilation_for_each_number_of_rows_and_buffer_length():
         traced.append(1)
         return apply(params)
 
-    generator = Generator(config, counting, temperature=0.0)
+    generator = Generator(config, counting, context=config.max_seq_len, temperature=0.0)
     for n, new in ((9, 3), (10, 6), (3, 40), (30, 2)):
         generator(params, np.arange(n), rows=2, max_new_tokens=new, seed=n)
     assert len(traced) == 1
@@ -293,9 +294,32 @@ def test_what_cannot_be_continued_is_refused():
     for wrong in (-1, VOCAB, VOCAB + 20):
         with pytest.raises(ValueError, match=f"token {wrong}; .* 0 to {VOCAB - 1}"):
             generator_of(config)(params, np.array([3, wrong, 4]), rows=1, max_new_tokens=1, seed=0)
-    short = dataclasses.replace(config, max_seq_len=1)
-    with pytest.raises(ValueError, match="context of 1"):
-        Generator(short, tiny_models.make(short)[0])(params, np.array([1]), rows=1, max_new_tokens=1, seed=0)
+    for context in (1, config.max_seq_len + 1):
+        with pytest.raises(ValueError, match=f"context of {context} "):
+            generator_of(config, context=context)
+
+
+@pytest.mark.parametrize("name", ["learned_grouped", "llama"])
+def test_no_place_past_the_context_is_ever_used(name):
+    """A model may have room for more positions than it was trained on."""
+    roomy, context = CONFIGS[name], CONFIGS[name].max_seq_len // 2
+    params = tiny_models.make(roomy)[1]
+    expected = slow_greedy(dataclasses.replace(roomy, max_seq_len=context), params, np.array([1, 2, 3]), 3 * context)
+    text = generator_of(roomy, context=context)(params, np.array([1, 2, 3]), rows=1, max_new_tokens=3 * context, seed=0)
+    assert text[0].tolist() == expected
+
+
+def test_temperatures_that_float32_cannot_divide_by():
+    """Too small ones are greedy; too large ones take any token of the vocabulary, and none of its padding."""
+    config = CONFIGS["llama"]
+    params, prompt = tiny_models.make(config)[1], np.array([1, 2])
+    greedy = generator_of(config)(params, prompt, rows=1, max_new_tokens=8, seed=0).tolist()
+    for temperature in (5e-324, 1e-46, 1e-31):
+        text = generator_of(config, temperature=temperature)(params, prompt, rows=1, max_new_tokens=8, seed=0)
+        assert text.tolist() == greedy, temperature
+    for temperature in (1e31, 1e39, 1e308):
+        text = generator_of(config, temperature=temperature)(params, prompt, rows=40, max_new_tokens=8, seed=0)
+        assert text.max() < VOCAB and len(np.unique(text)) > 0.9 * VOCAB
 
 
 def test_nothing_wanted_is_nothing_written():

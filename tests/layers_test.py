@@ -137,6 +137,15 @@ def test_dropout_keeps_the_stated_share_and_the_mean(rate):
     assert abs(y.mean() - 1) < 5 * sigma / (1 - rate)
 
 
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.3])
+def test_the_scale_of_dropout_is_not_rounded_to_bfloat16(rate):
+    """1 - rate is another number in bfloat16; each result is the nearest to the exact one."""
+    x = jnp.asarray(noise(10_000), jnp.bfloat16)
+    y = dropout(x, rate, jax.random.key(1))
+    kept, exact = np.asarray(y) != 0, np.asarray(x, np.float64) / (1 - rate)
+    np.testing.assert_array_equal(np.asarray(y)[kept], np.asarray(jnp.asarray(exact, jnp.bfloat16))[kept])
+
+
 def test_dropout_without_a_key_is_the_identity():
     x = jnp.asarray(noise(100))
     np.testing.assert_array_equal(dropout(x, 0.9, None), x)

@@ -214,6 +214,8 @@ def test_the_recorded_plan_is_what_is_compiled_now(name, machine):
     assert made["fits"]
     for key in ("mesh", "attention", "num_params", "tokens_per_step", "usable_bytes", "model_flops"):
         assert made[key] == recorded[key], key
+    assert made["beside_bytes"].keys() == {"evaluation", "sampling"}
+    assert max(made["beside_bytes"].values()) <= made["peak_bytes"], "a run would end at its first evaluation"
     for part in ("parameters", "optimizer", "gradients", "activations"):
         assert made["memory"][part] == recorded["memory"][part], part
     if made["jax"] == recorded["jax"]:  # another compiler lays out and overlaps otherwise
@@ -311,3 +313,15 @@ def test_the_roofline_is_the_slowest_part():
     assert p.fits and p.step_s == 4.0 and p.hours == 4.0
     assert p.mfu == pytest.approx(3e12 / (2e12 * 4.0))
     assert not dataclasses.replace(p, peak=101).fits
+    assert dataclasses.replace(p, beside={"evaluation": 100}).fits
+    assert not dataclasses.replace(p, beside={"evaluation": 101, "sampling": 3}).fits
+
+
+def test_what_runs_beside_the_steps_is_lowered_as_the_run_does_it():
+    """Nothing is compiled."""
+    cfg = config(8, {"data": 1, "fsdp": 8}, grad_accum_steps=4)
+    program, _ = plan.lower(cfg, jax.devices())
+    beside = plan.lower_beside(program)
+    tokens = jax.tree.leaves(beside["evaluation"].in_avals)[-2]
+    assert tokens.shape == (cfg.global_batch_size // 4, SEQ_LEN + 1)
+    assert any(x.shape == (1, SEQ_LEN) for x in jax.tree.leaves(beside["sampling"].in_avals))

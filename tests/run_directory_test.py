@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import pathlib
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from data import sources
 from data.errors import DataError
 from tests import runs
-from trainer import run_directory
+from trainer import lives, run_directory
 from trainer.config import from_dict
 from trainer.errors import ConfigError
 
@@ -61,6 +62,45 @@ def test_changes_of_a_recorded_run(tmp_path, config, data, caplog):
         run_directory.check_changes(run, faster, allow=False)
     run_directory.check_changes(run, faster, allow=True)
     run_directory.check_changes(run, dataclasses.replace(config, num_train_steps=5), allow=False)
+
+
+def optimizing(config, **fields):
+    top = {name: fields.pop(name) for name in list(fields) if name == "num_train_steps"}
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **fields), **top)
+
+
+def finish_step(run: pathlib.Path, step: int) -> None:
+    folder = run / "checkpoints" / str(step)
+    folder.mkdir(parents=True)
+    (folder / lives.METADATA_FILE).touch()
+
+
+@pytest.mark.parametrize("recorded_as", [0, 1000], ids=["by an older version", "by this one"])
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
+def test_more_steps_or_fewer_change_the_rate_of_no_step(tmp_path, config, data, caplog, name, recorded_as):
+    began = optimizing(config, schedule=name, num_train_steps=1000)
+    run_directory.record(tmp_path, optimizing(began, decay_steps=recorded_as), data, [])
+    finish_step(tmp_path, 990)
+    for steps in (991, 5000, 2**31 - 1):
+        resumed = run_directory.check_changes(tmp_path, dataclasses.replace(began, num_train_steps=steps), allow=False)
+        assert resumed.optimizer.decay_steps == 1000 and resumed.num_train_steps == steps
+
+
+def test_a_rate_that_changes_at_the_next_step_is_shown_and_needs_the_flag(tmp_path, config, data, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("meshlm"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    began = optimizing(config, schedule="linear", num_train_steps=1000, peak_lr=1.0, end_lr=0.0, warmup_steps=0)
+    run_directory.record(tmp_path, run_directory.check_changes(tmp_path / "new", began, allow=False), data, [])
+    finish_step(tmp_path, 500)
+    longer = optimizing(began, decay_steps=2000)
+    with pytest.raises(
+        ConfigError, match=r"decay_steps: 1000 -> 2000; .*rate of step 501: 0.5 -> 0.75; .*allow_config"
+    ):
+        run_directory.check_changes(tmp_path, longer, allow=False)
+    assert run_directory.check_changes(tmp_path, longer, allow=True) == longer
+    assert "the learning rate of step 501: 0.5 -> 0.75" in caplog.text
+    constant = optimizing(began, schedule="constant")
+    assert run_directory.check_changes(tmp_path, constant, allow=True).optimizer.decay_steps == 0
 
 
 def test_what_is_recorded(tmp_path, config, data):

@@ -245,6 +245,40 @@ def test_a_kernel_that_this_machine_cannot_run_is_found_before_anything_is_writt
     assert not (tmp_path / "run").exists()
 
 
+def with_fault(argv: list[str], code: str) -> subprocess.Popen:
+    """The command of `python -m MODULE`, after `code` has put a fault into what it calls."""
+    python, _, module, *flags = argv
+    return runs.start(
+        [python, "-c", f"from launch import cli; import {module} as it; {code}; cli.run(it.main)", *flags]
+    )
+
+
+def test_too_little_memory_is_one_line_and_ends_restarts_where_they_cannot_help(tmp_path, data):
+    """After a step it may have been chance, and the next life tries; before one, it would be the same again."""
+    argv = runs.command(tmp_path / "run", data, num_train_steps=4)
+    code = "import jax, trainer.loop as loop; loop.evaluate = lambda *a: exec(\"raise jax.errors.JaxRuntimeError('"
+    code += "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 393.2GiB.')\", {'jax': jax})"
+    for exit_code, said in ((42, "what was saved is kept"), (2, "raise config.grad_accum_steps")):
+        out = runs.finish(with_fault(argv, code), exit_code)
+        line = out.splitlines()[-1]
+        assert line.startswith("error: the devices' memory is too small: RESOURCE_EXHAUSTED") and said in line
+        assert "Traceback" not in out
+        assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["4"]
+    out = runs.finish(runs.start(argv))
+    assert "Resuming after step 4." in out and [r["step"] for r in runs.rows(tmp_path / "run") if "val/loss" in r] == [
+        4
+    ]
+
+
+def test_a_loss_that_is_not_finite_is_null_and_no_success(uninterrupted):
+    argv = [sys.executable, "-m", "launch.evaluate", f"--workdir={uninterrupted[0]}", "--json"]
+    code = "import trainer.evaluation as e; real = e.evaluate; "
+    code += "e.evaluate = lambda *a, **k: dict.fromkeys(real(*a, **k), float('nan'))"
+    row, line = runs.finish(with_fault(argv, code), 4).splitlines()[-2:]
+    assert json.loads(row)["val/loss"] is None and json.loads(row)["step"] == STEPS
+    assert line.startswith(f"error: the loss of step {STEPS} is not finite")
+
+
 def tool(module: str, run, *flags: str, code: int = 0, devices: int = 1) -> str:
     argv = [sys.executable, "-m", f"launch.{module}", f"--workdir={run}", *flags]
     return runs.finish(runs.start(argv, devices), code)
@@ -260,6 +294,8 @@ def test_sample(uninterrupted):
     greedy = [tool("sample", run, "--prompt=mesh", "--temperature=0", f"--seed={seed}") for seed in (1, 2)]
     assert greedy[0] == greedy[1] and greedy[0].startswith("mesh")
     assert "no checkpoint at step 7; there are" in tool("sample", run, "--step=7", code=3)
+    (line,) = tool("sample", run, "--temperature=inf", code=2).splitlines()
+    assert "--temperature=inf is not a finite number" in line
     assert "'é' (U+00E9)" in tool("sample", run, "--prompt=é", code=2)
 
 
@@ -270,8 +306,9 @@ def test_evaluate_covers_the_whole_split_on_any_devices(uninterrupted, data):
     assert result["step"] == STEPS and result["tokens"] == STEPS * 8 * 32
     assert result["val/perplexity"] == pytest.approx(math.exp(result["val/loss"]))
     assert result["val/bits_per_byte"] == pytest.approx(result["val/loss"] / math.log(2))  # ASCII: one byte a token
-    on_eight = json.loads(tool("evaluate", run, "--json", devices=8))
-    assert on_eight["val/loss"] == pytest.approx(result["val/loss"], rel=1e-6)
+    for devices in (3, 8):  # 3 do not divide the run's batch
+        elsewhere = json.loads(tool("evaluate", run, "--json", devices=devices))
+        assert elsewhere["val/loss"] == pytest.approx(result["val/loss"], rel=1e-6)
     during = [r for r in runs.rows(run) if "val/loss" in r][-1]
     assert during["val/loss"] == pytest.approx(result["val/loss"], abs=0.1)
     assert np.isfinite(result["val/loss"])

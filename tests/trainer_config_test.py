@@ -55,6 +55,16 @@ def test_round_trip_through_json():
         ({"metrics": {"every_steps": 0}}, ["metrics.every_steps is 0"]),
         ({"eval": {"num_windows": -1}}, ["eval.num_windows is -1"]),
         ({"data": {"seq_len": 0}}, ["data.seq_len is 0"]),
+        ({"data": {"seq_len": 1}}, ["data.seq_len is 1", "at least 2"]),
+        ({"optimizer": {"decay_steps": 3_000_000_000}}, ["optimizer.decay_steps is 3000000000", "below 2**31"]),
+        ({"optimizer": {"warmup_steps": 2**31}}, ["optimizer.warmup_steps", "below 2**31"]),
+        ({"num_train_steps": 2**40}, ["num_train_steps", "below 2**31"]),
+        ({"divergence": {"window": 2**31}}, ["divergence.window", "below 2**31"]),
+        ({"optimizer": {"peak_lr": float("inf")}}, ["optimizer.peak_lr is inf", "finite"]),
+        ({"model": {"rope_theta": float("inf")}}, ["model.rope_theta is inf", "finite"]),
+        ({"sample": {"temperature": float("inf")}}, ["sample.temperature is inf", "finite"]),
+        ({"sample": {"temperature": float("nan")}}, ["sample.temperature is nan", "finite"]),
+        ({"z_loss": float("nan")}, ["z_loss is nan", "finite"]),
     ],
 )
 def test_errors_say_what_is_wrong(tree, parts):

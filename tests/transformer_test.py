@@ -500,3 +500,17 @@ def test_the_placed_activation_is_the_one_that_is_used():
     for chosen in range(len(calls)):
         changed = np.asarray(with_zero_at(params, chosen))[..., : config.vocab_size]
         assert np.abs(changed - plain).max() > 1e-3, calls[chosen]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_logits_are_as_exact_in_bfloat16_as_those_of_the_loss(name):
+    """Products of bfloat16 numbers, summed and kept in float32: rounded once more, they pick other tokens."""
+    config = dataclasses.replace(CONFIGS[name], dtype="bfloat16")
+    params, tokens = tiny_models.random_params(config), tiny_models.random_tokens(config, 2)
+    model = tiny_models.applier(config)(params)
+    logits, _ = model(tokens)
+    hidden, table = model.hidden(tokens)[0], model.output_table().astype(jnp.bfloat16)
+    subscripts = "ne,ve->nv" if model.output_axes[0] == "vocab" else "ne,ev->nv"
+    exact = np.einsum(subscripts, *(np.asarray(x, np.float64) for x in (hidden, table)))[:, : config.vocab_size]
+    found = np.asarray(logits).reshape(-1, logits.shape[-1])[:, : config.vocab_size]
+    np.testing.assert_allclose(found, exact, atol=1e-4 * np.abs(exact).max())

@@ -18,6 +18,7 @@ import re
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,6 +40,7 @@ logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tracebacks of Orbax's
 
 ITEMS = ("params", "opt_state")
 DELETING = ".deleting"
+ASIDE = ".set_aside"  # of steps that are whole, but that the run does not go on from
 STEP = re.compile("0|[1-9][0-9]*")
 # A host that cannot write makes the others wait, and no save begins meanwhile: for the first while nobody knows how
 # long a save takes; then for the others, or for so many times the one before.
@@ -85,6 +87,7 @@ class Checkpoints:
         mirror: Mirror | None = None,
     ):
         self.directory, self.quarantine = run / "checkpoints", run / "quarantine"
+        self.val_losses: dict[int, float] = {}  # of steps that were evaluated; the caller fills it
         self.config, self.processes, self.mirror = config, processes or Processes(), mirror
         self._watcher: threading.Thread | None = None
         self._save_s = 0.0
@@ -126,7 +129,6 @@ class Checkpoints:
         step: int,
         state: TrainState,
         meta: dict[str, Any],
-        val_loss: float | None = None,
         last: bool = True,
     ) -> float:
         """Starts a save of `state` after `step` finished steps and returns the seconds the caller was held up.
@@ -144,7 +146,7 @@ class Checkpoints:
             self._clear_partial()  # again: its other threads may have written on
         self.failed = False
         items = _items(state)
-        meta = meta | {"step": step, "val_loss": val_loss, "arrays": _arrays(items)}
+        meta = meta | {"step": step, "arrays": _arrays(items)}
         meta["digest"] = _digest(meta)
         limit = max(LATER_TIMEOUT_S, int(TIMEOUT_FACTOR * self._save_s)) if self._save_s else SAVE_TIMEOUT_S
         try:
@@ -179,7 +181,9 @@ class Checkpoints:
             return
         self._save_s = time.perf_counter() - start
         if self.processes.index == 0:
-            self._delete_old(step)
+            if self.mirror is not None:
+                self.mirror.offer(step, self._kept())
+            self.delete_old()
 
     def _report_failure(self, step: int, error: Exception) -> None:
         self.failed = True
@@ -204,24 +208,23 @@ class Checkpoints:
         """Whether a save is under way."""
         return self._watcher is not None and self._watcher.is_alive()
 
-    def _delete_old(self, saved: int) -> None:
-        """Renamed first: a step half deleted must not look like one."""
+    def _kept(self) -> set[int]:
         assert self.config is not None
-        steps = {step: self._val_loss(step) for step in self.steps()}
-        if self.mirror is not None:
-            self.mirror.offer(saved, retention.kept(steps, self.config))
+        return retention.kept({step: self.val_losses.get(step) for step in self.steps()}, self.config)
+
+    def delete_old(self) -> None:
+        """Deletes what need not stay, on process 0, unless a save is under way, which does so when it is over.
+
+        Renamed first: a step half deleted must not look like one.
+        """
+        if self.processes.index or (self.busy and threading.current_thread() is not self._watcher):
+            return
         copying = {self.mirror.copying} if self.mirror is not None else set()
-        for step in set(steps) - retention.kept(steps, self.config) - copying:
+        for step in set(self.steps()) - self._kept() - copying:
             with contextlib.suppress(OSError):
                 doomed = self.directory / f"{step}{DELETING}"
                 (self.directory / str(step)).rename(doomed)
                 shutil.rmtree(doomed)
-
-    def _val_loss(self, step: int) -> float | None:
-        try:
-            return self.meta(step).get("val_loss")
-        except CheckpointError:
-            return None
 
     # Reading
 
@@ -236,7 +239,7 @@ class Checkpoints:
         return all((path / part).exists() for part in (METADATA_FILE, *ITEMS))
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What save() was given, with `step`, `val_loss` and `arrays`: by item and leaf, [kind, checksum].
+        """What save() was given, with `step` and `arrays`: by item and leaf, [kind, checksum].
 
         Raises CheckpointError.
         """
@@ -251,8 +254,12 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise CheckpointError(f"{path} cannot be read: {e!r}") from None
 
-    def restore_newest(self, program: Program) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore_newest(
+        self, program: Program, choose: Callable[[list[int]], int | None] | None = None
+    ) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest state that is whole and unchanged, on the program's mesh, and its meta; None for a fresh run.
+
+        With `choose`, that which it takes of the steps that are here, ascending; None if it takes none.
 
         Process 0 chooses the step, all verify it. One that fails anywhere is moved to quarantine with a message, and
         the one before it is tried.
@@ -261,7 +268,8 @@ class Checkpoints:
           CheckpointError: there were checkpoints, but none can be used. Starting afresh would hide the loss.
           ConfigError: a checkpoint is of another model.
         """
-        while (step := self.processes.choose("newest checkpoint", self._newest)) is not None:
+        newest = functools.partial(self._newest, choose)
+        while (step := self.processes.choose("newest checkpoint", newest)) is not None:
             result, problem = None, ""
             try:
                 result = self.restore(program, step)
@@ -276,8 +284,10 @@ class Checkpoints:
             self._on_process_0(f"quarantine of step {step}", move)
         return None
 
-    def _newest(self) -> int | None:
+    def _newest(self, choose: Callable[[list[int]], int | None] | None = None) -> int | None:
         here = self.steps()
+        if here and choose is not None:
+            return choose(here)
         if self.mirror is not None:
             for step in self.mirror.steps():  # newest first
                 if here and step <= here[-1]:
@@ -291,6 +301,8 @@ class Checkpoints:
                 f"no usable checkpoint in {self.directory}, and damaged ones in {self.quarantine}; restore one from a "
                 "backup, or start over with another --workdir"
             )
+        if any(self.directory.glob(f"*{ASIDE}")):
+            log.warning("No checkpoint with a finite loss is left in %s; the run begins again", self.directory)
         return None
 
     def restore(self, program: Program, step: int) -> tuple[TrainState, dict[str, Any]]:
@@ -338,17 +350,32 @@ class Checkpoints:
         return items, meta
 
     def discard_after(self, step: int) -> None:
-        """Moves steps above `step` out of the way, for a run that goes back behind them."""
+        """Sets steps above `step` aside, for a run that goes back behind them."""
+        later = self.processes.choose(f"after step {step}", lambda: [s for s in self.steps() if s > step])
+        self.set_aside(later, f"the run goes back to before step {step + 1}")
+
+    def set_aside(self, steps: list[int], reason: str) -> None:
+        """Renames steps to <step>.set_aside: they are whole, but the run does not go on from them.
+
+        A step of the same number that was set aside before is deleted, so that a run that goes back again and again
+        does not fill its disk.
+        """
 
         def move() -> None:
-            for later in self.steps():
-                if later > step:
-                    self._move_to_quarantine(self._path(later), f"the run goes back to before step {step + 1}")
+            for step in steps:
+                target = self.directory / f"{step}{ASIDE}"
+                if target.is_symlink():
+                    target.unlink()
+                elif target.exists():
+                    shutil.rmtree(target)
+                (self.directory / str(step)).rename(target)
+                log.warning("%s; %s is now %s", reason, self.directory / str(step), target.name)
             if self.mirror is not None:
                 self.mirror.wait()
-                self.mirror.keep_only({s for s in self.mirror.whole() if s <= step})
+                self.mirror.keep_only({s for s in self.mirror.whole() if s not in steps})
 
-        self._on_process_0(f"going back to step {step}", move)
+        if steps:
+            self._on_process_0(f"setting aside {steps}", move)
 
     def _move_to_quarantine(self, path: pathlib.Path, reason: str) -> None:
         self.quarantine.mkdir(exist_ok=True)

@@ -27,7 +27,7 @@ class OptimizerConfig:
     end_lr: float = 1e-4  # at the end of cosine, linear and wsd
     schedule: str = "cosine"  # after the warm-up: cosine, linear, constant, wsd (warm-up, stable, decay)
     warmup_steps: int = 100
-    decay_steps: int = 0  # step at which end_lr is reached; 0: num_train_steps
+    decay_steps: int = 0  # step at which end_lr is reached; 0: num_train_steps when the run begins
     wsd_decay_fraction: float = 0.2  # last part of decay_steps in which wsd falls, linearly
     b1: float = 0.9
     b2: float = 0.99
@@ -265,6 +265,9 @@ def check_divisible(config: Config, axes: dict[str, int]) -> None:
             raise ValueError(f"{name} = {value} is not divisible by {shown} = {product}; change one of them")
 
 
+MAY_BE_INFINITE = (CheckpointConfig, DivergenceConfig, WatchdogConfig)  # limits that are never reached
+
+
 def from_dict(tree: dict[str, Any]) -> Config:
     """A Config from nested plain values; a missing field takes its default. Raises ConfigError."""
     try:
@@ -289,6 +292,10 @@ def _build(cls: type, tree: dict[str, Any], prefix: str) -> Any:
             value = float(value)
         if type(value) is not kind:
             raise ValueError(f"{prefix}{name} is {value!r}; it must be of type {kind.__name__}")
+        if kind is int and name != "seed":  # beside an int32 array a larger one is an OverflowError
+            _require(abs(value) < 2**31, f"{prefix}{name} is {value}; it must be below 2**31 = {2**31}")
+        if kind is float and cls not in MAY_BE_INFINITE:
+            _require(math.isfinite(value), f"{prefix}{name} is {value}; it must be a finite number")
         values[name] = value
     return cls(**values)
 
@@ -307,6 +314,11 @@ def flatten(config: Config) -> dict[str, Any]:
 
 # What may change when a run goes on. Anything not named changes what the saved state means, and is refused. Weights may
 # change from a sample on that was not trained on (mixture.check_change).
+#
+# Which numbers the harmless ones move: num_train_steps moves the end, and the rate of no step, as the schedule's length
+# is fixed (trainer/schedule.py); data.path and the fields beside it move none, as the fingerprint is compared;
+# grad_accum_steps, model.remat, .scan_layers, .attention, loss_chunk_tokens and mesh move the rounding of sums, and
+# grad_accum_steps moves which elements dropout takes; eval moves what val/loss is measured on; the rest move nothing.
 HARMLESS = (
     "num_train_steps", "grad_accum_steps", "data.path", "data.weights", "data.prefetch", "data.source",
     "data.tokenizer", "data.format", "data.dtype", "data.val_path", "data.tokenizer_path", "model.remat",

@@ -90,8 +90,8 @@ def verdict(config: DivergenceConfig, values: dict[str, float]) -> tuple[str, st
     loss, grad, param = (values[f"train/{name}"] for name in ("loss", "grad_norm", "param_norm"))
     if not all(map(math.isfinite, (loss, grad, param))):
         reason = f"is not finite: loss {loss:.4g}, gradient norm {grad:.4g}, parameter norm {param:.4g}"
-        # Parameters that are not finite are there to stay: leaving out an update cannot help.
-        action = "stop" if config.not_finite == "skip" and not math.isfinite(param) else config.not_finite
+        # Parameters that are not finite are there to stay.
+        action = config.not_finite if math.isfinite(param) else action_for_state(config)
     elif values.get("train/skipped"):
         z = ", ".join(f"{name} {values[f'train/{name}_z']:.1f}" for name in ("loss", "grad_norm"))
         reason = f"stands out: loss {loss:.4g}, gradient norm {grad:.4g}; standard deviations above the mean: {z}"
@@ -102,3 +102,8 @@ def verdict(config: DivergenceConfig, values: dict[str, float]) -> tuple[str, st
     if action == "skip" and in_a_row > config.max_in_a_row:
         return "stop", f"{reason}; the {in_a_row:.0f}th in a row"
     return action, reason
+
+
+def action_for_state(config: DivergenceConfig) -> str:
+    """What to do about a state that has no finite loss, 'stop' or 'rollback': leaving out an update cannot help it."""
+    return "rollback" if config.not_finite == "rollback" else "stop"

@@ -7,7 +7,16 @@ import jax
 from jax import Array
 
 from data import formats, loader
+from trainer import sharding
 from trainer.config import Config
+
+
+def part_rows(config: Config, batch_sharding: jax.sharding.NamedSharding) -> int:
+    """Rows of a batch: those of a part of training's, so that an evaluation needs no more memory than a step; rounded
+    up to what the devices divide, as padded rows do not count."""
+    rows = config.global_batch_size // config.grad_accum_steps
+    shards = sharding.batch_shards(batch_sharding.mesh)
+    return -(-rows // shards) * shards
 
 
 def evaluate(
@@ -15,7 +24,7 @@ def evaluate(
     params: dict,
     sources: dict[str, formats.TokenFiles],
     config: Config,
-    batch_sharding: jax.sharding.Sharding,
+    batch_sharding: jax.sharding.NamedSharding,
     num_windows: int,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
@@ -31,7 +40,7 @@ def evaluate(
         batches = loader.evaluation_batches(
             files,
             seq_len=config.data.seq_len,
-            batch_size=config.global_batch_size,
+            batch_size=part_rows(config, batch_sharding),
             sharding=batch_sharding,
             limit=num_windows,
         )

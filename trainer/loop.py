@@ -1,4 +1,4 @@
-"""train(): restore or start, then step, evaluate, sample, save until done or told to stop.
+"""train(): restore or start, then step, save, evaluate, sample until done or told to stop.
 
 Counting: `step` is the number of finished steps everywhere: in rows, in checkpoint names, in the config's every_steps.
 """
@@ -6,8 +6,10 @@ Counting: `step` is the number of finished steps everywhere: in rows, in checkpo
 import hashlib
 import json
 import logging
+import math
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,14 +17,12 @@ import numpy as np
 from jax import Array
 
 from data import loader, mixture, sources
-from data.errors import DataError
-from model.generate import Generator
-from trainer import divergence, sharding, startup, stragglers
+from trainer import compiler, divergence, sampling, sharding, startup, stragglers
 from trainer import metrics as reporting
 from trainer.checkpoint import Checkpoints
 from trainer.config import Config, to_json
 from trainer.errors import CheckpointError, ConfigError, Diverged
-from trainer.evaluation import evaluate
+from trainer.evaluation import evaluate, part_rows
 from trainer.mirror import Mirror
 from trainer.processes import SAVE, STOP, Processes
 from trainer.retention import SaveClock
@@ -33,14 +33,16 @@ from trainer.watchdog import Watchdog
 log = logging.getLogger("meshlm")
 FINAL_RETRIES_S = (1, 5, 15)  # pauses before the last save of a run is tried again
 LAST_SAVE_S = 10  # for a save in flight when another process may be gone
+EVALUATION, SAMPLE = "evaluation", "sample"
 
 
 class Bad(NamedTuple):
-    """A step to go back behind."""
+    """A step whose state is not good, to stop at or to go back behind."""
 
     step: int
     samples: int  # consumed with it
     reason: str
+    action: str  # stop, rollback
 
 
 class Trainer:
@@ -73,19 +75,12 @@ class Trainer:
             self.windows, global_batch_size=config.global_batch_size, sharding=self.batch_sharding
         )
         self.tokenizer = self.data.load_tokenizer()
-        try:  # found out now, not at the first sample
-            self.prompt = self.tokenizer.encode(config.sample.prompt) if self.tokenizer is not None else None
-        except DataError as e:
-            raise ConfigError(f"config.sample.prompt: {e}") from None
+        self.prompt = sampling.prompt_of(config, self.tokenizer)
         self.program = Program(config, self.mesh)
         self.eval_step = make_eval_step(self.program)
-        self.generator = Generator(
-            config.model,
-            self.program.model,
-            temperature=config.sample.temperature,
-            top_k=config.sample.top_k,
-            top_p=config.sample.top_p,
-            out_sharding=self.program.replicated,
+        sample = config.sample
+        self.generator = sampling.make_generator(
+            self.program, temperature=sample.temperature, top_k=sample.top_k, top_p=sample.top_p
         )
         self.mirror = self._open_mirror()
         self.checkpoints = Checkpoints(run, config.checkpoint, processes, self.mirror)
@@ -94,6 +89,8 @@ class Trainer:
         self.saving = self.asked_to_save = False
         self.events: set[str] = set()
         self.returns: dict[int, int] = {}  # how often the run went back to a step
+        self.sound = 0  # the states up to this step are known to have finite losses; later ones may have
+        self.has_stepped = False  # in this life
 
     def _open_mirror(self) -> Mirror | None:
         def open_it() -> Mirror | None:
@@ -107,8 +104,10 @@ class Trainer:
         """Runs to the last step and returns True, or saves and returns False when asked to stop."""
         config = self.config
         with self.watchdog.phase("restoring"):
-            state, samples, owed = self._restore_or_init()
+            state, samples = self._restore_or_init()
         first = int(state.step)
+        self.checkpoints.val_losses = reporting.val_losses(self.run, first)
+        owed = self._owed(first)
         startup.page(config, self.program, self.windows, self.data)
         self.writers = reporting.Writers(self.run, first, config.metrics.tensorboard)
         patience_s = None
@@ -124,19 +123,23 @@ class Trainer:
             with self.watchdog.phase("compiling"):
                 self.train_step = self._compile()
                 self.checkpoints.warm_up(state)
-            if owed and self._look(first, samples, state.params)[1]:
-                return False
-            while (bad := self._steps(state, samples)) is not None:
+            bad = self._look(first, samples, state.params, owed)
+            while bad or (bad := self._steps(state, samples)):
                 del state  # its memory is needed for the one that is restored
                 with self.meter.paused():
                     state, samples = self._go_back(bad)
+                bad = None
+            self.checkpoints.delete_old()  # the last evaluation may have found a new best one
             return not self._stopping
-        except jax.errors.JaxRuntimeError:  # a peer may be gone, for which a save would wait
-            patience_s = LAST_SAVE_S
+        except jax.errors.JaxRuntimeError as e:
+            # A peer may be gone, for which a save would wait; but too little memory is no reason to lose the save.
+            if self.processes.size > 1 and not compiler.is_out_of_memory(e):
+                patience_s = LAST_SAVE_S
             raise
         finally:
             self.progress.clear()
-            self.checkpoints.wait(patience_s)
+            with self.watchdog.phase("saving"):
+                self.checkpoints.wait(patience_s)
             self.writers.close()
 
     def _compile(self) -> Any:
@@ -151,7 +154,7 @@ class Trainer:
         return lowered.compile()
 
     def _steps(self, state: TrainState, samples: int) -> Bad | None:
-        """Steps on from `state`; returns the bad one to go back behind, or None at the end and when asked to stop."""
+        """Steps on from `state`; returns the first bad one, or None at the end and when asked to stop."""
         config, step = self.config, int(state.step)
         # On the CPU, collectives of several devices in one of several processes hang unless each step is awaited.
         block = jax.default_backend() == "cpu" and jax.process_count() > 1 and jax.local_device_count() > 1
@@ -172,14 +175,16 @@ class Trainer:
                 pending = (step, samples, metrics)
                 self.watchdog.step(step)
                 self._take_events()
-                save = self._save_is_due(step)
-                if save or self._evaluation_is_due(step) or self._sample_is_due(step):
+                save, looks = self._save_is_due(step), self._looks(step)
+                if save or looks:
                     # A state that is not finite is found here, before it is saved.
                     if bad := self._report(*pending):
                         return bad
                     pending = None
                     with self.meter.paused():
-                        self._pause(step, samples, state, save)
+                        bad = self._pause(step, samples, state, save, looks)
+                    if bad:
+                        return bad
                 if _every(config.watchdog.straggler_every_steps, step):
                     with self.meter.paused():
                         self._compare_speeds(step, samples)
@@ -208,30 +213,54 @@ class Trainer:
         self.events |= self.processes.tick()
         return self._stopping
 
-    def _pause(self, step: int, samples: int, state: TrainState, save: bool) -> None:
-        """Evaluates, samples and saves where that is due after `step`."""
-        val_loss, owed = None, self._stopping
-        if not owed:  # told to stop, there may be seconds left: save now, and look after the restart
-            val_loss, owed = self._look(step, samples, state.params)
-        if save or owed:
-            self._save(step, samples, state, val_loss, owed)
+    def _pause(self, step: int, samples: int, state: TrainState, save: bool, looks: set[str]) -> Bad | None:
+        """Saves, evaluates and samples, in this order: nothing that looking at a state does can cost its checkpoint.
 
-    def _look(self, step: int, samples: int, params: dict) -> tuple[float | None, bool]:
-        """Evaluates and samples where that is due after `step`; val/loss if evaluated, and whether it was cut short."""
-        val_loss = None
-        if self._evaluation_is_due(step):
+        Told to stop, there may be seconds left: it saves, and the rest is owed after the restart.
+        """
+        if save:
+            self._save(step, samples, state)
+        if self._stopping:
+            return None
+        bad = self._look(step, samples, state.params, looks)
+        if self._stopping and bad is None:
+            self._save(step, samples, state, begun=save)
+        return bad
+
+    def _look(self, step: int, samples: int, params: dict, looks: set[str]) -> Bad | None:
+        """Evaluates and samples; the step is bad if its state has no finite loss on held-out text."""
+        if EVALUATION in looks:
             with self.watchdog.phase("evaluating"):
                 val_loss = self._evaluate(step, samples, params)
-        if self._sample_is_due(step) and not self._stopping:
+            if val_loss is not None and not math.isfinite(val_loss):
+                return Bad(
+                    step, samples, f"the loss on held-out text after step {step} is not finite: {val_loss:.4g}",
+                    divergence.action_for_state(self.config.divergence),
+                )  # fmt: skip
+        if SAMPLE in looks and not self._stopping:
             with self.watchdog.phase("sampling"):
                 self._sample(step, params)
-        return val_loss, self._stopping
+        return None
 
-    def _evaluation_is_due(self, step: int) -> bool:
-        return step == self.config.num_train_steps or _every(self.config.eval.every_steps, step)
+    def _looks(self, step: int) -> set[str]:
+        """Which of evaluation and sample are due after `step`."""
+        last, found = step == self.config.num_train_steps, set()
+        if self.val_files and (last or _every(self.config.eval.every_steps, step)):
+            found.add(EVALUATION)
+        if self.prompt is not None and (last or _every(self.config.sample.every_steps, step)):
+            found.add(SAMPLE)
+        return found
 
-    def _sample_is_due(self, step: int) -> bool:
-        return step == self.config.num_train_steps or _every(self.config.sample.every_steps, step)
+    def _owed(self, step: int) -> set[str]:
+        """Which were due after the restored `step`, and are not there: the process ended between the save and them."""
+        if not step:
+            return set()
+
+        def find() -> list[str]:
+            done = {EVALUATION: step in self.checkpoints.val_losses, SAMPLE: reporting.was_sampled(self.run, step)}
+            return [look for look in self._looks(step) if not done[look]]
+
+        return set(self.processes.choose("owed", find))
 
     def _save_is_due(self, step: int) -> bool:
         config = self.config.checkpoint
@@ -240,15 +269,12 @@ class Trainer:
 
     # From a checkpoint
 
-    def _restore_or_init(self) -> tuple[TrainState, int, bool]:
-        """State, samples consumed, and whether the evaluation and sample of that step are still owed."""
-        restored = self.checkpoints.restore_newest(self.program)
+    def _restore_or_init(self, choose: Callable[[list[int]], int | None] | None = None) -> tuple[TrainState, int]:
+        """The state of the newest checkpoint, or of that which `choose` takes, and the samples consumed."""
+        restored = self.checkpoints.restore_newest(self.program, choose)
         if restored is None:
-            return self.program.init(), 0, False
+            return self.program.init(), 0
         state, meta = restored
-        owed = meta["owed"] and not self.processes.choose(
-            "evaluated", lambda: reporting.was_evaluated(self.run, meta["step"])
-        )
         if meta["data_fingerprint"] != self.data.fingerprint():
             raise ConfigError(
                 f"{self.run} was trained on another dataset (fingerprint {meta['data_fingerprint']}) than the one at "
@@ -257,23 +283,53 @@ class Trainer:
         weights = meta["config"]["data"].get("weights", "")
         old = mixture.parse_stages(weights, len(self.data.datasets))
         mixture.check_change(old, self.data.stages, meta["samples"])
-        return state, meta["samples"], owed
+        return state, meta["samples"]
+
+    def _restore_sound(self, choose: Callable[[list[int]], int | None]) -> tuple[TrainState, int]:
+        """The state that `choose` takes. One without a finite loss is set aside, and `choose` takes among the others.
+
+        A step's own loss is that of the state before its update, so a state that was saved may be the first bad one.
+        """
+        while True:
+            state, samples = self._restore_or_init(choose)
+            step = int(state.step)
+            if step <= self.sound or self._is_sound(state.params):
+                self.sound = step
+                return state, samples
+            del state
+            self.checkpoints.set_aside([step], "its loss on held-out text is not finite")
+
+    def _is_sound(self, params: dict) -> bool:
+        """Whether a few windows of held-out text, or of training text if none is held out, have a finite loss."""
+        files = self.val_files or self.data.files("train")
+        rows = part_rows(self.config, self.batch_sharding)
+        result = evaluate(self.eval_step, params, files, self.config, self.batch_sharding, rows)
+        assert result is not None  # nobody interrupts it
+        return math.isfinite(result["val/loss"])
 
     def _go_back(self, bad: Bad) -> tuple[TrainState, int]:
-        """The state of a checkpoint before `bad`, to go on from with the batches after it."""
+        """The state of a checkpoint before `bad`, to go on from with the batches after it. Raises Diverged."""
         self.progress.clear()
-        self.checkpoints.wait()
+        with self.watchdog.phase("saving"):
+            self.checkpoints.wait()
         with self.watchdog.phase("restoring"):
-            self.checkpoints.discard_after(bad.step - max(self.config.divergence.rollback_steps, 1))
-            state, samples, _ = self._restore_or_init()
-        step = int(state.step)
-        self.returns[step] = self.returns.get(step, 0) + 1
-        if self.returns[step] > self.config.divergence.max_in_a_row:
-            raise self._diverged(bad, f"the run went back to step {step} {self.returns[step] - 1} times")
+            if bad.action == "stop":
+                raise self._diverged(bad)
+            wanted = bad.step - max(self.config.divergence.rollback_steps, 1)
+            # Nothing is moved before it is known what the run can go on from.
+            state, samples = self._restore_sound(lambda steps: _newest_up_to(wanted, _before(bad.step, steps)))
+            step = int(state.step)
+            self.returns[step] = self.returns.get(step, 0) + 1
+            if self.returns[step] > self.config.divergence.max_in_a_row:
+                del state  # another may be restored
+                raise self._diverged(bad, f"the run went back to step {step} {self.returns[step] - 1} times")
+            self.checkpoints.discard_after(step)
         skipped = bad.samples - samples
-        log.warning("%s; back to step %d, leaving out %d samples", bad.reason, step, skipped)
+        older = "" if step <= wanted else ", the oldest there is"
+        log.warning("%s; back to step %d%s, leaving out %d samples", bad.reason, step, older, skipped)
         self.writers.close()
         self.writers = reporting.Writers(self.run, step, self.config.metrics.tensorboard)
+        self.checkpoints.val_losses = reporting.val_losses(self.run, step)
         # Of the step after, so that a resume from the same checkpoint, which will go back again, cuts it off.
         row = {"event/rollback_from": float(bad.step), "event/skipped_samples": float(skipped)}
         self.writers.metrics(step + 1, bad.samples * self.config.data.seq_len, row)
@@ -281,17 +337,19 @@ class Trainer:
 
     # To a checkpoint
 
-    def _save(self, step: int, samples: int, state: TrainState, val_loss: float | None, owed: bool) -> None:
+    def _save(self, step: int, samples: int, state: TrainState, begun: bool = False) -> None:
+        """Begins a save, unless that of this state is `begun`. The last one of the run, or of this life, is awaited."""
         with self.watchdog.phase("saving"):
-            self._start_save(step, samples, state, val_loss, owed)
+            if not begun:
+                self._start_save(step, samples, state)
             if not self._is_last(step):
                 return
             for pause_s in (*FINAL_RETRIES_S[: 1 if self._stopping else None], None):
-                if self.processes.all_agree("saved", self.checkpoints.wait()):
+                if self._is_saved(step):
                     break
                 if pause_s is not None:
                     time.sleep(pause_s)
-                    self._start_save(step, samples, state, val_loss, owed)
+                    self._start_save(step, samples, state)
             else:
                 steps = self.checkpoints.steps()
                 raise CheckpointError(
@@ -301,19 +359,25 @@ class Trainer:
             if self.mirror is not None:
                 self.mirror.wait()
 
+    def _is_saved(self, step: int) -> bool:
+        """Whether all processes have heard that `step` was saved or, if not, it is there: one may hear of a failure
+        after the commit, and what is there cannot be saved again."""
+        if self.processes.all_agree("saved", self.checkpoints.wait()):
+            return True
+        return self.processes.choose("is there", lambda: step in self.checkpoints.steps())
+
     def _is_last(self, step: int) -> bool:
         return step == self.config.num_train_steps or self._stopping
 
-    def _start_save(self, step: int, samples: int, state: TrainState, val_loss: float | None, owed: bool) -> None:
+    def _start_save(self, step: int, samples: int, state: TrainState) -> None:
         meta = {
             "samples": samples,
-            "owed": owed,
             "data_fingerprint": self.data.fingerprint(),
             "config": json.loads(to_json(self.config)),
             "jax": jax.__version__,
         }
         self.writers.flush()
-        stall_s = self.checkpoints.save(step, state, meta, val_loss, last=self._is_last(step))
+        stall_s = self.checkpoints.save(step, state, meta, last=self._is_last(step))
         self.meter.checkpoint_stall_s += stall_s
         self.clock.started(time.monotonic(), stall_s)
         self.events.discard(SAVE)
@@ -322,19 +386,19 @@ class Trainer:
     # Reports
 
     def _report(self, step: int, samples: int, metrics: dict[str, Array]) -> Bad | None:
-        """Waits for the metrics of a step; writes a row when one is due. Raises Diverged, or returns what is bad."""
+        """Waits for the metrics of a step; writes a row when one is due. Returns what is bad."""
         with self.meter.waiting_for_device():
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.meter.step_finished()
+        self.has_stepped = True
         found = divergence.verdict(self.config.divergence, values)
         if found is not None:
             action, reason = found
-            bad = Bad(step, samples, f"step {step} {reason}")
-            if action == "stop":
-                raise self._diverged(bad)
-            if action == "rollback":
-                return bad
-            log.warning("%s; its update was left out", bad.reason)
+            if action != "skip":
+                return Bad(step, samples, f"step {step} {reason}", action)
+            log.warning("step %d %s; its update was left out", step, reason)
+        else:
+            self.sound = step - 1  # whose state made this loss
         due = _every(self.config.metrics.every_steps, step) or step == self.config.num_train_steps
         if not due and found is None:
             return None
@@ -345,11 +409,17 @@ class Trainer:
         return None
 
     def _diverged(self, bad: Bad, more: str = "") -> Diverged:
-        self.checkpoints.wait()
-        steps = self.checkpoints.steps()
+        """The end of the run. The checkpoint that it names has a finite loss; later ones are set aside."""
+        steps = self.processes.choose("checkpoints", self.checkpoints.steps)
+        fate = "its checkpoint was set aside" if bad.step in steps else "it was not saved"
+        if steps and steps[-1] > self.sound:
+            state, _ = self._restore_sound(lambda steps: max(_before(bad.step, steps), default=None))
+            del state
+            self.checkpoints.discard_after(bad.step - 1)
+            steps = self.processes.choose("checkpoints", self.checkpoints.steps)
         good = f"the last good checkpoint is step {steps[-1]}" if steps else "and there is no checkpoint yet"
         return Diverged(
-            f"{bad.reason}; {more + '; ' if more else ''}it was not saved, {good}; lower config.optimizer.peak_lr or "
+            f"{bad.reason}; {more + '; ' if more else ''}{fate}, {good}; lower config.optimizer.peak_lr or "
             "lengthen the warm-up, or let config.divergence skip such batches"
         )
 
@@ -367,8 +437,7 @@ class Trainer:
         self.writers.metrics(step, samples * self.config.data.seq_len, ratios)
 
     def _evaluate(self, step: int, samples: int, params: dict) -> float | None:
-        if not self.val_files:
-            return None
+        """val/loss; None when it was cut short."""
         limit = self.config.eval.num_windows
         result = evaluate(
             self.eval_step, params, self.val_files, self.config, self.batch_sharding, limit, self._interrupted
@@ -379,6 +448,9 @@ class Trainer:
         self.progress.clear()
         shown = "  ".join(f"{name} {result[name]:.4f}" for name in ("val/loss", "val/bits_per_byte") if name in result)
         log.info("step %d  %s", step, shown)
+        if math.isfinite(result["val/loss"]):
+            self.sound = step
+            self.checkpoints.val_losses[step] = result["val/loss"]
         return result["val/loss"]
 
     def _sample(self, step: int, params: dict) -> None:
@@ -396,3 +468,12 @@ class Trainer:
 
 def _every(n: int, step: int) -> bool:
     return n > 0 and step % n == 0
+
+
+def _before(step: int, steps: list[int]) -> list[int]:
+    return [s for s in steps if s < step]
+
+
+def _newest_up_to(wanted: int, steps: list[int]) -> int | None:
+    """If all are later, the oldest there is; None if there is none."""
+    return max((s for s in steps if s <= wanted), default=min(steps, default=None))

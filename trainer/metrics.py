@@ -54,9 +54,19 @@ def _step_of(line: bytes) -> float:
         return math.inf
 
 
-def was_evaluated(run: pathlib.Path, step: int) -> bool:
-    """Whether metrics.jsonl has the losses on held-out text after `step`."""
-    return any(row.get("step") == step and "val/loss" in row for row in lives.read_rows(run / "metrics.jsonl"))
+def was_sampled(run: pathlib.Path, step: int) -> bool:
+    """Whether samples.jsonl has a sample of `step`."""
+    return any(row.get("step") == step for row in lives.read_rows(run / "samples.jsonl"))
+
+
+def val_losses(run: pathlib.Path, last: int) -> dict[int, float]:
+    """The finite losses on held-out text in metrics.jsonl, by step, up to `last`; on process 0, which needs them."""
+    if jax.process_index() != 0:
+        return {}
+    found = [(row.get("step"), row.get("val/loss")) for row in lives.read_rows(run / "metrics.jsonl")]
+    return {
+        step: x for step, x in found if type(step) is int and step <= last and type(x) is float and math.isfinite(x)
+    }
 
 
 class Writers:

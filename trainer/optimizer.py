@@ -1,5 +1,6 @@
 """Learning rate schedule and the optax chain."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -7,29 +8,13 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from trainer import schedule
 from trainer.config import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, num_train_steps: int) -> Callable[[Array], Array]:
-    """Learning rate of the update after `step` finished steps: linear up to the peak, then as config.schedule says."""
-    warmup, last = config.warmup_steps, config.decay_steps or num_train_steps
-    peak, end = config.peak_lr, config.end_lr
-
-    def schedule(step: Array) -> Array:
-        step = jnp.asarray(step, jnp.float32)
-        done = jnp.clip((step - warmup) / max(last - warmup, 1), 0, 1)
-        if config.schedule == "cosine":
-            lr = end + (peak - end) * 0.5 * (1 + jnp.cos(jnp.pi * done))
-        elif config.schedule == "linear":
-            lr = peak + (end - peak) * done
-        elif config.schedule == "wsd":
-            length = max(config.wsd_decay_fraction * last, 1)
-            lr = peak + (end - peak) * jnp.clip((step - (last - length)) / length, 0, 1)
-        else:
-            lr = jnp.full_like(step, peak)
-        return jnp.where(step < warmup, peak * (step + 1) / max(warmup, 1), lr)
-
-    return schedule
+    """Learning rate of the update after `step` finished steps (trainer/schedule.py)."""
+    return functools.partial(schedule.learning_rate, config, num_train_steps, xp=jnp)
 
 
 def make_optimizer(config: OptimizerConfig, axes: dict) -> optax.GradientTransformation:

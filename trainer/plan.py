@@ -17,8 +17,10 @@ from model.config import ModelConfig
 from trainer import flops, hlo, sharding
 from trainer.config import Config, MeshConfig
 from trainer.errors import ConfigError
+from trainer.evaluation import part_rows
+from trainer.sampling import make_generator
 from trainer.state import Program
-from trainer.step import forward, make_train_step
+from trainer.step import forward, make_eval_step, make_train_step
 from trainer.topology import Topology
 
 ASSUMPTIONS = (
@@ -35,10 +37,10 @@ class Plan:
       memory: bytes by part: parameters, optimizer, gradients, activations (kept for the backward pass), temporary (the
         rest of the peak). Only `peak` is the compiler's; the parts are counted from shapes, activations no further than
         the peak allows.
-      peak: most bytes at one time; where the compiler gave up because that is more than there are, what it asked for,
-      and
-        no collectives.
+      peak: most bytes at one time in a step; where the compiler gave up because that is more than there are, what it
+        asked for, and no collectives.
       seconds: the roofline's by what limits: compute, memory, and each network by its axes.
+      beside: most bytes at one time in what runs between steps: evaluation, sampling; {} if a step does not fit.
     """
 
     config: Config
@@ -56,10 +58,11 @@ class Plan:
     hardware_flops: float
     seconds: dict[str, float]
     compile_s: float
+    beside: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.usable
+        return max([self.peak, *self.beside.values()]) <= self.usable
 
     @property
     def step_s(self) -> float:
@@ -79,13 +82,40 @@ class Plan:
 def lower(config: Config, devices: list[jax.Device]) -> tuple[Program, Any]:
     """The program and its train step, lowered for `devices`, which may be absent. Raises ConfigError as make_mesh."""
     program = Program(config, sharding.make_mesh(config, devices))
-    tokens = jax.ShapeDtypeStruct(
-        (config.global_batch_size, config.data.seq_len + 1),
-        jnp.uint16 if config.model.vocab_size <= 1 << 16 else jnp.uint32,
+    seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=program.replicated)
+    return program, make_train_step(program).lower(program.state, _tokens(program, config.global_batch_size), seed)
+
+
+def _tokens(program: Program, rows: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(
+        (rows, program.config.data.seq_len + 1),
+        jnp.uint16 if program.config.model.vocab_size <= 1 << 16 else jnp.uint32,
         sharding=sharding.named(program.mesh, "batch"),
     )
-    seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=program.replicated)
-    return program, make_train_step(program).lower(program.state, tokens, seed)
+
+
+def lower_beside(program: Program) -> dict[str, Any]:
+    """What a run does between its steps, lowered: evaluation, and sampling from a prompt of one token."""
+    sample, batch = program.config.sample, sharding.named(program.mesh, "batch")
+    rows = part_rows(program.config, batch)
+    lengths = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=batch)
+    generator = make_generator(program, temperature=sample.temperature, top_k=sample.top_k, top_p=sample.top_p)
+    return {
+        "evaluation": make_eval_step(program).lower(program.params, _tokens(program, rows), lengths),
+        "sampling": generator.lower(program.params, rows=1, wanted=1 + sample.max_new_tokens),
+    }
+
+
+def peaks_beside(program: Program, usable: int) -> dict[str, int]:
+    """Most bytes at one time in each of these, with the optimizer's state, which stays where it is meanwhile."""
+    kept = _bytes_of_shards((program.state.opt_state, program.state.guard))
+    peaks = {}
+    for name, lowered in lower_beside(program).items():
+        try:
+            peaks[name] = kept + int(lowered.compile().memory_analysis().peak_memory_in_bytes)
+        except jax.errors.JaxRuntimeError as e:
+            peaks[name] = kept + _out_of_memory(e, usable)
+    return peaks
 
 
 def make(config: Config, topology: Topology) -> Plan:
@@ -108,6 +138,7 @@ def make(config: Config, topology: Topology) -> Plan:
         peak = int(compiled.memory_analysis().peak_memory_in_bytes)
         found = hlo.collectives(compiled.as_text(), dict(program.mesh.shape), topology.num_slices)
         rows = hlo.summary(found, config.model.num_layers)
+    beside = peaks_beside(program, chip.memory) if peak <= chip.memory else {}
     compile_s = time.perf_counter() - start
     memory = memory_by_part(program, topology)
     # The compiler keeps fewer than autodiff names where it fuses their making into the backward pass.
@@ -126,7 +157,7 @@ def make(config: Config, topology: Topology) -> Plan:
     return Plan(
         config, topology.name, topology.num_slices, program.mesh.size, dict(program.mesh.shape),
         program.placement.kernel, program.num_params, chip.memory, peak, memory, rows, model_flops, hardware_flops,
-        seconds, compile_s,
+        seconds, compile_s, beside,
     )  # fmt: skip
 
 

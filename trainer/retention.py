@@ -1,5 +1,6 @@
 """Which checkpoints stay, and when the next is due by time. Pure; process 0 decides for all."""
 
+import math
 from collections.abc import Mapping
 
 from trainer.config import CheckpointConfig
@@ -11,13 +12,13 @@ def kept(steps: Mapping[int, float | None], config: CheckpointConfig) -> set[int
     """The steps to keep: the last ones, the permanent ones, the best ones.
 
     Args:
-      steps: committed steps, with the val/loss of those that were evaluated.
+      steps: committed steps, with the val/loss of those that were evaluated; one that is not finite is never the best.
     """
     ordered = sorted(steps)
     keep = set(ordered[-config.keep_last :])
     if config.keep_every_steps:
         keep |= {step for step in ordered if step % config.keep_every_steps == 0}
-    evaluated = [(loss, step) for step, loss in steps.items() if loss is not None]
+    evaluated = [(loss, step) for step, loss in steps.items() if loss is not None and math.isfinite(loss)]
     return keep | {step for _, step in sorted(evaluated)[: config.keep_best]}
 
 

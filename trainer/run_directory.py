@@ -11,6 +11,7 @@ import datetime
 import importlib.metadata
 import json
 import logging
+import math
 import pathlib
 import platform
 import shlex
@@ -18,6 +19,7 @@ import subprocess
 
 from data import ends, files, sources, tokenizers
 from data.errors import DataError
+from trainer import lives, schedule
 from trainer.config import Config, changes, from_dict, to_json
 from trainer.errors import ConfigError
 
@@ -90,13 +92,22 @@ def read_config(run: pathlib.Path) -> Config:
         raise ConfigError(f"{path} cannot be read: {e}") from None
 
 
-def check_changes(run: pathlib.Path, config: Config, allow: bool) -> None:
-    """Compares with the configuration the run began with; ConfigError with a diff where it may not go on."""
+def check_changes(run: pathlib.Path, config: Config, allow: bool) -> Config:
+    """Compares with the configuration the run began with; ConfigError with a diff where it may not go on.
+
+    Returns `config` with the length of its schedule fixed: that of the run's beginning, unless another one is named.
+    """
     if not (run / "config.json").exists():
         if run.is_dir() and not all(p.name.startswith(BEFORE_A_RUN) for p in run.iterdir()):
             raise ConfigError(f"{run} exists, is not empty and is not a run directory; choose another --workdir")
-        return
-    found = changes(read_config(run), config)
+        return schedule.fixed(config)
+    before = schedule.fixed(read_config(run))
+    config = schedule.fixed(config, before)
+    found = changes(before, config)
+    step = lives.newest_step(run)
+    old, new = (schedule.learning_rate(c.optimizer, c.num_train_steps, step) for c in (before, config))
+    if step and not math.isclose(old, new, rel_tol=1e-6):
+        found["flag"].append(f"the learning rate of step {step + 1}: {old:.4g} -> {new:.4g}")
     if found["refused"]:
         raise ConfigError(
             f"{run} was begun with another configuration; {'; '.join(found['refused'])}; "
@@ -109,6 +120,7 @@ def check_changes(run: pathlib.Path, config: Config, allow: bool) -> None:
         )
     for line in found["harmless"] + found["flag"]:
         log.info("changed   %s", line)
+    return config
 
 
 def record(run: pathlib.Path, config: Config, data: sources.Sources, argv: list[str]) -> None:

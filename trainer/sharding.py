@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from trainer.config import Config, MeshConfig, check_divisible
 from trainer.errors import ConfigError
@@ -98,6 +98,11 @@ def inference_mesh(config: Config) -> Mesh:
         return make_mesh(config)
     except ConfigError:
         return mesh_of({"data": jax.device_count(), "fsdp": 1, "context": 1, "tensor": 1}, jax.devices())
+
+
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Equal parts that the rows of a batch are split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def spec(axes: tuple[str | None, ...], rules: dict = RULES) -> PartitionSpec:

@@ -9,7 +9,7 @@ from data import foreign
 from data.dataset import Dataset
 from data.loader import MixedWindows
 from data.sources import Sources
-from trainer import sharding
+from trainer import compiler, schedule, sharding
 from trainer.config import Config
 from trainer.state import Program
 
@@ -26,8 +26,9 @@ def page(config: Config, program: Program, windows: MixedWindows, data: Sources)
     log.info("devices   %d %s in %d process(es); mesh %s", len(devices), devices[0].device_kind, processes, axes)
     model = config.model
     log.info(
-        "model     %s parameters, %s compute, layers %s, remat %s",
-        f"{program.num_params:,}", model.dtype, "scanned" if model.scan_layers else "unrolled", model.remat,
+        "model     %s parameters, %s compute%s, layers %s, remat %s",
+        f"{program.num_params:,}", model.dtype, compiler.precision_shown(),
+        "scanned" if model.scan_layers else "unrolled", model.remat,
     )  # fmt: skip
     log.info("attention %s (%s)", program.placement.kernel, program.placement.reason)
     for line in parameter_table(program):
@@ -58,6 +59,8 @@ def page(config: Config, program: Program, windows: MixedWindows, data: Sources)
         log.info("          %s: %.2f %% of the rows are tokens", index.path, 100 * index.utilisation)
     if not data.tokenizer_path:
         log.info("          no tokenizer (config.data.tokenizer_path): no samples are written")
+    if found := schedule.oddities(config):
+        log.warning("WARNING   learning rate: %s", "; ".join(found))
     log.info("loss      untrained ln %d = %.4f", model.vocab_size, math.log(model.vocab_size))
 
 

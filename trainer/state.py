@@ -11,7 +11,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from model.transformer import Transformer
-from trainer import divergence, optimizer, sharding
+from trainer import compiler, divergence, optimizer, sharding
 from trainer.config import Config
 from trainer.placement import MeshPlacement
 
@@ -41,6 +41,7 @@ class Program:
 
     def __init__(self, config: Config, mesh: Mesh):
         self.config, self.mesh = config, mesh
+        compiler.use_precision(config.model.dtype, mesh)
         self.placement = MeshPlacement(config, mesh)
         abstract = nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(params=0)))
         self.graph, variables = nnx.split(abstract, nnx.Param)
