@@ -14,10 +14,10 @@ import jax
 import numpy as np
 from jax import Array
 
-from data import loader, mixture, sources
+from data import loader, sources
 from data.errors import DataError
 from model.generate import Generator
-from trainer import divergence, sharding, startup, stragglers
+from trainer import divergence, identity, sharding, startup, stragglers
 from trainer import metrics as reporting
 from trainer.checkpoint import Checkpoints
 from trainer.config import Config, to_json
@@ -99,7 +99,13 @@ class Trainer:
         def open_it() -> Mirror | None:
             if self.processes.index or not self.config.checkpoint.mirror:
                 return None
-            return Mirror(self.config.checkpoint.mirror, self.run / "checkpoints", self.config)
+            mirror = self.config.checkpoint.mirror
+            return Mirror(
+                mirror,
+                self.run / "checkpoints",
+                self.config,
+                lambda meta: identity.check(meta, self.config, self.data, mirror),
+            )
 
         return self.processes.together("mirror", open_it)
 
@@ -249,14 +255,7 @@ class Trainer:
         owed = meta["owed"] and not self.processes.choose(
             "evaluated", lambda: reporting.was_evaluated(self.run, meta["step"])
         )
-        if meta["data_fingerprint"] != self.data.fingerprint():
-            raise ConfigError(
-                f"{self.run} was trained on another dataset (fingerprint {meta['data_fingerprint']}) than the one at "
-                f"{self.config.data.path} ({self.data.fingerprint()}); name that one, or another --workdir"
-            )
-        weights = meta["config"]["data"].get("weights", "")
-        old = mixture.parse_stages(weights, len(self.data.datasets))
-        mixture.check_change(old, self.data.stages, meta["samples"])
+        identity.check(meta, self.config, self.data, self.run)  # again: this one may come from the mirror
         return state, meta["samples"], owed
 
     def _go_back(self, bad: Bad) -> tuple[TrainState, int]:
@@ -309,6 +308,7 @@ class Trainer:
             "samples": samples,
             "owed": owed,
             "data_fingerprint": self.data.fingerprint(),
+            "tokenizer_sha256": identity.tokenizer_sha256(self.tokenizer),
             "config": json.loads(to_json(self.config)),
             "jax": jax.__version__,
         }
