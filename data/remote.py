@@ -10,7 +10,7 @@ import logging
 import os
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from data import names
@@ -163,26 +163,33 @@ def _fetch(store: Any, key: str, cache: Cache, name: str) -> None:
         return seen is not None and seen.state == "unspecified"
 
     def download(f: IO[bytes]) -> bytes:
-        start, stamp = time.monotonic(), None
-        while True:
-            # A store refuses a range that goes past the end, and does not say where that is.
-            full = _read(store, raw, name, slice(f.tell() + BLOCK_BYTES - 1, f.tell() + BLOCK_BYTES)) is not None
-            rest = slice(f.tell(), f.tell() + BLOCK_BYTES if full else None)
-            block = _read(store, raw, name, rest if f.tell() or full else None)
-            if block is None:  # the object ended with the last block
-                break
-            stamp = stamp or block.stamp
-            if block.state != "value" or block.stamp.generation != stamp.generation:
-                raise DataError(f"{name} changed while it was read; start again when it is complete")
+        start, generation = time.monotonic(), b""
+        for block in blocks(store, raw, name):
             f.write(block.value)
-            if not full:
-                break
+            generation = block.stamp.generation
         if f.tell() >= BLOCK_BYTES:
             log.info("fetched   %s: %.1f GB in %.0f s", name, f.tell() / 1e9, time.monotonic() - start)
-        assert stamp is not None
-        return stamp.generation
+        return generation
 
     cache.refresh(key, is_current, download)
+
+
+def blocks(store: Any, key: bytes, name: str) -> Iterator[Any]:
+    """An object in pieces, as tensorstore's ReadResults of one generation. Raises DataError."""
+    at, generation = 0, None
+    while True:
+        # A store refuses a range that goes past the end, and does not say where that is.
+        full = _read(store, key, name, slice(at + BLOCK_BYTES - 1, at + BLOCK_BYTES)) is not None
+        block = _read(store, key, name, slice(at, at + BLOCK_BYTES if full else None) if at or full else None)
+        if block is None:  # the object ended with the last block
+            return
+        generation = generation or block.stamp.generation
+        if block.state != "value" or block.stamp.generation != generation:
+            raise DataError(f"{name} changed while it was read; start again when it is complete")
+        yield block
+        if not full:
+            return
+        at += BLOCK_BYTES
 
 
 def _read(store: Any, key: bytes, name: str, byte_range: slice | None, if_not_equal: bytes | None = None) -> Any:
@@ -207,8 +214,8 @@ def _ask(path: str, method: Callable[..., Any], *arguments: Any, **named: Any) -
         if str(e).startswith("OUT_OF_RANGE"):
             raise _OutOfRange from None
         hint = {
-            "gs": "log in with gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS",
-            "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
-        }[path[:2]]
+            "gs://": "log in with gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS",
+            "s3://": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+        }.get(path[:5], "let this user read it")
         why = (str(e).splitlines() or [type(e).__name__])[0][:300]
         raise DataError(f"cannot read {path}: {why}; where access is denied, {hint}") from None

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from data import bpe, minbpe
+from data import bpe, files, minbpe
 from data.bpe import JsonTokenizer, train_bpe
 from data.characters import CODE_POINTS, UNKNOWN, ByteTokenizer, CharTokenizer, code_points
 from data.errors import DataError
@@ -202,10 +202,10 @@ def save(tokenizer: Tokenizer, folder: pathlib.Path) -> pathlib.Path:
     spec, file = tokenizer.to_json(), tokenizer.file()
     if file is not None:
         name, raw = file
-        (folder / name).write_bytes(raw)
+        files.write_durably(folder / name, raw)
         spec |= {"file": name, "sha256": hashlib.sha256(raw).hexdigest()}
     path = folder / FILE_NAME
-    path.write_text(json.dumps(spec, indent=1), encoding="utf-8")
+    files.write_durably(path, json.dumps(spec, indent=1).encode())
     return path
 
 

@@ -1,6 +1,6 @@
 """The loss of a checkpoint over the whole validation split: every token is predicted once.
 
-  python -m launch.evaluate --workdir=runs/tiny [--step=1000] [--json]
+  python -m launch.evaluate --workdir=runs/tiny [--step=1000] [--data_path=PATH] [--json]
 
 With --json one object: step, tokens (trained on), val/loss (nats a token), val/perplexity, val/bits_per_byte (where the
 bytes of the text are known: not for token files read in place). A loss that is not finite is null there, and the exit
@@ -14,6 +14,9 @@ import math
 from launch import cli, inference
 from trainer.errors import ConfigError, Diverged
 
+DATA_PATH = cli.define_data_path("data_path", None, "Where the run's dataset lies now, in place of config.data.path.")
+VAL_PATH = cli.define_data_path("val_path", None, "Likewise of config.data.val_path.")
+
 
 def main() -> int:
     run = inference.open_run()
@@ -23,12 +26,14 @@ def main() -> int:
     from trainer.step import make_eval_step
 
     config = dataclasses.replace(run.config.data, tokenizer_path="")  # not needed, and perhaps not there
+    given = {"path": DATA_PATH.value, "val_path": VAL_PATH.value}
+    config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     try:
         data = sources.open_sources(config, run.config.model.vocab_size)
     except FileNotFoundError as e:
-        raise ConfigError(f"the dataset of {run.path} is not at {e} any more; run this where it is") from None
+        raise ConfigError(f"the dataset of {run.path} is not at {e}; name its place now with --data_path") from None
     if data.fingerprint() != run.meta["data_fingerprint"]:
-        raise ConfigError(f"{config.path} is not the dataset that {run.path} was trained on; bring that one back")
+        raise ConfigError(f"{config.path} is not the dataset of {run.path}; name that one with --data_path")
     files = data.files("val")
     if not files:
         raise ConfigError(f"{config.path} has nothing to validate on; prepare it with --val_fraction above 0")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from data import allocator
+from data import allocator, tokenizers
 from launch import cli, runtime
 from trainer import run_directory
 from trainer.config import Config
@@ -49,7 +49,7 @@ def open_run() -> Run:
     runtime.use_compilation_cache(path)
     import jax
 
-    from trainer import sharding
+    from trainer import identity, sharding
     from trainer.checkpoint import Checkpoints, choose_step
     from trainer.state import Program
 
@@ -59,4 +59,6 @@ def open_run() -> Run:
     jax.set_mesh(mesh)
     program = Program(config, mesh)
     params, meta = checkpoints.restore_params(program, step)
+    if (path / "tokenizer").exists():
+        identity.check_tokenizer(meta, tokenizers.load(path / "tokenizer"), path)
     return Run(path, config, program, params, meta)

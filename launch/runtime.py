@@ -1,16 +1,25 @@
 """Settings of the process that must be made before JAX does any work."""
 
+import logging
 import os
 import pathlib
+import stat
 
+from trainer.errors import ConfigError
 from trainer.topology import GPU_FRACTION
+
+log = logging.getLogger("meshlm")
 
 
 def use_compilation_cache(run: pathlib.Path, folder: str | None = None) -> None:
     """Keeps every compiled program in `folder`, so that a second start takes seconds; '' turns it off.
 
     By default that is $JAX_COMPILATION_CACHE_DIR, or lies beside the run directory. There the machines of a later life
-    find it, and all processes: JAX lets number 0 alone write.
+    find it, and all processes: JAX lets number 0 alone write. What lies there is run, so a folder in which another user
+    can write is left alone, with a warning.
+
+    Raises:
+      ConfigError: the folder is in an object store.
     """
     import jax
 
@@ -18,15 +27,33 @@ def use_compilation_cache(run: pathlib.Path, folder: str | None = None) -> None:
         folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(run.absolute().parent / ".xla"))
     if not folder:
         return
+    if "://" in folder:
+        raise ConfigError(f"the compilation cache {folder} is in an object store; name a folder, or '' for none")
+    path = pathlib.Path(folder)
     try:
-        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        others = _others_who_write(path.resolve())
     except OSError:
         return
-    if not os.access(folder, os.W_OK):  # another user's run can be sampled from
+    if others:
+        log.warning("%s is not used for compiled programs: %s; remove it, or chmod go-w what is yours", folder, others)
+    if others or not os.access(folder, os.W_OK):  # another user's run can be sampled from
         return
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _others_who_write(folder: pathlib.Path) -> str:
+    """Who but this user and root can put files there, in words; '' for nobody."""
+    status, above = folder.stat(), folder.parent.stat()
+    if status.st_uid not in (os.geteuid(), 0):
+        return "it is another user's"
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return "other users can write there"
+    if above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX:
+        return "other users can replace it"
+    return ""
 
 
 def use_gpu_memory() -> None:

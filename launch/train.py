@@ -161,7 +161,7 @@ def enter(run: pathlib.Path, config: Config, processes: Processes) -> tuple[list
     """Makes sure that all processes are about to train the same, and takes the run; process 0 holds its locks."""
     from data import sources
     from launch import distributed
-    from trainer import sampling, sharding
+    from trainer import identity, sampling, sharding
     from trainer.placement import MeshPlacement
 
     # Before anything is written: a refused gang leaves no run behind. Axes, devices, batch and model must divide, and a
@@ -180,6 +180,8 @@ def enter(run: pathlib.Path, config: Config, processes: Processes) -> tuple[list
         if mirror := config.checkpoint.mirror:
             flag = "--config.checkpoint.mirror"  # a place for copies that vanishes must not end the run
             locks.append(RunLock(mirror, flag=flag, steal=STEAL_LOCK.value, on_lost=lost, regain=True))
+        if (newest := identity.newest_meta(run / "checkpoints")) is not None:  # before any file of the run changes
+            identity.check(newest, config, data, run)
         run_directory.record(run, config, data, sys.argv)
         return locks
 

@@ -1,20 +1,27 @@
 """Checkpoints: any mesh to any mesh, retention, and nothing damaged is ever restored without a word."""
 
 import dataclasses
+import errno
 import logging
+import os
 import pathlib
 import resource
 import shutil
+import time
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from tests.step_test import MESHES, config, mesh_of
-from trainer.checkpoint import Checkpoints, checksums, choose_step
+from trainer import reading
+from trainer.checkpoint import Checkpoints, LiteralPath, checksums, choose_step
 from trainer.config import CheckpointConfig
 from trainer.errors import CheckpointError, ConfigError
+from trainer.reading import Unreadable
 from trainer.state import Program, TrainState
 
 KEEP_ALL = CheckpointConfig(keep_last=100)
@@ -89,6 +96,26 @@ def test_retention(tmp_path, state):
     assert checkpoints.steps() == [2, 4, 6, 7]
 
 
+def test_what_cannot_be_read_for_a_moment_is_not_deleted(tmp_path, state, monkeypatch):
+    """The best step keeps its place also when its loss cannot be read just now."""
+    monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
+    keep = CheckpointConfig(keep_last=1, keep_best=1)
+    checkpoints = save(tmp_path, state, 1, 2, keep=keep, losses=[1, 9])
+    real = pathlib.Path.read_bytes
+
+    def read_bytes(path):
+        if "/1/" in str(path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pathlib.Path, "read_bytes", read_bytes)
+        checkpoints.save(3, state, {"samples": 0}, 8)
+        assert checkpoints.wait() and checkpoints.steps() == [1, 2, 3]
+    checkpoints.save(4, state, {"samples": 0}, 7)
+    assert checkpoints.wait() and checkpoints.steps() == [1, 4]
+
+
 def test_nothing_saved_is_a_fresh_run(tmp_path, program):
     assert Checkpoints(tmp_path, KEEP_ALL).restore_newest(program) is None
 
@@ -133,11 +160,156 @@ def test_a_step_that_lacks_parts_is_moved_away(tmp_path, program, state):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["5"]
 
 
+def test_nothing_moves_until_another_step_was_restored(tmp_path, program, state):
+    """A word of one process is not enough to take the last one away, nor is a damaged step of another reason."""
+    save(tmp_path, state, 5, 10)
+    flip_a_bit_in_the_parameters(tmp_path / "checkpoints/10")
+    flip_a_bit_in_the_parameters(tmp_path / "checkpoints/5")
+    with pytest.raises(CheckpointError, match="nothing was moved"):
+        Checkpoints(tmp_path, KEEP_ALL).restore_newest(program)
+    assert Checkpoints(tmp_path).steps() == [5, 10] and not (tmp_path / "quarantine").exists()
+
+
+@pytest.mark.parametrize("name", ["a [b]", "[x]", "*", "run?", "**", "a]b[c", "[!x]", "{a,b}", "~", "%s", "né \t"])
+def test_a_run_of_any_name(tmp_path, program, state, name):
+    """A library that looks for what it wrote with a pattern found nothing: each checkpoint was empty, with exit 0."""
+    checkpoints = save(tmp_path / name / "run", state, 5)
+    assert checkpoints.steps() == [5]
+    assert_same(Checkpoints(tmp_path / name / "run", KEEP_ALL).restore_newest(program)[0], state)
+
+
+def test_a_commit_counts_when_what_was_written_can_be_found(tmp_path, state, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("meshlm"), "propagate", True)
+    checkpoints = save(tmp_path, state, 5)
+    monkeypatch.setattr(LiteralPath, "glob", lambda path, pattern: iter(()))  # what the brackets did
+    checkpoints.save(10, state, {"samples": 0})
+    assert not checkpoints.wait() and "step 10 FAILED" in caplog.text
+    assert checkpoints.steps() == [5] and len(list((tmp_path / "quarantine").iterdir())) == 1
+    monkeypatch.undo()
+    checkpoints.save(10, state, {"samples": 0})
+    assert checkpoints.wait() and checkpoints.steps() == [5, 10]
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EACCES])  # others: reading_test
+@pytest.mark.parametrize("place", ["open", "metadata", "load"])
+def test_what_cannot_be_read_is_not_damaged(tmp_path, program, state, monkeypatch, code, place):
+    """An error that passes is not noticed; one that stays ends the start with its reason, and nothing is moved."""
+    monkeypatch.setattr(reading, "PAUSES_S", (0.0, 0.0))
+    save(tmp_path, state, 5, 10)
+    failures = 2
+
+    def failing(function):
+        def fails_first(*arguments, **named):
+            nonlocal failures
+            failures -= 1
+            if failures < 0:
+                return function(*arguments, **named)
+            if place == "open":
+                raise OSError(code, os.strerror(code), str(arguments[0]))
+            raise ValueError(f"UNKNOWN: Failed to open: {os.strerror(code)} [os_error_code='{code}']")
+
+        return fails_first
+
+    owner, name = {
+        "open": (pathlib.Path, "read_bytes"),
+        "metadata": (ocp.handlers.PyTreeHandler, "metadata"),
+        "load": (ocp.handlers.PyTreeHandler, "load"),
+    }[place]
+    monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
+    restored, _ = Checkpoints(tmp_path, KEEP_ALL).restore_newest(program)
+    assert int(restored.step) == 10
+    failures = 1000
+    with pytest.raises(Unreadable, match=os.strerror(code)) as e:
+        Checkpoints(tmp_path, KEEP_ALL).restore_newest(program)
+    assert e.value.exit_code == (3 if code == errno.EACCES else 42)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoints"] and sorted(os.listdir(tmp_path / "checkpoints")) == [
+        "10",
+        "5",
+    ]
+
+
+def test_a_step_that_is_committed_is_not_saved_again(tmp_path, program, state):
+    """A process that heard late of a failure saves again what is there; what is there of another state stays."""
+    checkpoints = save(tmp_path, state, 5)
+    before = (tmp_path / "checkpoints/5/_CHECKPOINT_METADATA").read_bytes()
+    checkpoints.failed = True
+    checkpoints.save(5, state, {"samples": 0})
+    assert checkpoints.wait() and not checkpoints.failed
+    checkpoints.save(5, jax.tree.map(lambda x: x + 1, state), {"samples": 0})
+    assert not checkpoints.wait()
+    assert (tmp_path / "checkpoints/5/_CHECKPOINT_METADATA").read_bytes() == before
+    assert_same(checkpoints.restore(program, 5)[0], state)
+
+
+def test_the_limit_of_a_save_learns(tmp_path, state, monkeypatch):
+    """Storage that needs longer than the limit must not fail every save, for ever."""
+    monkeypatch.setattr("trainer.checkpoint.SAVE_TIMEOUT_S", 0.2)
+    checkpoints, real = Checkpoints(tmp_path, KEEP_ALL), ocp.save_checkpointables_async
+
+    class Slow:
+        """A save that takes a second."""
+
+        def result(self):
+            time.sleep(min(1.0, checkpoints._limit_s))
+            if checkpoints._limit_s < 1.0:
+                raise TimeoutError("timed out")
+            self.response.result()
+
+    def save_slowly(path, items, custom_metadata):
+        slow = Slow()
+        if checkpoints._limit_s >= 1.0:
+            slow.response = real(path, items, custom_metadata=custom_metadata)
+        return slow
+
+    monkeypatch.setattr(ocp, "save_checkpointables_async", save_slowly)
+    for step in range(1, 10):
+        checkpoints.save(step, state, {"samples": 0})
+        if checkpoints.wait():
+            break
+    assert step == 4  # 0.2, 0.4, 0.8, 1.6
+    assert checkpoints._limit({"x": types.SimpleNamespace(nbytes=10**12)}) >= 10**12 / 50e6
+
+
+def test_a_run_on_two_disks(tmp_path, program, state, monkeypatch):
+    """checkpoints/ may be a link: what is damaged goes to a quarantine there."""
+    real = pathlib.Path.rename
+
+    def disk(path):
+        return tmp_path / "disk" in pathlib.Path(path).parent.resolve().parents
+
+    def rename(path, target):
+        if disk(path) != disk(target):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return real(path, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", rename)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "disk/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints").symlink_to(tmp_path / "disk/checkpoints")
+    save(tmp_path / "run", state, 5, 10)
+    (tmp_path / "run/checkpoints/10/_CHECKPOINT_METADATA").unlink()
+    restored, _ = Checkpoints(tmp_path / "run", KEEP_ALL).restore_newest(program)
+    assert int(restored.step) == 5 and os.listdir(tmp_path / "run") == ["checkpoints"]
+    (moved,) = os.listdir(tmp_path / "disk/checkpoints/quarantine")
+    assert moved.startswith("10.")
+
+
+def test_a_step_that_is_a_link_is_deleted_without_what_it_leads_to(tmp_path, state):
+    save(tmp_path, state, 5)
+    (tmp_path / "archive").mkdir()
+    (tmp_path / "checkpoints/5").rename(tmp_path / "archive/5")
+    (tmp_path / "checkpoints/5").symlink_to(tmp_path / "archive/5")
+    (tmp_path / "checkpoints/3.deleting").symlink_to(tmp_path / "archive/5")  # what an earlier version left
+    checkpoints = save(tmp_path, state, 6, keep=CheckpointConfig(keep_last=1, keep_best=0))
+    assert checkpoints.steps() == [6] and os.listdir(tmp_path / "checkpoints") == ["6"]
+    assert (tmp_path / "archive/5/_CHECKPOINT_METADATA").exists()
+
+
 def test_every_step_bad_is_an_error_not_a_fresh_start(tmp_path, program, state):
     save(tmp_path, state, 5)
     flip_a_bit_in_the_parameters(tmp_path / "checkpoints/5")
     for _ in range(2):  # and it stays one
-        with pytest.raises(CheckpointError, match="quarantine") as error:
+        with pytest.raises(CheckpointError, match="no usable checkpoint") as error:
             Checkpoints(tmp_path, KEEP_ALL).restore_newest(program)
         assert error.value.exit_code == 3
 

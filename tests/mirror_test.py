@@ -1,11 +1,16 @@
 """Copies of checkpoints in a second place: what lies there decides about no other file."""
 
+import json
 import logging
+import types
 
 import pytest
 
-from trainer.config import Config, to_json
-from trainer.errors import ConfigError
+from data import remote
+from trainer import identity, reading
+from trainer.checkpoint import Checkpoints
+from trainer.config import CheckpointConfig, Config, to_json
+from trainer.errors import CheckpointError, ConfigError
 from trainer.lives import METADATA_FILE
 from trainer.mirror import Mirror
 
@@ -13,6 +18,7 @@ from trainer.mirror import Mirror
 def test_keys_that_lie_elsewhere_are_not_fetched(tmp_path, monkeypatch, caplog):
     """A store has any keys; they would be written over files of this machine."""
     monkeypatch.setattr(logging.getLogger("meshlm"), "propagate", True)
+    monkeypatch.setattr(reading, "PAUSES_S", ())
     (tmp_path / "thesis.tex").write_text("years of work")
     (tmp_path / "run").mkdir()
     mirror = Mirror(str(tmp_path / "mirror"), tmp_path / "run", Config())
@@ -23,21 +29,26 @@ def test_keys_that_lie_elsewhere_are_not_fetched(tmp_path, monkeypatch, caplog):
         def list(self, key_range):
             return Answer([key.encode() for key in keys if key.startswith(key_range.inclusive_min.decode())])
 
-        def read(self, key):
-            return Answer(Read(keys[key.decode() if isinstance(key, bytes) else key]))
+        def read(self, key, byte_range=None, if_not_equal=None):
+            value = keys[key.decode() if isinstance(key, bytes) else key]
+            if byte_range and byte_range.start >= len(value):
+                return Answer(ValueError("OUT_OF_RANGE: too short"))
+            return Answer(Read(value))
 
     class Answer:
         def __init__(self, value):
             self.value = value
 
         def result(self, timeout):
+            if isinstance(self.value, Exception):
+                raise self.value
             return self.value
 
     class Read:
         state = "value"
 
         def __init__(self, value):
-            self.value = value
+            self.value, self.stamp = value, types.SimpleNamespace(generation=b"1")
 
     mirror._store = Store()
     for evil in (f"checkpoints/5/{tmp_path}/thesis.tex", "checkpoints/5/../../thesis.tex", "checkpoints/5//x"):
@@ -81,9 +92,45 @@ def test_a_mirror_of_this_run_is_taken_again(tmp_path):
     assert (tmp_path / "config.json").read_text() == to_json(Config())
 
 
-def test_there_and_back(tmp_path):
-    """Through the real store of a folder; a leftover of a copy that was killed is not in the way."""
-    content = {METADATA_FILE: b"{}", "a/b/c": b"leaves", "empty": b""}
+def test_a_store_that_does_not_answer_is_not_an_empty_one(tmp_path, monkeypatch):
+    """A run that lost its folder must not begin again, and in the end delete the copies."""
+    monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
+    (tmp_path / "mirror/checkpoints/5").mkdir(parents=True)
+    (tmp_path / "mirror/checkpoints/5" / METADATA_FILE).write_text("{}")
+    mirror = Mirror(str(tmp_path / "mirror"), tmp_path / "run/checkpoints", Config())
+    checkpoints = Checkpoints(tmp_path / "run", CheckpointConfig(), mirror=mirror)
+    with monkeypatch.context() as patched:
+        patched.setattr(mirror, "_list", lambda: (_ for _ in ()).throw(OSError("no network")))
+        with pytest.raises(CheckpointError, match="no network"):
+            checkpoints._next({})
+        assert mirror.whole() == set()
+    with monkeypatch.context() as patched:
+        patched.setattr(mirror, "_download", lambda *a: (_ for _ in ()).throw(OSError("no network")))
+        with pytest.raises(CheckpointError, match="no copy in"):
+            checkpoints._next({})
+
+
+def test_a_copy_of_another_run_changes_nothing(tmp_path):
+    """The mirror's config.json is written when its newest copy has been compared."""
+
+    def refuse(meta):
+        raise ConfigError(f"not this one: {meta['samples']}")
+
+    meta = {"samples": 7}
+    Mirror(str(tmp_path), tmp_path, Config(), refuse)  # nothing to compare yet
+    (tmp_path / "config.json").write_text(before := to_json(Config()).replace("\n", " "))
+    (tmp_path / "checkpoints/5").mkdir(parents=True)
+    text = json.dumps({"custom_metadata": meta | {"digest": identity.digest(meta)}})
+    (tmp_path / "checkpoints/5" / METADATA_FILE).write_text(text)
+    with pytest.raises(ConfigError, match="not this one: 7"):
+        Mirror(str(tmp_path), tmp_path, Config(), refuse)
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_there_and_back(tmp_path, monkeypatch):
+    """Through the real store of a folder, in pieces; a leftover of a copy that was killed is not in the way."""
+    monkeypatch.setattr(remote, "BLOCK_BYTES", 3)
+    content = {METADATA_FILE: b"{}", "a/b/c": b"leaves", "empty": b"", "d": b"four", "e": b"abc"}
     for name, raw in content.items():
         (tmp_path / "run/5" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run/5" / name).write_bytes(raw)

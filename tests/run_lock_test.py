@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tests import runs
-from trainer import run_lock
-from trainer.errors import ConfigError
+from trainer import reading, run_lock
+from trainer.errors import ConfigError, Stopped
 from trainer.run_lock import RunLock
 
 BEAT_S, STALE_S = 0.05, 0.6
@@ -210,16 +210,9 @@ def test_a_killed_owner_of_this_machine_is_replaced_at_once(tmp_path, children, 
     take(tmp_path, stale=60)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        pytest.param({"boot": "before"}, id="restarted"),
-        pytest.param({"start": 1}, id="pid used again"),
-    ],
-)
-def test_an_owner_that_cannot_be_any_more_is_replaced_at_once(fields, tmp_path, take):
-    """After a restart of the machine, or where the pid is another process's now, nobody should wait."""
-    leave_record(tmp_path, **fields)
+def test_an_owner_that_cannot_be_any_more_is_replaced_at_once(tmp_path, take):
+    """Where the pid is another process's now, nobody should wait."""
+    leave_record(tmp_path, start=1)
     before = time.monotonic()
     take(tmp_path, stale=60)
     assert time.monotonic() - before < 5
@@ -230,6 +223,8 @@ def test_an_owner_that_cannot_be_any_more_is_replaced_at_once(fields, tmp_path, 
     [
         pytest.param({"host": "another"}, id="another host"),
         pytest.param({"machine": "another", "boot": "another"}, id="another machine of this name"),
+        pytest.param({"boot": "another"}, id="restarted, or a clone of this machine"),
+        pytest.param({"machine": "", "boot": "another"}, id="a container of this name"),
         pytest.param({"namespace": "pid:[1]"}, id="another container"),
         pytest.param({"boot": ""}, id="boot not known"),
     ],
@@ -243,6 +238,44 @@ def test_an_owner_that_cannot_be_seen_is_watched(fields, tmp_path, take, warning
     waiting, taken = (r.getMessage() for r in warnings.records)
     assert waiting == f"waiting   for the lock of {tmp_path}, held by {owner.host} pid {owner.pid}; 0.2 s at most"
     assert taken.endswith(f"from {owner.host} pid {owner.pid}, which gave no sign of life for 0.2 s")
+
+
+@pytest.mark.parametrize("fields", [{"boot": "another"}, {"boot": "another", "machine": ""}])
+def test_a_clone_that_lives_keeps_its_run(fields, tmp_path, take):
+    """One image, one host name: the run is not taken from under a job that beats."""
+    lost = []
+    first = take(tmp_path, beat=0.05, lost=lost, **fields)
+    with pytest.raises(ConfigError, match="is being trained by"):
+        take(tmp_path, stale=5)
+    assert not lost and not first.lost
+
+
+def test_a_copied_record_is_nobodys(tmp_path, take):
+    """cp -r of a run that is being trained: the copy can be trained, the run is not harmed."""
+    lost = []
+    first = take(tmp_path / "live", beat=0.05, lost=lost)
+    shutil.copytree(tmp_path / "live", tmp_path / "copy")
+    before = time.monotonic()
+    take(tmp_path / "copy", stale=0.3)
+    assert time.monotonic() - before >= 0.3 and not first.lost
+    (tmp_path / "live").rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match="is being trained by"):
+        take(tmp_path / "moved", stale=5)
+
+
+def test_an_error_that_passes_is_tried_again(tmp_path, take, monkeypatch):
+    """A hiccup of the file system at the start; one that stays can be tried again by the launcher."""
+    monkeypatch.setattr(reading, "PAUSES_S", (0.0, 0.0))
+    real, errors = run_lock._open, [OSError(errno.EIO, "x"), OSError(errno.ESTALE, "y")]
+    monkeypatch.setattr(run_lock, "_open", lambda *a, **k: real(*a, **k) if not errors else _raise(errors.pop()))
+    take(tmp_path).release()
+    errors += [OSError(errno.EIO, "broken")] * 3
+    with pytest.raises(Stopped, match="broken"):
+        take(tmp_path)
+
+
+def _raise(error):
+    raise error
 
 
 def test_an_owner_elsewhere_that_lives_is_refused(tmp_path, children, take):

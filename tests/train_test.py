@@ -175,8 +175,10 @@ def test_another_model_or_dataset_is_refused(tmp_path, data, uninterrupted):
     )  # fmt: skip
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
+    whole = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and path.name != "log.0.txt"}
     out = runs.train(copy, tmp_path / "other", num_train_steps=STEPS, model__dropout=0.1, code=2)
     assert "another dataset" in out.splitlines()[-1]
+    assert {path: path.read_bytes() for path in whole} == whole, "compared before anything was written"
     assert (run / "config.json").read_bytes() == before
 
 
@@ -299,7 +301,7 @@ def test_sample(uninterrupted):
     assert "'é' (U+00E9)" in tool("sample", run, "--prompt=é", code=2)
 
 
-def test_evaluate_covers_the_whole_split_on_any_devices(uninterrupted, data):
+def test_evaluate_covers_the_whole_split_on_any_devices(tmp_path, uninterrupted, data):
     run, _ = uninterrupted
     result = json.loads(tool("evaluate", run, "--json"))
     assert set(result) == {"step", "tokens", "val/loss", "val/perplexity", "val/bits_per_byte"}
@@ -312,4 +314,5 @@ def test_evaluate_covers_the_whole_split_on_any_devices(uninterrupted, data):
     during = [r for r in runs.rows(run) if "val/loss" in r][-1]
     assert during["val/loss"] == pytest.approx(result["val/loss"], abs=0.1)
     assert np.isfinite(result["val/loss"])
-    assert "val/loss" in tool("evaluate", run)
+    moved = shutil.copytree(data, tmp_path / "elsewhere")
+    assert json.loads(tool("evaluate", run, f"--data_path={moved}", "--json")) == result

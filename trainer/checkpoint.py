@@ -2,37 +2,42 @@
 
 Orbax (v1) writes and commits the arrays; what it does not promise is added here. A flipped byte restores without an
 error, so each leaf has a checksum. A directory with a number for a name counts as a step, so a step that lacks its
-parts is moved to RUN/quarantine, and the one before it is tried. Another dtype is silently cast, so they are compared.
-What save() is given has a digest: a flipped bit in the number of samples would go on with other data.
+parts is moved to RUN/quarantine. Another dtype is silently cast, so they are compared. What save() is given has a
+digest: a flipped bit in the number of samples would go on with other data. A commit is looked at before it counts.
+Damage has to be proved (trainer/reading.py), and what is damaged is moved away only when another step was restored.
 A failed save is reported when it fails. What stays is decided here (trainer/retention.py), for Orbax's own manager
 remembers failed steps, refuses to go back, and deletes while the loop waits.
 """
 
+import asyncio
 import contextlib
+import errno
 import functools
-import hashlib
 import json
 import logging
+import os
 import pathlib
-import re
+import platform
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils.epath import gpath
 from jax import Array
 from orbax.checkpoint import v1 as ocp
 
-from trainer import retention
+from trainer import identity, reading, retention
 from trainer.config import CheckpointConfig
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import CheckpointError, ConfigError, Stopped
 from trainer.lives import METADATA_FILE
 from trainer.mirror import Mirror
 from trainer.processes import Processes
+from trainer.reading import Damaged, Suspect, Unreadable
 from trainer.state import Program, TrainState
 
 log = logging.getLogger("meshlm")
@@ -41,10 +46,11 @@ logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tracebacks of Orbax's
 ITEMS = ("params", "opt_state")
 DELETING = ".deleting"
 ASIDE = ".set_aside"  # of steps that are whole, but that the run does not go on from
-STEP = re.compile("0|[1-9][0-9]*")
 # A host that cannot write makes the others wait, and no save begins meanwhile: for the first while nobody knows how
-# long a save takes; then for the others, or for so many times the one before.
+# long a save takes; then for the others, or for so many times the one before. Slow storage must not make every save too
+# late: the limit grows with what is written, and doubles after each save that came to it.
 SAVE_TIMEOUT_S, LATER_TIMEOUT_S, TIMEOUT_FACTOR = 300, 60, 10
+SLOWEST_BYTES_S, LONGEST_TIMEOUT_S = 50e6, 6 * 3600  # of one process
 PATIENCE_S, AFTER_FAILURE_S = 30, 1  # with the save before, where a later one will do as well
 
 
@@ -69,6 +75,19 @@ def checksums(tree: Any) -> list[int]:
     return jax.device_get(_checksums(tree)).tolist()
 
 
+class LiteralPath(gpath.PosixGPath):
+    """A path for Orbax in which no character is a pattern, and no folder means an object store.
+
+    Orbax finds what it has written with glob(), for which a [ in the name of any folder above begins a pattern.
+    """
+
+    _uri_scheme = None  # /gs and /s3 are folders
+
+    def glob(self, pattern: str) -> Iterator["LiteralPath"]:
+        for path in pathlib.Path(self).glob(pattern):
+            yield type(self)(path)
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -88,9 +107,11 @@ class Checkpoints:
     ):
         self.directory, self.quarantine = run / "checkpoints", run / "quarantine"
         self.val_losses: dict[int, float] = {}  # of steps that were evaluated; the caller fills it
+        # Of a folder on another disk; there no rename leads to RUN/quarantine.
+        self.quarantine_there = self.directory / "quarantine"
         self.config, self.processes, self.mirror = config, processes or Processes(), mirror
         self._watcher: threading.Thread | None = None
-        self._save_s = 0.0
+        self._save_s, self._limit_s, self._timeouts = 0.0, float(SAVE_TIMEOUT_S), 0
         self.failed = False
         if config is None:
             if not self.directory.is_dir():
@@ -98,25 +119,22 @@ class Checkpoints:
             return
         self._on_process_0("checkpoints", self._clean_up)
 
-    def _on_process_0(self, what: str, function: Any) -> None:
-        """Runs it there, while the others wait."""
+    def _on_process_0(self, what: str, function: Callable[[], None]) -> None:
+        """Runs it there, while the others wait; again where files cannot be read or written just now."""
 
         def act() -> None:
             if self.processes.index == 0:
-                try:
-                    function()
-                except OSError as e:
-                    raise ConfigError(f"cannot write to {self.directory}: {e.strerror}") from None
+                reading.writing(function, self.directory)
 
         self.processes.together(what, act)
 
     def _clean_up(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         for path in self.directory.iterdir():
-            if STEP.fullmatch(path.name) and not self._is_whole(path):
+            if identity.STEP.fullmatch(path.name) and not self._is_whole(path):
                 self._move_to_quarantine(path, "it lacks parts, so it was not committed")
             elif path.name.endswith(DELETING) or ".orbax-checkpoint-tmp" in path.name:
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
 
     # Writing
 
@@ -138,7 +156,8 @@ class Checkpoints:
         under way on any process. (One that fails on some makes Orbax wait on the others, for minutes.)
         """
         start = time.perf_counter()
-        if not self._is_free(step, last):
+        free, committed = self._prepare(step, last)
+        if not free:
             self.failed = True
             log.error("checkpoint at step %d LEFT OUT: the one before it is still being written, or failing", step)
             return time.perf_counter() - start
@@ -146,44 +165,91 @@ class Checkpoints:
             self._clear_partial()  # again: its other threads may have written on
         self.failed = False
         items = _items(state)
-        meta = meta | {"step": step, "arrays": _arrays(items)}
-        meta["digest"] = _digest(meta)
-        limit = max(LATER_TIMEOUT_S, int(TIMEOUT_FACTOR * self._save_s)) if self._save_s else SAVE_TIMEOUT_S
+        arrays = _arrays(items)
+        if committed == identity.digest(arrays):  # by a save that failed late, on some processes
+            log.info("checkpoint at step %d is committed already", step)
+            return time.perf_counter() - start
+        meta = meta | {"step": step, "arrays": arrays}
+        meta["digest"] = identity.digest(meta)
+        self._limit_s = self._limit(items)
         try:
             context = ocp.Context()
-            context.asynchronous.timeout_secs = limit
+            context.asynchronous.timeout_secs = int(self._limit_s)
             with context:
                 response = ocp.save_checkpointables_async(self._path(step), items, custom_metadata=meta)
-        except (OSError, ValueError, RuntimeError) as e:
+        except Exception as e:  # whatever a disk makes Orbax raise
             self._report_failure(step, e)
             return time.perf_counter() - start
         self._watcher = threading.Thread(target=self._watch, args=(step, response), name="checkpoint", daemon=True)
         self._watcher.start()
         return time.perf_counter() - start
 
-    def _is_free(self, step: int, last: bool) -> bool:
-        """Whether the save before is over on all processes. Where one has failed, the others wait for it in vain."""
-        mine = json.dumps([self.busy, self.failed])
-        busy, failed = map(
-            any, zip(*map(json.loads, self.processes.exchange(f"before step {step}", mine)), strict=True)
-        )
-        if not busy:
-            return True
-        self.wait(SAVE_TIMEOUT_S if last else AFTER_FAILURE_S if failed else PATIENCE_S)
-        return self.processes.all_agree(f"save of step {step}", not self.busy)
+    def _limit(self, items: dict[str, Any]) -> float:
+        """Seconds that a save of this may take."""
+        own_bytes = sum(x.nbytes for x in jax.tree.leaves(items)) / self.processes.size
+        known = max(LATER_TIMEOUT_S, TIMEOUT_FACTOR * self._save_s) if self._save_s else SAVE_TIMEOUT_S
+        return min(max(known, own_bytes / SLOWEST_BYTES_S) * 2**self._timeouts, LONGEST_TIMEOUT_S)
+
+    def _prepare(self, step: int, last: bool) -> tuple[bool, str | None]:
+        """Whether the save before is over on all processes, and the digest of the arrays already committed as `step`.
+
+        Where a save has failed on one process, the others wait for it in vain.
+        """
+        free, failed, committed = self._ask(f"before step {step}", step)
+        if not free:
+            self.wait(self._limit_s if last else AFTER_FAILURE_S if failed else PATIENCE_S)
+            free, _, committed = self._ask(f"save of step {step}", step)
+        return free, committed
+
+    def _ask(self, name: str, step: int) -> tuple[bool, bool, str | None]:
+        """Whether none is busy, whether one has failed, and what process 0 sees of the step."""
+        there = self._committed(step) if self.processes.index == 0 and not self.busy else None
+        mine = json.dumps([self.busy, self.failed, there])
+        everyone = [json.loads(answer) for answer in self.processes.exchange(name, mine)]
+        return not any(busy for busy, _, _ in everyone), any(failed for _, failed, _ in everyone), everyone[0][2]
+
+    def _committed(self, step: int) -> str | None:
+        """The digest of the arrays of a step that is whole."""
+        if not os.path.exists(self.directory / str(step)):
+            return None
+        try:
+            return identity.digest(self._look(step)["arrays"])
+        except CheckpointError:
+            return None
+
+    def _look(self, step: int) -> dict[str, Any]:
+        """The meta of a step of which all parts can be found. Raises Damaged, Suspect, Unreadable."""
+
+        def look() -> dict[str, Any]:
+            meta = self.meta(step)
+            self._check_found(step, meta, meta["arrays"])
+            return meta
+
+        return reading.patiently(look, self.directory)
 
     def _watch(self, step: int, response: Any) -> None:
         start = time.perf_counter()
         try:
             response.result()
+            if self.processes.index == 0:
+                self._look(step)
+        except Damaged as e:
+            self._report_failure(step, e)
+            with contextlib.suppress(OSError):
+                self._move_to_quarantine(self.directory / str(step), str(e))
+            return
         except Exception as e:
+            self._timeouts += time.perf_counter() - start >= 0.9 * self._limit_s
             self._report_failure(step, e)
             return
-        self._save_s = time.perf_counter() - start
+        self._save_s, self._timeouts = time.perf_counter() - start, 0
         if self.processes.index == 0:
-            if self.mirror is not None:
-                self.mirror.offer(step, self._kept())
-            self.delete_old()
+            try:
+                if self.mirror is not None:
+                    self.mirror.offer(step, self._kept())
+                self.delete_old()
+            except (OSError, Unreadable) as e:  # not even looked at: the best one may be among them
+                log.warning("old checkpoints are kept for now: %s", e)
 
     def _report_failure(self, step: int, error: Exception) -> None:
         self.failed = True
@@ -194,8 +260,9 @@ class Checkpoints:
     def _clear_partial(self) -> None:
         """What a failed save left takes room that the next one may need."""
         if self.processes.index == 0:
-            for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it is cleared again before the next save
+                for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                    _remove(path)
 
     def wait(self, limit_s: float | None = None) -> bool:
         """Waits for the save in flight, if any; False if it failed."""
@@ -221,38 +288,34 @@ class Checkpoints:
             return
         copying = {self.mirror.copying} if self.mirror is not None else set()
         for step in set(self.steps()) - self._kept() - copying:
-            with contextlib.suppress(OSError):
-                doomed = self.directory / f"{step}{DELETING}"
-                (self.directory / str(step)).rename(doomed)
-                shutil.rmtree(doomed)
+            doomed = self.directory / f"{step}{DELETING}"
+            (self.directory / str(step)).rename(doomed)
+            _remove(doomed)
 
     # Reading
 
-    def _path(self, step: int) -> pathlib.Path:
-        return (self.directory / str(step)).resolve()  # by whatever links each process gets there: Orbax compares them
+    def _path(self, step: int) -> LiteralPath:
+        """By whatever links each process gets there: Orbax compares them."""
+        return LiteralPath((self.directory / str(step)).resolve())
 
     def steps(self) -> list[int]:
-        """Committed steps, ascending."""
-        return sorted(int(p.name) for p in self.directory.iterdir() if STEP.fullmatch(p.name) and self._is_whole(p))
+        """Committed steps, ascending. Raises OSError."""
+        return sorted(
+            int(p.name) for p in self.directory.iterdir() if identity.STEP.fullmatch(p.name) and self._is_whole(p)
+        )
 
     def _is_whole(self, path: pathlib.Path) -> bool:
-        return all((path / part).exists() for part in (METADATA_FILE, *ITEMS))
+        return all(reading.is_there(path / part) for part in (METADATA_FILE, *ITEMS))
 
     def meta(self, step: int) -> dict[str, Any]:
         """What save() was given, with `step` and `arrays`: by item and leaf, [kind, checksum].
 
-        Raises CheckpointError.
+        Raises Damaged, Unreadable.
         """
-        path = self.directory / str(step) / METADATA_FILE
-        try:
-            meta = json.loads(path.read_text())["custom_metadata"]
-            if meta["step"] != step:
-                raise ValueError(f"it says step {meta['step']}")
-            if meta.pop("digest") != _digest(meta):
-                raise ValueError("it is not what was saved (digest)")
-            return meta
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise CheckpointError(f"{path} cannot be read: {e!r}") from None
+        meta = identity.read_meta(self.directory / str(step))
+        if meta.get("step") != step:
+            raise Damaged(f"{self.directory / str(step)} says that it is step {meta.get('step')}")
+        return meta
 
     def restore_newest(
         self, program: Program, choose: Callable[[list[int]], int | None] | None = None
@@ -261,49 +324,76 @@ class Checkpoints:
 
         With `choose`, that which it takes of the steps that are here, ascending; None if it takes none.
 
-        Process 0 chooses the step, all verify it. One that fails anywhere is moved to quarantine with a message, and
-        the one before it is tried.
+        Process 0 chooses the step, all verify it. When one fails anywhere, another is chosen; when that one is
+        restored, those that failed are moved to quarantine with a message. So nothing moves when all fail.
 
         Raises:
           CheckpointError: there were checkpoints, but none can be used. Starting afresh would hide the loss.
+          Unreadable: files cannot be read here and now.
           ConfigError: a checkpoint is of another model.
         """
-        newest = functools.partial(self._newest, choose)
-        while (step := self.processes.choose("newest checkpoint", newest)) is not None:
+        failed: dict[int, str] = {}
+        while (step := self.processes.choose("newest checkpoint", lambda: self._next(failed, choose))) is not None:
             result, problem = None, ""
             try:
                 result = self.restore(program, step)
-            except CheckpointError as e:
+            except (Damaged, Suspect) as e:
                 problem = str(e)
-            answers = self.processes.exchange(f"restored step {step}", problem)
-            problems = [answer for answer in answers if answer]
+            problems = [answer for answer in self.processes.exchange(f"restored step {step}", problem) if answer]
             if not problems:
-                assert result is not None
+                failed.pop(step, None)  # this is the mirror's copy of it
+                if failed:
+                    self._on_process_0("quarantine", lambda: self._put_away(failed))
                 return result
-            move = functools.partial(self._move_to_quarantine, self._path(step), problems[0])
-            self._on_process_0(f"quarantine of step {step}", move)
+            log.error("%s", problems[0])
+            failed[step] = problems[0]
         return None
 
-    def _newest(self, choose: Callable[[list[int]], int | None] | None = None) -> int | None:
-        here = self.steps()
+    def _next(self, failed: dict[int, str], choose: Callable[[list[int]], int | None] | None) -> int | None:
+        """The newest step that has not failed, here or from the mirror; with `choose`, which it takes of those here."""
+        here = [step for step in reading.patiently(self.steps, self.directory) if step not in failed]
         if here and choose is not None:
             return choose(here)
-        if self.mirror is not None:
-            for step in self.mirror.steps():  # newest first
-                if here and step <= here[-1]:
-                    break
-                if self.mirror.fetch(step):
-                    return step
+        offered = self._offered(bool(here))
+        for step in offered:  # newest first
+            if here and step <= here[-1]:
+                break
+            assert self.mirror is not None
+            away = functools.partial(self._put_away, {step: failed[step]} if step in failed else {})
+            if self.mirror.fetch(step, away):
+                return step
         if here:
             return here[-1]
-        if self.quarantine.exists():
+        if failed:
             raise CheckpointError(
-                f"no usable checkpoint in {self.directory}, and damaged ones in {self.quarantine}; restore one from a "
+                f"no usable checkpoint in {self.directory}: {'; '.join(failed.values())}; nothing was moved; restore "
+                "one from a backup, or start over with another --workdir"
+            )
+        if offered:  # in the end, a fresh start would delete them
+            raise CheckpointError("no copy in config.checkpoint.mirror can be fetched; start again when one can")
+        if reading.is_there(self.quarantine) or reading.is_there(self.quarantine_there):
+            raise CheckpointError(
+                f"no usable checkpoint in {self.directory}, and some in quarantine; put one back, restore one from a "
                 "backup, or start over with another --workdir"
             )
         if any(self.directory.glob(f"*{ASIDE}")):
             log.warning("No checkpoint with a finite loss is left in %s; the run begins again", self.directory)
         return None
+
+    def _offered(self, needless: bool) -> list[int]:
+        """What the mirror has, newest first."""
+        try:
+            return self.mirror.steps() if self.mirror is not None else []
+        except CheckpointError as e:
+            if not needless:
+                raise
+            log.warning("%s", e)
+            return []
+
+    def _put_away(self, failed: dict[int, str]) -> None:
+        for step, reason in failed.items():
+            if (self.directory / str(step)).exists():
+                self._move_to_quarantine(self.directory / str(step), reason)
 
     def restore(self, program: Program, step: int) -> tuple[TrainState, dict[str, Any]]:
         """The whole state of one step. Raises CheckpointError, ConfigError."""
@@ -320,34 +410,69 @@ class Checkpoints:
 
     def _load(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Without the guard where none was saved. An error of one process is one of all."""
-        path, items, meta, problem = self._path(step), {}, {}, ""
-        # Each process for itself: Orbax's barriers would leave the others waiting for one that cannot read.
-        alone = ocp.Context()
-        alone.multiprocessing.primary_host = self.processes.index
-        alone.multiprocessing.active_processes = {self.processes.index}
+        path, problem = self._path(step), None
+        items: dict[str, Any] = {}
+        meta: dict[str, Any] = {}
         try:
-            meta = self.meta(step)
-            abstract = {name: item for name, item in abstract.items() if name != "guard" or name in meta["arrays"]}
-            with alone:
-                _check_leaves(path, meta["arrays"], ocp.checkpointables_metadata(path).metadata, abstract)
-                items = ocp.load_checkpointables(path, abstract)
-        except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):  # not of the files
-            raise
-        except CheckpointError as e:
-            problem = str(e)
-        except Exception as e:  # whatever a damaged file makes the reader raise
-            problem = f"checkpoint {path} cannot be read: {type(e).__name__}: {' '.join(str(e).split())[:300]}"
+            items, meta = reading.patiently(lambda: self._read(step, abstract), path)
+        except (Damaged, Suspect, Unreadable) as e:
+            problem = [type(e).__name__, str(e), e.exit_code]
         # The sums are made by all together, so none may begin where one has nothing to sum.
-        for of_one in self.processes.exchange(f"read step {step}", problem):
-            if of_one:
-                raise CheckpointError(of_one)
+        for answer in self.processes.exchange(f"read step {step}", json.dumps(problem)):
+            if of_one := json.loads(answer):
+                kind, reason, exit_code = of_one
+                if kind == Unreadable.__name__:
+                    raise Unreadable(reason, exit_code)
+                raise {c.__name__: c for c in (Damaged, Suspect)}[kind](reason)
         for name, item in items.items():
             for leaf, now in zip(_leaves(item), checksums(item), strict=True):
                 if now != meta["arrays"][name][leaf][1]:
-                    raise CheckpointError(
-                        f"checkpoint {path} is damaged: {name}.{leaf} is not what was saved (checksum)"
-                    )
+                    raise Damaged(f"checkpoint {path} is damaged: {name}.{leaf} is not what was saved (checksum)")
         return items, meta
+
+    def _read(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """By this process for itself: Orbax's barriers would leave the others waiting for one that cannot read."""
+        path = self._path(step)
+        if not self._is_whole(self.directory / str(step)):  # process 0 chose it: this one has an older view, or none
+            raise Unreadable(
+                f"{path} is not seen, or not whole, on {platform.node()}; nothing was moved", Stopped.exit_code
+            )
+        meta = self.meta(step)
+        abstract = {name: item for name, item in abstract.items() if name != "guard" or name in meta["arrays"]}
+        _check_wanted(path, meta["arrays"], abstract)
+        self._check_found(step, meta, abstract)
+        try:
+            with self._alone():
+                return asyncio.run(_load_items(path, abstract)), meta
+        except (MemoryError, jax.errors.JaxRuntimeError):  # not of the files
+            raise
+        except Exception as e:  # whatever a damaged file makes the reader raise
+            raise reading.judged(path, e) from None
+
+    def _alone(self) -> ocp.Context:
+        alone = ocp.Context()
+        alone.multiprocessing.primary_host = self.processes.index
+        alone.multiprocessing.active_processes = {self.processes.index}
+        return alone
+
+    def _check_found(self, step: int, meta: dict[str, Any], names: Iterable[str]) -> None:
+        """Compares what Orbax finds of the items `names` with what was saved: it would cast a dtype without a word.
+
+        Raises Damaged, Suspect, Unreadable.
+        """
+        path = self._path(step)
+        try:
+            with self._alone():
+                # Not checkpointables_metadata, which says None of what it cannot read.
+                handler = ocp.handlers.PyTreeHandler()
+                found = {name: asyncio.run(handler.metadata(path / name)) for name in names}
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as e:
+            raise reading.judged(path, e) from None
+        for name, item in found.items():
+            if _leaves(item) != _kinds(meta["arrays"][name]):
+                raise Damaged(f"checkpoint {path} is damaged: the arrays of {name} are not those that were saved")
 
     def discard_after(self, step: int) -> None:
         """Sets steps above `step` aside, for a run that goes back behind them."""
@@ -364,10 +489,7 @@ class Checkpoints:
         def move() -> None:
             for step in steps:
                 target = self.directory / f"{step}{ASIDE}"
-                if target.is_symlink():
-                    target.unlink()
-                elif target.exists():
-                    shutil.rmtree(target)
+                _remove(target)
                 (self.directory / str(step)).rename(target)
                 log.warning("%s; %s is now %s", reason, self.directory / str(step), target.name)
             if self.mirror is not None:
@@ -378,10 +500,35 @@ class Checkpoints:
             self._on_process_0(f"setting aside {steps}", move)
 
     def _move_to_quarantine(self, path: pathlib.Path, reason: str) -> None:
-        self.quarantine.mkdir(exist_ok=True)
-        target = self.quarantine / f"{path.name}.{time.strftime('%Y%m%dT%H%M%S')}.{time.monotonic_ns() % 1000:03d}"
-        path.rename(target)
+        name = f"{path.name}.{time.strftime('%Y%m%dT%H%M%S')}.{time.monotonic_ns() % 1000:03d}"
+        try:
+            target = _renamed(path, self.quarantine / name)
+        except OSError as e:
+            if e.errno != errno.EXDEV:
+                raise
+            with contextlib.suppress(OSError):
+                self.quarantine.rmdir()  # if it was made just now
+            target = _renamed(path, self.quarantine_there / name)
         log.error("%s; moved %s to %s", reason, path, target)
+
+
+def _renamed(path: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+    target.parent.mkdir(exist_ok=True)
+    return path.rename(target)
+
+
+def _remove(path: pathlib.Path) -> None:
+    """As far as that is possible. Of a link the link: what it leads to is not the run's."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+async def _load_items(path: LiteralPath, abstract: dict[str, Any]) -> dict[str, Any]:
+    """As ocp.load_checkpointables, which counts its calls: a process that tried again would then save alone."""
+    handler = ocp.handlers.PyTreeHandler()
+    return {name: await (await handler.load(path / name, item)) for name, item in abstract.items()}
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -398,29 +545,20 @@ def _arrays(items: dict[str, Any]) -> dict[str, dict[str, list]]:
     }
 
 
-def _check_leaves(
-    path: pathlib.Path, saved: dict[str, dict[str, Any]], found: dict[str, Any], abstract: dict[str, Any]
-) -> None:
-    """Compares what was saved with what is wanted: Orbax would cast a dtype without a word.
-
-    Raises:
-      ConfigError: leaves of another name, shape or dtype: the checkpoint is of another model.
-      CheckpointError: what is there is not what was saved.
-    """
+def _check_wanted(path: pathlib.PurePath, saved: dict[str, dict[str, Any]], abstract: dict[str, Any]) -> None:
+    """Raises ConfigError for leaves of another name, shape or dtype: the checkpoint is of another model."""
     for name, wanted in abstract.items():
-        there, here = {leaf: kind for leaf, (kind, _) in saved[name].items()}, _leaves(wanted)
+        there, here = _kinds(saved[name]), _leaves(wanted)
         if differing := [leaf for leaf in there | here if there.get(leaf) != here.get(leaf)]:
             leaf = differing[0]
             raise ConfigError(
                 f"checkpoint {path} is of another model: {name}.{leaf} is {there.get(leaf, 'not there')} there and "
                 f"{here.get(leaf, 'not there')} here ({len(differing)} such); undo the change, or use another --workdir"
             )
-        if _leaves(found[name]) != there:
-            raise CheckpointError(f"checkpoint {path} is damaged: the arrays of {name} are not those that were saved")
 
 
-def _digest(meta: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
+def _kinds(saved: dict[str, Any]) -> dict[str, str]:
+    return {leaf: kind for leaf, (kind, _) in saved.items()}
 
 
 def _leaves(tree: Any) -> dict[str, str]:

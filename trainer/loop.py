@@ -16,12 +16,12 @@ import jax
 import numpy as np
 from jax import Array
 
-from data import loader, mixture, sources
-from trainer import compiler, divergence, sampling, sharding, startup, stragglers
+from data import loader, sources
+from trainer import compiler, divergence, identity, sampling, sharding, startup, stragglers
 from trainer import metrics as reporting
 from trainer.checkpoint import Checkpoints
 from trainer.config import Config, to_json
-from trainer.errors import CheckpointError, ConfigError, Diverged
+from trainer.errors import CheckpointError, Diverged
 from trainer.evaluation import evaluate, part_rows
 from trainer.mirror import Mirror
 from trainer.processes import SAVE, STOP, Processes
@@ -96,7 +96,13 @@ class Trainer:
         def open_it() -> Mirror | None:
             if self.processes.index or not self.config.checkpoint.mirror:
                 return None
-            return Mirror(self.config.checkpoint.mirror, self.run / "checkpoints", self.config)
+            mirror = self.config.checkpoint.mirror
+            return Mirror(
+                mirror,
+                self.run / "checkpoints",
+                self.config,
+                lambda meta: identity.check(meta, self.config, self.data, mirror),
+            )
 
         return self.processes.together("mirror", open_it)
 
@@ -275,14 +281,7 @@ class Trainer:
         if restored is None:
             return self.program.init(), 0
         state, meta = restored
-        if meta["data_fingerprint"] != self.data.fingerprint():
-            raise ConfigError(
-                f"{self.run} was trained on another dataset (fingerprint {meta['data_fingerprint']}) than the one at "
-                f"{self.config.data.path} ({self.data.fingerprint()}); name that one, or another --workdir"
-            )
-        weights = meta["config"]["data"].get("weights", "")
-        old = mixture.parse_stages(weights, len(self.data.datasets))
-        mixture.check_change(old, self.data.stages, meta["samples"])
+        identity.check(meta, self.config, self.data, self.run)  # again: this one may come from the mirror
         return state, meta["samples"]
 
     def _restore_sound(self, choose: Callable[[list[int]], int | None]) -> tuple[TrainState, int]:
@@ -373,6 +372,7 @@ class Trainer:
         meta = {
             "samples": samples,
             "data_fingerprint": self.data.fingerprint(),
+            "tokenizer_sha256": identity.tokenizer_sha256(self.tokenizer),
             "config": json.loads(to_json(self.config)),
             "jax": jax.__version__,
         }

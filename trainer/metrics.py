@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from data import files
 from trainer import console, flops, lives
 from trainer.config import Config
 from trainer.errors import ConfigError
@@ -39,9 +40,7 @@ def cut_rows_after(path: pathlib.Path, step: int) -> int:
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
     if len(kept) < len(lines):
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(b"".join(kept))
-        os.replace(partial, path)
+        files.write_durably(path, b"".join(kept))
     return len(lines) - len(kept)
 
 

@@ -13,16 +13,22 @@ import pathlib
 import re
 import shutil
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 from data import names, remote
 from data.errors import DataError
+from data.files import close_durably
+from trainer import identity, reading
 from trainer.config import Config, changes, from_dict, to_json
-from trainer.errors import ConfigError
+from trainer.errors import CheckpointError, ConfigError
 from trainer.lives import METADATA_FILE
 
 log = logging.getLogger("meshlm")
 TIMEOUT_S = 600  # for one file
+PIECE_BYTES = 16 << 20  # held in memory
+PARTIAL = ".__lock"  # tensorstore's name for a file that is being written
 
 
 class Mirror:
@@ -32,6 +38,8 @@ class Mirror:
       location: folder or URL.
       source: RUN/checkpoints.
       config: of the run.
+      check: is called with the meta of the newest copy, before anything is written; raises what keeps the mirror as
+        it is.
 
     Attributes:
       copying: the step being copied, or None.
@@ -40,7 +48,13 @@ class Mirror:
       ConfigError: the location cannot be used, or belongs to another run.
     """
 
-    def __init__(self, location: str, source: pathlib.Path, config: Config):
+    def __init__(
+        self,
+        location: str,
+        source: pathlib.Path,
+        config: Config,
+        check: Callable[[dict[str, Any]], None] = lambda meta: None,
+    ):
         self.location, self.source = location.rstrip("/"), source
         self.copying: int | None = None
         self._waiting: tuple[int, set[int]] | None = None
@@ -49,11 +63,11 @@ class Mirror:
         self._thread: threading.Thread | None = None
         try:
             self._store = remote.open_store(self.location)
-            self._claim(config)
+            self._claim(config, check)
         except _ERRORS as e:
             raise ConfigError(f"config.checkpoint.mirror = {location} cannot be used: {_line(e)}") from None
 
-    def _claim(self, config: Config) -> None:
+    def _claim(self, config: Config, check: Callable[[dict[str, Any]], None]) -> None:
         recorded = self._read("config.json")
         if recorded is not None:
             try:
@@ -69,6 +83,13 @@ class Mirror:
                     f"config.checkpoint.mirror = {self.location} holds another run's checkpoints "
                     f"({'; '.join(refused)}); name another place"
                 )
+        for step in self.steps():
+            try:
+                newest = identity.meta_from(self._read(f"checkpoints/{step}/{METADATA_FILE}") or b"")
+            except ValueError:  # a damaged copy; it is found when it is restored
+                continue
+            check(newest)
+            break
         if not remote.is_remote(self.location):
             self._clear_leftovers(pathlib.Path(self.location), is_ours=recorded is not None)
         self._write("config.json", to_json(config).encode())
@@ -77,7 +98,8 @@ class Mirror:
     def _clear_leftovers(folder: pathlib.Path, is_ours: bool) -> None:
         """Of copies that were killed, under the names that tensorstore gives them: the next would end in old bytes."""
         steps = [path for path in folder.glob("checkpoints/*") if is_ours and _step(path.name) is not None]
-        for leftover in [folder / "config.json.__lock", *(path for step in steps for path in step.rglob("*.__lock"))]:
+        partial = f"*{PARTIAL}"
+        for leftover in [folder / f"config.json{PARTIAL}", *(path for step in steps for path in step.rglob(partial))]:
             leftover.unlink(missing_ok=True)
 
     # Copying there
@@ -111,7 +133,19 @@ class Mirror:
         folder = self.source / str(step)
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != METADATA_FILE)
         for path in [*files, folder / METADATA_FILE]:
-            self._write(f"checkpoints/{step}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+            self._copy_file(path, f"checkpoints/{step}/{path.relative_to(folder).as_posix()}")
+
+    def _copy_file(self, path: pathlib.Path, key: str) -> None:
+        if remote.is_remote(self.location):  # its clients take an object whole; Orbax's files have 2 GB at most
+            self._write(key, path.read_bytes())
+            return
+        with names.opened(pathlib.Path(self.location), key) as (folder, last):
+            partial = f"{last}{PARTIAL}"
+            there = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666, dir_fd=folder)
+            with path.open("rb") as source, os.fdopen(there, "wb") as f:
+                shutil.copyfileobj(source, f, PIECE_BYTES)
+                close_durably(f)
+            os.rename(partial, last, src_dir_fd=folder, dst_dir_fd=folder)
 
     def keep_only(self, steps: set[int]) -> None:
         """Deletes the copies of other steps."""
@@ -135,38 +169,60 @@ class Mirror:
     # And back
 
     def steps(self) -> list[int]:
-        """Whole copies, newest first; without those that were fetched once."""
-        return sorted(self.whole() - self._fetched, reverse=True)
+        """Whole copies, newest first; without those that were fetched once. Raises CheckpointError."""
+        try:
+            return sorted(self._list() - self._fetched, reverse=True)
+        except _ERRORS as e:
+            raise CheckpointError(
+                f"cannot look into {self.location}: {_line(e)}; start again when it answers"
+            ) from None
 
     def whole(self) -> set[int]:
-        """Steps of which all is there."""
+        """Steps of which all is there; none when that cannot be told."""
         try:
-            keys = self._store.list(_range("checkpoints/")).result(TIMEOUT_S)
+            return self._list()
         except _ERRORS as e:
             log.warning("cannot look into %s: %s", self.location, _line(e))
             return set()
+
+    def _list(self) -> set[int]:
+        keys = self._store.list(_range("checkpoints/")).result(TIMEOUT_S)
         folders = {os.fsdecode(key).split("/")[1] for key in keys if key.endswith(f"/{METADATA_FILE}".encode())}
         return {step for folder in folders if (step := _step(folder)) is not None}
 
-    def fetch(self, step: int) -> bool:
-        """Copies `step` into the run; False if that fails. Never tried again: the copy may be damaged."""
+    def fetch(self, step: int, make_way: Callable[[], None] = lambda: None) -> bool:
+        """Copies `step` into the run; False if that fails, also when it is tried again.
+
+        A second call would bring the same copy, which may be damaged: `steps` does not offer it any more. `make_way` is
+        called when the copy is there, and about to take its place.
+        """
         self._fetched.add(step)
         partial = self.source / f"{step}.orbax-checkpoint-tmp-mirror"
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            prefix = f"checkpoints/{step}/"
-            for key in self._store.list(_range(prefix)).result(TIMEOUT_S):
-                content = self._read(key) or b""
-                with names.opened(partial, os.fsdecode(key).removeprefix(prefix)) as (folder, last):
-                    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-                    with os.fdopen(os.open(last, flags, 0o666, dir_fd=folder), "wb") as f:
-                        f.write(content)
-            partial.rename(self.source / str(step))
-        except _ERRORS as e:
-            log.error("checkpoint at step %d cannot be fetched from %s: %s", step, self.location, _line(e))
-            return False
-        log.info("fetched   step %d from %s", step, self.location)
-        return True
+        for pause_s in (*reading.PAUSES_S, None):
+            try:
+                self._download(step, partial)
+                make_way()
+                partial.rename(self.source / str(step))
+                log.info("fetched   step %d from %s", step, self.location)
+                return True
+            except _ERRORS as e:
+                reason = _line(e)
+            if pause_s is not None:
+                time.sleep(pause_s)
+        log.error("checkpoint at step %d cannot be fetched from %s: %s", step, self.location, reason)
+        return False
+
+    def _download(self, step: int, partial: pathlib.Path) -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        prefix = f"checkpoints/{step}/"
+        for key in self._store.list(_range(prefix)).result(TIMEOUT_S):
+            name = os.fsdecode(key)
+            with names.opened(partial, name.removeprefix(prefix)) as (folder, last):
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+                with os.fdopen(os.open(last, flags, 0o666, dir_fd=folder), "wb") as f:
+                    for block in remote.blocks(self._store, key, f"{self.location}/{name}"):
+                        f.write(block.value)
+                    close_durably(f)
 
     def _read(self, key: str | bytes) -> bytes | None:
         result = self._store.read(key).result(TIMEOUT_S)

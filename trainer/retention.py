@@ -1,11 +1,15 @@
 """Which checkpoints stay, and when the next is due by time. Pure; process 0 decides for all."""
 
+import collections
 import math
+import statistics
 from collections.abc import Mapping
 
 from trainer.config import CheckpointConfig
 
 RETRY_S = 10.0  # after a save that failed; doubled with each that fails again
+STALLS = 5  # that are remembered; one slow save is none of a slow disk
+RAREST = 3  # times every_minutes: what a preemption without warning may cost, however slow saves are
 
 
 def kept(steps: Mapping[int, float | None], config: CheckpointConfig) -> set[int]:
@@ -29,14 +33,17 @@ class SaveClock:
     """
 
     def __init__(self, config: CheckpointConfig, now: float):
-        self.config, self.last, self.stall_s = config, now, 0.0
+        self.config, self.last = config, now
+        self.stalls: collections.deque[float] = collections.deque(maxlen=STALLS)
         self.retry_at: float | None = None
         self.retry_s = RETRY_S
 
     @property
     def interval_s(self) -> float:
-        """Long enough that the measured stall is at most config.max_share of it."""
-        return max(60 * self.config.every_minutes, self.stall_s / self.config.max_share)
+        """Long enough that the usual stall is at most config.max_share of it, within limits."""
+        wanted_s = 60 * self.config.every_minutes
+        usual_s = statistics.median(self.stalls) if self.stalls else 0.0
+        return min(max(wanted_s, usual_s / self.config.max_share), RAREST * wanted_s)
 
     def due(self, now: float) -> bool:
         if self.retry_at is not None and now >= self.retry_at:
@@ -45,7 +52,8 @@ class SaveClock:
 
     def started(self, now: float, stall_s: float) -> None:
         """A save was begun, and held the loop up for `stall_s`."""
-        self.last, self.stall_s, self.retry_at = now, stall_s, None
+        self.last, self.retry_at = now, None
+        self.stalls.append(stall_s)
 
     def ended(self, ok: bool, now: float) -> None:
         if ok:

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import logging
 import math
+import os
 import pathlib
 import platform
 import shlex
@@ -19,7 +20,7 @@ import subprocess
 
 from data import ends, files, sources, tokenizers
 from data.errors import DataError
-from trainer import lives, schedule
+from trainer import identity, lives, schedule
 from trainer.config import Config, changes, from_dict, to_json
 from trainer.errors import ConfigError
 
@@ -83,6 +84,7 @@ def resolve(config: Config) -> Config:
 
 def read_config(run: pathlib.Path) -> Config:
     """The configuration of an existing run. Raises ConfigError."""
+    check_links(run)
     path = run / "config.json"
     try:
         return from_dict(json.loads(path.read_text()))
@@ -92,11 +94,21 @@ def read_config(run: pathlib.Path) -> Config:
         raise ConfigError(f"{path} cannot be read: {e}") from None
 
 
+def check_links(run: pathlib.Path) -> None:
+    """Raises ConfigError for a link on the way to the run or its checkpoints that leads nowhere, as to a lost disk."""
+    for path in (*run.absolute().parents, run, run / "checkpoints"):
+        if os.path.islink(path) and not os.path.exists(path):
+            raise ConfigError(
+                f"{path} is a link to {os.readlink(path)}, which cannot be reached; bring that back, or remove the link"
+            )
+
+
 def check_changes(run: pathlib.Path, config: Config, allow: bool) -> Config:
     """Compares with the configuration the run began with; ConfigError with a diff where it may not go on.
 
     Returns `config` with the length of its schedule fixed: that of the run's beginning, unless another one is named.
     """
+    check_links(run)
     if not (run / "config.json").exists():
         if run.is_dir() and not all(p.name.startswith(BEFORE_A_RUN) for p in run.iterdir()):
             raise ConfigError(f"{run} exists, is not empty and is not a run directory; choose another --workdir")
@@ -147,7 +159,7 @@ def recorded(run: pathlib.Path) -> str:
 def _record(run: pathlib.Path, config: Config, data: sources.Sources, argv: list[str]) -> None:
     files.write_durably(run / "config.json", to_json(config).encode())
     tokenizer = data.load_tokenizer()
-    if tokenizer is not None:
+    if tokenizer is not None and not _has_tokenizer(run, tokenizer):
         tokenizers.save(tokenizer, run / "tokenizer")
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with (run / "command.txt").open("a") as f:
@@ -161,6 +173,14 @@ def _record(run: pathlib.Path, config: Config, data: sources.Sources, argv: list
         "commit": _commit(),
     }
     files.write_durably(run / "environment.json", (json.dumps(environment, indent=1) + "\n").encode())
+
+
+def _has_tokenizer(run: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> bool:
+    try:
+        there = tokenizers.load(run / "tokenizer")
+    except DataError:  # not there, or damaged
+        return False
+    return identity.tokenizer_sha256(there) == identity.tokenizer_sha256(tokenizer)
 
 
 def _commit() -> str | None:

@@ -22,7 +22,8 @@ from typing import Any
 
 from data import remote
 from data.errors import DataError
-from trainer.errors import ConfigError
+from trainer import reading
+from trainer.errors import ConfigError, Stopped
 
 log = logging.getLogger("meshlm")
 
@@ -39,7 +40,7 @@ class Owner:
 
     Attributes:
       machine: /etc/machine-id; two machines may have one host name. '' where there is none.
-      boot: changes when the machine is restarted; '' where it cannot be told.
+      boot: of the machine's kernel, another one after a restart; '' where it cannot be told.
       namespace: of process ids; a container does not see the processes of another.
       start: of the process, in ticks since boot; a pid is used again, but not with it.
     """
@@ -104,6 +105,7 @@ class RunLock:
 
         Raises:
           ConfigError: another process has it, or the location cannot be written.
+          Stopped: not just now; it was tried again.
         """
         self.owner = this_process()
         self._location, self._flag = str(location), flag
@@ -112,12 +114,7 @@ class RunLock:
         self._beat = 0
         self._lost = self._released = False
         self._stop = threading.Event()
-        try:
-            self._store, self._key = _open(self._location)
-            self._take(steal, stale_s)
-        except OSError as e:
-            hint = "; where access is denied, see docs/data.md" if remote.is_remote(self._location) else ""
-            raise ConfigError(f"cannot write to {self._flag}={self._location}: {e.strerror or e}{hint}") from None
+        self._begin(steal, stale_s)
         self._thread = threading.Thread(target=self._keep, name="run lock", daemon=True)
         self._thread.start()
 
@@ -142,13 +139,29 @@ class RunLock:
         except OSError as e:
             log.warning("cannot give back the lock of %s: %s", self._location, e.strerror or e)
 
+    def _begin(self, steal: bool, stale_s: float) -> None:
+        for pause_s in (*reading.PAUSES_S, None):
+            try:
+                self._store, self._key = _open(self._location)
+                self._place = _place_of(self._location)
+                return self._take(steal, stale_s)
+            except OSError as e:
+                passing = e.errno is not None and e.errno not in reading.LASTING
+                if passing and pause_s is not None:
+                    time.sleep(pause_s)
+                    continue
+                hint = "; where access is denied, see docs/data.md" if remote.is_remote(self._location) else ""
+                reason = f"cannot write to {self._flag}={self._location}: {e.strerror or e}{hint}"
+                raise (Stopped if passing else ConfigError)(reason) from None
+
     def _take(self, steal: bool, stale_s: float) -> None:
         poll_s = min(1.0, stale_s / 20)
         record, generation = first, _ = self._read()
         waited, now = 0.0, time.monotonic()
         while not self._is_ours(record):  # it is after a write whose answer was lost, too
             owner = _parse(record)
-            lives = _lives(owner, self.owner)
+            copied = _place(record) not in ("", self._place)  # with the folder: nobody need be here
+            lives = None if copied else _lives(owner, self.owner)
             name = owner or "an unknown process (its record is damaged)"
             over = None
             if record is not None:
@@ -229,7 +242,8 @@ class RunLock:
 
     def _record(self) -> bytes:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")  # for people only
-        text = json.dumps({**dataclasses.asdict(self.owner), "beat": self._beat, "time": now})
+        fields = dataclasses.asdict(self.owner) | {"beat": self._beat, "time": now, "place": self._place}
+        text = json.dumps(fields)
         return text.encode().ljust(RECORD_BYTES - 1) + b"\n"
 
     def _is_ours(self, record: bytes | None) -> bool:
@@ -310,6 +324,20 @@ def _parse(record: bytes | None) -> Owner | None:
     return owner if sane and all(isinstance(v, str) and v.isprintable() for v in values.values()) else None
 
 
+def _place_of(location: str) -> str:
+    """What tells a folder from a copy of it."""
+    return location[:256] if remote.is_remote(location) else f"folder {pathlib.Path(location).stat().st_ino}"
+
+
+def _place(record: bytes | None) -> str:
+    """The place that a record was written for; '' where it does not say."""
+    try:
+        place = json.loads(record or b"")["place"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return ""
+    return place if isinstance(place, str) else ""
+
+
 def _same_owner(record: bytes, other: bytes | None) -> bool:
     a, b = _parse(record), _parse(other)
     return record == other or (a is not None and b is not None and a.id == b.id)
@@ -317,10 +345,9 @@ def _same_owner(record: bytes, other: bytes | None) -> bool:
 
 def _lives(owner: Owner | None, me: Owner) -> bool | None:
     """Whether the process still runs; None where that cannot be told from here."""
-    if owner is None or (owner.host, owner.machine) != (me.host, me.machine) or not owner.boot or not me.boot:
+    # Another boot is no restart for certain: machines and containers are made from images, with host name and id.
+    if owner is None or (owner.host, owner.machine, owner.boot) != (me.host, me.machine, me.boot) or not me.boot:
         return None
-    if owner.boot != me.boot:
-        return False
     if owner.namespace != me.namespace:
         return None
     started = _started(owner.pid)

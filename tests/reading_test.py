@@ -1,0 +1,102 @@
+"""What an error of reading proves: damage only when what was read is wrong, whatever a library makes of an error."""
+
+import errno
+import json
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer import reading
+from trainer.errors import ConfigError
+from trainer.reading import Damaged, Suspect, Unreadable
+
+CODES = sorted(set(errno.errorcode) - set(reading.MISSING))
+WRONG = [
+    ValueError("DATA_LOSS: Error decoding manifest"),
+    ValueError("OUT_OF_RANGE: Requested byte range"),
+    ValueError('NOT_FOUND: Error reading local file "x"'),
+    FileNotFoundError("Metadata file (named _METADATA) does not exist"),
+    json.JSONDecodeError("x", "y", 0),
+    UnicodeDecodeError("utf-8", b"x", 0, 1, "y"),
+]
+
+
+def wrapped(error: BaseException, words: list[bool]) -> BaseException:
+    """As libraries do it: one error raised from another, or while it is handled."""
+    for from_it in words:
+        outer = RuntimeError("Failed to load checkpointable: params due to incompatible handler")
+        outer.__cause__, outer.__context__ = (error, None) if from_it else (None, error)
+        error = outer
+    return error
+
+
+@given(st.sampled_from(CODES), st.booleans(), st.lists(st.booleans(), max_size=4))
+def test_an_error_of_the_operating_system_is_never_damage(tmp_path_factory, code, in_words, wraps):
+    text = f"NOT_FOUND: Error reading local file \"x\": {os.strerror(code)} [os_error_code='{code}']"
+    error = ValueError(text) if in_words else OSError(code, os.strerror(code), "x")
+    found = reading.judged(tmp_path_factory.getbasetemp(), wrapped(error, wraps))
+    assert type(found) is Unreadable and os.strerror(code) in str(found)
+    assert found.exit_code == (3 if code in (errno.EACCES, errno.EPERM) else 42)
+
+
+@given(st.sampled_from(WRONG), st.lists(st.booleans(), max_size=4))
+def test_what_was_read_and_is_wrong_is_damage(tmp_path_factory, error, wraps):
+    assert type(reading.judged(tmp_path_factory.getbasetemp(), wrapped(error, wraps))) is Damaged
+
+
+@given(st.sampled_from([KeyError("x"), TypeError("y"), ValueError("trees differ"), OSError("z"), RuntimeError()]))
+def test_anything_else_proves_nothing(tmp_path_factory, error):
+    assert type(reading.judged(tmp_path_factory.getbasetemp(), error)) is Suspect
+
+
+def test_what_seems_to_be_missing_and_may_not_be_looked_at_is_not_damage(tmp_path):
+    """Orbax asks whether files exist, and takes every error for no. A mount that is gone has no folder at all."""
+    found = reading.judged(tmp_path / "gone", WRONG[3])
+    assert type(found) is Unreadable and str(tmp_path / "gone") in str(found)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "x"), Unreadable("x", 42), Damaged("x"), Suspect("x")])
+def test_patience(tmp_path, monkeypatch, error):
+    """Reading is tried again; what is wrong is looked at twice."""
+    monkeypatch.setattr(reading, "PAUSES_S", (0.0, 0.0, 0.0))
+    tried = []
+
+    def fails(times: int):
+        def function():
+            tried.append(1)
+            if len(tried) <= times:
+                raise error
+            return "read"
+
+        tried.clear()
+        return function
+
+    assert reading.patiently(fails(1), tmp_path) == "read"
+    with pytest.raises(Unreadable if isinstance(error, OSError) else type(error)):
+        reading.patiently(fails(100), tmp_path)
+    assert len(tried) == (2 if isinstance(error, Damaged | Suspect) else 4)
+
+
+def test_what_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
+    errors = []
+
+    def function():
+        if errors:
+            raise errors.pop()
+        return "written"
+
+    errors += [OSError(errno.ESTALE, "x")]
+    assert reading.writing(function, tmp_path) == "written"
+    for code, kind, exit_code in (
+        (errno.ENOSPC, ConfigError, 2),
+        (errno.EROFS, ConfigError, 2),
+        (errno.EIO, Unreadable, 42),
+    ):
+        errors += [OSError(code, os.strerror(code), "a/file")] * 5
+        with pytest.raises(kind, match=f"a/file.*{os.strerror(code)}") as e:
+            reading.writing(function, tmp_path)
+        assert e.value.exit_code == exit_code
+        errors.clear()

@@ -1,0 +1,151 @@
+"""What an error of reading proves: that a file is damaged, or only that it cannot be read here and now.
+
+Damaged is what was read and is wrong: a checksum, a digest, a length, a file that is not there. An error of the
+operating system (EIO, ESTALE, EMFILE, EACCES, …) says nothing about the file, whatever a library makes of it.
+"""
+
+import errno
+import json
+import os
+import pathlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from trainer.errors import CheckpointError, ConfigError, Stopped
+
+T = TypeVar("T")
+PAUSES_S = (0.5, 2.0, 8.0)  # before reading is tried again
+MISSING = (errno.ENOENT, errno.ENOTDIR)
+FORBIDDEN = (errno.EACCES, errno.EPERM)
+# Trying again does not help with these when something is written.
+LASTING = (
+    *MISSING,
+    *FORBIDDEN,
+    errno.EISDIR,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
+WRONG = re.compile(r"\b(DATA_LOSS|OUT_OF_RANGE|NOT_FOUND)\b")  # tensorstore's words for cut, changed and missing files
+OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # and for an error of the operating system
+
+
+class Damaged(CheckpointError):
+    """What was read is provably not what was written."""
+
+
+class Suspect(CheckpointError):
+    """The reader fails for a reason that proves nothing: damage, or another version of a library."""
+
+
+class Unreadable(CheckpointError):
+    """The operating system refuses. Unless it denies access the same command may work (42)."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def cannot_read(error: OSError, path: os.PathLike[str]) -> Unreadable:
+    code = CheckpointError.exit_code if error.errno in FORBIDDEN else Stopped.exit_code
+    return Unreadable(f"{error.filename or path} cannot be read: {error.strerror or error}; nothing was moved", code)
+
+
+def judged(path: os.PathLike[str], error: BaseException) -> Damaged | Suspect | Unreadable:
+    """What `error`, raised while the files below `path` were read, proves about them."""
+    chain = list(_chain(error))
+    for e in chain:
+        code = _os_code(e)
+        if code is not None and code not in MISSING:
+            return cannot_read(OSError(code, os.strerror(code)), path)
+    reason = " ".join(f"{type(chain[-1]).__name__}: {chain[-1]}".split())[:300]
+    try:  # Orbax takes a file that it may not look at for one that is not there
+        _read_a_byte_of_each_file(path)
+    except OSError as e:
+        return cannot_read(e, path)
+    wrong = (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError)
+    if any(isinstance(e, wrong) or WRONG.search(str(e)) for e in chain):
+        return Damaged(f"checkpoint {path} is damaged: {reason}")
+    return Suspect(f"checkpoint {path} cannot be read: {reason}")
+
+
+def patiently(function: Callable[[], T], path: os.PathLike[str]) -> T:
+    """What `function` returns. It is called again when it cannot read, and once when it finds something wrong.
+
+    Raises Damaged, Suspect, Unreadable.
+    """
+    problem: CheckpointError
+    for i, pause_s in enumerate((*PAUSES_S, None)):
+        try:
+            return function()
+        except OSError as e:
+            problem = cannot_read(e, path)
+        except Unreadable as e:
+            problem = e
+        except (Damaged, Suspect) as e:
+            if i:
+                raise
+            problem = e
+        if pause_s is not None:
+            time.sleep(pause_s)
+    raise problem
+
+
+def writing(function: Callable[[], T], path: os.PathLike[str]) -> T:
+    """What `function`, which may be called again, returns.
+
+    Raises:
+      ConfigError: files cannot be written there.
+      Unreadable: not here and now.
+    """
+    for pause_s in (*PAUSES_S, None):
+        try:
+            return function()
+        except OSError as e:
+            if e.errno in LASTING:
+                reason = f"cannot use {e.filename or path}: {e.strerror}"
+                raise ConfigError(f"{reason}; mend that, or name another --workdir") from None
+            if pause_s is None:
+                reason = f"cannot use {e.filename or path} just now: {e.strerror or e}"
+                raise Unreadable(f"{reason}; the same command goes on", Stopped.exit_code) from None
+            time.sleep(pause_s)
+    raise AssertionError("the last time returns or raises")
+
+
+def is_there(path: pathlib.Path) -> bool:
+    """As exists(), which says False of what it may not look at in some versions of Python. Raises OSError."""
+    try:
+        path.stat()
+    except OSError as e:
+        if e.errno in MISSING:
+            return False
+        raise
+    return True
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _os_code(error: BaseException) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = OS_ERROR.search(str(error))
+    return int(found[1]) if found else None
+
+
+def _read_a_byte_of_each_file(folder: os.PathLike[str]) -> None:
+    def fail(error: OSError) -> None:
+        raise error
+
+    for at, _, names in os.walk(folder, onerror=fail):
+        for name in names:
+            with open(os.path.join(at, name), "rb") as file:
+                file.read(1)
