@@ -75,12 +75,10 @@ def run(main: Callable[..., int | None], arguments: int = 0, *, restarted: bool 
             _exit(1)
         except UserError as e:
             _fail(e)
-        except OSError as e:
-            if restarted:
-                raise
-            where = e.filename or "what this command reads or prints"
-            _fail(DataError(f"{where}: {e.strerror or e}; mend that, or name another file or folder"))
-        except BaseException:
+        except BaseException as e:
+            if isinstance(e, OSError) and not restarted:
+                where = e.filename or "what this command reads or prints"
+                _fail(DataError(f"{where}: {e.strerror or e}; mend that, or name another file or folder"))
             if not _several_processes():
                 raise
             logging.exception("meshlm: this process ends, and with it the others")
