@@ -81,7 +81,9 @@ def main() -> int:
     from trainer.processes import Processes
 
     watchdog.dump_on_quit(None)
-    told = distributed.initialize(*gang, timeout_s=START_TIMEOUT.value, heartbeat_s=HEARTBEAT_TIMEOUT.value)
+    told = distributed.initialize(
+        *gang, run=WORKDIR.value, timeout_s=START_TIMEOUT.value, heartbeat_s=HEARTBEAT_TIMEOUT.value
+    )
     processes, locks = Processes(START_TIMEOUT.value), list[RunLock]()
     processes.hear(failed=lambda error: leave_with(error, processes, locks, after_s=FAILED_S if error.process else 0))
     try:
