@@ -8,7 +8,8 @@ def _put_the_current_folder_last() -> None:
     """`python -m` looks there first, where a model.py or a random.py would be taken for ours or for Python's."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and sys.path[0] != root:
-        sys.path[:] = [root, *sys.path[1:], sys.path[0]]
+        here = sys.path[0]  # also where a part of PYTHONPATH is empty
+        sys.path[:] = [root, *(path for path in sys.path if path not in (here, "")), here]
 
 
 _put_the_current_folder_last()
