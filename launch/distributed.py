@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from launch import cli, door
+from launch import cli, door, environment
 from trainer import run_directory
 from trainer.config import Config, flatten
 from trainer.errors import ConfigError, Stopped
@@ -63,6 +63,7 @@ def initialize(
         )
         if coordinator_address is None or (num_processes or 1) == 1:  # no cluster around
             _check_claims()
+            environment.find_devices()
             return 1
     assert num_processes is not None and process_id is not None
     if process_id >= num_processes:
@@ -86,7 +87,7 @@ def initialize(
         except (RuntimeError, ValueError) as e:
             reason = " ".join(str(e).split())[:200]
             raise Stopped(f"cannot join the processes at {coordinator_address}: {reason}; start all again") from None
-        jax.devices()  # a backend waits for all processes, too
+        environment.find_devices()  # a backend waits for all processes, too
     return num_processes
 
 

@@ -25,7 +25,7 @@ from absl import flags
 
 from data import allocator
 from data.errors import UserError
-from launch import cli, runtime, signals
+from launch import cli, environment, runtime, signals
 from trainer import run_directory, watchdog
 from trainer.errors import ConfigError, Stopped
 from trainer.run_lock import RunLock
@@ -39,7 +39,7 @@ TOLD_S = 1.0  # from a failed collective to the error of another process that ex
 FAILED_S = 5.0  # from the error of another process to the end of this one, whatever it waits for
 
 CONFIG = cli.define_config()
-WORKDIR = cli.define_path("workdir", None, "Run directory; made, or resumed when it holds a run.")
+WORKDIR = cli.define_run_path("workdir", None, "Run directory; made, or resumed when it holds a run.")
 ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Resume although the learning rate, batch size and the like were changed."
 )
@@ -59,7 +59,7 @@ HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
     "Seconds after which a process not heard of counts as dead; the others leave.",
     lower_bound=1,
 )
-COMPILATION_CACHE = cli.define_path(
+COMPILATION_CACHE = cli.define_run_path(
     "compilation_cache",
     None,
     "Folder for compiled programs; empty for none; default: $JAX_COMPILATION_CACHE_DIR, or .xla beside --workdir.",
@@ -77,6 +77,7 @@ def main() -> int:
 
     allocator.tune_allocator()
     runtime.use_gpu_memory()
+    environment.load_jax()
     from launch import distributed
     from trainer.processes import Processes
 
@@ -185,7 +186,7 @@ def enter(run: pathlib.Path, config: Config, processes: Processes, locks: list[R
         if mirror := config.checkpoint.mirror:
             flag = "--config.checkpoint.mirror"  # a place for copies that vanishes must not end the run
             locks.append(RunLock(mirror, flag=flag, steal=STEAL_LOCK.value, on_lost=lost, regain=True))
-        run_directory.record(run, config, data, sys.argv)
+        run_directory.record(run, config, data, sys.argv, environment.numbers())
 
     processes.together("run directory", take)
     # Every process must find there what process 0 has just written.
