@@ -139,9 +139,9 @@ def _pass_by_proxies(host: str) -> None:
     """gRPC would go to the coordinator through the proxy of the environment, which does not know the way."""
     if any(name.lower().endswith("_proxy") for name in os.environ):
         jax.config.update("jax_check_proxy_envs", False)  # it warns of what is settled here
-        for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
-            before = os.environ.get(name) or os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
-            os.environ[name] = ",".join(filter(None, (before, host)))
+        usual = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+        before = {name: os.environ.get(name) or usual for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy")}
+        os.environ |= {name: ",".join(filter(None, (value, host))) for name, value in before.items()}
 
 
 class _Progress:

@@ -15,6 +15,8 @@ import pathlib
 import platform
 import shlex
 import subprocess
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from data import ends, files, sources, tokenizers
@@ -114,7 +116,13 @@ def check_changes(run: pathlib.Path, config: Config, allow: bool) -> None:
         log.info("changed   %s", line)
 
 
-def record(run: pathlib.Path, config: Config, data: sources.Sources, argv: list[str], numbers: dict[str, Any]) -> None:
+def record(
+    run: pathlib.Path,
+    config: Config,
+    data: sources.Sources,
+    argv: list[str],
+    numbers: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Writes config.json, tokenizer/ (if there is one) and environment.json, and adds the command to command.txt.
 
     Args:
@@ -138,7 +146,9 @@ def recorded(run: pathlib.Path) -> str:
         ) from None
 
 
-def _record(run: pathlib.Path, config: Config, data: sources.Sources, argv: list[str], numbers: dict[str, Any]) -> None:
+def _record(
+    run: pathlib.Path, config: Config, data: sources.Sources, argv: list[str], numbers: Mapping[str, Any]
+) -> None:
     files.write_durably(run / "config.json", to_json(config).encode())
     tokenizer = data.load_tokenizer()
     if tokenizer is not None:
@@ -152,7 +162,7 @@ def _record(run: pathlib.Path, config: Config, data: sources.Sources, argv: list
         "platform": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in LIBRARIES},
-        "numbers": numbers,
+        "numbers": dict(numbers),
         **_commit(),
     }
     files.write_durably(run / "environment.json", (json.dumps(environment, indent=1) + "\n").encode())
