@@ -56,7 +56,7 @@ def simulate(size: int) -> dict[str, tuple[int, int, int]]:
 
 
 def table() -> None:
-    sizes = [size for size in (16, 256, MOST.value) if size <= MOST.value]
+    sizes = sorted({min(size, MOST.value) for size in (16, 256, MOST.value)})
     costs = {size: simulate(size) for size in sizes}
     print("| event | " + " | ".join(f"{size:,} processes: calls, bytes, keys" for size in sizes) + " |")
     print("|---|" + "---|" * len(sizes))

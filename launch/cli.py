@@ -238,7 +238,9 @@ def run_path(path: str) -> str:
         with contextlib.suppress(OSError):  # the current folder is gone; who uses the path says so
             os.path.realpath(found).encode()
     except UnicodeEncodeError:
-        raise ConfigError(f"{path} has a name that is not UTF-8, where no checkpoint can be written") from None
+        raise ConfigError(
+            f"{path} has a name that is not UTF-8, or LC_ALL is a locale that is not; no checkpoint can be written there"
+        ) from None
     return found
 
 

@@ -92,7 +92,10 @@ def find_devices() -> None:
     except (RuntimeError, AssertionError) as e:
         reason = " ".join(str(e).split()).partition(" (set JAX_PLATFORMS")[0]
         asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
-        if isinstance(e, AssertionError) or re.search("not in the list of known|cannot open shared object", reason):
+        lasting = isinstance(e, AssertionError) or re.search(
+            "not in the list of known|cannot open shared object", reason
+        )
+        if lasting or os.environ.get("JAX_PLATFORMS") == "cpu":
             raise ConfigError(
                 f"{asked} cannot be used here: {reason or 'it is not installed'}; unset it, or install JAX for it: "
                 'pip install -e ".[cuda]" or ".[tpu]"'

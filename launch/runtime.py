@@ -2,7 +2,9 @@
 
 import os
 import pathlib
+import re
 
+from trainer.errors import ConfigError
 from trainer.topology import GPU_FRACTION
 
 
@@ -30,8 +32,15 @@ def use_compilation_cache(run: pathlib.Path, folder: str | None = None) -> None:
 
 
 def use_gpu_memory() -> None:
-    """Lets JAX have most of a GPU's memory, unless the environment says how much. Call it before JAX is loaded."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_FRACTION))
+    """Lets JAX have most of a GPU's memory, unless the environment says how much. Call it before JAX is loaded.
+
+    Raises ConfigError when what that says is no share of it.
+    """
+    share = os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_FRACTION))
+    if not re.fullmatch(r"\d*\.?\d+|\d+\.", share) or not float(share):
+        raise ConfigError(
+            f"XLA_PYTHON_CLIENT_MEM_FRACTION={share} is no share of a GPU's memory; {GPU_FRACTION} is usual"
+        )
 
 
 # Where a cluster says which process this is without being asked. (A TPU pod's metadata server has to be asked.)

@@ -97,6 +97,14 @@ def test_one_line_for_each_mistake(tmp_path, argv, code, parts):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_recipe_in_a_folder_with_a_colon(tmp_path):
+    (tmp_path / "a:b").mkdir()
+    for name in ("tiny.py", "tiny.py:one"):
+        (tmp_path / "a:b/tiny.py").write_text((runs.ROOT / "configs/tiny.py").read_text())
+        asked = call("launch.train", f"--workdir={tmp_path}/run", f"--config={tmp_path}/a:b/{name}")
+        assert_one_line(asked, 2, "a colon begins the variant, so the path must have none")
+
+
 def test_mistakes_that_need_the_devices(tmp_path):
     """A batch that does not divide by the eight devices there are; an axis that does not."""
     data = runs.dataset(tmp_path)

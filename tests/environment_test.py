@@ -6,7 +6,7 @@ import subprocess
 import jax
 import pytest
 
-from launch import environment
+from launch import environment, runtime
 from tests import runs
 from trainer.errors import ConfigError
 
@@ -57,6 +57,16 @@ def test_what_may_be_chosen_is_recorded(monkeypatch):
         found = json.loads(json.dumps(environment.numbers()))
     assert found["XLA_FLAGS"] == "--xla_cpu_enable_fast_math=true" and found["jax_enable_x64"] is False
     assert found["jax_default_prng_impl"] == "threefry2x32" and "jax_default_matmul_precision" in found
+
+
+@pytest.mark.parametrize("share", ["abc", "0", "", "-0.5", "nan", "0.9.2"])
+def test_a_share_of_a_gpu_that_is_none(share, monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
+    with pytest.raises(ConfigError, match=f"XLA_PYTHON_CLIENT_MEM_FRACTION={share} is no share"):
+        runtime.use_gpu_memory()
+    for good in (".5", "0.92", "1", "1."):
+        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", good)
+        runtime.use_gpu_memory()
 
 
 def test_an_option_that_this_jax_does_not_have_is_not_asked_for(monkeypatch):
