@@ -239,7 +239,7 @@ def run_path(path: str) -> str:
             os.path.realpath(found).encode()
     except UnicodeEncodeError:
         raise ConfigError(
-            f"{path} has a name that is not UTF-8, or LC_ALL is a locale that is not; no checkpoint can be written there"
+            f"{path} has a name that is not UTF-8, or the locale (LC_ALL) is not; no checkpoint can be written there"
         ) from None
     return found
 
