@@ -1,10 +1,22 @@
 """What a person starts: the only place with flags, signals and exit codes."""
 
-import contextlib
 import os
 import sys
-from types import TracebackType
-from typing import NoReturn
+
+
+def _put_the_current_folder_last() -> None:
+    """`python -m` looks there first, where a model.py or a random.py would be taken for ours or for Python's."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and sys.path[0] != root:
+        here = sys.path[0]  # also where a part of PYTHONPATH is empty
+        sys.path[:] = [root, *(path for path in sys.path if path not in (here, "")), here]
+
+
+_put_the_current_folder_last()
+
+import contextlib  # noqa: E402
+from types import TracebackType  # noqa: E402
+from typing import NoReturn  # noqa: E402
 
 INTERRUPTED = 130
 INTERRUPTED_LINE = "interrupted; start the same command again: it goes on if it can"

@@ -26,7 +26,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from data import allocator
-from launch import cli, runtime, standalone
+from launch import cli, environment, runtime, standalone
 from trainer import flops
 from trainer.config import Config
 from trainer.errors import ConfigError, Diverged
@@ -54,6 +54,7 @@ def main() -> None:
     runtime.use_gpu_memory()
     if PEER.value:  # two programs on one device: JAX would else take most of its memory at once
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    environment.load_jax()
     import jax
 
     from launch import distributed

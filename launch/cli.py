@@ -75,12 +75,10 @@ def run(main: Callable[..., int | None], arguments: int = 0, *, restarted: bool 
             _exit(1)
         except UserError as e:
             _fail(e)
-        except OSError as e:
-            if restarted:
-                raise
-            where = e.filename or "what this command reads or prints"
-            _fail(DataError(f"{where}: {e.strerror or e}; mend that, or name another file or folder"))
-        except BaseException:
+        except BaseException as e:
+            if isinstance(e, OSError) and not restarted:
+                where = e.filename or "what this command reads or prints"
+                _fail(DataError(f"{where}: {e.strerror or e}; mend that, or name another file or folder"))
             if not _several_processes():
                 raise
             logging.exception("meshlm: this process ends, and with it the others")
@@ -216,6 +214,11 @@ def define_path(name: str, default: str | None, help: str) -> flags.FlagHolder:
     return flags.DEFINE(_PathParser(local_path), name, default, help)
 
 
+def define_run_path(name: str, default: str | None, help: str) -> flags.FlagHolder:
+    """The same, for what libraries write to."""
+    return flags.DEFINE(_PathParser(run_path), name, default, help)
+
+
 def define_data_path(name: str, default: str | None, help: str) -> flags.FlagHolder:
     """The same, but it may be in an object store, too."""
     return flags.DEFINE(_PathParser(expanded), name, default, help)
@@ -226,6 +229,19 @@ def local_path(path: str) -> str:
     if is_remote(path):
         raise ConfigError(f"{path} is in an object store, and a path of this machine is needed; copy what is there")
     return expanded(path)
+
+
+def run_path(path: str) -> str:
+    """As `local_path`. Raises ConfigError for a name that is not UTF-8: Orbax, TensorStore and XLA take no other."""
+    found = local_path(path)
+    try:
+        with contextlib.suppress(OSError):  # the current folder is gone; who uses the path says so
+            os.path.realpath(found).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{path} has a name that is not UTF-8, or the locale (LC_ALL) is not; no checkpoint can be written there"
+        ) from None
+    return found
 
 
 def expanded(path: str) -> str:
@@ -322,6 +338,8 @@ def _check_type(name: str, default: object, text: str) -> None:
 def _load_recipe(value: str) -> ConfigDict:
     path, _, variant = value.partition(":")
     if not os.path.isfile(path):
+        if any(os.path.isfile(value[: match.start()]) for match in re.finditer(":|$", value)):
+            raise ConfigError(f"--config={value}: a colon begins the variant, so the path must have none; rename it")
         there: list[str] = []
         with contextlib.suppress(OSError):  # the folder is not there, or not to be read: nothing to propose
             there = [os.path.join(os.path.dirname(path), f) for f in os.listdir(os.path.dirname(path) or ".")]

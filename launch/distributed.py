@@ -7,15 +7,14 @@ import os
 import pathlib
 import platform
 import re
-import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
-from launch import cli
+from launch import cli, door, environment
 from trainer import run_directory
 from trainer.config import Config, flatten
 from trainer.errors import ConfigError, Stopped
@@ -30,12 +29,14 @@ def initialize(
     num_processes: int | None,
     process_id: int | None,
     *,
+    run: str = "",
     timeout_s: int = START_S,
     heartbeat_s: int = HEARTBEAT_S,
 ) -> int:
     """Joins the processes, by the flags or by what the cluster says (TPU pod, Slurm, Open MPI, …); a lone one stays so.
 
     Args:
+      run: what all of them are to train, as it was typed.
       timeout_s: how long to wait for the coordinator and for the others.
       heartbeat_s: a process not heard of for so long is dead, and the others leave.
 
@@ -43,7 +44,8 @@ def initialize(
       How many processes this one was told of. JAX goes by what the coordinator was told, so it is to be compared.
 
     Raises:
-      ConfigError: only some of the flags, or impossible values.
+      ConfigError: only some of the flags, or impossible values; another run or program has the port; the environment
+        speaks of processes that nobody knows how to join.
       Stopped: the coordinator cannot be reached.
     """
     given = (coordinator_address, num_processes, process_id)
@@ -60,15 +62,17 @@ def initialize(
             ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, timeout_s)
         )
         if coordinator_address is None or (num_processes or 1) == 1:  # no cluster around
+            _check_claims()
+            environment.find_devices()
             return 1
     assert num_processes is not None and process_id is not None
     if process_id >= num_processes:
         raise ConfigError(f"--process_id={process_id} must be below --num_processes={num_processes}")
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself (launch/signals.py)
     started = time.monotonic()
-    if process_id != 0:
-        wait_for(coordinator_address, timeout_s)
-    with _limit(f"all {num_processes} processes at {coordinator_address}", started, timeout_s):
+    what = f"all {num_processes} processes at {coordinator_address}"
+    _meet(coordinator_address, num_processes, process_id, run, what, timeout_s)
+    with _limit(what, started, timeout_s):
         try:
             jax.distributed.initialize(
                 coordinator_address,
@@ -83,8 +87,22 @@ def initialize(
         except (RuntimeError, ValueError) as e:
             reason = " ".join(str(e).split())[:200]
             raise Stopped(f"cannot join the processes at {coordinator_address}: {reason}; start all again") from None
-        jax.devices()  # a backend waits for all processes, too
+        environment.find_devices()  # a backend waits for all processes, too
     return num_processes
+
+
+def _meet(address: str, size: int, process: int, run: str, what: str, timeout_s: float) -> None:
+    """Returns on all when all have come to process 0, and its port is free for JAX."""
+    host, port = _host_and_port(address)
+    _pass_by_proxies(host)
+    if process:
+        waiting = _Progress(f"the coordinator at {address}", timeout_s)
+        door.knock((host, port), door.Visitor.myself(process, run), timeout_s, waiting)
+        return
+    entrance = door.Door(address, port, size, run)
+    with contextlib.closing(entrance), _limit(what, time.monotonic(), timeout_s, lambda: entrance.missing):
+        for refused in entrance.wait():
+            cli.log.warning("refused: %s", refused)
 
 
 def _host_and_port(address: str) -> tuple[str, int]:
@@ -97,27 +115,48 @@ def _host_and_port(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def wait_for(address: str, timeout_s: float) -> None:
-    """Waits until a TCP connection to HOST:PORT succeeds, with a line now and then. Raises ConfigError, Stopped."""
-    host, port = _host_and_port(address)
-    start, shown = time.monotonic(), time.monotonic()
-    while True:
-        left = timeout_s - (time.monotonic() - start)
-        try:
-            socket.create_connection((host, port), timeout=min(5.0, max(left, 0.1))).close()
-            return
-        except OSError as e:
-            reason = e.strerror or str(e)
-        waited = time.monotonic() - start
-        if waited > timeout_s:
-            raise Stopped(
-                f"no coordinator at {address} after {waited:.0f} s: {reason}; start process 0 there, open the port, or "
-                "correct --coordinator_address"
+# How a launcher says how many processes it has started, without JAX knowing how to find them.
+COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE", "JAX_NUM_PROCESSES")
+
+
+def _check_claims() -> None:
+    """Raises ConfigError when this process is one of several, by its environment, and would train alone."""
+    # A step of a job (srun) may have fewer tasks than the job.
+    slurm = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS"
+    alone = "--coordinator_address=HOST:PORT --num_processes=N --process_id=I for each"
+    for name in (slurm, *COUNTS):
+        if os.environ.get(name, "").isdecimal() and int(os.environ[name]) > 1:
+            how = "start it with srun, or by launch/slurm/train.sbatch" if name == slurm else f"pass {alone}"
+            raise ConfigError(
+                f"{name}={os.environ[name]} says that this is one of several processes, but not how they find each "
+                f"other; {how}; or unset {name} to train with this process alone"
             )
-        if time.monotonic() - shown > _progress_s(timeout_s):
-            shown = time.monotonic()
-            cli.log.info("waiting for the coordinator at %s: %s, %.0f of %.0f s", address, reason, waited, timeout_s)
-        time.sleep(0.5)
+    if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        raise ConfigError(f"JAX_COORDINATOR_ADDRESS={address} alone does not say who this process is; pass {alone}")
+
+
+def _pass_by_proxies(host: str) -> None:
+    """gRPC would go to the coordinator through the proxy of the environment, which does not know the way."""
+    if any(name.lower().endswith("_proxy") for name in os.environ):
+        jax.config.update("jax_check_proxy_envs", False)  # it warns of what is settled here
+        usual = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+        before = {name: os.environ.get(name) or usual for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy")}
+        os.environ |= {name: ",".join(filter(None, (value, host))) for name, value in before.items()}
+
+
+class _Progress:
+    """Says now and then that it waits, and why."""
+
+    def __init__(self, what: str, timeout_s: float):
+        self._what, self._timeout_s = what, timeout_s
+        self._started = self._shown = time.monotonic()
+
+    def __call__(self, reason: str) -> None:
+        now = time.monotonic()
+        if now - self._shown > _progress_s(self._timeout_s):
+            self._shown = now
+            waited = now - self._started
+            cli.log.info("waiting for %s: %s, %.0f of %.0f s", self._what, reason, waited, self._timeout_s)
 
 
 def _progress_s(timeout_s: float) -> float:
@@ -125,7 +164,9 @@ def _progress_s(timeout_s: float) -> float:
 
 
 @contextlib.contextmanager
-def _limit(what: str, started: float, timeout_s: float) -> Iterator[None]:
+def _limit(
+    what: str, started: float, timeout_s: float, missing: Callable[[], list[int]] = lambda: []
+) -> Iterator[None]:
     """Says that it waits, and ends the process at the limit: JAX would abort without a word about why."""
     done = threading.Event()
 
@@ -133,7 +174,13 @@ def _limit(what: str, started: float, timeout_s: float) -> Iterator[None]:
         while not done.wait(_progress_s(timeout_s)):
             waited = time.monotonic() - started
             if waited > timeout_s:
-                cli.log.error("error: not %s are here after %.0f s; start the missing ones", what, waited)
+                who = ", ".join(map(str, missing()[:10]))
+                cli.log.error(
+                    "error: not %s are here after %.0f s; start the missing ones%s",
+                    what,
+                    waited,
+                    f": {who}" * bool(who),
+                )
                 os._exit(cli.STOPPED)
             cli.log.info("waiting for %s: %.0f of %.0f s", what, waited, timeout_s)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from data import allocator, tokenizers
-from launch import cli, runtime
+from launch import cli, environment, runtime
 from trainer import run_directory
 from trainer.config import Config
 from trainer.errors import ConfigError
@@ -15,7 +15,7 @@ from trainer.errors import ConfigError
 if TYPE_CHECKING:  # brings JAX, which a mistyped flag need not wait for
     from trainer.state import Program
 
-WORKDIR = cli.define_path("workdir", None, "Run directory of launch.train.")
+WORKDIR = cli.define_run_path("workdir", None, "Run directory of launch.train.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; the newest when not given.", lower_bound=0)
 JSON = flags.DEFINE_bool("json", False, "Print JSON, one object a line, and nothing else on stdout.")
 
@@ -46,6 +46,8 @@ def open_run() -> Run:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
 
     allocator.tune_allocator()
+    environment.load_jax()
+    environment.find_devices()
     runtime.use_compilation_cache(path)
     import jax
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from launch import cli, standalone
+from launch import cli, environment, standalone
 from model.config import ModelConfig
 from trainer import topology
 from trainer.errors import ConfigError
@@ -37,6 +37,7 @@ def main() -> int:
     config = standalone.complete(cli.config_from(CONFIG.value))
     topology.parse(TOPOLOGY.value, NUM_SLICES.value)
     topology.prepare_environment()
+    environment.load_jax()
     from trainer import plan as planning
     from trainer import plan_search
 

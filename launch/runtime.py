@@ -3,6 +3,7 @@
 import logging
 import os
 import pathlib
+import re
 import stat
 
 from trainer.errors import ConfigError
@@ -57,8 +58,15 @@ def _others_who_write(folder: pathlib.Path) -> str:
 
 
 def use_gpu_memory() -> None:
-    """Lets JAX have most of a GPU's memory, unless the environment says how much. Call it before JAX is loaded."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_FRACTION))
+    """Lets JAX have most of a GPU's memory, unless the environment says how much. Call it before JAX is loaded.
+
+    Raises ConfigError when what that says is no share of it.
+    """
+    share = os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_FRACTION))
+    if not re.fullmatch(r"\d*\.?\d+|\d+\.", share) or not float(share):
+        raise ConfigError(
+            f"XLA_PYTHON_CLIENT_MEM_FRACTION={share} is no share of a GPU's memory; {GPU_FRACTION} is usual"
+        )
 
 
 # Where a cluster says which process this is without being asked. (A TPU pod's metadata server has to be asked.)

@@ -51,7 +51,7 @@ def main() -> int:
         text = tokenizer.decode(_until(ids, tokenizer.eos_id))
         if inference.JSON.value:
             row = {"step": run.meta["step"], "sample": i, "seed": SEED.value, "prompt": PROMPT.value, "text": text}
-            print(json.dumps(row, ensure_ascii=False))
+            print(json.dumps(row))
         else:
             print(("\n---\n" if i else "") + PROMPT.value + text)
     return 0

@@ -33,7 +33,7 @@ from trainer.errors import ConfigError
 
 log = logging.getLogger("meshlm")
 
-WORKDIR = cli.define_path("workdir", None, "Run directory, where the command does not have it as --workdir.")
+WORKDIR = cli.define_run_path("workdir", None, "Run directory, where the command does not have it as --workdir.")
 PROCESS = flags.DEFINE_integer(
     "process",
     None,

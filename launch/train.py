@@ -25,7 +25,7 @@ from absl import flags
 
 from data import allocator
 from data.errors import UserError
-from launch import cli, runtime, signals
+from launch import cli, environment, runtime, signals
 from trainer import run_directory, watchdog
 from trainer.errors import ConfigError, Stopped
 from trainer.run_lock import RunLock
@@ -35,8 +35,11 @@ if TYPE_CHECKING:
     from trainer.config import Config
     from trainer.processes import Processes
 
+TOLD_S = 1.0  # from a failed collective to the error of another process that explains it
+FAILED_S = 5.0  # from the error of another process to the end of this one, whatever it waits for
+
 CONFIG = cli.define_config()
-WORKDIR = cli.define_path("workdir", None, "Run directory; made, or resumed when it holds a run.")
+WORKDIR = cli.define_run_path("workdir", None, "Run directory; made, or resumed when it holds a run.")
 ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Resume although the learning rate, batch size and the like were changed."
 )
@@ -56,7 +59,7 @@ HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
     "Seconds after which a process not heard of counts as dead; the others leave.",
     lower_bound=1,
 )
-COMPILATION_CACHE = cli.define_path(
+COMPILATION_CACHE = cli.define_run_path(
     "compilation_cache",
     None,
     "Folder for compiled programs; empty for none; default: $JAX_COMPILATION_CACHE_DIR, or .xla beside --workdir.",
@@ -79,20 +82,25 @@ def main() -> int:
 
     allocator.tune_allocator()
     runtime.use_gpu_memory()
+    environment.load_jax()
     from launch import distributed
     from trainer.processes import Processes
 
     watchdog.dump_on_quit(None)
-    told = distributed.initialize(*gang, timeout_s=START_TIMEOUT.value, heartbeat_s=HEARTBEAT_TIMEOUT.value)
-    processes = Processes(START_TIMEOUT.value)
+    told = distributed.initialize(
+        *gang, run=WORKDIR.value, timeout_s=START_TIMEOUT.value, heartbeat_s=HEARTBEAT_TIMEOUT.value
+    )
+    processes, locks = Processes(START_TIMEOUT.value), list[RunLock]()
+    processes.hear(failed=lambda error: leave_with(error, processes, locks, after_s=FAILED_S if error.process else 0))
     try:
         processes.check_same("number of processes", {"--num_processes": told})
         config = processes.together("configuration", lambda: config or prepare(run))
         runtime.use_compilation_cache(run, COMPILATION_CACHE.value)
-        finished = train(run, config, processes, listening)
+        finished = train(run, config, processes, locks, listening)
     except Stopped:
         raise
-    except UserError:
+    except BaseException as e:
+        processes.tell(e)
         processes.part()
         raise
     distributed.shutdown()
@@ -107,7 +115,9 @@ def main() -> int:
     return cli.STOPPED
 
 
-def train(run: pathlib.Path, config: Config, processes: Processes, listening: signals.Signals) -> bool:
+def train(
+    run: pathlib.Path, config: Config, processes: Processes, locks: list[RunLock], listening: signals.Signals
+) -> bool:
     """Whether the run is finished; if not, it was stopped and saved."""
     import jax
 
@@ -115,9 +125,13 @@ def train(run: pathlib.Path, config: Config, processes: Processes, listening: si
     from trainer.loop import Trainer
     from trainer.processes import STOP
 
-    locks, data = enter(run, config, processes)
-    dog = watchdog.Watchdog(run, config.watchdog, processes.index)
-    processes.listen(asked=lambda: give_up(config.watchdog.stop_s), too_early=lambda: leave_at_once(processes, locks))
+    data = enter(run, config, processes, locks)
+    dog = watchdog.Watchdog(run, config.watchdog, processes.index, of=processes.size)
+    processes.listen(
+        asked=lambda: give_up(config.watchdog.stop_s),
+        too_early=lambda: leave_at_once(processes, locks),
+        deaf=lambda error: leave_deaf(error, processes, locks),
+    )
     listening.connect(lambda: processes.request(STOP))
     trainer = None
     try:
@@ -130,6 +144,8 @@ def train(run: pathlib.Path, config: Config, processes: Processes, listening: si
             raise out_of_memory(e, stepped=trainer is not None and trainer.has_stepped) from e
         if processes.size == 1:
             raise
+        if (told := processes.told(within_s=TOLD_S)) is not None:
+            raise told from None
         logging.exception("meshlm: a collective failed")
         reason = " ".join(str(e).split())[:200]
         raise Stopped(f"a collective failed, probably as another process is gone; see the other logs: {reason}") from e
@@ -157,8 +173,8 @@ def prepare(run: pathlib.Path) -> Config:
         raise ConfigError(f"--workdir={run} cannot be used: {e.filename}: {e.strerror}") from None
 
 
-def enter(run: pathlib.Path, config: Config, processes: Processes) -> tuple[list[RunLock], Sources]:
-    """Makes sure that all processes are about to train the same, and takes the run; process 0 holds its locks."""
+def enter(run: pathlib.Path, config: Config, processes: Processes, locks: list[RunLock]) -> Sources:
+    """Makes sure that all processes are about to train the same, and takes the run; process 0 gets its locks."""
     from data import sources
     from launch import distributed
     from trainer import identity, sampling, sharding
@@ -173,19 +189,27 @@ def enter(run: pathlib.Path, config: Config, processes: Processes) -> tuple[list
     processes.check_same("dataset", {"tokens and order": data.fingerprint(), "tokenizer": tokenizer})
     processes.together("prompt", lambda: sampling.prompt_of(config, data.load_tokenizer()))
 
-    def take() -> list[RunLock]:
+    def lost(message: str) -> None:
+        """The run is another job's now: nothing more may be written to it."""
+        error = ConfigError(message)
+        cli.log.error("error: %s", error)
+        threading.Timer(TOLD_S, os._exit, [error.exit_code]).start()
+        processes.tell(error)
+        processes.part()
+        os._exit(error.exit_code)
+
+    def take() -> None:
         if processes.index:
-            return []
-        locks = [RunLock(run, steal=STEAL_LOCK.value, on_lost=lost)]
+            return
+        locks.append(RunLock(run, steal=STEAL_LOCK.value, on_lost=lost))
         if mirror := config.checkpoint.mirror:
             flag = "--config.checkpoint.mirror"  # a place for copies that vanishes must not end the run
             locks.append(RunLock(mirror, flag=flag, steal=STEAL_LOCK.value, on_lost=lost, regain=True))
         if (newest := identity.newest_meta(run / "checkpoints")) is not None:  # before any file of the run changes
             identity.check(newest, config, data, run)
-        run_directory.record(run, config, data, sys.argv)
-        return locks
+        run_directory.record(run, config, data, sys.argv, environment.numbers())
 
-    locks = processes.together("run directory", take)
+    processes.together("run directory", take)
     # Every process must find there what process 0 has just written.
     seen = processes.together("shared run directory", lambda: run_directory.recorded(run))
     # And under the same name, or Orbax would refuse each save.
@@ -194,13 +218,7 @@ def enter(run: pathlib.Path, config: Config, processes: Processes) -> tuple[list
     if processes.index:
         cli.quiet_console()
     cli.log_to_file(run / f"log.{processes.index}.txt")
-    return locks, data
-
-
-def lost(message: str) -> None:
-    """The run is another job's now: nothing more may be written to it."""
-    cli.log.error("error: %s", message)
-    os._exit(ConfigError.exit_code)
+    return data
 
 
 def leave_at_once(processes: Processes, locks: list[RunLock]) -> None:
@@ -210,6 +228,26 @@ def leave_at_once(processes: Processes, locks: list[RunLock]) -> None:
     for lock in locks:
         lock.release()
     os._exit(cli.STOPPED)
+
+
+def leave_with(error: UserError, processes: Processes, locks: list[RunLock], after_s: float) -> None:
+    """For an error that is not of the main thread, which may wait for ever for a process that has ended.
+
+    It ends by itself within `after_s` where it does not wait, and may have a save to wait for. Process 0 has waited for
+    the saves of all before it told the others of its error.
+    """
+    time.sleep(after_s)
+    cli.log.error("error: %s", error)
+    processes.part()
+    for lock in locks:
+        lock.release()
+    os._exit(error.exit_code)
+
+
+def leave_deaf(error: UserError, processes: Processes, locks: list[RunLock]) -> None:
+    """Requests to stop and to save would come to nothing from now on."""
+    processes.tell(error)
+    leave_with(error, processes, locks, after_s=FAILED_S)
 
 
 def give_up(after_s: float) -> None:

@@ -6,6 +6,8 @@ Shape suffixes: b batch, t query position, s key position, h query head, k key-v
 head and query position, d width of a head.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,13 +102,26 @@ def splash(
     return y_bhtd.swapaxes(1, 2)
 
 
-def refusal(kernel: str, config: ModelConfig, *, platform: str, seq_len: int, context: int, documents: bool) -> str:
+CUDNN_CAPABILITY = 8.0  # Ampere: cuDNN's flash attention runs on nothing older
+
+
+def refusal(
+    kernel: str,
+    config: ModelConfig,
+    *,
+    platform: str,
+    seq_len: int,
+    context: int,
+    documents: bool,
+    capability: str = "",
+) -> str:
     """Why `kernel` cannot compute this model's attention, '' where it can.
 
     Args:
       platform: of the devices, as jax names it: cpu, cuda or gpu, tpu.
       context: shards of a sequence of seq_len.
       documents: whether documents are masked from each other.
+      capability: of a GPU, as JAX has it: its compute capability, such as '9.0', or a name of AMD's; '': not known.
     """
     head = config.width_of_head
     if kernel == "xla":
@@ -121,6 +136,10 @@ def refusal(kernel: str, config: ModelConfig, *, platform: str, seq_len: int, co
         return ""
     if platform not in ("gpu", "cuda"):
         return f"it runs on NVIDIA GPUs, and this is {platform}"
+    if capability and not re.fullmatch(r"\d+\.\d+", capability):
+        return f"it runs on NVIDIA GPUs, and this is {capability}"
+    if capability and float(capability) < CUDNN_CAPABILITY:
+        return f"it needs compute capability {CUDNN_CAPABILITY} (Ampere), and this GPU has {capability}"
     if config.dtype == "float32":
         return "no float32"
     if head > 128 or head % 8:

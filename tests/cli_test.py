@@ -14,7 +14,7 @@ import pytest
 
 import launch
 from configs import tiny
-from launch import cli
+from launch import cli, meshlm
 from tests import runs
 from tests.border import Border, Ended
 
@@ -97,6 +97,14 @@ def test_one_line_for_each_mistake(tmp_path, argv, code, parts):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_recipe_in_a_folder_with_a_colon(tmp_path):
+    (tmp_path / "a:b").mkdir()
+    for name in ("tiny.py", "tiny.py:one"):
+        (tmp_path / "a:b/tiny.py").write_text((runs.ROOT / "configs/tiny.py").read_text())
+        asked = call("launch.train", f"--workdir={tmp_path}/run", f"--config={tmp_path}/a:b/{name}")
+        assert_one_line(asked, 2, "a colon begins the variant, so the path must have none")
+
+
 def test_mistakes_that_need_the_devices(tmp_path):
     """A batch that does not divide by the eight devices there are; an axis that does not."""
     data = runs.dataset(tmp_path)
@@ -123,6 +131,34 @@ def test_help(module):
         "tokenizer": "--vocab_size",
     }
     assert wanted[module] in result.stdout
+
+
+SHADOWS = ("configs", "data", "json", "logging", "model", "random", "trainer", "typing")
+
+
+@pytest.mark.parametrize("how", ["python -m", "meshlm", "python -m, PYTHONPATH with an empty part"])
+def test_files_of_the_current_folder_are_not_taken_for_ours(tmp_path, how):
+    """nanoGPT's folder has a model.py; there every command ended in a traceback."""
+    (tmp_path / "here").mkdir()
+    for name in SHADOWS:
+        (tmp_path / f"here/{name}.py").write_text("raise SystemExit('the wrong file')")
+    (tmp_path / "a.txt").write_text("some words of a text\n" * 40)
+    program = tmp_path / "meshlm"  # as pip installs it
+    program.write_text("import sys\nfrom launch.meshlm import main\nsys.exit(main())\n")
+    command = {"meshlm": [program, "prepare"]}.get(how, ["-m", "launch.prepare"])
+    argv = [sys.executable, *command, f"--source={tmp_path}/a.txt", f"--out={tmp_path}/out"]
+    environment = runs.environment() | {"PYTHONPATH": f"{runs.ROOT}:" if "empty" in how else str(runs.ROOT)}
+    ended = subprocess.run(argv, cwd=tmp_path / "here", env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0 and (tmp_path / "out/manifest.json").exists(), ended
+
+
+def test_commands_of_the_installed_program():
+    ended = call("launch.meshlm", "help")
+    assert ended.returncode == 0 and all(f"  {name} " in ended.stdout for name in meshlm.COMMANDS)
+    assert all((runs.ROOT / f"launch/{name}.py").exists() for name in meshlm.COMMANDS)
+    assert_one_line(call("launch.meshlm", "trian"), 2, "did you mean train?")
+    assert_one_line(call("launch.meshlm", "train", "--wrkdir=x"), 2, "did you mean --workdir?")
+    assert "meshlm = " in (runs.ROOT / "pyproject.toml").read_text()
 
 
 def test_prepare_says_what_it_made_and_does_it_once(tmp_path):

@@ -20,7 +20,7 @@ GOOD = {  # a configuration that the kernel has nothing against
 def situation(**changes) -> tuple[ModelConfig, dict]:
     """A model of heads of 64 and its surroundings, with these changes."""
     model = {"embed_dim": 256, "num_heads": 4, "attention": "auto"}
-    around = {"platform": "cpu", "seq_len": 512, "context": 1, "documents": False}
+    around = {"platform": "cpu", "seq_len": 512, "context": 1, "documents": False, "capability": ""}
     for name, value in changes.items():
         (around if name in around else model)[name] = value
     return ModelConfig(**model), around
@@ -41,6 +41,7 @@ def refusal(kernel: str, **changes) -> str:
         ("cudnn", {}),
         ("cudnn", {"platform": "cuda", "head_dim": 128, "seq_len": 30}),
         ("cudnn", {"head_dim": 8}),
+        *[("cudnn", {"capability": capability}) for capability in ("", "8.0", "8.9", "9.0", "10.0", "12.0")],
         ("splash", {}),
         ("splash", {"documents": True, "context": 4}),
         ("splash", {"dtype": "float32", "head_dim": 256}),
@@ -64,6 +65,9 @@ def test_nothing_against_it(kernel, changes):
         ("cudnn", {"head_dim": 100}, "multiple of 8 up to 128, not 100"),
         ("cudnn", {"documents": True}, "no documents"),
         ("cudnn", {"context": 2}, "split over devices"),
+        ("cudnn", {"capability": "7.5"}, "compute capability 8.0 (Ampere), and this GPU has 7.5"),
+        ("cudnn", {"platform": "cuda", "capability": "7.0"}, "this GPU has 7.0"),
+        ("cudnn", {"capability": "gfx90a"}, "NVIDIA GPUs, and this is gfx90a"),
         ("splash", {"dropout": 0.1}, "no dropout"),
         ("splash", {"platform": "cpu"}, "TPUs, and this is cpu"),
         ("splash", {"platform": "gpu"}, "TPUs, and this is gpu"),

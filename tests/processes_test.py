@@ -1,11 +1,14 @@
 """Several real processes over loopback (gloo): the same run as one process, stopped together, refused together."""
 
+import dataclasses
 import pathlib
+import shutil
 import signal
 
 import numpy as np
 import pytest
 
+from data import formats
 from tests import runs
 
 STEPS = 30
@@ -86,6 +89,24 @@ def test_processes_that_see_other_files_under_one_path_leave_together(tmp_path, 
         gang.append(runs.start(argv, cwd=machine, PYTHONPATH=str(runs.ROOT)))
     assert all("(process 1) has another dataset: tokens and order" in text for text in runs.finish_gang(gang, code=2))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_one_in_training_is_one_of_all(tmp_path, data):
+    """The others met a failed collective and left with 42, to be started again three times."""
+    bad = shutil.copytree(data, tmp_path / "bad")
+    tokens = np.fromfile(bad / "train-00000.bin", "<u2")
+    tokens[len(tokens) // 2] = 25  # in a window that one of the two reads
+    tokens.tofile(bad / "train-00000.bin")
+    manifest = formats.read_manifest(bad)
+    (shard,) = manifest.splits["train"].shards
+    shard = dataclasses.replace(shard, sha256=formats.sha256_file(bad / "train-00000.bin"))
+    train = dataclasses.replace(manifest.splits["train"], shards=(shard,))
+    manifest = dataclasses.replace(manifest, splits=manifest.splits | {"train": train})
+    (bad / formats.MANIFEST).write_text(manifest.to_json())
+    out = runs.finish_gang(runs.start_gang(tmp_path / "run", bad, num_train_steps=1000, eval__every_steps=0), code=3)
+    lines = [text.splitlines()[-1] for text in out]
+    assert all("token id 25 in the train split is outside the vocabulary of 19" in line for line in lines)
+    assert sum("(process " in line for line in lines) == 1, "one had it, and the other was told"
 
 
 def test_divergence_is_found_by_all(tmp_path, data):

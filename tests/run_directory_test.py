@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import logging
+import os
 import pathlib
+import subprocess
 
 import pytest
 
@@ -114,6 +116,21 @@ def test_what_is_recorded(tmp_path, config, data):
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert set(environment["packages"]) >= {"jax", "flax", "orbax-checkpoint"}
     assert (tmp_path / "tokenizer/meshlm_tokenizer.json").exists()
+
+
+def test_the_commit_of_a_checkout_that_another_user_owns(tmp_path, monkeypatch):
+    """As in a container: git refuses, and environment.json said null without a word."""
+    monkeypatch.setattr(run_directory, "__file__", str(tmp_path / "run_directory.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    found = run_directory._commit()
+    assert found["commit"] is None and "not a git repository" in found["no_commit"]
+    for words in ("init -q", "add .", "-c user.name=x -c user.email=x commit -q --allow-empty -m x"):
+        subprocess.run(["git", "-C", tmp_path, *words.split()], check=True)
+    if os.geteuid() == 0:
+        os.chown(tmp_path, 65534, 65534)
+        os.chown(tmp_path / ".git", 65534, 65534)
+    found = run_directory._commit()
+    assert len(found["commit"]) == 40 and "no_commit" not in found
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path, config):

@@ -185,6 +185,15 @@ def test_heartbeat_says_where_the_process_is(tmp_path, monkeypatch):
     assert not any(t.is_alive() for t in dog._threads)
 
 
+@pytest.mark.parametrize("of", [1, 16, 500, 4096, 100_000])
+def test_all_processes_together_write_a_hundred_heartbeats_a_second_at_most(tmp_path, of):
+    """Each is a new file and a rename on the file system that they share."""
+    dog = Watchdog(tmp_path, WatchdogConfig(), of - 1, of=of)
+    wait_for((tmp_path / f"heartbeat.{of - 1}.json").exists)  # the first at once
+    dog.close()
+    assert of / dog._every_s <= 100 and (dog._every_s == 5 or of > 500)
+
+
 def test_who_reads_a_heartbeat_never_finds_half_of_one(tmp_path):
     dog = Watchdog(tmp_path, WatchdogConfig(), 1)
     wait_for((tmp_path / "heartbeat.1.json").exists)

@@ -429,7 +429,9 @@ class Trainer:
             return
         with self.watchdog.phase("comparing speeds"):
             mine = self.meter.own_time() | {"probe_ms": stragglers.measure_probe()}
-            everyone = map(json.loads, self.processes.exchange("speeds", json.dumps(mine)))
+            everyone = map(json.loads, self.processes.gather("speeds", json.dumps(mine)))
+        if self.processes.index:  # process 0 alone reports
+            return
         values = {i: (host, own) for i, (host, own) in enumerate(zip(self.processes.hosts, everyone, strict=True))}
         ratios, lines = stragglers.report(values)
         for line in lines:

@@ -51,6 +51,7 @@ class MeshPlacement(Placement):
             self.kernel, self.reason = kernels.choose(
                 config.model,
                 platform=mesh.devices.flat[0].platform,
+                capability=str(getattr(mesh.devices.flat[0], "compute_capability", "")),
                 seq_len=config.data.seq_len,
                 context=self.context,
                 documents=self.documents,

@@ -17,6 +17,9 @@ import pathlib
 import platform
 import shlex
 import subprocess
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 from data import ends, files, sources, tokenizers
 from data.errors import DataError
@@ -48,6 +51,8 @@ def resolve(config: Config) -> Config:
         raise DataError(
             f"{folder} is not a prepared dataset; prepare it with: python -m launch.prepare "
             f"--source={source} --tokenizer={config.data.tokenizer} --out={folder}"
+            + r" (a comma separates datasets; write \, for one in a name)"
+            * ("," in config.data.path)
         ) from None
     vocab_size = found.vocab_size
     if not vocab_size:
@@ -135,13 +140,22 @@ def check_changes(run: pathlib.Path, config: Config, allow: bool) -> Config:
     return config
 
 
-def record(run: pathlib.Path, config: Config, data: sources.Sources, argv: list[str]) -> None:
+def record(
+    run: pathlib.Path,
+    config: Config,
+    data: sources.Sources,
+    argv: list[str],
+    numbers: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Writes config.json, tokenizer/ (if there is one) and environment.json, and adds the command to command.txt.
+
+    Args:
+      numbers: what numbers depend on beside the configuration.
 
     Raises ConfigError where that fails.
     """
     try:
-        _record(run, config, data, argv)
+        _record(run, config, data, argv, numbers)
     except OSError as e:
         raise ConfigError(f"cannot write to --workdir={run}: {e.strerror}; make room, or name another") from None
 
@@ -156,13 +170,15 @@ def recorded(run: pathlib.Path) -> str:
         ) from None
 
 
-def _record(run: pathlib.Path, config: Config, data: sources.Sources, argv: list[str]) -> None:
+def _record(
+    run: pathlib.Path, config: Config, data: sources.Sources, argv: list[str], numbers: Mapping[str, Any]
+) -> None:
     files.write_durably(run / "config.json", to_json(config).encode())
     tokenizer = data.load_tokenizer()
     if tokenizer is not None and not _has_tokenizer(run, tokenizer):
         tokenizers.save(tokenizer, run / "tokenizer")
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    with (run / "command.txt").open("a") as f:
+    with (run / "command.txt").open("a", encoding="utf-8", errors="backslashreplace") as f:
         f.write(f"{now} {shlex.join(argv)}\n")
     environment = {
         "time": now,
@@ -170,7 +186,8 @@ def _record(run: pathlib.Path, config: Config, data: sources.Sources, argv: list
         "platform": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in LIBRARIES},
-        "commit": _commit(),
+        "numbers": dict(numbers),
+        **_commit(),
     }
     files.write_durably(run / "environment.json", (json.dumps(environment, indent=1) + "\n").encode())
 
@@ -183,13 +200,15 @@ def _has_tokenizer(run: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> bool:
     return identity.tokenizer_sha256(there) == identity.tokenizer_sha256(tokenizer)
 
 
-def _commit() -> str | None:
-    """The commit of this code, with '+' when files were changed since; None outside a git checkout."""
-    here = pathlib.Path(__file__).parent
-    git = ["git", "-C", str(here)]
+def _commit() -> dict[str, str | None]:
+    """The commit of this code, with '+' when files were changed since; None, and why, outside a git checkout."""
+    # In a container the checkout is often another user's, which git refuses; but it is the code that runs already.
+    git = ["git", "-C", str(pathlib.Path(__file__).parent), "-c", "safe.directory=*"]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
         dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return head.stdout.strip() + ("+" if dirty.stdout else "") if head.returncode == 0 else None
+    except (OSError, subprocess.TimeoutExpired) as e:
+        return {"commit": None, "no_commit": str(e)}
+    if head.returncode:
+        return {"commit": None, "no_commit": " ".join(head.stderr.split())}
+    return {"commit": head.stdout.strip() + ("+" if dirty.stdout else "")}

@@ -27,7 +27,9 @@ log = logging.getLogger("meshlm")
 STOPPED = 42  # as in launch/cli.py: stopped, and resumable by the same command
 STDERR = 2  # sys.stderr may be wrapped, or locked by the thread that is stuck
 LOOK_S = 1.0
-HEARTBEAT_S = 5.0
+# Between heartbeats of a process; but all processes write so many a second at most, each a new file and a rename on a
+# file system that they share.
+HEARTBEAT_S, HEARTBEATS_A_SECOND = 5.0, 100
 LAST_WORDS_S = 10.0  # to write where it is stuck; then it leaves without
 LONGEST_TIMER_S = 7 * 86400.0  # faulthandler refuses far longer ones, such as inf
 MEDIAN_STEPS = 100
@@ -101,7 +103,7 @@ class Watchdog(Pace):
     Args:
       run: where heartbeat and log lie; need not exist, and what cannot be written there is left out.
       config: the limits.
-      process: number of this process, for the names of its files.
+      process, of: number of this process, for the names of its files, and of all.
       leave: called with 42 after a stall, by a thread; must end the process.
 
     A main thread that is stuck and holds the GIL stops the threads here as well. For that there is faulthandler's
@@ -110,9 +112,16 @@ class Watchdog(Pace):
     """
 
     def __init__(
-        self, run: pathlib.Path, config: WatchdogConfig, process: int, leave: Callable[[int], None] = os._exit
+        self,
+        run: pathlib.Path,
+        config: WatchdogConfig,
+        process: int,
+        leave: Callable[[int], None] = os._exit,
+        of: int = 1,
     ):
         super().__init__(config)
+        self._every_s = max(HEARTBEAT_S, of / HEARTBEATS_A_SECOND)
+        self._first_s = self._every_s * (process % of) / of  # not all at once
         self._heartbeat, self._log = run / f"heartbeat.{process}.json", run / f"log.{process}.txt"
         self._leave, self._host = leave, socket.gethostname()
         self._closed, self._writing = threading.Event(), threading.Lock()
@@ -160,12 +169,15 @@ class Watchdog(Pace):
             self._leave(STOPPED)
 
     def _beat(self) -> None:
-        phase, due = "", 0.0
+        phase, wrote, due = "", -float("inf"), 0.0
+        first_s = self._first_s
         while not self._closed.is_set():
             mark, now = self._mark, time.monotonic()
-            if mark.phase != phase or now >= due:
+            # Another phase is written at once, by thousands of processes soon: all come to it at one time.
+            if now >= due or (mark.phase != phase and now - wrote >= self._every_s / 5):
                 self._write_heartbeat(mark)
-                phase, due = mark.phase, now + HEARTBEAT_S
+                phase, wrote, due = mark.phase, now, now + self._every_s + first_s
+                first_s = 0.0
             self._closed.wait(LOOK_S)
         self._write_heartbeat(self._mark._replace(phase="ended"))
 

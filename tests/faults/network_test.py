@@ -129,17 +129,30 @@ def test_another_number_of_processes(tmp_path, data, counts, code, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_one_number_twice(tmp_path, data):
-    """Fault 23: two processes that both say they are number 1 of 2 do not train; nobody hangs."""
-    address = f"--coordinator_address=localhost:{runs.free_port()}"
-    gang = []
-    for i in (0, 1, 1):
-        flags = (address, "--num_processes=2", f"--process_id={i}", LIMIT, "--heartbeat_timeout_s=10")
-        gang.append(runs.start(runs.command(tmp_path / "run", data, *flags, **interrupted.FIELDS)))
-    with runs.ending(*gang):
-        out = [runs.finish(process, GONE, within_s=2 * WITHIN_S) for process in gang]
-    assert "1 unexpectedly tried to connect" in out[0]
-    assert not (tmp_path / "run/metrics.jsonl").exists()
+def test_strangers_on_the_port_of_a_run(tmp_path, data):
+    """Fault 23: a second run, and a process that is there already, leave with a line; the run notices nothing.
+
+    JAX would end the run: "unexpectedly tried to connect with a different incarnation".
+    """
+    address = f"localhost:{runs.free_port()}"
+    with runs.ending(*interrupted.start_gang(tmp_path / "run", data, address=address)) as gang:
+        runs.wait_for_rows(tmp_path / "run", *gang, count=5)
+        strangers = [alone(tmp_path / "other", data, address, process=i) for i in (0, 1)]
+        strangers.append(alone(tmp_path / "run", data, address, process=1))
+        with runs.ending(*strangers):
+            first, *others = [runs.finish(process, code=2, within_s=2 * WITHIN_S) for process in strangers]
+        assert "error: port " in first.splitlines()[-1] and "another run or program has it" in first
+        assert all("is taken: what listens there does not wait" in out.splitlines()[-1] for out in others)
+        assert not any("Traceback" in out for out in (first, *others)) and not (tmp_path / "other").exists()
+        runs.wait_for_rows(tmp_path / "run", *gang, count=len(runs.rows(tmp_path / "run")) + 5)
+
+
+def test_a_proxy_that_does_not_know_the_way(tmp_path, data):
+    """Fault 23: gRPC would ask the proxy for the coordinator, and wait for ever."""
+    proxy = {name: "http://proxy.invalid:3128" for name in ("http_proxy", "https_proxy", "grpc_proxy")}
+    fields = {"num_train_steps": 2, "environments": {0: proxy, 1: proxy}}
+    out = runs.finish_gang(interrupted.start_gang(tmp_path / "run", data, **fields))
+    assert "Everything is in" in out[0] and "JAX detected proxy" not in out[0]
 
 
 # Once they have found each other

@@ -1,0 +1,124 @@
+"""What agreements of many processes cost: python -m benchmarks.coordination [--most=4096] [--requests=10000]
+
+Processes are threads with a store in memory that counts calls, bytes and keys: the code is the one that trains, and the
+network is not there. Then two real processes make requests through JAX's service on this machine.
+"""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags
+
+from tests.memory_store import Gang
+from trainer.processes import SAVE, Processes
+
+MOST = flags.DEFINE_integer("most", 4096, "Processes of the largest gang.")
+REQUESTS = flags.DEFINE_integer("requests", 10_000, "Requests of two real processes.")
+CHILD = flags.DEFINE_string("child", None, "Of this program's own: PORT of the service of the two.")
+FIELDS = {f"config.section.field{i}": "a value of some length" for i in range(120)}
+
+EVENTS: dict[str, Callable[[Processes], Any]] = {
+    "all train the same (check_same)": lambda p: p.check_same("setting", FIELDS),
+    "one differs (check_same)": lambda p: p.check_same("setting", FIELDS | {"seed": p.index // (p.size - 1)}),
+    "one error for all (together)": lambda p: p.together("data", lambda: None),
+    "process 0 chooses (choose)": lambda p: p.choose("newest checkpoint", lambda: 1000),
+    "before and after a save (all_agree)": lambda p: p.all_agree("saved", True),
+    "one reports a problem (exchange)": lambda p: p.exchange("read", "a file is cut" if p.index == 1 else ""),
+    "speeds of all hosts (gather)": lambda p: p.gather("speeds", '{"probe_ms": 1.234, "data_wait_s": 0.01}'),
+    "a save or stop is asked for (request)": lambda p: ask(p),
+}
+
+
+def ask(process: Processes) -> None:
+    if process.index == 0:
+        process.request(SAVE)
+    while SAVE not in process.tick():
+        time.sleep(0.05)
+
+
+def simulate(size: int) -> dict[str, tuple[int, int, int]]:
+    """Calls, bytes and most keys at a time of each event, with all that went before it removed."""
+    gang, costs = Gang(size, timeout_s=600), {}
+    gang.all(lambda p: p.listen(lambda: None, lambda: None, lambda error: None))
+    store = gang.store
+    for name, event in EVENTS.items():
+        calls, sent, store.most_keys = store.calls, store.sent, 0
+        gang.all(event)
+        costs[name] = (store.calls - calls, store.sent - sent, store.most_keys)
+    gang.close()
+    return costs
+
+
+def table() -> None:
+    sizes = sorted({min(size, MOST.value) for size in (16, 256, MOST.value)})
+    costs = {size: simulate(size) for size in sizes}
+    print("| event | " + " | ".join(f"{size:,} processes: calls, bytes, keys" for size in sizes) + " |")
+    print("|---|" + "---|" * len(sizes))
+    for name in EVENTS:
+        shown = (f"{calls:,}, {sent:,}, {keys:,}" for calls, sent, keys in (costs[size][name] for size in sizes))
+        print(f"| {name} | " + " | ".join(shown) + " |")
+
+
+def requests_of_two() -> None:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    argv = [sys.executable, "-m", "benchmarks.coordination", f"--child={port}", f"--requests={REQUESTS.value}"]
+    pair = [subprocess.Popen([*argv, str(i)], stdout=subprocess.PIPE, text=True) for i in range(2)]
+    try:
+        print(pair[0].communicate(timeout=1800)[0], end="")
+    finally:
+        for process in pair:
+            process.kill()
+            process.wait()
+
+
+def child(port: str, index: int) -> None:
+    import jax
+    from jax._src import distributed
+
+    jax.distributed.initialize(f"localhost:{port}", 2, index)
+    processes = Processes(600)
+    processes.listen(lambda: None, lambda: None, lambda error: None)
+    done = threading.Event()
+    processes.hear(lambda error: done.set())
+    times = []
+    if index == 0:
+        for _ in range(REQUESTS.value):
+            started = time.perf_counter()
+            processes.request(SAVE)
+            times.append(time.perf_counter() - started)
+            while SAVE not in processes.tick():
+                time.sleep(0.0005)
+        share = max(len(times) // 100, 1)
+        first, last = (sorted(part)[share // 2] for part in (times[:share], times[-share:]))
+        keys = len(distributed.global_state.client.key_value_dir_get("meshlm/"))
+        print(json.dumps({"requests": len(times), "first_ms": 1e3 * first, "last_ms": 1e3 * last, "keys_left": keys}))
+        processes.tell(RuntimeError("done"))
+        processes.part()
+    else:
+        while not done.is_set():
+            processes.tick()
+            time.sleep(0.0005)
+        processes.part()
+    sys.stdout.flush()
+    import os
+
+    os._exit(0)
+
+
+def main(argv: list[str]) -> None:
+    if CHILD.value is not None:
+        child(CHILD.value, int(argv[1]))
+    table()
+    requests_of_two()
+
+
+if __name__ == "__main__":
+    app.run(main)

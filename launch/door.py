@@ -1,0 +1,265 @@
+"""Who comes to a run, found out before JAX's coordination service starts: a stranger who joins that ends the run.
+
+Process 0 has the port for itself at first. The others say there who they are and wait until all have come; then the
+port is given to JAX. Whatever listens there and does not answer like this (the service of a run that has begun, another
+program) is left alone.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import resource
+import selectors
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from trainer.errors import ConfigError, Stopped
+
+GREETING = b"meshlm\n"
+PORT_S = 5.0  # that a process 0 before this one may take to give the port back
+ANSWER_S = 5.0  # from a connection to the greeting
+LONGEST = 1 << 16  # bytes that a visitor may say
+OTHER_FILES = 256  # descriptors that are not connections
+
+_lock: socket.socket | None = None  # held until this process ends
+
+
+class Visitor(NamedTuple):
+    """A process as it introduces itself. `run` is --workdir as it was typed."""
+
+    process: int
+    run: str
+    host: str
+    pid: int
+
+    @classmethod
+    def myself(cls, process: int, run: str) -> "Visitor":
+        return cls(process, run, platform.node(), os.getpid())
+
+
+class Door:
+    """Of process 0. Raises ConfigError where the port is taken.
+
+    Attributes:
+      missing: processes that are not here yet.
+    """
+
+    def __init__(self, address: str, port: int, size: int, run: str):
+        self._address, self._run, self._size = address, run, size
+        self._here: dict[int, tuple[socket.socket, Visitor]] = {}
+        self._heard: dict[socket.socket, bytes] = {}
+        _allow_files(size)
+        self._socket = _take(port)
+        self._ready = selectors.DefaultSelector()
+        self._ready.register(self._socket, selectors.EVENT_READ)
+
+    @property
+    def missing(self) -> list[int]:
+        return [i for i in range(1, self._size) if i not in self._here]
+
+    def wait(self) -> Iterator[str]:
+        """Until all have come, and lets them in. Yields why somebody was refused."""
+        while len(self._here) < self._size - 1:
+            for key, _ in self._ready.select():
+                if key.fileobj is self._socket:
+                    self._accept()
+                elif refused := self._listen(key.fileobj):  # type: ignore[arg-type]
+                    yield refused
+        for connection, _ in self._here.values():
+            _say(connection, {"let in": True})
+
+    def close(self) -> None:
+        """Gives the port back."""
+        self._ready.close()
+        self._socket.close()
+        for connection in self._heard:
+            connection.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = self._socket.accept()
+            connection.setblocking(False)
+            connection.send(GREETING)
+            self._heard[connection] = b""
+            self._ready.register(connection, selectors.EVENT_READ)
+
+    def _listen(self, connection: socket.socket) -> str:
+        """Takes in what a visitor says; why it is refused, if it is."""
+        try:
+            said = connection.recv(LONGEST)
+        except OSError:
+            said = b""
+        self._heard[connection] += said
+        if not said or len(self._heard[connection]) > LONGEST:
+            self._forget(connection)
+            return ""
+        if b"\n" not in said:
+            return ""
+        try:
+            visitor = Visitor(**json.loads(self._heard[connection]))
+        except (ValueError, TypeError):  # not one of us
+            self._forget(connection)
+            return ""
+        refused = self._why_not(visitor)
+        if refused:
+            _say(connection, {"refused": refused})
+            self._forget(connection)
+        else:
+            self._here[visitor.process] = (connection, visitor)
+        return refused
+
+    def _why_not(self, visitor: Visitor) -> str:
+        who = f"process {visitor.process} (host {visitor.host}, pid {visitor.pid})"
+        if visitor.run != self._run:
+            return (
+                f"{who} is to train --workdir={visitor.run}, and process 0 at {self._address} --workdir={self._run}; "
+                "give all processes of a run the same, and each run a port of its own with --coordinator_address"
+            )
+        if not 0 < visitor.process < self._size:
+            return f"{who} came to a run of {self._size} processes; give all the same --num_processes"
+        if visitor.process in self._here:
+            _, first = self._here[visitor.process]
+            return (
+                f"{who} came as the second of its number, after host {first.host}, pid {first.pid}; give each process "
+                "its own --process_id, and each run a port of its own with --coordinator_address"
+            )
+        return ""
+
+    def _forget(self, connection: socket.socket) -> None:
+        self._ready.unregister(connection)
+        del self._heard[connection]
+        self._here = {i: here for i, here in self._here.items() if here[0] is not connection}
+        connection.close()
+
+
+def knock(address: tuple[str, int], me: Visitor, timeout_s: float, progress: Callable[[str], None]) -> None:
+    """Waits until process 0 at `address` has let all in. Raises ConfigError, Stopped.
+
+    Args:
+      progress: called with the reason for waiting, every half a second at least.
+    """
+    shown, end, stranger = f"{address[0]}:{address[1]}", time.monotonic() + timeout_s, False
+    while True:
+        try:
+            with socket.create_connection(address, timeout=min(5.0, max(end - time.monotonic(), 0.1))) as connection:
+                stranger = not _greeted(connection)
+                reason = "what listens there does not wait for the processes of a run"
+                if not stranger:
+                    reason = _wait_inside(connection, me, end, progress)
+                    if not reason:
+                        return
+        except OSError as e:
+            stranger, reason = False, e.strerror or str(e)
+        if time.monotonic() > end:
+            break
+        progress(reason)
+        time.sleep(0.5)
+    if stranger:
+        raise ConfigError(
+            f"{shown} is taken: {reason}; it is a run that has begun, or another program; name another port with "
+            "--coordinator_address"
+        )
+    raise Stopped(
+        f"no coordinator at {shown} after {timeout_s:.0f} s: {reason}; start process 0 there, open the port, or "
+        "correct --coordinator_address"
+    )
+
+
+def _greeted(connection: socket.socket) -> bool:
+    connection.settimeout(ANSWER_S)
+    try:
+        return _line(connection) == GREETING
+    except OSError:
+        return False
+
+
+def _wait_inside(connection: socket.socket, me: Visitor, end: float, progress: Callable[[str], None]) -> str:
+    """'' when all have been let in, else why to come again. Raises ConfigError when this process is refused."""
+    connection.sendall(json.dumps(me._asdict()).encode() + b"\n")
+    connection.settimeout(0.5)
+    while time.monotonic() < end:
+        try:
+            line = _line(connection)
+        except TimeoutError:
+            progress("process 0 waits for the others")
+            continue
+        if not line.endswith(b"\n"):
+            return "process 0 has ended"
+        answer = json.loads(line)
+        if refused := answer.get("refused"):
+            raise ConfigError(refused)
+        return ""
+    return "not all processes have come to process 0"
+
+
+def _line(connection: socket.socket) -> bytes:
+    """Up to a line feed, or the end. Raises TimeoutError when nothing comes."""
+    line = b""
+    while not line.endswith(b"\n") and len(line) < LONGEST:
+        try:
+            byte = connection.recv(1)
+        except TimeoutError:
+            if line:
+                continue
+            raise
+        if not byte:
+            break
+        line += byte
+    return line
+
+
+def _say(connection: socket.socket, answer: dict) -> None:
+    with contextlib.suppress(OSError):  # it has gone; whoever waits for it hears of that
+        connection.send(json.dumps(answer).encode() + b"\n")
+
+
+def _take(port: int) -> socket.socket:
+    """Listens on `port`, which nobody else may: JAX's service would share it with whoever is there, or crash."""
+    global _lock
+    end = time.monotonic() + PORT_S
+    while True:
+        try:
+            if _lock is None:
+                _lock = _only_one(port)
+            return _listening(port)
+        except OSError as e:
+            if time.monotonic() > end:
+                raise ConfigError(
+                    f"port {port} of this host is not free ({e.strerror}): another run or program has it; name another "
+                    "with --coordinator_address, or with JAX_COORDINATOR_PORT where the cluster tells processes apart"
+                ) from None
+        time.sleep(0.2)
+
+
+def _only_one(port: int) -> socket.socket | None:
+    """Keeps other runs from the moment in which the port is given from here to JAX. A name of Linux, not a file."""
+    if sys.platform != "linux":
+        return None
+    lock = socket.socket(socket.AF_UNIX)
+    try:
+        lock.bind(f"\0meshlm-coordinator-{port}")
+    except OSError:
+        lock.close()
+        raise
+    return lock
+
+
+def _listening(port: int) -> socket.socket:
+    """On all addresses, as JAX's service does."""
+    six = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if six else socket.AF_INET
+    return socket.create_server(("", port), family=family, backlog=4096, dualstack_ipv6=six)
+
+
+def _allow_files(size: int) -> None:
+    """A connection of each process, here and in JAX's service."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = size + OTHER_FILES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,103 @@
+"""What the environment says to JAX and XLA, checked like a flag: what would train another run, or none, is refused.
+
+The options that numbers depend on have one value here, so that a run is its configuration. They are recorded in
+environment.json all the same, with what may be chosen on purpose: the precision of matrix products and XLA's flags.
+"""
+
+import os
+import re
+from typing import Any
+
+from trainer.errors import ConfigError, Stopped
+
+# Another value makes other numbers of the same configuration.
+NUMBERS: dict[str, Any] = {
+    "jax_enable_x64": False,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+    "jax_enable_custom_prng": False,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_high_dynamic_range_gumbel": False,
+    "jax_softmax_custom_jvp": False,
+}
+# With another value the program does not work, or not as it should.
+WORKING: dict[str, Any] = {
+    "jax_disable_jit": False,
+    "jax_no_tracing": False,
+    "jax_no_execution": False,
+    "jax_numpy_rank_promotion": "allow",
+    "jax_legacy_prng_key": "allow",
+    "jax_enable_recoverability": False,
+    "jax_transfer_guard": ("allow", "log", None),
+    "jax_transfer_guard_host_to_device": ("allow", "log", None),
+    "jax_transfer_guard_device_to_device": ("allow", "log", None),
+    "jax_transfer_guard_device_to_host": ("allow", "log", None),
+}
+RECORDED = (*NUMBERS, "jax_default_matmul_precision")
+
+
+def load_jax() -> None:
+    """Imports JAX. Raises ConfigError when a variable of the environment is wrong for it, or for us."""
+    try:
+        import jax  # noqa: F401
+    except ValueError as e:
+        raise ConfigError(f"JAX does not start with what is in the environment: {e}; correct the variable") from None
+    for options, why in ((NUMBERS, "would make another run of this configuration"), (WORKING, "cannot work here")):
+        for option, right in options.items():
+            value = option_of_jax(option, right)
+            if value not in (right if isinstance(right, tuple) else (right,)):
+                raise ConfigError(f"{option.upper()}={os.environ.get(option.upper(), value)} {why}; unset it")
+    _check_xla_flags()
+
+
+def option_of_jax(name: str, default: Any = None) -> Any:
+    """The value of an option; the default where this version of JAX has none of that name."""
+    import jax
+
+    value = getattr(jax.config, name, default)
+    return getattr(value, "value", value)
+
+
+def numbers() -> dict[str, Any]:
+    """What the numbers of a run depend on beside its configuration, for environment.json."""
+    return {name: option_of_jax(name) for name in RECORDED} | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
+
+
+def _check_xla_flags() -> None:
+    """XLA ends the process over a wrong flag, with 1, as if it had crashed; so another one reads them first."""
+    if not os.environ.get("XLA_FLAGS"):
+        return
+    from jaxlib import _jax
+
+    read, write = os.pipe()
+    if not (child := os.fork()):
+        os.dup2(write, 2)
+        _ = _jax.CompileOptions().executable_build_options.debug_options
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as said:
+        words = said.read().decode("utf-8", "backslashreplace")
+    if os.waitpid(child, 0)[1]:
+        found = re.search(r"^[EF]\d.*?\] (.*)", words, re.MULTILINE)
+        raise ConfigError(f"XLA_FLAGS={os.environ['XLA_FLAGS']}: {found[1] if found else 'XLA does not take them'}")
+
+
+def find_devices() -> None:
+    """Raises ConfigError when JAX_PLATFORMS names what is not installed here, Stopped when no device can be had now."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as e:
+        reason = " ".join(str(e).split()).partition(" (set JAX_PLATFORMS")[0]
+        asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+        lasting = isinstance(e, AssertionError) or re.search(
+            "not in the list of known|cannot open shared object", reason
+        )
+        if lasting or os.environ.get("JAX_PLATFORMS") == "cpu":
+            raise ConfigError(
+                f"{asked} cannot be used here: {reason or 'it is not installed'}; unset it, or install JAX for it: "
+                'pip install -e ".[cuda]" or ".[tpu]"'
+            ) from None
+        raise Stopped(f"no device can be had, with {asked}: {reason}; free it, and start again") from None

@@ -1,0 +1,78 @@
+"""What a process is told of others by its environment, and the way to them. Real gangs: network_test."""
+
+import os
+
+import jax
+import pytest
+
+from launch import distributed, runtime
+from trainer.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "PMI_", "JAX_COORD")) or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    for name in (*distributed.COUNTS, *runtime.RANKS):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_SIZE=2 says"),  # Open MPI 5
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, "start it with srun"),
+        ({"PMI_SIZE": "16", "PMI_RANK": "3"}, "PMI_SIZE=16 says that this is one of several"),
+        ({"WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "0"}, "--num_processes=N --process_id=I"),  # torchrun
+        ({"JAX_COORDINATOR_ADDRESS": "localhost:1234"}, "JAX_COORDINATOR_ADDRESS=localhost:1234 alone"),
+    ],
+)
+def test_one_of_several_does_not_train_alone(monkeypatch, variables, said):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as e:
+        distributed.initialize(None, None, None)
+    assert said in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
+        {"SLURM_JOB_ID": "7"},  # ssh into a node
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},  # srun --ntasks=1
+        {"WORLD_SIZE": "", "PMI_SIZE": "none"},
+    ],
+)
+def test_a_lone_process_stays_one(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.initialize(None, None, None) == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"http_proxy": "http://p:1"}, "host0"),
+        ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "a.b"}, "a.b,host0"),
+        ({"grpc_proxy": "http://p:1", "no_proxy": "a.b,.c"}, "a.b,.c,host0"),
+        ({"http_proxy": "http://p:1", "no_grpc_proxy": "d", "no_proxy": "a"}, "d,host0"),
+        ({}, None),
+    ],
+)
+def test_the_coordinator_is_not_sought_through_a_proxy(monkeypatch, variables, expected):
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.setenv(name, "")  # so that what is set here goes with the test
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    try:
+        distributed._pass_by_proxies("host0")
+    finally:
+        jax.config.update("jax_check_proxy_envs", True)
+    found = dict(os.environ)
+    assert found.get("no_grpc_proxy") == expected
+    if expected:
+        assert found["no_proxy"].endswith("host0") and found["NO_PROXY"].endswith("host0")

@@ -1,0 +1,101 @@
+"""What the environment says to JAX and XLA: one line where it would make another run of a configuration, or none."""
+
+import json
+import subprocess
+
+import jax
+import pytest
+
+from launch import environment, runtime
+from tests import runs
+from trainer.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def no_fork(monkeypatch):
+    """With threads of JAX a fork is warned of; what XLA says to its flags is seen in processes of their own."""
+    monkeypatch.delenv("XLA_FLAGS")
+
+
+def refused(name: str, value: str) -> str:
+    with pytest.raises(ConfigError) as e:
+        environment.load_jax()
+    assert "\n" not in str(e.value) and f"{name.upper()}={value}" in str(e.value)
+    return str(e.value)
+
+
+OTHERS = {
+    "jax_default_prng_impl": "rbg",
+    "jax_random_seed_offset": 5,
+    "jax_numpy_dtype_promotion": "strict",
+    "jax_numpy_rank_promotion": "raise",
+    "jax_legacy_prng_key": "error",
+    "jax_transfer_guard": "disallow",
+    "jax_transfer_guard_host_to_device": "disallow",
+    "jax_transfer_guard_device_to_device": "disallow_explicit",
+    "jax_transfer_guard_device_to_host": "disallow",
+}
+
+
+@pytest.mark.parametrize("name", [*environment.NUMBERS, *environment.WORKING])
+def test_another_value_is_refused(name, monkeypatch):
+    environment.load_jax()
+    before = getattr(jax.config, name)
+    other = OTHERS.get(name, not before)
+    monkeypatch.setenv(name.upper(), str(other))
+    jax.config.update(name, other)
+    try:
+        assert "; unset it" in refused(name, str(other))
+    finally:
+        jax.config.update(name, before)
+    environment.load_jax()
+
+
+def test_what_may_be_chosen_is_recorded(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    with jax.default_matmul_precision("highest"):
+        found = json.loads(json.dumps(environment.numbers()))
+    assert found["XLA_FLAGS"] == "--xla_cpu_enable_fast_math=true" and found["jax_enable_x64"] is False
+    assert found["jax_default_prng_impl"] == "threefry2x32" and "jax_default_matmul_precision" in found
+
+
+@pytest.mark.parametrize("share", ["abc", "0", "", "-0.5", "nan", "0.9.2"])
+def test_a_share_of_a_gpu_that_is_none(share, monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
+    with pytest.raises(ConfigError, match=f"XLA_PYTHON_CLIENT_MEM_FRACTION={share} is no share"):
+        runtime.use_gpu_memory()
+    for good in (".5", "0.92", "1", "1."):
+        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", good)
+        runtime.use_gpu_memory()
+
+
+def test_an_option_that_this_jax_does_not_have_is_not_asked_for(monkeypatch):
+    monkeypatch.setitem(environment.NUMBERS, "jax_no_such_option", True)
+    environment.load_jax()
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"JAX_ENABLE_X64": "1"}, "JAX_ENABLE_X64=1 would make another run of this configuration; unset it"),
+        ({"JAX_ENABLE_X64": "maybe"}, "invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'; correct"),
+        ({"XLA_FLAGS": "--xla_gpu_no_such_flag=true"}, "Unknown flag in XLA_FLAGS: --xla_gpu_no_such_flag=true"),
+        ({"XLA_FLAGS": "nonsense"}, 'XLA_FLAGS=nonsense: Could not open file "nonsense"'),
+        ({"JAX_PLATFORMS": "cuda"}, "JAX_PLATFORMS=cuda cannot be used here"),
+        ({"JAX_PLATFORMS": "CPU"}, "Backend 'CPU' is not in the list of known backends"),
+    ],
+    ids=str,
+)
+def test_one_line_before_anything_is_written(tmp_path, data, variables, said):
+    """Each was a traceback, or a crash, with exit code 1, after which a supervisor starts it again."""
+    argv = runs.command(tmp_path / "run", data)
+    ended = subprocess.run(
+        argv, cwd=runs.ROOT, env=runs.environment() | variables, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 2 and said in ended.stderr and ended.stderr.count("\n") == 1, ended
+    assert ended.stderr.startswith("error: ") and not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return runs.dataset(tmp_path_factory.mktemp("data"))
