@@ -80,7 +80,8 @@ def page(plan: Any) -> str:
         *(f"          in {name:<12}{size / GIB:6.3f} GiB at most" for name, size in plan.beside.items()),
     ]
     if plan.collectives:
-        lines.append("network   what a device takes part in, each step")
+        sums = f"sums of gradients in {plan.sums_dtype}"
+        lines.append(f"network   what a device takes part in, each step; {sums}")
         lines += [f"          {_collective(row, model)}" for row in plan.collectives]
     lines.append(
         f"flops     {plan.model_flops / 1e12:.2f} T a device and step by {flops.FORMULA}; "

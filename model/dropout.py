@@ -1,5 +1,7 @@
 """Dropout, and its rate as a function of the step."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -14,10 +16,14 @@ def dropout_rate(config: ModelConfig, step: Array) -> Array | float:
     return (config.dropout - config.dropout_end) / (step / config.dropout_scale + 1) + config.dropout_end
 
 
-def dropout(x: Array, rate: Array | float, key: Array | None) -> Array:
-    """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate); no key: x as it is."""
+def dropout(x: Array, rate: Array | float, key: Array | None, bernoulli: Callable = jax.random.bernoulli) -> Array:
+    """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate); no key: x as it is.
+
+    Args:
+      bernoulli: (key, p, shape) -> bool, as Placement.bernoulli.
+    """
     if key is None:
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    keep = bernoulli(key, 1 - rate, x.shape)
     scaled = x.astype(jnp.float32) / jnp.asarray(1 - rate, jnp.float32)  # 1 - rate is another number in bfloat16
     return jnp.where(keep, scaled.astype(x.dtype), 0)

@@ -7,6 +7,7 @@ head and query position, d width of a head.
 """
 
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from model.dropout import dropout
 
 def xla(
     q_bthd: Array, k_bskd: Array, v_bskd: Array, places: Array, starts: Array | None = None,
-    rate=0.0, key: Array | None = None,
+    rate=0.0, key: Array | None = None, bernoulli: Callable = jax.random.bernoulli,
 ) -> Array:  # fmt: skip
     """Any backend, any arguments: query t sees keys starts[t] <= s <= places[t]. Softmax in float32.
 
@@ -27,7 +28,7 @@ def xla(
       q_bthd: queries; h is a multiple of k, and query head i uses key-value head i // (h / k).
       places: int32 [t], the place of each query among the keys.
       starts: int32 [b, t], the place of the first key of each query's document; None: 0.
-      rate, key: dropout of the attention weights.
+      rate, key, bernoulli: dropout of the attention weights, as of model.dropout.dropout.
 
     Returns:
       [b, t, h, d] in the dtype of q.
@@ -44,7 +45,7 @@ def xla(
         visible = (visible & (jnp.arange(s) >= starts[..., None]))[:, None]  # [b, 1, t, s]
     visible_ns = jnp.tile(visible, (h // kv, 1))  # [.., n, s]
     weights = jax.nn.softmax(jnp.where(visible_ns, scores, -jnp.inf), axis=-1).astype(q_bthd.dtype)
-    weights = dropout(weights, rate, key)
+    weights = dropout(weights, rate, key, bernoulli)
     y_bknd = jnp.einsum("bkns,bskd->bknd", weights, v_bskd)
     return y_bknd.reshape(b, kv, h // kv, t, d).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
 

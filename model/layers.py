@@ -38,8 +38,7 @@ class Linear(nnx.Module):
         self.bias = constant(0.0, (out_dim,), axes[1:], stack) if bias else None
 
     def __call__(self, x: Array, placement: Placement) -> Array:
-        y = x @ placement.weight(self.kernel[...], self.axes, x.dtype)
-        return y if self.bias is None else y + placement.weight(self.bias[...], self.axes[1:], x.dtype)
+        return placement.linear(x, self.kernel[...], None if self.bias is None else self.bias[...], self.axes)
 
 
 class Norm(nnx.Module):

@@ -4,6 +4,7 @@ trainer/placement.py has the one for a mesh. The model names logical axes only a
 and every attention to its placement.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -35,6 +36,15 @@ class Placement:
     def weight(self, w: Array, axes: tuple[str, ...], dtype: jnp.dtype) -> Array:
         """The parameter w in `dtype` as a layer uses it: whole along `embed`."""
         return w.astype(dtype)
+
+    def linear(self, x: Array, w: Array, b: Array | None, axes: tuple[str, str]) -> Array:
+        """x w (+ b) over the last axis of x, of parameters w with logical axes `axes` and b with the second of them."""
+        y = x @ self.weight(w, axes, x.dtype)
+        return y if b is None else y + self.weight(b, axes[1:], x.dtype)
+
+    def bernoulli(self, key: Array, p: Array | float, shape: tuple[int, ...]) -> Array:
+        """Bools of an activation's shape, its rows first, each True with probability p."""
+        return jax.random.bernoulli(key, p, shape)
 
     def lookup(self, table: Array, index: Array, axes: tuple[str, str], dtype: jnp.dtype) -> Array:
         """Rows of the parameter table [n, embed] in `dtype`: index [b, t] to [b, t, embed]."""

@@ -37,9 +37,9 @@ class Block(nnx.Module):
         x = checkpoint_name(x, LAYER_INPUT)
         keys = [None] * 3 if key is None else jax.random.split(key, 3)
         y, cache = self.attention(self.attention_norm(x, placement), places, starts, cache, rate, keys[0], placement)
-        x = placement.residual(x + dropout(y, rate, keys[1]))
+        x = placement.residual(x + dropout(y, rate, keys[1], placement.bernoulli))
         y = self.mlp(self.mlp_norm(x, placement), placement)
-        return placement.residual(x + dropout(y, rate, keys[2])), cache
+        return placement.residual(x + dropout(y, rate, keys[2], placement.bernoulli)), cache
 
 
 class Transformer(nnx.Module):
@@ -144,7 +144,7 @@ class Transformer(nnx.Module):
         keys = None
         if dropout_key is not None:
             embedding_key, layers_key = jax.random.split(dropout_key)
-            x = dropout(x, dropout_rate, embedding_key)
+            x = dropout(x, dropout_rate, embedding_key, placement.bernoulli)
             keys = jax.random.split(layers_key, config.num_layers)
         # Two axes until the end: the gradient of a weight then contracts one, which is one plain matrix product; over
         # batch and sequence XLA's CPU backend makes a transposed copy of the activations (docs/performance.md). A

@@ -90,7 +90,7 @@ def assert_close(actual, expected, rtol):
 
 @pytest.mark.parametrize("chunk", [0, 1, 3, 7, 8, 1000])
 def test_every_size_of_chunk_gives_the_loss_and_gradients_of_its_definition(chunk):
-    """160 tokens on one device: 1 and 8 divide them, 3 and 7 do not."""
+    """160 tokens on one device: 1 and 8 divide them, 3 and 7 do not, and the last chunk is filled up."""
     plain, values, dx, dtable = evaluate(program("one", chunk=chunk), tied=True)
     objective, loss, expected_dx, expected_dtable = by_definition(True)
     assert plain == values == pytest.approx([objective, loss], rel=1e-6)
@@ -177,12 +177,21 @@ def test_large_logits_do_not_overflow():
     assert float(loss) == pytest.approx(expected, rel=1e-6) and np.isfinite(float(objective))
 
 
-@pytest.mark.parametrize(("most", "size"), [(0, 160), (1000, 160), (80, 80), (79, 40), (7, 5), (1, 1)])
-def test_chunks_are_equal_and_at_most_as_large_as_configured(most, size):
-    """160 tokens: the largest divisor that fits; logits are [chunk, vocabulary]."""
-    x, table, targets, weights = arguments(True)
-    jaxpr = jax.make_jaxpr(make_loss(program("one", chunk=most)))(x.reshape(-1, EMBED), table, targets, weights)
-    assert max(shape[0] for shape in shapes_of(jaxpr.jaxpr) if shape[1:] == (PADDED,)) == size
+@pytest.mark.parametrize(
+    ("tokens", "most", "chunks", "size"),
+    [
+        (160, 0, 1, 160), (160, 1000, 1, 160), (160, 80, 2, 80), (160, 79, 3, 54), (160, 7, 23, 7), (160, 1, 160, 1),
+        (509, 256, 2, 255), (8191, 4096, 2, 4096), (8209, 4096, 3, 2737), (1, 4096, 1, 1), (2, 1, 2, 1), (7, 6, 2, 4),
+    ],
+)  # fmt: skip
+def test_chunks_are_equal_and_as_few_as_the_largest_size_allows(tokens, most, chunks, size):
+    """Also of a prime number of tokens; logits are [chunk, vocabulary]."""
+    x, targets, weights = np.zeros((tokens, EMBED), np.float32), np.zeros((1, tokens), np.int32), np.ones((1, tokens))
+    loss = make_loss(program("one", chunk=most))
+    jaxpr = jax.make_jaxpr(loss)(x, arguments(True)[1], targets, weights.astype(np.float32))
+    shapes = shapes_of(jaxpr.jaxpr)
+    assert max(shape[0] for shape in shapes if shape[1:] == (PADDED,)) == size
+    assert (chunks, size, EMBED) in shapes and chunks * size - tokens < chunks
 
 
 def shapes_of(jaxpr) -> set[tuple[int, ...]]:

@@ -83,10 +83,9 @@ def test_fsdp_on_gpus_gathers_twice_and_scatters_once_a_layer():
     assert sum(c.count for c in large) == 2 * LAYERS  # forward and backward, all weights of a layer combined
     assert all(c.axes == ("fsdp",) and c.dtype in ("bf16", "bf16+f32") for c in large)
     assert sum(c.count * c.bytes for c in gathers) < 1.01 * 2 * LAYERS * 2 * LAYER_PARAMS
-    # One of all matrices, in bf16; and, as XLA combines no two types, a small one of the norms' float32.
-    matrices = [c for c in scatters if c.dtype == "bf16"]
-    assert sum(c.count for c in matrices) == LAYERS and matrices[0].bytes == 2 * LAYER_PARAMS
-    assert sum(c.count * c.bytes for c in scatters if c.dtype != "bf16") <= LAYERS * 2 * 4 * 512
+    # Gradients of matrices and norms in one, summed in float32.
+    assert {c.dtype for c in scatters} == {"f32"} and sum(c.count for c in scatters) == LAYERS
+    assert sum(c.count * c.bytes for c in scatters) == LAYERS * 4 * (LAYER_PARAMS + 2 * 512)
     assert not of_gradients(collectives)
     assert any("fmha" in name for name in hlo.custom_calls(compiled("h100:8", 1, FSDP)[2])), "no flash attention"
 
@@ -104,7 +103,8 @@ def test_fsdp_on_a_tpu_gathers_weights_of_one_layer_in_bfloat16():
     scatters = in_layers(collectives, "reduce-scatter")
     sums = [c for c in of_gradients(collectives) if set(c.trips) & {LAYERS, LAYERS - 1}]
     assert all(c.sliced == c.bytes for c in sums)
-    assert sum(c.count * c.bytes for c in scatters + sums) == pytest.approx(LAYERS * 2 * LAYER_PARAMS, rel=0.01)
+    assert {c.dtype for c in scatters + sums} == {"f32"}
+    assert sum(c.count * c.bytes for c in scatters + sums) == pytest.approx(LAYERS * 4 * LAYER_PARAMS, rel=0.01)
     assert not in_layers(collectives, "collective-permute"), "the products were cut into rings; see trainer/compiler.py"
 
 
@@ -127,6 +127,7 @@ def test_two_slices_send_each_other_their_parts_of_the_gradients_and_nothing_els
     collectives = found("v5e:2x2", 2, mesh)
     crossing = [c for c in collectives if c.crosses_slices]
     assert crossing and all(c.axes[0] == "data" for c in crossing)
+    assert all(not c.trips for c in crossing), "more than once a step"
     gathers = in_layers(collectives, "all-gather")
     assert gathers and all(c.axes == ("fsdp",) and not c.crosses_slices for c in gathers)
     program = compiled("v5e:2x2", 2, mesh)[0]

@@ -107,6 +107,16 @@ def test_dropout_depends_on_seed_and_step_alone(dataset):
     assert int(state.step) == 3
 
 
+@pytest.mark.parametrize("name", ["data", "mixed"])
+def test_dropout_is_the_same_on_every_mesh(dataset, name):
+    """Also in parts: each replica drops what the one device drops in its rows."""
+    cfg = config(model={"dropout": 0.3}, grad_accum_steps=2)
+    one, there = (train(dataset, cfg, mesh_of(where), 2)[0] for where in ("one", name))
+    for a, b in zip(one, there, strict=True):
+        assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-5)
+        assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-4)
+
+
 def test_z_loss_is_in_the_gradient_but_not_in_the_reported_loss(dataset):
     plain, _ = train(dataset, config(), mesh_of("one"), 2)
     z, _ = train(dataset, config(z_loss=0.1), mesh_of("one"), 2)

@@ -44,6 +44,10 @@ def test_round_trip_through_json():
         ({"loss_chunk_tokens": -1}, ["loss_chunk_tokens is -1", "negative"]),
         ({"model": {"attention": "flash"}}, ["model.attention is 'flash'", "auto, xla, cudnn, splash"]),
         ({"optimizer": {"moments_dtype": "bfloat16"}}, ["optimizer.b2 is 0.99", "0.95", "float32"]),
+        (
+            {"optimizer": {"gradients_dtype": "float16"}},
+            ["optimizer.gradients_dtype is 'float16'", "float32, bfloat16"],
+        ),
         ({"mesh": {"data": 0}}, ["mesh.data is 0"]),
         ({"optimizer": {"schedule": "cosin"}}, ["optimizer.schedule is 'cosin'", "cosine"]),
         ({"optimizer": {"b2": 1.0}}, ["optimizer.b2 is 1.0", "below 1"]),

@@ -34,6 +34,9 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices and embeddings, not on norms and biases
     clip_norm: float = 1.0  # of the whole gradient; 0: no clipping
+    gradients_dtype: str = (
+        "float32"  # in which devices sum gradients: float32, or bfloat16 (half the bytes, less exact)
+    )
     moments_dtype: str = "float32"  # of the state: float32, or bfloat16 (half the memory; b2 at most BFLOAT16_B2)
 
     SCHEDULES = ("cosine", "linear", "constant", "wsd")
@@ -47,10 +50,9 @@ class OptimizerConfig:
             self.schedule in self.SCHEDULES,
             f"optimizer.schedule is {self.schedule!r}; it must be one of {', '.join(self.SCHEDULES)}",
         )
-        _require(
-            self.moments_dtype in self.DTYPES,
-            f"optimizer.moments_dtype is {self.moments_dtype!r}; it must be one of {', '.join(self.DTYPES)}",
-        )
+        for name in ("gradients_dtype", "moments_dtype"):
+            value = getattr(self, name)
+            _require(value in self.DTYPES, f"optimizer.{name} is {value!r}; it must be one of {', '.join(self.DTYPES)}")
         _require(
             self.moments_dtype == "float32" or self.b2 <= self.BFLOAT16_B2,
             f"optimizer.b2 is {self.b2}; with optimizer.moments_dtype = bfloat16 it must be at most "

@@ -16,14 +16,13 @@ def lookup(mesh: Mesh, table: Array, index: Array, axes: tuple[str, str], dtype:
     batch: summed in float32, whatever `dtype` is. Left to the compiler, which would split that sum along `embed`, every
     device would need the gradients of the whole batch.
     """
-    shards, split = (
-        Shards(mesh),
-        sharding.RULES[axes[0]],
-    )  # of rows: the tensor axis for a vocabulary, none for positions
+    shards = Shards(mesh)
+    split = sharding.RULES[axes[0]]  # of rows: the tensor axis for a vocabulary, none for positions
     assert split is None or isinstance(split, str)
     rows = table.shape[0] // (mesh.shape[split] if split else 1)
-    tokens, results = sharding.spec(("batch", "seq")), sharding.spec(("batch", "seq", None))
-    of_table = sharding.spec(axes)
+    tokens, results, of_table = (
+        sharding.spec(names, sharding.REPLICA_RULES) for names in (("batch", "seq"), ("batch", "seq", None), axes)
+    )
 
     def here(index: Array) -> tuple[Array, Array | bool]:
         """Indices into the rows of this device, and which of them are there."""
@@ -43,11 +42,8 @@ def lookup(mesh: Mesh, table: Array, index: Array, axes: tuple[str, str], dtype:
         sums = jnp.zeros((rows, g.shape[-1]), jnp.float32).at[at].add(jnp.where(inside, g.astype(jnp.float32), 0))
         return shards.scatter(sums, axis=1)
 
-    def by_shard(body, in_specs, out_specs):
-        return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-    gather_all = by_shard(gather, (of_table, tokens), results)
-    scatter_all = by_shard(scatter, (results, tokens), of_table)
+    gather_all = sharding.by_device(mesh, gather, (of_table, tokens), results)
+    scatter_all = sharding.by_device(mesh, scatter, (results, tokens), of_table)
     look = jax.custom_vjp(gather_all)
     look.defvjp(lambda table, index: (gather_all(table, index), index), lambda index, g: (scatter_all(g, index), None))
     return look(table, index)

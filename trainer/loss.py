@@ -8,8 +8,6 @@ are Megatron's, Shoeybi et al., 2019).
 Shape suffixes: n token of one device, c token of a chunk, v column of this device's vocabulary shard, e embed.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -20,7 +18,7 @@ from trainer.state import Program
 
 
 def make_loss(program: Program):
-    """(x, table, targets, weights) -> (objective, loss), both float32 scalars.
+    """(x, table, targets, weights) -> (objective, loss), both float32 scalars, of the rows of one replica.
 
     Args of the result:
       x: hidden states as Transformer.hidden returns them.
@@ -32,14 +30,14 @@ def make_loss(program: Program):
     """
     axes = program.output_axes
     subscripts = axes[0][0] + axes[1][0]  # 've' or 'ev'
-    x_spec = sharding.spec(("batch", "seq", None) if program.placement.splits_sequence else ("batch", None))
-    tokens, table_spec = sharding.spec(("batch", "seq")), sharding.spec(axes)
+    x_axes = ("batch", "seq", None) if program.placement.splits_sequence else ("batch", None)
+    x_spec, table_spec, tokens, scalar = (
+        sharding.spec(names, sharding.REPLICA_RULES) for names in (x_axes, axes, ("batch", "seq"), ())
+    )
 
     def by_shard(body, out_specs):
-        in_specs = (x_spec, table_spec, tokens, tokens)
-        return jax.shard_map(body, mesh=program.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return sharding.by_device(program.mesh, body, (x_spec, table_spec, tokens, tokens), out_specs)
 
-    scalar = sharding.spec(())
     shard = _Shard(program, subscripts, axes.index("embed"))
     value = by_shard(shard.value, (scalar, scalar))
     with_gradients = by_shard(shard.gradients, ((scalar, scalar), (x_spec, table_spec)))
@@ -79,7 +77,8 @@ class _Shard:
         def one(carry, chunk):
             sums, dw = carry
             parts, dlogits_cv = self.chunk(w, *chunk)
-            dx_ce = self.shards.sum(jnp.einsum(f"cv,{self.subscripts}->ce", dlogits_cv, w), "tensor")
+            dx_ce = jnp.einsum(f"cv,{self.subscripts}->ce", dlogits_cv, w, preferred_element_type=jnp.float32)
+            dx_ce = self.shards.sum(dx_ce, "tensor").astype(x.dtype)
             dw += jnp.einsum(f"cv,ce->{self.subscripts}", dlogits_cv, chunk[0], preferred_element_type=jnp.float32)
             return (jax.tree.map(jnp.add, sums, parts), dw), dx_ce
 
@@ -104,13 +103,20 @@ class _Shard:
         return (objective, loss), dlogits_cv.astype(x_ce.dtype)
 
     def over_chunks(self, one, carry, x: Array, targets: Array, weights: Array):
-        """Folds `one` over equal chunks of at most `most` tokens."""
+        """Folds `one` over equal chunks of at most `most` tokens, the fewest that there can be.
+
+        The last is filled up with tokens of weight 0, fewer than there are chunks.
+        """
         tokens = targets.size
-        chunks = 1
-        if self.most:
-            chunks = next(n for n in range(math.ceil(tokens / self.most), tokens + 1) if tokens % n == 0)
-        split = (x.reshape(chunks, -1, x.shape[-1]), targets.reshape(chunks, -1), weights.reshape(chunks, -1))
-        return jax.lax.scan(one, carry, split)
+        chunks = -(-tokens // (self.most or tokens))
+        padding = -tokens % chunks
+
+        def split(a: Array) -> Array:
+            return jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)).reshape(chunks, -1, *a.shape[1:])
+
+        flat = (x.reshape(tokens, -1), targets.reshape(-1), weights.reshape(-1))
+        carry, of_chunks = jax.lax.scan(one, carry, jax.tree.map(split, flat))
+        return carry, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:tokens], of_chunks)
 
     def over_tokens(self, sums):
-        return jax.tree.map(lambda s: self.shards.sum(s, "data", "fsdp", "context"), sums)
+        return jax.tree.map(lambda s: self.shards.sum(s, "fsdp", "context"), sums)

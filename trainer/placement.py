@@ -1,6 +1,7 @@
 """The model's arrays and attention on a mesh: what each device holds, what is gathered, which kernel runs."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from model.placement import Placement
 from trainer import embedding, sharding
 from trainer.config import Config
 from trainer.errors import ConfigError
+from trainer.shards import Shards
 
 
 def balanced_order(seq_len: int, parts: int) -> np.ndarray:
@@ -28,9 +30,10 @@ def balanced_order(seq_len: int, parts: int) -> np.ndarray:
 class MeshPlacement(Placement):
     """Placement on `mesh` by the rules of trainer/sharding.py.
 
-    Parameters are gathered along `embed` for the layer that uses them and no longer, in the type it computes in; their
-    gradients go straight to the parts (reduce-scatter). With a context axis the keys and values of a row are gathered
-    for its queries, whose shards have equal work.
+    It is that of one replica of the model, inside sharding.by_replica. Parameters are gathered along `embed` for the
+    layer that uses them and no longer, in the type it computes in; their gradients go straight to the parts
+    (reduce-scatter), in optimizer.gradients_dtype. With a context axis the keys and values of a row are gathered for
+    its queries, whose shards have equal work.
 
     Attributes:
       kernel, reason: the attention kernel and why it is that one.
@@ -41,7 +44,7 @@ class MeshPlacement(Placement):
     """
 
     def __init__(self, config: Config, mesh: Mesh):
-        self.mesh, self.config = mesh, config
+        self.mesh, self.config, self.shards = mesh, config, Shards(mesh)
         self.context = mesh.shape["context"]
         self.splits_sequence = self.context > 1
         self.regathers = mesh.shape["fsdp"] * self.context > 1
@@ -60,24 +63,70 @@ class MeshPlacement(Placement):
             raise ConfigError(f"config.{e}") from None
 
     def constrain(self, x: Array, axes: tuple[str | None, ...]) -> Array:
-        return jax.lax.with_sharding_constraint(x, sharding.named(self.mesh, *axes))
+        here = sharding.named(sharding.mesh_here(self.mesh), *axes, rules=sharding.REPLICA_RULES)
+        return jax.lax.with_sharding_constraint(x, here)
 
     def weight(self, w: Array, axes: tuple[str, ...], dtype: jnp.dtype) -> Array:
-        """The cast comes before the gathering, which then moves half the bytes. The gradient is given the layout of the
-        parameter before anything else, so that its sum over devices is a reduce-scatter."""
         if not self.regathers:
             return w.astype(dtype)
-        whole = tuple(None if a == "embed" else a for a in axes)
-
-        def gather(w: Array) -> Array:
-            return self.constrain(self.constrain(w.astype(dtype), axes), whole)
-
-        def backward(_, g: Array) -> tuple[Array]:
-            return (self.constrain(g, axes).astype(w.dtype),)
-
-        weight = jax.custom_vjp(gather)
-        weight.defvjp(lambda w: (gather(w), None), backward)
+        weight = jax.custom_vjp(lambda w: self._whole(w, axes, dtype))
+        weight.defvjp(lambda w: (weight(w), None), lambda _, g: (self._part(g, axes).astype(w.dtype),))
         return weight(w)
+
+    def linear(self, x: Array, w: Array, b: Array | None, axes: tuple[str, str]) -> Array:
+        """The gradient of autodiff has the type of x: where that is narrower than the sums over devices are to be, it
+        would be rounded before them, and is written out. The products are the same."""
+        dtype = self.sums_dtype(x.dtype)
+        if x.dtype == dtype:
+            return super().linear(x, w, b, axes)
+
+        def forward(x: Array, w: Array, b: Array | None):
+            whole = self._whole(w, axes, x.dtype)
+            y = x @ whole
+            return (y if b is None else y + self._whole(b, axes[1:], x.dtype)), (x, whole)
+
+        def backward(kept, g: Array):
+            x, whole = kept
+            tokens = tuple(range(x.ndim - 1))
+            dx = jax.lax.dot_general(g, whole, (((x.ndim - 1,), (1,)), ((), ())))
+            dw = jax.lax.dot_general(g, x, ((tokens, tokens), ((), ())), preferred_element_type=dtype).T
+            db = None if b is None else self._part(g.astype(dtype).sum(tokens), axes[1:]).astype(b.dtype)
+            return dx, self._part(dw, axes).astype(w.dtype), db
+
+        linear = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
+        linear.defvjp(forward, backward)
+        return linear(x, w, b)
+
+    def sums_dtype(self, computed: jnp.dtype | str) -> jnp.dtype:
+        """The type in which gradients of the type `computed` are summed over devices, never a narrower one."""
+        return jnp.promote_types(self.config.optimizer.gradients_dtype, computed)
+
+    def sum_of_replicas(self, gradients: Any) -> Any:
+        """The sum of a tree of gradients over the replicas, each of which has that of its own rows."""
+        if self.mesh.shape["data"] == 1:
+            return gradients
+        dtype = self.sums_dtype(self.config.model.dtype)
+        return jax.tree.map(lambda g: self.shards.sum(g.astype(dtype), "data").astype(g.dtype), gradients)
+
+    def _whole(self, w: Array, axes: tuple[str, ...], dtype: jnp.dtype) -> Array:
+        """The cast comes before the gathering, which then moves half the bytes."""
+        w = w.astype(dtype)
+        if not self.regathers:
+            return w
+        return self.constrain(self.constrain(w, axes), tuple(None if a == "embed" else a for a in axes))
+
+    def _part(self, g: Array, axes: tuple[str, ...]) -> Array:
+        """The gradient is given the layout of the parameter before anything else, so that its sum over devices is a
+        reduce-scatter."""
+        return self.constrain(g, axes) if self.regathers else g
+
+    def bernoulli(self, key: Array, p: Array | float, shape: tuple[int, ...]) -> Array:
+        """Those of this replica's rows out of those of all, which are the same on any mesh."""
+        replicas = self.mesh.shape["data"]
+        if replicas == 1:
+            return super().bernoulli(key, p, shape)
+        of_all = super().bernoulli(key, p, (replicas * shape[0], *shape[1:]))
+        return jax.lax.dynamic_slice_in_dim(of_all, jax.lax.axis_index("data") * shape[0], shape[0])
 
     def lookup(self, table: Array, index: Array, axes: tuple[str, str], dtype: jnp.dtype) -> Array:
         return embedding.lookup(self.mesh, table, index, axes, dtype)
@@ -85,15 +134,18 @@ class MeshPlacement(Placement):
     def attend(self, q, k, v, places, starts, rate, key):
         by_shard = self.kernel != "xla" or self.context > 1
         # Plain array code on whole rows is split by the compiler, and its dropout is the same on any mesh.
-        compute = self._attend_by_shard if by_shard else functools.partial(kernels.xla, rate=rate, key=key)
+        plain = functools.partial(kernels.xla, rate=rate, key=key, bernoulli=self.bernoulli)
+        compute = self._attend_by_shard if by_shard else plain
         if self.config.model.remat == "attention":
             compute = jax.checkpoint(compute)
         return compute(q, k, v, places, starts)
 
     def _attend_by_shard(self, q: Array, k: Array, v: Array, places: Array, starts: Array | None) -> Array:
         """A kernel on each device, with its rows, heads and queries, and all keys and values of those rows."""
-        heads = sharding.spec(("batch", "seq", "heads", None))
-        rows = sharding.spec(("batch", "seq"))
+        heads, rows, seq = (
+            sharding.spec(names, sharding.REPLICA_RULES)
+            for names in (("batch", "seq", "heads", None), ("batch", "seq"), ("seq",))
+        )
         splash, splash_spec = self._splash(q.shape[2]) if self.kernel == "splash" else (None, None)
 
         def attend(splash, q, k, v, places, starts):
@@ -107,18 +159,13 @@ class MeshPlacement(Placement):
                 return kernels.cudnn(q, k, v)
             return kernels.xla(q, k, v, places, starts)
 
-        return jax.shard_map(
-            attend,
-            mesh=self.mesh,
-            in_specs=(splash_spec, heads, heads, heads, sharding.spec(("seq",)), rows),
-            out_specs=heads,
-            check_vma=False,
-        )(splash, q, k, v, places, starts)
+        in_specs = (splash_spec, heads, heads, heads, seq, rows)
+        return sharding.by_device(self.mesh, attend, in_specs, heads)(splash, q, k, v, places, starts)
 
     def _in_order(self, x: Array) -> Array:
         """A device's part [b, t / context, …] of a row to the whole row in its natural order."""
         assert self.order is not None
-        whole = jax.lax.all_gather(x, "context", axis=1, tiled=True)
+        whole = self.shards.gather_sequence(x, self.sums_dtype(x.dtype))
         pieces = whole.reshape(x.shape[0], 2 * self.context, -1, *x.shape[2:])
         of_piece = self.order.reshape(2 * self.context, -1)[:, 0].argsort()
         return pieces[:, of_piece].reshape(whole.shape)

@@ -69,6 +69,11 @@ class Plan:
         return max(self.seconds.values())
 
     @property
+    def sums_dtype(self) -> str:
+        """In which devices sum gradients."""
+        return str(jnp.promote_types(self.config.optimizer.gradients_dtype, self.config.model.dtype))
+
+    @property
     def mfu(self) -> float:
         """At most, by the roofline: model FLOPs over what the peak allows in a step."""
         return self.model_flops / self.hardware_flops * self.seconds["compute"] / self.step_s

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
+import jax
 import jax.numpy as jnp
 
 from trainer import flops, plan, sharding
@@ -79,15 +80,19 @@ def weigh(config: Config, topology: Topology) -> float | None:
     tokens = config.tokens_per_step / program.mesh.size * mesh["tensor"]  # a group of tensor devices shares its tokens
     itemsize = jnp.dtype(model.dtype).itemsize
 
-    def ring(axis: str) -> float:
-        return (mesh[axis] - 1) / mesh[axis]
+    def ring(*axes: str) -> float:
+        devices = math.prod(mesh[axis] for axis in axes)
+        return (devices - 1) / devices
 
     residual = model.num_layers * tokens * model.embed_dim * itemsize
-    weights = flops.matmul_params(config) / mesh["tensor"] * itemsize
+    weights = flops.matmul_params(config) / mesh["tensor"]
+    summed = program.placement.sums_dtype(model.dtype).itemsize
     sent = {
-        "fsdp": 3 * weights * ring("fsdp") * config.grad_accum_steps,
+        # Of each part of the batch: gathered forward and backward, and its gradient scattered.
+        "fsdp": (2 * itemsize + summed) * weights * ring("fsdp", "context") * config.grad_accum_steps,
         "tensor": (4 if model.remat == "none" else 6) * 2 * residual * ring("tensor"),
-        "data": 2 * memory["gradients"] * ring("data"),
+        # Once a step, of the parts of a replica.
+        "data": 2 * summed * params_of_a_device(program) * ring("data"),
     }
     flash = program.placement.kernel != "xla"
     compute = config.tokens_per_step / program.mesh.size * flops.hardware_flops_per_token(config, flash=flash)
@@ -96,6 +101,10 @@ def weigh(config: Config, topology: Topology) -> float | None:
         n / (chip.slow if axis == "data" and topology.num_slices > 1 else chip.fast) for axis, n in sent.items()
     ]
     return max(seconds)
+
+
+def params_of_a_device(program: Program) -> int:
+    return sum(math.prod(p.sharding.shard_shape(p.shape)) for p in jax.tree.leaves(program.params))
 
 
 def table(plans: list[plan.Plan]) -> str:

@@ -1,5 +1,8 @@
 """The mesh, and the one table that maps the model's logical axes to it."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
@@ -21,6 +24,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "position": None,
     "layers": None,
 }
+# Of the code of a step, which works on one replica of the model: of the axis `data` it knows nothing (see by_replica).
+REPLICA_RULES = RULES | {"batch": "fsdp"}
 # Of the optimizer's state with mesh.shard_optimizer: replicas share it, each updating its part of the parameters.
 ZERO1_RULES = RULES | {"embed": ("fsdp", "context", "data")}
 
@@ -110,8 +115,35 @@ def spec(axes: tuple[str | None, ...], rules: dict = RULES) -> PartitionSpec:
     return PartitionSpec(*(None if a is None else rules[a] for a in axes))
 
 
-def named(mesh: Mesh, *axes: str | None, rules: dict = RULES) -> NamedSharding:
+def named(mesh: Mesh | AbstractMesh, *axes: str | None, rules: dict = RULES) -> NamedSharding:
     return NamedSharding(mesh, spec(axes, rules))
+
+
+def by_replica(mesh: Mesh, f: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """`f` on the rows of each replica of the model, that is by hand along `data`; the compiler splits the other axes.
+
+    So what the replicas send each other is what `f` says, when it says it.
+    """
+    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names={"data"}, check_vma=False)
+
+
+def by_device(mesh: Mesh, f: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """`f` on the part of each device of a replica: by hand along all axes. Specs by REPLICA_RULES, without `data`."""
+
+    def mapped(*arguments: Any) -> Any:
+        here = mesh_here(mesh)
+        axes = set(MESH_AXES) - set(here.abstract_mesh.manual_axes if isinstance(here, Mesh) else here.manual_axes)
+        by_axes = jax.shard_map(f, mesh=here, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
+        return by_axes(*arguments)
+
+    return mapped
+
+
+def mesh_here(mesh: Mesh) -> Mesh | AbstractMesh:
+    """`mesh` as JAX wants to hear of it where the code that calls this is traced: inside of by_replica, `data` is no
+    axis for the compiler."""
+    here = jax.sharding.get_abstract_mesh()
+    return mesh if here.empty else here
 
 
 def replicated_share(params: dict, mesh: Mesh) -> float:

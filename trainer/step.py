@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from model.dropout import dropout_rate
 from trainer import compiler, divergence, sharding
 from trainer.config import Config
 from trainer.loss import make_loss
 from trainer.state import Program, TrainState
+
+ROWS, SAME = PartitionSpec("data"), PartitionSpec()  # of sharding.by_replica: each its own rows; the same for all
 
 
 def document_starts(inputs: Array, eos_id: int) -> Array:
@@ -35,7 +38,7 @@ def counted_targets(tokens: Array, eos_id: int) -> Array:
 
 def make_train_step(program: Program):
     """(state, tokens [global_batch_size, seq_len + 1], seed) -> (state, metrics); the state is donated."""
-    config, accum, constrain = program.config, program.config.grad_accum_steps, program.placement.constrain
+    config, accum, placement = program.config, program.config.grad_accum_steps, program.placement
     weighted_loss = make_loss(program)
 
     def loss_fn(params: dict, tokens: Array, weights: Array, key: Array | None, step: Array) -> tuple[Array, Array]:
@@ -45,16 +48,30 @@ def make_train_step(program: Program):
         return weighted_loss(x, table, targets, weights)
 
     def gradient(params: dict, tokens: Array, key: Array | None, step: Array) -> tuple[Array, dict]:
-        """Loss and gradient of the whole batch, as its mean over the targets that count."""
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        """Loss and gradient of the whole batch, as its mean over the targets that count.
+
+        Each replica works through its rows by itself, and all sum what they have at the end: once a step, however many
+        parts the batch has.
+        """
         counts = counted_targets(tokens, config.data.eos_id) if config.data.packed else jnp.ones_like(tokens[:, 1:])
         weights = counts / jnp.maximum(counts.sum(), 1).astype(jnp.float32)
+
+        def sums(*arguments: Any) -> tuple[Array, dict]:
+            loss, grads = of_replica(*arguments)
+            return placement.shards.sum(loss, "data"), placement.sum_of_replicas(grads)
+
+        by_replica = sharding.by_replica(program.mesh, sums, (SAME, ROWS, ROWS, SAME, SAME), SAME)
+        return by_replica(params, tokens, weights, key, step)
+
+    def of_replica(params: dict, tokens: Array, weights: Array, key: Array | None, step: Array) -> tuple[Array, dict]:
+        """What the rows of one replica add to loss and gradient."""
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         if accum == 1:
             (_, loss), grads = grad_fn(params, tokens, weights, key, step)
             return loss, grads
         # Part a takes rows a, a + accum, …: every device keeps the rows it has.
         parts = [x.reshape(-1, accum, x.shape[1]).swapaxes(0, 1) for x in (tokens, weights)]
-        parts = [constrain(x, (None, "batch", None)) for x in parts]
+        parts = [placement.constrain(x, (None, "batch", None)) for x in parts]
 
         def part(total: Any, of_part: Any) -> tuple[Any, None]:
             tokens, weights, i = of_part
@@ -107,18 +124,19 @@ def make_eval_step(program: Program):
     """(params, tokens [b, seq_len + 1], lengths [b]) -> float32 sum of the losses of the first `lengths` targets."""
     weighted_loss = make_loss(program)
 
-    def eval_step(params: dict, tokens: Array, lengths: Array) -> Array:
+    def of_replica(params: dict, tokens: Array, lengths: Array) -> Array:
         tokens = tokens.astype(jnp.int32)
         counted = (jnp.arange(tokens.shape[1] - 1) < lengths[:, None]).astype(jnp.float32)
-        return weighted_loss(*forward(program, params, tokens, counted))[1]
+        return program.placement.shards.sum(weighted_loss(*forward(program, params, tokens, counted))[1], "data")
 
+    eval_step = sharding.by_replica(program.mesh, of_replica, (SAME, ROWS, ROWS), SAME)
     return jax.jit(eval_step, out_shardings=program.replicated)
 
 
 def forward(
     program: Program, params: dict, tokens: Array, weights: Array, **dropout: Any
 ) -> tuple[Array, Array, Array, Array]:
-    """From a batch to the arguments of the loss, every row in the order of positions that the mesh wants.
+    """From a replica's rows to the arguments of the loss, each row in the order of positions that the mesh wants.
 
     Args:
       tokens: int32 [b, seq_len + 1].
