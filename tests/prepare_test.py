@@ -17,7 +17,7 @@ from data import corpus, documents, encode, formats, merge, prepare, tokenizers
 from data.errors import DataError
 
 ROOT = pathlib.Path(__file__).parents[1]
-PROSE = "a line of prose\n" * 80
+PROSE = "".join(f"line {i * i} of prose\n" for i in range(80))
 POEM = "".join(f"Line {i}: the sëa, 東 and 🚀 again.\n" for i in range(37))
 
 
