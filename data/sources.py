@@ -105,7 +105,10 @@ def _check_distinct(datasets: dict[str, Dataset]) -> None:
     found: dict[tuple[int, int], tuple[str, str, pathlib.Path]] = {}
     for name, data in datasets.items():
         for split, path in data.paths():
-            stat = path.stat()
+            try:
+                stat = path.stat()
+            except OSError:  # which is said when it is opened
+                continue
             other, of, path_there = found.setdefault((stat.st_dev, stat.st_ino), (name, split, path))
             if other != name and "train" in (split, of):
                 how = "trains in both" if split == of else "trains in one and validates in the other"
