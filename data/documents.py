@@ -56,6 +56,11 @@ class Reading:
     bad_records: str = "error"  # or 'skip', counted: broken JSON, no text under the key, a compressed file cut off
     raw: bool = False  # text as bytes, whatever they are; of a record, the UTF-8 of its text
 
+    @functools.cached_property
+    def quoted_key(self) -> bytes:
+        """As it stands in a line of JSON."""
+        return b'"%s"' % self.text_key.encode(errors="replace")
+
 
 class Piece(NamedTuple):
     text: str | bytes  # never empty
@@ -386,7 +391,7 @@ def _of_line(line: bytes | None, place: Place, reading: Reading, problems: Probl
         note = f"no {reading.text_key!r}; it has: {keys}"
         _bad("record without the text key", place._replace(note=note), reading, problems)
         return None
-    if line.count(b'"%s"' % reading.text_key.encode(errors="replace")) > 1 and _is_given_twice(reading.text_key, text):
+    if line.count(reading.quoted_key) > 1 and _is_given_twice(reading.text_key, text):
         _bad("record with the text key twice", place, reading, problems)
         return None
     return _of_value(record[reading.text_key], place, reading, problems)

@@ -91,7 +91,8 @@ def open_sources(config: DataConfig, vocab_size: int = 0) -> Sources:
                 f"the tokenizer of {data.path} has {data.vocab_size} tokens, but others have {vocab_size}; "
                 "sources of one run share one tokenizer"
             )
-    _check_distinct(datasets)
+    if len(datasets) > 1:
+        _check_distinct(datasets)
     try:
         stages = mixture.parse_stages(config.weights, len(datasets))
     except ValueError as e:

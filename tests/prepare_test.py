@@ -546,7 +546,7 @@ def test_names_of_special_tokens_are_checked_for_every_tokenizer(file, tmp_path,
 
 
 def test_invalid_records_are_refused_for_the_byte_tokenizer_too(tmp_path):
-    """Bytes of JSON are no text of their own: they are decoded, and replaced."""
+    """JSON is decoded whatever the tokenizer is, so bytes in it that are not UTF-8 are replaced."""
     (tmp_path / "in.jsonl").write_bytes('{"text": "né é"}\n'.encode("latin-1") * 50)
     with pytest.raises(DataError, match="--max_invalid"):
         run(tmp_path / "out", tmp_path / "in.jsonl", "byte")

@@ -331,8 +331,8 @@ def test_records_of_other_shapes_are_never_one_text(tmp_path, name, raw):
 @pytest.mark.parametrize(
     "letters",
     ["PAR1", "PARE", "GIF89a", "GIF87a", "BM", "II*", "RIFFraffWAVE", "RIFF1234WEBP", "FORMulaeAIFF", "OggS",
-     "fLaC", "ID3",
-     "MThd", "MZ", "ORC", "Obj", "ARROW1", "FEA1", "LITPKDS", "MMIDIDX", "GGUF", "SQLite format 3", "PK", "7z", "Rar!",
+     "fLaC", "ID3", "MThd", "MZ", "ORC", "Obj", "ARROW1",
+     "FEA1", "LITPKDS", "MMIDIDX", "GGUF", "SQLite format 3", "PK", "7z", "Rar!",
      "LZIP", "BZh91AY&SY", "WARC/1", "%PDF-1.7", "MSCF", "8BPS", "OTTO", "wOFFOTTO", "FLV", "version https://git-lfs",
      "/annex/objects/", "!<arch>", "asm"],
 )  # fmt: skip
