@@ -54,7 +54,7 @@ def make(tmp_path, data, monkeypatch):
         dog = Watchdog(run, config.watchdog, 0)
         dog.close()  # only its phases are of use here
         trainer = loop.Trainer(config, run, found, Processes(), dog)
-        trainer.processes.listen(asked=lambda: None, too_early=lambda: None)
+        trainer.processes.listen(asked=lambda: None, too_early=lambda: None, deaf=lambda error: None)
         return trainer
 
     return make

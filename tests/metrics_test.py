@@ -1,12 +1,16 @@
 """metrics.jsonl reads as one uninterrupted run, exactly."""
 
+import errno
 import json
 import os
+import pathlib
 import resource
 
 import numpy as np
+import pytest
 
-from trainer import metrics
+from trainer import metrics, reading
+from trainer.reading import Unreadable
 
 
 def test_rows_past_a_step_and_a_torn_line_are_cut(tmp_path):
@@ -41,6 +45,27 @@ def test_writers_continue_after_the_restored_step(tmp_path):
         steps = [json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()]
         assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_losses_that_cannot_be_read_for_a_moment_are_read_again(tmp_path, monkeypatch):
+    """Without them the best checkpoint would be taken for any other."""
+    path, failing = tmp_path / "metrics.jsonl", ["once", "twice"]
+    assert metrics.val_losses(tmp_path, 3) == {}
+    rows = [{"step": 1, "val/loss": 2.0}, {"step": 2, "val/loss": None}, {"step": 3, "val/loss": 1.0}, {"step": 3}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 2, "val/l')
+    real = pathlib.Path.read_bytes
+
+    def read_bytes(self):
+        if failing and failing.pop():
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+        return real(self)
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
+    with pytest.raises(Unreadable, match=r"metrics\.jsonl cannot be read: Input/output error"):
+        metrics.val_losses(tmp_path, 3)
+    failing.append("once")
+    assert metrics.val_losses(tmp_path, 3) == {1: 2.0, 3: 1.0}
 
 
 def test_rows_that_cannot_be_written_are_written_later(tmp_path):

@@ -102,12 +102,12 @@ def test_a_store_that_does_not_answer_is_not_an_empty_one(tmp_path, monkeypatch)
     with monkeypatch.context() as patched:
         patched.setattr(mirror, "_list", lambda: (_ for _ in ()).throw(OSError("no network")))
         with pytest.raises(CheckpointError, match="no network"):
-            checkpoints._next({})
+            checkpoints._next({}, choose=None)
         assert mirror.whole() == set()
     with monkeypatch.context() as patched:
         patched.setattr(mirror, "_download", lambda *a: (_ for _ in ()).throw(OSError("no network")))
         with pytest.raises(CheckpointError, match="no copy in"):
-            checkpoints._next({})
+            checkpoints._next({}, choose=None)
 
 
 def test_a_copy_of_another_run_changes_nothing(tmp_path):

@@ -243,13 +243,10 @@ class Checkpoints:
             self._report_failure(step, e)
             return
         self._save_s, self._timeouts = time.perf_counter() - start, 0
-        if self.processes.index == 0:
-            try:
-                if self.mirror is not None:
-                    self.mirror.offer(step, self._kept())
-                self.delete_old()
-            except (OSError, Unreadable) as e:  # not even looked at: the best one may be among them
-                log.warning("old checkpoints are kept for now: %s", e)
+        if self.processes.index == 0 and self.mirror is not None:
+            with _later():
+                self.mirror.offer(step, self._kept())
+        self.delete_old()
 
     def _report_failure(self, step: int, error: Exception) -> None:
         self.failed = True
@@ -287,10 +284,11 @@ class Checkpoints:
         if self.processes.index or (self.busy and threading.current_thread() is not self._watcher):
             return
         copying = {self.mirror.copying} if self.mirror is not None else set()
-        for step in set(self.steps()) - self._kept() - copying:
-            doomed = self.directory / f"{step}{DELETING}"
-            (self.directory / str(step)).rename(doomed)
-            _remove(doomed)
+        with _later():
+            for step in set(self.steps()) - self._kept() - copying:
+                doomed = self.directory / f"{step}{DELETING}"
+                (self.directory / str(step)).rename(doomed)
+                _remove(doomed)
 
     # Reading
 
@@ -510,6 +508,15 @@ class Checkpoints:
                 self.quarantine.rmdir()  # if it was made just now
             target = _renamed(path, self.quarantine_there / name)
         log.error("%s; moved %s to %s", reason, path, target)
+
+
+@contextlib.contextmanager
+def _later() -> Iterator[None]:
+    """Leaves for another time what cannot be done now: while it cannot be seen what is there, nothing is deleted."""
+    try:
+        yield
+    except OSError as e:
+        log.warning("old checkpoints are kept for now: %s", e)
 
 
 def _renamed(path: pathlib.Path, target: pathlib.Path) -> pathlib.Path:

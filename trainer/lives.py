@@ -67,13 +67,17 @@ def newest_step(run: pathlib.Path) -> int:
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file; lines that are torn or damaged are left out, a file that cannot be read has none."""
+    """The rows of a .jsonl file; a file that cannot be read has none."""
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]  # what comes after the last line feed is a torn line
+        return rows_in(path.read_bytes())
     except OSError:
         return []
+
+
+def rows_in(raw: bytes) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file's bytes; lines that are torn or damaged are left out."""
     rows = []
-    for line in lines:
+    for line in raw.split(b"\n")[:-1]:  # what comes after the last line feed is a torn line
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):

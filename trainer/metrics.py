@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from data import files
-from trainer import console, flops, lives
+from trainer import console, flops, lives, reading
 from trainer.config import Config
 from trainer.errors import ConfigError
 
@@ -59,10 +59,15 @@ def was_sampled(run: pathlib.Path, step: int) -> bool:
 
 
 def val_losses(run: pathlib.Path, last: int) -> dict[int, float]:
-    """The finite losses on held-out text in metrics.jsonl, by step, up to `last`; on process 0, which needs them."""
-    if jax.process_index() != 0:
+    """The finite losses on held-out text in metrics.jsonl, by step, up to `last`; on process 0, which needs them.
+
+    Raises Unreadable: without them the best checkpoint would be deleted.
+    """
+    path = run / "metrics.jsonl"
+    if jax.process_index() != 0 or not reading.patiently(lambda: reading.is_there(path), path):
         return {}
-    found = [(row.get("step"), row.get("val/loss")) for row in lives.read_rows(run / "metrics.jsonl")]
+    rows = lives.rows_in(reading.patiently(path.read_bytes, path))
+    found = [(row.get("step"), row.get("val/loss")) for row in rows]
     return {
         step: x for step, x in found if type(step) is int and step <= last and type(x) is float and math.isfinite(x)
     }
