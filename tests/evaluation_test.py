@@ -1,5 +1,7 @@
 """Evaluation in the parts that training works in: the same loss for any parts and devices, in no more memory."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -25,9 +27,20 @@ def test_rows_of_a_part_are_rounded_up_to_the_devices(devices, batch, accum, row
 def test_the_loss_is_the_same_in_any_parts_on_any_number_of_devices(dataset):  # noqa: F811
     files = {"one": formats.TokenFiles(dataset, formats.read_manifest(dataset), "val")}
     found = []
-    for devices, accum in ((1, 1), (1, 8), (3, 1), (3, 16), (8, 4)):
+    for axes, accum in (
+        ((1, 1, 1, 1), 1),
+        ((1, 1, 1, 1), 8),
+        ((3, 1, 1, 1), 1),
+        ((3, 1, 1, 1), 16),
+        ((8, 1, 1, 1), 4),
+        ((2, 2, 2, 1), 4),
+        ((2, 2, 1, 2), 16),
+        ((4, 1, 1, 2), 2),
+        ((1, 2, 4, 1), 4),
+    ):
         cfg = config(grad_accum_steps=accum)
-        mesh = sharding.mesh_of({"data": devices, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:devices])
+        sizes = dict(zip(sharding.MESH_AXES, axes, strict=True))
+        mesh = sharding.mesh_of(sizes, jax.devices()[: math.prod(axes)])
         with jax.set_mesh(mesh):
             program = Program(cfg, mesh)
             batch = sharding.named(mesh, "batch")
