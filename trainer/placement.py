@@ -70,7 +70,10 @@ class MeshPlacement(Placement):
         if not self.regathers:
             return w.astype(dtype)
         weight = jax.custom_vjp(lambda w: self._whole(w, axes, dtype))
-        weight.defvjp(lambda w: (weight(w), None), lambda _, g: (self._part(g, axes).astype(w.dtype),))
+        # Not weight(w), which would hide the whole array from remat, and be kept for the backward pass.
+        weight.defvjp(
+            lambda w: (self._whole(w, axes, dtype), None), lambda _, g: (self._part(g, axes).astype(w.dtype),)
+        )
         return weight(w)
 
     def linear(self, x: Array, w: Array, b: Array | None, axes: tuple[str, str]) -> Array:
