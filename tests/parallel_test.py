@@ -53,6 +53,7 @@ every_mesh = pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=
 
 MODELS = {
     "llama": {},
+    "bfloat16": {"dtype": "bfloat16"},
     "gpt2": {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True, "tie_embeddings": False},
 }
 
@@ -294,11 +295,12 @@ def whole_weights(hlo: str) -> set[tuple[int, ...]]:
     return {(2, 32, 48), (2, 48, 32), (2, 32, 16), (2, 16, 32)} & shapes_in(hlo)
 
 
-def test_weights_are_gathered_again_for_the_backward_pass(monkeypatch):
+@pytest.mark.parametrize("model", ["llama", "bfloat16"])
+def test_weights_are_gathered_again_for_the_backward_pass(monkeypatch, model):
     """Kept from the forward pass, those of all layers would be whole on every device: fsdp would save nothing."""
-    assert not whole_weights(compiled("fsdp").as_text())
+    assert not whole_weights(compiled("fsdp", model).as_text())
     monkeypatch.setattr(transformer, "_remat", lambda config, layer, placement: layer)
-    assert whole_weights(compiled.__wrapped__("fsdp").as_text())  # the test does see them
+    assert whole_weights(compiled.__wrapped__("fsdp", model).as_text())  # the test does see them
 
 
 @pytest.mark.parametrize(
