@@ -142,13 +142,15 @@ def knock(address: tuple[str, int], me: Visitor, timeout_s: float, progress: Cal
     Args:
       progress: called with the reason for waiting, every half a second at least.
     """
-    shown, end, stranger = f"{address[0]}:{address[1]}", time.monotonic() + timeout_s, False
+    shown, end = f"{address[0]}:{address[1]}", time.monotonic() + timeout_s
+    stranger = met = False
     while True:
         try:
             with socket.create_connection(address, timeout=min(5.0, max(end - time.monotonic(), 0.1))) as connection:
                 stranger = not _greeted(connection)
                 reason = "what listens there does not wait for the processes of a run"
                 if not stranger:
+                    met = True
                     reason = _wait_inside(connection, me, end, progress)
                     if not reason:
                         return
@@ -162,6 +164,11 @@ def knock(address: tuple[str, int], me: Visitor, timeout_s: float, progress: Cal
         raise ConfigError(
             f"{shown} is taken: {reason}; it is a run that has begun, or another program; name another port with "
             "--coordinator_address"
+        )
+    if met:
+        raise Stopped(
+            f"not all processes came to process 0 at {shown} within {timeout_s:.0f} s: {reason}; start the missing "
+            "ones, which its log names"
         )
     raise Stopped(
         f"no coordinator at {shown} after {timeout_s:.0f} s: {reason}; start process 0 there, open the port, or "
