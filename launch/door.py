@@ -7,6 +7,7 @@ program) is left alone.
 
 import contextlib
 import json
+import math
 import os
 import platform
 import resource
@@ -204,15 +205,17 @@ def _wait_inside(connection: socket.socket, me: Visitor, end: float, progress: C
 
 
 def _line(connection: socket.socket) -> bytes:
-    """Up to a line feed, or the end. Raises TimeoutError when nothing comes."""
-    line = b""
-    while not line.endswith(b"\n") and len(line) < LONGEST:
+    """Up to a line feed or the end, or what came within ANSWER_S of its first byte: JAX's service says something, and
+    no line feed. Raises TimeoutError when nothing comes."""
+    line, end = b"", math.inf
+    while not line.endswith(b"\n") and len(line) < LONGEST and time.monotonic() < end:
         try:
             byte = connection.recv(1)
         except TimeoutError:
             if line:
                 continue
             raise
+        end = min(end, time.monotonic() + ANSWER_S)
         if not byte:
             break
         line += byte

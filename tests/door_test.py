@@ -131,6 +131,18 @@ def test_a_port_that_another_program_has():
     assert isinstance(ended[0], ConfigError) and "does not wait for the processes of a run" in str(ended[0])
 
 
+@pytest.mark.parametrize("said", [b"", b"\x00\x00\x18\x04", door.GREETING[:-1]])
+def test_who_says_half_a_line_and_then_nothing_is_not_waited_for(said):
+    """As the service of a run that has begun does, until it has a connection's first words."""
+    with socket.create_server(("localhost", 0)) as server:
+        threads, ended = knocking(server.getsockname()[1], visitor(1), within_s=0.5)
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(said)
+            threads[0].join(10)
+    assert isinstance(ended.get(0), ConfigError) and "does not wait for the processes of a run" in str(ended[0])
+
+
 def test_two_runs_never_have_one_port_not_even_for_a_moment():
     port = runs.free_port()
     first = Door(f"localhost:{port}", port, 2, "runs/a")
