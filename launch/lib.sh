@@ -8,7 +8,7 @@ if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
 fi
 
 shopt -u checkwinsize # with it bash sets LINES, which is the flag --lines
-unset CDPATH           # cd would go elsewhere
+unset CDPATH          # cd would go elsewhere
 
 say() { printf '%s\n' "$*" >&2; } # stdout is for results
 

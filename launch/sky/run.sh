@@ -25,8 +25,9 @@ read_command() {
     rest=${rest:${#BASH_REMATCH[0]}}
   done
   set -f
-  [[ ! $bare$rest =~ [\;\&\|\<\>\(\)\`\'\"] ]] && eval "WORDS=($COMMAND)" 2>/dev/null ||
-    fail 2 "COMMAND must be one command with its arguments, and all quotes closed; it is: $COMMAND"
+  if [[ $bare$rest =~ [\;\&\|\<\>\(\)\`\'\"] ]] || ! eval "WORDS=(${COMMAND:-})" 2>/dev/null; then
+    fail 2 "COMMAND must be one command with its arguments, and all quotes closed; it is: ${COMMAND:-}"
+  fi
 }
 
 # What is not on a shared folder goes when the machines go.
