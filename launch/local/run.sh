@@ -30,12 +30,15 @@ check_flags() {
   fi
   at_least 0 --node "${NODE:=0}"
   ((NODE < NODES)) || fail 2 "--node=$NODE must be below --nodes=$NODES; the first is 0"
-  [[ -z $COORDINATOR || $COORDINATOR =~ ^.+:[0-9]+$ ]] || fail 2 "--coordinator=$COORDINATOR must be HOST:PORT"
+  [[ -z $COORDINATOR ]] || is_place "$COORDINATOR" || fail 2 "--coordinator=$COORDINATOR must be HOST:PORT"
   for word in "${COMMAND[@]}"; do
-    case ${word%%=*} in
-    --coordinator_address | --num_processes | --process_id) fail 2 "$word is set for each process; leave it out" ;;
-    esac
+    [[ ! $word =~ ^--?(coordinator_address|num_processes|process_id)(=|$) ]] ||
+      fail 2 "$word is set for each process; leave it out"
   done
+}
+
+is_place() { # HOST:PORT
+  [[ $1 =~ ^[^[:space:]]+:([1-9][0-9]{0,4})$ ]] && ((BASH_REMATCH[1] < 65536))
 }
 
 # A port that nobody listens at, below those that the kernel gives to outgoing connections: in the seconds between two

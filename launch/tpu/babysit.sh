@@ -40,8 +40,7 @@ if [[ -n $DRY_RUN ]]; then
   exit
 fi
 
-exec 9>"$STATE/babysitter"
-flock -n 9 || fail 2 "another babysitter has $NAME; its log: $STATE/babysit.log"
+take_name
 know_owner
 
 # Of this command, and kept until it is done: the time it began, its best step, lives without a better one; whether a life

@@ -141,13 +141,17 @@ check_kind() {
     fail 2 "NAME=$NAME is in use, by $COUNT x $KIND; take another for your $SLICES x $TYPE, or delete that one: launch/tpu/delete.sh"
 }
 
+# NAME is there, or the script ends.
+find_name() {
+  look || explain "cannot ask for $NAME"
+  [[ $NOW != NONE ]] || fail 2 "there is no $NAME in $ZONE of $PROJECT; launch/tpu/create.sh asks for it, status.sh shows what is there"
+}
+
 # NAME is there, and ours, or the script ends.
 need() {
   know_owner
-  look || explain "cannot ask for $NAME"
-  [[ -z $DRY_RUN ]] || return 0
-  [[ $NOW != NONE ]] || fail 2 "there is no $NAME in $ZONE of $PROJECT; launch/tpu/create.sh asks for it, status.sh shows what is there"
-  check_ours
+  find_name
+  [[ -n $DRY_RUN ]] || check_ours
 }
 
 # What is paid for, or will be: queued resources but for dead ones, and machines but for those that are gone. A line each.

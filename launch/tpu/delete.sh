@@ -7,6 +7,7 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu.sh
 source "$(dirname "$0")/tpu.sh"
 begin "adopt?" -- "$@"
+refuse_beside_babysitter
 
 delete() {
   ATTEMPTS=1 cloud queued-resources delete "$NAME" --force

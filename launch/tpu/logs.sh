@@ -7,6 +7,7 @@ source "$(dirname "$0")/tpu.sh"
 LINES=20
 begin lines -- "$@"
 
+find_name
 code=0
 on_workers 60 bash meshlm/launch/tpu/worker.sh log "$LINES" || code=$?
 ((code < 2)) || exit "$code"

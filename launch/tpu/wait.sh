@@ -16,8 +16,8 @@ while true; do
   case $NOW in
   ACTIVE) exit 0 ;;
   NONE) fail 2 "there is no $NAME in $ZONE; launch/tpu/create.sh" ;;
-  FAILED | SUSPENDED | SUSPENDING) fail 42 "$NAME will not become ACTIVE; launch/tpu/delete.sh, then create.sh" ;;
+  FAILED | SUSPENDED | SUSPENDING | DELETING) fail 42 "$NAME will not become ACTIVE; launch/tpu/delete.sh, then create.sh" ;;
   esac
   ((LIMIT_S == 0 || SECONDS < LIMIT_S)) || fail 42 "$NAME is $NOW after $LIMIT_S s; it stays in the queue until delete.sh"
-  sleep "$POLL_S"
+  nap "$POLL_S"
 done

@@ -3,6 +3,7 @@
 #   meshlm/          the snapshot of the code, and in it bucket/, the bucket, and runs/, the shared folder
 #   meshlm-env/      the Python environment; in it is `installed`, a hash of what it was made from
 #   meshlm-busy      is locked by what sets up, starts or stops: one at a time
+#   meshlm-run.before/  the meshlm-run of before the last start or setup
 #   meshlm-run/      of the training command: lock (held while it runs), group (of its processes), told (what start was
 #                    told), call (by which call of it), code (when it has ended), log.txt
 #
@@ -17,7 +18,7 @@ set -euo pipefail
 
 RUN=$HOME/meshlm-run
 STOP_S=${MESHLM_STOP_S:-120} # for a save; then it is killed
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # shellcheck source-path=SCRIPTDIR source=../lib.sh
 source launch/lib.sh
 export PATH=$HOME/meshlm-env/bin:$HOME/.local/bin:$PATH
@@ -25,7 +26,7 @@ export PATH=$HOME/meshlm-env/bin:$HOME/.local/bin:$PATH
 # bash does not end at an error within what follows, as its result is asked for: so each step says || return.
 setup() { # BUCKET NFS
   stop
-  rm -rf "$RUN"
+  put_away
   environment >setup.log 2>&1 || {
     tail -n 3 setup.log
     printf 'the environment could not be made\n'
@@ -38,6 +39,13 @@ if jax.default_backend() != "tpu" and os.environ.get("JAX_PLATFORMS") is None:
     sys.exit("JAX finds no TPU here, only " + jax.default_backend())
 print(f"python {platform.python_version()} jax {jax.__version__} devices {jax.local_device_count()} of {jax.device_count()}")
 EOF
+}
+
+# Its log tells how it ended.
+put_away() {
+  [[ -d $RUN ]] || return 0
+  rm -rf "$RUN.before"
+  mv "$RUN" "$RUN.before"
 }
 
 environment() {
@@ -125,7 +133,7 @@ start() { # BUCKET NFS COMMAND...
   fi
   stop
   mounts "$1" "$2" || return
-  rm -rf "$RUN"
+  put_away
   mkdir "$RUN"
   quote "$@" >"$RUN/told"
   printf '%s' "${MESHLM_CALL:-}" >"$RUN/call"
@@ -200,6 +208,8 @@ stop() {
 }
 
 log() { # [LINES]
+  [[ -e $RUN/log.txt ]] ||
+    fail 2 "nothing was started here since it was set up; what ran before: launch/tpu/ssh.sh -- tail meshlm-run.before/log.txt"
   tail -n "${1:-20}" "$RUN/log.txt"
 }
 

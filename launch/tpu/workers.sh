@@ -3,18 +3,33 @@
 
 AT_ONCE=32 # connections
 ANSWERS=""
+# shellcheck disable=SC2034 # read by the scripts
+STATUS='^(running|none|other|exited [0-9]{1,3}) [0-9]{1,16}$' # what worker.sh says of a run
 
-nodes() {
-  local i
-  if ((SLICES == 1)); then
+nodes() { # as many as were made, whatever the settings say by now
+  local i slices=${COUNT:-$SLICES}
+  if ((slices == 1)); then
     printf '%s\n' "$NAME"
   else
-    for ((i = 0; i < SLICES; i++)); do printf '%s\n' "$NAME-$i"; done
+    for ((i = 0; i < slices; i++)); do printf '%s\n' "$NAME-$i"; done
   fi
 }
 
-# A line "NODE WORKER" for each worker.
+# A line "NODE WORKER" for each worker. Machines do not get fewer: then the answer is not the whole of it.
 workers() {
+  local list known
+  list=$(all_workers) || return
+  if [[ -n ${MADE:-} ]]; then
+    known=$(recall "$STATE/workers" "")
+    if [[ $known == "$MADE"$'\n'* ]] && (($(wc -l <<<"$known") > $(wc -l <<<"$list") + 1)); then
+      fail 42 "the cloud names $(wc -l <<<"$list") workers of $NAME, and there were $(($(wc -l <<<"$known") - 1)); try again"
+    fi
+    [[ $known == "$MADE"$'\n'"$list" ]] || remember "$STATE/workers" "$MADE"$'\n'"$list"
+  fi
+  printf '%s\n' "$list"
+}
+
+all_workers() {
   local node i
   for node in $(nodes); do
     cloud tpu-vm describe "$node" --format='value(networkEndpoints.len())' || explain "cannot ask for the workers of $node"
@@ -45,12 +60,14 @@ on_worker() { # LIMIT_S WORD...
     act "${@:2}"
     return
   fi
+  trap 'kill "$!" 2>/dev/null; exit 143' TERM # not by end_jobs: this is a job itself
   for attempt in 1 2 3; do
     code=0
-    timeout --kill-after=5 "$@" </dev/null || code=$?
-    [[ $code == 255 ]] || break
+    timeout --kill-after=5 "$@" </dev/null &
+    wait "$!" || code=$?
+    if [[ $code != 255 ]] || is_orphan; then break; fi
     say "no connection; attempt $attempt"
-    sleep "$RETRY_S"
+    nap "$RETRY_S"
   done
   return "$code"
 }
@@ -62,9 +79,11 @@ each_worker() { # LIMIT_S WORDS ARGUMENT...
   local limit_s=$1 words=$2 node worker i code list command names=() pids=()
   shift 2
   rm -rf "$ANSWERS"
-  ANSWERS=$(mktemp -d "$STATE/XXXXXXXX.answers") FAILED=0 UNKNOWN=0
-  CALL=$(basename "$ANSWERS" .answers)
-  list=$(exec 9>&- && workers) || return
+  ANSWERS=$(mktemp -d "$STATE/answers.XXXXXXXX" 2>/dev/null) || fail 42 "there is no room for files in $STATE; make room, and try again"
+  CALL=${ANSWERS##*.} FAILED=0 UNKNOWN=0
+  workers >"$ANSWERS/list" 9>&- &
+  wait "$!" || return
+  list=$(<"$ANSWERS/list")
   while read -r node worker; do
     mapfile -d '' -t command < <("$words" "$node" "$worker" "${#pids[@]}" "$@")
     on_worker "$limit_s" "${command[@]}" >"$ANSWERS/$node.$worker.txt" 2>&1 9>&- &
@@ -83,6 +102,23 @@ each_worker() { # LIMIT_S WORDS ARGUMENT...
     fi
   done
   ((FAILED + UNKNOWN == 0)) || return 1
+}
+
+# The last line of FORM that a worker has said; gcloud has words of its own around it.
+said() { # FORM FILE
+  grep -E "$1" "$2" | tail -n 1
+}
+
+# Each worker has to have said a line of FORM: an answer that is empty, or is cut off, is none, whatever its exit code.
+heard() { # FORM
+  local file
+  [[ -z $DRY_RUN ]] || return 0
+  for file in "$ANSWERS"/*.txt; do
+    [[ -z $(said "$1" "$file") ]] || continue
+    UNKNOWN=$((UNKNOWN + 1))
+    say "worker $(basename "$file" .txt): no answer but '$(last_line "$file")'"
+  done
+  ((UNKNOWN == 0))
 }
 
 on_workers() { # LIMIT_S WORD...
@@ -115,7 +151,7 @@ worker_problem() { # CODE LIMIT_S FILE
 }
 
 last_line() { # FILE
-  grep -v '^[[:space:]]*$' "$1" | tail -n 1
+  grep -v '^[[:space:]]*$' "$1" | tail -n 1 || true
 }
 
 # Ends the script after each_worker has failed: with 42 when no worker has said so.
@@ -128,4 +164,5 @@ give_up() { # CODE WHAT
 # Answers go at the end of the script, unless some failed: then they are read.
 tidy() {
   [[ -z $ANSWERS ]] || ((FAILED + UNKNOWN)) || rm -rf "$ANSWERS"
+  [[ -z $DRY_RUN ]] || rm -rf "$STATE" # that of find_state
 }
