@@ -9,12 +9,12 @@ fi
 
 shopt -u checkwinsize # with it bash sets LINES, which is the flag --lines
 
-say() { printf '%s\n' "$*" >&2; } # stdout is for results
+say() { printf '%s\n' "$*" >&2 || true; } # stdout is for results; that nobody reads this ends nothing
 
 report() { [[ -n ${DRY_RUN:-} ]] || say "$*"; } # what was done
 
 fail() { # CODE MESSAGE
-  printf 'error: %s\n' "$2" >&2
+  say "error: $2"
   exit "$1"
 }
 

@@ -12,7 +12,6 @@ begin limit_s code "adopt?" -- "$@"
 COPY_S=300
 
 need
-[[ -n $DRY_RUN ]] || rm -f "$STATE/new"
 if [[ -z $CODE ]]; then
   folder=$(mktemp -d)
   trap 'rm -rf "$folder"; tidy' EXIT
