@@ -10,12 +10,12 @@ fi
 shopt -u checkwinsize # with it bash sets LINES, which is the flag --lines
 unset CDPATH          # cd would go elsewhere
 
-say() { printf '%s\n' "$*" >&2; } # stdout is for results
+say() { printf '%s\n' "$*" >&2 || true; } # stdout is for results; that nobody reads this ends nothing
 
 report() { [[ -n ${DRY_RUN:-} ]] || say "$*"; } # what was done
 
 fail() { # CODE MESSAGE: in one line, whatever it quotes
-  printf 'error: %s\n' "${2//[[:cntrl:]]/ }" >&2
+  say "error: ${2//[[:cntrl:]]/ }"
   exit "$1"
 }
 

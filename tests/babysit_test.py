@@ -195,7 +195,7 @@ def test_a_create_of_which_nothing_is_known(cloud):
     cloud.script(faults=[lost])
     cloud.run("create")
     assert cloud.run("create", "--name=other") and len(cloud.resources) == 2
-    cloud.script(faults=[{"match": "describe third", "stderr": "NOT_FOUND: '/third'"}, lost, silent])
+    cloud.script(faults=[{"match": "describe third", "stderr": "NOT_FOUND: '/queuedResources/third'"}, lost, silent])
     out = cloud.run("create", "--name=third", code=42)
     assert "not known whether third was created in us-east5-b of p, WHERE IT MAY COST" in out
 

@@ -14,7 +14,6 @@ COPY_S=300
 refuse_beside_babysitter
 need
 [[ -n $DRY_RUN ]] || check_kind
-[[ -n $DRY_RUN ]] || rm -f "$STATE/new"
 if [[ -z $CODE ]]; then
   folder=$(mktemp -d)
   trap 'rm -rf "$folder"; tidy' EXIT

@@ -3,6 +3,7 @@
 
 AT_ONCE=32 # connections
 ANSWERS=""
+BUSY=75 # of a worker at which another call is at work
 # shellcheck disable=SC2034 # read by the scripts
 STATUS='^(running|none|other|exited [0-9]{1,3}) [0-9]{1,16}$' # what worker.sh says of a run
 
@@ -32,7 +33,10 @@ workers() {
 all_workers() {
   local node i
   for node in $(nodes); do
-    cloud tpu-vm describe "$node" --format='value(networkEndpoints.len())' || explain "cannot ask for the workers of $node"
+    cloud tpu-vm describe "$node" --format='value(networkEndpoints.len())' || {
+      ! is_absent "nodes/$node" || : >"$ANSWERS/absent" # for the babysitter
+      explain "cannot ask for the workers of $node"
+    }
     [[ -z $DRY_RUN ]] || OUTPUT=1
     [[ $OUTPUT =~ ^[1-9][0-9]*$ ]] || fail 42 "the cloud does not say which workers $node has; try again"
     for ((i = 0; i < OUTPUT; i++)); do printf '%s %s\n' "$node" "$i"; done
@@ -73,10 +77,11 @@ on_worker() { # LIMIT_S WORD...
 }
 
 # Runs what WORDS makes for each worker, on all at once. What each printed is in $ANSWERS/NODE.WORKER.txt, a folder of this
-# call alone; those that failed are named. 1 when some did: FAILED that said so, and UNKNOWN of whom nothing is known. It
+# call alone, and its exit code in CODES; those that failed are named. 1 when some did: FAILED that said so, and UNKNOWN of whom nothing is known. It
 # is another code when the workers are not known, which has been said.
 each_worker() { # LIMIT_S WORDS ARGUMENT...
   local limit_s=$1 words=$2 node worker i code list command names=() pids=()
+  declare -gA CODES=()
   shift 2
   rm -rf "$ANSWERS"
   ANSWERS=$(mktemp -d "$STATE/answers.XXXXXXXX" 2>/dev/null) || fail 42 "there is no room for files in $STATE; make room, and try again"
@@ -88,12 +93,13 @@ each_worker() { # LIMIT_S WORDS ARGUMENT...
     mapfile -d '' -t command < <("$words" "$node" "$worker" "${#pids[@]}" "$@")
     on_worker "$limit_s" "${command[@]}" >"$ANSWERS/$node.$worker.txt" 2>&1 9>&- &
     pids+=($!) names+=("$node.$worker")
-    # The first copy is waited for: gcloud makes a key with it, if there is none.
-    [[ ${#pids[@]}$words != 1scp_words ]] && ((${#pids[@]} % AT_ONCE)) || wait "${pids[-1]}" || true
+    # The first connection is waited for when gcloud has no key yet: it makes one.
+    [[ ${#pids[@]} != 1 || -e ${HOME:-}/.ssh/google_compute_engine ]] && ((${#pids[@]} % AT_ONCE)) || wait "${pids[-1]}" || true
   done <<<"$list"
   for i in "${!pids[@]}"; do
     code=0
     wait "${pids[i]}" || code=$?
+    CODES[${names[i]}]=$code
     if [[ -n $DRY_RUN ]]; then
       cat "$ANSWERS/${names[i]}.txt"
     elif ((code)); then
@@ -133,19 +139,29 @@ copy_to_workers() { # LIMIT_S FILE
 # going on there, from a call that was given up, is waited for.
 ask_workers() { # LIMIT_S VERB ARGUMENT...
   # shellcheck disable=SC2016 # for the worker's shell
-  on_workers "$1" flock --close --wait=$(($1 / 2)) meshlm-busy bash -c \
+  on_workers "$1" flock --close --wait=$(($1 / 2)) --conflict-exit-code=$BUSY meshlm-busy bash -c \
     'if [ -e meshlm/launch/tpu/worker.sh ]; then exec bash meshlm/launch/tpu/worker.sh "$@"; else echo none 0; fi' worker "${@:2}"
 }
 
-# Nothing is known when the connection (255), the time (124, 137) or gcloud itself failed.
+# Nothing is known when the connection (255), the time (124, 137) or gcloud itself failed, or another call was at work.
 is_unknown() { # CODE FILE
-  [[ $1 =~ ^(255|124|137)$ ]] || grep -qE '^ERROR: (\(gcloud|gcloud crashed)' "$2"
+  [[ $1 =~ ^(255|124|137|$BUSY)$ ]] || grep -qE '^ERROR: (\(gcloud|gcloud crashed)' "$2"
+}
+
+# The worker itself is silent, or gone: not gcloud, its ssh or the cloud, which fail here, or refuse what was asked.
+is_silent() { # CODE FILE
+  case $1 in
+  124 | 137) return 0 ;;
+  255) ! grep -qE 'Permission denied|[Hh]ost key|Bad (owner|configuration)|[Ii]dentity|invalid format|No such file|Could not resolve' "$2" ;;
+  *) [[ $1 != 0 ]] && grep -qE "NOT_FOUND: .*/nodes/[^/]*'" "$2" ;;
+  esac
 }
 
 worker_problem() { # CODE LIMIT_S FILE
   case $1 in
   124 | 137) printf 'no answer within %s s' "$2" ;;
   255) printf 'no connection: %s' "$(last_line "$3")" ;;
+  "$BUSY") printf 'busy with another call' ;;
   *) printf 'exit code %s: %s (all of it: %s)' "$1" "$(last_line "$3")" "$3" ;;
   esac
 }
