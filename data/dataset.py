@@ -141,7 +141,8 @@ def _paths_by_split(config: DataConfig) -> dict[str, list[pathlib.Path]]:
         held_out = {p.resolve() for p in val}
         train = [p for p in paths if p.resolve() not in held_out]
     else:
-        val = [p for p in paths if _validates(p, names.root(str(located(config.path))))]
+        root, _ = foreign.selection(located(config.path))
+        val = [p for p in paths if _validates(p, root)]
         train = sorted(set(paths) - set(val))
     if not train:
         raise DataError(

@@ -56,6 +56,11 @@ class Reading:
     bad_records: str = "error"  # or 'skip', counted: broken JSON, no text under the key, a compressed file cut off
     raw: bool = False  # text as bytes, whatever they are; of a record, the UTF-8 of its text
 
+    @functools.cached_property
+    def quoted_key(self) -> bytes:
+        """As it stands in a line of JSON."""
+        return b'"%s"' % self.text_key.encode(errors="replace")
+
 
 class Piece(NamedTuple):
     text: str | bytes  # never empty
@@ -376,7 +381,8 @@ def _of_line(line: bytes | None, place: Place, reading: Reading, problems: Probl
     if len(line) > LONG_LINE_BYTES:
         problems.found(f"line longer than {LONG_LINE_BYTES >> 20} MiB", place)
     try:
-        record = _parse(_decode(line, place, reading))
+        text = _decode(line, place, reading)
+        record = _parse(text)
     except (ValueError, RecursionError) as e:
         _bad("broken JSON", place._replace(note=str(e)[:80]), reading, problems)
         return None
@@ -385,7 +391,23 @@ def _of_line(line: bytes | None, place: Place, reading: Reading, problems: Probl
         note = f"no {reading.text_key!r}; it has: {keys}"
         _bad("record without the text key", place._replace(note=note), reading, problems)
         return None
+    if line.count(reading.quoted_key) > 1 and _is_given_twice(reading.text_key, text):
+        _bad("record with the text key twice", place, reading, problems)
+        return None
     return _of_value(record[reading.text_key], place, reading, problems)
+
+
+def _is_given_twice(key: str, text: str) -> bool:
+    """Whether a JSON object has the key twice itself: of these Python keeps the last."""
+    if len(re.findall(rf'"{re.escape(key)}"\s*:', text)) < 2:
+        return False
+    keys: list[str] = []
+
+    def note(pairs: list[tuple[str, Any]]) -> None:
+        keys[:] = [name for name, _ in pairs]  # of the object that ends last, which is the outermost
+
+    json.JSONDecoder(object_pairs_hook=note, parse_int=len).decode(text)
+    return keys.count(key) > 1
 
 
 def _of_value(value: Any, place: Place, reading: Reading, problems: Problems) -> str | bytes | None:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import json
 import logging
 import os
 import pathlib
@@ -10,7 +11,7 @@ import platform
 import re
 import secrets
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 from data.errors import DataError
 
@@ -44,6 +45,14 @@ def written(path: pathlib.Path) -> Iterator[IO[bytes]]:
 def write_durably(path: pathlib.Path, content: bytes) -> None:
     with written(path) as f:
         f.write(content)
+
+
+def read_json(path: pathlib.Path, advice: str) -> Any:
+    """What a file of ours holds. Raises DataError, with what to do, when it is damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise DataError(f"{path} is damaged; {advice}") from None
 
 
 def close_durably(file: IO[bytes]) -> None:

@@ -108,11 +108,16 @@ def find(path: str) -> list[pathlib.Path]:
     return files
 
 
+def selection(place: pathlib.Path) -> tuple[pathlib.Path, str]:
+    """The folder that a path means, and the pattern of the names below it. Raises DataError."""
+    return (place, "*") if place.is_dir() else names.split(str(place))
+
+
 def _here(place: pathlib.Path) -> list[pathlib.Path]:
     """The file, the files of the folder, or those that the glob selects; a file that has two names once."""
     if place.is_file():
         return [place]
-    root, pattern = (place, "*") if place.is_dir() else names.split(str(place))
+    root, pattern = selection(place)
     found, repeated = names.find(root, pattern) if pattern else ([], 0)
     if repeated:
         log.warning(

@@ -128,8 +128,9 @@ class TokenWindows(Windows):
         self.unreached = Unreached(len(short), sum(short), sum(tails))
         super().__init__(files, int(self.first_window[-1]), seq_len=seq_len, seed=seed, split=split)
         if self.num_windows == 0:
+            where = files.paths[0] if len(files.paths) == 1 else files.paths[0].parent
             raise DataError(
-                f"{files.paths[0].parent} has {files.tokens} tokens in its {split} split, and at most "
+                f"{where} has {files.tokens} tokens in its {split} split, and at most "
                 f"{max(lengths, default=0)} in a file; a window needs {seq_len + 1} (data.seq_len + 1): prepare a "
                 "longer corpus or lower data.seq_len"
             )

@@ -17,6 +17,7 @@ from data import order
 from data.errors import DataError
 
 VERSION = "mixture-1"  # part of the fingerprint of a mixture
+LAST_START = 1 << 62  # of a stage: samples are int64
 BLOCK = 2048
 
 
@@ -50,9 +51,10 @@ def parse_stages(text: str, num_sources: int) -> tuple[Stage, ...]:
             )
         _counts(stage)
     starts = [stage.start for stage in stages]
-    if starts[0] != 0 or sorted(set(starts)) != starts:
+    if starts[0] != 0 or sorted(set(starts)) != starts or starts[-1] >= LAST_START:
         raise ValueError(
-            f"data.weights has stages from samples {starts}; the first is 0, and each is above the one before"
+            f"data.weights has stages from samples {starts}; the first is 0, each is above the one before, and all are "
+            "below 2^62"
         )
     return tuple(stages)
 

@@ -173,11 +173,6 @@ def split(pattern: str) -> tuple[pathlib.Path, str]:
     return pathlib.Path(*root), "/".join(below)
 
 
-def root(path: str) -> pathlib.Path:
-    """The folder that is meant: the path itself, or what stands before its first wildcard."""
-    return split(path)[0] if is_pattern(path) else pathlib.Path(path)
-
-
 def find(root: pathlib.Path, pattern: str) -> tuple[list[str], int]:
     """The files below `root` that a pattern selects, sorted; and how many further names of the same files there are.
 

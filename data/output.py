@@ -189,10 +189,7 @@ class Output:
 
 def read_note(path: pathlib.Path) -> Any:
     """JSON that a preparation wrote for itself. Raises DataError."""
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        raise DataError(f"{path} is damaged; {start_again(path.parent)}") from None
+    return files.read_json(path, start_again(path.parent))
 
 
 def start_again(partial: pathlib.Path) -> str:

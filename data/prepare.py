@@ -163,13 +163,10 @@ def there(out: pathlib.Path, **request) -> formats.Manifest | None:
 
 def read_summary(out: pathlib.Path) -> dict[str, Any]:
     """What `prepare` counted; empty for a dataset of an earlier version, which did not. Raises DataError."""
-    path = out / formats.SUMMARY
-    try:
-        summary = json.loads(path.read_bytes()) if path.exists() else {}
-    except (ValueError, RecursionError):
-        summary = None
+    path, advice = out / formats.SUMMARY, "copy it again or prepare again with --overwrite"
+    summary = files.read_json(path, advice) if path.exists() else {}
     if not isinstance(summary, dict):
-        raise DataError(f"{path} is damaged; copy it again or prepare again with --overwrite")
+        raise DataError(f"{path} is damaged; {advice}")
     return summary
 
 

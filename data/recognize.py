@@ -37,9 +37,25 @@ TO_UTF8 = "convert it with iconv -t UTF-8"
 TOKENS = "launch.train reads token files itself: --config.data.path"
 NO_TEXT = "leave it out"
 
-# First bytes (a pattern), what such a file is, what to do.
+# First bytes (a pattern), what such a file is, what to do. These are text themselves.
+REFUSED_TEXT = (
+    (
+        rb"version https://git-lfs\S*\n|/annex/objects/\S+\s*\Z",
+        "a Git LFS or git-annex pointer",
+        "fetch the file itself",
+    ),
+    (rb"!<arch>\n", "an archive", UNPACK),
+    (rb"WARC/\d\.\d\r?\n", "a web archive", "take the text of its pages out"),
+    (rb"%PDF-\d\.\d\s*[\r\n]", "a PDF", "take its text out, for example with pdftotext"),
+    (rb"\{\\rtf\d", "an office document", "save it as text"),
+    (
+        rb"\([ld]p0\n|c(copy_reg|numpy|builtins|__builtin__)[\w.]*\n\w+\n",
+        "a pickle, which is never opened",
+        TO_RECORDS,
+    ),
+)
+# The same of files that hold bytes which no text has; text may begin with the letters of any of them.
 REFUSED = (
-    (rb"version https://git-lfs|/annex/objects/", "a Git LFS or git-annex pointer", "fetch the file itself"),
     (rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-32", TO_UTF8),
     (rb"\xff\xfe|\xfe\xff", "UTF-16", TO_UTF8),
     (rb"BZh[1-9](1AY&SY|\x17rE8P)", "compressed by bzip2", UNPACK),
@@ -51,20 +67,14 @@ REFUSED = (
     (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", UNPACK),
     (rb"Rar!\x1a\x07", "a rar archive", UNPACK),
     (rb".{257}ustar[\0 ]", "a tar archive", UNPACK),
-    (rb"!<arch>\n|\xed\xab\xee\xdb|MSCF\0", "an archive", UNPACK),
-    (rb"WARC/\d", "a web archive", "take the text of its pages out"),
+    (rb"\xed\xab\xee\xdb|MSCF\0", "an archive", UNPACK),
     (rb"ARROW1\0|\xff\xff\xff\xff.{3}\0|FEA1\0", "Arrow data", TO_RECORDS),
     (rb"ORC[\0-\x08]|Obj\x01", "ORC or Avro", TO_RECORDS),
     (rb"PARE.{4}", "encrypted Parquet", TO_RECORDS),
     (rb"SQLite format 3\0", "an SQLite database", TO_RECORDS),
     (rb"\x89HDF\r\n\x1a\n", "HDF5", TO_RECORDS),
-    (rb"%PDF-", "a PDF", "take its text out, for example with pdftotext"),
-    (rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1|\{\\rtf", "an office document", "save it as text"),
-    (
-        rb"\x80[\x02-\x05]|\([ld]p0\n|c(copy_reg|numpy|builtins|__builtin__)[\w.]*\n\w+\n",
-        "a pickle, which is never opened",
-        TO_RECORDS,
-    ),
+    (rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an office document", "save it as text"),
+    (rb"\x80[\x02-\x05]", "a pickle, which is never opened", TO_RECORDS),
     (rb"\x93NUMPY", "a NumPy array", TOKENS),
     (rb"LITPKDS|MMIDIDX\0", "a token file", TOKENS),
     (rb".{6}\0\0\{\"", "safetensors: a model's weights", NO_TEXT),
@@ -129,7 +139,11 @@ MEDIA_SUFFIXES = {
     ".dds",
 }
 
-_REFUSED = [(re.compile(pattern, re.DOTALL), what, advice) for pattern, what, advice in REFUSED]
+_REFUSED_TEXT, _REFUSED = (
+    [(re.compile(pattern, re.DOTALL), what, advice) for pattern, what, advice in table]
+    for table in (REFUSED_TEXT, REFUSED)
+)
+_NOT_OF_TEXT = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")
 _MEDIA = [(re.compile(pattern, re.DOTALL), what) for pattern, what in MEDIA]
 _BEGINS_OBJECT = re.compile(rb'\s*\{\s*("([^"\\]|\\.)*"\s*:|\})')
 _BEGINS_ARRAY = re.compile(rb'\s*\[\s*\{\s*("([^"\\]|\\.)*"\s*:|\})')
@@ -184,19 +198,20 @@ def _kind(path: pathlib.Path, suffix: str, head: bytes, is_whole: bool, compress
     inside = f" inside {PROGRAMS[compression]}" if compression else ""
     if compression and any(pattern.match(head) for pattern, _ in COMPRESSIONS):
         raise Refusal(path, "compressed twice", UNPACK)
-    for pattern, what, advice in _REFUSED:
+    wrong = _share_wrong(head)
+    is_binary = wrong > 0 or _NOT_OF_TEXT.search(head) is not None
+    for pattern, what, advice in _REFUSED_TEXT + (_REFUSED if is_binary else []):
         if pattern.match(head):
             raise Refusal(path, ("an office document" if suffix in OFFICE_SUFFIXES else what) + inside, advice)
-    for pattern, what in _MEDIA:
+    for pattern, what in _MEDIA if is_binary else []:
         if pattern.match(head):
             raise Refusal(path, what + inside, NO_TEXT, is_media=True)
-    if head.startswith(b"PAR1"):
+    if head.startswith(b"PAR1") and is_binary:
         return PARQUET
     if suffix in RECORD_SUFFIXES:
         return RECORD_SUFFIXES[suffix]
     if suffix in REFUSED_SUFFIXES:
         raise Refusal(path, *REFUSED_SUFFIXES[suffix])
-    wrong = _share_wrong(head)
     if wrong > MAX_WRONG or head.count(0) > MAX_NUL * max(len(head), FEW_BYTES):
         if suffix in MEDIA_SUFFIXES:
             raise Refusal(path, "media", NO_TEXT, is_media=True)

@@ -91,7 +91,8 @@ def open_sources(config: DataConfig, vocab_size: int = 0) -> Sources:
                 f"the tokenizer of {data.path} has {data.vocab_size} tokens, but others have {vocab_size}; "
                 "sources of one run share one tokenizer"
             )
-    _check_distinct(datasets)
+    if len(datasets) > 1:
+        _check_distinct(datasets)
     try:
         stages = mixture.parse_stages(config.weights, len(datasets))
     except ValueError as e:
@@ -105,7 +106,10 @@ def _check_distinct(datasets: dict[str, Dataset]) -> None:
     found: dict[tuple[int, int], tuple[str, str, pathlib.Path]] = {}
     for name, data in datasets.items():
         for split, path in data.paths():
-            stat = path.stat()
+            try:
+                stat = path.stat()
+            except OSError:  # which is said when it is opened
+                continue
             other, of, path_there = found.setdefault((stat.st_dev, stat.st_ino), (name, split, path))
             if other != name and "train" in (split, of):
                 how = "trains in both" if split == of else "trains in one and validates in the other"

@@ -137,11 +137,12 @@ def _exit(code: int, wait: bool = True) -> NoReturn:
             stream.flush()
         except OSError:  # Python would try again, and leave with 120
             _discard(stream)
-    if not wait and not _several_processes():
+    alone = not _several_processes()
+    if wait and alone:
+        sys.exit(code)
+    if alone:
         atexit._run_exitfuncs()  # those of multiprocessing remove its semaphores
-    if not wait or _several_processes():
-        os._exit(code)
-    sys.exit(code)
+    os._exit(code)
 
 
 def _discard(stream: TextIO) -> None:

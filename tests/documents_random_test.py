@@ -114,6 +114,11 @@ def test_text_is_read_whole_and_cut_at_the_same_places_however_it_is_compressed(
                     assert there.startswith(value) if value else there[:4].decode("utf-8", "replace")[0] == "\ufffd"
 
 
+def names(line: bytes) -> list[str]:
+    """Of an object, in order."""
+    return [name for name, _ in json.loads(line.decode("utf-8", "replace"), object_pairs_hook=list, parse_int=len)]
+
+
 def plain_records(raw: bytes) -> tuple[list[str], set[tuple[str, int]]]:
     """The texts, and the kind and line of each problem."""
     texts, wrong = [], set()
@@ -127,6 +132,8 @@ def plain_records(raw: bytes) -> tuple[list[str], set[tuple[str, int]]]:
             continue
         if not isinstance(record, dict) or "text" not in record:
             wrong.add(("record without the text key", number))
+        elif names(line).count("text") > 1:
+            wrong.add(("record with the text key twice", number))
         elif not isinstance(record["text"], str):
             wrong.add(("text that is no string", number))
         elif not record["text"]:

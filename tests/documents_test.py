@@ -61,6 +61,8 @@ GOOD, LAST = {"text": "good"}, {"text": "last"}
         ([1, 2], "record without the text key", "it has: list"),
         ({"text": None}, "text that is no string", "NoneType"),
         ({"text": ["a"]}, "text that is no string", "list"),
+        (b'{"text": "first", "text": "second"}', "record with the text key twice", ""),
+        (b'{"text": "a long one", "a": {"text": 1}, "text" : ""}', "record with the text key twice", ""),
     ],
 )
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst", "ndjson"])
@@ -75,6 +77,16 @@ def test_a_bad_record_stops_or_is_skipped_and_counted(bad, kind, named, suffix, 
     assert texts == ["good", "last"]
     assert problems.counts == {kind: 2}
     assert [f"{path} line {n}" in where for n, where in zip((2, 4), problems.examples[kind], strict=True)] == [True] * 2
+
+
+def test_other_places_of_the_text_key_are_not_the_key(tmp_path):
+    records = [
+        {"type": "text", "text": "a"},
+        {"a": {"text": 1}, "text": "b"},
+        {"text": '"text": "text": c', "b": "text"},
+    ]
+    (tmp_path / "a.jsonl").write_bytes(lines(*records))
+    assert read(tmp_path / "a.jsonl")[0] == [record["text"] for record in records]
 
 
 def test_lines_are_numbered_through_the_file_although_it_is_cut(tmp_path, monkeypatch):

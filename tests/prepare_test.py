@@ -17,7 +17,7 @@ from data import corpus, documents, encode, formats, merge, prepare, tokenizers
 from data.errors import DataError
 
 ROOT = pathlib.Path(__file__).parents[1]
-PROSE = "a line of prose\n" * 80
+PROSE = "".join(f"line {i * i} of prose\n" for i in range(80))
 POEM = "".join(f"Line {i}: the sëa, 東 and 🚀 again.\n" for i in range(37))
 
 
@@ -546,7 +546,7 @@ def test_names_of_special_tokens_are_checked_for_every_tokenizer(file, tmp_path,
 
 
 def test_invalid_records_are_refused_for_the_byte_tokenizer_too(tmp_path):
-    """Bytes of JSON are no text of their own: they are decoded, and replaced."""
+    """JSON is decoded whatever the tokenizer is, so bytes in it that are not UTF-8 are replaced."""
     (tmp_path / "in.jsonl").write_bytes('{"text": "né é"}\n'.encode("latin-1") * 50)
     with pytest.raises(DataError, match="--max_invalid"):
         run(tmp_path / "out", tmp_path / "in.jsonl", "byte")

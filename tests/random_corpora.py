@@ -106,9 +106,9 @@ def json_lines(rng: random.Random) -> tuple[bytes, Truth]:
         kind = rng.random()
         if kind < 0.8:
             lines.append(_record(rng, truth))
-        elif kind < 0.86:  # NaN, huge numbers, other keys, a text twice: the last one counts
+        elif kind < 0.86:  # NaN, huge numbers, other keys, the key in another place
             value = text(rng)
-            lines.append(b'{"n": ' + b"9" * rng.choice((5, 6000)) + b', "x": NaN, "text": "first", "text": '
+            lines.append(b'{"n": ' + b"9" * rng.choice((5, 6000)) + b', "x": NaN, "a": {"text": "not this"}, "text": '
                          + json.dumps(value).encode() + b"}")  # fmt: skip
             truth.records.append(value)
         elif kind < 0.9:
@@ -130,6 +130,7 @@ def json_lines(rng: random.Random) -> tuple[bytes, Truth]:
                 b'["text"]',
                 b"[" * 3000,
                 b'{"text": null}',
+                b'{"text": "first", "text": "second"}',
                 b"nonsense",
             )
             lines.append(rng.choice(bad))

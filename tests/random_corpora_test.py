@@ -91,9 +91,11 @@ def read(corpus: Corpus, asked: Request) -> Reading:
             raise Refused(f"{name!r} is not UTF-8")
         found = [(name, t) for t in texts if t]
         reading.documents += found
+        if not (raw and (truth.kind == "text" or truth.raw)):  # else nothing is decoded
+            damage += truth.replaced
         if not raw:
-            damage += truth.replaced + sum(t.count("\0") for _, t in found)
-            characters += sum(len(t) for _, t in found)
+            damage += sum(t.count("\0") for _, t in found)
+        characters += sum(len(t) for _, t in found)
     if not taken:
         raise Refused("nothing is left")
     if characters and damage / characters > asked.max_invalid:

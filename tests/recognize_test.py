@@ -326,3 +326,17 @@ def test_records_of_other_shapes_are_never_one_text(tmp_path, name, raw):
     path.write_bytes(raw)
     with pytest.raises(recognize.Refusal):
         recognize.recognize(path)
+
+
+@pytest.mark.parametrize(
+    "letters",
+    ["PAR1", "PARE", "GIF89a", "GIF87a", "BM", "II*", "RIFFraffWAVE", "RIFF1234WEBP", "FORMulaeAIFF", "OggS",
+     "fLaC", "ID3", "MThd", "MZ", "ORC", "Obj", "ARROW1",
+     "FEA1", "LITPKDS", "MMIDIDX", "GGUF", "SQLite format 3", "PK", "7z", "Rar!",
+     "LZIP", "BZh91AY&SY", "WARC/1", "%PDF-1.7", "MSCF", "8BPS", "OTTO", "wOFFOTTO", "FLV", "version https://git-lfs",
+     "/annex/objects/", "!<arch>", "asm"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["a.txt", "a"])
+def test_text_may_begin_with_the_letters_of_any_format(tmp_path, name, letters):
+    assert told(tmp_path, name, f"{letters} stand here\nat the beginning of a text.\n".encode()).name == "text"
+    assert told(tmp_path, name, f"{letters}’s a word, é.\n".encode()).name == "text"

@@ -358,6 +358,19 @@ def test_a_preemption(tmp_path, submit, player):
     assert says in log, log
 
 
+@only_fake
+def test_the_signal_comes_while_the_life_is_written(tmp_path, submit, player):
+    """A subshell has no traps, and would end by it: the row had no step."""
+    (tmp_path / "bin").mkdir()
+    stand_in = tmp_path / "bin/basename"
+    stand_in.write_text("#!/bin/sh\ncase $1 in */10) trap '' TERM && kill -TERM 0; esac\nexec /usr/bin/basename \"$1\"\n")
+    stand_in.chmod(0o755)
+    submit.cluster.environment["PATH"] = f"{stand_in.parent}:{submit.cluster.environment['PATH']}"
+    job = submit(command=player({"codes": [42], "save": 10}))
+    assert "Life 1 ended with 42; checkpoint at step 10, 0 before. The job was told to end" in job.leaves(42)
+    assert [life.last_step for life in journal(tmp_path)] == [10]
+
+
 def test_scancel_is_the_end(tmp_path, submit, player):
     """The trainers save, within KillWait seconds, and nothing starts them again."""
     job = submit("--nodes=2", command=player({"codes": ["wait", "wait"], "save": 10}, {"codes": [0, 0]}))
