@@ -363,7 +363,8 @@ def test_the_signal_comes_while_the_life_is_written(tmp_path, submit, player):
     """A subshell has no traps, and would end by it: the row had no step."""
     (tmp_path / "bin").mkdir()
     stand_in = tmp_path / "bin/basename"
-    stand_in.write_text("#!/bin/sh\ncase $1 in */10) trap '' TERM && kill -TERM 0; esac\nexec /usr/bin/basename \"$1\"\n")
+    signal_first = "[ \"${1##*/}\" != 10 ] || { trap '' TERM && kill -TERM 0; }"
+    stand_in.write_text(f'#!/bin/sh\n{signal_first}\nexec /usr/bin/basename "$1"\n')
     stand_in.chmod(0o755)
     submit.cluster.environment["PATH"] = f"{stand_in.parent}:{submit.cluster.environment['PATH']}"
     job = submit(command=player({"codes": [42], "save": 10}))

@@ -179,7 +179,7 @@ def test_status_where_the_workers_are_not_known(cloud):
     cloud.run("wait")
     cloud.run("ssh", "--", "echo", "before")
     cloud.script(faults=[{"match": "tpu-vm describe", "stderr": "ERROR: (gcloud) x"}])
-    first, error, *rest = cloud.run("status").splitlines()
+    first, error, *rest = cloud.run("status", code=42).splitlines()
     assert first == "run ACTIVE" and error.startswith("error: cannot ask for the workers of run")
     assert rest == ["billing in us-east5-b:", "queued resource run ACTIVE", "TPU VM run READY"]
 

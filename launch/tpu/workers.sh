@@ -77,8 +77,8 @@ on_worker() { # LIMIT_S WORD...
 }
 
 # Runs what WORDS makes for each worker, on all at once. What each printed is in $ANSWERS/NODE.WORKER.txt, a folder of this
-# call alone, and its exit code in CODES; those that failed are named. 1 when some did: FAILED that said so, and UNKNOWN of whom nothing is known. It
-# is another code when the workers are not known, which has been said.
+# call alone, and its exit code in CODES; those that failed are named. 1 when some did: FAILED that said so, and UNKNOWN of
+# whom nothing is known. It is another code when the workers are not known, which has been said.
 each_worker() { # LIMIT_S WORDS ARGUMENT...
   local limit_s=$1 words=$2 node worker i code list command names=() pids=()
   declare -gA CODES=()
@@ -99,6 +99,7 @@ each_worker() { # LIMIT_S WORDS ARGUMENT...
   for i in "${!pids[@]}"; do
     code=0
     wait "${pids[i]}" || code=$?
+    # shellcheck disable=SC2034 # the babysitter reads it
     CODES[${names[i]}]=$code
     if [[ -n $DRY_RUN ]]; then
       cat "$ANSWERS/${names[i]}.txt"
