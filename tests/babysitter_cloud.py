@@ -13,7 +13,7 @@ import socket
 import socketserver
 import threading
 
-PLACE = "projects/p/locations/us-east5-b"
+PLACE = "projects/run/locations/us-east5-b"  # the project is called as the queued resource is
 COMMAND = ["python", "-m", "launch.train", "--workdir=bucket/runs/x"]
 DEAD = ("FAILED", "SUSPENDED")
 URL = "https://tpu.googleapis.com/v2/" + PLACE
@@ -68,6 +68,7 @@ REFUSED = [
     "to obtain new credentials.\n",
     "RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Read requests' and limit 'Read requests per minute' of "
     "service 'tpu.googleapis.com' for consumer 'project_number:1'.",
+    "NOT_FOUND: Resource 'projects/run' was not found",
     LATE,
 ]
 
@@ -97,6 +98,7 @@ class Resource:
     ahead: list[str]
     workers: dict[tuple[str, int], Worker] = dataclasses.field(default_factory=dict)
     epoch: int = 0  # goes on when the gang of its workers is broken
+    bare: bool = False  # it is described by its state and time alone while it is deleted
 
     @property
     def nodes(self) -> list[str]:
@@ -136,7 +138,7 @@ class World:
         self.stuck = dice.random() < 0.1  # lives bring no step
         self.made = 0
         self.asked_to_stop = False  # by the person, or the hours are over
-        self.rounds_without_answer = 0
+        self.silent_rounds, self.is_silent = 0, False  # since all workers have answered, and in this round
         self.answered: set[tuple[str, int]] = set()
         self.coming: list[tuple[int, Resource]] = []  # asked for, and not there yet
         self.run_codes: set[int] = set()
@@ -165,7 +167,7 @@ class World:
         if not state and self.tick < self.calm and dice.random() < 0.1:
             states = [*states[:-1], "FAILED"]
         made = f"2026-11-29T09:{self.made // 60:02}:{self.made % 60:02}.123456789Z"
-        resource = Resource(name, by, kind, slices, made, label, states[0], states[1:])
+        resource = Resource(name, by, kind, slices, made, label, states[0], states[1:], bare=dice.random() < 0.5)
         self.boot(resource)
         return resource
 
@@ -267,10 +269,11 @@ class World:
             flags = {w.partition("=")[0]: w.partition("=")[2] for w in argv if w.startswith("--")}
             what, verb = words[0], words[1]
             asks = f"{what.replace('-', '_')}_{verb}"
-            if asks == "queued_resources_describe" and role == "babysit":
+            if asks == "queued_resources_describe" and role == "babysit" and "createTime" in flags["--format"]:
                 self.go_on()
                 if script == "babysit.sh":  # and not what it has called
-                    self.rounds_without_answer, self.answered = self.rounds_without_answer + 1, set()
+                    self.silent_rounds += self.is_silent
+                    self.is_silent, self.answered = False, set()
             key = f"{asks} {role} {' '.join(words[2:])} {flags.get('--worker', '')}"
             code, out, reason = getattr(self, asks)(role, words[2:], flags, key)
             err = reason
@@ -312,14 +315,25 @@ class World:
         found = self.resources.get(names[0])
         if found is None:
             return self.missing(f"queuedResources/{names[0]}")
+        if flags["--format"].startswith("value(state.failedData"):
+            return 0, "There is no more capacity in the zone\n" if found.state == "FAILED" else "\n", ""
         fields = flags["--format"].partition("(")[2][:-1].split(",")
         count = str(found.slices) if found.slices > 1 else ""
         values = {
             "state.state": found.state, "createTime": found.created, "nodeCount": count, "labels.meshlm": found.label,
             "acceleratorType": found.kind,
         }  # fmt: skip
+        if found.state == "DELETING" and found.bare:
+            values |= dict.fromkeys(("nodeCount", "labels.meshlm", "acceleratorType"), "")
         row = [next(v for k, v in values.items() if f.endswith((k, k + ".basename()"))) for f in fields]
-        return 0, ",".join(row) + "\n", ""
+        return 0, self.with_other_text(",".join(row) + "\n", key), ""
+
+    def with_other_text(self, answer: str, key: str) -> str:
+        """gcloud, or who wraps it, has words of its own on stdout now and then."""
+        dice = self.draw(f"other text {key}")
+        if self.tick >= self.calm or dice.random() >= self.fault_rate:
+            return answer
+        return dice.choice([f"Your active configuration is: [x]\n{answer}", f"{answer}\nUpdates are available.\n"])
 
     def queued_resources_list(self, role, names, flags, key):
         if fault := self.fault(key):
@@ -393,7 +407,9 @@ class World:
             self.violation(f"{role} {what}: a machine of others")
 
     def check_unharmed(self, role: str, found: Resource, what: str) -> None:
-        permitted = self.asked_to_stop or role != "babysit" or self.rounds_without_answer >= 3
+        permitted = (
+            self.asked_to_stop or role in ("stop", "delete", "run") or (self.silent_rounds >= 2 and self.is_silent)
+        )
         if found.is_healthy() and not permitted:
             self.violation(f"{role} {what}: a healthy run")
 
@@ -436,6 +452,8 @@ class World:
         def act():
             return self.work(role, found, worker, words)
 
+        if role == "babysit" and self.told(words)[0] == "status" and fault and fault[1][0] in (LATE, 255):
+            self.is_silent = True
         if fault and fault[0] == "refused":
             return fault[1]
         if fault and fault[1][0] == LATE and self.draw(key).random() < 0.5:
@@ -456,7 +474,7 @@ class World:
     def heard(self, found: Resource, node: str, worker: int) -> None:
         self.answered.add((node, worker))
         if self.answered >= set(found.workers):
-            self.rounds_without_answer = 0
+            self.silent_rounds = 0
 
     @staticmethod
     def told(words: list[str]) -> list[str]:
@@ -476,6 +494,8 @@ class World:
             return 0, "none 0\n"
         if not worker.is_set_up and verb in ("start", "stop", "log", "status"):
             return 127, "bash: line 1: meshlm/launch/tpu/worker.sh: No such file or directory\n"
+        if verb == "setup" and worker.running and any("a command runs here" in word for word in words):
+            return 2, "a command runs here, which this would end; launch/tpu/stop.sh first\n"
         if verb == "setup":
             self.check_unharmed(role, found, verb)
             self.end(found, [worker], 42)

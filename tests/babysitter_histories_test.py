@@ -25,8 +25,9 @@ import pytest
 from tests import runs
 from tests.babysitter_cloud import COMMAND, Server, World
 
-SETTINGS = "PROJECT=p\nZONE=us-east5-b\nNAME=run\nTYPE=v6e-16\nTIER=spot\nBUCKET=b\nSLICES={}\n"
+SETTINGS = "PROJECT=run\nZONE=us-east5-b\nNAME=run\nTYPE=v6e-16\nTIER=spot\nBUCKET=b\nSLICES={}\n"
 LIMIT_S = 60
+REFUSED_BESIDE = ("babysit", "delete", "run", "setup", "stop")
 NAMED = re.compile(r"\brun\b.*(cost|COST|billing)|billing.*\brun\b|run .*was not made from here", re.DOTALL)
 BROKEN = re.compile(r"\.sh: line \d+: .*(unbound variable|not found|syntax error|bad |ambiguous|No such file)")
 
@@ -44,6 +45,7 @@ class History:
         self.flags = ["--poll_s=0"]
         self.keeps = self.dice.random() < 0.1
         self.lost_state = False
+        self.clock = self.dice.choice(["", "", "", "1000000", "-1000000"])  # so many seconds it is set by, once
 
     def start(self, script: str, *words: str) -> subprocess.Popen:
         self.world.note(f"the person: {script} {' '.join(words)}")
@@ -56,6 +58,7 @@ class History:
             "TMPDIR": str(self.folder / "tmp"),
             "MESHLM_RETRY_S": "0",
             "MESHLM_LOST_S": str(self.dice.choice([0, 0, 0, 1])),
+            "HISTORY_CLOCK": self.clock if script == "babysit" else "",
             "HISTORY": self.name,
             "HISTORY_ROLE": script,
             "HISTORY_PORT": str(self.server.port),
@@ -86,6 +89,8 @@ class History:
         if self.dice.random() < 0.1:
             extra.append("--max_hours=0.0001")
             self.world.asked_to_stop = True
+        elif self.clock:
+            extra.append("--max_hours=1")
         command = list(COMMAND)
         for _ in range(self.dice.choice([0, 0, 1, 2])):
             babysitter = self.start("babysit", *self.flags, *extra, "--", *command)
@@ -123,21 +128,21 @@ class History:
             if babysitter.poll() is not None:
                 return
             what = self.dice.choice(
-                ["status", "logs", "ssh", "status", "logs", "ssh", "stop", "delete", "babysit", "create"]
+                ["status", "logs", "ssh"] * 3 + ["stop", "delete", "setup", "run", "babysit", "create"]
             )
-            if what == "babysit":
-                self.second_babysitter(babysitter)
+            if what in REFUSED_BESIDE:
+                self.refused_beside(babysitter, what)
             else:
-                if what in ("stop", "delete", "create"):
-                    # Nobody else takes the name between its look and its act, from which no script can be safe.
-                    self.world.asked_to_stop, self.world.others_rate = True, 0
+                # Nobody else takes the name between its look and its act, from which no script can be safe.
+                self.world.others_rate *= what != "create"
                 self.beside.append(self.start(what, *(["--", "true"] if what == "ssh" else [])))
 
-    def second_babysitter(self, first: subprocess.Popen) -> None:
-        other = self.start("babysit", *self.flags, "--", *COMMAND)
+    def refused_beside(self, babysitter: subprocess.Popen, script: str) -> None:
+        words = self.flags if script == "babysit" else []
+        other = self.start(script, *words, *(["--", *COMMAND] if script in ("babysit", "run") else []))
         self.wait(other)
-        if first.poll() is None and other.returncode != 2:
-            self.world.violation(f"a second babysitter ended with {other.returncode}")
+        if babysitter.poll() is None and other.returncode != 2:
+            self.world.violation(f"{script} beside a babysitter ended with {other.returncode}")
 
     def interrupt(self, babysitter: subprocess.Popen) -> bool:
         """At some time; whether it had ended by then."""
@@ -192,6 +197,8 @@ class History:
         created_beside = "create" in {process.args[0].stem for process in self.beside}
         if ours and code == 0 and not self.keeps and not created_beside:
             world.violation("0, and ours goes on billing")
+        if "after 1 hours" in self.said(babysitter, "babysit"):
+            world.violation("the clock was set, and counted as hours")
         self.check_named(babysitter)
         for path in self.folder.glob("*.txt"):
             if BROKEN.search(path.read_text(errors="replace")) and not self.lost_state:

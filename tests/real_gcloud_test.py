@@ -24,7 +24,7 @@ SDK = pathlib.Path(os.path.realpath(shutil.which("gcloud") or "/")).parent.paren
 MESSAGES = SDK / "lib/googlecloudsdk/generated_clients/apis/tpu/v2/tpu_v2_messages.py"
 PLACE, OPERATION = babysitter_cloud.PLACE, f"{babysitter_cloud.PLACE}/operations/operation-1"
 TIME = "2026-11-29T09:00:00.123456789Z"
-ZONE = ["--project=p", "--zone=us-east5-b", "--quiet"]
+ZONE = ["--project=run", "--zone=us-east5-b", "--quiet"]
 DESCRIBE = ["compute", "tpus", "queued-resources", "describe", "run", "--format=value(state.state)", *ZONE]
 TOKEN = {"access_token": "a", "expires_in": 3000, "token_type": "Bearer"}
 

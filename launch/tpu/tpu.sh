@@ -53,7 +53,8 @@ recall() { # FILE DEFAULT
 }
 remember() { # FILE VALUE
   local new=$1.$BASHPID.new
-  { mkdir -p "${1%/*}" && printf '%s' "$2" >"$new" && mv "$new" "$1"; } 2>/dev/null ||
+  # Not { }: a signal's last words would go where its errors go.
+  (mkdir -p "${1%/*}" && printf '%s' "$2" >"$new" && mv "$new" "$1") 2>/dev/null ||
     fail 42 "$1 cannot be written, and $NAME in $ZONE of $PROJECT may be there, and cost; make room, and say the same again"
 }
 
