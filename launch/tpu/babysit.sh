@@ -29,9 +29,7 @@ tpu() { # NAME ARGUMENT...
   local name words=(--env=) code=0
   for name in "${SETTINGS[@]}"; do words+=("--${name,,}=${!name}"); done
   "$HERE/$1.sh" "${words[@]}" ${DRY_RUN:+--dry_run} "${@:2}" 9>&- &
-  child=$!
-  wait "$child" || code=$?
-  child=""
+  wait $! || code=$?
   return "$code"
 }
 
@@ -88,13 +86,13 @@ tick() {
 
 # The end
 
-child="" named=""
+named=""
 known="" # the state of NAME in the last round: ours, NONE, or not known
 
 # Whatever ends this script, what may go on costing is named.
 leave() {
   trap '' INT TERM HUP
-  [[ -z $child ]] || kill "$child" 2>/dev/null || true
+  end_jobs
   if [[ $known == ACTIVE ]]; then
     named=1
     tell "$NAME in $ZONE of $PROJECT goes on, and on costing; watch it again with the same command, or end it: launch/tpu/stop.sh, delete.sh"
@@ -118,7 +116,7 @@ finish() { # CODE TEXT
   [[ $code =~ ^(0|42)$ || -z $LOGS ]] || reason=$(grep -hm1 ^error "$LOGS"/*.txt | head -n 1 || true)
   tell "$2${reason:+: $reason}"
   if [[ -n $KEEP ]]; then
-    billing >"$STATE/billing" 9>&- &
+    as_job billing >"$STATE/billing" &
     wait $! || true
     tell "$NAME in $ZONE of $PROJECT goes on costing, because of --keep; still billing in $ZONE:"$'\n'"$(<"$STATE/billing")"
   elif ! delete; then

@@ -65,6 +65,14 @@ leave_all() {
   fail 42 "left by a signal; $NAME in $ZONE of $PROJECT may be there, and cost: launch/tpu/status.sh"
 }
 
+# Runs a function of these scripts in the background: without the babysitter's lock (9), which would outlive it; a TERM
+# ends it at once, with what it waits for. (By itself bash would first wait for that, as there is a trap for its exit.)
+as_job() { # FUNCTION ARGUMENT...
+  exec 9>&-
+  trap 'kill "$!" 2>/dev/null; exit 143' TERM
+  "$@"
+}
+
 # All that this shell has in the background, such as gcloud, which does not get the Ctrl-C of a terminal.
 end_jobs() {
   local pid

@@ -19,7 +19,8 @@ nodes() { # as many as were made, whatever the settings say by now
 # A line "NODE WORKER" for each worker. Machines do not get fewer: then the answer is not the whole of it.
 workers() {
   local list known
-  list=$(all_workers) || return
+  all_workers >"$ANSWERS/all" || return # not $(): a signal would wait for it
+  list=$(<"$ANSWERS/all")
   if [[ -n ${MADE:-} ]]; then
     known=$(recall "$STATE/workers" "")
     if [[ $known == "$MADE"$'\n'* ]] && (($(wc -l <<<"$known") > $(wc -l <<<"$list") + 1)); then
@@ -64,7 +65,6 @@ on_worker() { # LIMIT_S WORD...
     act "${@:2}"
     return
   fi
-  trap 'kill "$!" 2>/dev/null; exit 143' TERM # not by end_jobs: this is a job itself
   for attempt in 1 2 3; do
     code=0
     timeout --kill-after=5 "$@" </dev/null &
@@ -86,12 +86,12 @@ each_worker() { # LIMIT_S WORDS ARGUMENT...
   rm -rf "$ANSWERS"
   ANSWERS=$(mktemp -d "$STATE/answers.XXXXXXXX" 2>/dev/null) || fail 42 "there is no room for files in $STATE; make room, and try again"
   CALL=${ANSWERS##*.} FAILED=0 UNKNOWN=0
-  workers >"$ANSWERS/list" 9>&- &
+  as_job workers >"$ANSWERS/list" &
   wait "$!" || return
   list=$(<"$ANSWERS/list")
   while read -r node worker; do
     mapfile -d '' -t command < <("$words" "$node" "$worker" "${#pids[@]}" "$@")
-    on_worker "$limit_s" "${command[@]}" >"$ANSWERS/$node.$worker.txt" 2>&1 9>&- &
+    as_job on_worker "$limit_s" "${command[@]}" >"$ANSWERS/$node.$worker.txt" 2>&1 &
     pids+=($!) names+=("$node.$worker")
     # The first connection is waited for when gcloud has no key yet: it makes one.
     [[ ${#pids[@]} != 1 || -e ${HOME:-}/.ssh/google_compute_engine ]] && ((${#pids[@]} % AT_ONCE)) || wait "${pids[-1]}" || true
