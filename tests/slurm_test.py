@@ -234,6 +234,7 @@ def test_settings_for_gpus(tmp_path, submit, writer):
     [
         ([], {}, ["no command", "sbatch launch/slurm/train.sbatch python -m launch.train"]),
         (["python", "-m", "launch.train"], {}, ["no --workdir"]),
+        (["true", "--workdir=~nobody-at-all/x"], {}, ["who is not known"]),
         (["python", "-m", "launch.supervise", "--", "true", "--workdir=x"], {}, ["leave launch.supervise out"]),
         (["true", "--workdir", "x"], {"MESHLM_CONTAINER": "docker"}, ["docker must be pyxis or apptainer"]),
         (["true", "--workdir=x"], {"MESHLM_CONTAINER": "pyxis"}, ["needs an image; set MESHLM_IMAGE"]),
@@ -356,6 +357,18 @@ def test_a_preemption(tmp_path, submit, player):
     assert first.code in TOLD and second.code == 0, log
     says = f"Life 1 ended with {first.code}; checkpoint at step 10, 0 before. The job was told to end, by scancel"
     assert says in log, log
+
+
+@only_fake
+def test_a_run_below_the_home(tmp_path, submit, player):
+    """~ is what the trainer takes it for: each life's checkpoint is found."""
+    played = [{"codes": [42], "save": step} for step in (10, 20, 30)] + [{"codes": [0]}]
+    command = [word.replace(f"--workdir={tmp_path}", "--workdir=~") for word in player(*played)]
+    script = tmp_path / "player.py"
+    text = script.read_text().replace('pathlib.Path(flags["workdir"])', 'pathlib.Path(flags["workdir"]).expanduser()')
+    script.write_text(text)
+    submit(command=command, HOME=str(tmp_path)).leaves(0)
+    assert [life.last_step for life in journal(tmp_path)] == [10, 20, 30, 30]
 
 
 @only_fake

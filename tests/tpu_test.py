@@ -298,6 +298,13 @@ def test_gcloud_is_missing(cloud):
         (["--type=v6e-8", "--", "python", "--workdir=runs/x"], "on a disk that is deleted with the machine"),
         (["--nfs=10.0.0.2", "--", "python", "--workdir=runs/x"], "NFS=10.0.0.2 must be SERVER:/EXPORT"),
         (["--bucket=", "--", "python", "--workdir=bucket/x"], "none is set; put BUCKET into tpu.env"),
+        (["--", "python", "--workdir=bucket/../x"], "--workdir=bucket/../x must be below"),
+        (["--", "python", "--workdir=bucket/./x"], "--workdir=bucket/./x must be below"),
+        (["--", "python", "--workdir=bucket//x"], "--workdir=bucket//x must be below"),
+        (["--", "python", "--workdir=bucket/x", "-workdir=/tmp/x"], "--workdir=/tmp/x must be below"),
+        (["--", "python", "--workdir=bucket/x", "-workdir", "/tmp/x"], "--workdir=/tmp/x must be below"),
+        (["--", "python", "--workdir=bucket/x", "--flagfile=f"], "leave --flagfile=f out"),
+        (["--", "python", "--workdir=bucket/a\nb"], "has a line feed or the like in it"),
     ],
 )
 def test_commands_that_cannot_be(cloud, words, says):

@@ -153,6 +153,9 @@ def test_sigterm_reaches_the_command(folder):
     "words, message",
     [
         (["--name=run"], "name the training command after --"),
+        (["--name=run", "--", *TRAIN[:-1], "--workdir=/runs/../tmp/a"], "or has . or .. in it"),
+        (["--name=run", "--", *TRAIN, "-workdir=/"], "--workdir=/ is in the container"),
+        (["--name=run", "--", *TRAIN, "--workdir=/tmp/a"], "--workdir=/tmp/a is in the container"),
         (
             ["--name=run", "--", *TRAIN[:-1], "--workdir=runs/a"],
             "--workdir=runs/a is in the container, and goes with it",

@@ -1,9 +1,9 @@
 # shellcheck shell=bash
 # The workers of NAME, for the scripts of launch/tpu/: something on all of them at once. Sourced; runs nothing.
 
-AT_ONCE=32 # connections
+AT_ONCE=32                    # connections
 ANSWERS="" FAILED=0 UNKNOWN=0 # of the last call
-BUSY=75 # of a worker at which another call is at work
+BUSY=75                       # of a worker at which another call is at work
 # shellcheck disable=SC2034 # read by the scripts
 STATUS='^(running|none|other|exited [0-9]{1,3}) [0-9]{1,16}$' # what worker.sh says of a run
 
