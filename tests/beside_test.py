@@ -264,6 +264,8 @@ def empty(folder: pathlib.Path) -> str:
         ("setup", [], {"PATH": ""}, "git is missing"),
         ("create", [], {"HOME": "", "XDG_STATE_HOME": ""}, "HOME is not set"),
         ("create", [], {"XDG_STATE_HOME": "/proc/x"}, "cannot be written to"),
+        ("create", [], {"TMPDIR": "/nowhere"}, "there is no room for files in /nowhere"),
+        ("create", ["--dry_run"], {"TMPDIR": "/nowhere"}, "there is no room for files in /nowhere"),
         ("create", ["--project zone=x"], {}, "unknown flag"),
         ("create", ["--keep?=x"], {}, "unknown flag"),
         ("create", ["--name=a\nb"], {}, "NAME=a b must be"),

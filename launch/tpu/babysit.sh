@@ -99,11 +99,11 @@ leave() {
   fi
   exit 42
 }
+MAY_BE_THERE="$NAME in $ZONE of $PROJECT may be there, and cost: launch/tpu/status.sh; launch/tpu/delete.sh ends it"
 last_words_of_ours() {
   local code=$?
   tidy
-  [[ -n $named || $known == NONE && ! -s $MINE/asked ]] ||
-    tell "$NAME in $ZONE of $PROJECT may be there, and cost: launch/tpu/status.sh; launch/tpu/delete.sh ends it"
+  [[ -n $named || $known == NONE && ! -s $MINE/asked ]] || tell "$MAY_BE_THERE"
   [[ -n $named || $code != 1 ]] || code=42 # not the run's, but that of a disk that is full, or the like
   exit "$code"
 }
@@ -122,6 +122,8 @@ finish() { # CODE TEXT
   elif ! delete; then
     tell "DELETE IT YOURSELF: $NAME in $ZONE of $PROJECT goes on costing (launch/tpu/delete.sh, or the same command again)"
     ((code)) || code=42
+  elif [[ $known == NONE && -s $MINE/asked ]]; then
+    tell "$MAY_BE_THERE"
   fi
   named=1
   rm -f "$MINE"/{age,best,fruitless,alive,asked,requests}

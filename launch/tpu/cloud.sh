@@ -22,7 +22,7 @@ cloud() { # WORD...
   for ((attempt = 1; ; attempt++)); do
     code=0
     answer "$limit_s" "${command[@]}" || code=$?
-    if ((code == 0 || attempt == ATTEMPTS)) || ! is_passing; then return "$code"; fi
+    if ((code == 0 || attempt == ATTEMPTS)) || ! is_passing || is_orphan; then return "$code"; fi
     say "gcloud: ${REASON:0:240}; again in $wait_s s"
     nap "$wait_s"
     wait_s=$((2 * wait_s))
@@ -33,7 +33,7 @@ cloud() { # WORD...
 # not have the babysitter's lock (9), which would outlive the babysitter with it.
 answer() { # LIMIT_S COMMAND...
   local said code=0
-  said=$(mktemp -d) || { REASON="there is no room for files in ${TMPDIR:-/tmp}" && return 1; }
+  said=$(mktemp -d 2>/dev/null) || { REASON="there is no room for files in ${TMPDIR:-/tmp}" && return 1; }
   timeout --kill-after=5 "$@" >"$said/output" 2>"$said/reason" </dev/null 9>&- &
   wait $! || code=$?
   OUTPUT=$(<"$said/output") REASON=""
@@ -79,6 +79,7 @@ is_absent() { # WHAT, such as queuedResources/NAME
 explain() { # WHAT
   local what=$1 todo code=2
   case $REASON in
+  "there is no room"*) todo="make room, or set TMPDIR" ;;
   *"auth login"* | *"active account"* | *eauthentication* | *credentials* | *invalid_grant*) todo="log in: gcloud auth login" ;;
   *"not have permission"* | *PERMISSION_DENIED*locations* | *"Permission denied on 'locations"* | *"nvalid zone"* | *"nknown zone"*)
     todo="is ZONE=$ZONE right, and may your account use TPUs in $PROJECT? Zones: gcloud compute tpus locations list"

@@ -15,7 +15,7 @@ refuse_beside_babysitter
 need
 [[ -n $DRY_RUN ]] || check_kind
 if [[ -z $CODE ]]; then
-  folder=$(mktemp -d)
+  folder=$(new_folder)
   trap 'rm -rf "$folder"; tidy' EXIT
   CODE=$folder/meshlm.tgz
   (cd "$(dirname "$0")/../.." && snapshot "$CODE")

@@ -38,13 +38,17 @@ find_state() {
   [[ $STATE == /* ]] || STATE=$PWD/$STATE
   if [[ -n $DRY_RUN ]]; then
     owner=$STATE/owner
-    STATE=$(mktemp -d) || fail 2 "there is no room for files in ${TMPDIR:-/tmp}; set TMPDIR"
+    STATE=$(new_folder)
     [[ ! -r $owner ]] || cp "$owner" "$STATE"
     return
   fi
   mkdir -p "$STATE" 2>/dev/null && [[ -w $STATE ]] ||
     fail 2 "$STATE cannot be written to, where it is kept whose machines are whose; set XDG_STATE_HOME to another folder"
   find "$STATE" -maxdepth 1 -name 'answers.*' -mtime +7 -exec rm -rf {} + || true # of calls that were killed, or failed
+}
+
+new_folder() {
+  mktemp -d 2>/dev/null || fail 2 "there is no room for files in ${TMPDIR:-/tmp}; make room, or set TMPDIR"
 }
 
 # What outlives a script, a file each; a file is whole or not there.
