@@ -20,6 +20,7 @@ URL = "https://tpu.googleapis.com/v2/" + PLACE
 REPORT = "If you would like to report this issue, please run the following command:\n  gcloud feedback\n"
 CRASH = f"ERROR: gcloud crashed ({{}}): {{}}\n\n{REPORT}"
 ISSUED = "{} request issued for: [{}]\nWaiting for operation [" + PLACE + "/operations/operation-1] to complete...\n"
+WHOM = "This command is authenticated as me@x.org which is the active account specified by the [core/account] property"
 VERBS = ("setup", "start", "status", "stop", "log")
 LATE = 124  # an answer that does not come in time
 
@@ -68,7 +69,7 @@ REFUSED = [
     "to obtain new credentials.\n",
     "RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Read requests' and limit 'Read requests per minute' of "
     "service 'tpu.googleapis.com' for consumer 'project_number:1'.",
-    "NOT_FOUND: Resource 'projects/run' was not found",
+    f"NOT_FOUND: Resource 'projects/run' was not found. {WHOM}",
     LATE,
 ]
 
@@ -302,8 +303,7 @@ class World:
         return (LATE, "", "") if said == LATE else (1, "", said)
 
     def missing(self, path: str) -> tuple[int, str, str]:
-        whom = "me@x.org which is the active account specified by the [core/account] property"
-        return 1, "", f"NOT_FOUND: Resource '{PLACE}/{path}' was not found. This command is authenticated as {whom}"
+        return 1, "", f"NOT_FOUND: Resource '{PLACE}/{path}' was not found. {WHOM}"
 
     def queued_resources_describe(self, role, names, flags, key):
         if fault := self.fault(key):

@@ -180,6 +180,7 @@ FAILURES = {
         "Quota exceeded for quota metric 'Read requests' and limit 'Read requests per minute' of service "
         "'tpu.googleapis.com' for consumer 'project_number:1'.",
     ),
+    "Resource 'projects/run' was": trouble(404, "NOT_FOUND", "Resource 'projects/run' was not found"),
     "refused": {"CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU": "http://127.0.0.1:9/"},
     "Failed to resolve 'tpu": {"CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU": "http://tpu.invalid/"},
     "auth tokens": {"CLOUDSDK_AUTH_TOKEN_HOST": "https://oauth2.invalid/token"},
