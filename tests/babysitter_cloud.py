@@ -141,6 +141,7 @@ class World:
         self.asked_to_stop = False  # by the person, or the hours are over
         self.silent_rounds, self.is_silent = 0, False  # since all workers have answered, and in this round
         self.answered: set[tuple[str, int]] = set()
+        self.adopts = False  # the person takes over what the next answer shows
         self.coming: list[tuple[int, Resource]] = []  # asked for, and not there yet
         self.run_codes: set[int] = set()
 
@@ -171,13 +172,6 @@ class World:
         resource = Resource(name, by, kind, slices, made, label, states[0], states[1:], bare=dice.random() < 0.5)
         self.boot(resource)
         return resource
-
-    def adopt(self, name: str) -> None:
-        """What is there by now is the person's."""
-        with self.lock:
-            for resource in self.resources.values():
-                if resource.name == name:
-                    resource.by = "us"
 
     def boot(self, resource: Resource) -> None:
         if resource.state == "ACTIVE" and not resource.workers:
@@ -313,6 +307,10 @@ class World:
                 else (0, re.sub(r"[^,]", "", flags["--format"].partition("(")[2]) + "\n", "")
             )
         found = self.resources.get(names[0])
+        if role == "babysit" and self.adopts:
+            self.adopts = False
+            if found:
+                found.by = "us"
         if found is None:
             return self.missing(f"queuedResources/{names[0]}")
         if flags["--format"].startswith("value(state.failedData"):

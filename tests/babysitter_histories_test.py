@@ -93,6 +93,7 @@ class History:
             extra.append("--max_hours=1")
         command = list(COMMAND)
         for _ in range(self.dice.choice([0, 0, 1, 2])):
+            self.world.adopts = "--adopt" in extra
             babysitter = self.start("babysit", *self.flags, *extra, "--", *command)
             if self.interrupt(babysitter):
                 return self.leave(babysitter)
@@ -100,9 +101,9 @@ class History:
                 self.lose_state()
                 if self.dice.random() < 0.5:
                     extra.append("--adopt")
-                    self.world.adopt("run")
             if self.dice.random() < 0.1:
                 command = [*COMMAND, "--config.seed=2"]
+        self.world.adopts = "--adopt" in extra
         babysitter = self.start("babysit", *self.flags, *extra, "--", *command)
         self.live_beside(babysitter, self.dice.randrange(0, 3))
         self.wait(babysitter)
