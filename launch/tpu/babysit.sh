@@ -177,15 +177,16 @@ replace() { # WHY
 
 # A request that the cloud has given up, as after VALID_FOR, or taken back before it was of use.
 failed() {
-  local why=""
+  local why="" requests
+  requests=$(recall "$MINE/requests" 0)
   [[ $NOW != FAILED ]] || ! cloud queued-resources describe "$NAME" --format='value(state.failedData.error.message)' ||
     why=$(tr -s '[:space:]' ' ' <<<"${OUTPUT:0:240}")
-  (($(recall "$MINE/requests" 0) < REQUESTS)) || finish 42 "$REQUESTS requests have brought no machines; the last is $NOW${why:+: $why}"
+  ((requests < REQUESTS)) || finish 42 "$REQUESTS requests have brought no machines; the last is $NOW${why:+: $why}"
   replace "it is $NOW${why:+: $why}"
 }
 
 over() {
-  awk "BEGIN { exit !($MAX_HOURS > 0 && $(recall "$MINE/age" 0) > 3600 * $MAX_HOURS) }"
+  awk -v age="$(recall "$MINE/age" 0)" "BEGIN { exit !($MAX_HOURS > 0 && age > 3600 * $MAX_HOURS) }"
 }
 
 # A run that could not be told to save is told so again, as long as a worker may be silent.

@@ -36,7 +36,9 @@ last_words() {
 best() { recall "$MINE/best" 0; }
 
 seen_step() { # STEP
-  (($1 > $(best))) || return 0
+  local before
+  before=$(best) # not within (( )): a signal may have ended the subshell
+  (($1 > before)) || return 0
   remember "$MINE/best" "$1"
   remember "$MINE/fruitless" 0
 }

@@ -18,14 +18,14 @@ nodes() { # as many as were made, whatever the settings say by now
 
 # A line "NODE WORKER" for each worker. Machines do not get fewer: then the answer is not the whole of it.
 workers() {
-  local list known
+  local list known now before=0
   all_workers >"$ANSWERS/all" || return # not $(): a signal would wait for it
   list=$(<"$ANSWERS/all")
   if [[ -n ${MADE:-} ]]; then
     known=$(recall "$STATE/workers" "")
-    if [[ $known == "$MADE"$'\n'* ]] && (($(wc -l <<<"$known") > $(wc -l <<<"$list") + 1)); then
-      fail 42 "the cloud names $(wc -l <<<"$list") workers of $NAME, and there were $(($(wc -l <<<"$known") - 1)); try again"
-    fi
+    now=$(wc -l <<<"$list")
+    [[ $known != "$MADE"$'\n'* ]] || before=$(($(wc -l <<<"$known") - 1))
+    ((before <= now)) || fail 42 "the cloud names $now workers of $NAME, and there were $before; try again"
     [[ $known == "$MADE"$'\n'"$list" ]] || remember "$STATE/workers" "$MADE"$'\n'"$list"
   fi
   printf '%s\n' "$list"
