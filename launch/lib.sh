@@ -9,6 +9,10 @@ fi
 
 shopt -u checkwinsize # with it bash sets LINES, which is the flag --lines
 unset CDPATH          # cd would go elsewhere
+unset POSIXLY_CORRECT # wait would know a process once
+set +o posix
+letter=i
+[[ ${letter^^} == I ]] || export LC_ALL=C.UTF-8 # in Turkish it is another letter, and names of flags are not Turkish
 
 say() { printf '%s\n' "$*" >&2 || true; } # stdout is for results; that nobody reads this ends nothing
 

@@ -17,6 +17,7 @@ from tests.tpu_cloud import Cloud, babysitting, checkpoint, end, light, rounds, 
 
 # What gcloud 528 prints around its errors.
 ACCOUNT = "This command is authenticated as a@b which is the active account specified by the [core/account] property."
+TIMED_OUT = "ssh: connect to host 1.2.3.4 port 22: Connection timed out"
 WAITS = "Create request issued for: [run]\nWaiting for operation [o] to complete...\n..failed.\n"
 
 
@@ -99,7 +100,7 @@ def test_what_gcloud_says_around_an_answer(cloud):
 def test_a_worker_that_is_gone_for_long(cloud):
     """It is replaced, and the run goes on with the new one."""
     with babysitting(cloud, MESHLM_LOST_S="1") as babysitter:
-        cloud.script(workers=1, faults=[{"match": "worker status", "code": 255, "times": 30}])
+        cloud.script(workers=1, faults=[{"match": "worker status", "code": 255, "stderr": TIMED_OUT, "times": 30}])
         runs.wait_until(lambda: cloud.done("queued-resources create") == 2, babysitter)
         cloud.script(workers=1)
         runs.wait_until(lambda: starts(cloud) == 2, babysitter)

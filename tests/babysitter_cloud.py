@@ -20,6 +20,9 @@ URL = "https://tpu.googleapis.com/v2/" + PLACE
 REPORT = "If you would like to report this issue, please run the following command:\n  gcloud feedback\n"
 CRASH = f"ERROR: gcloud crashed ({{}}): {{}}\n\n{REPORT}"
 ISSUED = "{} request issued for: [{}]\nWaiting for operation [" + PLACE + "/operations/operation-1] to complete...\n"
+# What ssh says of a silent worker, and of what is wrong on this machine.
+SILENT = ["ssh: connect to host 1.2.3.4 port 22: Connection timed out", "Connection closed by 1.2.3.4 port 22"]
+BROKEN = ["me@1.2.3.4: Permission denied (publickey).", "ssh: connect to host 1.2.3.4 port 22: Network is unreachable"]
 WHOM = "This command is authenticated as me@x.org which is the active account specified by the [core/account] property"
 VERBS = ("setup", "start", "status", "stop", "log")
 LATE = 124  # an answer that does not come in time
@@ -315,6 +318,8 @@ class World:
             return self.missing(f"queuedResources/{names[0]}")
         if flags["--format"].startswith("value(state.failedData"):
             return 0, "There is no more capacity in the zone\n" if found.state == "FAILED" else "\n", ""
+        if "nodeIdPrefix" in flags["--format"]:
+            return 0, f"{found.name}\t\n" if found.slices == 1 else f"\t{found.name}\n", ""
         fields = flags["--format"].partition("(")[2][:-1].split(",")
         count = str(found.slices) if found.slices > 1 else ""
         values = {
@@ -417,20 +422,21 @@ class World:
         worker = found and found.workers[name.partition(":")[0], int(flags["--worker"])]
         if worker and worker.silent:
             said = self.draw(key).choice([LATE, 255])
-            fault = "refused", (said, "", "" if said == LATE else self.broken(255))
+            fault = "refused", (said, "", "" if said == LATE else self.broken(255, self.draw(key).choice(SILENT)))
         else:
             fault = self.fault(key, acts=True)
             if fault and self.tick not in self.outage:
                 said = self.draw(key).choice([LATE, 255, 255, 0, 1])
                 if said in (LATE, 255):
-                    fault = fault[0], (said, "", "" if said == LATE else self.broken(255))
+                    why = self.draw(key).choice(SILENT + BROKEN)
+                    fault = fault[0], (said, "", "" if said == LATE else self.broken(255, why))
                 elif said == 0:  # the end of the output is cut off
                     fault = "lost", (0, "", "")
         return found, worker, fault
 
-    def broken(self, code: int) -> str:
+    def broken(self, code: int, why: str) -> str:
         error = f"ERROR: (gcloud.compute.tpus.tpu-vm.ssh) [/usr/bin/ssh] exited with return code [{code}]."
-        return f"SSH: Attempting to connect to worker 0...\n{error}\n"
+        return f"SSH: Attempting to connect to worker 0...\n{why}\n{error}\n"
 
     def tpu_vm_scp(self, role, names, flags, key):
         if flags["--worker"] == "all":
@@ -450,8 +456,8 @@ class World:
         def act():
             return self.work(role, found, worker, words)
 
-        if role == "babysit" and self.told(words)[0] == "status" and fault and fault[1][0] in (LATE, 255):
-            self.is_silent = True
+        if role == "babysit" and self.told(words)[0] == "status" and fault:
+            self.is_silent |= fault[1][0] == LATE or any(why in fault[1][2] for why in SILENT)
         if fault and fault[0] == "refused":
             return fault[1]
         if fault and fault[1][0] == LATE and self.draw(key).random() < 0.5:

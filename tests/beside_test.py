@@ -1,9 +1,11 @@
 """The scripts of launch/tpu/ beside each other, and beside people: who may act, what is said, what is kept."""
 
+import os
 import pathlib
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -109,7 +111,79 @@ def test_its_reader_goes_away(cloud):
     assert "done at step 0" in (cloud.folder / STATE / "babysit.log").read_text() and not cloud.resources
 
 
+def test_nodes_of_another_name_are_not_adopted(cloud):
+    """Nobody could ask them."""
+    of_others(cloud)
+    cloud.change("run", nodes=["mine"])
+    assert "are called 'mine', and only those called run" in cloud.run("babysit", "--adopt", *waiting(cloud), code=2)
+    assert not cloud.done("resources delete")
+
+
+def test_a_script_that_acts_keeps_a_babysitter_away(machines):
+    """What has just been started is not stopped."""
+    machines.script(workers=1, faults=[{"match": "worker.sh start", "hang": 3, "lost": True, "code": 0}])
+    process = machines.start("run", *waiting(machines)[1:])
+    runs.wait_until(lambda: not machines.has_faults(), process)
+    assert "or another script acts on it" in machines.run("babysit", *waiting(machines), code=2)
+    runs.finish(process, 42)
+    with babysitting(machines) as babysitter:
+        rounds(machines, 3, babysitter)
+        end(machines)
+        runs.finish(babysitter)
+    assert starts(machines) == 1
+
+
 # What is not known
+
+
+@pytest.mark.parametrize(
+    "why",
+    ["x@1.2.3.4: Permission denied (publickey).", "ssh: connect to host x port 22: Network is unreachable", "x", ""],
+)
+def test_an_ssh_that_is_broken_here(cloud, why):
+    """It says nothing about the workers, which are not replaced. After the hours it is said that they cost."""
+    with babysitting(cloud, "--max_hours=0.002", *waiting(cloud), MESHLM_LOST_S="1") as babysitter:
+        cloud.script(workers=1, faults=[{"match": "worker status", "code": 255, "stderr": why, "times": 10**6}])
+        out = runs.finish(babysitter, 42)
+    assert "hours" in out and cloud.done("worker.sh start") == 1 and "does not answer" not in out
+
+
+def test_what_runs_was_never_seen(machines):
+    """After the hours what it is is still not known: it may be another's, and is left."""
+    machines.script(workers=1, faults=[{"match": "worker status", "code": 0, "times": 10**6}])
+    out = machines.run("babysit", "--max_hours=0.0001", *waiting(machines), code=42, MESHLM_LOST_S="1")
+    assert "GOES ON COSTING" in out and machines.resources and not machines.done("worker.sh stop")
+
+
+def test_silence_ends_with_an_answer(cloud):
+    """And what was silent before does not count for the machines that come after."""
+    silent = {"match": "worker status", "code": 255, "stderr": "ssh: connect to host x port 22: Connection timed out"}
+    cloud.script(workers=1, faults=[{**silent, "times": 6}])
+    with babysitting(cloud, MESHLM_LOST_S="4") as babysitter:
+        cloud.script(workers=1, faults=[{**silent, "times": 6}])
+        runs.wait_until(lambda: not cloud.has_faults(), babysitter)
+        rounds(cloud, 2, babysitter)
+        end(cloud)
+        runs.finish(babysitter)
+    assert cloud.done("resources create") == 1 and starts(cloud) == 1
+
+
+def test_scripts_that_are_gone(cloud, tmp_path):
+    """A clone that is moved away is not a life that has ended."""
+    cloud.code = runs.clone(tmp_path / "clone")
+    with babysitting(cloud, MESHLM_LOST_S="9") as babysitter:
+        setup = cloud.code / "launch/tpu/setup.sh"
+        text = setup.read_text()
+        setup.unlink()
+        end(cloud, 42)
+        rounds(cloud, 5, babysitter)
+        (cloud.folder / "done").unlink()
+        setup.write_text(text)
+        setup.chmod(0o755)
+        runs.wait_until(lambda: starts(cloud) == 2, babysitter)
+        end(cloud)
+        out = runs.finish(babysitter)
+    assert out.count("life ended") == 1
 
 
 @pytest.mark.parametrize("lost", [{"code": 0}, {"code": 75}, {"code": 0, "lost": True, "stdout": "runn"}])
@@ -211,6 +285,31 @@ def test_a_setup_by_hand_ends_nothing(machines):
     assert (machines.folder / "workers/run.0/meshlm-run.before/log.txt").exists()
 
 
+def test_a_setup_removes_what_it_has_brought(machines):
+    """And nothing else: datasets and mounts stay."""
+    home = machines.folder / "workers/run.0/meshlm"
+    for name in ("datasets/mine", "launch/old.py"):
+        (home / name).parent.mkdir(exist_ok=True)
+        (home / name).touch()
+    machines.run("setup")
+    assert (home / "datasets/mine").exists() and not (home / "launch/old.py").exists()
+
+
+def test_a_supervisor_that_dies(machines):
+    """Its trainer still saves: it is waited for."""
+    saved = machines.folder / "saved"
+    saves = f"trap 'sleep 4; touch {saved}; exit 42' TERM; while :; do sleep 0.1; done"
+    argv = ["--", "sh", "-c", saves, "--workdir=bucket/runs/x"]
+    machines.environment["FAKE_PYTHON"] = sys.executable
+    machines.run("run", *argv)
+    group = (machines.folder / "workers/run.0/meshlm-run/group").read_text().strip()
+    supervisor = subprocess.run(["pgrep", "--parent", group], capture_output=True, text=True).stdout.split()[0]
+    os.kill(int(supervisor), signal.SIGKILL)
+    assert "run.0 running" in machines.run("status")
+    machines.run("stop")
+    assert saved.exists()
+
+
 @pytest.mark.parametrize("code", [0, 3])
 def test_logs_outlive_the_machines(cloud, code):
     end(cloud, code)
@@ -220,12 +319,15 @@ def test_logs_outlive_the_machines(cloud, code):
     assert ("error: the last words" in out) is bool(code)
 
 
-@pytest.mark.parametrize("name", ["GIT_DIR", "CDPATH"])
+@pytest.mark.parametrize("name", ["GIT_DIR", "CDPATH", "POSIXLY_CORRECT", "symlink"])
 def test_the_code_is_that_of_these_scripts(machines, tmp_path, name):
     """Whatever clone the variables of the shell name."""
     other = tmp_path / "other"
     (other / "launch").mkdir(parents=True)
     subprocess.run(["git", "init", "-q", other], check=True)
+    if name == "symlink":
+        (machines.folder / "setup").symlink_to(machines.code / "launch/tpu/setup.sh")
+        subprocess.run([machines.folder / "setup"], cwd=machines.folder, env=machines.environment, check=True)
     machines.run("setup", **{name: str(other / ".git" if name == "GIT_DIR" else other)})
     assert (machines.folder / "workers/run.0/meshlm/pyproject.toml").exists()
 
@@ -238,6 +340,15 @@ def test_codes_that_no_restart_mends(cloud, code):
     end(cloud, code)
     assert f"the command ended with {code}" in cloud.run("babysit", *waiting(cloud), code=code)
     assert starts(cloud) == 1 and not cloud.resources
+
+
+def test_a_mistake_that_was_mended(cloud):
+    """With --keep the machines are still there, and so is how the last life has ended."""
+    end(cloud, 2)
+    cloud.run("babysit", "--keep", *waiting(cloud), code=2)
+    end(cloud)
+    assert "done at step 0" in cloud.run("babysit", *waiting(cloud))
+    assert starts(cloud) == 2 and not cloud.resources
 
 
 def test_nothing_costs_yet(cloud):
@@ -253,7 +364,20 @@ def test_nothing_costs_yet(cloud):
 def empty(folder: pathlib.Path) -> str:
     """A PATH of what the scripts need, without git."""
     (folder / "bin").mkdir()
-    for name in ("bash", "dirname", "gcloud", "timeout", "flock", "mkdir", "find", "rm", "cat", "sed", "grep"):
+    for name in (
+        "bash",
+        "dirname",
+        "gcloud",
+        "timeout",
+        "flock",
+        "mkdir",
+        "find",
+        "rm",
+        "cat",
+        "sed",
+        "grep",
+        "readlink",
+    ):
         (folder / "bin" / name).symlink_to(shutil.which(name) or "/bin/true")
     return str(folder / "bin")
 

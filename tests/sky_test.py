@@ -171,6 +171,7 @@ def test_what_was_told_to_stop_asks_for_new_machines(host, code, expected):
     [
         ("", "COMMAND is empty; say --env COMMAND="),
         ("python 'open", "all quotes closed; it is: python 'open"),
+        ("python -m launch.train --workdir=$RUNS/$NO_SUCH_NAME", "all variables set"),
         ("cd x && python -m launch.train", "COMMAND must be one command with its arguments"),
         ("python -m launch.train", "the command has no --workdir=…"),
         ("python -m launch.train --workdir=runs/a", "--workdir=runs/a must be below"),

@@ -14,9 +14,9 @@
 # same command goes on. Exit codes are those of docs/reliability.md: 0 when all ended with 0, else the most telling one.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=../lib.sh
-source "$(dirname "$0")/../lib.sh"
+source "$(dirname "$(readlink -f "$0")")/../lib.sh"
 # shellcheck source-path=SCRIPTDIR source=command.sh
-source "$(dirname "$0")/command.sh"
+source "$(dirname "$(readlink -f "$0")")/command.sh"
 
 PROCESSES=2 DEVICES_PER_PROCESS="" NODES=1 NODE="" COORDINATOR="" PER_GPU="" DRY_RUN=""
 

@@ -5,7 +5,7 @@
 # launch.supervise mends here what can be mended on these machines: crashes, and peers that died. What is left for
 # SkyPilot is in the exit code: 42 asks for new machines; any other ends the job, and the same command goes on with it.
 set -euo pipefail
-CDPATH="" cd "$(dirname "$0")/../.."
+CDPATH="" cd "$(dirname "$(readlink -f "$0")")/../.."
 # shellcheck source-path=SCRIPTDIR source=../lib.sh
 source launch/lib.sh
 
@@ -25,9 +25,10 @@ read_command() {
     rest=${rest:${#BASH_REMATCH[0]}}
   done
   set -f
-  if [[ $bare$rest =~ [\;\&\|\<\>\(\)\`\'\"] ]] || ! eval "WORDS=(${COMMAND:-})" 2>/dev/null; then
-    fail 2 "COMMAND must be one command with its arguments, and all quotes closed; it is: ${COMMAND:-}"
+  if [[ $bare$rest =~ [\;\&\|\<\>\(\)\`\'\"] ]] || ! (eval "WORDS=(${COMMAND:-})") 2>/dev/null; then
+    fail 2 "COMMAND must be one command with its arguments, with all variables set and all quotes closed; it is: ${COMMAND:-}"
   fi
+  eval "WORDS=(${COMMAND:-})"
 }
 
 # What is not on a shared folder goes when the machines go.

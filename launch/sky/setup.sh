@@ -3,7 +3,7 @@
 # known-good packages in ~/meshlm-env, and the shared folder NFS=SERVER:/EXPORT at /runs; without NFS, a folder there.
 #   launch/sky/setup.sh tpu|cuda
 set -euo pipefail
-CDPATH="" cd "$(dirname "$0")/../.."
+CDPATH="" cd "$(dirname "$(readlink -f "$0")")/../.."
 # shellcheck source-path=SCRIPTDIR source=../lib.sh
 source launch/lib.sh
 

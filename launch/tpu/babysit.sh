@@ -16,10 +16,10 @@
 #     --adopt       takes over NAME, which is there now, and was not made from here
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu.sh
-source "$(dirname "$0")/tpu.sh"
+source "$(dirname "$(readlink -f "$0")")/tpu.sh"
 # shellcheck source-path=SCRIPTDIR source=lives.sh
-source "$(dirname "$0")/lives.sh"
-HERE=$(dirname "$0")
+source "$(dirname "$(readlink -f "$0")")/lives.sh"
+HERE=$(dirname "$(readlink -f "$0")")
 POLL_S=30 MAX_HOURS=0 KEEP="" NEW_CODE="" LIVES=3 REQUESTS=5
 LOST_S=${MESHLM_LOST_S:-900} # a worker that does not answer for so long is not waited for
 begin poll_s max_hours "keep?" "new_code?" "adopt?" -- "$@"
@@ -51,7 +51,8 @@ know_owner
 # without a better one; whether a life is under way (begun, or perhaps); what was asked for, and how often since there were
 # machines; and the code of its first start.
 TOLD=("$BUCKET" "$NFS" "${COMMAND[@]}")
-MINE=$STATE/commands/$(quote "${TOLD[@]}" | git hash-object --stdin)
+MINE=$(quote "${TOLD[@]}" | git hash-object --stdin) || fail 2 "git does not work here, as it says above"
+MINE=$STATE/commands/$MINE
 CODE=$MINE/code.tgz
 mkdir -p "$MINE"
 
@@ -93,7 +94,7 @@ known="" # the state of NAME in the last round: ours, NONE, or not known
 
 # Whatever ends this script, what may go on costing is named.
 leave() {
-  trap '' INT TERM HUP
+  trap '' INT TERM HUP USR1
   end_jobs
   if [[ $known == ACTIVE ]]; then
     named=1
@@ -109,11 +110,11 @@ last_words_of_ours() {
   [[ -n $named || $code != 1 ]] || code=42 # not the run's, but that of a disk that is full, or the like
   exit "$code"
 }
-trap leave INT TERM HUP
+trap leave INT TERM HUP USR1
 trap last_words_of_ours EXIT
 
 finish() { # CODE TEXT
-  local code=$1 reason=""
+  local code=$1 reason="" kept=""
   last_words
   [[ $code =~ ^(0|42)$ || -z $LOGS ]] || reason=$(grep -hm1 ^error "$LOGS"/*.txt | head -n 1 || true)
   tell "$2${reason:+: $reason}"
@@ -124,11 +125,13 @@ finish() { # CODE TEXT
   elif ! delete; then
     tell "DELETE IT YOURSELF: $NAME in $ZONE of $PROJECT goes on costing (launch/tpu/delete.sh, or the same command again)"
     ((code)) || code=42
+    kept=1
   elif [[ $known == NONE && -s $MINE/asked ]]; then
     tell "$MAY_BE_THERE"
   fi
   named=1
-  rm -f "$MINE"/{age,best,fruitless,alive,asked,requests}
+  rm -f "$MINE"/{age,best,fruitless,asked,requests}
+  [[ -n $kept ]] || rm -f "$MINE/alive" # else the same command goes on with the end of this life
   ((code)) || rm -rf "$MINE"
   exit "$code"
 }
@@ -152,10 +155,10 @@ delete() {
 # Whether WHAT has failed for LOST_S, three times at least, in each round of which something is known.
 failing="" failing_s=0 failing_times=0
 too_long() { # WHAT
-  if [[ $failing == "$1" ]]; then
+  if [[ $failing == "$1 $MADE" ]]; then
     failing_s=$((failing_s + STEP)) failing_times=$((failing_times + 1))
   else
-    failing=$1 failing_s=0 failing_times=1
+    failing="$1 $MADE" failing_s=0 failing_times=1
   fi
   ((failing_times >= 3 && failing_s >= LOST_S))
 }
@@ -202,16 +205,19 @@ check_mine() {
   [[ ! $NOW =~ ^(CREATING|ACCEPTED|WAITING_FOR_RESOURCES|PROVISIONING|ACTIVE)$ ]] || check_kind
 }
 
-seen="" # when the machines were created on which this command was seen running
-
 # The machines are there, and ours. What runs on them may be another's: first is asked what it is.
 attend() {
   rm -f "$MINE/requests"
   watch
+  [[ $FOUND =~ ^(lost|unknown)$ || $failing != silence* ]] || failing=""
   case $FOUND in
   unknown)
     note "it is not known what the workers do; step $(best)"
-    [[ $seen == "$MADE" ]] && over && too_long asking || return 0
+    over && too_long asking || return 0
+    if [[ $(recall "$MINE/seen" "") != "$MADE" ]]; then # what is not known may be another's run
+      named=1
+      fail 42 "$MAX_HOURS hours are over, and it is not known what runs on $NAME, which GOES ON COSTING: launch/tpu/status.sh; delete.sh ends it"
+    fi
     finish 42 "ended after $MAX_HOURS hours, and the run could not be told to save; the same command goes on from step $(best)"
     ;;
   lost) lost ;;
@@ -223,7 +229,7 @@ attend() {
 
 go_on_with_the_run() {
   local code=${FOUND#ended }
-  if [[ $FOUND == ended\ * ]] && ! may_restart "$code"; then
+  if [[ $FOUND == ended\ * && -s $MINE/alive ]] && ! may_restart "$code"; then # else it has been told, and mended
     finish "$code" "the command ended with $code, which a restart does not mend"
   fi
   if over; then
@@ -232,7 +238,8 @@ go_on_with_the_run() {
   fi
   case $FOUND in
   running)
-    failing="" seen=$MADE
+    failing=""
+    remember "$MINE/seen" "$MADE" # these machines have run this command
     remember "$MINE/alive" begun
     note "running, step $(best)"
     ;;

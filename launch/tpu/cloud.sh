@@ -138,8 +138,16 @@ is_ours() {
 
 # What is there is ours, or becomes it by --adopt; else the script ends.
 check_ours() {
-  [[ -z $ADOPT ]] || keep_made
+  [[ -z $ADOPT ]] || is_ours || adopt
   is_ours || fail 2 "$NAME in $ZONE of $PROJECT was not made from here (label meshlm: ${MARK:-none}), and nothing is done to it; take another NAME, or, if it is yours and nobody else's, take it over: the same command with --adopt"
+}
+
+adopt() {
+  cloud queued-resources describe "$NAME" --format='value(tpu.nodeSpec[0].nodeId,tpu.nodeSpec[0].multisliceParams.nodeIdPrefix)' ||
+    explain "cannot ask for the machines of $NAME"
+  [[ $OUTPUT =~ ^[[:space:]]*"$NAME"[[:space:]]*$ ]] ||
+    fail 2 "the machines of $NAME are called '${OUTPUT//[[:space:]]/}', and only those called $NAME can be taken over"
+  keep_made
 }
 
 # As was asked for, or the script ends.

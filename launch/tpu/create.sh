@@ -4,7 +4,7 @@
 #   launch/tpu/create.sh [--env=tpu.env] [--zone=… and other settings] [--dry_run]
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu.sh
-source "$(dirname "$0")/tpu.sh"
+source "$(dirname "$(readlink -f "$0")")/tpu.sh"
 begin -- "$@"
 
 # Ends the script when NAME is there, and not dead.

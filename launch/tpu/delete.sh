@@ -5,7 +5,7 @@
 # 0 when it is gone; 2 when it is not there, or not ours; 42 when it is not known to be gone.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu.sh
-source "$(dirname "$0")/tpu.sh"
+source "$(dirname "$(readlink -f "$0")")/tpu.sh"
 begin "adopt?" -- "$@"
 refuse_beside_babysitter
 

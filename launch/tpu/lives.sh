@@ -44,7 +44,7 @@ seen_step() { # STEP
 }
 
 # Sets the machines up, which is little if they are, and starts the command. That this does not succeed ends no life, unless
-# a worker has said so, or it has been tried for long; new machines are for those alone that are silent, or taken away.
+# a worker has said so (2), or it has been tried for long; new machines are for those alone that are silent, or taken away.
 begin_life() {
   local code=0
   note "setting up"
@@ -57,11 +57,11 @@ begin_life() {
   fi
   case $code in
   0) ;;
-  42)
+  2) ! look || ! is_ours || [[ $NOW != ACTIVE ]] || count_life 2 "it could not be started" ;;
+  *)
     note "it is not known to have started; step $(best)"
     ! too_long starting || count_life 42 "it could not be started for $LOST_S s"
     ;;
-  *) ! look || ! is_ours || [[ $NOW != ACTIVE ]] || count_life 2 "it could not be started" ;;
   esac
 }
 

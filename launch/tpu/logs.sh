@@ -3,7 +3,7 @@
 #   launch/tpu/logs.sh [--lines=20] [settings]
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu.sh
-source "$(dirname "$0")/tpu.sh"
+source "$(dirname "$(readlink -f "$0")")/tpu.sh"
 LINES=20
 begin lines -- "$@"
 

@@ -5,7 +5,7 @@
 #     --adopt    also if NAME was not made from here
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu.sh
-source "$(dirname "$0")/tpu.sh"
+source "$(dirname "$(readlink -f "$0")")/tpu.sh"
 begin "adopt?" -- "$@"
 check_command
 

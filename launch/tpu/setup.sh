@@ -6,7 +6,7 @@
 #     --adopt        also if NAME was not made from here
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu.sh
-source "$(dirname "$0")/tpu.sh"
+source "$(dirname "$(readlink -f "$0")")/tpu.sh"
 LIMIT_S=1200 CODE=""
 begin limit_s code "adopt?" -- "$@"
 COPY_S=300
@@ -18,7 +18,7 @@ if [[ -z $CODE ]]; then
   folder=$(new_folder)
   trap 'rm -rf "$folder"; tidy' EXIT
   CODE=$folder/meshlm.tgz
-  (cd "$(dirname "$0")/../.." && snapshot "$CODE")
+  (cd "$(dirname "$(readlink -f "$0")")/../.." && snapshot "$CODE")
   read -r _ text <"$CODE.txt" || true
   say "code of $text"
 fi
@@ -26,7 +26,7 @@ fi
 copy_to_workers "$COPY_S" "$CODE" || give_up $? "have not got the code; the same command again copies it to all"
 # What runs there is ended for the babysitter, who knows that the run is broken. Else it is healthy, for all that is known.
 # shellcheck disable=SC2016 # for the worker's shell
-unpack='if [ -f meshlm-run/lock ] && [ ! -f meshlm-run/code ] && ! flock --nonblock meshlm-run/lock true; then '
+unpack='if [ -f meshlm-run/lock ] && ! flock --nonblock --shared meshlm-run/lock true; then '
 if by_babysitter; then
   unpack+='bash meshlm/launch/tpu/worker.sh stop || exit; fi; '
 else
@@ -34,7 +34,10 @@ else
 fi
 # shellcheck disable=SC2016
 unpack+='[ "$(cksum <meshlm.tgz)" = "$2" ] || { echo "the code that is here is not what was copied"; exit 2; }; '
-unpack+='mkdir -p meshlm && find meshlm -mindepth 1 -maxdepth 1 ! -name bucket ! -name runs -exec rm -rf {} + && tar -xzf meshlm.tgz -C meshlm && '
+# What the last archive has brought is removed, and nothing else: datasets, and what is mounted, stay.
+# shellcheck disable=SC2016
+unpack+='mkdir -p meshlm && touch meshlm-names && while IFS= read -r name; do rm -rf --one-file-system "meshlm/${name:?}" || exit; done <meshlm-names && '
+unpack+='tar -tzf meshlm.tgz | cut -d/ -f1 | sort -u | grep -vxE "bucket|runs" >meshlm-names && tar -xzf meshlm.tgz -C meshlm && '
 # shellcheck disable=SC2016
 unpack+='exec bash meshlm/launch/tpu/worker.sh setup "$0" "$1"'
 versions='^python [^ ]+ jax [^ ]+ devices [0-9]+ of [0-9]+$'

@@ -3,7 +3,7 @@
 #   launch/tpu/ssh.sh [--limit_s=600] [settings] [--dry_run] [-- COMMAND...]
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu.sh
-source "$(dirname "$0")/tpu.sh"
+source "$(dirname "$(readlink -f "$0")")/tpu.sh"
 LIMIT_S=600
 begin limit_s -- "$@"
 

@@ -4,7 +4,7 @@
 #   launch/tpu/status.sh [settings]
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu.sh
-source "$(dirname "$0")/tpu.sh"
+source "$(dirname "$(readlink -f "$0")")/tpu.sh"
 begin -- "$@"
 
 look || explain "cannot ask for $NAME"

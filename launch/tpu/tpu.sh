@@ -27,7 +27,7 @@ begin() { # FLAG... -- ARGUMENT...
   check_settings
   find_state
   trap tidy EXIT
-  trap leave_all INT TERM HUP
+  trap leave_all INT TERM HUP USR1
 }
 
 # Sets STATE, the folder of what outlives a script. A dry run has one of its own, with the owner alone.
@@ -64,7 +64,7 @@ remember() { # FILE VALUE
 
 # By a signal. What was asked for may be carried out all the same.
 leave_all() {
-  trap '' INT TERM HUP
+  trap '' INT TERM HUP USR1
   end_jobs
   fail 42 "left by a signal; $NAME in $ZONE of $PROJECT may be there, and cost: launch/tpu/status.sh"
 }
@@ -85,10 +85,11 @@ end_jobs() {
 
 # Babysitters: one for NAME, and nobody acts beside it, whose work it would undo.
 
-# The babysitter has $STATE/babysitter as 9, with its pid in it. A script that only looks who has it lets go at once.
+# The babysitter has $STATE/babysitter as 9, with its pid in it; scripts that act by hand share it while they are at work.
 take_name() {
   exec 9<>"$STATE/babysitter"
-  flock --wait=1 9 || fail 2 "another babysitter has $NAME (pid $(<"$STATE/babysitter")); its log: $STATE/babysit.log"
+  flock --wait=1 9 ||
+    fail 2 "another babysitter has $NAME (pid $(<"$STATE/babysitter"); its log: $STATE/babysit.log), or another script acts on it just now"
   printf '%s\n' "$$" >"$STATE/babysitter"
   export MESHLM_BABYSITTER=$$ # what it starts acts for it
 }
@@ -96,8 +97,9 @@ take_name() {
 by_babysitter() { [[ ${MESHLM_BABYSITTER:-} == "$PPID" ]]; }
 
 refuse_beside_babysitter() {
-  [[ -e $STATE/babysitter ]] && ! by_babysitter || return 0
-  flock --nonblock --shared "$STATE/babysitter" true ||
+  ! by_babysitter || return 0
+  exec 9<>"$STATE/babysitter"
+  flock --nonblock --shared 9 ||
     fail 2 "a babysitter has $NAME (pid $(<"$STATE/babysitter")), and would undo it; end it first (kill $(<"$STATE/babysitter")), then the same again"
 }
 
@@ -186,7 +188,7 @@ snapshot() { # FILE
   text="$(git rev-parse --short "${changes:-HEAD}${changes:+^}")${changes:+ with changes}"
   changes=${changes:-$(git rev-parse HEAD)} # one commit, whatever becomes of the clone meanwhile
   ((left == 0)) || text+=", without $((left)) untracked files"
-  git archive --format=tar.gz --output="$1.new" "$changes"
+  git archive --format=tar.gz --output="$1.new" "$changes" || fail 42 "$1 cannot be written; make room, and say the same again"
   remember "$1.txt" "$(git rev-parse "$changes^{tree}") $text"
   mv "$1.new" "$1"
 }

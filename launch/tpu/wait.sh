@@ -3,7 +3,7 @@
 #   launch/tpu/wait.sh [--poll_s=30] [--limit_s=N] [settings] [--dry_run]
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu.sh
-source "$(dirname "$0")/tpu.sh"
+source "$(dirname "$(readlink -f "$0")")/tpu.sh"
 POLL_S=30 LIMIT_S=0
 begin poll_s limit_s -- "$@"
 

@@ -4,6 +4,7 @@
 #   meshlm-env/      the Python environment; in it is `installed`, a hash of what it was made from
 #   meshlm-busy      is locked by what sets up, starts or stops: one at a time
 #   meshlm-run.before/  the meshlm-run of before the last start or setup
+#   meshlm-names     what the last archive of the code has at its top, and the next setup removes
 #   meshlm-run/      of the training command: lock (held while it runs), group (of its processes), told (what start was
 #                    told), call (by which call of it), code (when it has ended), log.txt
 #
@@ -157,8 +158,10 @@ live() { # COMMAND...
   mv "$RUN/code.new" "$RUN/code"
 }
 
-is_running() { # not by its pid, which is another's after the machine was started again
-  [[ -f $RUN/lock && ! -f $RUN/code ]] && ! flock --nonblock "$RUN/lock" true
+# Something of it holds the lock, also a trainer that still saves when its supervisor has died. Not by its pid, which is
+# another's after the machine was started again.
+is_running() {
+  [[ -f $RUN/lock ]] && ! flock --nonblock --shared "$RUN/lock" true
 }
 
 # shellcheck disable=SC2120
@@ -190,7 +193,7 @@ newest_step() {
 }
 
 stop() {
-  local group waited
+  local group waited fd
   is_running || return 0
   group=$(<"$RUN/group")
   kill -TERM -- "-$group" 2>/dev/null || true # it may have ended by now
@@ -198,8 +201,10 @@ stop() {
     is_running || return 0
     sleep 1
   done
-  pkill -KILL --parent "$(pgrep --delimiter=, --pgroup "$group")" || true # the trainer has a group of its own
   kill -KILL -- "-$group" 2>/dev/null || true
+  for fd in /proc/[0-9]*/fd/9; do # the trainer has a group of its own, and the lock
+    if [[ $fd -ef $RUN/lock ]]; then kill -KILL "$(cut -d/ -f3 <<<"$fd")" || true; fi
+  done
   for ((waited = 0; waited < 10; waited++)); do
     is_running || return 0
     sleep 1

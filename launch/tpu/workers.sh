@@ -48,6 +48,7 @@ all_workers() {
 # the words twice when the connection breaks.
 ssh_words() { # NODE WORKER NUMBER WORD...
   printf '%s\0' gcloud compute tpus tpu-vm ssh "$1" --worker="$2" --project="$PROJECT" --zone="$ZONE" --quiet
+  printf '%s\0' --ssh-flag=-oBatchMode=yes # nobody is there to be asked
   [[ -z $INTERNAL_IPS ]] || printf '%s\0' --internal-ip
   printf '%s\0' --command="$(quote env MESHLM_PROCESS="$3" MESHLM_CALL="$CALL" "${@:4}")"
 }
@@ -55,22 +56,22 @@ ssh_words() { # NODE WORKER NUMBER WORD...
 # Not to all in one call: with more than one gcloud refuses an ssh-agent that has another key.
 scp_words() { # NODE WORKER NUMBER FILE
   printf '%s\0' gcloud compute tpus tpu-vm scp "$4" "$1:meshlm.tgz" --worker="$2" --project="$PROJECT" --zone="$ZONE" --quiet
+  printf '%s\0' --scp-flag=-oBatchMode=yes
   [[ -z $INTERNAL_IPS ]] || printf '%s\0' --internal-ip
 }
 
 # Runs the words on one worker, LIMIT_S at most; again when there was no connection (255).
 on_worker() { # LIMIT_S WORD...
-  local attempt code=0
+  local code=0
   if [[ -n $DRY_RUN ]]; then
     act "${@:2}"
     return
   fi
-  for attempt in 1 2 3; do
+  for _ in 1 2 3; do
     code=0
     timeout --kill-after=5 "$@" </dev/null &
     wait "$!" || code=$?
     if [[ $code != 255 ]] || is_orphan; then break; fi
-    say "no connection; attempt $attempt"
     nap "$RETRY_S"
   done
   return "$code"
@@ -149,11 +150,11 @@ is_unknown() { # CODE FILE
   [[ $1 =~ ^(255|124|137|$BUSY)$ ]] || grep -qE '^ERROR: (\(gcloud|gcloud crashed)' "$2"
 }
 
-# The worker itself is silent, or gone: not gcloud, its ssh or the cloud, which fail here, or refuse what was asked.
+# The worker itself is silent, or gone. Whatever else ssh says is about this machine, its keys, or the way there.
 is_silent() { # CODE FILE
   case $1 in
   124 | 137) return 0 ;;
-  255) ! grep -qE 'Permission denied|[Hh]ost key|Bad (owner|configuration)|[Ii]dentity|invalid format|No such file|Could not resolve' "$2" ;;
+  255) grep -qE 'Connection (timed out|refused|reset|closed)|No route to host|Operation timed out|closed by remote host|failed to connect to backend' "$2" ;;
   *) [[ $1 != 0 ]] && grep -qE "NOT_FOUND: .*/nodes/[^/]*'" "$2" ;;
   esac
 }
@@ -161,7 +162,7 @@ is_silent() { # CODE FILE
 worker_problem() { # CODE LIMIT_S FILE
   case $1 in
   124 | 137) printf 'no answer within %s s' "$2" ;;
-  255) printf 'no connection: %s' "$(last_line "$3")" ;;
+  255) printf 'no connection: %s' "$(grep -v '^ERROR: (gcloud' "$3" | grep . | tail -n 1)" ;;
   "$BUSY") printf 'busy with another call' ;;
   *) printf 'exit code %s: %s (all of it: %s)' "$1" "$(last_line "$3")" "$3" ;;
   esac

@@ -7,7 +7,7 @@
 #   --dry_run   print the command for xpk, run nothing
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=../lib.sh
-source "$(dirname "$0")/../lib.sh"
+source "$(dirname "$(readlink -f "$0")")/../lib.sh"
 
 SETTINGS=(PROJECT ZONE CLUSTER TYPE SLICES IMAGE STORAGE MAX_RESTARTS)
 PROJECT="" ZONE="" CLUSTER="" TYPE="" SLICES=1 IMAGE="" STORAGE="" MAX_RESTARTS=50
