@@ -276,6 +276,6 @@ def test_what_ssh_says():
     done = subprocess.run([sys.executable, "-c", EXCEPTIONS, SDK], text=True, capture_output=True, timeout=60)
     broken, agent = done.stdout.splitlines()
     assert broken == "255 [/usr/bin/ssh] exited with return code [255]."
-    assert broken.partition(" ")[2] in babysitter_cloud.World("0").broken(255)
+    assert broken.partition(" ")[2] in babysitter_cloud.World("0").broken(255, babysitter_cloud.SILENT[0])
     code, _, said = agent.partition(" ")
     assert code == "1" and said in (runs.ROOT / "tests/fakes/cloud/gcloud").read_text().replace('\\"', '"')

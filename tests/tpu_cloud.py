@@ -78,7 +78,8 @@ class Cloud:
     @property
     def calls(self) -> list[list[str]]:
         path = self.folder / "calls.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        with self.locked():
+            return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def done(self, *words: str) -> int:
         """How many calls have these words in them."""

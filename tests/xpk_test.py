@@ -181,7 +181,7 @@ def test_a_setting_that_is_none(folder):
 
 def test_without_xpk(folder):
     (folder / "bin").mkdir()
-    for name in ("bash", "env", "dirname", "sed"):
+    for name in ("bash", "env", "dirname", "readlink", "sed"):
         (folder / "bin" / name).symlink_to(f"/usr/bin/{name}")
     done = run(folder, "--name=run", "--", *TRAIN, code=2, path=str(folder / "bin"))
     assert done.stderr == "error: xpk is missing; install it: pip install xpk\n"
