@@ -44,7 +44,7 @@ class History:
         self.beside: list[subprocess.Popen] = []
         self.flags = ["--poll_s=0"]
         self.keeps = self.dice.random() < 0.1
-        self.lost_state = False
+        self.lost_state, self.last = False, None
         self.clock = self.dice.choice(["", "", "", "1000000", "-1000000"])  # so many seconds it is set by, once
 
     def start(self, script: str, *words: str) -> subprocess.Popen:
@@ -144,6 +144,8 @@ class History:
         self.wait(other)
         if babysitter.poll() is None and other.returncode != 2:
             self.world.violation(f"{script} beside a babysitter ended with {other.returncode}")
+        if script == "babysit" and other.returncode != 2:  # the first has just ended: this was the next one
+            self.last = other
 
     def interrupt(self, babysitter: subprocess.Popen) -> bool:
         """At some time; whether it had ended by then."""
@@ -184,14 +186,15 @@ class History:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        self.world.note(f"{pathlib.Path(process.args[0]).stem} ended with {process.returncode}")
 
     # What must hold
 
     def leave(self, babysitter: subprocess.Popen) -> None:
         for process in self.beside:
             self.wait(process)
+        babysitter = self.last or babysitter
         code, world = babysitter.returncode, self.world
-        world.note(f"the babysitter ended with {code}")
         if code not in {0, 2, 42} | world.run_codes:
             world.violation(f"the babysitter ended with {code}")
         ours = [found for found in world.resources.values() if found.by == "us" and found.bills]
@@ -208,6 +211,8 @@ class History:
             self.clean_up()
 
     def check_named(self, babysitter: subprocess.Popen) -> None:
+        if self.last not in (None, babysitter):
+            return
         last = "\n".join(self.said(babysitter, "babysit").splitlines()[-6:])
         world = self.world
         ours = [found for found in world.resources.values() if found.by == "us" and found.bills]
