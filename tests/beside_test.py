@@ -386,6 +386,7 @@ def empty(folder: pathlib.Path) -> str:
     ("script", "words", "environment", "says"),
     [
         ("setup", [], {"PATH": ""}, "git is missing"),
+        ("babysit", ["--", "true", "--workdir=bucket/x"], {"GIT_CONFIG_GLOBAL": "bad.env"}, "git does not work here"),
         ("create", [], {"HOME": "", "XDG_STATE_HOME": ""}, "HOME is not set"),
         ("create", [], {"XDG_STATE_HOME": "/proc/x"}, "cannot be written to"),
         ("create", [], {"TMPDIR": "/nowhere"}, "there is no room for files in /nowhere"),
@@ -399,10 +400,20 @@ def empty(folder: pathlib.Path) -> str:
     ],
 )
 def test_a_mistake_is_one_line(cloud, script, words, environment, says):
+    (cloud.folder / "bad.env").write_text("[")
     if environment.get("PATH") == "":
         environment = {"PATH": empty(cloud.folder)}
     out = cloud.run(script, *words, code=2, **environment)
-    assert says in out and len(out.splitlines()) == 1 and not cloud.calls
+    assert says in out and (len(out.splitlines()) == 1 or "as it says above" in out) and not cloud.calls
+
+
+def test_flags_in_a_turkish_locale(cloud):
+    """Whose capital of i is another letter."""
+    made = ["localedef", "--inputfile=tr_TR", "--charmap=UTF-8", cloud.folder / "tr_TR.UTF-8"]
+    if not shutil.which("localedef") or subprocess.run(made, capture_output=True).returncode > 1:
+        pytest.skip("the sources of locales are not here")
+    place = {"LOCPATH": str(cloud.folder), "LC_ALL": "tr_TR.UTF-8"}
+    assert "asks: gcloud" in cloud.run("create", "--dry_run", "--tier=spot", "--valid_for=6h", **place)
 
 
 def test_a_file_of_settings_with_a_byte_order_mark(cloud):
