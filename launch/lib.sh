@@ -8,13 +8,18 @@ if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
 fi
 
 shopt -u checkwinsize # with it bash sets LINES, which is the flag --lines
+unset CDPATH          # cd would go elsewhere
+unset POSIXLY_CORRECT # wait would know a process once
+set +o posix
+letter=i
+[[ ${letter^^} == I ]] || export LC_ALL=C.UTF-8 # in Turkish it is another letter, and names of flags are not Turkish
 
-say() { printf '%s\n' "$*" >&2; } # stdout is for results
+say() { printf '%s\n' "$*" >&2 || true; } # stdout is for results; that nobody reads this ends nothing
 
 report() { [[ -n ${DRY_RUN:-} ]] || say "$*"; } # what was done
 
-fail() { # CODE MESSAGE
-  printf 'error: %s\n' "$2" >&2
+fail() { # CODE MESSAGE: in one line, whatever it quotes
+  say "error: ${2//[[:cntrl:]]/ }"
   exit "$1"
 }
 
@@ -33,6 +38,14 @@ quote() { # WORD...
     fi
   done
   printf '%s' "${line# }"
+}
+
+is_among() { # WORD WORD...
+  local word
+  for word in "${@:2}"; do
+    [[ $word != "$1" ]] || return 0
+  done
+  return 1
 }
 
 # Sets a variable for each --name=VALUE or --name VALUE: --dry_run is the variable DRY_RUN. A name with a ? is a switch,
@@ -63,10 +76,10 @@ parse_flags() { # NAME... -- ARGUMENT...
     esac
     name=${1#--}
     name=${name%%=*}
-    if [[ " ${names[*]} " == *" $name? "* ]]; then
+    if is_among "$name?" "${names[@]}"; then
       [[ $1 != *=* ]] || fail 2 "--$name takes no value"
       value=1
-    elif [[ " ${names[*]} " != *" $name "* ]]; then
+    elif [[ $name == *\? ]] || ! is_among "$name" "${names[@]}"; then
       fail 2 "unknown flag --$name; there are $(printf -- '--%s ' "${names[@]%\?}")"
     elif [[ $1 == *=* ]]; then
       value=${1#*=}
@@ -91,11 +104,12 @@ load_settings() { # FILE NAME...
   shift
   while IFS= read -r line || [[ -n $line ]]; do
     number=$((number + 1))
+    ((number > 1)) || line=${line#$'\xef\xbb\xbf'} # as some editors begin a file
     line=${line%%[[:space:]]#*}
     [[ -n ${line//[[:space:]]/} && ${line:0:1} != "#" ]] || continue
     name=${line%%=*} value=${line#*=}
     value=${value%"${value##*[![:space:]]}"}
-    if [[ $line != *=* || " $* " != *" $name "* ]]; then
+    if [[ $line != *=* ]] || ! is_among "$name" "$@"; then
       fail 2 "$file, line $number: ${line:0:60} sets none of $*"
     fi
     case $value in
@@ -117,6 +131,10 @@ load_env() { # DEFAULT EXAMPLE NAME... -- ARGUMENT...
   [[ -f $file ]] || file=""
   while (($#)) && [[ $1 != -- ]]; do # not those of the training command
     case $1 in
+    -h | --help) # also if the file is damaged
+      usage
+      exit 0
+      ;;
     --env=*) file=${1#*=} ;;
     --env) file=${2:-} ;;
     esac
@@ -135,16 +153,51 @@ act() { # WORD...
   fi
 }
 
-# The value of --NAME=VALUE or --NAME VALUE in a command; the last one, as the command itself has it.
+# The value of --NAME=VALUE or --NAME VALUE in a command, with one hyphen or two; the last one, as the command itself has
+# it.
 flag() { # NAME COMMAND...
   local name=$1 value=""
   while shift && (($#)); do
     case $1 in
-    "--$name="*) value=${1#*=} ;;
-    "--$name") value=${2:-} ;;
+    "--$name="* | "-$name="*) value=${1#*=} ;;
+    "--$name" | "-$name") value=${2:-} ;;
     esac
   done
   printf '%s' "$value"
+}
+
+# The run directory of a training command, as it is written there; all launchers read it here.
+workdir_of() { # COMMAND...
+  local run word
+  for word in "$@"; do
+    [[ ! $word =~ ^--?flagfile(=|$) ]] || fail 2 "leave $word out: what it says of --workdir is not seen here"
+  done
+  run=$(flag workdir "$@")
+  [[ -n $run ]] || fail 2 "the command has no --workdir=…; name a folder for the run"
+  [[ $run != *[[:cntrl:]]* ]] || fail 2 "--workdir=$run has a line feed or the like in it"
+  printf '%s' "$run"
+}
+
+# Whether PATH is below FOLDER, and stays there: no part of it is empty, . or .., which lead out again.
+is_below() { # FOLDER PATH
+  local rest=${2#"$1"/}
+  [[ $2 == "$1"/* && "/${rest%/}/" != *//* && "/$rest/" != */./* && "/$rest/" != */../* ]]
+}
+
+# A path with ~ or ~USER at its beginning replaced, as the trainer reads it (launch/cli.py).
+expanded() { # PATH
+  local user=${1%%/*} home
+  [[ $1 == "~"* ]] || { printf '%s' "$1" && return; }
+  [[ $user =~ ^~([A-Za-z_][A-Za-z0-9._-]*)?$ ]] && eval "home=$user" && [[ $home != "~"* ]] ||
+    fail 2 "$1 begins with the home of a user ${user#"~"} who is not known; ./$user is a folder"
+  printf '%s' "$home${1#"$user"}"
+}
+
+# NFS without the slashes at its end, as findmnt shows it; nothing that mount would read as an option.
+check_nfs() {
+  [[ -z $NFS || $NFS =~ ^([A-Za-z0-9][-A-Za-z0-9._]*|\[[0-9A-Fa-f:.]+\]):/[^[:space:]]*$ ]] ||
+    fail 2 "NFS=$NFS must be SERVER:/EXPORT, such as 10.0.0.2:/runs"
+  while [[ $NFS == *[!:]/ ]]; do NFS=${NFS%/}; done
 }
 
 # What is mounted at FOLDER; nothing if nothing is.

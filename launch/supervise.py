@@ -128,7 +128,8 @@ def _live(command: Sequence[str], signals: Signals) -> tuple[int, bool]:
     """Runs the command once and passes signals on; its return code, and whether one of them was to stop it."""
     try:
         # In a session of its own a Ctrl-C on the terminal does not reach it, and then comes once, from here.
-        child = subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent())
+        # close_fds: a lock of the caller (launch/tpu/worker.sh) is held for as long as the trainer is there.
+        child = subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent(), close_fds=False)
     except OSError as e:
         raise ConfigError(f"{command[0]} cannot be started: {e.strerror}") from None
     told_to_stop = False

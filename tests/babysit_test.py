@@ -3,86 +3,28 @@
 The run is a shell that waits for a file, so that a test says when it is done.
 """
 
-import contextlib
 import os
 import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from tests import runs
-from tests.tpu_cloud import Cloud, running
+from tests.tpu_cloud import Cloud, babysitting, checkpoint, end, light, rounds, starts, waiting
 
 # What gcloud 528 prints around its errors.
 ACCOUNT = "This command is authenticated as a@b which is the active account specified by the [core/account] property."
+TIMED_OUT = "ssh: connect to host 1.2.3.4 port 22: Connection timed out"
 WAITS = "Create request issued for: [run]\nWaiting for operation [o] to complete...\n..failed.\n"
-
-
-# A worker's Python that has neither JAX nor the supervisor to wait for.
-PYTHON = f"""#!/bin/sh
-case "$1 $2" in
-"- ") echo "python 3 jax 0 devices 1 of 1" ;;
-"-m launch.supervise")
-  while [ "$1" != -- ]; do shift; done
-  shift
-  exec "$@"
-  ;;
-*) exec {sys.executable} "$@" ;;
-esac
-"""
 
 
 @pytest.fixture
 def cloud(tmp_path):
-    with running(tmp_path) as made:
-        made.script(workers=1)
-        python = tmp_path / "python"
-        python.write_text(PYTHON)
-        python.chmod(0o755)
-        made.environment["FAKE_PYTHON"] = str(python)
+    with light(tmp_path) as made:
         yield made
-
-
-def waiting(cloud: Cloud, *more: str, workdir: str = "bucket/runs/x") -> list[str]:
-    """A command that waits for the file `done`, and leaves with the code in it; its words for the babysitter."""
-    script = (
-        f"{'; '.join([*more, ''])}until [ -s {cloud.folder}/done ]; do sleep 0.1; done; exit $(cat {cloud.folder}/done)"
-    )
-    return ["--poll_s=0.2", "--", "sh", "-c", script, f"--workdir={workdir}"]
-
-
-def end(cloud: Cloud, code: int = 0) -> None:
-    (cloud.folder / "done").write_text(str(code))
-
-
-@contextlib.contextmanager
-def babysitting(cloud: Cloud, *argv: str, **environment: str) -> Iterator[subprocess.Popen]:
-    """A babysitter whose run has started."""
-    with runs.ending(cloud.start("babysit", *(argv or waiting(cloud)), **environment)) as (babysitter,):
-        runs.wait_until(lambda: (cloud.folder / "workers/run.0/meshlm-run/group").exists(), babysitter)
-        yield babysitter
-
-
-def rounds(cloud: Cloud, count: int, babysitter: subprocess.Popen) -> None:
-    """Waits until the babysitter has asked for NAME so many times more."""
-    before = cloud.done("queued-resources describe")
-    runs.wait_until(lambda: cloud.done("queued-resources describe") >= before + count, babysitter)
-
-
-def starts(cloud: Cloud) -> int:
-    return cloud.done("tpu-vm ssh", "worker.sh start")
-
-
-def checkpoint(cloud: Cloud, step: int) -> None:
-    """The run has got on: lives without a new checkpoint are counted."""
-    folder = cloud.folder / f"buckets/b/runs/x/checkpoints/{step}"
-    folder.mkdir(parents=True)
-    (folder / "_CHECKPOINT_METADATA").touch()
 
 
 def forget_all(cloud: Cloud) -> None:
@@ -158,7 +100,7 @@ def test_what_gcloud_says_around_an_answer(cloud):
 def test_a_worker_that_is_gone_for_long(cloud):
     """It is replaced, and the run goes on with the new one."""
     with babysitting(cloud, MESHLM_LOST_S="1") as babysitter:
-        cloud.script(workers=1, faults=[{"match": "worker status", "code": 255, "times": 30}])
+        cloud.script(workers=1, faults=[{"match": "worker status", "code": 255, "stderr": TIMED_OUT, "times": 30}])
         runs.wait_until(lambda: cloud.done("queued-resources create") == 2, babysitter)
         cloud.script(workers=1)
         runs.wait_until(lambda: starts(cloud) == 2, babysitter)
@@ -195,7 +137,7 @@ def test_a_create_of_which_nothing_is_known(cloud):
     cloud.script(faults=[lost])
     cloud.run("create")
     assert cloud.run("create", "--name=other") and len(cloud.resources) == 2
-    cloud.script(faults=[{"match": "describe third", "stderr": "NOT_FOUND: '/third'"}, lost, silent])
+    cloud.script(faults=[{"match": "describe third", "stderr": "NOT_FOUND: '/queuedResources/third'"}, lost, silent])
     out = cloud.run("create", "--name=third", code=42)
     assert "not known whether third was created in us-east5-b of p, WHERE IT MAY COST" in out
 
@@ -433,7 +375,7 @@ def test_a_start_by_hand_without_mounts(cloud, words):
     cloud.run("wait")
     cloud.run("setup", "--nfs=server:/shared")
     end(cloud)
-    argv = ["--", "touch", "bucket/started", "--workdir=bucket/x"]
+    argv = ["--", "sh", "-c", "exit 0", "--workdir=bucket/x"]
     cloud.run("run", *words, *argv, code=0 if words[0].endswith("/shared") else 2)
     cloud.reboot()
     shutil.rmtree(cloud.folder / "exports")

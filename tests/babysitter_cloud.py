@@ -13,13 +13,17 @@ import socket
 import socketserver
 import threading
 
-PLACE = "projects/p/locations/us-east5-b"
+PLACE = "projects/run/locations/us-east5-b"  # the project is called as the queued resource is
 COMMAND = ["python", "-m", "launch.train", "--workdir=bucket/runs/x"]
 DEAD = ("FAILED", "SUSPENDED")
 URL = "https://tpu.googleapis.com/v2/" + PLACE
 REPORT = "If you would like to report this issue, please run the following command:\n  gcloud feedback\n"
 CRASH = f"ERROR: gcloud crashed ({{}}): {{}}\n\n{REPORT}"
 ISSUED = "{} request issued for: [{}]\nWaiting for operation [" + PLACE + "/operations/operation-1] to complete...\n"
+# What ssh says of a silent worker, and of what is wrong on this machine.
+SILENT = ["ssh: connect to host 1.2.3.4 port 22: Connection timed out", "Connection closed by 1.2.3.4 port 22"]
+BROKEN = ["me@1.2.3.4: Permission denied (publickey).", "ssh: connect to host 1.2.3.4 port 22: Network is unreachable"]
+WHOM = "This command is authenticated as me@x.org which is the active account specified by the [core/account] property"
 VERBS = ("setup", "start", "status", "stop", "log")
 LATE = 124  # an answer that does not come in time
 
@@ -68,6 +72,7 @@ REFUSED = [
     "to obtain new credentials.\n",
     "RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Read requests' and limit 'Read requests per minute' of "
     "service 'tpu.googleapis.com' for consumer 'project_number:1'.",
+    f"NOT_FOUND: Resource 'projects/run' was not found. {WHOM}",
     LATE,
 ]
 
@@ -97,6 +102,7 @@ class Resource:
     ahead: list[str]
     workers: dict[tuple[str, int], Worker] = dataclasses.field(default_factory=dict)
     epoch: int = 0  # goes on when the gang of its workers is broken
+    bare: bool = False  # it is described by its state and time alone while it is deleted
 
     @property
     def nodes(self) -> list[str]:
@@ -136,8 +142,9 @@ class World:
         self.stuck = dice.random() < 0.1  # lives bring no step
         self.made = 0
         self.asked_to_stop = False  # by the person, or the hours are over
-        self.rounds_without_answer = 0
+        self.silent_rounds, self.is_silent = 0, False  # since all workers have answered, and in this round
         self.answered: set[tuple[str, int]] = set()
+        self.adopts = False  # the person takes over what the next answer shows
         self.coming: list[tuple[int, Resource]] = []  # asked for, and not there yet
         self.run_codes: set[int] = set()
 
@@ -165,16 +172,9 @@ class World:
         if not state and self.tick < self.calm and dice.random() < 0.1:
             states = [*states[:-1], "FAILED"]
         made = f"2026-11-29T09:{self.made // 60:02}:{self.made % 60:02}.123456789Z"
-        resource = Resource(name, by, kind, slices, made, label, states[0], states[1:])
+        resource = Resource(name, by, kind, slices, made, label, states[0], states[1:], bare=dice.random() < 0.5)
         self.boot(resource)
         return resource
-
-    def adopt(self, name: str) -> None:
-        """What is there by now is the person's."""
-        with self.lock:
-            for resource in self.resources.values():
-                if resource.name == name:
-                    resource.by = "us"
 
     def boot(self, resource: Resource) -> None:
         if resource.state == "ACTIVE" and not resource.workers:
@@ -267,10 +267,11 @@ class World:
             flags = {w.partition("=")[0]: w.partition("=")[2] for w in argv if w.startswith("--")}
             what, verb = words[0], words[1]
             asks = f"{what.replace('-', '_')}_{verb}"
-            if asks == "queued_resources_describe" and role == "babysit":
+            if asks == "queued_resources_describe" and role == "babysit" and "createTime" in flags["--format"]:
                 self.go_on()
                 if script == "babysit.sh":  # and not what it has called
-                    self.rounds_without_answer, self.answered = self.rounds_without_answer + 1, set()
+                    self.silent_rounds += self.is_silent
+                    self.is_silent, self.answered = False, set()
             key = f"{asks} {role} {' '.join(words[2:])} {flags.get('--worker', '')}"
             code, out, reason = getattr(self, asks)(role, words[2:], flags, key)
             err = reason
@@ -299,8 +300,7 @@ class World:
         return (LATE, "", "") if said == LATE else (1, "", said)
 
     def missing(self, path: str) -> tuple[int, str, str]:
-        whom = "me@x.org which is the active account specified by the [core/account] property"
-        return 1, "", f"NOT_FOUND: Resource '{PLACE}/{path}' was not found. This command is authenticated as {whom}"
+        return 1, "", f"NOT_FOUND: Resource '{PLACE}/{path}' was not found. {WHOM}"
 
     def queued_resources_describe(self, role, names, flags, key):
         if fault := self.fault(key):
@@ -310,16 +310,33 @@ class World:
                 else (0, re.sub(r"[^,]", "", flags["--format"].partition("(")[2]) + "\n", "")
             )
         found = self.resources.get(names[0])
+        if role == "babysit" and self.adopts:
+            self.adopts = False
+            if found:
+                found.by = "us"
         if found is None:
             return self.missing(f"queuedResources/{names[0]}")
+        if flags["--format"].startswith("value(state.failedData"):
+            return 0, "There is no more capacity in the zone\n" if found.state == "FAILED" else "\n", ""
+        if "nodeIdPrefix" in flags["--format"]:
+            return 0, f"{found.name}\t\n" if found.slices == 1 else f"\t{found.name}\n", ""
         fields = flags["--format"].partition("(")[2][:-1].split(",")
         count = str(found.slices) if found.slices > 1 else ""
         values = {
             "state.state": found.state, "createTime": found.created, "nodeCount": count, "labels.meshlm": found.label,
             "acceleratorType": found.kind,
         }  # fmt: skip
+        if found.state == "DELETING" and found.bare:
+            values |= dict.fromkeys(("nodeCount", "labels.meshlm", "acceleratorType"), "")
         row = [next(v for k, v in values.items() if f.endswith((k, k + ".basename()"))) for f in fields]
-        return 0, ",".join(row) + "\n", ""
+        return 0, self.with_other_text(",".join(row) + "\n", key), ""
+
+    def with_other_text(self, answer: str, key: str) -> str:
+        """gcloud, or who wraps it, has words of its own on stdout now and then."""
+        dice = self.draw(f"other text {key}")
+        if self.tick >= self.calm or dice.random() >= self.fault_rate:
+            return answer
+        return dice.choice([f"Your active configuration is: [x]\n{answer}", f"{answer}\nUpdates are available.\n"])
 
     def queued_resources_list(self, role, names, flags, key):
         if fault := self.fault(key):
@@ -393,7 +410,9 @@ class World:
             self.violation(f"{role} {what}: a machine of others")
 
     def check_unharmed(self, role: str, found: Resource, what: str) -> None:
-        permitted = self.asked_to_stop or role != "babysit" or self.rounds_without_answer >= 3
+        permitted = (
+            self.asked_to_stop or role in ("stop", "delete", "run") or (self.silent_rounds >= 2 and self.is_silent)
+        )
         if found.is_healthy() and not permitted:
             self.violation(f"{role} {what}: a healthy run")
 
@@ -403,20 +422,21 @@ class World:
         worker = found and found.workers[name.partition(":")[0], int(flags["--worker"])]
         if worker and worker.silent:
             said = self.draw(key).choice([LATE, 255])
-            fault = "refused", (said, "", "" if said == LATE else self.broken(255))
+            fault = "refused", (said, "", "" if said == LATE else self.broken(255, self.draw(key).choice(SILENT)))
         else:
             fault = self.fault(key, acts=True)
             if fault and self.tick not in self.outage:
                 said = self.draw(key).choice([LATE, 255, 255, 0, 1])
                 if said in (LATE, 255):
-                    fault = fault[0], (said, "", "" if said == LATE else self.broken(255))
+                    why = self.draw(key).choice(SILENT + BROKEN)
+                    fault = fault[0], (said, "", "" if said == LATE else self.broken(255, why))
                 elif said == 0:  # the end of the output is cut off
                     fault = "lost", (0, "", "")
         return found, worker, fault
 
-    def broken(self, code: int) -> str:
+    def broken(self, code: int, why: str) -> str:
         error = f"ERROR: (gcloud.compute.tpus.tpu-vm.ssh) [/usr/bin/ssh] exited with return code [{code}]."
-        return f"SSH: Attempting to connect to worker 0...\n{error}\n"
+        return f"SSH: Attempting to connect to worker 0...\n{why}\n{error}\n"
 
     def tpu_vm_scp(self, role, names, flags, key):
         if flags["--worker"] == "all":
@@ -436,6 +456,8 @@ class World:
         def act():
             return self.work(role, found, worker, words)
 
+        if role == "babysit" and self.told(words)[0] == "status" and fault:
+            self.is_silent |= fault[1][0] == LATE or any(why in fault[1][2] for why in SILENT)
         if fault and fault[0] == "refused":
             return fault[1]
         if fault and fault[1][0] == LATE and self.draw(key).random() < 0.5:
@@ -456,7 +478,7 @@ class World:
     def heard(self, found: Resource, node: str, worker: int) -> None:
         self.answered.add((node, worker))
         if self.answered >= set(found.workers):
-            self.rounds_without_answer = 0
+            self.silent_rounds = 0
 
     @staticmethod
     def told(words: list[str]) -> list[str]:
@@ -476,6 +498,8 @@ class World:
             return 0, "none 0\n"
         if not worker.is_set_up and verb in ("start", "stop", "log", "status"):
             return 127, "bash: line 1: meshlm/launch/tpu/worker.sh: No such file or directory\n"
+        if verb == "setup" and worker.running and any("a command runs here" in word for word in words):
+            return 2, "a command runs here, which this would end; launch/tpu/stop.sh first\n"
         if verb == "setup":
             self.check_unharmed(role, found, verb)
             self.end(found, [worker], 42)

@@ -25,8 +25,9 @@ import pytest
 from tests import runs
 from tests.babysitter_cloud import COMMAND, Server, World
 
-SETTINGS = "PROJECT=p\nZONE=us-east5-b\nNAME=run\nTYPE=v6e-16\nTIER=spot\nBUCKET=b\nSLICES={}\n"
+SETTINGS = "PROJECT=run\nZONE=us-east5-b\nNAME=run\nTYPE=v6e-16\nTIER=spot\nBUCKET=b\nSLICES={}\n"
 LIMIT_S = 60
+REFUSED_BESIDE = ("babysit", "delete", "run", "setup", "stop")
 NAMED = re.compile(r"\brun\b.*(cost|COST|billing)|billing.*\brun\b|run .*was not made from here", re.DOTALL)
 BROKEN = re.compile(r"\.sh: line \d+: .*(unbound variable|not found|syntax error|bad |ambiguous|No such file)")
 
@@ -43,7 +44,8 @@ class History:
         self.beside: list[subprocess.Popen] = []
         self.flags = ["--poll_s=0"]
         self.keeps = self.dice.random() < 0.1
-        self.lost_state = False
+        self.lost_state, self.last = False, None
+        self.clock = self.dice.choice(["", "", "", "1000000", "-1000000"])  # so many seconds it is set by, once
 
     def start(self, script: str, *words: str) -> subprocess.Popen:
         self.world.note(f"the person: {script} {' '.join(words)}")
@@ -56,6 +58,7 @@ class History:
             "TMPDIR": str(self.folder / "tmp"),
             "MESHLM_RETRY_S": "0",
             "MESHLM_LOST_S": str(self.dice.choice([0, 0, 0, 1])),
+            "HISTORY_CLOCK": self.clock if script == "babysit" else "",
             "HISTORY": self.name,
             "HISTORY_ROLE": script,
             "HISTORY_PORT": str(self.server.port),
@@ -86,8 +89,11 @@ class History:
         if self.dice.random() < 0.1:
             extra.append("--max_hours=0.0001")
             self.world.asked_to_stop = True
+        elif self.clock:
+            extra.append("--max_hours=1")
         command = list(COMMAND)
         for _ in range(self.dice.choice([0, 0, 1, 2])):
+            self.world.adopts = "--adopt" in extra
             babysitter = self.start("babysit", *self.flags, *extra, "--", *command)
             if self.interrupt(babysitter):
                 return self.leave(babysitter)
@@ -95,9 +101,9 @@ class History:
                 self.lose_state()
                 if self.dice.random() < 0.5:
                     extra.append("--adopt")
-                    self.world.adopt("run")
             if self.dice.random() < 0.1:
                 command = [*COMMAND, "--config.seed=2"]
+        self.world.adopts = "--adopt" in extra
         babysitter = self.start("babysit", *self.flags, *extra, "--", *command)
         self.live_beside(babysitter, self.dice.randrange(0, 3))
         self.wait(babysitter)
@@ -123,21 +129,23 @@ class History:
             if babysitter.poll() is not None:
                 return
             what = self.dice.choice(
-                ["status", "logs", "ssh", "status", "logs", "ssh", "stop", "delete", "babysit", "create"]
+                ["status", "logs", "ssh"] * 3 + ["stop", "delete", "setup", "run", "babysit", "create"]
             )
-            if what == "babysit":
-                self.second_babysitter(babysitter)
+            if what in REFUSED_BESIDE:
+                self.refused_beside(babysitter, what)
             else:
-                if what in ("stop", "delete", "create"):
-                    # Nobody else takes the name between its look and its act, from which no script can be safe.
-                    self.world.asked_to_stop, self.world.others_rate = True, 0
+                # Nobody else takes the name between its look and its act, from which no script can be safe.
+                self.world.others_rate *= what != "create"
                 self.beside.append(self.start(what, *(["--", "true"] if what == "ssh" else [])))
 
-    def second_babysitter(self, first: subprocess.Popen) -> None:
-        other = self.start("babysit", *self.flags, "--", *COMMAND)
+    def refused_beside(self, babysitter: subprocess.Popen, script: str) -> None:
+        words = self.flags if script == "babysit" else []
+        other = self.start(script, *words, *(["--", *COMMAND] if script in ("babysit", "run") else []))
         self.wait(other)
-        if first.poll() is None and other.returncode != 2:
-            self.world.violation(f"a second babysitter ended with {other.returncode}")
+        if babysitter.poll() is None and other.returncode != 2:
+            self.world.violation(f"{script} beside a babysitter ended with {other.returncode}")
+        if script == "babysit" and other.returncode != 2:  # the first has just ended: this was the next one
+            self.last = other
 
     def interrupt(self, babysitter: subprocess.Popen) -> bool:
         """At some time; whether it had ended by then."""
@@ -178,20 +186,23 @@ class History:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        self.world.note(f"{pathlib.Path(process.args[0]).stem} ended with {process.returncode}")
 
     # What must hold
 
     def leave(self, babysitter: subprocess.Popen) -> None:
         for process in self.beside:
             self.wait(process)
+        babysitter = self.last or babysitter
         code, world = babysitter.returncode, self.world
-        world.note(f"the babysitter ended with {code}")
         if code not in {0, 2, 42} | world.run_codes:
             world.violation(f"the babysitter ended with {code}")
         ours = [found for found in world.resources.values() if found.by == "us" and found.bills]
         created_beside = "create" in {process.args[0].stem for process in self.beside}
         if ours and code == 0 and not self.keeps and not created_beside:
             world.violation("0, and ours goes on billing")
+        if "after 1 hours" in self.said(babysitter, "babysit"):
+            world.violation("the clock was set, and counted as hours")
         self.check_named(babysitter)
         for path in self.folder.glob("*.txt"):
             if BROKEN.search(path.read_text(errors="replace")) and not self.lost_state:
@@ -200,6 +211,8 @@ class History:
             self.clean_up()
 
     def check_named(self, babysitter: subprocess.Popen) -> None:
+        if self.last not in (None, babysitter):
+            return
         last = "\n".join(self.said(babysitter, "babysit").splitlines()[-6:])
         world = self.world
         ours = [found for found in world.resources.values() if found.by == "us" and found.bills]

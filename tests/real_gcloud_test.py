@@ -24,7 +24,7 @@ SDK = pathlib.Path(os.path.realpath(shutil.which("gcloud") or "/")).parent.paren
 MESSAGES = SDK / "lib/googlecloudsdk/generated_clients/apis/tpu/v2/tpu_v2_messages.py"
 PLACE, OPERATION = babysitter_cloud.PLACE, f"{babysitter_cloud.PLACE}/operations/operation-1"
 TIME = "2026-11-29T09:00:00.123456789Z"
-ZONE = ["--project=p", "--zone=us-east5-b", "--quiet"]
+ZONE = ["--project=run", "--zone=us-east5-b", "--quiet"]
 DESCRIBE = ["compute", "tpus", "queued-resources", "describe", "run", "--format=value(state.state)", *ZONE]
 TOKEN = {"access_token": "a", "expires_in": 3000, "token_type": "Bearer"}
 
@@ -180,6 +180,7 @@ FAILURES = {
         "Quota exceeded for quota metric 'Read requests' and limit 'Read requests per minute' of service "
         "'tpu.googleapis.com' for consumer 'project_number:1'.",
     ),
+    "Resource 'projects/run' was": trouble(404, "NOT_FOUND", "Resource 'projects/run' was not found"),
     "refused": {"CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU": "http://127.0.0.1:9/"},
     "Failed to resolve 'tpu": {"CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU": "http://tpu.invalid/"},
     "auth tokens": {"CLOUDSDK_AUTH_TOKEN_HOST": "https://oauth2.invalid/token"},
@@ -275,6 +276,6 @@ def test_what_ssh_says():
     done = subprocess.run([sys.executable, "-c", EXCEPTIONS, SDK], text=True, capture_output=True, timeout=60)
     broken, agent = done.stdout.splitlines()
     assert broken == "255 [/usr/bin/ssh] exited with return code [255]."
-    assert broken.partition(" ")[2] in babysitter_cloud.World("0").broken(255)
+    assert broken.partition(" ")[2] in babysitter_cloud.World("0").broken(255, babysitter_cloud.SILENT[0])
     code, _, said = agent.partition(" ")
     assert code == "1" and said in (runs.ROOT / "tests/fakes/cloud/gcloud").read_text().replace('\\"', '"')

@@ -171,9 +171,13 @@ def test_what_was_told_to_stop_asks_for_new_machines(host, code, expected):
     [
         ("", "COMMAND is empty; say --env COMMAND="),
         ("python 'open", "all quotes closed; it is: python 'open"),
+        ("python -m launch.train --workdir=$RUNS/$NO_SUCH_NAME", "all variables set"),
         ("cd x && python -m launch.train", "COMMAND must be one command with its arguments"),
-        ("python -m launch.train", "--workdir= must be below"),
+        ("python -m launch.train", "the command has no --workdir=…"),
         ("python -m launch.train --workdir=runs/a", "--workdir=runs/a must be below"),
+        ("python -m launch.train --workdir=$RUNS/../a", "/../a must be below"),
+        ("python -m launch.train --workdir=$RUNS/a -workdir=/tmp/a", "--workdir=/tmp/a must be below"),
+        ("x) ; touch here; WORDS=(true --workdir=$RUNS/a", "must be one command"),
     ],
 )
 def test_a_command_that_cannot_be(host, command, message):

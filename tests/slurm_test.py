@@ -10,6 +10,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -19,7 +20,8 @@ from tests.slurm_cluster import SCRIPT, Fake, Job, Real
 from trainer import lives
 
 # --workdir=RUN --played=LIVES: plays the life with the number of restarts. "save": the step that process 0 commits,
-# "row": the last it did, "codes": how each process leaves; -n by signal n, "wait" after a SIGTERM, with a save and 42.
+# "row": the last it did, "codes": how each process leaves; -n by signal n, "wait" after a SIGTERM, with a save and 42;
+# "slow": 3 s later.
 PLAYER = """
 import json, os, pathlib, signal, sys, time
 flags = dict(word[2:].split("=", 1) for word in sys.argv[1:] if word.startswith("--"))
@@ -31,11 +33,13 @@ def save(step):
         (run / "checkpoints" / str(step) / "_CHECKPOINT_METADATA").touch()
         (run / "config.json").touch()
 def stop(number, frame):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(3 * (code == "slow"))
     save(life["save"])
     print(f"process {process} stops", flush=True)
     os._exit(42)
 code = life["codes"][process]
-signal.signal(signal.SIGTERM, stop if code == "wait" else signal.SIG_IGN)
+signal.signal(signal.SIGTERM, stop if code in ("wait", "slow") else signal.SIG_IGN)
 started = [run.parent / f"started.{i}" for i in range(len(life["codes"]))]
 with started[process].open("a") as file:
     print(len(sys.argv), file=file)
@@ -43,7 +47,7 @@ def starts(path):
     return len(path.read_text().splitlines()) if path.exists() else 0
 while len(set(map(starts, started))) > 1:  # else the first to leave ends the others before they are there
     time.sleep(0.01)
-if code in ("wait", "deaf"):
+if code in ("wait", "slow", "deaf"):
     time.sleep(200)
 if "save" in life:
     save(life["save"])
@@ -234,6 +238,7 @@ def test_settings_for_gpus(tmp_path, submit, writer):
     [
         ([], {}, ["no command", "sbatch launch/slurm/train.sbatch python -m launch.train"]),
         (["python", "-m", "launch.train"], {}, ["no --workdir"]),
+        (["true", "--workdir=~nobody-at-all/x"], {}, ["who is not known"]),
         (["python", "-m", "launch.supervise", "--", "true", "--workdir=x"], {}, ["leave launch.supervise out"]),
         (["true", "--workdir", "x"], {"MESHLM_CONTAINER": "docker"}, ["docker must be pyxis or apptainer"]),
         (["true", "--workdir=x"], {"MESHLM_CONTAINER": "pyxis"}, ["needs an image; set MESHLM_IMAGE"]),
@@ -359,13 +364,50 @@ def test_a_preemption(tmp_path, submit, player):
 
 
 @only_fake
+def test_lives_without_a_row(tmp_path, submit, player):
+    """They ended with their node. What failed in a job before does not count for a job that has got on since."""
+    (tmp_path / "run").mkdir()
+    row = dict.fromkeys(("start", "end"), "2026-01-01T00:00:00+00:00") | {"waited": 0, "seconds": 0}
+    row |= {"cause": "exit code 1", "code": 1, "first_step": 5, "last_step": 5, "lost_steps": 0}
+    (tmp_path / "run/lives.jsonl").write_text("".join(json.dumps(row | {"life": n}) + "\n" for n in (1, 2)))
+    for step in (5, 100):
+        (tmp_path / f"run/checkpoints/{step}").mkdir(parents=True)
+        (tmp_path / f"run/checkpoints/{step}/_CHECKPOINT_METADATA").touch()
+    log = submit(command=player({"codes": [1]}, {"codes": [1]}, {"codes": [0]})).leaves(0)
+    assert log.count("is queued again") == 2
+
+
+@only_fake
+def test_a_second_signal(tmp_path, submit, player):
+    """While the tasks save: the script waits until they are gone."""
+    job = submit(command=player({"codes": ["slow"], "save": 10}))
+    job.until(starts(tmp_path, 1, processes=1))
+    for _ in range(2):
+        os.killpg(int((tmp_path / "slurm/batch").read_text()), signal.SIGTERM)
+        time.sleep(0.5)
+    submit.cluster.do("scancel", "--signal=TERM", job.id)
+    assert "Life 1 ended with 42; checkpoint at step 10" in job.leaves(42)
+
+
+@only_fake
+def test_a_run_below_the_home(tmp_path, submit, player):
+    """~ is what the trainer takes it for: each life's checkpoint is found."""
+    played = [{"codes": [42], "save": step} for step in (10, 20, 30)] + [{"codes": [0]}]
+    command = [word.replace(f"--workdir={tmp_path}", "--workdir=~") for word in player(*played)]
+    script = tmp_path / "player.py"
+    text = script.read_text().replace('pathlib.Path(flags["workdir"])', 'pathlib.Path(flags["workdir"]).expanduser()')
+    script.write_text(text)
+    submit(command=command, HOME=str(tmp_path)).leaves(0)
+    assert [life.last_step for life in journal(tmp_path)] == [10, 20, 30, 30]
+
+
+@only_fake
 def test_the_signal_comes_while_the_life_is_written(tmp_path, submit, player):
     """A subshell has no traps, and would end by it: the row had no step."""
     (tmp_path / "bin").mkdir()
     stand_in = tmp_path / "bin/basename"
-    stand_in.write_text(
-        "#!/bin/sh\ncase $1 in */10) trap '' TERM && kill -TERM 0; esac\nexec /usr/bin/basename \"$1\"\n"
-    )
+    signal_first = "[ \"${1##*/}\" != 10 ] || { trap '' TERM && kill -TERM 0; }"
+    stand_in.write_text(f'#!/bin/sh\n{signal_first}\nexec /usr/bin/basename "$1"\n')
     stand_in.chmod(0o755)
     submit.cluster.environment["PATH"] = f"{stand_in.parent}:{submit.cluster.environment['PATH']}"
     job = submit(command=player({"codes": [42], "save": 10}))

@@ -78,11 +78,19 @@ class Cloud:
     @property
     def calls(self) -> list[list[str]]:
         path = self.folder / "calls.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        with self.locked():
+            return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def done(self, *words: str) -> int:
         """How many calls have these words in them."""
         return sum(all(word in " ".join(call) for word in words) for call in self.calls)
+
+    def put(self, name: str, **what) -> None:
+        """A queued resource that others have made, in place of any of this name."""
+        with self.locked():
+            cloud = self.resources
+            cloud[name] = {"place": "projects/p/locations/us-east5-b", **what}
+            (self.folder / "cloud.json").write_text(json.dumps(cloud))
 
     def change(self, name: str, **what) -> None:
         """Changes what the cloud knows of a resource."""
@@ -132,3 +140,66 @@ def running(folder: pathlib.Path) -> Iterator[Cloud]:
     made = Cloud(folder)
     yield made
     made.kill_workers()
+
+
+# A worker's Python that has neither JAX nor the supervisor to wait for.
+PYTHON = f"""#!/bin/sh
+case "$1 $2" in
+"- ") echo "python 3 jax 0 devices 1 of 1" ;;
+"-m launch.supervise")
+  while [ "$1" != -- ]; do shift; done
+  shift
+  exec "$@"
+  ;;
+*) exec {sys.executable} "$@" ;;
+esac
+"""
+
+
+@contextlib.contextmanager
+def light(folder: pathlib.Path) -> Iterator[Cloud]:
+    """A cloud with one worker, which only waits."""
+    with running(folder) as made:
+        made.script(workers=1)
+        python = folder / "python"
+        python.write_text(PYTHON)
+        python.chmod(0o755)
+        made.environment["FAKE_PYTHON"] = str(python)
+        yield made
+
+
+def waiting(cloud: Cloud, *more: str, workdir: str = "bucket/runs/x") -> list[str]:
+    """A command that waits for the file `done`, and leaves with the code in it; its words for the babysitter."""
+    script = (
+        f"{'; '.join([*more, ''])}until [ -s {cloud.folder}/done ]; do sleep 0.1; done; exit $(cat {cloud.folder}/done)"
+    )
+    return ["--poll_s=0.2", "--", "sh", "-c", script, f"--workdir={workdir}"]
+
+
+def end(cloud: Cloud, code: int = 0) -> None:
+    (cloud.folder / "done").write_text(str(code))
+
+
+@contextlib.contextmanager
+def babysitting(cloud: Cloud, *argv: str, **environment: str) -> Iterator[subprocess.Popen]:
+    """A babysitter whose run has started."""
+    with runs.ending(cloud.start("babysit", *(argv or waiting(cloud)), **environment)) as (babysitter,):
+        runs.wait_until(lambda: (cloud.folder / "workers/run.0/meshlm-run/group").exists(), babysitter)
+        yield babysitter
+
+
+def rounds(cloud: Cloud, count: int, babysitter: subprocess.Popen) -> None:
+    """Waits until the babysitter has asked for NAME so many times more."""
+    before = cloud.done("queued-resources describe")
+    runs.wait_until(lambda: cloud.done("queued-resources describe") >= before + count, babysitter)
+
+
+def starts(cloud: Cloud) -> int:
+    return cloud.done("tpu-vm ssh", "worker.sh start")
+
+
+def checkpoint(cloud: Cloud, step: int) -> None:
+    """The run has got on: lives without a new checkpoint are counted."""
+    folder = cloud.folder / f"buckets/b/runs/x/checkpoints/{step}"
+    folder.mkdir(parents=True)
+    (folder / "_CHECKPOINT_METADATA").touch()

@@ -153,6 +153,9 @@ def test_sigterm_reaches_the_command(folder):
     "words, message",
     [
         (["--name=run"], "name the training command after --"),
+        (["--name=run", "--", *TRAIN[:-1], "--workdir=/runs/../tmp/a"], "or has . or .. in it"),
+        (["--name=run", "--", *TRAIN, "-workdir=/"], "--workdir=/ is in the container"),
+        (["--name=run", "--", *TRAIN, "--workdir=/tmp/a"], "--workdir=/tmp/a is in the container"),
         (
             ["--name=run", "--", *TRAIN[:-1], "--workdir=runs/a"],
             "--workdir=runs/a is in the container, and goes with it",
@@ -178,7 +181,7 @@ def test_a_setting_that_is_none(folder):
 
 def test_without_xpk(folder):
     (folder / "bin").mkdir()
-    for name in ("bash", "env", "dirname", "sed"):
+    for name in ("bash", "env", "dirname", "readlink", "sed"):
         (folder / "bin" / name).symlink_to(f"/usr/bin/{name}")
     done = run(folder, "--name=run", "--", *TRAIN, code=2, path=str(folder / "bin"))
     assert done.stderr == "error: xpk is missing; install it: pip install xpk\n"

@@ -15,27 +15,34 @@
 # there are several; Ctrl-C, SIGTERM and SIGUSR1 save and leave with 42, and the same command goes on.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=../lib.sh
-source "$(dirname "$0")/../lib.sh"
+source "$(dirname "$(readlink -f "$0")")/../lib.sh"
 # shellcheck source-path=SCRIPTDIR source=../local/command.sh
-source "$(dirname "$0")/../local/command.sh"
+source "$(dirname "$(readlink -f "$0")")/../local/command.sh"
 
 NODES=1 NODE="" COORDINATOR="" PER_GPU="" DETERMINISTIC="" SKIP_CHECK="" DRY_RUN=""
 SETTINGS=(XLA_FLAGS JAX_OPTIMIZATION_LEVEL JAX_PLATFORMS NCCL_DEBUG NCCL_ALGO)
 
+# Sets GPUS. Of CUDA_VISIBLE_DEVICES CUDA takes the names before the first that is none, such as -1.
 count_gpus() {
-  local names
+  local name names
+  GPUS=0
   if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
     IFS=, read -ra names <<<"$CUDA_VISIBLE_DEVICES"
-    printf '%s' "${#names[@]}"
+    for name in "${names[@]}"; do
+      [[ $name =~ ^\ *(GPU-|MIG-|[0-9]) ]] || break
+      GPUS=$((GPUS + 1))
+    done
+    ((GPUS)) || fail 2 "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names no GPU; unset it, or say CUDA_VISIBLE_DEVICES=0,1"
   else
-    nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU '
+    GPUS=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ') ||
+      fail 2 "nvidia-smi lists no GPU; python -m launch.gpu_check says why, CUDA_VISIBLE_DEVICES=0,1 does without it"
   fi
 }
 
 parse_flags nodes node coordinator "per_gpu?" "deterministic?" "skip_check?" "dry_run?" -- "$@"
 find_python
 # shellcheck source-path=SCRIPTDIR source=env.sh
-source "$(dirname "$0")/env.sh"
+source "$(dirname "$(readlink -f "$0")")/env.sh"
 if [[ -n $DRY_RUN ]]; then
   for name in "${SETTINGS[@]}"; do [[ -z ${!name:-} ]] || printf 'export %s\n' "$(quote "$name=${!name}")"; done
 fi
@@ -43,9 +50,8 @@ fi
 
 GANG=(--processes=1)
 if [[ -n $PER_GPU ]]; then
-  GPUS=$(count_gpus) ||
-    fail 2 "nvidia-smi lists no GPU; python -m launch.gpu_check says why, CUDA_VISIBLE_DEVICES=0,1 does without it"
+  count_gpus
   GANG=("--processes=$GPUS" --per_gpu)
 fi
 GANG+=("--nodes=$NODES" "--node=${NODE:-}" "--coordinator=$COORDINATOR")
-exec "$(dirname "$0")/../local/run.sh" "${GANG[@]}" ${DRY_RUN:+--dry_run} -- "${COMMAND[@]}"
+exec "$(dirname "$(readlink -f "$0")")/../local/run.sh" "${GANG[@]}" ${DRY_RUN:+--dry_run} -- "${COMMAND[@]}"

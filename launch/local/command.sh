@@ -16,5 +16,5 @@ find_python() {
     fail 2 "$PYTHON is no command here; $advice"
   [[ -n ${DRY_RUN:-} ]] || "$PYTHON" -c 'import absl' 2>/dev/null ||
     fail 2 "$PYTHON lacks our packages; $advice"
-  [[ " ${COMMAND[*]}" == *" --workdir"* ]] || fail 2 "the command has no --workdir; name a folder for the run"
+  workdir_of "${COMMAND[@]}" >/dev/null
 }

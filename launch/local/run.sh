@@ -14,9 +14,9 @@
 # same command goes on. Exit codes are those of docs/reliability.md: 0 when all ended with 0, else the most telling one.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=../lib.sh
-source "$(dirname "$0")/../lib.sh"
+source "$(dirname "$(readlink -f "$0")")/../lib.sh"
 # shellcheck source-path=SCRIPTDIR source=command.sh
-source "$(dirname "$0")/command.sh"
+source "$(dirname "$(readlink -f "$0")")/command.sh"
 
 PROCESSES=2 DEVICES_PER_PROCESS="" NODES=1 NODE="" COORDINATOR="" PER_GPU="" DRY_RUN=""
 
@@ -30,12 +30,15 @@ check_flags() {
   fi
   at_least 0 --node "${NODE:=0}"
   ((NODE < NODES)) || fail 2 "--node=$NODE must be below --nodes=$NODES; the first is 0"
-  [[ -z $COORDINATOR || $COORDINATOR =~ ^.+:[0-9]+$ ]] || fail 2 "--coordinator=$COORDINATOR must be HOST:PORT"
+  [[ -z $COORDINATOR ]] || is_place "$COORDINATOR" || fail 2 "--coordinator=$COORDINATOR must be HOST:PORT"
   for word in "${COMMAND[@]}"; do
-    case ${word%%=*} in
-    --coordinator_address | --num_processes | --process_id) fail 2 "$word is set for each process; leave it out" ;;
-    esac
+    [[ ! $word =~ ^--?(coordinator_address|num_processes|process_id)(=|$) ]] ||
+      fail 2 "$word is set for each process; leave it out"
   done
+}
+
+is_place() { # HOST:PORT
+  [[ $1 =~ ^[^[:space:]]+:([1-9][0-9]{0,4})$ ]] && ((BASH_REMATCH[1] < 65536))
 }
 
 # A port that nobody listens at, below those that the kernel gives to outgoing connections: in the seconds between two

@@ -5,29 +5,39 @@
 # launch.supervise mends here what can be mended on these machines: crashes, and peers that died. What is left for
 # SkyPilot is in the exit code: 42 asks for new machines; any other ends the job, and the same command goes on with it.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
+CDPATH="" cd "$(dirname "$(readlink -f "$0")")/../.."
 # shellcheck source-path=SCRIPTDIR source=../lib.sh
 source launch/lib.sh
 
-RUNS=${RUNS:-/runs}
+RUNS=${RUNS:-/runs} NFS=${NFS:-}
 PORT=${COORDINATOR_PORT:-8476}
 HOSTS=${SKYPILOT_NUM_NODES:-1} RANK=${SKYPILOT_NODE_RANK:-0} IPS=${SKYPILOT_NODE_IPS:-localhost}
 PATH=$HOME/meshlm-env/bin:$PATH
 
-# Sets WORDS to those of COMMAND, as a shell reads them; patterns for files stay as they are.
+# Sets WORDS to those of COMMAND, as a shell reads them; patterns for files stay as they are. Outside of quotes there may be
+# nothing that ends a command, or begins another.
 read_command() {
-  [[ -n ${COMMAND:-} ]] || fail 2 "COMMAND is empty; say --env COMMAND='python -m launch.train --config=… --workdir=$RUNS/…'"
+  local rest=${COMMAND:-} bare="" quoted
+  quoted=$'^([^\'"\\\\$]*)(\\\\.|\\$\'([^\'\\\\]|\\\\.)*\'|\\$|\'[^\']*\'|"([^"\\\\]|\\\\.)*")'
+  [[ -n $rest ]] || fail 2 "COMMAND is empty; say --env COMMAND='python -m launch.train --config=… --workdir=$RUNS/…'"
+  while [[ $rest =~ $quoted ]]; do
+    bare+=${BASH_REMATCH[1]}
+    rest=${rest:${#BASH_REMATCH[0]}}
+  done
   set -f
-  eval "WORDS=($COMMAND)" 2>/dev/null ||
-    fail 2 "COMMAND must be one command with its arguments, and all quotes closed; it is: ${COMMAND//$'\n'/ }"
+  if [[ $bare$rest =~ [\;\&\|\<\>\(\)\`\'\"] ]] || ! (eval "WORDS=(${COMMAND:-})") 2>/dev/null; then
+    fail 2 "COMMAND must be one command with its arguments, with all variables set and all quotes closed; it is: ${COMMAND:-}"
+  fi
+  eval "WORDS=(${COMMAND:-})"
 }
 
 # What is not on a shared folder goes when the machines go.
 check_run_directory() {
   local run mirror there
-  run=$(flag workdir "${WORDS[@]}") mirror=$(flag config.checkpoint.mirror "${WORDS[@]}") there=$(mounted_at "$RUNS")
-  [[ $run == "$RUNS"/?* ]] || fail 2 "--workdir=$run must be below $RUNS, as in --workdir=$RUNS/a"
-  [[ -z ${NFS:-} || $there == "$NFS" ]] || # else the run would begin anew, on this disk or in a folder of others
+  run=$(workdir_of "${WORDS[@]}")
+  mirror=$(flag config.checkpoint.mirror "${WORDS[@]}") there=$(mounted_at "$RUNS")
+  is_below "$RUNS" "$run" || fail 2 "--workdir=$run must be below $RUNS, as in --workdir=$RUNS/a, without . and .."
+  [[ -z $NFS || $there == "$NFS" ]] || # else the run would begin anew, on this disk or in a folder of others
     fail 2 "$RUNS is ${there:-not mounted} here, and NFS=$NFS; was the machine started again? Launch the job again"
   [[ -z $there ]] || return 0
   ((HOSTS == 1)) || fail 2 "$HOSTS hosts need one folder for the run; say --env NFS=SERVER:/EXPORT, which becomes $RUNS"
@@ -48,6 +58,7 @@ supervise() {
 
 ACCELERATOR=${1:-}
 [[ $ACCELERATOR =~ ^(tpu|cuda)$ ]] || fail 2 "name the accelerator: launch/sky/run.sh tpu or cuda"
+check_nfs
 read_command
 check_run_directory
 

@@ -3,11 +3,11 @@
 # known-good packages in ~/meshlm-env, and the shared folder NFS=SERVER:/EXPORT at /runs; without NFS, a folder there.
 #   launch/sky/setup.sh tpu|cuda
 set -euo pipefail
-cd "$(dirname "$0")/../.."
+CDPATH="" cd "$(dirname "$(readlink -f "$0")")/../.."
 # shellcheck source-path=SCRIPTDIR source=../lib.sh
 source launch/lib.sh
 
-RUNS=${RUNS:-/runs}
+RUNS=${RUNS:-/runs} NFS=${NFS:-}
 ENVIRONMENT=$HOME/meshlm-env
 PATH=$HOME/.local/bin:$PATH # where SkyPilot keeps uv
 
@@ -21,8 +21,8 @@ mount_runs() {
   local there
   sudo mkdir -p "$RUNS"
   there=$(mounted_at "$RUNS")
-  [[ -z ${NFS:-} || -z $there || $there == "$NFS" ]] || fail 2 "$RUNS is $there here, and NFS=$NFS; sudo umount $RUNS first"
-  if [[ -n ${NFS:-} && -z $there ]]; then
+  [[ -z $NFS || -z $there || $there == "$NFS" ]] || fail 2 "$RUNS is $there here, and NFS=$NFS; sudo umount $RUNS first"
+  if [[ -n $NFS && -z $there ]]; then
     command -v mount.nfs >/dev/null || install_nfs || fail 2 "the NFS client cannot be installed; see above"
     # lookupcache: what another host has made must be seen at once, as processes tell each other that it is there.
     sudo mount -t nfs -o hard,lookupcache=positive "$NFS" "$RUNS" ||
@@ -40,6 +40,7 @@ case ${1:-} in
 tpu | cuda) ;;
 *) fail 2 "name the accelerator: launch/sky/setup.sh tpu or cuda" ;;
 esac
+check_nfs
 chmod +x launch/*/*.sh # the way here through a bucket loses it
 mount_runs
 install_packages "$1"

@@ -28,11 +28,14 @@ end_life() { # CODE
       "$FIRST_STEP" "$LAST_STEP" $((reached > LAST_STEP ? reached - LAST_STEP : 0)) >>"$LIVES"
 }
 
-# How many lives of this job there were since one brought a new checkpoint.
+# How many lives of this job there were since one brought a new checkpoint. A life that ended with its node has no row; its
+# checkpoint is seen by the next one, and a row too many, of a job before, is older than that.
 fruitless() {
-  local row count=0
+  local row first last before="" count=0
   while read -r row; do
-    count=$(($(field last_step "$row") > $(field first_step "$row") ? 0 : count + 1))
+    first=$(field first_step "$row") last=$(field last_step "$row")
+    ((first <= ${before:-$first})) || count=0
+    count=$((last > first ? 0 : count + 1)) before=$last
   done < <(tail -n $((${SLURM_RESTART_COUNT:-0} + 1)) "$LIVES")
   printf '%s' "$count"
 }

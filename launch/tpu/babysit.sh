@@ -2,32 +2,36 @@
 # Keeps a run going for weeks: makes the machines, sets them up, starts the command, and begins again with new ones when
 # they are taken away. It ends, and deletes the machines,
 #   with 0          when the run is done,
-#   with its code   when the command must not be started again (2, 3, 4, 130), or three lives brought no new checkpoint,
-#   with 42         after --max_hours; the run has saved.
+#   with its code   when the command must not be started again (all but 42, 1, and 128 and above), or three lives brought
+#                   no new checkpoint,
+#   with 42         after --max_hours, in which it was at work; the run has saved. And after five requests in a row that
+#                   brought no machines.
 # With 42 also if the machines are not known to be deleted: the same command goes on with that. It sets up, stops and
-# deletes only what was made from here (label meshlm). What it does not know is no reason to do anything.
+# deletes only what was made from here (label meshlm). What it does not know is no reason to do anything: each act is for
+# what the cloud, and the workers, have said in this very round.
 # Ctrl-C ends only this script: the run goes on, and the same command watches it again.
 #   launch/tpu/babysit.sh [--max_hours=N] [--poll_s=30] [--keep] [settings] [--dry_run] -- python -m launch.train …
 #     --keep        leaves the machines at the end; they go on costing
 #     --new_code    from the next life on with the code of now, and not that of the first start of this command
-#     --adopt       takes over NAME, which is there, and was not made from here
+#     --adopt       takes over NAME, which is there now, and was not made from here
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu.sh
-source "$(dirname "$0")/tpu.sh"
-HERE=$(dirname "$0")
-POLL_S=30 MAX_HOURS=0 KEEP="" NEW_CODE="" LIVES=3
+source "$(dirname "$(readlink -f "$0")")/tpu.sh"
+# shellcheck source-path=SCRIPTDIR source=lives.sh
+source "$(dirname "$(readlink -f "$0")")/lives.sh"
+HERE=$(dirname "$(readlink -f "$0")")
+POLL_S=30 MAX_HOURS=0 KEEP="" NEW_CODE="" LIVES=3 REQUESTS=5
 LOST_S=${MESHLM_LOST_S:-900} # a worker that does not answer for so long is not waited for
 begin poll_s max_hours "keep?" "new_code?" "adopt?" -- "$@"
 check_command
+ROUND_S=$((10#${POLL_S%.*} + 300)) # no round counts for more: the clock was set, or this machine has slept
 
 # Another script of this folder, with the settings of this one: tpu.env is read once.
 tpu() { # NAME ARGUMENT...
   local name words=(--env=) code=0
   for name in "${SETTINGS[@]}"; do words+=("--${name,,}=${!name}"); done
   "$HERE/$1.sh" "${words[@]}" ${DRY_RUN:+--dry_run} "${@:2}" 9>&- &
-  child=$!
-  wait "$child" || code=$?
-  child=""
+  wait $! || code=$?
   return "$code"
 }
 
@@ -40,224 +44,211 @@ if [[ -n $DRY_RUN ]]; then
   exit
 fi
 
-exec 9>"$STATE/babysitter"
-flock -n 9 || fail 2 "another babysitter has $NAME; its log: $STATE/babysit.log"
+take_name
 know_owner
 
-# Of this command, and kept until it is done: the time it began, its best step, lives without a better one; whether a life
-# is under way; and the code of its first start.
+# Of this command, and kept until it is done: its age, in seconds that a babysitter was at work; its best step, lives
+# without a better one; whether a life is under way (begun, or perhaps); what was asked for, and how often since there were
+# machines; and the code of its first start.
 TOLD=("$BUCKET" "$NFS" "${COMMAND[@]}")
-MINE=$STATE/commands/$(quote "${TOLD[@]}" | git hash-object --stdin)
+MINE=$(quote "${TOLD[@]}" | git hash-object --stdin) || fail 2 "git does not work here, as it says above"
+MINE=$STATE/commands/$MINE
 CODE=$MINE/code.tgz
 mkdir -p "$MINE"
-[[ -s $MINE/began ]] || remember "$MINE/began" "$(date +%s)"
 
+# Who reads what is shown, or the terminal, may be gone: all is in the log, and nothing ends because of it.
+trap '' PIPE
 shown=""
+log() { # TEXT
+  printf '%s %s\n' "$(date '+%F %T')" "$1" >>"$STATE/babysit.log" || true
+}
 note() { # TEXT: a line in the log, and the one that is shown
-  printf '%s %s\n' "$(date '+%F %T')" "$1" >>"$STATE/babysit.log"
-  if [[ -t 2 ]]; then printf '\r\e[K%s %s' "$(date +%T)" "$1" >&2; elif [[ $1 != "$shown" ]]; then say "$(date +%T) $1"; fi
+  log "$1"
+  if [[ -t 2 ]]; then
+    printf '\r\e[K%s %s' "$(date +%T)" "$1" >&2 || true
+  elif [[ $1 != "$shown" ]]; then
+    say "$(date +%T) $1"
+  fi
   shown=$1
+}
+tell() { # TEXT: the same, for good
+  log "$1"
+  [[ ! -t 2 ]] || say ""
+  say "$1"
+}
+
+# Time goes on by CLOCK and STEP, that of this round: the clock of the machine, which SECONDS has, may be set.
+CLOCK=0 STEP=0 seconds_before=$SECONDS
+tick() {
+  STEP=$((SECONDS - seconds_before))
+  seconds_before=$SECONDS
+  ((STEP >= 0)) || STEP=0
+  ((STEP <= ROUND_S)) || STEP=$ROUND_S
+  CLOCK=$((CLOCK + STEP))
 }
 
 # The end
 
-child="" named=""
+named=""
+known="" # the state of NAME in the last round: ours, NONE, or not known
 
 # Whatever ends this script, what may go on costing is named.
 leave() {
-  [[ ! -t 2 ]] || printf '\n' >&2
-  [[ -z $child ]] || kill "$child" 2>/dev/null || true
-  named=1
-  say "$NAME in $ZONE of $PROJECT goes on, and on costing; watch it again with the same command, or end it: launch/tpu/stop.sh, delete.sh"
+  trap '' INT TERM HUP USR1
+  end_jobs
+  if [[ $known == ACTIVE ]]; then
+    named=1
+    tell "$NAME in $ZONE of $PROJECT goes on, and on costing; watch it again with the same command, or end it: launch/tpu/stop.sh, delete.sh"
+  fi
   exit 42
 }
+MAY_BE_THERE="$NAME in $ZONE of $PROJECT may be there, and cost: launch/tpu/status.sh; launch/tpu/delete.sh ends it"
 last_words_of_ours() {
+  local code=$?
   tidy
-  [[ -n $named || ${NOW:-NONE} == NONE && ! -s $MINE/asked ]] || say "$NAME in $ZONE of $PROJECT may be there, and cost: launch/tpu/status.sh"
+  [[ -n $named || $known == NONE && ! -s $MINE/asked ]] || tell "$MAY_BE_THERE"
+  [[ -n $named || $code != 1 ]] || code=42 # not the run's, but that of a disk that is full, or the like
+  exit "$code"
 }
-trap leave INT TERM HUP
+trap leave INT TERM HUP USR1
 trap last_words_of_ours EXIT
 
 finish() { # CODE TEXT
-  local code=$1
-  note "$2"
-  [[ ! -t 2 ]] || printf '\n' >&2
+  local code=$1 reason="" kept=""
+  last_words
+  [[ $code =~ ^(0|42)$ || -z $LOGS ]] || reason=$(grep -hm1 ^error "$LOGS"/*.txt | head -n 1 || true)
+  tell "$2${reason:+: $reason}"
   if [[ -n $KEEP ]]; then
-    say "$NAME in $ZONE of $PROJECT goes on costing, because of --keep; still billing in $ZONE:"$'\n'"$(billing)"
+    as_job billing >"$STATE/billing" &
+    wait $! || true
+    tell "$NAME in $ZONE of $PROJECT goes on costing, because of --keep; still billing in $ZONE:"$'\n'"$(<"$STATE/billing")"
   elif ! delete; then
-    say "DELETE IT YOURSELF: $NAME in $ZONE of $PROJECT goes on costing (launch/tpu/delete.sh, or the same command again)"
+    tell "DELETE IT YOURSELF: $NAME in $ZONE of $PROJECT goes on costing (launch/tpu/delete.sh, or the same command again)"
     ((code)) || code=42
+    kept=1
+  elif [[ $known == NONE && -s $MINE/asked ]]; then
+    tell "$MAY_BE_THERE"
   fi
   named=1
-  rm -f "$MINE"/{began,best,fruitless,alive,asked}
+  rm -f "$MINE"/{age,best,fruitless,asked,requests}
+  [[ -n $kept ]] || rm -f "$MINE/alive" # else the same command goes on with the end of this life
   ((code)) || rm -rf "$MINE"
   exit "$code"
 }
 
 # Tried until it is known that nothing of ours is there, LOST_S at most.
 delete() {
-  local end=$((SECONDS + LOST_S))
+  local end=$((CLOCK + LOST_S))
   while true; do
     if look; then
       is_ours || return 0
       ! tpu delete || return 0
     fi
-    ((SECONDS < end)) || return 1
+    tick
+    ((CLOCK < end)) || return 1
     nap "$POLL_S"
   done
 }
 
-# Lives
-
-# Counts a life that has ended; too many without a new step are the end.
-count_life() { # CODE HOW
-  local fruitless
-  rm -f "$MINE/alive"
-  last_words
-  fruitless=$(($(recall "$MINE/fruitless" 0) + 1))
-  remember "$MINE/fruitless" "$fruitless"
-  note "life ended: $2; step $(best), $fruitless without a new one"
-  ((fruitless < LIVES)) || finish "$1" "$LIVES lives without a new checkpoint; the last words of the workers: $STATE/logs"
-}
-
-life_ended() { # CODE HOW
-  [[ ! -s $MINE/alive ]] || count_life "$@"
-}
-
-# Puts the end of every worker's log into STATE/logs, if there is a machine to have it from.
-last_words() {
-  local code=0
-  [[ $NOW == ACTIVE ]] || return 0
-  on_workers 60 bash meshlm/launch/tpu/worker.sh log 200 || code=$?
-  ((code < 2)) || return 0 # which workers there are is not known
-  rm -rf "$STATE/logs"
-  cp -r "$ANSWERS" "$STATE/logs"
-}
-
-best() { recall "$MINE/best" 0; }
-
-seen_step() { # STEP
-  (($1 > $(best))) || return 0
-  remember "$MINE/best" "$1"
-  remember "$MINE/fruitless" 0
-}
-
-# Sets the machines up, which is little if they are, and starts the command. That a worker does not answer ends no life.
-begin_life() {
-  local code=0
-  note "setting up"
-  tpu setup --code="$CODE" || code=$?
-  if ((code == 0)); then
-    found_again # all have answered
-    note "starting at step $(best)"
-    remember "$MINE/alive" 1
-    tpu run -- "${COMMAND[@]}" || code=$?
-  fi
-  case $code in
-  0) ;;
-  42) lost ;;
-  *) ! look || [[ $NOW != ACTIVE ]] || count_life 2 "it could not be started" ;;
-  esac
-}
-
-code_name=""
-keep_code() {
-  local kept
-  if [[ -n $NEW_CODE || ! -s $CODE ]]; then
-    (cd "$HERE/../.." && snapshot "$CODE")
-    read -r kept code_name <"$CODE.txt" || true
-    note "code of $code_name"
-  else
-    read -r kept code_name <"$CODE.txt" || true
-    [[ $(cd "$HERE/../.." && tree) == "$kept" ]] ||
-      note "code of $code_name, as at the first start of this command; here it is another now, which --new_code takes"
-  fi
-}
-
-# What the workers say, in FOUND: running, done, "ended CODE" with the most telling code, none, other (something else
-# runs there), or lost if one of them gives no answer that is one.
-watch() {
-  local file status code step worst="" all=" " answer='^((running|none|other) |exited ([0-9]+) )(0|[1-9][0-9]{0,15})$'
-  FOUND=lost
-  ask_workers 60 status "${TOLD[@]}" || return 0
-  for file in "$ANSWERS"/*.txt; do
-    [[ $(grep -E "$answer" "$file" | tail -n 1) =~ $answer ]] || return 0 # gcloud has words of its own around it
-    status=${BASH_REMATCH[2]:-exited} code=${BASH_REMATCH[3]} step=${BASH_REMATCH[4]}
-    [[ $status$code != exited0 ]] || status="done"
-    all+="$status "
-    [[ $status == other ]] || seen_step "$step"
-    [[ $status != exited ]] || [[ -n $worst && ! $code =~ ^(2|3|4|130)$ ]] || worst=$code
-  done
-  case $all in
-  *" other "*) FOUND=other ;;
-  *" exited "*) FOUND="ended $worst" ;;
-  *" running "*) FOUND=running ;;
-  *" none "*) FOUND=none ;;
-  *) FOUND="done" ;;
-  esac
-}
-
 # Rounds
 
-lost_since="" lost_times=0
-found_again() { lost_since="" lost_times=0; }
+# Whether WHAT has failed for LOST_S, three times at least, in each round of which something is known.
+failing="" failing_s=0 failing_times=0
+too_long() { # WHAT
+  if [[ $failing == "$1 $MADE" ]]; then
+    failing_s=$((failing_s + STEP)) failing_times=$((failing_times + 1))
+  else
+    failing="$1 $MADE" failing_s=0 failing_times=1
+  fi
+  ((failing_times >= 3 && failing_s >= LOST_S))
+}
 
-# Not the first time, nor after a pause in which nobody asked: new machines only when a worker is long gone.
+# New machines only when a worker is long gone.
 lost() {
   note "a worker does not answer; step $(best)"
-  lost_since=${lost_since:-$SECONDS} lost_times=$((lost_times + 1))
-  ((lost_times >= 3 && SECONDS - lost_since >= LOST_S)) || return 0
-  remember "$MINE/alive" 1 # also if it never began: what is lost again and again has an end
+  too_long silence || return 0
+  ! over || finish 42 "ended after $MAX_HOURS hours, while a worker has not answered for $LOST_S s; the same command goes on from step $(best)"
+  remember "$MINE/alive" begun # also if it never began: what is lost again and again has an end
   replace "a worker has not answered for $LOST_S s"
 }
 
 # Deletes what is dead; the next round asks for new machines.
 replace() { # WHY
-  found_again
-  life_ended 42 "$1"
+  if [[ -s $MINE/alive ]]; then count_life 42 "$1"; else note "$1: new machines"; fi
   tpu delete || note "$1, and not deleted yet"
 }
 
+# A request that the cloud has given up, as after VALID_FOR, or taken back before it was of use.
+failed() {
+  local why="" requests
+  requests=$(recall "$MINE/requests" 0)
+  [[ $NOW != FAILED ]] || ! cloud queued-resources describe "$NAME" --format='value(state.failedData.error.message)' ||
+    why=$(tr -s '[:space:]' ' ' <<<"${OUTPUT:0:240}")
+  ((requests < REQUESTS)) || finish 42 "$REQUESTS requests have brought no machines; the last is $NOW${why:+: $why}"
+  replace "it is $NOW${why:+: $why}"
+}
+
 over() {
-  [[ $MAX_HOURS != 0 ]] && awk "BEGIN { exit !($(date +%s) - $(recall "$MINE/began" 0) > 3600 * $MAX_HOURS) }"
+  awk -v age="$(recall "$MINE/age" 0)" "BEGIN { exit !($MAX_HOURS > 0 && age > 3600 * $MAX_HOURS) }"
 }
 
 # A run that could not be told to save is told so again, as long as a worker may be silent.
 stop_at_the_end() {
   note "$MAX_HOURS hours are over: the run saves"
-  if [[ $NOW == ACTIVE ]] && ! tpu stop; then
-    lost_since=${lost_since:-$SECONDS}
-    ((SECONDS - lost_since >= LOST_S)) || return 0
-  fi
+  [[ $NOW != ACTIVE ]] || tpu stop || too_long stopping || return 0
   finish 42 "ended after $MAX_HOURS hours; the same command goes on from step $(best)"
 }
 
 check_mine() {
   is_ours || [[ -n $ADOPT ]] || named=1 # what is another's is no cost of this run
   check_ours
-  ADOPT="" # once
   [[ ! $NOW =~ ^(CREATING|ACCEPTED|WAITING_FOR_RESOURCES|PROVISIONING|ACTIVE)$ ]] || check_kind
 }
 
-# The machines are there.
+# The machines are there, and ours. What runs on them may be another's: first is asked what it is.
 attend() {
-  if [[ -e $STATE/new ]]; then FOUND=none; else watch; fi
-  [[ $FOUND =~ ^(lost|none)$ ]] || found_again
+  rm -f "$MINE/requests"
+  watch
+  [[ $FOUND =~ ^(lost|unknown)$ || $failing != silence* ]] || failing=""
   case $FOUND in
-  running)
-    [[ -s $MINE/alive ]] || remember "$MINE/alive" 1
-    note "running, step $(best)"
+  unknown)
+    note "it is not known what the workers do; step $(best)"
+    over && too_long asking || return 0
+    if [[ $(recall "$MINE/seen" "") != "$MADE" ]]; then # what is not known may be another's run
+      named=1
+      fail 42 "$MAX_HOURS hours are over, and it is not known what runs on $NAME, which GOES ON COSTING: launch/tpu/status.sh; delete.sh ends it"
+    fi
+    finish 42 "ended after $MAX_HOURS hours, and the run could not be told to save; the same command goes on from step $(best)"
     ;;
-  done) finish 0 "done at step $(best)" ;;
-  none) begin_life ;;
   lost) lost ;;
   other) fail 2 "$NAME runs another command; launch/tpu/stop.sh ends it, and then the same command; or take another NAME" ;;
-  ended\ [234] | "ended 130")
-    last_words
-    finish "${FOUND#ended }" "the command ended with ${FOUND#ended }, which a restart does not mend: $(cat "$STATE"/logs/* | grep -m1 ^error: || true)"
+  done) finish 0 "done at step $(best)" ;;
+  *) go_on_with_the_run ;;
+  esac
+}
+
+go_on_with_the_run() {
+  local code=${FOUND#ended }
+  if [[ $FOUND == ended\ * && -s $MINE/alive ]] && ! may_restart "$code"; then # else it has been told, and mended
+    finish "$code" "the command ended with $code, which a restart does not mend"
+  fi
+  if over; then
+    stop_at_the_end
+    return
+  fi
+  case $FOUND in
+  running)
+    failing=""
+    remember "$MINE/seen" "$MADE" # these machines have run this command
+    remember "$MINE/alive" begun
+    note "running, step $(best)"
+    ;;
+  none)
+    [[ $(recall "$MINE/alive" "") != begun ]] || count_life 42 "it has vanished"
+    begin_life
     ;;
   *)
-    life_ended "${FOUND#ended }" "exit code ${FOUND#ended }"
+    life_ended "$code" "exit code $code"
     begin_life
     ;;
   esac
@@ -265,40 +256,50 @@ attend() {
 
 # The first request ends at what is wrong with the settings; later it is tried again.
 ask() {
-  local code=0
-  note "asking for $SLICES x $TYPE"
+  local code=0 kind="$SLICES x $TYPE, $TIER" before requests
+  before=$(recall "$MINE/asked" "") requests=$(recall "$MINE/requests" 0)
+  note "asking for $kind"
+  ((requests == 0)) || nap $((RETRY_S << requests))
+  [[ $before == "$kind" ]] || remember "$MINE/asked" perhaps # this script may be ended meanwhile
   tpu create || code=$?
   if ((code == 0 || code == 42)); then
-    remember "$MINE/asked" 1
-  elif [[ ! -s $MINE/asked ]]; then
+    remember "$MINE/asked" "$kind"
+    ((code)) || remember "$MINE/requests" $((requests + 1))
+  elif [[ $before != "$kind" ]]; then
     ! look || is_ours || named=1 # there is nothing, or it is another's
+    [[ -z $named ]] || rm -f "$MINE/asked"
     exit "$code"
   fi
 }
 
 go_on() {
+  known=$NOW
+  remember "$MINE/age" $(($(recall "$MINE/age" 0) + STEP))
   if [[ -z $NOW ]]; then
     note "no answer from the cloud: ${REASON:0:240}"
-    found_again
     return
   fi
   if [[ $NOW != NONE ]]; then check_mine; fi
   [[ -n $code_name ]] || keep_code
-  if over; then
-    stop_at_the_end
+  if [[ $NOW == ACTIVE ]]; then
+    attend
     return
   fi
+  ! over || stop_at_the_end
   case $NOW in
   NONE) ask ;;
-  FAILED | SUSPENDED) replace "it is $NOW" ;;
-  ACTIVE) attend ;;
-  *) note "$NAME is $NOW" ;;
+  FAILED | SUSPENDED) failed ;;
+  CREATING | ACCEPTED | WAITING_FOR_RESOURCES | PROVISIONING | SUSPENDING | DELETING) note "$NAME is $NOW" ;;
+  *) note "$NAME is $NOW, and is waited for, perhaps for ever; launch/tpu/delete.sh ends it" ;;
   esac
 }
 
-look || is_passing || explain "cannot ask for $NAME" # what is wrong with the settings or the login ends it now
+# What is wrong with the settings or the login ends it now. What --adopt takes is what is there now, and nothing later.
+look || { [[ -z $ADOPT ]] && is_passing; } || explain "cannot ask for $NAME"
 while true; do
   go_on
+  ADOPT=""
   nap "$POLL_S"
   look || true
+  tick
 done

@@ -5,6 +5,7 @@
 ATTEMPTS=5
 RETRY_S=${MESHLM_RETRY_S:-5} # doubled each time
 ASK_S=120 ACT_S=900          # gcloud waits for the end of what it asks for
+OWNER=""                     # by know_owner
 FIELDS='csv[no-heading](state.state,createTime,tpu.nodeSpec[0].node.acceleratorType.basename(),tpu.nodeSpec[0].multisliceParams.nodeCount,tpu.nodeSpec[0].node.labels.meshlm)'
 
 # `gcloud compute tpus WORD...` here; tried again when the network or the service is at fault. Leaves what it printed
@@ -13,7 +14,7 @@ cloud() { # WORD...
   local command=(gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE" --quiet)
   local attempt wait_s=$RETRY_S limit_s=$ACT_S code
   OUTPUT="" REASON=""
-  [[ ! " $* " =~ " "(describe|list)" " ]] || limit_s=$ASK_S
+  [[ ! $2 =~ ^(describe|list)$ ]] || limit_s=$ASK_S
   if [[ -n $DRY_RUN ]]; then
     if ((limit_s == ASK_S)); then say "asks: $(quote "${command[@]}")"; else act "${command[@]}"; fi
     return 0
@@ -21,7 +22,7 @@ cloud() { # WORD...
   for ((attempt = 1; ; attempt++)); do
     code=0
     answer "$limit_s" "${command[@]}" || code=$?
-    if ((code == 0 || attempt == ATTEMPTS)) || ! is_passing; then return "$code"; fi
+    if ((code == 0 || attempt == ATTEMPTS)) || ! is_passing || is_orphan; then return "$code"; fi
     say "gcloud: ${REASON:0:240}; again in $wait_s s"
     nap "$wait_s"
     wait_s=$((2 * wait_s))
@@ -32,7 +33,7 @@ cloud() { # WORD...
 # not have the babysitter's lock (9), which would outlive the babysitter with it.
 answer() { # LIMIT_S COMMAND...
   local said code=0
-  said=$(mktemp -d)
+  said=$(mktemp -d 2>/dev/null) || { REASON="there is no room for files in ${TMPDIR:-/tmp}" && return 1; }
   timeout --kill-after=5 "$@" >"$said/output" 2>"$said/reason" </dev/null 9>&- &
   wait $! || code=$?
   OUTPUT=$(<"$said/output") REASON=""
@@ -69,15 +70,16 @@ is_passing() {
     [[ $REASON =~ RemoteDisconnected|"Broken pipe"|"no answer within"|"an answer that is none" ]]
 }
 
-# Of NAME itself: a project, a host or a file that is not found says nothing about it.
-is_absent() {
-  [[ $REASON =~ NOT_FOUND:.*[\'/]"$NAME"\' ]]
+# WHAT itself: a project, a host or a file that is not found says nothing about it.
+is_absent() { # WHAT, such as queuedResources/NAME
+  [[ $REASON =~ NOT_FOUND:.*/"$1"\' ]]
 }
 
 # Ends the script with what to do about gcloud's REASON: with 42 when it may pass.
 explain() { # WHAT
   local what=$1 todo code=2
   case $REASON in
+  "there is no room"*) todo="make room, or set TMPDIR" ;;
   *"auth login"* | *"active account"* | *eauthentication* | *credentials* | *invalid_grant*) todo="log in: gcloud auth login" ;;
   *"not have permission"* | *PERMISSION_DENIED*locations* | *"Permission denied on 'locations"* | *"nvalid zone"* | *"nknown zone"*)
     todo="is ZONE=$ZONE right, and may your account use TPUs in $PROJECT? Zones: gcloud compute tpus locations list"
@@ -96,22 +98,30 @@ explain() { # WHAT
 }
 
 # What the cloud says of NAME, in one answer: its state in NOW (NONE when it is not there), its time of creation in MADE,
-# its type in KIND, its number of slices in COUNT, and whose it is in MARK. Fails when the answer is not known.
+# its type in KIND, its number of slices in COUNT, and whose it is in MARK. Fails when the answer is not known. What is on
+# its way out may be described by its state and time alone: what has had our mark is known by its time from then on.
 look() {
+  local line='^([A-Z_]+),([0-9-]+T[0-9:.]+Z),([a-z0-9-]*),([0-9]*),([a-z0-9_-]*)$'
   NOW="" MADE="" KIND="" COUNT="" MARK=""
   if ! cloud queued-resources describe "$NAME" --format="$FIELDS"; then
-    is_absent || return 1
+    is_absent "queuedResources/$NAME" || return 1
     NOW=NONE
-  elif [[ $OUTPUT =~ ^([A-Z_]+),([^,]+),([^,]*),([0-9]*),([^,]*)$ ]]; then
-    NOW=${BASH_REMATCH[1]} MADE=${BASH_REMATCH[2]} KIND=${BASH_REMATCH[3]} COUNT=${BASH_REMATCH[4]:-1} MARK=${BASH_REMATCH[5]}
+  elif [[ $(grep -E "$line" <<<"$OUTPUT") =~ $line ]]; then # gcloud has words of its own around it
+    NOW=${BASH_REMATCH[1]} MADE=${BASH_REMATCH[2]} KIND=${BASH_REMATCH[3]} COUNT=${BASH_REMATCH[4]} MARK=${BASH_REMATCH[5]}
+    [[ -z $KIND ]] || COUNT=${COUNT:-1}
+    [[ -z $OWNER || $MARK != "$OWNER" ]] || keep_made
   elif [[ -z $DRY_RUN ]]; then
     REASON="an answer that is none: '${OUTPUT:0:80}'"
     return 1
   fi
 }
 
+keep_made() {
+  [[ $MADE == "$(recall "$STATE/made" "")" ]] || remember "$STATE/made" "$MADE"
+}
+
 # Sets OWNER: who has STATE, by account, machine and a number of its own. It is the label meshlm of what is created from
-# here, and only what has it is set up, stopped or deleted; or what --adopt has named, by its time of creation.
+# here, and only what has it, or has had it, is set up, stopped or deleted; or what --adopt has named.
 know_owner() {
   local file=$STATE/owner who
   if [[ ! -e $file ]]; then
@@ -123,31 +133,40 @@ know_owner() {
 }
 
 is_ours() {
-  [[ -n $OWNER && $MARK == "$OWNER" || -n $MADE && $MADE == "$(recall "$STATE/adopted" "")" ]]
+  [[ -n $OWNER && $MARK == "$OWNER" || -n $MADE && $MADE == "$(recall "$STATE/made" "")" ]]
 }
 
 # What is there is ours, or becomes it by --adopt; else the script ends.
 check_ours() {
-  if [[ -n $ADOPT ]] && ! is_ours; then
-    remember "$STATE/adopted" "$MADE"
-    rm -f "$STATE/new"
-  fi
+  [[ -z $ADOPT ]] || is_ours || adopt
   is_ours || fail 2 "$NAME in $ZONE of $PROJECT was not made from here (label meshlm: ${MARK:-none}), and nothing is done to it; take another NAME, or, if it is yours and nobody else's, take it over: the same command with --adopt"
+}
+
+adopt() {
+  cloud queued-resources describe "$NAME" --format='value(tpu.nodeSpec[0].nodeId,tpu.nodeSpec[0].multisliceParams.nodeIdPrefix)' ||
+    explain "cannot ask for the machines of $NAME"
+  [[ $OUTPUT =~ ^[[:space:]]*"$NAME"[[:space:]]*$ ]] ||
+    fail 2 "the machines of $NAME are called '${OUTPUT//[[:space:]]/}', and only those called $NAME can be taken over"
+  keep_made
 }
 
 # As was asked for, or the script ends.
 check_kind() {
-  [[ "$COUNT x ${KIND:-$TYPE}" == "$SLICES x $TYPE" ]] ||
+  [[ -z $KIND || "$COUNT x $KIND" == "$SLICES x $TYPE" ]] ||
     fail 2 "NAME=$NAME is in use, by $COUNT x $KIND; take another for your $SLICES x $TYPE, or delete that one: launch/tpu/delete.sh"
+}
+
+# NAME is there, or the script ends.
+find_name() {
+  look || explain "cannot ask for $NAME"
+  [[ $NOW != NONE ]] || fail 2 "there is no $NAME in $ZONE of $PROJECT; launch/tpu/create.sh asks for it, status.sh shows what is there"
 }
 
 # NAME is there, and ours, or the script ends.
 need() {
   know_owner
-  look || explain "cannot ask for $NAME"
-  [[ -z $DRY_RUN ]] || return 0
-  [[ $NOW != NONE ]] || fail 2 "there is no $NAME in $ZONE of $PROJECT; launch/tpu/create.sh asks for it, status.sh shows what is there"
-  check_ours
+  find_name
+  [[ -n $DRY_RUN ]] || check_ours
 }
 
 # What is paid for, or will be: queued resources but for dead ones, and machines but for those that are gone. A line each.

@@ -4,7 +4,7 @@
 #   launch/tpu/create.sh [--env=tpu.env] [--zone=… and other settings] [--dry_run]
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu.sh
-source "$(dirname "$0")/tpu.sh"
+source "$(dirname "$(readlink -f "$0")")/tpu.sh"
 begin -- "$@"
 
 # Ends the script when NAME is there, and not dead.
@@ -41,11 +41,6 @@ cloud "${words[@]}" || {
   is_there "$asked"
   [[ $NOW == NONE ]] || fail 42 "$NAME was created, and is dead by now ($NOW); launch/tpu/delete.sh, then again"
   REASON=$said
-  if [[ $NOW != NONE ]] && { is_passing || [[ $said == *ALREADY_EXISTS* ]]; }; then # it was created, and has died since
-    report "$asked"
-    exit
-  fi
   explain "cannot create $NAME"
 }
-[[ -n $DRY_RUN ]] || : >"$STATE/new" # nothing can run there: no script has begun to set it up
 report "$asked"

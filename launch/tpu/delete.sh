@@ -5,8 +5,9 @@
 # 0 when it is gone; 2 when it is not there, or not ours; 42 when it is not known to be gone.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu.sh
-source "$(dirname "$0")/tpu.sh"
+source "$(dirname "$(readlink -f "$0")")/tpu.sh"
 begin "adopt?" -- "$@"
+refuse_beside_babysitter
 
 delete() {
   ATTEMPTS=1 cloud queued-resources delete "$NAME" --force
@@ -18,13 +19,14 @@ need
   exit
 }
 made=$MADE said=""
+# What has its name may be another's by now: only what was seen a moment ago, and is the same, is deleted.
 for ((attempt = 1; attempt <= ATTEMPTS; attempt++)); do
-  delete || said=": ${REASON:0:240}"
-  ! look || [[ $NOW != NONE && $MADE == "$made" ]] || break # what has its name now is another
-  nap "$RETRY_S"
+  [[ $MADE != "$made" ]] || delete || said=": ${REASON:0:240}"
+  ((attempt == 1)) || nap "$RETRY_S"
+  ! look || [[ $MADE == "$made" ]] || break
 done
 ((attempt <= ATTEMPTS)) || fail 42 "$NAME in $ZONE of $PROJECT GOES ON COSTING; it is not known to be deleted$said; the same command again"
-rm -f "$STATE/new"
+rm -f "$STATE"/commands/*/asked
 report "$NAME is deleted"
-still=$(billing)
+still=$(billing 2>/dev/null) || still="what is not known: it cannot be listed now; launch/tpu/status.sh"
 [[ -z $still ]] || say "still billing in $ZONE:"$'\n'"$still"

@@ -5,10 +5,19 @@
 #     --adopt    also if NAME was not made from here
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu.sh
-source "$(dirname "$0")/tpu.sh"
+source "$(dirname "$(readlink -f "$0")")/tpu.sh"
 begin "adopt?" -- "$@"
 check_command
 
+refuse_beside_babysitter
 need
-on_workers 300 flock --close --wait=150 meshlm-busy bash meshlm/launch/tpu/worker.sh start "$BUCKET" "$NFS" "${COMMAND[@]}" || give_up $? "have not started it"
+[[ -n $DRY_RUN ]] || check_kind
+{
+  on_workers 300 flock --close --wait=150 --conflict-exit-code=124 meshlm-busy \
+    bash meshlm/launch/tpu/worker.sh start "$BUCKET" "$NFS" "${COMMAND[@]}" && heard "$STATUS"
+} || give_up $? "have not started it"
+if [[ -z $DRY_RUN ]] && ! by_babysitter; then # who asks for the codes, and knows what they mean
+  ended=$(grep -hE '^exited [1-9]' "$ANSWERS"/*.txt | sort | uniq -c | sed -E 's/^ *([0-9]+) exited ([0-9]+) .*/\1 workers with \2/' || true)
+  [[ -z $ended ]] || fail 2 "it was started, and has ended at once: ${ended//$'\n'/, }; launch/tpu/logs.sh shows why"
+fi
 report "started; launch/tpu/status.sh, logs.sh, and babysit.sh to keep it going"

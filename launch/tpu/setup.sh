@@ -6,30 +6,46 @@
 #     --adopt        also if NAME was not made from here
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu.sh
-source "$(dirname "$0")/tpu.sh"
+source "$(dirname "$(readlink -f "$0")")/tpu.sh"
 LIMIT_S=1200 CODE=""
 begin limit_s code "adopt?" -- "$@"
 COPY_S=300
 
+refuse_beside_babysitter
 need
-[[ -n $DRY_RUN ]] || rm -f "$STATE/new"
+[[ -n $DRY_RUN ]] || check_kind
 if [[ -z $CODE ]]; then
-  folder=$(mktemp -d)
+  folder=$(new_folder)
   trap 'rm -rf "$folder"; tidy' EXIT
   CODE=$folder/meshlm.tgz
-  (cd "$(dirname "$0")/../.." && snapshot "$CODE")
+  (cd "$(dirname "$(readlink -f "$0")")/../.." && snapshot "$CODE")
   read -r _ text <"$CODE.txt" || true
   say "code of $text"
 fi
+[[ -r $CODE ]] || fail 2 "--code=$CODE cannot be read"
 copy_to_workers "$COPY_S" "$CODE" || give_up $? "have not got the code; the same command again copies it to all"
+# What runs there is ended for the babysitter, who knows that the run is broken. Else it is healthy, for all that is known.
 # shellcheck disable=SC2016 # for the worker's shell
-unpack='if [ -e meshlm/launch ]; then bash meshlm/launch/tpu/worker.sh stop; fi && mkdir -p meshlm && '
-unpack+='find meshlm -mindepth 1 -maxdepth 1 ! -name bucket ! -name runs -exec rm -rf {} + && tar -xzf meshlm.tgz -C meshlm && '
+unpack='if [ -f meshlm-run/lock ] && ! flock --nonblock --shared meshlm-run/lock true; then '
+if by_babysitter; then
+  unpack+='bash meshlm/launch/tpu/worker.sh stop || exit; fi; '
+else
+  unpack+='echo "a command runs here, which this would end; launch/tpu/stop.sh first"; exit 2; fi; '
+fi
+# shellcheck disable=SC2016
+unpack+='[ "$(cksum <meshlm.tgz)" = "$2" ] || { echo "the code that is here is not what was copied"; exit 2; }; '
+# What the last archive has brought is removed, and nothing else: datasets, and what is mounted, stay.
+# shellcheck disable=SC2016
+unpack+='mkdir -p meshlm && touch meshlm-names && while IFS= read -r name; do rm -rf --one-file-system "meshlm/${name:?}" || exit; done <meshlm-names && '
+unpack+='tar -tzf meshlm.tgz | cut -d/ -f1 | sort -u | grep -vxE "bucket|runs" >meshlm-names && tar -xzf meshlm.tgz -C meshlm && '
 # shellcheck disable=SC2016
 unpack+='exec bash meshlm/launch/tpu/worker.sh setup "$0" "$1"'
-on_workers "$LIMIT_S" flock --close --wait=$((LIMIT_S / 2)) meshlm-busy bash -c "$unpack" "$BUCKET" "$NFS" ||
-  give_up $? "are not set up; the same command again tries all"
+versions='^python [^ ]+ jax [^ ]+ devices [0-9]+ of [0-9]+$'
+{
+  on_workers "$LIMIT_S" flock --close --wait=$((LIMIT_S / 2)) --conflict-exit-code=124 meshlm-busy \
+    bash -c "$unpack" "$BUCKET" "$NFS" "$(cksum <"$CODE")" && heard "$versions"
+} || give_up $? "are not set up; the same command again tries all"
 [[ -z $DRY_RUN ]] || exit 0
-lines=$(sed -n '/^python .* devices /p' "$ANSWERS"/*.txt | sort | uniq -c | sort -rn | sed -E 's/^ *([0-9]+) /\1 workers: /')
+lines=$(for file in "$ANSWERS"/*.txt; do said "$versions" "$file"; done | sort | uniq -c | sort -rn | sed -E 's/^ *([0-9]+) /\1 workers: /')
 (($(wc -l <<<"$lines") == 1)) || fail 2 "the workers of $NAME differ: ${lines//$'\n'/; }"
 say "$lines"

@@ -1,18 +1,26 @@
 #!/usr/bin/env bash
-# The state of NAME, of the command on each worker with its newest committed step, and what is billing in the zone.
+# The state of NAME, of the command on each worker with its newest committed step, and what is billing in the zone. 42 when
+# a part of this is not known.
 #   launch/tpu/status.sh [settings]
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu.sh
-source "$(dirname "$0")/tpu.sh"
+source "$(dirname "$(readlink -f "$0")")/tpu.sh"
 begin -- "$@"
 
 look || explain "cannot ask for $NAME"
 printf '%s %s\n' "$NAME" "$NOW"
+code=0
 if [[ $NOW == ACTIVE || -n $DRY_RUN ]]; then
-  ask_workers 60 status || true # what is billing has to be shown
+  { ask_workers 60 status && heard "$STATUS"; } || code=42 # what is billing has to be shown all the same
   for file in "$ANSWERS"/*.txt; do
-    [[ -n $DRY_RUN || ! -f $file ]] || printf '%s %s\n' "$(basename "$file" .txt)" "$(tail -n 1 "$file")"
+    [[ -n $DRY_RUN || ! -f $file ]] || printf '%s %s\n' "$(basename "$file" .txt)" "$(said "$STATUS" "$file" || echo unknown)"
   done
 fi
 printf 'billing in %s:\n' "$ZONE"
-billing
+costs=$(billing) || code=$?
+[[ -z $costs ]] || printf '%s\n' "$costs"
+if [[ $NOW == ACTIVE ]] && ! grep -q "^queued resource $NAME " <<<"$costs"; then
+  say "the cloud's lists are not whole: $NAME is not in them, and is ACTIVE"
+  code=42
+fi
+exit "$code"

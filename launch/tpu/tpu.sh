@@ -25,11 +25,30 @@ begin() { # FLAG... -- ARGUMENT...
   parse_flags "${own[@]}" env "dry_run?" "${SETTINGS[@],,}" -- "$@"
   check_numbers
   check_settings
-  STATE=${XDG_STATE_HOME:-$HOME/.local/state}/meshlm/tpu/$PROJECT.$ZONE.$NAME
-  [[ $STATE == /* ]] || STATE=$PWD/$STATE
-  mkdir -p "$STATE"
-  find "$STATE" -maxdepth 1 -name '*.answers' -mtime +7 -exec rm -rf {} + || true # of calls that were killed, or failed
+  find_state
   trap tidy EXIT
+  trap leave_all INT TERM HUP USR1
+}
+
+# Sets STATE, the folder of what outlives a script. A dry run has one of its own, with the owner alone.
+find_state() {
+  local owner
+  [[ -n ${XDG_STATE_HOME:-${HOME:-}} ]] || fail 2 "HOME is not set, below which is kept whose machines are whose; or set XDG_STATE_HOME"
+  STATE=${XDG_STATE_HOME:-${HOME:-}/.local/state}/meshlm/tpu/$PROJECT.$ZONE.$NAME
+  [[ $STATE == /* ]] || STATE=$PWD/$STATE
+  if [[ -n $DRY_RUN ]]; then
+    owner=$STATE/owner
+    STATE=$(new_folder)
+    [[ ! -r $owner ]] || cp "$owner" "$STATE"
+    return
+  fi
+  mkdir -p "$STATE" 2>/dev/null && [[ -w $STATE ]] ||
+    fail 2 "$STATE cannot be written to, where it is kept whose machines are whose; set XDG_STATE_HOME to another folder"
+  find "$STATE" -maxdepth 1 -name 'answers.*' -mtime +7 -exec rm -rf {} + || true # of calls that were killed, or failed
+}
+
+new_folder() {
+  mktemp -d 2>/dev/null || fail 2 "there is no room for files in ${TMPDIR:-/tmp}; make room, or set TMPDIR"
 }
 
 # What outlives a script, a file each; a file is whole or not there.
@@ -37,8 +56,56 @@ recall() { # FILE DEFAULT
   if [[ -s $1 ]]; then cat "$1"; else printf '%s' "$2"; fi
 }
 remember() { # FILE VALUE
-  printf '%s' "$2" >"$1.new"
-  mv "$1.new" "$1"
+  local new=$1.$BASHPID.new
+  # Not { }: a signal's last words would go where its errors go.
+  (mkdir -p "${1%/*}" && printf '%s' "$2" >"$new" && mv "$new" "$1") 2>/dev/null ||
+    fail 42 "$1 cannot be written, and $NAME in $ZONE of $PROJECT may be there, and cost; make room, and say the same again"
+}
+
+# By a signal. What was asked for may be carried out all the same.
+leave_all() {
+  trap '' INT TERM HUP USR1
+  end_jobs
+  fail 42 "left by a signal; $NAME in $ZONE of $PROJECT may be there, and cost: launch/tpu/status.sh"
+}
+
+# Runs a function of these scripts in the background: without the babysitter's lock (9), which would outlive it; a TERM
+# ends it at once, with what it waits for. (By itself bash would first wait for that, as there is a trap for its exit.)
+as_job() { # FUNCTION ARGUMENT...
+  exec 9>&-
+  trap 'kill "$!" 2>/dev/null; exit 143' TERM
+  "$@"
+}
+
+# All that this shell has in the background, such as gcloud, which does not get the Ctrl-C of a terminal.
+end_jobs() {
+  local pid
+  for pid in $(jobs -p); do kill "$pid" 2>/dev/null || true; done
+}
+
+# Babysitters: one for NAME, and nobody acts beside it, whose work it would undo.
+
+# The babysitter has $STATE/babysitter as 9, with its pid in it; scripts that act by hand share it while they are at work.
+take_name() {
+  exec 9<>"$STATE/babysitter"
+  flock --wait=1 9 ||
+    fail 2 "another babysitter has $NAME (pid $(<"$STATE/babysitter"); its log: $STATE/babysit.log), or another script acts on it just now"
+  printf '%s\n' "$$" >"$STATE/babysitter"
+  export MESHLM_BABYSITTER=$$ # what it starts acts for it
+}
+
+by_babysitter() { [[ ${MESHLM_BABYSITTER:-} == "$PPID" ]]; }
+
+refuse_beside_babysitter() {
+  ! by_babysitter || return 0
+  exec 9<>"$STATE/babysitter"
+  flock --nonblock --shared 9 ||
+    fail 2 "a babysitter has $NAME (pid $(<"$STATE/babysitter")), and would undo it; end it first (kill $(<"$STATE/babysitter")), then the same again"
+}
+
+# Nobody is left who wants the answer of what this script has begun: it, or the babysitter it acts for, was killed.
+is_orphan() {
+  ! kill -0 "$$" 2>/dev/null || ! kill -0 "${MESHLM_BABYSITTER:-$$}" 2>/dev/null
 }
 
 check_numbers() {
@@ -59,11 +126,11 @@ check_settings() {
   done
   [[ $NAME =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
     fail 2 "NAME=$NAME must be small letters, digits and hyphens, begin with a letter, and have 40 of them at most"
-  [[ $SLICES =~ ^[1-9][0-9]*$ ]] || fail 2 "SLICES=$SLICES must be a number, 1 or more"
+  [[ $SLICES =~ ^[1-9][0-9]{0,5}$ ]] || fail 2 "SLICES=$SLICES must be a number, 1 or more"
   [[ $TIER =~ ^(on-demand|spot|reserved)$ ]] || fail 2 "TIER=$TIER must be on-demand, spot or reserved"
   BUCKET=${BUCKET#gs://} BUCKET=${BUCKET%/}
-  [[ -z $NFS || $NFS == ?*:/* ]] || fail 2 "NFS=$NFS must be SERVER:/EXPORT, such as 10.0.0.2:/runs"
-  [[ $NFS == *:/ ]] || NFS=${NFS%/}
+  [[ $BUCKET =~ ^([a-z0-9]([-a-z0-9_.]*[a-z0-9])?)?$ ]] || fail 2 "BUCKET=$BUCKET must be the name of a bucket, without a folder"
+  check_nfs
   if [[ -z $RUNTIME ]]; then
     case $TYPE in
     v6e-*) RUNTIME=v2-alpha-tpuv6e ;;
@@ -79,17 +146,18 @@ check_settings() {
   for name in timeout flock; do
     command -v "$name" >/dev/null || fail 2 "$name is missing; on macOS: brew install coreutils flock"
   done
+  [[ ! $0 =~ /(setup|babysit)\.sh$ ]] || command -v git >/dev/null || fail 2 "git is missing, and the code that is copied is a commit"
 }
 
 # A training command whose run can be told, on storage that all of several hosts share, and that outlives them.
 check_command() {
   local run
   ((${#COMMAND[@]})) || fail 2 "name the training command after --: -- python -m launch.train --config=… --workdir=runs/…"
-  run=$(flag workdir "${COMMAND[@]}")
-  [[ -n $run ]] || fail 2 "the command has no --workdir=…"
+  run=$(workdir_of "${COMMAND[@]}")
+  is_below "${run%%/*}" "$run" || run="" # no case of these
   case $run in
-  bucket/?*) [[ -n $BUCKET ]] || fail 2 "--workdir=$run is in the bucket, and none is set; put BUCKET into tpu.env" ;;
-  runs/?*)
+  bucket/*) [[ -n $BUCKET ]] || fail 2 "--workdir=$run is in the bucket, and none is set; put BUCKET into tpu.env" ;;
+  runs/*)
     [[ -z $NFS ]] || return 0
     if ((SLICES > 1)) || has_several_hosts; then
       fail 2 "$SLICES x $TYPE has several hosts, and --workdir=$run is on the disk of each; put NFS=SERVER:/EXPORT into tpu.env, which becomes runs/, or BUCKET, and say --workdir=bucket/$run"
@@ -97,7 +165,9 @@ check_command() {
     [[ -n $(flag config.checkpoint.mirror "${COMMAND[@]}") ]] ||
       fail 2 "--workdir=$run is on a disk that is deleted with the machine; put NFS or BUCKET into tpu.env (launch/tpu/example.env), or add --config.checkpoint.mirror=gs://…"
     ;;
-  *) fail 2 "--workdir=$run must be below runs/ (NFS) or bucket/ (BUCKET), where it outlives the machines" ;;
+  *)
+    fail 2 "--workdir=$(flag workdir "${COMMAND[@]}") must be below runs/ (NFS) or bucket/ (BUCKET), where it outlives the machines, without . and .."
+    ;;
   esac
 }
 
@@ -112,24 +182,41 @@ has_several_hosts() {
 # what it is called.
 snapshot() { # FILE
   local changes left text
+  forget_other_clones
   changes=$(changes)
   left=$(git ls-files --others --exclude-standard | wc -l)
-  text="$(git rev-parse --short HEAD)${changes:+ with changes}"
+  text="$(git rev-parse --short "${changes:-HEAD}${changes:+^}")${changes:+ with changes}"
+  changes=${changes:-$(git rev-parse HEAD)} # one commit, whatever becomes of the clone meanwhile
   ((left == 0)) || text+=", without $((left)) untracked files"
-  git archive --format=tar.gz --output="$1.new" "${changes:-HEAD}"
-  remember "$1.txt" "$(tree) $text"
+  git archive --format=tar.gz --output="$1.new" "$changes" || fail 42 "$1 cannot be written; make room, and say the same again"
+  remember "$1.txt" "$(git rev-parse "$changes^{tree}") $text"
   mv "$1.new" "$1"
 }
 
 tree() {
   local changes
+  forget_other_clones
   changes=$(changes) && git rev-parse "${changes:-HEAD}^{tree}"
+}
+
+# GIT_DIR and the like name another clone than that of these scripts.
+forget_other_clones() {
+  local names
+  mapfile -t names < <(git rev-parse --local-env-vars)
+  unset "${names[@]}"
 }
 
 # The commit that git makes of the changes of tracked files; nothing when there are none. First a look: git stash fails,
 # and says nothing, when a file only seems to have changed, as after a touch.
 changes() {
+  local said="" pause_s name
   git rev-parse --verify --quiet HEAD >/dev/null || fail 2 "$PWD is no git clone, and the code that is copied is a commit"
-  git diff --quiet HEAD || git stash create || { sleep 1 && git stash create; } || { sleep 5 && git stash create; } ||
-    fail 2 "git cannot put the changes of $PWD together; is another git at work there? Else remove .git/index.lock"
+  ! git diff --quiet HEAD || return 0
+  name=$(git diff --name-only --diff-filter=AU)
+  [[ -z $name ]] || fail 2 "${name//$'\n'/, } in $PWD is added without its content (git add -N), or not merged; git add it, or git reset it"
+  for pause_s in 0 1 5; do
+    sleep "$pause_s"
+    { said=$(git stash create 2>&1 >&3) && return; } 3>&1
+  done
+  fail 2 "git cannot put the changes of $PWD together ($said); is another git at work there? Else remove .git/index.lock"
 }

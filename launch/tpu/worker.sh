@@ -3,6 +3,8 @@
 #   meshlm/          the snapshot of the code, and in it bucket/, the bucket, and runs/, the shared folder
 #   meshlm-env/      the Python environment; in it is `installed`, a hash of what it was made from
 #   meshlm-busy      is locked by what sets up, starts or stops: one at a time
+#   meshlm-run.before/  the meshlm-run of before the last start or setup
+#   meshlm-names     what the last archive of the code has at its top, and the next setup removes
 #   meshlm-run/      of the training command: lock (held while it runs), group (of its processes), told (what start was
 #                    told), call (by which call of it), code (when it has ended), log.txt
 #
@@ -17,7 +19,7 @@ set -euo pipefail
 
 RUN=$HOME/meshlm-run
 STOP_S=${MESHLM_STOP_S:-120} # for a save; then it is killed
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # shellcheck source-path=SCRIPTDIR source=../lib.sh
 source launch/lib.sh
 export PATH=$HOME/meshlm-env/bin:$HOME/.local/bin:$PATH
@@ -25,7 +27,7 @@ export PATH=$HOME/meshlm-env/bin:$HOME/.local/bin:$PATH
 # bash does not end at an error within what follows, as its result is asked for: so each step says || return.
 setup() { # BUCKET NFS
   stop
-  rm -rf "$RUN"
+  put_away
   environment >setup.log 2>&1 || {
     tail -n 3 setup.log
     printf 'the environment could not be made\n'
@@ -38,6 +40,13 @@ if jax.default_backend() != "tpu" and os.environ.get("JAX_PLATFORMS") is None:
     sys.exit("JAX finds no TPU here, only " + jax.default_backend())
 print(f"python {platform.python_version()} jax {jax.__version__} devices {jax.local_device_count()} of {jax.device_count()}")
 EOF
+}
+
+# Its log tells how it ended.
+put_away() {
+  [[ -d $RUN ]] || return 0
+  rm -rf "$RUN.before"
+  mv "$RUN" "$RUN.before"
 }
 
 environment() {
@@ -125,7 +134,7 @@ start() { # BUCKET NFS COMMAND...
   fi
   stop
   mounts "$1" "$2" || return
-  rm -rf "$RUN"
+  put_away
   mkdir "$RUN"
   quote "$@" >"$RUN/told"
   printf '%s' "${MESHLM_CALL:-}" >"$RUN/call"
@@ -149,8 +158,10 @@ live() { # COMMAND...
   mv "$RUN/code.new" "$RUN/code"
 }
 
-is_running() { # not by its pid, which is another's after the machine was started again
-  [[ -f $RUN/lock && ! -f $RUN/code ]] && ! flock --nonblock "$RUN/lock" true
+# Something of it holds the lock, also a trainer that still saves when its supervisor has died. Not by its pid, which is
+# another's after the machine was started again.
+is_running() {
+  [[ -f $RUN/lock ]] && ! flock --nonblock --shared "$RUN/lock" true
 }
 
 # shellcheck disable=SC2120
@@ -182,7 +193,7 @@ newest_step() {
 }
 
 stop() {
-  local group waited
+  local group waited fd
   is_running || return 0
   group=$(<"$RUN/group")
   kill -TERM -- "-$group" 2>/dev/null || true # it may have ended by now
@@ -190,8 +201,10 @@ stop() {
     is_running || return 0
     sleep 1
   done
-  pkill -KILL --parent "$(pgrep --delimiter=, --pgroup "$group")" || true # the trainer has a group of its own
   kill -KILL -- "-$group" 2>/dev/null || true
+  for fd in /proc/[0-9]*/fd/9; do # the trainer has a group of its own, and the lock
+    if [[ $fd -ef $RUN/lock ]]; then kill -KILL "$(cut -d/ -f3 <<<"$fd")" || true; fi
+  done
   for ((waited = 0; waited < 10; waited++)); do
     is_running || return 0
     sleep 1
@@ -200,6 +213,8 @@ stop() {
 }
 
 log() { # [LINES]
+  [[ -e $RUN/log.txt ]] ||
+    fail 2 "nothing was started here since it was set up; what ran before: launch/tpu/ssh.sh -- tail meshlm-run.before/log.txt"
   tail -n "${1:-20}" "$RUN/log.txt"
 }
 

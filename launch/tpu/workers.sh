@@ -1,23 +1,43 @@
 # shellcheck shell=bash
 # The workers of NAME, for the scripts of launch/tpu/: something on all of them at once. Sourced; runs nothing.
 
-AT_ONCE=32 # connections
-ANSWERS=""
+AT_ONCE=32                    # connections
+ANSWERS="" FAILED=0 UNKNOWN=0 # of the last call
+BUSY=75                       # of a worker at which another call is at work
+# shellcheck disable=SC2034 # read by the scripts
+STATUS='^(running|none|other|exited [0-9]{1,3}) [0-9]{1,16}$' # what worker.sh says of a run
 
-nodes() {
-  local i
-  if ((SLICES == 1)); then
+nodes() { # as many as were made, whatever the settings say by now
+  local i slices=${COUNT:-$SLICES}
+  if ((slices == 1)); then
     printf '%s\n' "$NAME"
   else
-    for ((i = 0; i < SLICES; i++)); do printf '%s\n' "$NAME-$i"; done
+    for ((i = 0; i < slices; i++)); do printf '%s\n' "$NAME-$i"; done
   fi
 }
 
-# A line "NODE WORKER" for each worker.
+# A line "NODE WORKER" for each worker. Machines do not get fewer: then the answer is not the whole of it.
 workers() {
+  local list known now before=0
+  all_workers >"$ANSWERS/all" || return # not $(): a signal would wait for it
+  list=$(<"$ANSWERS/all")
+  if [[ -n ${MADE:-} ]]; then
+    known=$(recall "$STATE/workers" "")
+    now=$(wc -l <<<"$list")
+    [[ $known != "$MADE"$'\n'* ]] || before=$(($(wc -l <<<"$known") - 1))
+    ((before <= now)) || fail 42 "the cloud names $now workers of $NAME, and there were $before; try again"
+    [[ $known == "$MADE"$'\n'"$list" ]] || remember "$STATE/workers" "$MADE"$'\n'"$list"
+  fi
+  printf '%s\n' "$list"
+}
+
+all_workers() {
   local node i
   for node in $(nodes); do
-    cloud tpu-vm describe "$node" --format='value(networkEndpoints.len())' || explain "cannot ask for the workers of $node"
+    cloud tpu-vm describe "$node" --format='value(networkEndpoints.len())' || {
+      ! is_absent "nodes/$node" || : >"$ANSWERS/absent" # for the babysitter
+      explain "cannot ask for the workers of $node"
+    }
     [[ -z $DRY_RUN ]] || OUTPUT=1
     [[ $OUTPUT =~ ^[1-9][0-9]*$ ]] || fail 42 "the cloud does not say which workers $node has; try again"
     for ((i = 0; i < OUTPUT; i++)); do printf '%s %s\n' "$node" "$i"; done
@@ -28,6 +48,7 @@ workers() {
 # the words twice when the connection breaks.
 ssh_words() { # NODE WORKER NUMBER WORD...
   printf '%s\0' gcloud compute tpus tpu-vm ssh "$1" --worker="$2" --project="$PROJECT" --zone="$ZONE" --quiet
+  printf '%s\0' --ssh-flag=-oBatchMode=yes # nobody is there to be asked
   [[ -z $INTERNAL_IPS ]] || printf '%s\0' --internal-ip
   printf '%s\0' --command="$(quote env MESHLM_PROCESS="$3" MESHLM_CALL="$CALL" "${@:4}")"
 }
@@ -35,46 +56,52 @@ ssh_words() { # NODE WORKER NUMBER WORD...
 # Not to all in one call: with more than one gcloud refuses an ssh-agent that has another key.
 scp_words() { # NODE WORKER NUMBER FILE
   printf '%s\0' gcloud compute tpus tpu-vm scp "$4" "$1:meshlm.tgz" --worker="$2" --project="$PROJECT" --zone="$ZONE" --quiet
+  printf '%s\0' --scp-flag=-oBatchMode=yes
   [[ -z $INTERNAL_IPS ]] || printf '%s\0' --internal-ip
 }
 
 # Runs the words on one worker, LIMIT_S at most; again when there was no connection (255).
 on_worker() { # LIMIT_S WORD...
-  local attempt code=0
+  local code=0
   if [[ -n $DRY_RUN ]]; then
     act "${@:2}"
     return
   fi
-  for attempt in 1 2 3; do
+  for _ in 1 2 3; do
     code=0
-    timeout --kill-after=5 "$@" </dev/null || code=$?
-    [[ $code == 255 ]] || break
-    say "no connection; attempt $attempt"
-    sleep "$RETRY_S"
+    timeout --kill-after=5 "$@" </dev/null &
+    wait "$!" || code=$?
+    if [[ $code != 255 ]] || is_orphan; then break; fi
+    nap "$RETRY_S"
   done
   return "$code"
 }
 
 # Runs what WORDS makes for each worker, on all at once. What each printed is in $ANSWERS/NODE.WORKER.txt, a folder of this
-# call alone; those that failed are named. 1 when some did: FAILED that said so, and UNKNOWN of whom nothing is known. It
-# is another code when the workers are not known, which has been said.
+# call alone, and its exit code in CODES; those that failed are named. 1 when some did: FAILED that said so, and UNKNOWN of
+# whom nothing is known. It is another code when the workers are not known, which has been said.
 each_worker() { # LIMIT_S WORDS ARGUMENT...
   local limit_s=$1 words=$2 node worker i code list command names=() pids=()
+  declare -gA CODES=()
   shift 2
   rm -rf "$ANSWERS"
-  ANSWERS=$(mktemp -d "$STATE/XXXXXXXX.answers") FAILED=0 UNKNOWN=0
-  CALL=$(basename "$ANSWERS" .answers)
-  list=$(exec 9>&- && workers) || return
+  ANSWERS=$(mktemp -d "$STATE/answers.XXXXXXXX" 2>/dev/null) || fail 42 "there is no room for files in $STATE; make room, and try again"
+  CALL=${ANSWERS##*.} FAILED=0 UNKNOWN=0
+  as_job workers >"$ANSWERS/list" &
+  wait "$!" || return
+  list=$(<"$ANSWERS/list")
   while read -r node worker; do
     mapfile -d '' -t command < <("$words" "$node" "$worker" "${#pids[@]}" "$@")
-    on_worker "$limit_s" "${command[@]}" >"$ANSWERS/$node.$worker.txt" 2>&1 9>&- &
+    as_job on_worker "$limit_s" "${command[@]}" >"$ANSWERS/$node.$worker.txt" 2>&1 &
     pids+=($!) names+=("$node.$worker")
-    # The first copy is waited for: gcloud makes a key with it, if there is none.
-    [[ ${#pids[@]}$words != 1scp_words ]] && ((${#pids[@]} % AT_ONCE)) || wait "${pids[-1]}" || true
+    # The first connection is waited for when gcloud has no key yet: it makes one.
+    [[ ${#pids[@]} != 1 || -e ${HOME:-}/.ssh/google_compute_engine ]] && ((${#pids[@]} % AT_ONCE)) || wait "${pids[-1]}" || true
   done <<<"$list"
   for i in "${!pids[@]}"; do
     code=0
     wait "${pids[i]}" || code=$?
+    # shellcheck disable=SC2034 # the babysitter reads it
+    CODES[${names[i]}]=$code
     if [[ -n $DRY_RUN ]]; then
       cat "$ANSWERS/${names[i]}.txt"
     elif ((code)); then
@@ -83,6 +110,23 @@ each_worker() { # LIMIT_S WORDS ARGUMENT...
     fi
   done
   ((FAILED + UNKNOWN == 0)) || return 1
+}
+
+# The last line of FORM that a worker has said; gcloud has words of its own around it.
+said() { # FORM FILE
+  grep -E "$1" "$2" | tail -n 1
+}
+
+# Each worker has to have said a line of FORM: an answer that is empty, or is cut off, is none, whatever its exit code.
+heard() { # FORM
+  local file
+  [[ -z $DRY_RUN ]] || return 0
+  for file in "$ANSWERS"/*.txt; do
+    [[ -z $(said "$1" "$file") ]] || continue
+    UNKNOWN=$((UNKNOWN + 1))
+    say "worker $(basename "$file" .txt): no answer but '$(last_line "$file")'"
+  done
+  ((UNKNOWN == 0))
 }
 
 on_workers() { # LIMIT_S WORD...
@@ -97,25 +141,35 @@ copy_to_workers() { # LIMIT_S FILE
 # going on there, from a call that was given up, is waited for.
 ask_workers() { # LIMIT_S VERB ARGUMENT...
   # shellcheck disable=SC2016 # for the worker's shell
-  on_workers "$1" flock --close --wait=$(($1 / 2)) meshlm-busy bash -c \
+  on_workers "$1" flock --close --wait=$(($1 / 2)) --conflict-exit-code=$BUSY meshlm-busy bash -c \
     'if [ -e meshlm/launch/tpu/worker.sh ]; then exec bash meshlm/launch/tpu/worker.sh "$@"; else echo none 0; fi' worker "${@:2}"
 }
 
-# Nothing is known when the connection (255), the time (124, 137) or gcloud itself failed.
+# Nothing is known when the connection (255), the time (124, 137) or gcloud itself failed, or another call was at work.
 is_unknown() { # CODE FILE
-  [[ $1 =~ ^(255|124|137)$ ]] || grep -qE '^ERROR: (\(gcloud|gcloud crashed)' "$2"
+  [[ $1 =~ ^(255|124|137|$BUSY)$ ]] || grep -qE '^ERROR: (\(gcloud|gcloud crashed)' "$2"
+}
+
+# The worker itself is silent, or gone. Whatever else ssh says is about this machine, its keys, or the way there.
+is_silent() { # CODE FILE
+  case $1 in
+  124 | 137) return 0 ;;
+  255) grep -qE 'Connection (timed out|refused|reset|closed)|No route to host|Operation timed out|closed by remote host|failed to connect to backend' "$2" ;;
+  *) [[ $1 != 0 ]] && grep -qE "NOT_FOUND: .*/nodes/[^/]*'" "$2" ;;
+  esac
 }
 
 worker_problem() { # CODE LIMIT_S FILE
   case $1 in
   124 | 137) printf 'no answer within %s s' "$2" ;;
-  255) printf 'no connection: %s' "$(last_line "$3")" ;;
+  255) printf 'no connection: %s' "$(grep -v '^ERROR: (gcloud' "$3" | grep . | tail -n 1)" ;;
+  "$BUSY") printf 'busy with another call' ;;
   *) printf 'exit code %s: %s (all of it: %s)' "$1" "$(last_line "$3")" "$3" ;;
   esac
 }
 
 last_line() { # FILE
-  grep -v '^[[:space:]]*$' "$1" | tail -n 1
+  grep -v '^[[:space:]]*$' "$1" | tail -n 1 || true
 }
 
 # Ends the script after each_worker has failed: with 42 when no worker has said so.
@@ -128,4 +182,5 @@ give_up() { # CODE WHAT
 # Answers go at the end of the script, unless some failed: then they are read.
 tidy() {
   [[ -z $ANSWERS ]] || ((FAILED + UNKNOWN)) || rm -rf "$ANSWERS"
+  [[ -z $DRY_RUN ]] || rm -rf "$STATE" # that of find_state
 }

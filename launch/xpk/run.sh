@@ -7,7 +7,7 @@
 #   --dry_run   print the command for xpk, run nothing
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=../lib.sh
-source "$(dirname "$0")/../lib.sh"
+source "$(dirname "$(readlink -f "$0")")/../lib.sh"
 
 SETTINGS=(PROJECT ZONE CLUSTER TYPE SLICES IMAGE STORAGE MAX_RESTARTS)
 PROJECT="" ZONE="" CLUSTER="" TYPE="" SLICES=1 IMAGE="" STORAGE="" MAX_RESTARTS=50
@@ -19,19 +19,23 @@ check_settings() {
   for name in PROJECT ZONE CLUSTER TYPE IMAGE; do
     [[ -n ${!name} ]] || fail 2 "$name is not set; put it into xpk.env (launch/xpk/example.env), or say --${name,,}=…"
   done
+  for name in PROJECT ZONE CLUSTER TYPE STORAGE; do
+    [[ ${!name} =~ ^([a-z0-9][-a-z0-9.:]*)?$ ]] || fail 2 "$name=${!name} must be small letters, digits and hyphens"
+  done
+  [[ $IMAGE =~ ^[A-Za-z0-9][-A-Za-z0-9._/:@]*$ ]] || fail 2 "IMAGE=$IMAGE must be the name of an image"
   [[ $NAME =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
     fail 2 "--name=$NAME must be small letters, digits and hyphens, begin with a letter, and have 40 of them at most"
-  [[ $SLICES =~ ^[1-9][0-9]*$ ]] || fail 2 "SLICES=$SLICES must be a number, 1 or more"
-  [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || fail 2 "MAX_RESTARTS=$MAX_RESTARTS must be a number"
+  [[ $SLICES =~ ^[1-9][0-9]{0,5}$ ]] || fail 2 "SLICES=$SLICES must be a number, 1 or more"
+  [[ $MAX_RESTARTS =~ ^[0-9]{1,6}$ ]] || fail 2 "MAX_RESTARTS=$MAX_RESTARTS must be a number"
   [[ -n $DRY_RUN ]] || command -v xpk >/dev/null || fail 2 "xpk is missing; install it: pip install xpk"
 }
 
 check_command() {
   local run
   ((${#COMMAND[@]})) || fail 2 "name the training command after --: -- python -m launch.train --config=… --workdir=/runs/…"
-  run=$(flag workdir "${COMMAND[@]}")
-  [[ $run == /* ]] ||
-    fail 2 "--workdir=$run is in the container, and goes with it; name a folder on a storage of the cluster: --workdir=/runs/a"
+  run=$(workdir_of "${COMMAND[@]}")
+  is_below "" "$run" && [[ $run == /*/?* && ! $run =~ ^/(tmp|var|dev|proc|sys|run|root|usr|etc|meshlm)/ ]] ||
+    fail 2 "--workdir=$run is in the container, and goes with it, or has . or .. in it; name a folder on a storage of the cluster: --workdir=/runs/a"
 }
 
 # The words for bash on one line, in ASCII: what the YAML around them takes. Kubernetes reads $$ and $(NAME) in it, so no

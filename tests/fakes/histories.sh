@@ -33,3 +33,8 @@ basename() {
 date() {
   printf "%(${1#+})T\n" -1
 }
+rm() { # which the babysitter calls in each round: the clock is set in one of them
+  command rm "$@" || return
+  [[ -n ${HISTORY_CLOCK:-} && ${0##*/} == babysit.sh && BASH_SUBSHELL -eq 0 ]] && ((RANDOM % 4 == 0)) || return 0
+  SECONDS=$((SECONDS + HISTORY_CLOCK)) HISTORY_CLOCK=""
+}
