@@ -100,9 +100,8 @@ class Door:
             return ""
         if b"\n" not in said:
             return ""
-        try:
-            visitor = Visitor(**json.loads(self._heard[connection]))
-        except (ValueError, TypeError):  # not one of us
+        visitor = _visitor(self._heard[connection])
+        if visitor is None:  # not one of us
             self._forget(connection)
             return ""
         refused = self._why_not(visitor)
@@ -135,6 +134,15 @@ class Door:
         del self._heard[connection]
         self._here = {i: here for i, here in self._here.items() if here[0] is not connection}
         connection.close()
+
+
+def _visitor(said: bytes) -> Visitor | None:
+    try:
+        visitor = Visitor(**json.loads(said))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    kinds = Visitor.__annotations__.values()
+    return visitor if all(type(value) is kind for value, kind in zip(visitor, kinds, strict=True)) else None
 
 
 def knock(address: tuple[str, int], me: Visitor, timeout_s: float, progress: Callable[[str], None]) -> None:
@@ -197,9 +205,12 @@ def _wait_inside(connection: socket.socket, me: Visitor, end: float, progress: C
             continue
         if not line.endswith(b"\n"):
             return "process 0 has ended"
-        answer = json.loads(line)
-        if refused := answer.get("refused"):
-            raise ConfigError(refused)
+        try:
+            refused = json.loads(line).get("refused")
+        except (ValueError, AttributeError, RecursionError):
+            return "what listens there does not speak as process 0 does"
+        if refused:
+            raise ConfigError(str(refused))
         return ""
     return "not all processes have come to process 0"
 

@@ -24,6 +24,7 @@ def use_compilation_cache(run: pathlib.Path, folder: str | None = None) -> None:
     """
     import jax
 
+    jax.config.update("jax_compilation_cache_dir", None)  # JAX has read the variable itself
     if folder is None:
         folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(run.absolute().parent / ".xla"))
     if not folder:

@@ -21,6 +21,7 @@ from trainer import reading
 from trainer.checkpoint import Checkpoints, LiteralPath, checksums, choose_step
 from trainer.config import CheckpointConfig
 from trainer.errors import CheckpointError, ConfigError
+from trainer.mirror import Mirror
 from trainer.reading import Unreadable
 from trainer.state import Program, TrainState
 
@@ -354,6 +355,49 @@ def test_choosing_a_step(tmp_path, state):
     assert choose_step(checkpoints, None) == 4 and choose_step(checkpoints, 2) == 2
     with pytest.raises(CheckpointError, match="no checkpoint at step 3; there are 2, 4"):
         choose_step(checkpoints, 3)
+
+
+def failing_once(monkeypatch, at: str) -> None:
+    """The first rename of a path that ends so fails."""
+    rename, failed = pathlib.Path.rename, []
+
+    def renamed(path, target):
+        if path.name == at and not failed:
+            failed.append(path)
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", renamed)
+
+
+def test_setting_aside_is_tried_again_where_it_failed(tmp_path, state, monkeypatch):
+    """What has been set aside before is not deleted by that."""
+    monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
+    checkpoints = save(tmp_path, state, 2, 4, 6)
+    failing_once(monkeypatch, "6")
+    checkpoints.discard_after(2)
+    assert sorted(p.name for p in checkpoints.directory.iterdir()) == ["2", "4.set_aside", "6.set_aside"]
+
+
+def test_a_step_that_cannot_be_deleted_keeps_no_other(tmp_path, state, monkeypatch):
+    checkpoints = save(tmp_path, state, 2, 4, 6, 8)
+    checkpoints.config = CheckpointConfig(keep_last=1, keep_best=0)
+    failing_once(monkeypatch, "4")
+    checkpoints.delete_old()
+    assert checkpoints.steps() == [4, 8]
+
+
+def test_copies_are_discarded_by_name(tmp_path, state, monkeypatch):
+    """Not as all but those that are listed: a listing that fails once is an empty one."""
+    mirror = Mirror(str(tmp_path / "mirror"), tmp_path / "run/checkpoints", config())
+    checkpoints = Checkpoints(tmp_path / "run", KEEP_ALL, mirror=mirror)
+    for step in (2, 4, 6):
+        checkpoints.save(step, state, {"samples": 0})
+        assert checkpoints.wait()
+        mirror.wait()
+    monkeypatch.setattr(mirror, "whole", lambda: set())
+    checkpoints.discard_after(4)
+    assert mirror._list() == {2, 4}
 
 
 def test_a_chosen_step_is_restored_and_what_is_set_aside_is_no_step(tmp_path, program, state):

@@ -99,7 +99,19 @@ def test_who_went_away_may_come_again():
 
 @pytest.mark.parametrize(
     "said",
-    [b"", b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"{}\n", b"[1]\n", b"\xff\n", b"{" * 70000],
+    [
+        b"",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"{}\n",
+        b"[1]\n",
+        b"\xff\n",
+        b"{" * 70000,
+        b"[" * 60000 + b"\n",
+        b'{"process": "1", "run": "runs/a", "host": "h", "pid": 1}\n',
+        b'{"process": 1, "run": ["runs/a"], "host": "h", "pid": 1}\n',
+        b'{"process": true, "run": "runs/a", "host": "h", "pid": 1}\n',
+    ],
 )
 def test_whatever_else_comes_in_changes_nothing(said):
     port = runs.free_port()

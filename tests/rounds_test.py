@@ -151,7 +151,7 @@ def test_events_are_taken_up_at_one_tick_by_all_whoever_asks():
 
 def test_a_process_that_stands_still_longer_than_any_limit_makes_nobody_deaf(caplog, monkeypatch):
     """After one agreement that took too long, no request was heard any more: no saves by time, no SIGTERM."""
-    monkeypatch.setattr(rounds, "POLL_S", 0.2)
+    monkeypatch.setattr(rounds, "TELL_S", 0.2)
     gang = Gang(3, timeout_s=0.1)
     deaf: list[object] = []
     listen(gang, deaf=deaf.append)
@@ -234,3 +234,22 @@ def test_a_difference_costs_the_details_of_two():
     assert all(isinstance(error, ConfigError | Elsewhere) for error in errors)
     # Process 0 reads its own without the store; the other's is sent once and read twice at most, with the rest.
     assert gang.store.sent - before < 4 * len(str(fields)) + 32 * 2 * 400
+
+
+def test_a_wait_without_a_limit_is_few_calls(monkeypatch):
+    """Each that timed out stays in JAX's service until the key is set."""
+
+    class Empty:
+        calls = 0
+
+        def get(self, key: str, timeout_s: float) -> str:
+            self.calls += 1
+            if self.calls * timeout_s > 86_400:  # the process comes after a day
+                return "here"
+            now[0] += timeout_s
+            raise TimeoutError(key)
+
+    now, store = [0.0], Empty()
+    monkeypatch.setattr(rounds.time, "monotonic", lambda: now[0])
+    assert rounds.Rounds(store, "x", 0, 2)._wait("folder", "1", None) == "here" and store.calls < 15
+    assert rounds.wait_for(Empty(), "key") == "here"

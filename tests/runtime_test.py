@@ -12,7 +12,7 @@ from trainer.errors import ConfigError
 @pytest.fixture
 def used(monkeypatch):
     """The folder that JAX is told, if any."""
-    told = {}
+    told = {"jax_compilation_cache_dir": "what JAX has read from the variable"}
     monkeypatch.setattr(jax.config, "update", lambda name, value: told.update({name: value}))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     return lambda: told.get("jax_compilation_cache_dir")

@@ -284,11 +284,14 @@ class Checkpoints:
         if self.processes.index or (self.busy and threading.current_thread() is not self._watcher):
             return
         copying = {self.mirror.copying} if self.mirror is not None else set()
+        doomed: set[int] = set()
         with _later():
-            for step in set(self.steps()) - self._kept() - copying:
-                doomed = self.directory / f"{step}{DELETING}"
-                (self.directory / str(step)).rename(doomed)
-                _remove(doomed)
+            doomed = set(self.steps()) - self._kept() - copying
+        for step in doomed:
+            with _later():  # one that cannot be deleted keeps no other
+                away = self.directory / f"{step}{DELETING}"
+                (self.directory / str(step)).rename(away)
+                _remove(away)
 
     # Reading
 
@@ -487,12 +490,14 @@ class Checkpoints:
         def move() -> None:
             for step in steps:
                 target = self.directory / f"{step}{ASIDE}"
+                if not reading.is_there(self.directory / str(step)):
+                    continue  # by the attempt before, which failed at another one
                 _remove(target)
                 (self.directory / str(step)).rename(target)
                 log.warning("%s; %s is now %s", reason, self.directory / str(step), target.name)
             if self.mirror is not None:
                 self.mirror.wait()
-                self.mirror.keep_only({s for s in self.mirror.whole() if s not in steps})
+                self.mirror.discard(steps)
 
         if steps:
             self._on_process_0(f"setting aside {steps}", move)

@@ -14,7 +14,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from data import names, remote
@@ -149,7 +149,11 @@ class Mirror:
 
     def keep_only(self, steps: set[int]) -> None:
         """Deletes the copies of other steps."""
-        for step in self.whole() - steps - {self.copying}:
+        self.discard(self.whole() - steps - {self.copying})
+
+    def discard(self, steps: Iterable[int]) -> None:
+        """Deletes the copies of these steps, as far as it can: those of others stay, whatever cannot be seen now."""
+        for step in steps:
             try:
                 self._delete(step)
             except _ERRORS as e:

@@ -14,7 +14,9 @@ from trainer.errors import Stopped
 
 log = logging.getLogger("meshlm")
 PREFIX = "meshlm"
-POLL_S = 60.0  # of a wait without a limit; only so that it is not one call for ever
+# A call that timed out stays in JAX's service, some 15 kB, until its key is set: so few of them.
+FOREVER_S = 1e6  # of a wait without a limit
+TELL_S = 60.0  # then process 0 says whom it waits for, and again after twice as long
 ALSO_S = 30.0  # that the answer of process 0 may take beyond the values it waits for
 
 
@@ -68,7 +70,7 @@ def wait_for(store: Store, key: str) -> str:
     """The value of a key, however long it takes: another watches over that (trainer/watchdog.py)."""
     while True:
         try:
-            return store.get(key, POLL_S)
+            return store.get(key, FOREVER_S)
         except TimeoutError:
             continue
 
@@ -117,12 +119,14 @@ class Rounds:
         return [found[str(i)] for i in range(1, self._size)]
 
     def _wait(self, folder: str, name: str, end: float | None) -> str | None:
+        start, wait_s = time.monotonic(), TELL_S
         while True:
-            left_s = POLL_S if end is None else min(end - time.monotonic(), POLL_S)
+            left_s = wait_s if end is None else end - time.monotonic()
             try:
                 return self._store.get(f"{folder}/{name}", max(left_s, 0.001))
             except TimeoutError:
                 if end is not None and time.monotonic() >= end:
                     return None
             if end is None:
-                log.warning("process %s has not answered for %.0f s; waiting for it", name, POLL_S)
+                log.warning("process %s has not answered for %.0f s; waiting for it", name, time.monotonic() - start)
+                wait_s *= 2
