@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model import kernels
 from model.placement import Placement
-from trainer import embedding, sharding
+from trainer import dropout, embedding, sharding
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.shards import Shards
@@ -128,8 +128,7 @@ class MeshPlacement(Placement):
         replicas = self.mesh.shape["data"]
         if replicas == 1:
             return super().bernoulli(key, p, shape)
-        of_all = super().bernoulli(key, p, (replicas * shape[0], *shape[1:]))
-        return jax.lax.dynamic_slice_in_dim(of_all, jax.lax.axis_index("data") * shape[0], shape[0])
+        return dropout.bernoulli_rows(key, p, shape, jax.lax.axis_index("data") * shape[0])
 
     def lookup(self, table: Array, index: Array, axes: tuple[str, str], dtype: jnp.dtype) -> Array:
         return embedding.lookup(self.mesh, table, index, axes, dtype)
