@@ -14,15 +14,16 @@
 # Settings of XLA and NCCL are in launch/gpu/env.sh. The rest is launch/local/run.sh: lines are marked [process] where
 # there are several; Ctrl-C, SIGTERM and SIGUSR1 save and leave with 42, and the same command goes on.
 set -euo pipefail
+HERE=$(dirname "$(readlink -f "$0")")
 # shellcheck source-path=SCRIPTDIR source=../lib.sh
-source "$(dirname "$(readlink -f "$0")")/../lib.sh"
+source "$HERE/../lib.sh"
 # shellcheck source-path=SCRIPTDIR source=../local/command.sh
-source "$(dirname "$(readlink -f "$0")")/../local/command.sh"
+source "$HERE/../local/command.sh"
 
 NODES=1 NODE="" COORDINATOR="" PER_GPU="" DETERMINISTIC="" SKIP_CHECK="" DRY_RUN=""
 SETTINGS=(XLA_FLAGS JAX_OPTIMIZATION_LEVEL JAX_PLATFORMS NCCL_DEBUG NCCL_ALGO)
 
-# Sets GPUS. Of CUDA_VISIBLE_DEVICES CUDA takes the names before the first that is none, such as -1.
+# Sets GPUS. Of CUDA_VISIBLE_DEVICES CUDA takes the names before the first that is not of a GPU, such as -1.
 count_gpus() {
   local name names
   GPUS=0
@@ -42,7 +43,7 @@ count_gpus() {
 parse_flags nodes node coordinator "per_gpu?" "deterministic?" "skip_check?" "dry_run?" -- "$@"
 find_python
 # shellcheck source-path=SCRIPTDIR source=env.sh
-source "$(dirname "$(readlink -f "$0")")/env.sh"
+source "$HERE/env.sh"
 if [[ -n $DRY_RUN ]]; then
   for name in "${SETTINGS[@]}"; do [[ -z ${!name:-} ]] || printf 'export %s\n' "$(quote "$name=${!name}")"; done
 fi
@@ -54,4 +55,4 @@ if [[ -n $PER_GPU ]]; then
   GANG=("--processes=$GPUS" --per_gpu)
 fi
 GANG+=("--nodes=$NODES" "--node=${NODE:-}" "--coordinator=$COORDINATOR")
-exec "$(dirname "$(readlink -f "$0")")/../local/run.sh" "${GANG[@]}" ${DRY_RUN:+--dry_run} -- "${COMMAND[@]}"
+exec "$HERE/../local/run.sh" "${GANG[@]}" ${DRY_RUN:+--dry_run} -- "${COMMAND[@]}"

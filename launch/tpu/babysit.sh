@@ -15,11 +15,11 @@
 #     --new_code    from the next life on with the code of now, and not that of the first start of this command
 #     --adopt       takes over NAME, which is there now, and was not made from here
 set -euo pipefail
-# shellcheck source-path=SCRIPTDIR source=tpu.sh
-source "$(dirname "$(readlink -f "$0")")/tpu.sh"
-# shellcheck source-path=SCRIPTDIR source=lives.sh
-source "$(dirname "$(readlink -f "$0")")/lives.sh"
 HERE=$(dirname "$(readlink -f "$0")")
+# shellcheck source-path=SCRIPTDIR source=tpu.sh
+source "$HERE/tpu.sh"
+# shellcheck source-path=SCRIPTDIR source=lives.sh
+source "$HERE/lives.sh"
 POLL_S=30 MAX_HOURS=0 KEEP="" NEW_CODE="" LIVES=3 REQUESTS=5
 LOST_S=${MESHLM_LOST_S:-900} # a worker that does not answer for so long is not waited for
 begin poll_s max_hours "keep?" "new_code?" "adopt?" -- "$@"
@@ -94,7 +94,7 @@ known="" # the state of NAME in the last round: ours, NONE, or not known
 
 # Whatever ends this script, what may go on costing is named.
 leave() {
-  trap '' INT TERM HUP USR1
+  trap '' "${SIGNALS[@]}"
   end_jobs
   if [[ $known == ACTIVE ]]; then
     named=1
@@ -110,7 +110,7 @@ last_words_of_ours() {
   [[ -n $named || $code != 1 ]] || code=42 # not the run's, but that of a disk that is full, or the like
   exit "$code"
 }
-trap leave INT TERM HUP USR1
+trap leave "${SIGNALS[@]}"
 trap last_words_of_ours EXIT
 
 finish() { # CODE TEXT
@@ -131,7 +131,7 @@ finish() { # CODE TEXT
   fi
   named=1
   rm -f "$MINE"/{age,best,fruitless,asked,requests}
-  [[ -n $kept ]] || rm -f "$MINE/alive" # else the same command goes on with the end of this life
+  [[ -n $kept ]] || rm -f "$MINE/alive" # else the same command resumes the end of this life
   ((code)) || rm -rf "$MINE"
   exit "$code"
 }

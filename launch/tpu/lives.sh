@@ -82,7 +82,7 @@ keep_code() {
 # What the workers say, in FOUND: running, done, "ended CODE" with the most telling code, none, or other (something else
 # runs there); lost if one of them is silent or gone; unknown when the answer is not known for another reason.
 watch() {
-  local worker file status code step worst="" all=" " answer='^((running|none|other) |exited ([0-9]{1,3}) )(0|[1-9][0-9]{0,15})$'
+  local worker file status code step worst="" all=" "
   FOUND=unknown
   ask_workers 60 status "${TOLD[@]}" || (($? == 1)) || {
     [[ ! -e $ANSWERS/absent ]] || FOUND=lost
@@ -92,7 +92,7 @@ watch() {
     status=unknown code=${CODES[$worker]} file=$ANSWERS/$worker.txt
     if is_silent "$code" "$file"; then
       status=silent
-    elif [[ $code == 0 && $(grep -E "$answer" "$file" | tail -n 1) =~ $answer ]]; then # gcloud has words of its own around it
+    elif [[ $code == 0 && $(said "$STATUS" "$file") =~ $STATUS ]]; then
       status=${BASH_REMATCH[2]:-exited} code=${BASH_REMATCH[3]} step=${BASH_REMATCH[4]}
       [[ $status$code != exited0 ]] || status="done"
       [[ $status == other ]] || seen_step "$step"

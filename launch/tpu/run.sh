@@ -13,8 +13,7 @@ refuse_beside_babysitter
 need
 [[ -n $DRY_RUN ]] || check_kind
 {
-  on_workers 300 flock --close --wait=150 --conflict-exit-code=124 meshlm-busy \
-    bash meshlm/launch/tpu/worker.sh start "$BUCKET" "$NFS" "${COMMAND[@]}" && heard "$STATUS"
+  on_free_workers 300 bash meshlm/launch/tpu/worker.sh start "$BUCKET" "$NFS" "${COMMAND[@]}" && heard "$STATUS"
 } || give_up $? "have not started it"
 if [[ -z $DRY_RUN ]] && ! by_babysitter; then # who asks for the codes, and knows what they mean
   ended=$(grep -hE '^exited [1-9]' "$ANSWERS"/*.txt | sort | uniq -c | sed -E 's/^ *([0-9]+) exited ([0-9]+) .*/\1 workers with \2/' || true)

@@ -42,8 +42,7 @@ unpack+='tar -tzf meshlm.tgz | cut -d/ -f1 | sort -u | grep -vxE "bucket|runs" >
 unpack+='exec bash meshlm/launch/tpu/worker.sh setup "$0" "$1"'
 versions='^python [^ ]+ jax [^ ]+ devices [0-9]+ of [0-9]+$'
 {
-  on_workers "$LIMIT_S" flock --close --wait=$((LIMIT_S / 2)) --conflict-exit-code=124 meshlm-busy \
-    bash -c "$unpack" "$BUCKET" "$NFS" "$(cksum <"$CODE")" && heard "$versions"
+  on_free_workers "$LIMIT_S" bash -c "$unpack" "$BUCKET" "$NFS" "$(cksum <"$CODE")" && heard "$versions"
 } || give_up $? "are not set up; the same command again tries all"
 [[ -z $DRY_RUN ]] || exit 0
 lines=$(for file in "$ANSWERS"/*.txt; do said "$versions" "$file"; done | sort | uniq -c | sort -rn | sed -E 's/^ *([0-9]+) /\1 workers: /')

@@ -8,7 +8,7 @@ LIMIT_S=600
 begin limit_s -- "$@"
 
 if ((${#COMMAND[@]} == 0)); then
-  trap - INT TERM HUP # they are for the shell there
+  trap - "${SIGNALS[@]}" # they are for the shell there
   read -r node < <(nodes)
   act gcloud compute tpus tpu-vm ssh "$node" --worker=0 --project="$PROJECT" --zone="$ZONE" ${INTERNAL_IPS:+--internal-ip}
   exit

@@ -13,6 +13,8 @@ PROJECT="" ZONE="" NAME="" TYPE="" SLICES=1 RUNTIME="" TIER=on-demand
 # shellcheck disable=SC2034
 VALID_FOR="" BUCKET="" NFS="" SERVICE_ACCOUNT="" INTERNAL_IPS="" DRY_RUN="" ADOPT=""
 
+SIGNALS=(INT TERM HUP USR1) # end a script; it says what may cost
+
 # Settings from tpu.env (or --env=FILE; --env= is none), then from flags; all is checked before the cloud is asked.
 begin() { # FLAG... -- ARGUMENT...
   local own=()
@@ -27,7 +29,7 @@ begin() { # FLAG... -- ARGUMENT...
   check_settings
   find_state
   trap tidy EXIT
-  trap leave_all INT TERM HUP USR1
+  trap leave_all "${SIGNALS[@]}"
 }
 
 # Sets STATE, the folder of what outlives a script. A dry run has one of its own, with the owner alone.
@@ -43,7 +45,7 @@ find_state() {
     return
   fi
   mkdir -p "$STATE" 2>/dev/null && [[ -w $STATE ]] ||
-    fail 2 "$STATE cannot be written to, where it is kept whose machines are whose; set XDG_STATE_HOME to another folder"
+    fail 2 "$STATE cannot be written to, which records whose machines are whose; set XDG_STATE_HOME to another folder"
   find "$STATE" -maxdepth 1 -name 'answers.*' -mtime +7 -exec rm -rf {} + || true # of calls that were killed, or failed
 }
 
@@ -64,7 +66,7 @@ remember() { # FILE VALUE
 
 # By a signal. What was asked for may be carried out all the same.
 leave_all() {
-  trap '' INT TERM HUP USR1
+  trap '' "${SIGNALS[@]}"
   end_jobs
   fail 42 "left by a signal; $NAME in $ZONE of $PROJECT may be there, and cost: launch/tpu/status.sh"
 }

@@ -5,7 +5,7 @@ AT_ONCE=32                    # connections
 ANSWERS="" FAILED=0 UNKNOWN=0 # of the last call
 BUSY=75                       # of a worker at which another call is at work
 # shellcheck disable=SC2034 # read by the scripts
-STATUS='^(running|none|other|exited [0-9]{1,3}) [0-9]{1,16}$' # what worker.sh says of a run
+STATUS='^((running|none|other) |exited ([0-9]{1,3}) )(0|[1-9][0-9]{0,15})$' # what worker.sh says of a run
 
 nodes() { # as many as were made, whatever the settings say by now
   local i slices=${COUNT:-$SLICES}
@@ -137,11 +137,15 @@ copy_to_workers() { # LIMIT_S FILE
   each_worker "$1" scp_words "$2"
 }
 
-# worker.sh on all of them; where nothing is set up it says "none 0". A worker does one thing at a time: what is still
-# going on there, from a call that was given up, is waited for.
+# A worker does one thing at a time: what is still going on there, from a call that was given up, is waited for.
+on_free_workers() { # LIMIT_S WORD...
+  on_workers "$1" flock --close --wait=$(($1 / 2)) --conflict-exit-code=$BUSY meshlm-busy "${@:2}"
+}
+
+# worker.sh on all of them; if nothing is set up there it says "none 0".
 ask_workers() { # LIMIT_S VERB ARGUMENT...
   # shellcheck disable=SC2016 # for the worker's shell
-  on_workers "$1" flock --close --wait=$(($1 / 2)) --conflict-exit-code=$BUSY meshlm-busy bash -c \
+  on_free_workers "$1" bash -c \
     'if [ -e meshlm/launch/tpu/worker.sh ]; then exec bash meshlm/launch/tpu/worker.sh "$@"; else echo none 0; fi' worker "${@:2}"
 }
 
