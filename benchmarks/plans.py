@@ -52,13 +52,13 @@ def recipe(name: str) -> Config:
     return from_dict((module.get_config(variant) if variant else module.get_config()).to_dict())
 
 
-# Sections that change nothing in the program of a step.
-BESIDE_THE_STEP = ("checkpoint", "watchdog", "metrics", "eval", "sample")
+# Sections that change nothing in what is compiled.
+NOT_COMPILED = ("checkpoint", "watchdog", "metrics")
 
 
 def digest(name: str) -> str:
     """Of what a plan was made from: it is out of date when this is another."""
-    config = {k: v for k, v in dataclasses.asdict(recipe(name)).items() if k not in BESIDE_THE_STEP}
+    config = {k: v for k, v in dataclasses.asdict(recipe(name)).items() if k not in NOT_COMPILED}
     return hashlib.sha256(json.dumps(config).encode()).hexdigest()[:16]
 
 
@@ -114,10 +114,10 @@ def write_header(name: str, plans: list[dict[str, Any]]) -> None:
 
 def table(plans: list[dict[str, Any]]) -> str:
     lines = [
-        "| recipe | machine | mesh | remat, attention | peak GiB of usable | "
+        "| recipe | machine | mesh | remat, attention | peak GiB of usable | in evaluation, sampling GiB | "
         "parameters + optimizer + gradients / activations / temporary GiB | "
         "sent a step GiB, by network and axis | at best: step, MFU, limit | compile s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for p in plans:
         memory = {part: size / GIB for part, size in p["memory"].items()}
@@ -130,6 +130,7 @@ def table(plans: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {p['recipe']} | {machine_of(p)} | {mesh} | {p['remat']}, {p['attention']} | "
             f"{p['peak_bytes'] / GIB:.1f} of {p['usable_bytes'] / GIB:.1f}{'' if p['fits'] else ' (does not fit)'} | "
+            f"{', '.join(f'{size / GIB:.1f}' for size in p['beside_bytes'].values())} | "
             f"{state:.1f} / {memory['activations']:.1f} / {memory['temporary']:.1f} | "
             f"{', '.join(f'{k} {v:.2f}' for k, v in sent.items() if v >= 0.005) or 'nothing'} | "
             f"{p['step_s_at_best']:.2f} s, {100 * p['mfu_at_best']:.0f} %, {limit(p)} | {p['compile_s']:.0f} |"

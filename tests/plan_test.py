@@ -292,6 +292,7 @@ def test_recorded_plans_cover_every_recipe_for_accelerators():
     recorded = json.loads(plans.FILE.read_text())
     assert [(p["recipe"], p["topology"], p["num_slices"]) for p in recorded] == list(plans.PLANS)
     assert all(p["fits"] for p in recorded)
+    assert all(p["beside_bytes"]["evaluation"] <= p["peak_bytes"] for p in recorded)
     assert os.path.getsize(plans.FILE) < 100_000
 
 
