@@ -6,8 +6,8 @@ Not run by us yet on such hardware, so no time or loss is claimed here. Name a p
 --config.data.path.
 
 Plans (make plans; compiled without the machine; the step at best is a roofline, docs/scaling.md):
-  llama_70b      on v5p:8x8x8     fits:  34.9 of 95.7 GiB, at best  20.16 s a step (compute)
-  llama_70b:two  on 2 x v5p:8x8x8 fits:  19.9 of 95.7 GiB, at best  10.08 s a step (compute)
+  llama_70b      on v5p:8x8x8     fits:  33.8 of 95.7 GiB, at best  20.16 s a step (compute)
+  llama_70b:two  on 2 x v5p:8x8x8 fits:  21.0 of 95.7 GiB, at best  10.08 s a step (compute)
 """
 
 from ml_collections import ConfigDict

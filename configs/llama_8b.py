@@ -6,7 +6,7 @@ hardware, so no time or loss is claimed here. Name a prepared dataset with --con
 
 Plans (make plans; compiled without the machine; the step at best is a roofline, docs/scaling.md):
   llama_8b:gpus  on h100:8        fits:  27.1 of 72.8 GiB, at best  34.40 s a step (compute)
-  llama_8b       on v5p:4x4x4     fits:  24.9 of 95.7 GiB, at best   9.27 s a step (compute)
+  llama_8b       on v5p:4x4x4     fits:  25.0 of 95.7 GiB, at best   9.27 s a step (compute)
   llama_8b:v6e   on v6e:16x16     fits:  10.8 of 31.2 GiB, at best   1.16 s a step (compute)
 """
 
