@@ -17,7 +17,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -223,6 +223,19 @@ def define_run_path(name: str, default: str | None, help: str) -> flags.FlagHold
 def define_data_path(name: str, default: str | None, help: str) -> flags.FlagHolder:
     """The same, but it may be in an object store, too."""
     return flags.DEFINE(_PathParser(expanded), name, default, help)
+
+
+def check_flag(name: str, check: Callable[[Any], object]) -> None:
+    """What `check` refuses of the value of a flag (DataError) is a mistake in a flag, and ends with 2 as others do."""
+
+    def valid(value: object) -> bool:
+        try:
+            check(value)
+        except DataError as e:
+            raise flags.ValidationError(str(e)) from None
+        return True
+
+    flags.register_validator(name, valid)
 
 
 def local_path(path: str) -> str:

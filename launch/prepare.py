@@ -25,7 +25,7 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from data import allocator, corpus, formats, losses, prepare, recognize, spool
+from data import allocator, corpus, formats, losses, prepare, recognize, spool, tokenizers, vocabulary
 from data.output import Output
 from launch import cli
 from trainer.console import StatusLine, duration
@@ -76,6 +76,8 @@ MAX_INVALID = flags.DEFINE_float(
 WORKERS = flags.DEFINE_integer("workers", 0, "Processes; 0 for one a core that this job may use.", lower_bound=0)
 COUNT_DUPLICATES = flags.DEFINE_bool("count_duplicates", False, "Count documents whose text occurred before.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a dataset at --out that another request made.")
+cli.check_flag("tokenizer", tokenizers.needs_texts)
+cli.check_flag("special_tokens", vocabulary.check_special_tokens)
 
 
 class Progress:

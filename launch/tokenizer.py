@@ -19,7 +19,7 @@ import time
 
 from absl import flags
 
-from data import bpe, corpus, documents, excerpt, minbpe, recognize, tokenizers
+from data import bpe, corpus, documents, excerpt, minbpe, recognize, tokenizers, vocabulary
 from data.bpe import JsonTokenizer
 from data.errors import DataError
 from data.files import write_durably
@@ -46,6 +46,7 @@ SAMPLE_MB = flags.DEFINE_integer(
 )
 OUT = cli.define_path("out", None, "train: file to write, .json or .model.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "train: replace --out.")
+cli.check_flag("special_tokens", vocabulary.check_special_tokens)
 
 COLOURS = (46, 42, 43, 45)  # backgrounds: cyan, green, yellow, magenta
 

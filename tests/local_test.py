@@ -258,15 +258,14 @@ def test_stopped_all_save_the_same_step(tmp_path, data, whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_one_killed_the_supervisors_start_all_again(tmp_path, data, whole, victim):
+def test_one_killed_the_supervisors_start_all_again(tmp_path, data, whole):
     """Process 0 has the coordinator: its port is taken again a moment after its death."""
     run = tmp_path / "run"
     with runs.ending(start(run, data)) as (process,):
         runs.wait_until(lambda: bool(interrupted.saved(run)), process)
-        os.kill(pids(run)[victim], signal.SIGKILL)
+        os.kill(pids(run)[0], signal.SIGKILL)
         out = runs.finish(process)
-    assert 137 in codes(run)[victim] and last_codes(run) == [0, 0], out
+    assert 137 in codes(run)[0] and last_codes(run) == [0, 0], out
     assert interrupted.trained(run) == interrupted.trained(whole)
 
 

@@ -169,27 +169,27 @@ def by_command(*argv: str) -> subprocess.CompletedProcess:
     )
 
 
-SMALL = ("--config=configs/llama_1b.py", "--config.model.num_layers=4", "--config.model.embed_dim=512",
-         "--config.model.mlp_dim=1024", "--config.model.num_heads=8", "--config.data.seq_len=512",
-         "--config.grad_accum_steps=1", "--config.model.vocab_size=32000")  # fmt: skip
+SMALL = ("--config=configs/llama_1b.py", "--config.model.embed_dim=512", "--config.model.mlp_dim=1024",
+         "--config.model.num_heads=4", "--config.grad_accum_steps=1", "--config.model.vocab_size=1024")  # fmt: skip
 
 
 @tpu
 @pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_answered_with_the_largest_that_does():
-    rows = 8192
-    result = by_command(*SMALL, "--topology=v5e:2x4", f"--config.global_batch_size={8 * rows}", "--json")
+    """Of one row what the layers keep is 8 GiB, and a device has 15.75: two are refused, and one fits."""
+    large = ("--config.model.num_layers=256", "--config.data.seq_len=32768", "--config.global_batch_size=16")
+    result = by_command(*SMALL, *large, "--topology=v5e:2x4", "--json")
     assert result.returncode == 1, result.stderr
     answer = json.loads(result.stdout.splitlines()[-1])
     assert not answer["fits"] and answer["peak_bytes"] > answer["usable_bytes"]
-    largest = answer["largest_batch"]
-    assert largest and 8 * rows > largest >= 8 * rows // 16
+    assert answer["largest_batch"] == 8
 
 
 @tpu
 @pytest.mark.slow
 def test_search_ranks_what_it_compiled():
-    result = by_command(*SMALL, "--topology=v5e:2x2", "--search", "--candidates=2", "--json")
+    sizes = ("--config.model.num_layers=2", "--config.data.seq_len=512", "--config.global_batch_size=16")
+    result = by_command(*SMALL, *sizes, "--topology=v5e:2x2", "--search", "--candidates=2", "--json")
     assert result.returncode == 0, result.stderr
     ranked = json.loads(result.stdout.splitlines()[-1])
     assert ranked and all(p["fits"] for p in ranked)

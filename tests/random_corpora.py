@@ -309,7 +309,8 @@ def _write_other(rng: random.Random, corpus: Corpus, folder: pathlib.Path, name:
     elif kind == 5:
         path.write_bytes(b"")
     elif kind == 6:
-        names = [n for n, truth in corpus.files.items() if truth.kind in ("text", "records")]
+        own = (n for n in corpus.files if (corpus.folder / n).resolve().is_relative_to(corpus.folder.resolve()))
+        names = [n for n in own if corpus.files[n].kind in ("text", "records")]
         if not names:
             return
         path.symlink_to(corpus.folder / rng.choice(names))
