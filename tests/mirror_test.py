@@ -137,7 +137,7 @@ def test_there_and_back(tmp_path, monkeypatch):
     (tmp_path / "mirror/checkpoints/5/a/b").mkdir(parents=True)
     (tmp_path / "mirror/checkpoints/5/a/b/c.__lock").write_bytes(b"x" * 100)
     there = Mirror(str(tmp_path / "mirror"), tmp_path / "run", Config())
-    there.offer(5, {5})
+    there.offer(5, lambda copies: copies)
     there.wait()
     (tmp_path / "other").mkdir()
     back = Mirror(str(tmp_path / "mirror"), tmp_path / "other", Config())

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from data import files
+from trainer import reading
 
 log = logging.getLogger("meshlm")
 
@@ -60,9 +61,16 @@ KINDS = {int: ("life", "code", "first_step", "last_step", "lost_steps"), float: 
 def newest_step(run: pathlib.Path) -> int:
     """The newest committed step of a run; 0 when there is none, or none can be seen."""
     try:
-        names = [p.name for p in (run / "checkpoints").iterdir() if (p / METADATA_FILE).exists()]
+        return newest_committed(run)
     except OSError:
         return 0
+
+
+def newest_committed(run: pathlib.Path) -> int:
+    """The newest committed step of a run; 0 when there is none. Raises OSError."""
+    if not reading.is_there(run / "checkpoints"):
+        return 0
+    names = [p.name for p in (run / "checkpoints").iterdir() if reading.is_there(p / METADATA_FILE)]
     return max((int(name) for name in names if name.isascii() and name.isdigit()), default=0)
 
 
