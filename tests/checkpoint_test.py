@@ -417,6 +417,37 @@ def test_copies_are_discarded_by_name(tmp_path, state, monkeypatch):
     assert mirror._list() == {2, 4}
 
 
+def test_steps_that_cannot_be_listed_are_one_line(tmp_path, program, state, monkeypatch):
+    """An error that passes is not noticed; nobody takes it for an empty folder."""
+    monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
+    checkpoints = save(tmp_path, state, 2, 4)
+    real, failures = pathlib.Path.iterdir, 0
+
+    def iterdir(path):
+        nonlocal failures
+        failures -= 1
+        if failures >= 0 and path == checkpoints.directory:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path)
+
+    monkeypatch.setattr(pathlib.Path, "iterdir", iterdir)
+    for use in (
+        checkpoints.steps,
+        lambda: checkpoints.discard_after(4),
+        lambda: choose_step(checkpoints, None),
+        lambda: checkpoints.restore_newest(program),
+        lambda: Checkpoints(tmp_path, KEEP_ALL),
+    ):
+        failures = 1
+        use()
+        failures = 99
+        with pytest.raises(Unreadable, match="Input/output error") as e:
+            use()
+        assert e.value.exit_code == 42
+    failures = 0
+    assert checkpoints.steps() == [2, 4]
+
+
 def test_a_chosen_step_is_restored_and_what_is_set_aside_is_no_step(tmp_path, program, state):
     checkpoints = save(tmp_path, state, 2, 4, 6)
     restored, _ = checkpoints.restore_newest(program, lambda steps: steps[1])

@@ -7,6 +7,7 @@ import types
 import pytest
 
 from data import remote
+from data.errors import UserError
 from trainer import identity, reading
 from trainer.checkpoint import Checkpoints
 from trainer.config import CheckpointConfig, Config, to_json
@@ -125,6 +126,31 @@ def test_a_copy_of_another_run_changes_nothing(tmp_path):
     with pytest.raises(ConfigError, match="not this one: 7"):
         Mirror(str(tmp_path), tmp_path, Config(), refuse)
     assert (tmp_path / "config.json").read_text() == before
+
+
+def test_a_copy_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    """An older one, or none, would be compared in its place, and the mirror taken over."""
+    monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
+    real, busy = Mirror._read, []
+
+    def read(mirror, key):
+        if busy and METADATA_FILE in key and busy.pop():
+            raise ValueError("ABORTED: All 32 retry attempts failed: Service Unavailable")
+        return real(mirror, key)
+
+    def refuse(meta):
+        raise ConfigError("not this one")
+
+    monkeypatch.setattr(Mirror, "_read", read)
+    meta = {"samples": 7}
+    (tmp_path / "checkpoints/5").mkdir(parents=True)
+    text = json.dumps({"custom_metadata": meta | {"digest": identity.digest(meta)}})
+    (tmp_path / "checkpoints/5" / METADATA_FILE).write_text(text)
+    for times, code in ((1, 2), (2, 42)):
+        busy[:] = [True] * times
+        with pytest.raises(UserError) as e:
+            Mirror(str(tmp_path), tmp_path, Config(), refuse)
+        assert e.value.exit_code == code and not (tmp_path / "config.json").exists()
 
 
 def test_there_and_back(tmp_path, monkeypatch):
