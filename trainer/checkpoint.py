@@ -193,7 +193,12 @@ class Checkpoints:
         self.val_windows = {step: n if type(n) is int else None for step, n in windows.items()}
 
     def _evaluations(self) -> list[dict[str, Any]]:
-        """The same of the steps that may still be there, for when metrics.jsonl is lost, with the run or alone."""
+        """The same of the steps that may still be there, for when metrics.jsonl is lost, with the run or alone.
+
+        On process 0, whose metadata is written.
+        """
+        if self.processes.index:
+            return []
         there = set(self.val_losses)
         with _later():
             there &= {*self._steps(), *(self.mirror.copies if self.mirror is not None else ())}
@@ -439,12 +444,11 @@ class Checkpoints:
         if suffix and not reading.is_there(copy):
             return  # by the attempt before
         for other, reason in failed.items():
-            if reading.is_there(self.directory / str(other)):
-                self._move_to_quarantine(self.directory / str(other), reason)
+            for path in (self.directory / str(other), self.directory / f"{other}{FETCHED}"):
+                if path != copy and reading.is_there(path):
+                    self._move_to_quarantine(path, reason)
         if suffix:
             copy.rename(self.directory / str(step))
-        for path in self.directory.glob(f"*{FETCHED}"):
-            _remove(path)
 
     def restore(self, program: Program, step: int, suffix: str = "") -> tuple[TrainState, dict[str, Any]]:
         """The whole state of one step, whose folder is <step><suffix>. Raises CheckpointError, ConfigError."""

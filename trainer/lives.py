@@ -70,8 +70,8 @@ def newest_committed(run: pathlib.Path) -> int:
     """The newest committed step of a run; 0 when there is none. Raises OSError."""
     if not reading.is_there(run / "checkpoints"):
         return 0
-    names = [p.name for p in (run / "checkpoints").iterdir() if reading.is_there(p / METADATA_FILE)]
-    return max((int(name) for name in names if name.isascii() and name.isdigit()), default=0)
+    steps = [p for p in (run / "checkpoints").iterdir() if p.name.isascii() and p.name.isdigit()]
+    return max((int(p.name) for p in steps if reading.is_there(p / METADATA_FILE)), default=0)
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:

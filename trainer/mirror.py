@@ -146,6 +146,7 @@ class Mirror:
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != METADATA_FILE)
         for path in [*files, folder / METADATA_FILE]:
             self._copy_file(path, f"checkpoints/{step}/{path.relative_to(folder).as_posix()}")
+        self.copies = self.copies | {step}
 
     def _copy_file(self, path: pathlib.Path, key: str) -> None:
         if remote.is_remote(self.location):  # its clients take an object whole; Orbax's files have 2 GB at most
@@ -195,6 +196,8 @@ class Mirror:
         try:
             return sorted(self._list() - self._fetched - self._unwanted, reverse=True)
         except _ERRORS as e:
+            if not self.copies:  # nor are there any now: nobody else writes there
+                return []
             reason = f"cannot look into {self.location}: {_line(e)}; start again when it answers"
             raise (Unreadable(reason, Stopped.exit_code) if reading.passes(e) else CheckpointError(reason)) from None
 
