@@ -278,13 +278,17 @@ class Trainer:
         self.checkpoints.evaluated(reporting.evaluations(self.run, meta["step"], meta.get("evaluations", ())))
         return state, meta["samples"]
 
-    def _restore_sound(self, choose: Callable[[list[int]], int | None]) -> tuple[TrainState, int]:
+    def _restore_sound(self, bad: Bad, choose: Callable[[list[int]], int | None]) -> tuple[TrainState, int]:
         """The state that `choose` takes. One without a finite loss is set aside, and `choose` takes among the others.
 
         A step's own loss is that of the state before its update, so a state that was saved may be the first bad one.
         """
         while True:
-            state, samples = self._restore_or_init(choose)
+            try:
+                state, samples = self._restore_or_init(choose)
+            except CheckpointError:
+                log.error("%s", bad.reason)  # why there was something to restore
+                raise
             step = int(state.step)
             if step <= self.sound or self._is_sound(state.params):
                 self.sound = step
@@ -310,7 +314,7 @@ class Trainer:
                 raise self._diverged(bad)
             wanted = bad.step - max(self.config.divergence.rollback_steps, 1)
             # Nothing is moved before it is known what the run can go on from.
-            state, samples = self._restore_sound(lambda steps: _newest_up_to(wanted, _before(bad.step, steps)))
+            state, samples = self._restore_sound(bad, lambda steps: _newest_up_to(wanted, _before(bad.step, steps)))
             step = int(state.step)
             self.returns[step] = self.returns.get(step, 0) + 1
             if self.returns[step] > self.config.divergence.max_in_a_row:
@@ -406,7 +410,7 @@ class Trainer:
         steps = self.processes.choose("checkpoints", self.checkpoints.steps)
         fate = "its checkpoint was set aside" if bad.step in steps else "it was not saved"
         if steps and steps[-1] > self.sound:
-            state, _ = self._restore_sound(lambda steps: max(_before(bad.step, steps), default=None))
+            state, _ = self._restore_sound(bad, lambda steps: max(_before(bad.step, steps), default=None))
             del state
             self.checkpoints.discard_after(bad.step - 1)
             steps = self.processes.choose("checkpoints", self.checkpoints.steps)
