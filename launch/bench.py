@@ -58,6 +58,7 @@ def main() -> None:
     import jax
 
     from launch import distributed
+    from trainer import compiler
 
     distributed.initialize(None, None, None)
     jax.config.update("jax_enable_compilation_cache", False)  # compile_s is of a compilation
@@ -66,11 +67,11 @@ def main() -> None:
     try:
         row = measure(config)
     except jax.errors.JaxRuntimeError as e:
-        if "RESOURCE_EXHAUSTED" not in str(e):
+        if not compiler.is_out_of_memory(e):
             raise
         raise ConfigError(
-            f"the devices' memory is too small: {str(e).splitlines()[0]}; lower config.global_batch_size, raise "
-            "config.grad_accum_steps, or choose another config.model.remat"
+            compiler.out_of_memory(e) + "lower config.global_batch_size, raise config.grad_accum_steps, or choose "
+            "another config.model.remat"
         ) from e
     row |= {"vocab_size": config.model.vocab_size, "vocab_size_is_default": not given.model.vocab_size}
     if jax.process_index() == 0:

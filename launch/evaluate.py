@@ -19,6 +19,11 @@ VAL_PATH = cli.define_data_path("val_path", None, "Likewise of config.data.val_p
 
 
 def main() -> int:
+    with inference.memory_of_devices("use more or larger devices"):
+        return measure()
+
+
+def measure() -> int:
     run = inference.open_run()
     from data import sources
     from trainer import sharding

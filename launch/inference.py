@@ -1,7 +1,9 @@
 """What sampling and evaluation share: a finished or running run, opened for reading only."""
 
+import contextlib
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -34,6 +36,19 @@ class Run:
     def tokens(self) -> int:
         """Tokens trained on."""
         return self.meta["samples"] * self.config.data.seq_len
+
+
+@contextlib.contextmanager
+def memory_of_devices(advice: str) -> Iterator[None]:
+    """Too little of it within ends in one line with `advice`. Raises ConfigError."""
+    try:
+        yield
+    except RuntimeError as e:  # JAX's are
+        from trainer import compiler
+
+        if not compiler.is_out_of_memory(e):
+            raise
+        raise ConfigError(compiler.out_of_memory(e) + advice) from e
 
 
 def open_run() -> Run:

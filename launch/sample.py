@@ -26,6 +26,11 @@ SEED = flags.DEFINE_integer("seed", 0, "Of the random choices.", lower_bound=0, 
 
 
 def main() -> int:
+    with inference.memory_of_devices("lower --num_samples or --max_new_tokens, or use more or larger devices"):
+        return write()
+
+
+def write() -> int:
     if not math.isfinite(TEMPERATURE.value):
         raise ConfigError(
             f"--temperature={TEMPERATURE.value} is not a finite number; 1 samples what the model predicts"

@@ -12,6 +12,7 @@ Several processes: on TPU pods and under Slurm or Open MPI they find each other;
 from __future__ import annotations
 
 import faulthandler
+import functools
 import logging
 import os
 import pathlib
@@ -26,13 +27,14 @@ from absl import flags
 from data import allocator
 from data.errors import UserError
 from launch import cli, environment, runtime, signals
-from trainer import run_directory, watchdog
+from trainer import reading, run_directory, watchdog
 from trainer.errors import ConfigError, Stopped
 from trainer.run_lock import RunLock
 
 if TYPE_CHECKING:
     from data.sources import Sources
     from trainer.config import Config
+    from trainer.mirror import Mirror
     from trainer.processes import Processes
 
 TOLD_S = 1.0  # from a failed collective to the error of another process that explains it
@@ -125,17 +127,17 @@ def train(
     from trainer.loop import Trainer
     from trainer.processes import STOP
 
-    data = enter(run, config, processes, locks)
-    dog = watchdog.Watchdog(run, config.watchdog, processes.index, of=processes.size)
-    processes.listen(
-        asked=lambda: give_up(config.watchdog.stop_s),
-        too_early=lambda: leave_at_once(processes, locks),
-        deaf=lambda error: leave_deaf(error, processes, locks),
-    )
-    listening.connect(lambda: processes.request(STOP))
-    trainer = None
+    dog = trainer = None
     try:
-        trainer = Trainer(config, run, data, processes, dog)
+        data, mirror = enter(run, config, processes, locks)
+        dog = watchdog.Watchdog(run, config.watchdog, processes.index, of=processes.size)
+        processes.listen(
+            asked=lambda: give_up(config.watchdog.stop_s),
+            too_early=lambda: leave_at_once(processes, locks),
+            deaf=lambda error: leave_deaf(error, processes, locks),
+        )
+        listening.connect(lambda: processes.request(STOP))
+        trainer = Trainer(config, run, data, processes, dog, mirror)
         finished = trainer.train()
         processes.close()
         return finished
@@ -150,7 +152,8 @@ def train(
         reason = " ".join(str(e).split())[:200]
         raise Stopped(f"a collective failed, probably as another process is gone; see the other logs: {reason}") from e
     finally:
-        dog.close()
+        if dog is not None:
+            dog.close()
         for lock in locks:
             lock.release()
 
@@ -158,7 +161,9 @@ def train(
 def out_of_memory(error: Exception, stepped: bool) -> UserError:
     """In one line. Once steps were done in this life, they or another program may have left too little by chance; else
     the next life would end like this one."""
-    what = f"the devices' memory is too small: {' '.join(str(error).split())[:200]}; "
+    from trainer import compiler
+
+    what = compiler.out_of_memory(error)
     if stepped:
         return Stopped(f"{what}what was saved is kept; if the same command ends here again, {MORE_MEMORY}")
     return ConfigError(what + MORE_MEMORY)
@@ -167,17 +172,20 @@ def out_of_memory(error: Exception, stepped: bool) -> UserError:
 def prepare(run: pathlib.Path) -> Config:
     """The configuration, completed by the dataset and compared with the run's."""
     config = run_directory.resolve(cli.config_from(CONFIG.value))
-    try:
-        return run_directory.check_changes(run, config, ALLOW_CONFIG_CHANGE.value)
-    except OSError as e:
-        raise ConfigError(f"--workdir={run} cannot be used: {e.filename}: {e.strerror}") from None
+    return run_directory.check_changes(run, config, ALLOW_CONFIG_CHANGE.value)
 
 
-def enter(run: pathlib.Path, config: Config, processes: Processes, locks: list[RunLock]) -> Sources:
-    """Makes sure that all processes are about to train the same, and takes the run; process 0 gets its locks."""
+def enter(
+    run: pathlib.Path, config: Config, processes: Processes, locks: list[RunLock]
+) -> tuple[Sources, Mirror | None]:
+    """Makes sure that all processes are about to train the same, and takes the run; process 0 gets its locks.
+
+    Returns the dataset and, on process 0, the mirror.
+    """
     from data import sources
     from launch import distributed
     from trainer import identity, sampling, sharding
+    from trainer.mirror import Mirror
     from trainer.placement import MeshPlacement
 
     # Before anything is written: a refused gang leaves no run behind. Axes, devices, batch and model must divide, and a
@@ -198,18 +206,24 @@ def enter(run: pathlib.Path, config: Config, processes: Processes, locks: list[R
         processes.part()
         os._exit(error.exit_code)
 
-    def take() -> None:
+    def take() -> Mirror | None:
         if processes.index:
-            return
+            return None
         locks.append(RunLock(run, steal=STEAL_LOCK.value, on_lost=lost))
-        if mirror := config.checkpoint.mirror:
+        if place := config.checkpoint.mirror:
             flag = "--config.checkpoint.mirror"  # a place for copies that vanishes must not end the run
-            locks.append(RunLock(mirror, flag=flag, steal=STEAL_LOCK.value, on_lost=lost, regain=True))
-        if (newest := identity.newest_meta(run / "checkpoints")) is not None:  # before any file of the run changes
+            locks.append(RunLock(place, flag=flag, steal=STEAL_LOCK.value, on_lost=lost, regain=True))
+        # Both are compared before any file of the run changes.
+        if (newest := identity.newest_meta(run / "checkpoints")) is not None:
             identity.check(newest, config, data, run)
+        mirror = None
+        if place:
+            of_copy = functools.partial(identity.check, config=config, data=data, where=place)
+            mirror = Mirror(place, run / "checkpoints", config, of_copy)
         run_directory.record(run, config, data, sys.argv, environment.numbers())
+        return mirror
 
-    processes.together("run directory", take)
+    mirror = processes.together("run directory", take)
     # Every process must find there what process 0 has just written.
     seen = processes.together("shared run directory", lambda: run_directory.recorded(run))
     # And under the same name, or Orbax would refuse each save.
@@ -217,8 +231,9 @@ def enter(run: pathlib.Path, config: Config, processes: Processes, locks: list[R
     processes.check_same("run directory (it must be shared by all)", where)
     if processes.index:
         cli.quiet_console()
-    cli.log_to_file(run / f"log.{processes.index}.txt")
-    return data
+    log = run / f"log.{processes.index}.txt"
+    processes.together("log", lambda: reading.writing(lambda: cli.log_to_file(log), log))
+    return data, mirror
 
 
 def leave_at_once(processes: Processes, locks: list[RunLock]) -> None:

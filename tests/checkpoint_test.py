@@ -118,6 +118,22 @@ def test_what_cannot_be_read_for_a_moment_is_not_deleted(tmp_path, state, monkey
     assert checkpoints.wait() and checkpoints.steps() == [1, 4]
 
 
+def test_the_best_stays_when_metrics_are_lost_and_of_each_number_of_windows(tmp_path, program, state):
+    keep = CheckpointConfig(keep_last=1, keep_best=1)
+    checkpoints = Checkpoints(tmp_path, keep)
+    for step, loss, windows in ((1, 1.0, 8), (2, 5.0, 16), (3, 6.0, 16), (4, 0.5, None), (5, 0.6, None), (6, 9.0, 16)):
+        checkpoints.save(step, state, {"samples": 0})
+        assert checkpoints.wait()
+        checkpoints.val_losses[step], checkpoints.val_windows[step] = loss, windows
+    checkpoints.save(7, state, {"samples": 0})
+    assert checkpoints.wait() and checkpoints.steps() == [1, 2, 4, 7]
+    checkpoints = Checkpoints(tmp_path, keep)
+    _, meta = checkpoints.restore_newest(program)
+    checkpoints.evaluated({row["step"]: row for row in meta["evaluations"]})
+    checkpoints.save(8, state, {"samples": 0})
+    assert checkpoints.wait() and checkpoints.steps() == [1, 2, 4, 8]
+
+
 def test_nothing_saved_is_a_fresh_run(tmp_path, program):
     assert Checkpoints(tmp_path, KEEP_ALL).restore_newest(program) is None
 
@@ -157,6 +173,7 @@ def test_a_step_that_lacks_parts_is_moved_away(tmp_path, program, state):
     save(tmp_path, state, 5)
     (tmp_path / "checkpoints/30").mkdir()
     (tmp_path / "checkpoints/31.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "checkpoints/32.fetched").mkdir()  # a start that was killed before it was verified
     restored, _ = Checkpoints(tmp_path, KEEP_ALL).restore_newest(program)
     assert int(restored.step) == 5
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["5"]
@@ -400,6 +417,37 @@ def test_copies_are_discarded_by_name(tmp_path, state, monkeypatch):
     assert mirror._list() == {2, 4}
 
 
+def test_steps_that_cannot_be_listed_are_one_line(tmp_path, program, state, monkeypatch):
+    """An error that passes is not noticed; nobody takes it for an empty folder."""
+    monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
+    checkpoints = save(tmp_path, state, 2, 4)
+    real, failures = pathlib.Path.iterdir, 0
+
+    def iterdir(path):
+        nonlocal failures
+        failures -= 1
+        if failures >= 0 and path == checkpoints.directory:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path)
+
+    monkeypatch.setattr(pathlib.Path, "iterdir", iterdir)
+    for use in (
+        checkpoints.steps,
+        lambda: checkpoints.discard_after(4),
+        lambda: choose_step(checkpoints, None),
+        lambda: checkpoints.restore_newest(program),
+        lambda: Checkpoints(tmp_path, KEEP_ALL),
+    ):
+        failures = 1
+        use()
+        failures = 99
+        with pytest.raises(Unreadable, match="Input/output error") as e:
+            use()
+        assert e.value.exit_code == 42
+    failures = 0
+    assert checkpoints.steps() == [2, 4]
+
+
 def test_a_chosen_step_is_restored_and_what_is_set_aside_is_no_step(tmp_path, program, state):
     checkpoints = save(tmp_path, state, 2, 4, 6)
     restored, _ = checkpoints.restore_newest(program, lambda steps: steps[1])
@@ -411,3 +459,148 @@ def test_a_chosen_step_is_restored_and_what_is_set_aside_is_no_step(tmp_path, pr
         assert sorted(p.name for p in checkpoints.directory.iterdir()) == ["2", "4.set_aside", "6.set_aside"]
         save(tmp_path, state, 4, 6)
     assert int(Checkpoints(tmp_path, KEEP_ALL).restore_newest(program)[0].step) == 6
+
+
+# With a mirror
+
+
+def mirrored(run: pathlib.Path, keep: CheckpointConfig = KEEP_ALL) -> Checkpoints:
+    """As a start opens them. The run lies in `run`, its mirror beside it."""
+    mirror = Mirror(str(run.with_name("mirror")), run / "checkpoints", config())
+    return Checkpoints(run, keep, mirror=mirror)
+
+
+def save_both(checkpoints: Checkpoints, state: TrainState, *steps: int) -> None:
+    for step in steps:
+        checkpoints.save(step, state, {"samples": 0})
+        assert checkpoints.wait()
+        checkpoints.mirror.wait()
+
+
+def whole_in(checkpoints: pathlib.Path) -> list[int]:
+    return sorted(int(p.parent.name) for p in checkpoints.glob("*/_CHECKPOINT_METADATA") if p.parent.name.isdigit())
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory, state):
+    """A run and its mirror, with steps 2, 4 and 6 in both."""
+    folder = tmp_path_factory.mktemp("both")
+    save_both(mirrored(folder / "run"), state, 2, 4, 6)
+    assert whole_in(folder / "mirror/checkpoints") == [2, 4, 6]
+    return folder
+
+
+def before_6(steps: list[int]) -> int | None:
+    return max((step for step in steps if step < 6), default=None)
+
+
+@pytest.mark.parametrize("choose", [None, before_6])
+@pytest.mark.parametrize(
+    ("here", "there"),  # w: whole, d: damaged, -: not there; of 2, 4 and 6
+    [("ddw", "www"), ("-dw", "w-w"), ("wdw", "www"), ("--w", "www"), ("w-w", "www"), ("ddd", "dwd"), ("wdd", "ddd"),
+     ("---", "wdd"), ("d--", "d--"), ("ddd", "---"), ("w--", "-d-"), ("-d-", "-d-"), ("--d", "-w-")],
+)  # fmt: skip
+def test_what_is_restored_is_the_newest_whole_step_wherever_it_lies(
+    tmp_path, program, both, monkeypatch, here, there, choose
+):
+    """A rollback asks the mirror, too. What is damaged moves when another is restored, and no copy is lost by it."""
+    monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
+    for name, found in (("run", here), ("mirror", there)):
+        shutil.copytree(both / name, tmp_path / name)
+        for step, how in zip((2, 4, 6), found, strict=True):
+            folder = tmp_path / name / "checkpoints" / str(step)
+            if how == "-":
+                shutil.rmtree(folder)
+            elif how == "d":
+                flip_a_bit_in_the_parameters(folder)
+    candidates = [i for i in range(3) if choose is None or i < 2]
+    usable = [2 * i + 2 for i in candidates if "w" in (here[i], there[i])]
+    checkpoints = mirrored(tmp_path / "run")
+    if not usable:
+        with pytest.raises(CheckpointError, match="nothing was moved"):
+            checkpoints.restore_newest(program, choose)
+        assert whole_in(tmp_path / "run/checkpoints") == [2 * i + 2 for i in range(3) if here[i] != "-"]
+        assert not (tmp_path / "run/quarantine").exists()
+    else:
+        restored, _ = checkpoints.restore_newest(program, choose)
+        assert int(restored.step) == usable[-1] in checkpoints.steps()
+        checkpoints.restore(program, usable[-1])
+        tried = [i for i in candidates if 2 * i + 2 >= usable[-1] and here[i] != "w"]
+        damaged = [str(2 * i + 2) for i in tried for found in (here, there) if found[i] == "d"]  # those of a copy, too
+        assert sorted(p.name.split(".")[0] for p in (tmp_path / "run").glob("quarantine/*")) == damaged
+        checkpoints.discard_after(usable[-1])
+    left = whole_in(tmp_path / "mirror/checkpoints")
+    assert set(left) >= {2 * i + 2 for i in candidates if there[i] == "w" and usable and 2 * i + 2 <= usable[-1]}
+    assert usable or left == [2 * i + 2 for i in range(3) if there[i] != "-"]
+    assert not list((tmp_path / "run/checkpoints").glob("*tmp*")) and Checkpoints(tmp_path / "run", KEEP_ALL)
+    assert not list((tmp_path / "run/checkpoints").glob("*.fetched"))
+
+
+def test_a_rollback_without_an_answer_of_the_mirror_begins_nothing_again(tmp_path, program, both, monkeypatch):
+    """A start that cannot see the copies must not go on without them, unless it has what it needs."""
+    monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
+    for name in ("run", "mirror"):
+        shutil.copytree(both / name, tmp_path / name)
+    checkpoints = mirrored(tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints.mirror, "_list", lambda: (_ for _ in ()).throw(ValueError("ABORTED: busy")))
+        assert int(checkpoints.restore_newest(program, before_6)[0].step) == 4
+        for step in (2, 4):
+            flip_a_bit_in_the_parameters(tmp_path / f"run/checkpoints/{step}")
+        with pytest.raises(Unreadable, match="ABORTED: busy") as e:
+            checkpoints.restore_newest(program, before_6)
+        assert e.value.exit_code == 42
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints.mirror, "_download", lambda *_: (_ for _ in ()).throw(OSError("no network")))
+        with pytest.raises(CheckpointError):
+            checkpoints.restore_newest(program, before_6)
+    assert checkpoints.steps() == [2, 4, 6] == whole_in(tmp_path / "mirror/checkpoints")
+
+
+def test_what_proves_nothing_stays_until_its_copy_was_restored(tmp_path, program, both, monkeypatch):
+    """As with another version of a library, which reads neither: each start moved one more to quarantine."""
+    monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
+    for name in ("run", "mirror"):
+        shutil.copytree(both / name, tmp_path / name)
+    with monkeypatch.context() as patched:
+        patched.setattr(ocp.handlers.PyTreeHandler, "load", lambda *_: {}["another version"])
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match="nothing was moved"):
+                mirrored(tmp_path / "run").restore_newest(program)
+    assert whole_in(tmp_path / "run/checkpoints") == [2, 4, 6] and not (tmp_path / "run/quarantine").exists()
+    assert int(mirrored(tmp_path / "run").restore_newest(program)[0].step) == 6
+
+
+def test_copies_of_a_run_that_was_lost_stay_as_its_steps_would(tmp_path, program, state, monkeypatch):
+    """The permanent and the best lie only in the mirror then, and metrics.jsonl is lost with the run."""
+    keep = CheckpointConfig(keep_last=1, keep_every_steps=4, keep_best=1)
+    checkpoints = mirrored(tmp_path / "run", keep)
+    for step, loss in ((3, 1.0), (4, 5.0), (5, 4.0), (6, 3.0)):
+        save_both(checkpoints, state, step)
+        checkpoints.val_losses[step], checkpoints.val_windows[step] = loss, 8
+    save_both(checkpoints, state, 7)
+    assert whole_in(tmp_path / "mirror/checkpoints") == [3, 4, 7] == checkpoints.steps()
+    shutil.rmtree(tmp_path / "run")
+    for last in (9, 10):  # also in the second life after it, of which no checkpoint here knows the best
+        checkpoints = mirrored(tmp_path / "run", keep)
+        _, meta = checkpoints.restore_newest(program)
+        assert meta["step"] == (7 if last == 9 else 9)
+        checkpoints.evaluated({row["step"]: row for row in meta["evaluations"]})
+        save_both(checkpoints, state, last)
+        assert whole_in(tmp_path / "mirror/checkpoints") == [3, 4, last]
+    with monkeypatch.context() as patched:  # nothing goes while it cannot be seen what there is
+        patched.setattr(checkpoints.mirror, "_list", lambda: (_ for _ in ()).throw(OSError("no network")))
+        save_both(checkpoints, state, 11)
+    assert whole_in(tmp_path / "mirror/checkpoints") == [3, 4, 10, 11]
+
+
+def test_a_copy_that_should_be_deleted_is_not_offered_and_goes_later(tmp_path, state, monkeypatch):
+    """It would bring a run back to what it went behind."""
+    checkpoints = mirrored(tmp_path / "run")
+    save_both(checkpoints, state, 2, 4)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints.mirror, "_delete", lambda step: (_ for _ in ()).throw(OSError("no network")))
+        checkpoints.discard_after(2)
+    assert checkpoints.mirror.steps() == [2]
+    save_both(checkpoints, state, 3)
+    assert whole_in(tmp_path / "mirror/checkpoints") == [2, 3]

@@ -17,7 +17,7 @@ from trainer import run_directory
 from trainer.checkpoint import METADATA_FILE, Checkpoints
 from trainer.config import Config, to_json
 from trainer.errors import CheckpointError, ConfigError
-from trainer.metrics import cut_rows_after, val_losses, was_sampled
+from trainer.metrics import cut_rows_after, evaluations, was_sampled
 from trainer.state import Program
 
 META = {"samples": 112, "data_fingerprint": "0123456789abcdef"}
@@ -210,7 +210,7 @@ def test_any_bytes_as_metrics(tmp_path, lines, whole):
     """Faults 1 and 12: rows up to the step stay byte for byte; whatever is no row goes."""
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"".join(line + b"\n" for line in lines)[: None if whole else -3])
-    val_losses(tmp_path, 3)
+    evaluations(tmp_path, 3)
     (tmp_path / "samples.jsonl").write_bytes(path.read_bytes())
     was_sampled(tmp_path, 3)
     before = path.read_bytes().split(b"\n")[:-1]

@@ -1,5 +1,6 @@
 """The loop, with faults put into what it calls: what is saved first, what is owed, what a run goes back to."""
 
+import logging
 import math
 import pathlib
 
@@ -8,10 +9,11 @@ import pytest
 
 from data import sources
 from tests import runs
-from trainer import loop, run_directory, sharding
+from tests.checkpoint_test import flip_a_bit_in_the_parameters
+from trainer import loop, reading, run_directory, sharding
 from trainer.checkpoint import Checkpoints
 from trainer.config import from_dict
-from trainer.errors import Diverged
+from trainer.errors import CheckpointError, Diverged
 from trainer.processes import STOP, Processes
 from trainer.watchdog import Watchdog
 
@@ -203,6 +205,26 @@ def test_a_rollback_has_its_target_before_anything_is_moved(make, monkeypatch, a
     assert steps(trainer) == [2, 4, 6, 8]
 
 
+@pytest.mark.parametrize("policy", ["stop", "rollback"])
+def test_a_run_whose_older_checkpoints_are_damaged_does_not_begin_again(make, monkeypatch, caplog, policy):
+    """It says both, and leaves everything where it is."""
+    monkeypatch.setattr(logging.getLogger("meshlm"), "propagate", True)
+    monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
+    trainer = not_finite_at(monkeypatch, 6, math.nan, make, divergence__not_finite=policy)
+    go_back = loop.Trainer._go_back
+
+    def damage(self, bad):
+        for step in (2, 4):
+            flip_a_bit_in_the_parameters(trainer.run / f"checkpoints/{step}")
+        return go_back(self, bad)
+
+    monkeypatch.setattr(loop.Trainer, "_go_back", damage)
+    with pytest.raises(CheckpointError, match=r"no usable checkpoint.*nothing was moved"):
+        trainer.train()
+    assert "held-out text after step 6 is not finite" in caplog.text
+    assert steps(trainer) == [2, 4, 6] and not aside(trainer) and not trainer.checkpoints.quarantine.exists()
+
+
 def test_a_save_that_failed_after_its_commit_is_a_save(make, monkeypatch):
     real, failed = Checkpoints._watch, []
 
@@ -232,15 +254,17 @@ def test_every_wait_for_a_save_is_a_phase_of_the_watchdog(make, monkeypatch):
 
 
 def test_retention_hears_of_losses_that_come_after_the_save(make, monkeypatch):
-    """The best stays although its loss was not known when it was saved; also after a restart."""
+    """The best stays although its loss was not known when it was saved; also after a restart, and without metrics."""
     losses = {2: 3.0, 4: 1.0, 6: 2.0, 8: 2.5}
     real = loop.evaluate
 
     def evaluate(*arguments):
-        return real(*arguments) | {"val/loss": losses[trainer.watchdog._mark.step]}
+        return real(*arguments) | {"val/loss": losses.get(trainer.watchdog._mark.step, 2.0)}
 
     monkeypatch.setattr(loop, "evaluate", evaluate)
-    for last in (4, STEPS):
+    for last in (4, 6, STEPS):
         trainer = make(checkpoint__keep_last=1, num_train_steps=last)
+        if last == STEPS:
+            (trainer.run / "metrics.jsonl").unlink()
         assert trainer.train()
         assert steps(trainer) == sorted({4, last})

@@ -9,6 +9,7 @@ import resource
 import numpy as np
 import pytest
 
+from data.errors import UserError
 from trainer import metrics, reading
 from trainer.reading import Unreadable
 
@@ -21,6 +22,53 @@ def test_rows_past_a_step_and_a_torn_line_are_cut(tmp_path):
     assert path.read_text() == "".join(rows[:4])
     assert metrics.cut_rows_after(path, 3) == 0
     assert metrics.cut_rows_after(tmp_path / "missing.jsonl", 3) == 0
+
+
+def test_rows_are_on_the_disk_before_they_take_the_place_of_the_old_ones(tmp_path, monkeypatch):
+    """A power cut after a resume may leave the old rows or the new ones, but not none."""
+    path, synced = tmp_path / "metrics.jsonl", {}
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    old = path.stat().st_ino
+    real = os.fsync
+
+    def fsync(fd):
+        found = os.fstat(fd)
+        assert path.stat().st_ino == old
+        synced[found.st_ino] = found.st_size
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert metrics.cut_rows_after(path, 1) == 1
+    found = path.stat()
+    assert found.st_ino != old and synced == {found.st_ino: len(path.read_bytes())} and found.st_size == 12
+
+
+def test_rows_that_cannot_be_begun(tmp_path, monkeypatch):
+    """An error that passes is not noticed; one that stays ends with its own code, also after the first were closed."""
+    monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
+    first = metrics.Writers(tmp_path, 0, tensorboard=True)
+    first.metrics(1, 1, {"train/loss": 1.0})
+    real, failing = pathlib.Path.open, []
+
+    def fail(path, *args, **named):
+        if failing and path.name == "samples.jsonl":
+            code = failing.pop()
+            raise OSError(code, os.strerror(code), str(path))
+        return real(path, *args, **named)
+
+    monkeypatch.setattr(pathlib.Path, "open", fail)
+    failing += [errno.EIO]
+    metrics.Writers(tmp_path, 1, tensorboard=False).close()
+    for code, exit_code in ((errno.EIO, 42), (errno.ENOSPC, 2)):
+        failing += [code] * 2
+        try:  # as the loop does it when it goes back
+            with pytest.raises(UserError, match=os.strerror(code)) as e:
+                first.close()
+                metrics.Writers(tmp_path, 1, tensorboard=False)
+        finally:
+            first.close()
+        assert e.value.exit_code == exit_code
+        failing.clear()
 
 
 def test_float32_values_read_back_exactly(tmp_path):
@@ -50,7 +98,7 @@ def test_writers_continue_after_the_restored_step(tmp_path):
 def test_losses_that_cannot_be_read_for_a_moment_are_read_again(tmp_path, monkeypatch):
     """Without them the best checkpoint would be taken for any other."""
     path, failing = tmp_path / "metrics.jsonl", ["once", "twice"]
-    assert metrics.val_losses(tmp_path, 3) == {}
+    assert metrics.evaluations(tmp_path, 3) == {}
     rows = [{"step": 1, "val/loss": 2.0}, {"step": 2, "val/loss": None}, {"step": 3, "val/loss": 1.0}, {"step": 3}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 2, "val/l')
     real = pathlib.Path.read_bytes
@@ -63,9 +111,9 @@ def test_losses_that_cannot_be_read_for_a_moment_are_read_again(tmp_path, monkey
     monkeypatch.setattr(pathlib.Path, "read_bytes", read_bytes)
     monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
     with pytest.raises(Unreadable, match=r"metrics\.jsonl cannot be read: Input/output error"):
-        metrics.val_losses(tmp_path, 3)
+        metrics.evaluations(tmp_path, 3)
     failing.append("once")
-    assert metrics.val_losses(tmp_path, 3) == {1: 2.0, 3: 1.0}
+    assert metrics.evaluations(tmp_path, 3) == {1: rows[0], 3: rows[2]}
 
 
 def test_rows_that_cannot_be_written_are_written_later(tmp_path):

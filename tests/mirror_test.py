@@ -7,6 +7,7 @@ import types
 import pytest
 
 from data import remote
+from data.errors import UserError
 from trainer import identity, reading
 from trainer.checkpoint import Checkpoints
 from trainer.config import CheckpointConfig, Config, to_json
@@ -127,6 +128,31 @@ def test_a_copy_of_another_run_changes_nothing(tmp_path):
     assert (tmp_path / "config.json").read_text() == before
 
 
+def test_a_copy_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    """An older one, or none, would be compared in its place, and the mirror taken over."""
+    monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
+    real, busy = Mirror._read, []
+
+    def read(mirror, key):
+        if busy and METADATA_FILE in key and busy.pop():
+            raise ValueError("ABORTED: All 32 retry attempts failed: Service Unavailable")
+        return real(mirror, key)
+
+    def refuse(meta):
+        raise ConfigError("not this one")
+
+    monkeypatch.setattr(Mirror, "_read", read)
+    meta = {"samples": 7}
+    (tmp_path / "checkpoints/5").mkdir(parents=True)
+    text = json.dumps({"custom_metadata": meta | {"digest": identity.digest(meta)}})
+    (tmp_path / "checkpoints/5" / METADATA_FILE).write_text(text)
+    for times, code in ((1, 2), (2, 42)):
+        busy[:] = [True] * times
+        with pytest.raises(UserError) as e:
+            Mirror(str(tmp_path), tmp_path, Config(), refuse)
+        assert e.value.exit_code == code and not (tmp_path / "config.json").exists()
+
+
 def test_there_and_back(tmp_path, monkeypatch):
     """Through the real store of a folder, in pieces; a leftover of a copy that was killed is not in the way."""
     monkeypatch.setattr(remote, "BLOCK_BYTES", 3)
@@ -137,7 +163,7 @@ def test_there_and_back(tmp_path, monkeypatch):
     (tmp_path / "mirror/checkpoints/5/a/b").mkdir(parents=True)
     (tmp_path / "mirror/checkpoints/5/a/b/c.__lock").write_bytes(b"x" * 100)
     there = Mirror(str(tmp_path / "mirror"), tmp_path / "run", Config())
-    there.offer(5, {5})
+    there.offer(5, lambda copies: copies)
     there.wait()
     (tmp_path / "other").mkdir()
     back = Mirror(str(tmp_path / "mirror"), tmp_path / "other", Config())

@@ -8,9 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data import remote
+from data.errors import DataError, UserError
 from trainer import reading
+from trainer.config import Config
 from trainer.errors import ConfigError
+from trainer.mirror import Mirror
 from trainer.reading import Damaged, Suspect, Unreadable
+from trainer.run_lock import RunLock
 
 CODES = sorted(set(errno.errorcode) - set(reading.MISSING))
 WRONG = [
@@ -100,3 +105,45 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
             reading.writing(function, tmp_path)
         assert e.value.exit_code == exit_code
         errors.clear()
+
+
+@pytest.mark.parametrize(
+    ("words", "passes"),
+    [
+        ("ABORTED: All 32 retry attempts failed: Internal Server Error [http_response_code='500']", True),
+        ("UNAVAILABLE: CURL error Could not connect to server [curl_code='7']", True),
+        ("DEADLINE_EXCEEDED: x", True),
+        ("cannot read gs://b/x: no answer within 60 s; is there a network?", True),
+        ("PERMISSION_DENIED: Error reading [http_response_code='403']; ABORTED", False),
+        ("NOT_FOUND: The specified bucket does not exist.", False),
+        ("UNAUTHENTICATED: x", False),
+        ('Invalid S3 bucket name: "B"', False),
+        ("gs:// names no bucket", False),
+        ("FAILED_PRECONDITION: Not a directory [os_error_code='20']", False),
+        ("UNKNOWN: Stale file handle [os_error_code='116']", True),
+    ],
+)
+def test_the_words_of_a_store_say_whether_an_error_may_pass(words, passes, tmp_path, monkeypatch):
+    """They have no errno. A run and its lock say the same of them: 42, or 2."""
+    monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
+    tried = []
+
+    def fail(*_):
+        tried.append(1)
+        raise ValueError(words)
+
+    for kind in (ValueError, RuntimeError, DataError):
+        assert reading.passes(kind(words)) is passes
+    monkeypatch.setattr(remote, "open_store", fail)
+    for i, use in enumerate(
+        (lambda: Mirror("gs://b/x", tmp_path, Config()), lambda: RunLock("gs://b/x", on_lost=print))
+    ):
+        with pytest.raises(UserError) as e:
+            use()
+        assert e.value.exit_code == (42 if passes else 2) and len(tried) == (i + 1) * (2 if passes else 1)
+
+
+@given(st.sampled_from(sorted(errno.errorcode)))
+def test_an_errno_says_whether_an_error_may_pass(code):
+    assert reading.passes(OSError(code, "x")) is (code not in reading.LASTING)
+    assert reading.passes(TimeoutError("no answer"))

@@ -31,6 +31,17 @@ def test_the_last_the_permanent_and_the_best_stay_and_nothing_else(steps, last, 
     assert len(keep - newest - permanent) <= best
 
 
+@given(st.dictionaries(st.integers(1, 99), LOSSES), st.dictionaries(st.integers(1, 99), st.integers(0, 2)))
+def test_losses_over_other_windows_are_not_compared(steps, windows):
+    """Of each number of windows the best stays, as if there were no others."""
+    config = CheckpointConfig(keep_last=1, keep_best=1)
+    wanted = set()
+    for number in {windows.get(step) for step in steps} | {None}:
+        of_it = {step: loss if windows.get(step) == number else None for step, loss in steps.items()}
+        wanted |= kept(of_it, config)
+    assert kept(steps, config, windows) == wanted
+
+
 @given(st.dictionaries(st.integers(1, 99), LOSSES), st.integers(1, 5), st.integers(0, 3))
 def test_a_newer_step_never_brings_an_older_one_back(steps, last, best):
     """What was deleted is gone: keeping is decided again after every save, and must not want it."""

@@ -1,6 +1,7 @@
 """Run directory: nothing of another run, or of another kind, is ever written over."""
 
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -10,9 +11,9 @@ import subprocess
 import pytest
 
 from data import sources
-from data.errors import DataError
+from data.errors import DataError, UserError
 from tests import runs
-from trainer import lives, run_directory
+from trainer import lives, reading, run_directory
 from trainer.config import from_dict
 from trainer.errors import ConfigError
 
@@ -142,3 +143,70 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, config):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be read"):
         run_directory.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ELOOP, errno.ENOSPC])
+@pytest.mark.parametrize("method", ["stat", "iterdir", "read_text", "open"])
+def test_what_cannot_be_read_or_written_is_one_line(tmp_path, config, data, monkeypatch, code, method):
+    """42 if it may pass, else 2; and it is tried again first. A run that cannot be seen is not taken for a new one."""
+    monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
+    run = tmp_path / "run"
+    run.mkdir()
+    run_directory.record(run, config, data, [])
+    finish_step(run, 5)
+    failures, real = 0, getattr(pathlib.Path, method)
+
+    def call(path, *args, **named):
+        nonlocal failures
+        if failures and run in (path, *path.parents):
+            failures -= 1
+            raise OSError(code, os.strerror(code), str(path))
+        return real(path, *args, **named)
+
+    monkeypatch.setattr(pathlib.Path, method, call)
+    uses = {
+        "check_changes": lambda: run_directory.check_changes(run, config, allow=False),
+        "record": lambda: run_directory.record(run, config, data, []),
+        "recorded": lambda: run_directory.recorded(run),
+        "read_config": lambda: run_directory.read_config(run),
+    }
+    passes, met = code not in reading.LASTING, set()
+    for name, use in uses.items():
+        failures = 99
+        try:
+            use()
+        except UserError as e:
+            met.add(name)
+            assert e.exit_code == (42 if passes else 2)
+            assert str(run) in str(e) and os.strerror(code) in str(e) and "\n" not in str(e)
+        failures = 1
+        if passes:
+            use()
+        failures = 0
+    wanted = {"stat": {"check_changes", "recorded", "read_config"}, "iterdir": {"check_changes"}, "open": {"record"}}
+    assert met >= wanted.get(method, {"check_changes", "recorded", "read_config"})
+
+
+def test_a_path_that_is_too_long_or_leads_nowhere_is_one_line(tmp_path, config):
+    """A run on a disk that is gone must not begin again beside it."""
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    for name, reason in {
+        "gone": "is a link to .*, which cannot be reached",
+        "gone/below": "is a link to",
+        "run": "checkpoints is a link to",
+        "loop": os.strerror(errno.ELOOP),
+        "x" * 300: os.strerror(errno.ENAMETOOLONG),
+        "x" * 300 + "/run": os.strerror(errno.ENAMETOOLONG),
+        "file": os.strerror(errno.ENOTDIR),
+    }.items():
+        for use in (run_directory.read_config, lambda run: run_directory.check_changes(run, config, allow=False)):
+            with pytest.raises(
+                ConfigError, match=f"{reason}|is not a run directory" if name == "file" else reason
+            ) as e:
+                use(tmp_path / name)
+            assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
+    assert sorted(os.listdir(tmp_path)) == ["file", "gone", "loop", "run"]

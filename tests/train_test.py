@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests import runs
+from trainer import identity
 
 STEPS = 60
 
@@ -240,6 +241,17 @@ def test_a_prompt_outside_the_vocabulary_is_found_at_the_start(tmp_path, data):
     assert runs.rows(tmp_path / "run") == []
 
 
+def test_a_mirror_of_another_run_is_found_before_anything_is_written(tmp_path, data):
+    meta = {"samples": 7, "data_fingerprint": "another"}
+    copy = tmp_path / "mirror/checkpoints/5/_CHECKPOINT_METADATA"
+    copy.parent.mkdir(parents=True)
+    copy.write_text(json.dumps({"custom_metadata": meta | {"digest": identity.digest(meta)}}))
+    out = runs.train(tmp_path / "run", data, checkpoint__mirror=tmp_path / "mirror", code=2)
+    assert "mirror was trained on another dataset" in out.splitlines()[-1]
+    found = sorted(p.name for name in ("run", "mirror") for p in (tmp_path / name).rglob("*") if p.is_file())
+    assert found == [copy.name], "neither configuration, nor a lock that stays"
+
+
 def test_a_kernel_that_this_machine_cannot_run_is_found_before_anything_is_written(tmp_path, data):
     out = runs.train(tmp_path / "run", data, model__attention="splash", code=2)
     (line,) = out.splitlines()
@@ -270,6 +282,15 @@ def test_too_little_memory_is_one_line_and_ends_restarts_where_they_cannot_help(
     assert "Resuming after step 4." in out and [r["step"] for r in runs.rows(tmp_path / "run") if "val/loss" in r] == [
         4
     ]
+
+
+@pytest.mark.parametrize(("module", "said"), [("sample", "lower --num_samples"), ("evaluate", "larger devices")])
+def test_too_little_memory_for_what_was_trained_is_one_line(tmp_path, module, said):
+    code = "import jax; it.inference.open_run = lambda: exec(\"raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: "
+    code += "Out of memory while trying to allocate 393.2GiB.')\", {'jax': jax})"
+    argv = [sys.executable, "-m", f"launch.{module}", f"--workdir={tmp_path}"]
+    (line,) = runs.finish(with_fault(argv, code), 2).splitlines()
+    assert line.startswith("error: the devices' memory is too small: RESOURCE_EXHAUSTED") and said in line
 
 
 def test_a_loss_that_is_not_finite_is_null_and_no_success(uninterrupted):

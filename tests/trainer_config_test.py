@@ -1,16 +1,19 @@
 """Configuration: errors name field, value and what would be right; changes at a resume are sorted as documented."""
 
 import dataclasses
+import json
+import math
+import types
 
 import pytest
 
+from trainer import identity, run_directory
 from trainer.config import Config, changes, from_dict, to_json
 from trainer.errors import ConfigError
+from trainer.mirror import Mirror
 
 
 def test_round_trip_through_json():
-    import json
-
     config = from_dict({"seed": 3, "model": {"num_layers": 2}, "optimizer": {"peak_lr": 1}})
     assert config.optimizer.peak_lr == 1.0 and isinstance(config.optimizer.peak_lr, float)
     assert from_dict(json.loads(to_json(config))) == config
@@ -78,6 +81,31 @@ def test_errors_say_what_is_wrong(tree, parts):
     assert "\n" not in str(error.value)
     for part in ["config.", *parts]:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"optimizer": {"clip_norm": math.inf}},
+        {"checkpoint": {"every_steps": 10**12, "keep_last": 2**31}},
+        {"eval": {"every_steps": 2**40}},
+        {"num_train_steps": 2**31, "z_loss": math.inf},
+    ],
+)
+def test_what_a_run_recorded_is_read_although_it_is_refused_now(tree, tmp_path, monkeypatch):
+    """Ranges are for what is given: a run of an earlier version, its steps and its mirror can be gone on with."""
+    with pytest.raises(ConfigError):
+        from_dict(tree)
+    recorded = from_dict(tree, recorded=True)
+    (tmp_path / "config.json").write_text(to_json(recorded))
+    assert run_directory.read_config(tmp_path) == recorded
+    run_directory.check_changes(tmp_path, Config(), allow=True)
+    Mirror(str(tmp_path), tmp_path, Config())
+    data = types.SimpleNamespace(fingerprint=lambda: "x", load_tokenizer=lambda: None, datasets=[], stages=[])
+    monkeypatch.setattr(
+        identity, "mixture", types.SimpleNamespace(parse_stages=lambda *_: [], check_change=lambda *_: None)
+    )
+    identity.check({"config": json.loads(to_json(recorded)), "data_fingerprint": "x", "samples": 0}, Config(), data, "")
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tracebacks of Orbax's
 ITEMS = ("params", "opt_state")
 DELETING = ".deleting"
 ASIDE = ".set_aside"  # of steps that are whole, but that the run does not go on from
+FETCHED = ".fetched"  # of copies from the mirror that have not been restored yet
 # A host that cannot write makes the others wait, and no save begins meanwhile: for the first while nobody knows how
 # long a save takes; then for the others, or for so many times the one before. Slow storage must not make every save too
 # late: the limit grows with what is written, and doubles after each save that came to it.
@@ -106,7 +107,8 @@ class Checkpoints:
         mirror: Mirror | None = None,
     ):
         self.directory, self.quarantine = run / "checkpoints", run / "quarantine"
-        self.val_losses: dict[int, float] = {}  # of steps that were evaluated; the caller fills it
+        self.val_losses: dict[int, float] = {}  # of steps that were evaluated; the caller fills both
+        self.val_windows: dict[int, int | None] = {}  # eval.num_windows of that; None or missing: not known
         # Of a folder on another disk; there no rename leads to RUN/quarantine.
         self.quarantine_there = self.directory / "quarantine"
         self.config, self.processes, self.mirror = config, processes or Processes(), mirror
@@ -114,7 +116,7 @@ class Checkpoints:
         self._save_s, self._limit_s, self._timeouts = 0.0, float(SAVE_TIMEOUT_S), 0
         self.failed = False
         if config is None:
-            if not self.directory.is_dir():
+            if not reading.patiently(self._is_folder, self.directory):
                 raise CheckpointError(f"{run} has no checkpoints/ folder; train first, or name the run with --workdir")
             return
         self._on_process_0("checkpoints", self._clean_up)
@@ -133,7 +135,7 @@ class Checkpoints:
         for path in self.directory.iterdir():
             if identity.STEP.fullmatch(path.name) and not self._is_whole(path):
                 self._move_to_quarantine(path, "it lacks parts, so it was not committed")
-            elif path.name.endswith(DELETING) or ".orbax-checkpoint-tmp" in path.name:
+            elif path.name.endswith((DELETING, FETCHED)) or ".orbax-checkpoint-tmp" in path.name:
                 _remove(path)
 
     # Writing
@@ -169,7 +171,7 @@ class Checkpoints:
         if committed == identity.digest(arrays):  # by a save that failed late, on some processes
             log.info("checkpoint at step %d is committed already", step)
             return time.perf_counter() - start
-        meta = meta | {"step": step, "arrays": arrays}
+        meta = meta | {"step": step, "arrays": arrays, "evaluations": self._evaluations()}
         meta["digest"] = identity.digest(meta)
         self._limit_s = self._limit(items)
         try:
@@ -183,6 +185,27 @@ class Checkpoints:
         self._watcher = threading.Thread(target=self._watch, args=(step, response), name="checkpoint", daemon=True)
         self._watcher.start()
         return time.perf_counter() - start
+
+    def evaluated(self, rows: dict[int, dict[str, Any]]) -> None:
+        """Takes the evaluations of a run that goes on: rows of metrics.jsonl with a finite val/loss, by step."""
+        self.val_losses = {step: row["val/loss"] for step, row in rows.items()}
+        windows = {step: row.get("val/windows") for step, row in rows.items()}
+        self.val_windows = {step: n if type(n) is int else None for step, n in windows.items()}
+
+    def _evaluations(self) -> list[dict[str, Any]]:
+        """The same of the steps that may still be there, for when metrics.jsonl is lost, with the run or alone.
+
+        On process 0, whose metadata is written.
+        """
+        if self.processes.index:
+            return []
+        there = set(self.val_losses)
+        with _later():
+            there &= {*self._steps(), *(self.mirror.copies if self.mirror is not None else ())}
+        return [
+            {"step": step, "val/loss": self.val_losses[step], "val/windows": self.val_windows.get(step)}
+            for step in sorted(there)
+        ]
 
     def _limit(self, items: dict[str, Any]) -> float:
         """Seconds that a save of this may take."""
@@ -222,7 +245,7 @@ class Checkpoints:
 
         def look() -> dict[str, Any]:
             meta = self.meta(step)
-            self._check_found(step, meta, meta["arrays"])
+            self._check_found(self._path(step), meta, meta["arrays"])
             return meta
 
         return reading.patiently(look, self.directory)
@@ -245,7 +268,8 @@ class Checkpoints:
         self._save_s, self._timeouts = time.perf_counter() - start, 0
         if self.processes.index == 0 and self.mirror is not None:
             with _later():
-                self.mirror.offer(step, self._kept())
+                here = set(self._steps())
+                self.mirror.offer(step, lambda copies: self._kept(here) | self._kept(here | copies))
         self.delete_old()
 
     def _report_failure(self, step: int, error: Exception) -> None:
@@ -272,9 +296,10 @@ class Checkpoints:
         """Whether a save is under way."""
         return self._watcher is not None and self._watcher.is_alive()
 
-    def _kept(self) -> set[int]:
+    def _kept(self, steps: set[int]) -> set[int]:
+        """Those of them that are to stay."""
         assert self.config is not None
-        return retention.kept({step: self.val_losses.get(step) for step in self.steps()}, self.config)
+        return retention.kept({step: self.val_losses.get(step) for step in steps}, self.config, self.val_windows)
 
     def delete_old(self) -> None:
         """Deletes what need not stay, on process 0, unless a save is under way, which does so when it is over.
@@ -286,7 +311,8 @@ class Checkpoints:
         copying = {self.mirror.copying} if self.mirror is not None else set()
         doomed: set[int] = set()
         with _later():
-            doomed = set(self.steps()) - self._kept() - copying
+            steps = set(self._steps())
+            doomed = steps - self._kept(steps) - copying
         for step in doomed:
             with _later():  # one that cannot be deleted keeps no other
                 away = self.directory / f"{step}{DELETING}"
@@ -295,27 +321,34 @@ class Checkpoints:
 
     # Reading
 
-    def _path(self, step: int) -> LiteralPath:
+    def _path(self, step: int, suffix: str = "") -> LiteralPath:
         """By whatever links each process gets there: Orbax compares them."""
-        return LiteralPath((self.directory / str(step)).resolve())
+        return LiteralPath((self.directory / f"{step}{suffix}").resolve())
 
     def steps(self) -> list[int]:
-        """Committed steps, ascending. Raises OSError."""
+        """Committed steps, ascending. Raises Unreadable."""
+        return reading.patiently(self._steps, self.directory)
+
+    def _steps(self) -> list[int]:
         return sorted(
             int(p.name) for p in self.directory.iterdir() if identity.STEP.fullmatch(p.name) and self._is_whole(p)
         )
 
+    def _is_folder(self) -> bool:
+        return reading.is_there(self.directory) and self.directory.is_dir()
+
     def _is_whole(self, path: pathlib.Path) -> bool:
         return all(reading.is_there(path / part) for part in (METADATA_FILE, *ITEMS))
 
-    def meta(self, step: int) -> dict[str, Any]:
+    def meta(self, step: int, suffix: str = "") -> dict[str, Any]:
         """What save() was given, with `step` and `arrays`: by item and leaf, [kind, checksum].
 
         Raises Damaged, Unreadable.
         """
-        meta = identity.read_meta(self.directory / str(step))
+        folder = self.directory / f"{step}{suffix}"
+        meta = identity.read_meta(folder)
         if meta.get("step") != step:
-            raise Damaged(f"{self.directory / str(step)} says that it is step {meta.get('step')}")
+            raise Damaged(f"{folder} says that it is step {meta.get('step')}")
         return meta
 
     def restore_newest(
@@ -323,10 +356,11 @@ class Checkpoints:
     ) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest state that is whole and unchanged, on the program's mesh, and its meta; None for a fresh run.
 
-        With `choose`, that which it takes of the steps that are here, ascending; None if it takes none.
+        With `choose`, that which it takes of the steps there are, ascending; None if it takes none.
 
         Process 0 chooses the step, all verify it. When one fails anywhere, another is chosen; when that one is
-        restored, those that failed are moved to quarantine with a message. So nothing moves when all fail.
+        restored, those that failed are moved to quarantine with a message. So nothing moves when all fail. A copy from
+        the mirror takes its place in the run when it was restored.
 
         Raises:
           CheckpointError: there were checkpoints, but none can be used. Starting afresh would hide the loss.
@@ -334,71 +368,91 @@ class Checkpoints:
           ConfigError: a checkpoint is of another model.
         """
         failed: dict[int, str] = {}
-        while (step := self.processes.choose("newest checkpoint", lambda: self._next(failed, choose))) is not None:
-            result, problem = None, ""
+        while (found := self.processes.choose("newest checkpoint", lambda: self._next(failed, choose))) is not None:
+            (step, suffix), result, problem = found, None, ""
             try:
-                result = self.restore(program, step)
+                result = self.restore(program, step, suffix)
             except (Damaged, Suspect) as e:
                 problem = str(e)
             problems = [answer for answer in self.processes.exchange(f"restored step {step}", problem) if answer]
             if not problems:
-                failed.pop(step, None)  # this is the mirror's copy of it
-                if failed:
-                    self._on_process_0("quarantine", lambda: self._put_away(failed))
+                self._on_process_0("quarantine", functools.partial(self._settle, failed, step, suffix))
                 return result
             log.error("%s", problems[0])
-            failed[step] = problems[0]
+            failed.setdefault(step, problems[0])
         return None
 
-    def _next(self, failed: dict[int, str], choose: Callable[[list[int]], int | None] | None) -> int | None:
-        """The newest step that has not failed, here or from the mirror; with `choose`, which it takes of those here."""
-        here = [step for step in reading.patiently(self.steps, self.directory) if step not in failed]
-        if here and choose is not None:
-            return choose(here)
-        offered = self._offered(bool(here))
-        for step in offered:  # newest first
-            if here and step <= here[-1]:
+    def _next(self, failed: dict[int, str], choose: Callable[[list[int]], int | None] | None) -> tuple[int, str] | None:
+        """Of the steps that have not failed, here or from the mirror, the newest or what `choose` takes; its suffix.
+
+        The mirror is always asked: a run that begins again, or goes on from an older step, deletes copies in the end.
+        """
+        here = [step for step in self.steps() if step not in failed]
+        take = choose or max
+        copies, offered = self._offered(needless=bool(here) and take(here) is not None), 0
+        while here or copies:
+            if (found := take(sorted({*here, *copies}))) is None:
                 break
+            if found in here:
+                return found, ""
             assert self.mirror is not None
-            away = functools.partial(self._put_away, {step: failed[step]} if step in failed else {})
-            if self.mirror.fetch(step, away):
-                return step
-        if here:
-            return here[-1]
+            if self.mirror.fetch(found, FETCHED):
+                copy = self.directory / f"{found}{FETCHED}"
+                if reading.patiently(functools.partial(self._is_whole, copy), copy):
+                    return found, FETCHED
+                failed.setdefault(found, f"the copy of step {found} in the mirror lacks parts")
+            copies.remove(found)
+            offered += 1
         if failed:
             raise CheckpointError(
                 f"no usable checkpoint in {self.directory}: {'; '.join(failed.values())}; nothing was moved; restore "
                 "one from a backup, or start over with another --workdir"
             )
         if offered:  # in the end, a fresh start would delete them
-            raise CheckpointError("no copy in config.checkpoint.mirror can be fetched; start again when one can")
+            raise Unreadable(
+                "no copy in config.checkpoint.mirror can be fetched; start again when one can", Stopped.exit_code
+            )
+        if not here:
+            reading.patiently(self._check_lost, self.directory)
+        return None
+
+    def _check_lost(self) -> None:
+        """Where no step is left. Raises CheckpointError if there were some, OSError."""
         if reading.is_there(self.quarantine) or reading.is_there(self.quarantine_there):
             raise CheckpointError(
                 f"no usable checkpoint in {self.directory}, and some in quarantine; put one back, restore one from a "
                 "backup, or start over with another --workdir"
             )
-        if any(self.directory.glob(f"*{ASIDE}")):
+        if any(path.name.endswith(ASIDE) for path in self.directory.iterdir()):
             log.warning("No checkpoint with a finite loss is left in %s; the run begins again", self.directory)
-        return None
 
     def _offered(self, needless: bool) -> list[int]:
-        """What the mirror has, newest first."""
+        """What the mirror has. Raises CheckpointError, Unreadable."""
+        if self.mirror is None:
+            return []
         try:
-            return self.mirror.steps() if self.mirror is not None else []
+            return self.mirror.steps() if needless else reading.patiently(self.mirror.steps, self.directory)
         except CheckpointError as e:
             if not needless:
                 raise
             log.warning("%s", e)
             return []
 
-    def _put_away(self, failed: dict[int, str]) -> None:
-        for step, reason in failed.items():
-            if (self.directory / str(step)).exists():
-                self._move_to_quarantine(self.directory / str(step), reason)
+    def _settle(self, failed: dict[int, str], step: int, suffix: str) -> None:
+        """When `step` was restored: those that failed go to quarantine, and a copy to its place. May be done again."""
+        copy = self.directory / f"{step}{FETCHED}"
+        if suffix and not reading.is_there(copy):
+            return  # by the attempt before
+        for other, reason in failed.items():
+            for path in (self.directory / str(other), self.directory / f"{other}{FETCHED}"):
+                if path != copy and reading.is_there(path):
+                    self._move_to_quarantine(path, reason)
+        if suffix:
+            copy.rename(self.directory / str(step))
 
-    def restore(self, program: Program, step: int) -> tuple[TrainState, dict[str, Any]]:
-        """The whole state of one step. Raises CheckpointError, ConfigError."""
-        items, meta = self._load(step, _items(program.state))
+    def restore(self, program: Program, step: int, suffix: str = "") -> tuple[TrainState, dict[str, Any]]:
+        """The whole state of one step, whose folder is <step><suffix>. Raises CheckpointError, ConfigError."""
+        items, meta = self._load(step, _items(program.state), suffix)
         at = jax.device_put(np.int32(step), program.replicated)
         # The statistics of a guard that was switched on since begin here.
         guard = items.get("guard") or program.init_guard()
@@ -409,13 +463,13 @@ class Checkpoints:
         items, meta = self._load(step, {"params": program.state.params})
         return items["params"], meta
 
-    def _load(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _load(self, step: int, abstract: dict[str, Any], suffix: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
         """Without the guard where none was saved. An error of one process is one of all."""
-        path, problem = self._path(step), None
+        path, problem = self._path(step, suffix), None
         items: dict[str, Any] = {}
         meta: dict[str, Any] = {}
         try:
-            items, meta = reading.patiently(lambda: self._read(step, abstract), path)
+            items, meta = reading.patiently(lambda: self._read(step, abstract, suffix), path)
         except (Damaged, Suspect, Unreadable) as e:
             problem = [type(e).__name__, str(e), e.exit_code]
         # The sums are made by all together, so none may begin where one has nothing to sum.
@@ -431,17 +485,19 @@ class Checkpoints:
                     raise Damaged(f"checkpoint {path} is damaged: {name}.{leaf} is not what was saved (checksum)")
         return items, meta
 
-    def _read(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _read(self, step: int, abstract: dict[str, Any], suffix: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """By this process for itself: Orbax's barriers would leave the others waiting for one that cannot read."""
-        path = self._path(step)
-        if not self._is_whole(self.directory / str(step)):  # process 0 chose it: this one has an older view, or none
+        path = self._path(step, suffix)
+        if not self._is_whole(
+            self.directory / f"{step}{suffix}"
+        ):  # process 0 chose it: this one has an older view, or none
             raise Unreadable(
                 f"{path} is not seen, or not whole, on {platform.node()}; nothing was moved", Stopped.exit_code
             )
-        meta = self.meta(step)
+        meta = self.meta(step, suffix)
         abstract = {name: item for name, item in abstract.items() if name != "guard" or name in meta["arrays"]}
         _check_wanted(path, meta["arrays"], abstract)
-        self._check_found(step, meta, abstract)
+        self._check_found(path, meta, abstract)
         try:
             with self._alone():
                 return asyncio.run(_load_items(path, abstract)), meta
@@ -456,12 +512,11 @@ class Checkpoints:
         alone.multiprocessing.active_processes = {self.processes.index}
         return alone
 
-    def _check_found(self, step: int, meta: dict[str, Any], names: Iterable[str]) -> None:
+    def _check_found(self, path: LiteralPath, meta: dict[str, Any], names: Iterable[str]) -> None:
         """Compares what Orbax finds of the items `names` with what was saved: it would cast a dtype without a word.
 
         Raises Damaged, Suspect, Unreadable.
         """
-        path = self._path(step)
         try:
             with self._alone():
                 # Not checkpointables_metadata, which says None of what it cannot read.

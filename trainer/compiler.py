@@ -41,3 +41,8 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether a device, or the compiler for it, has too little memory; other limits have the same code."""
     text = str(error)
     return "RESOURCE_EXHAUSTED" in text and ("memory" in text.lower() or "hbm" in text.lower())
+
+
+def out_of_memory(error: Exception) -> str:
+    """The beginning of a line that says so, and ends with what to do."""
+    return f"the devices' memory is too small: {' '.join(str(error).split())[:200]}; "

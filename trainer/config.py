@@ -270,15 +270,21 @@ def check_divisible(config: Config, axes: dict[str, int]) -> None:
 MAY_BE_INFINITE = (CheckpointConfig, DivergenceConfig, WatchdogConfig)  # limits that are never reached
 
 
-def from_dict(tree: dict[str, Any]) -> Config:
-    """A Config from nested plain values; a missing field takes its default. Raises ConfigError."""
+def from_dict(tree: dict[str, Any], recorded: bool = False) -> Config:
+    """A Config from nested plain values; a missing field takes its default.
+
+    Args:
+      recorded: by a run, perhaps of an earlier version, which may have taken numbers that are refused now.
+
+    Raises ConfigError.
+    """
     try:
-        return _build(Config, tree, "")
+        return _build(Config, tree, "", recorded)
     except (ValueError, OverflowError) as e:  # a whole number too large for a float
         raise ConfigError(f"config.{e}") from None
 
 
-def _build(cls: type, tree: dict[str, Any], prefix: str) -> Any:
+def _build(cls: type, tree: dict[str, Any], prefix: str, recorded: bool) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     values = {}
     if not isinstance(tree, dict):
@@ -288,18 +294,23 @@ def _build(cls: type, tree: dict[str, Any], prefix: str) -> Any:
             raise ValueError(f"{prefix}{name} is no field of {cls.__name__}; its fields: {', '.join(fields)}")
         kind: Any = fields[name].type
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            values[name] = _build(kind, value, f"{prefix}{name}.")
+            values[name] = _build(kind, value, f"{prefix}{name}.", recorded)
             continue
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
             raise ValueError(f"{prefix}{name} is {value!r}; it must be of type {kind.__name__}")
-        if kind is int and name != "seed":  # beside an int32 array a larger one is an OverflowError
-            _require(abs(value) < 2**31, f"{prefix}{name} is {value}; it must be below 2**31 = {2**31}")
-        if kind is float and cls not in MAY_BE_INFINITE:
-            _require(math.isfinite(value), f"{prefix}{name} is {value}; it must be a finite number")
+        if not recorded:
+            _check_range(cls, name, value, prefix)
         values[name] = value
     return cls(**values)
+
+
+def _check_range(cls: type, name: str, value: Any, prefix: str) -> None:
+    if type(value) is int and name != "seed":  # beside an int32 array a larger one is an OverflowError
+        _require(abs(value) < 2**31, f"{prefix}{name} is {value}; it must be below 2**31 = {2**31}")
+    if type(value) is float and cls not in MAY_BE_INFINITE:
+        _require(math.isfinite(value), f"{prefix}{name} is {value}; it must be a finite number")
 
 
 def to_json(config: Config) -> str:

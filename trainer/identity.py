@@ -73,7 +73,7 @@ def check(meta: dict[str, Any], config: Config, data: sources.Sources, where: ob
             f"{config.data.path} ({data.fingerprint()}); name that one, or another --workdir"
         )
     check_tokenizer(meta, data.load_tokenizer(), where)
-    saved = from_dict(meta["config"])
+    saved = from_dict(meta["config"], recorded=True)
     if refused := changes(saved, config)["refused"]:
         raise ConfigError(
             f"{where} was trained with another configuration; {'; '.join(refused)}; undo the change or choose another "

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from data import files
+from trainer import reading
 
 log = logging.getLogger("meshlm")
 
@@ -60,10 +61,17 @@ KINDS = {int: ("life", "code", "first_step", "last_step", "lost_steps"), float: 
 def newest_step(run: pathlib.Path) -> int:
     """The newest committed step of a run; 0 when there is none, or none can be seen."""
     try:
-        names = [p.name for p in (run / "checkpoints").iterdir() if (p / METADATA_FILE).exists()]
+        return newest_committed(run)
     except OSError:
         return 0
-    return max((int(name) for name in names if name.isascii() and name.isdigit()), default=0)
+
+
+def newest_committed(run: pathlib.Path) -> int:
+    """The newest committed step of a run; 0 when there is none. Raises OSError."""
+    if not reading.is_there(run / "checkpoints"):
+        return 0
+    steps = [p for p in (run / "checkpoints").iterdir() if p.name.isascii() and p.name.isdigit()]
+    return max((int(p.name) for p in steps if reading.is_there(p / METADATA_FILE)), default=0)
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:

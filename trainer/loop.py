@@ -54,10 +54,17 @@ class Trainer:
       data: what config.data names, opened.
       processes: all that train; tells when to stop.
       watchdog: is told of every step.
+      mirror: of the checkpoints, on process 0, if there is one.
     """
 
     def __init__(
-        self, config: Config, run: pathlib.Path, data: sources.Sources, processes: Processes, watchdog: Watchdog
+        self,
+        config: Config,
+        run: pathlib.Path,
+        data: sources.Sources,
+        processes: Processes,
+        watchdog: Watchdog,
+        mirror: Mirror | None = None,
     ):
         self.config, self.run, self.data, self.processes, self.watchdog = config, run, data, processes, watchdog
         self.mesh = sharding.make_mesh(config)
@@ -82,8 +89,8 @@ class Trainer:
         self.generator = sampling.make_generator(
             self.program, temperature=sample.temperature, top_k=sample.top_k, top_p=sample.top_p
         )
-        self.mirror = self._open_mirror()
-        self.checkpoints = Checkpoints(run, config.checkpoint, processes, self.mirror)
+        self.mirror = mirror
+        self.checkpoints = Checkpoints(run, config.checkpoint, processes, mirror)
         self.progress = reporting.Progress(config.num_train_steps)
         self.clock = SaveClock(config.checkpoint, time.monotonic())
         self.saving = self.asked_to_save = False
@@ -92,27 +99,12 @@ class Trainer:
         self.sound = 0  # the states up to this step are known to have finite losses; later ones may have
         self.has_stepped = False  # in this life
 
-    def _open_mirror(self) -> Mirror | None:
-        def open_it() -> Mirror | None:
-            if self.processes.index or not self.config.checkpoint.mirror:
-                return None
-            mirror = self.config.checkpoint.mirror
-            return Mirror(
-                mirror,
-                self.run / "checkpoints",
-                self.config,
-                lambda meta: identity.check(meta, self.config, self.data, mirror),
-            )
-
-        return self.processes.together("mirror", open_it)
-
     def train(self) -> bool:
         """Runs to the last step and returns True, or saves and returns False when asked to stop."""
         config = self.config
         with self.watchdog.phase("restoring"):
             state, samples = self._restore_or_init()
         first = int(state.step)
-        self.checkpoints.val_losses = reporting.val_losses(self.run, first)
         owed = self._owed(first)
         startup.page(config, self.program, self.windows, self.data)
         self.writers = reporting.Writers(self.run, first, config.metrics.tensorboard)
@@ -279,18 +271,24 @@ class Trainer:
         """The state of the newest checkpoint, or of that which `choose` takes, and the samples consumed."""
         restored = self.checkpoints.restore_newest(self.program, choose)
         if restored is None:
+            self.checkpoints.evaluated({})
             return self.program.init(), 0
         state, meta = restored
         identity.check(meta, self.config, self.data, self.run)  # again: this one may come from the mirror
+        self.checkpoints.evaluated(reporting.evaluations(self.run, meta["step"], meta.get("evaluations", ())))
         return state, meta["samples"]
 
-    def _restore_sound(self, choose: Callable[[list[int]], int | None]) -> tuple[TrainState, int]:
+    def _restore_sound(self, bad: Bad, choose: Callable[[list[int]], int | None]) -> tuple[TrainState, int]:
         """The state that `choose` takes. One without a finite loss is set aside, and `choose` takes among the others.
 
         A step's own loss is that of the state before its update, so a state that was saved may be the first bad one.
         """
         while True:
-            state, samples = self._restore_or_init(choose)
+            try:
+                state, samples = self._restore_or_init(choose)
+            except CheckpointError:
+                log.error("%s", bad.reason)  # why there was something to restore
+                raise
             step = int(state.step)
             if step <= self.sound or self._is_sound(state.params):
                 self.sound = step
@@ -316,7 +314,7 @@ class Trainer:
                 raise self._diverged(bad)
             wanted = bad.step - max(self.config.divergence.rollback_steps, 1)
             # Nothing is moved before it is known what the run can go on from.
-            state, samples = self._restore_sound(lambda steps: _newest_up_to(wanted, _before(bad.step, steps)))
+            state, samples = self._restore_sound(bad, lambda steps: _newest_up_to(wanted, _before(bad.step, steps)))
             step = int(state.step)
             self.returns[step] = self.returns.get(step, 0) + 1
             if self.returns[step] > self.config.divergence.max_in_a_row:
@@ -328,7 +326,6 @@ class Trainer:
         log.warning("%s; back to step %d%s, leaving out %d samples", bad.reason, step, older, skipped)
         self.writers.close()
         self.writers = reporting.Writers(self.run, step, self.config.metrics.tensorboard)
-        self.checkpoints.val_losses = reporting.val_losses(self.run, step)
         # Of the step after, so that a resume from the same checkpoint, which will go back again, cuts it off.
         row = {"event/rollback_from": float(bad.step), "event/skipped_samples": float(skipped)}
         self.writers.metrics(step + 1, bad.samples * self.config.data.seq_len, row)
@@ -413,7 +410,7 @@ class Trainer:
         steps = self.processes.choose("checkpoints", self.checkpoints.steps)
         fate = "its checkpoint was set aside" if bad.step in steps else "it was not saved"
         if steps and steps[-1] > self.sound:
-            state, _ = self._restore_sound(lambda steps: max(_before(bad.step, steps), default=None))
+            state, _ = self._restore_sound(bad, lambda steps: max(_before(bad.step, steps), default=None))
             del state
             self.checkpoints.discard_after(bad.step - 1)
             steps = self.processes.choose("checkpoints", self.checkpoints.steps)
@@ -446,13 +443,13 @@ class Trainer:
         )
         if result is None:
             return None
-        self.writers.metrics(step, samples * self.config.data.seq_len, result)
+        self.writers.metrics(step, samples * self.config.data.seq_len, result | {"val/windows": limit})
         self.progress.clear()
         shown = "  ".join(f"{name} {result[name]:.4f}" for name in ("val/loss", "val/bits_per_byte") if name in result)
         log.info("step %d  %s", step, shown)
         if math.isfinite(result["val/loss"]):
             self.sound = step
-            self.checkpoints.val_losses[step] = result["val/loss"]
+            self.checkpoints.val_losses[step], self.checkpoints.val_windows[step] = result["val/loss"], limit
         return result["val/loss"]
 
     def _sample(self, step: int, params: dict) -> None:

@@ -1,6 +1,7 @@
 """What a run reports: metrics.jsonl, TensorBoard, the console. Only process 0 writes."""
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -16,7 +17,6 @@ import jax
 from data import files
 from trainer import console, flops, lives, reading
 from trainer.config import Config
-from trainer.errors import ConfigError
 
 log = logging.getLogger("meshlm")
 FLUSH_S = 60  # of TensorBoard's file
@@ -35,7 +35,7 @@ def cut_rows_after(path: pathlib.Path, step: int) -> int:
 
     With it a file that a kill left ahead of its checkpoint reads, in the end, as one uninterrupted run.
     """
-    if not path.exists():
+    if not reading.is_there(path):
         return 0
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
@@ -58,19 +58,25 @@ def was_sampled(run: pathlib.Path, step: int) -> bool:
     return any(row.get("step") == step for row in lives.read_rows(run / "samples.jsonl"))
 
 
-def val_losses(run: pathlib.Path, last: int) -> dict[int, float]:
-    """The finite losses on held-out text in metrics.jsonl, by step, up to `last`; on process 0, which needs them.
+def evaluations(run: pathlib.Path, last: int, saved: Any = ()) -> dict[int, dict[str, Any]]:
+    """The rows with a finite loss on held-out text, by step, up to `last`; on process 0, which needs them.
+
+    Args:
+      saved: such rows of a checkpoint, for those that metrics.jsonl does not have, as when it was lost.
 
     Raises Unreadable: without them the best checkpoint would be deleted.
     """
-    path = run / "metrics.jsonl"
-    if jax.process_index() != 0 or not reading.patiently(lambda: reading.is_there(path), path):
+    if jax.process_index() != 0:
         return {}
-    rows = lives.rows_in(reading.patiently(path.read_bytes, path))
-    found = [(row.get("step"), row.get("val/loss")) for row in rows]
-    return {
-        step: x for step, x in found if type(step) is int and step <= last and type(x) is float and math.isfinite(x)
-    }
+    path = run / "metrics.jsonl"
+    there = reading.patiently(lambda: path.read_bytes() if reading.is_there(path) else b"", path)
+    rows = [*saved, *lives.rows_in(there)]
+    return {row["step"]: row for row in rows if type(row.get("step")) is int and row["step"] <= last and _has_loss(row)}
+
+
+def _has_loss(row: dict[str, Any]) -> bool:
+    loss = row.get("val/loss")
+    return type(loss) is float and math.isfinite(loss)
 
 
 class Writers:
@@ -80,18 +86,22 @@ class Writers:
 
     Raises:
       ConfigError: nothing can be written from the start.
+      Unreadable: not just now.
     """
 
     def __init__(self, run: pathlib.Path, step: int, tensorboard: bool):
         self._metrics = self._samples = self._board = None
         if jax.process_index() != 0:
             return
-        try:
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                cut_rows_after(run / name, step)
-            self._metrics, self._samples = Rows(run / "metrics.jsonl"), Rows(run / "samples.jsonl")
-        except OSError as e:
-            raise ConfigError(f"cannot write to --workdir={run}: {e.strerror}; make room, or name another") from None
+
+        def begin(name: str) -> Rows:
+            cut_rows_after(run / name, step)
+            return Rows(run / name)
+
+        cannot = f"cannot write to --workdir={run}:"
+        self._metrics, self._samples = (
+            reading.writing(functools.partial(begin, name), run, cannot) for name in ("metrics.jsonl", "samples.jsonl")
+        )
         if tensorboard:
             self._board = Board(run / "tensorboard", step + 1)
 
@@ -150,6 +160,9 @@ class Rows:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """A second call does nothing: it may come while an error is on its way."""
+        if self._file.closed:
+            return
         self.write()
         self.sync()
         if self._waiting:

@@ -13,7 +13,6 @@ import pathlib
 import re
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,13 +21,15 @@ from data.errors import DataError
 from data.files import close_durably
 from trainer import identity, reading
 from trainer.config import Config, changes, from_dict, to_json
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import CheckpointError, ConfigError, Stopped
 from trainer.lives import METADATA_FILE
+from trainer.reading import Unreadable
 
 log = logging.getLogger("meshlm")
 TIMEOUT_S = 600  # for one file
 PIECE_BYTES = 16 << 20  # held in memory
 PARTIAL = ".__lock"  # tensorstore's name for a file that is being written
+Keep = Callable[[set[int]], set[int]]
 
 
 class Mirror:
@@ -43,9 +44,11 @@ class Mirror:
 
     Attributes:
       copying: the step being copied, or None.
+      copies: the steps of which there were whole copies when that was last seen.
 
     Raises:
       ConfigError: the location cannot be used, or belongs to another run.
+      Unreadable: not just now.
     """
 
     def __init__(
@@ -57,21 +60,24 @@ class Mirror:
     ):
         self.location, self.source = location.rstrip("/"), source
         self.copying: int | None = None
-        self._waiting: tuple[int, set[int]] | None = None
+        self.copies: set[int] = set()
+        self._waiting: tuple[int, Keep] | None = None
+        self._unwanted: set[int] = set()  # copies that could not be deleted yet
         self._fetched: set[int] = set()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         try:
-            self._store = remote.open_store(self.location)
-            self._claim(config, check)
+            reading.again(lambda: self._claim(config, check), _ERRORS)
         except _ERRORS as e:
-            raise ConfigError(f"config.checkpoint.mirror = {location} cannot be used: {_line(e)}") from None
+            reason = f"config.checkpoint.mirror = {location} cannot be used: {_line(e)}"
+            raise (Unreadable(reason, Stopped.exit_code) if reading.passes(e) else ConfigError(reason)) from None
 
     def _claim(self, config: Config, check: Callable[[dict[str, Any]], None]) -> None:
+        self._store = remote.open_store(self.location)
         recorded = self._read("config.json")
         if recorded is not None:
             try:
-                of_run = from_dict(json.loads(recorded))
+                of_run = from_dict(json.loads(recorded), recorded=True)
             except (ConfigError, ValueError, RecursionError) as e:
                 raise ConfigError(
                     f"config.checkpoint.mirror = {self.location} has a config.json that this version does not read "
@@ -83,9 +89,10 @@ class Mirror:
                     f"config.checkpoint.mirror = {self.location} holds another run's checkpoints "
                     f"({'; '.join(refused)}); name another place"
                 )
-        for step in self.steps():
+        for step in sorted(self._list(), reverse=True):
+            raw = self._read(f"checkpoints/{step}/{METADATA_FILE}") or b""
             try:
-                newest = identity.meta_from(self._read(f"checkpoints/{step}/{METADATA_FILE}") or b"")
+                newest = identity.meta_from(raw)
             except ValueError:  # a damaged copy; it is found when it is restored
                 continue
             check(newest)
@@ -104,8 +111,12 @@ class Mirror:
 
     # Copying there
 
-    def offer(self, step: int, keep: set[int]) -> None:
-        """Copies `step` when the copy under way is done, and deletes the copies of steps that are not to keep."""
+    def offer(self, step: int, keep: Keep) -> None:
+        """Copies `step` when the copy under way is done, and deletes the copies of steps that are not to keep.
+
+        Args:
+          keep: says which, of the steps of which there are copies: some may be here alone.
+        """
         with self._changed:
             self._waiting = step, keep
             if self._thread is None:
@@ -122,7 +133,8 @@ class Mirror:
                 (self.copying, keep), self._waiting = self._waiting, None
             try:
                 self._copy(self.copying)
-                self.keep_only(keep)
+                self._unwanted.discard(self.copying)
+                self.clean_up(keep)
             except _ERRORS as e:
                 log.error("checkpoint at step %d was NOT copied to %s: %s", self.copying, self.location, _line(e))
             finally:
@@ -134,6 +146,7 @@ class Mirror:
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != METADATA_FILE)
         for path in [*files, folder / METADATA_FILE]:
             self._copy_file(path, f"checkpoints/{step}/{path.relative_to(folder).as_posix()}")
+        self.copies = self.copies | {step}
 
     def _copy_file(self, path: pathlib.Path, key: str) -> None:
         if remote.is_remote(self.location):  # its clients take an object whole; Orbax's files have 2 GB at most
@@ -147,16 +160,19 @@ class Mirror:
                 close_durably(f)
             os.rename(partial, last, src_dir_fd=folder, dst_dir_fd=folder)
 
-    def keep_only(self, steps: set[int]) -> None:
-        """Deletes the copies of other steps."""
-        self.discard(self.whole() - steps - {self.copying})
+    def clean_up(self, keep: Keep) -> None:
+        """Deletes the copies of other steps; all stay while it cannot be seen what there is."""
+        there = self.whole()
+        self.discard((there - keep(there) - {self.copying}) | (there & self._unwanted))
 
     def discard(self, steps: Iterable[int]) -> None:
-        """Deletes the copies of these steps, as far as it can: those of others stay, whatever cannot be seen now."""
+        """Deletes the copies of these steps; later, if it cannot now. Those of others stay."""
         for step in steps:
             try:
                 self._delete(step)
+                self._unwanted.discard(step)
             except _ERRORS as e:
+                self._unwanted.add(step)
                 log.warning("the copy of step %d in %s could not be deleted: %s", step, self.location, _line(e))
 
     def _delete(self, step: int) -> None:
@@ -173,13 +189,17 @@ class Mirror:
     # And back
 
     def steps(self) -> list[int]:
-        """Whole copies, newest first; without those that were fetched once. Raises CheckpointError."""
+        """Whole copies, newest first; without those that were fetched once, or should be deleted.
+
+        Raises CheckpointError, Unreadable.
+        """
         try:
-            return sorted(self._list() - self._fetched, reverse=True)
+            return sorted(self._list() - self._fetched - self._unwanted, reverse=True)
         except _ERRORS as e:
-            raise CheckpointError(
-                f"cannot look into {self.location}: {_line(e)}; start again when it answers"
-            ) from None
+            if not self.copies:  # nor are there any now: nobody else writes there
+                return []
+            reason = f"cannot look into {self.location}: {_line(e)}; start again when it answers"
+            raise (Unreadable(reason, Stopped.exit_code) if reading.passes(e) else CheckpointError(reason)) from None
 
     def whole(self) -> set[int]:
         """Steps of which all is there; none when that cannot be told."""
@@ -192,29 +212,28 @@ class Mirror:
     def _list(self) -> set[int]:
         keys = self._store.list(_range("checkpoints/")).result(TIMEOUT_S)
         folders = {os.fsdecode(key).split("/")[1] for key in keys if key.endswith(f"/{METADATA_FILE}".encode())}
-        return {step for folder in folders if (step := _step(folder)) is not None}
+        self.copies = {step for folder in folders if (step := _step(folder)) is not None}
+        return self.copies
 
-    def fetch(self, step: int, make_way: Callable[[], None] = lambda: None) -> bool:
-        """Copies `step` into the run; False if that fails, also when it is tried again.
+    def fetch(self, step: int, suffix: str = "") -> bool:
+        """Copies `step` into the run, as <step><suffix>; False if that fails, also when it is tried again.
 
-        A second call would bring the same copy, which may be damaged: `steps` does not offer it any more. `make_way` is
-        called when the copy is there, and about to take its place.
+        A second call would bring the same copy, which may be damaged: `steps` does not offer it any more.
         """
         self._fetched.add(step)
         partial = self.source / f"{step}.orbax-checkpoint-tmp-mirror"
-        for pause_s in (*reading.PAUSES_S, None):
-            try:
-                self._download(step, partial)
-                make_way()
-                partial.rename(self.source / str(step))
-                log.info("fetched   step %d from %s", step, self.location)
-                return True
-            except _ERRORS as e:
-                reason = _line(e)
-            if pause_s is not None:
-                time.sleep(pause_s)
-        log.error("checkpoint at step %d cannot be fetched from %s: %s", step, self.location, reason)
-        return False
+
+        def fetch() -> None:
+            self._download(step, partial)
+            partial.rename(self.source / f"{step}{suffix}")
+
+        try:
+            reading.again(fetch, _ERRORS)
+        except _ERRORS as e:
+            log.error("checkpoint at step %d cannot be fetched from %s: %s", step, self.location, _line(e))
+            return False
+        log.info("fetched   step %d from %s", step, self.location)
+        return True
 
     def _download(self, step: int, partial: pathlib.Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)

@@ -30,9 +30,15 @@ LASTING = (
     errno.EEXIST,
     errno.ELOOP,
     errno.ENAMETOOLONG,
+    errno.EINVAL,
 )
 WRONG = re.compile(r"\b(DATA_LOSS|OUT_OF_RANGE|NOT_FOUND)\b")  # tensorstore's words for cut, changed and missing files
 OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # and for an error of the operating system
+# And for those of an object store, of which others may pass; INVALID_ARGUMENT it does not say.
+STORE_LASTING = re.compile(r"\b(PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND|FAILED_PRECONDITION|UNIMPLEMENTED)\b")
+STORE_PASSING = re.compile(
+    r"\b(ABORTED|UNAVAILABLE|DEADLINE_EXCEEDED|CANCELLED|RESOURCE_EXHAUSTED|INTERNAL|UNKNOWN)\b|no answer within"
+)
 
 
 class Damaged(CheckpointError):
@@ -96,25 +102,46 @@ def patiently(function: Callable[[], T], path: os.PathLike[str]) -> T:
     raise problem
 
 
-def writing(function: Callable[[], T], path: os.PathLike[str]) -> T:
-    """What `function`, which may be called again, returns.
+def passes(error: BaseException) -> bool:
+    """Whether the same may succeed later: by the error's number, or by the words of an object store's client."""
+    code, text = _os_code(error), str(error)
+    if code is not None:
+        return code not in LASTING
+    if STORE_LASTING.search(text):
+        return False
+    return isinstance(error, OSError) or STORE_PASSING.search(text) is not None
 
-    Raises:
-      ConfigError: files cannot be written there.
-      Unreadable: not here and now.
-    """
-    for pause_s in (*PAUSES_S, None):
+
+def again(function: Callable[[], T], errors: tuple[type[Exception], ...] = (OSError,)) -> T:
+    """What `function`, which may be called again, returns. It is when one of `errors` is raised that may pass."""
+    for pause_s in PAUSES_S:
         try:
             return function()
-        except OSError as e:
-            if e.errno in LASTING:
-                reason = f"cannot use {e.filename or path}: {e.strerror}"
-                raise ConfigError(f"{reason}; mend that, or name another --workdir") from None
-            if pause_s is None:
-                reason = f"cannot use {e.filename or path} just now: {e.strerror or e}"
-                raise Unreadable(f"{reason}; the same command goes on", Stopped.exit_code) from None
+        except errors as e:
+            if not passes(e):
+                raise
             time.sleep(pause_s)
-    raise AssertionError("the last time returns or raises")
+    return function()
+
+
+def writing(function: Callable[[], T], path: os.PathLike[str], what: str = "cannot use") -> T:
+    """What `function`, which may be called again, returns. It writes files, or reads some that are no checkpoint's.
+
+    Args:
+      path: where an error does not name its file.
+      what: begins the message; the file follows.
+
+    Raises:
+      ConfigError: that cannot be done there.
+      Unreadable: not here and now.
+    """
+    try:
+        return again(function)
+    except OSError as e:
+        file, reason = e.filename or path, e.strerror or e
+        if passes(e):
+            raise Unreadable(f"{what} {file} just now: {reason}; the same command goes on", Stopped.exit_code) from None
+        raise ConfigError(f"{what} {file}: {reason}; mend that, or name another --workdir") from None
 
 
 def is_there(path: pathlib.Path) -> bool:

@@ -4,6 +4,7 @@ import collections
 import math
 import statistics
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from trainer.config import CheckpointConfig
 
@@ -12,18 +13,27 @@ STALLS = 5  # that are remembered; one slow save is none of a slow disk
 RAREST = 3  # times every_minutes: what a preemption without warning may cost, however slow saves are
 
 
-def kept(steps: Mapping[int, float | None], config: CheckpointConfig) -> set[int]:
+def kept(
+    steps: Mapping[int, float | None],
+    config: CheckpointConfig,
+    windows: Mapping[int, int | None] = MappingProxyType({}),
+) -> set[int]:
     """The steps to keep: the last ones, the permanent ones, the best ones.
 
     Args:
       steps: committed steps, with the val/loss of those that were evaluated; one that is not finite is never the best.
+      windows: over how many the loss of a step was measured. Losses over the same number are compared with each other
+        only, and of each number the best stay; steps that are not named are of one more.
     """
     ordered = sorted(steps)
     keep = set(ordered[-config.keep_last :])
     if config.keep_every_steps:
         keep |= {step for step in ordered if step % config.keep_every_steps == 0}
-    evaluated = [(loss, step) for step, loss in steps.items() if loss is not None and math.isfinite(loss)]
-    return keep | {step for _, step in sorted(evaluated)[: config.keep_best]}
+    evaluated: dict[int | None, list[tuple[float, int]]] = collections.defaultdict(list)
+    for step, loss in steps.items():
+        if loss is not None and math.isfinite(loss):
+            evaluated[windows.get(step)].append((loss, step))
+    return keep | {step for losses in evaluated.values() for _, step in sorted(losses)[: config.keep_best]}
 
 
 class SaveClock:

@@ -8,6 +8,7 @@ No heavy imports: all of this is checked before JAX is loaded, so that a mistake
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import logging
@@ -23,7 +24,7 @@ from typing import Any
 
 from data import ends, files, sources, tokenizers
 from data.errors import DataError
-from trainer import identity, lives, schedule
+from trainer import identity, lives, reading, schedule
 from trainer.config import Config, changes, from_dict, to_json
 from trainer.errors import ConfigError
 
@@ -88,21 +89,25 @@ def resolve(config: Config) -> Config:
 
 
 def read_config(run: pathlib.Path) -> Config:
-    """The configuration of an existing run. Raises ConfigError."""
+    """The configuration of an existing run. Raises ConfigError, Unreadable."""
     check_links(run)
     path = run / "config.json"
     try:
-        return from_dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise ConfigError(f"{run} is not a run directory: it has no config.json; name one with --workdir") from None
-    except (OSError, ValueError, RecursionError) as e:
+        text = _text(path)
+        if text is None:
+            raise ConfigError(f"{run} is not a run directory: it has no config.json; name one with --workdir")
+        return from_dict(json.loads(text), recorded=True)
+    except (ValueError, RecursionError) as e:
         raise ConfigError(f"{path} cannot be read: {e}") from None
 
 
 def check_links(run: pathlib.Path) -> None:
-    """Raises ConfigError for a link on the way to the run or its checkpoints that leads nowhere, as to a lost disk."""
+    """Raises ConfigError for a link on the way to the run or its checkpoints that leads nowhere, as to a lost disk.
+
+    Raises Unreadable, too.
+    """
     for path in (*run.absolute().parents, run, run / "checkpoints"):
-        if os.path.islink(path) and not os.path.exists(path):
+        if os.path.islink(path) and not reading.writing(functools.partial(reading.is_there, path), path):
             raise ConfigError(
                 f"{path} is a link to {os.readlink(path)}, which cannot be reached; bring that back, or remove the link"
             )
@@ -112,16 +117,17 @@ def check_changes(run: pathlib.Path, config: Config, allow: bool) -> Config:
     """Compares with the configuration the run began with; ConfigError with a diff where it may not go on.
 
     Returns `config` with the length of its schedule fixed: that of the run's beginning, unless another one is named.
+
+    Raises Unreadable, too.
     """
     check_links(run)
-    if not (run / "config.json").exists():
-        if run.is_dir() and not all(p.name.startswith(BEFORE_A_RUN) for p in run.iterdir()):
-            raise ConfigError(f"{run} exists, is not empty and is not a run directory; choose another --workdir")
+    not_usable = f"--workdir={run} cannot be used:"
+    if not reading.writing(lambda: _is_run(run), run, not_usable):
         return schedule.fixed(config)
     before = schedule.fixed(read_config(run))
     config = schedule.fixed(config, before)
     found = changes(before, config)
-    step = lives.newest_step(run)
+    step = reading.writing(lambda: lives.newest_committed(run), run, not_usable)
     old, new = (schedule.learning_rate(c.optimizer, c.num_train_steps, step) for c in (before, config))
     if step and not math.isclose(old, new, rel_tol=1e-6):
         found["flag"].append(f"the learning rate of step {step + 1}: {old:.4g} -> {new:.4g}")
@@ -140,6 +146,15 @@ def check_changes(run: pathlib.Path, config: Config, allow: bool) -> Config:
     return config
 
 
+def _is_run(run: pathlib.Path) -> bool:
+    """False if nothing is there yet. Raises ConfigError for something else, OSError."""
+    if reading.is_there(run / "config.json"):
+        return True
+    if reading.is_there(run) and not all(p.name.startswith(BEFORE_A_RUN) for p in run.iterdir()):
+        raise ConfigError(f"{run} exists, is not empty and is not a run directory; choose another --workdir")
+    return False
+
+
 def record(
     run: pathlib.Path,
     config: Config,
@@ -152,22 +167,22 @@ def record(
     Args:
       numbers: what numbers depend on beside the configuration.
 
-    Raises ConfigError where that fails.
+    Raises ConfigError, Unreadable where that fails.
     """
-    try:
-        _record(run, config, data, argv, numbers)
-    except OSError as e:
-        raise ConfigError(f"cannot write to --workdir={run}: {e.strerror}; make room, or name another") from None
+    reading.writing(lambda: _record(run, config, data, argv, numbers), run, f"cannot write to --workdir={run}:")
 
 
 def recorded(run: pathlib.Path) -> str:
-    """What the last start of the run left there; to be compared between processes. Raises ConfigError."""
-    try:
-        return (run / "environment.json").read_text()
-    except OSError as e:
-        raise ConfigError(
-            f"--workdir={run} is not the same folder for all processes ({e.strerror}); name one on a shared file system"
-        ) from None
+    """What the last start of the run left there; to be compared between processes. Raises ConfigError, Unreadable."""
+    text = _text(run / "environment.json")
+    if text is None:
+        raise ConfigError(f"--workdir={run} is not the same folder for all processes; name one on a shared file system")
+    return text
+
+
+def _text(path: pathlib.Path) -> str | None:
+    """Of a file that may be missing: None. Raises ConfigError, Unreadable."""
+    return reading.writing(lambda: path.read_text() if reading.is_there(path) else None, path, "cannot read")
 
 
 def _record(
@@ -178,8 +193,6 @@ def _record(
     if tokenizer is not None and not _has_tokenizer(run, tokenizer):
         tokenizers.save(tokenizer, run / "tokenizer")
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    with (run / "command.txt").open("a", encoding="utf-8", errors="backslashreplace") as f:
-        f.write(f"{now} {shlex.join(argv)}\n")
     environment = {
         "time": now,
         "host": platform.node(),
@@ -190,6 +203,8 @@ def _record(
         **_commit(),
     }
     files.write_durably(run / "environment.json", (json.dumps(environment, indent=1) + "\n").encode())
+    with (run / "command.txt").open("a", encoding="utf-8", errors="backslashreplace") as f:  # last: it is tried again
+        f.write(f"{now} {shlex.join(argv)}\n")
 
 
 def _has_tokenizer(run: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> bool:

@@ -140,19 +140,17 @@ class RunLock:
             log.warning("cannot give back the lock of %s: %s", self._location, e.strerror or e)
 
     def _begin(self, steal: bool, stale_s: float) -> None:
-        for pause_s in (*reading.PAUSES_S, None):
-            try:
-                self._store, self._key = _open(self._location)
-                self._place = _place_of(self._location)
-                return self._take(steal, stale_s)
-            except OSError as e:
-                passing = e.errno is not None and e.errno not in reading.LASTING
-                if passing and pause_s is not None:
-                    time.sleep(pause_s)
-                    continue
-                hint = "; where access is denied, see docs/data.md" if remote.is_remote(self._location) else ""
-                reason = f"cannot write to {self._flag}={self._location}: {e.strerror or e}{hint}"
-                raise (Stopped if passing else ConfigError)(reason) from None
+        def begin() -> None:
+            self._store, self._key = _open(self._location)
+            self._place = _place_of(self._location)
+            self._take(steal, stale_s)
+
+        try:
+            reading.again(begin)
+        except OSError as e:
+            hint = "; where access is denied, see docs/data.md" if remote.is_remote(self._location) else ""
+            reason = f"cannot write to {self._flag}={self._location}: {e.strerror or e}{hint}"
+            raise (Stopped if reading.passes(e) else ConfigError)(reason) from None
 
     def _take(self, steal: bool, stale_s: float) -> None:
         poll_s = min(1.0, stale_s / 20)
@@ -285,8 +283,8 @@ def _open(location: str, locking: str = "os") -> tuple[Any, str]:
         return _wait(tensorstore.KvStore.open(spec)), KEY
     except FileExistsError:
         raise NotADirectoryError(errno.ENOTDIR, "Not a directory") from None
-    except (DataError, ValueError, RuntimeError) as e:  # a name that cannot be one
-        raise OSError(_first_line(e)) from None
+    except (DataError, ValueError, RuntimeError) as e:  # as of a name that cannot be one
+        raise _as_os_error(e) from None
 
 
 class _OutOfRange(Exception):
@@ -304,7 +302,12 @@ def _wait(future: Any) -> Any:
         local = re.search(r": ([^:\[\]]+) \[os_error_code='(\d+)'", str(e))
         if local:
             raise OSError(int(local[2]), local[1]) from None
-        raise OSError(_first_line(e)) from None
+        raise _as_os_error(e) from None
+
+
+def _as_os_error(error: Exception) -> OSError:
+    """With a number that says whether it may pass, and the store's words."""
+    return OSError(errno.EAGAIN if reading.passes(error) else errno.EINVAL, _first_line(error))
 
 
 def _first_line(e: Exception) -> str:
