@@ -97,11 +97,9 @@ def main() -> int:
         config = processes.together("configuration", lambda: config or prepare(run))
         runtime.use_compilation_cache(run, COMPILATION_CACHE.value)
         finished = train(run, config, processes, locks, listening)
-    except Stopped:
-        raise
     except BaseException as e:
         processes.tell(e)
-        processes.part()
+        processes.part(e)
         raise
     distributed.shutdown()
     listening.close()
@@ -127,6 +125,7 @@ def train(
 
     data = enter(run, config, processes, locks)
     dog = watchdog.Watchdog(run, config.watchdog, processes.index, of=processes.size)
+    processes.watched_by(lambda: dog.phase(watchdog.WAITING))
     processes.listen(
         asked=lambda: give_up(config.watchdog.stop_s),
         too_early=lambda: leave_at_once(processes, locks),
@@ -238,7 +237,7 @@ def leave_with(error: UserError, processes: Processes, locks: list[RunLock], aft
     """
     time.sleep(after_s)
     cli.log.error("error: %s", error)
-    processes.part()
+    processes.part(error)
     for lock in locks:
         lock.release()
     os._exit(error.exit_code)
