@@ -6,6 +6,7 @@ environment.json all the same, with what may be chosen on purpose: the precision
 
 import os
 import re
+import signal
 from typing import Any
 
 from trainer.errors import ConfigError, Stopped
@@ -71,16 +72,23 @@ def _check_xla_flags() -> None:
     from jaxlib import _jax
 
     read, write = os.pipe()
+    # The child has our pipe for signals (launch/signals.py): a Ctrl-C, which all of a terminal get, would count twice.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     if not (child := os.fork()):
         os.dup2(write, 2)
         _ = _jax.CompileOptions().executable_build_options.debug_options
         os._exit(0)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     os.close(write)
     with os.fdopen(read, "rb") as said:
         words = said.read().decode("utf-8", "backslashreplace")
     if os.waitpid(child, 0)[1]:
         found = re.search(r"^[EF]\d.*?\] (.*)", words, re.MULTILINE)
         raise ConfigError(f"XLA_FLAGS={os.environ['XLA_FLAGS']}: {found[1] if found else 'XLA does not take them'}")
+
+
+# What a backend says that waited for its peers.
+OF_OTHERS = r"KeyValue\(\)|Barrier|[Cc]oordination ?[Ss]ervice|heartbeat|topolog"
 
 
 def find_devices() -> None:
@@ -91,6 +99,8 @@ def find_devices() -> None:
         jax.devices()
     except (RuntimeError, AssertionError) as e:
         reason = " ".join(str(e).split()).partition(" (set JAX_PLATFORMS")[0]
+        if re.search(OF_OTHERS, reason):
+            raise Stopped(f"another process is missing, or has no devices: {reason}; start all again") from None
         asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
         lasting = isinstance(e, AssertionError) or re.search(
             "not in the list of known|cannot open shared object", reason

@@ -1,6 +1,7 @@
 """What a process is told of others by its environment, and the way to them. Real gangs: network_test."""
 
 import os
+import time
 
 import jax
 import pytest
@@ -50,6 +51,17 @@ def test_a_lone_process_stays_one(monkeypatch, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert distributed.initialize(None, None, None) == 1
+
+
+@pytest.mark.parametrize("advice", ["start the missing ones: 1", ""])
+def test_nobody_is_said_to_be_missing_when_all_have_come(monkeypatch, caplog, advice):
+    """At the limit they may just be let in; what comes then has a limit of its own."""
+    left: list[int] = []
+    monkeypatch.setattr(distributed.os, "_exit", left.append)
+    with distributed._limit("all 2 processes at host0:1", 0.2, lambda: advice):
+        time.sleep(0.5)
+    assert set(left) == ({42} if advice else set())
+    assert ("error: not all 2 processes at host0:1 are here after 0 s; start the missing" in caplog.text) == bool(left)
 
 
 @pytest.mark.parametrize(

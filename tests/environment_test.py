@@ -2,13 +2,14 @@
 
 import json
 import subprocess
+import sys
 
 import jax
 import pytest
 
 from launch import environment, runtime
 from tests import runs
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, Stopped
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +58,58 @@ def test_what_may_be_chosen_is_recorded(monkeypatch):
         found = json.loads(json.dumps(environment.numbers()))
     assert found["XLA_FLAGS"] == "--xla_cpu_enable_fast_math=true" and found["jax_enable_x64"] is False
     assert found["jax_default_prng_impl"] == "threefry2x32" and "jax_default_matmul_precision" in found
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        ("Unable to initialize backend 'cpu': DEADLINE_EXCEEDED: GetKeyValue() timed out with key: cpu:"
+         "local_topology/cpu/1 and duration: 2m", Stopped, "another process is missing, or has no devices"),
+        ("INTERNAL: Barrier timed out. Id: x", Stopped, "another process is missing, or has no devices"),
+        ("Backend 'x' is not in the list of known backends", ConfigError, "cannot be used here"),
+        ("Unable to initialize backend 'cpu': INTERNAL: no cpu", ConfigError, "JAX_PLATFORMS=cpu cannot be used here"),
+    ],
+)  # fmt: skip
+def test_a_peer_that_is_missing_is_no_wrong_variable(monkeypatch, error, kind, said):
+    def devices():
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    with pytest.raises(kind, match=said) as e:
+        environment.find_devices()
+    assert "\n" not in str(e.value)
+
+
+def test_a_signal_to_the_reader_of_xla_flags_is_not_ours():
+    """Ctrl-C goes to both; heard twice, it would leave without a save, with 130."""
+    script = """
+import os, signal, sys
+from jaxlib import _jax
+from launch import environment
+read, write = os.pipe()
+os.set_blocking(read, False)
+os.set_blocking(write, False)
+signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+signal.signal(signal.SIGINT, lambda number, frame: None)
+real = _jax.CompileOptions
+def options():
+    os.kill(os.getpid(), signal.SIGINT)
+    return real()
+_jax.CompileOptions = options
+environment._check_xla_flags()
+try:
+    print("heard", os.read(read, 10))
+except BlockingIOError:
+    print("nothing")
+signal.raise_signal(signal.SIGINT)
+print("heard", os.read(read, 10))
+"""
+    variables = runs.environment() | {"XLA_FLAGS": "--xla_cpu_enable_fast_math=false"}
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=runs.ROOT, env=variables, capture_output=True, text=True, timeout=60
+    )
+    assert ended.stdout == "nothing\nheard b'\\x02'\n", ended
 
 
 @pytest.mark.parametrize("share", ["abc", "0", "", "-0.5", "nan", "0.9.2"])
