@@ -200,13 +200,14 @@ def shutdown() -> None:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What must be the same on every process before anything is written: config, code, versions, devices."""
+    """What must be the same on all before anything is written: config, code, versions, devices, the environment."""
     return {
         **{f"config.{name}": value for name, value in flatten(config).items()},
         "code": code_version(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in run_directory.LIBRARIES},
         "devices of each process": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+        **environment.compared(environment.numbers()),
     }
 
 

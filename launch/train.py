@@ -176,13 +176,14 @@ def enter(run: pathlib.Path, config: Config, processes: Processes, locks: list[R
     """Makes sure that all processes are about to train the same, and takes the run; process 0 gets its locks."""
     from data import sources
     from launch import distributed
-    from trainer import identity, sampling, sharding
+    from trainer import compiler, identity, sampling, sharding
     from trainer.placement import MeshPlacement
 
     # Before anything is written: a refused gang leaves no run behind. Axes, devices, batch and model must divide, and a
     # kernel be found; the answer should not wait for the rest.
     processes.check_same("setting", distributed.identity(config))
-    processes.together("mesh", lambda: MeshPlacement(config, sharding.make_mesh(config)))
+    placed = processes.together("mesh", lambda: MeshPlacement(config, sharding.make_mesh(config)))
+    compiler.use_precision(config.model.dtype, placed.mesh)  # before what holds is recorded
     data = processes.together("data", lambda: sources.open_sources(config.data, config.model.vocab_size))
     tokenizer = data.speaker.manifest.tokenizer_sha256
     processes.check_same("dataset", {"tokens and order": data.fingerprint(), "tokenizer": tokenizer})
@@ -206,6 +207,8 @@ def enter(run: pathlib.Path, config: Config, processes: Processes, locks: list[R
             locks.append(RunLock(mirror, flag=flag, steal=STEAL_LOCK.value, on_lost=lost, regain=True))
         if (newest := identity.newest_meta(run / "checkpoints")) is not None:  # before any file of the run changes
             identity.check(newest, config, data, run)
+        if changed := environment.changes(run):
+            cli.log.info("changed   the environment: %s; numbers may be others from here on", changed)
         run_directory.record(run, config, data, sys.argv, environment.numbers())
 
     processes.together("run directory", take)

@@ -195,8 +195,8 @@ class Checkpoints:
         One that cannot write fails at once, and makes the others come to their limit: slow is what all find slow.
         """
 
-        def of_all(values: list[list[float]]) -> list[float]:
-            return [max(save_s for save_s, _ in values), min(timeouts for _, timeouts in values)]
+        def of_all(values: list[tuple[float, int]]) -> tuple[float, int]:
+            return max(save_s for save_s, _ in values), min(timeouts for _, timeouts in values)
 
         self._save_s, self._timeouts = self.processes.decide("limit", [self._save_s, self._timeouts], of_all)
         own_bytes = sum(x.nbytes for x in jax.tree.leaves(items)) / self.processes.size
