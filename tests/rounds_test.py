@@ -9,7 +9,7 @@ import pytest
 
 from data.errors import DataError
 from tests.memory_store import Gang
-from trainer import rounds
+from trainer import processes, rounds
 from trainer.errors import CheckpointError, ConfigError, Stopped
 from trainer.processes import SAVE, STOP, Elsewhere, Processes
 
@@ -161,6 +161,17 @@ def test_an_error_that_ends_one_is_told_to_all(failing):
             assert f"(process {failing}): token 300 is outside" in str(told)
     wait_until(lambda: len(heard) == 2)
     assert {index for index, _ in heard} == {0, 1, 2} - {failing}
+
+
+def test_process_0_waits_for_nobody_who_may_be_gone(monkeypatch):
+    monkeypatch.setattr(processes, "PARTING_LIMIT_S", 1.0)
+    monkeypatch.setattr(processes, "PARTING_S", 0.0)
+    first = Gang(3).processes[0]
+    for error, waits in ((Stopped("a peer is gone"), False), (Elsewhere("so says a peer", 42), False),
+                         (DataError("a shard is cut"), True), (None, True)):  # fmt: skip
+        started = time.monotonic()
+        first.part(error)
+        assert (time.monotonic() - started >= 1.0) == waits
 
 
 def test_a_crash_is_told_with_its_type_and_what_all_know_is_not():
