@@ -40,7 +40,7 @@ def ask(process: Processes) -> None:
     if process.index == 0:
         process.request(SAVE)
     while SAVE not in process.tick():
-        time.sleep(0.05)
+        time.sleep(process.size / 4000)  # thousands of threads take turns
 
 
 def simulate(size: int) -> dict[str, tuple[int, int, int]]:

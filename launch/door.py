@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import resource
+import secrets
 import selectors
 import socket
 import sys
@@ -32,19 +33,25 @@ KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPALIVE": 10, "TCP_KEEPINTVL": 5, "TCP_
 NOT_ALL = "not all processes have come to process 0"
 
 _locks: list[socket.socket] = []  # held until this process ends
+_LIFE = secrets.token_hex(8)
 
 
 class Visitor(NamedTuple):
-    """A process as it introduces itself. `run` is the folder of --workdir, however that was typed."""
+    """A process as it introduces itself.
+
+    `run` is the folder of --workdir, however that was typed; `life` tells processes of one host and pid apart, as they
+    are in two containers.
+    """
 
     process: int
     run: str
     host: str
     pid: int
+    life: str = ""
 
     @classmethod
     def myself(cls, process: int, run: str) -> "Visitor":
-        return cls(process, _folder(run), platform.node(), os.getpid())
+        return cls(process, _folder(run), platform.node(), os.getpid(), _LIFE)
 
 
 def _folder(run: str) -> str:
@@ -133,6 +140,8 @@ class Door:
 
     def _listen(self, connection: socket.socket) -> str:
         """Takes in what a visitor says; why it is refused, if it is."""
+        if connection not in self._heard:  # closed by what was heard just before it
+            return ""
         try:
             said = connection.recv(LONGEST)
         except OSError:
@@ -167,7 +176,7 @@ class Door:
         if not 0 < visitor.process < self._size:
             return ConfigError(f"{who} came to a run of {self._size} processes; give all the same --num_processes")
         _, first = self._here.get(visitor.process, (None, visitor))
-        if (first.host, first.pid) != (visitor.host, visitor.pid):
+        if (first.host, first.pid, first.life) != (visitor.host, visitor.pid, visitor.life):
             return Stopped(
                 f"{who} came as the second of its number, after host {first.host}, pid {first.pid}; start it again if "
                 "that one is gone, else give each process its own --process_id, and each run a port of its own"

@@ -74,6 +74,8 @@ def test_all_are_let_in_when_all_have_come(size):
     ("stranger", "said"),
     [
         (visitor(1, pid=2), "came as the second of its number, after host "),
+        (visitor(1)._replace(host="elsewhere"), "came as the second of its number, after host "),
+        (visitor(1)._replace(life="another container"), "came as the second of its number, after host "),
         (visitor(0), "came to a run of 3 processes; give all the same --num_processes"),
         (visitor(7), "came to a run of 3 processes"),
         (visitor(2, "/runs/b"), "is to train --workdir=/runs/b, and process 0 at localhost:"),
@@ -140,6 +142,22 @@ def test_who_comes_again_takes_its_place():
             for thread in (waiting, *threads, *more):
                 thread.join()
     assert ended == ended_2 == {0: None} and not refused
+
+
+def test_what_a_closed_connection_still_said_is_not_heard():
+    """Two speak at one time, and the first of them makes process 0 close the other."""
+    port = runs.free_port()
+    with contextlib.closing(Door(f"localhost:{port}", port, 3, "/runs/a")) as entrance:
+        lost, again = (socket.create_connection(("localhost", port)) for _ in range(2))
+        with lost, again:
+            entrance._accept()
+            entrance._accept()
+            first, second = entrance._heard
+            for connection in (lost, again):
+                connection.sendall(json.dumps(visitor(1)._asdict()).encode() + b"\n")
+            time.sleep(0.1)
+            assert [entrance._listen(connection) for connection in (first, second, first)] == [""] * 3
+            assert entrance.missing == [2] and list(entrance._heard) == [second]
 
 
 def test_a_machine_that_is_gone_is_noticed():
