@@ -30,6 +30,7 @@ EVENTS: dict[str, Callable[[Processes], Any]] = {
     "process 0 chooses (choose)": lambda p: p.choose("newest checkpoint", lambda: 1000),
     "before and after a save (all_agree)": lambda p: p.all_agree("saved", True),
     "one reports a problem (exchange)": lambda p: p.exchange("read", "a file is cut" if p.index == 1 else ""),
+    "all report different problems (exchange)": lambda p: p.exchange("read", f"host {p.index:04}: a file is cut"),
     "speeds of all hosts (gather)": lambda p: p.gather("speeds", '{"probe_ms": 1.234, "data_wait_s": 0.01}'),
     "a save or stop is asked for (request)": lambda p: ask(p),
 }
@@ -39,7 +40,7 @@ def ask(process: Processes) -> None:
     if process.index == 0:
         process.request(SAVE)
     while SAVE not in process.tick():
-        time.sleep(0.05)
+        time.sleep(process.size / 4000)  # thousands of threads take turns
 
 
 def simulate(size: int) -> dict[str, tuple[int, int, int]]:

@@ -69,10 +69,9 @@ def initialize(
     if process_id >= num_processes:
         raise ConfigError(f"--process_id={process_id} must be below --num_processes={num_processes}")
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself (launch/signals.py)
-    started = time.monotonic()
-    what = f"all {num_processes} processes at {coordinator_address}"
-    _meet(coordinator_address, num_processes, process_id, run, what, timeout_s)
-    with _limit(what, started, timeout_s):
+    _meet(coordinator_address, num_processes, process_id, run, timeout_s)
+    joining = f"the devices of all {num_processes} processes, which met at {coordinator_address}"
+    with _limit(joining, timeout_s, lambda: "see the logs of all, and start all again"):
         try:
             jax.distributed.initialize(
                 coordinator_address,
@@ -91,7 +90,7 @@ def initialize(
     return num_processes
 
 
-def _meet(address: str, size: int, process: int, run: str, what: str, timeout_s: float) -> None:
+def _meet(address: str, size: int, process: int, run: str, timeout_s: float) -> None:
     """Returns on all when all have come to process 0, and its port is free for JAX."""
     host, port = _host_and_port(address)
     _pass_by_proxies(host)
@@ -99,8 +98,13 @@ def _meet(address: str, size: int, process: int, run: str, what: str, timeout_s:
         waiting = _Progress(f"the coordinator at {address}", timeout_s)
         door.knock((host, port), door.Visitor.myself(process, run), timeout_s, waiting)
         return
-    entrance = door.Door(address, port, size, run)
-    with contextlib.closing(entrance), _limit(what, time.monotonic(), timeout_s, lambda: entrance.missing):
+    entrance = door.Door(address, port, size, run, timeout_s, _Progress(f"port {port} of this host", timeout_s))
+
+    def who() -> str:
+        shown = ", ".join(map(str, entrance.missing[:10]))
+        return f"start the missing ones: {shown}" if shown else ""
+
+    with contextlib.closing(entrance), _limit(f"all {size} processes at {address}", timeout_s, who):
         for refused in entrance.wait():
             cli.log.warning("refused: %s", refused)
 
@@ -164,24 +168,22 @@ def _progress_s(timeout_s: float) -> float:
 
 
 @contextlib.contextmanager
-def _limit(
-    what: str, started: float, timeout_s: float, missing: Callable[[], list[int]] = lambda: []
-) -> Iterator[None]:
-    """Says that it waits, and ends the process at the limit: JAX would abort without a word about why."""
-    done = threading.Event()
+def _limit(what: str, timeout_s: float, advice: Callable[[], str]) -> Iterator[None]:
+    """Says that it waits, and ends the process at the limit: JAX would abort without a word about why.
+
+    Args:
+      advice: what to do then; '' if there is nothing to wait for any more.
+    """
+    done, started = threading.Event(), time.monotonic()
 
     def watch() -> None:
         while not done.wait(_progress_s(timeout_s)):
             waited = time.monotonic() - started
             if waited > timeout_s:
-                who = ", ".join(map(str, missing()[:10]))
-                cli.log.error(
-                    "error: not %s are here after %.0f s; start the missing ones%s",
-                    what,
-                    waited,
-                    f": {who}" * bool(who),
-                )
-                os._exit(cli.STOPPED)
+                if said := advice():
+                    cli.log.error("error: not %s are here after %.0f s; %s", what, waited, said)
+                    os._exit(cli.STOPPED)
+                return
             cli.log.info("waiting for %s: %.0f of %.0f s", what, waited, timeout_s)
 
     threading.Thread(target=watch, name="start limit", daemon=True).start()
@@ -198,13 +200,14 @@ def shutdown() -> None:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What must be the same on every process before anything is written: config, code, versions, devices."""
+    """What must be the same on all before anything is written: config, code, versions, devices, the environment."""
     return {
         **{f"config.{name}": value for name, value in flatten(config).items()},
         "code": code_version(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in run_directory.LIBRARIES},
         "devices of each process": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+        **environment.compared(environment.numbers()),
     }
 
 

@@ -6,11 +6,13 @@ program) is left alone.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 import platform
 import resource
+import secrets
 import selectors
 import socket
 import sys
@@ -25,36 +27,65 @@ PORT_S = 5.0  # that a process 0 before this one may take to give the port back
 ANSWER_S = 5.0  # from a connection to the greeting
 LONGEST = 1 << 16  # bytes that a visitor may say
 OTHER_FILES = 256  # descriptors that are not connections
+NO_ROOM_S = 0.2  # until it is tried again to take a connection for which there is no descriptor
+# A peer whose machine is gone says nothing: it is asked after ten seconds, and three times more.
+KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPALIVE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+NOT_ALL = "not all processes have come to process 0"
 
-_lock: socket.socket | None = None  # held until this process ends
+_locks: list[socket.socket] = []  # held until this process ends
+_LIFE = secrets.token_hex(8)
 
 
 class Visitor(NamedTuple):
-    """A process as it introduces itself. `run` is --workdir as it was typed."""
+    """A process as it introduces itself.
+
+    `run` is the folder of --workdir, however that was typed; `life` tells processes of one host and pid apart, as they
+    are in two containers.
+    """
 
     process: int
     run: str
     host: str
     pid: int
+    life: str = ""
 
     @classmethod
     def myself(cls, process: int, run: str) -> "Visitor":
-        return cls(process, run, platform.node(), os.getpid())
+        return cls(process, _folder(run), platform.node(), os.getpid(), _LIFE)
+
+
+def _folder(run: str) -> str:
+    with contextlib.suppress(OSError):  # the current folder is gone; who uses the path says so
+        return os.path.realpath(run) if run else run
+    return run
 
 
 class Door:
-    """Of process 0. Raises ConfigError where the port is taken.
+    """Of process 0. Raises ConfigError where another has the port, Stopped where it stays with an earlier life.
+
+    Args:
+      timeout_s: how long an earlier life of this run, which is ending, may keep the port.
+      progress: called with the reason for waiting, a few times a second.
 
     Attributes:
       missing: processes that are not here yet.
     """
 
-    def __init__(self, address: str, port: int, size: int, run: str):
-        self._address, self._run, self._size = address, run, size
+    def __init__(
+        self,
+        address: str,
+        port: int,
+        size: int,
+        run: str,
+        timeout_s: float = PORT_S,
+        progress: Callable[[str], None] = lambda reason: None,
+    ):
+        self._address, self._run, self._size = address, _folder(run), size
         self._here: dict[int, tuple[socket.socket, Visitor]] = {}
         self._heard: dict[socket.socket, bytes] = {}
+        self._said_full = False
         _allow_files(size)
-        self._socket = _take(port)
+        self._socket = _take(port, self._run, timeout_s, progress)
         self._ready = selectors.DefaultSelector()
         self._ready.register(self._socket, selectors.EVENT_READ)
 
@@ -67,7 +98,8 @@ class Door:
         while len(self._here) < self._size - 1:
             for key, _ in self._ready.select():
                 if key.fileobj is self._socket:
-                    self._accept()
+                    if full := self._accept():
+                        yield full
                 elif refused := self._listen(key.fileobj):  # type: ignore[arg-type]
                     yield refused
         for connection, _ in self._here.values():
@@ -80,16 +112,36 @@ class Door:
         for connection in self._heard:
             connection.close()
 
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
+    def _accept(self) -> str:
+        """Lets somebody speak; why that cannot be, if it cannot."""
+        try:
             connection, _ = self._socket.accept()
+        except OSError as e:  # no descriptor is free, or it has gone again
+            return self._make_room(e)
+        with contextlib.suppress(OSError):  # it has gone; that is heard below
+            _keep_alive(connection)
             connection.setblocking(False)
             connection.send(GREETING)
-            self._heard[connection] = b""
-            self._ready.register(connection, selectors.EVENT_READ)
+        self._heard[connection] = b""
+        self._ready.register(connection, selectors.EVENT_READ)
+        return ""
+
+    def _make_room(self, error: OSError) -> str:
+        """Closes what has not introduced itself: a process comes again. If nothing has, the limit is too low."""
+        here = {connection for connection, _ in self._here.values()}
+        silent = [connection for connection in self._heard if connection not in here]
+        for connection in silent:
+            self._forget(connection)
+        if silent:
+            return ""
+        time.sleep(NO_ROOM_S)
+        said, self._said_full = self._said_full, True
+        return "" if said else f"a connection ({error.strerror}); raise the limit of open files (ulimit -n)"
 
     def _listen(self, connection: socket.socket) -> str:
         """Takes in what a visitor says; why it is refused, if it is."""
+        if connection not in self._heard:  # closed by what was heard just before it
+            return ""
         try:
             said = connection.recv(LONGEST)
         except OSError:
@@ -105,29 +157,31 @@ class Door:
             self._forget(connection)
             return ""
         refused = self._why_not(visitor)
-        if refused:
-            _say(connection, {"refused": refused})
+        if refused is not None:
+            _say(connection, {"refused": str(refused), "code": refused.exit_code})
             self._forget(connection)
-        else:
-            self._here[visitor.process] = (connection, visitor)
-        return refused
+            return str(refused)
+        if visitor.process in self._here:  # the connection that it had before was lost
+            self._forget(self._here[visitor.process][0])
+        self._here[visitor.process] = (connection, visitor)
+        return ""
 
-    def _why_not(self, visitor: Visitor) -> str:
+    def _why_not(self, visitor: Visitor) -> ConfigError | Stopped | None:
         who = f"process {visitor.process} (host {visitor.host}, pid {visitor.pid})"
         if visitor.run != self._run:
-            return (
+            return ConfigError(
                 f"{who} is to train --workdir={visitor.run}, and process 0 at {self._address} --workdir={self._run}; "
                 "give all processes of a run the same, and each run a port of its own with --coordinator_address"
             )
         if not 0 < visitor.process < self._size:
-            return f"{who} came to a run of {self._size} processes; give all the same --num_processes"
-        if visitor.process in self._here:
-            _, first = self._here[visitor.process]
-            return (
-                f"{who} came as the second of its number, after host {first.host}, pid {first.pid}; give each process "
-                "its own --process_id, and each run a port of its own with --coordinator_address"
+            return ConfigError(f"{who} came to a run of {self._size} processes; give all the same --num_processes")
+        _, first = self._here.get(visitor.process, (None, visitor))
+        if (first.host, first.pid, first.life) != (visitor.host, visitor.pid, visitor.life):
+            return Stopped(
+                f"{who} came as the second of its number, after host {first.host}, pid {first.pid}; start it again if "
+                "that one is gone, else give each process its own --process_id, and each run a port of its own"
             )
-        return ""
+        return None
 
     def _forget(self, connection: socket.socket) -> None:
         self._ready.unregister(connection)
@@ -156,6 +210,7 @@ def knock(address: tuple[str, int], me: Visitor, timeout_s: float, progress: Cal
     while True:
         try:
             with socket.create_connection(address, timeout=min(5.0, max(end - time.monotonic(), 0.1))) as connection:
+                _keep_alive(connection)
                 stranger = not _greeted(connection)
                 reason = "what listens there does not wait for the processes of a run"
                 if not stranger:
@@ -169,16 +224,18 @@ def knock(address: tuple[str, int], me: Visitor, timeout_s: float, progress: Cal
             break
         progress(reason)
         time.sleep(0.5)
-    if stranger:
+    if stranger and not met:
         raise ConfigError(
             f"{shown} is taken: {reason}; it is a run that has begun, or another program; name another port with "
             "--coordinator_address"
         )
-    if met:
+    if reason == NOT_ALL:
         raise Stopped(
-            f"not all processes came to process 0 at {shown} within {timeout_s:.0f} s: {reason}; start the missing "
-            "ones, which its log names"
+            f"not all processes came to process 0 at {shown} within {timeout_s:.0f} s; start the missing ones, which "
+            "its log names"
         )
+    if met:
+        raise Stopped(f"process 0 at {shown} is gone: {reason}; see its log, and start all processes again")
     raise Stopped(
         f"no coordinator at {shown} after {timeout_s:.0f} s: {reason}; start process 0 there, open the port, or "
         "correct --coordinator_address"
@@ -206,13 +263,14 @@ def _wait_inside(connection: socket.socket, me: Visitor, end: float, progress: C
         if not line.endswith(b"\n"):
             return "process 0 has ended"
         try:
-            refused = json.loads(line).get("refused")
+            answer = json.loads(line)
+            refused, code = answer.get("refused"), answer.get("code")
         except (ValueError, AttributeError, RecursionError):
             return "what listens there does not speak as process 0 does"
         if refused:
-            raise ConfigError(str(refused))
+            raise (Stopped if code == Stopped.exit_code else ConfigError)(str(refused))
         return ""
-    return "not all processes have come to process 0"
+    return NOT_ALL
 
 
 def _line(connection: socket.socket) -> bytes:
@@ -238,17 +296,31 @@ def _say(connection: socket.socket, answer: dict) -> None:
         connection.send(json.dumps(answer).encode() + b"\n")
 
 
-def _take(port: int) -> socket.socket:
+def _keep_alive(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEP_ALIVE.items():
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _take(port: int, run: str, timeout_s: float, progress: Callable[[str], None]) -> socket.socket:
     """Listens on `port`, which nobody else may: JAX's service would share it with whoever is there, or crash."""
-    global _lock
-    end = time.monotonic() + PORT_S
+    started, names = time.monotonic(), _names(port, run)
     while True:
         try:
-            if _lock is None:
-                _lock = _only_one(port)
+            if not _locks:
+                _locks.extend(_held(names))
             return _listening(port)
         except OSError as e:
-            if time.monotonic() > end:
+            waited = time.monotonic() - started
+            if not _locks and any(map(_is_held, names[1:])):
+                progress(f"an earlier life of this run still has port {port}")
+                if waited > timeout_s:
+                    raise Stopped(
+                        f"port {port} of this host is not free: an earlier life of this run, or another job on it, has "
+                        f"had it for {waited:.0f} s; start again when that has ended"
+                    ) from None
+            elif waited > PORT_S:
                 raise ConfigError(
                     f"port {port} of this host is not free ({e.strerror}): another run or program has it; name another "
                     "with --coordinator_address, or with JAX_COORDINATOR_PORT where the cluster tells processes apart"
@@ -256,17 +328,35 @@ def _take(port: int) -> socket.socket:
         time.sleep(0.2)
 
 
-def _only_one(port: int) -> socket.socket | None:
-    """Keeps other runs from the moment in which the port is given from here to JAX. A name of Linux, not a file."""
+def _names(port: int, run: str) -> list[str]:
+    """Of locks: that of the port keeps others from the moment in which it is given from here to JAX, the other one says
+    whose it is. Names of Linux (abstract sockets), not files; they go with the process."""
     if sys.platform != "linux":
-        return None
-    lock = socket.socket(socket.AF_UNIX)
+        return []
+    of_port = f"\0meshlm-coordinator-{port}"
+    return [of_port, f"{of_port}-{hashlib.sha256(os.fsencode(run)).hexdigest()[:16]}"]
+
+
+def _held(names: list[str]) -> list[socket.socket]:
+    """The locks. Raises OSError when another has one."""
+    locks: list[socket.socket] = []
     try:
-        lock.bind(f"\0meshlm-coordinator-{port}")
+        for name in names:
+            locks.append(socket.socket(socket.AF_UNIX))
+            locks[-1].bind(name)
     except OSError:
-        lock.close()
+        for lock in locks:
+            lock.close()
         raise
-    return lock
+    return locks
+
+
+def _is_held(name: str) -> bool:
+    try:
+        _held([name])[0].close()
+    except OSError:
+        return True
+    return False
 
 
 def _listening(port: int) -> socket.socket:

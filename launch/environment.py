@@ -1,11 +1,17 @@
 """What the environment says to JAX and XLA, checked like a flag: what would train another run, or none, is refused.
 
 The options that numbers depend on have one value here, so that a run is its configuration. They are recorded in
-environment.json all the same, with what may be chosen on purpose: the precision of matrix products and XLA's flags.
+environment.json all the same, with what may be chosen on purpose, by a variable: XLA's flags, those of its libraries,
+and the precision of matrix products, which is set in trainer/compiler.py where nobody has chosen one. What was chosen
+must be the same on all processes; where it is another than in the life before, a line says so.
 """
 
+import contextlib
+import json
 import os
+import pathlib
 import re
+import signal
 from typing import Any
 
 from trainer.errors import ConfigError, Stopped
@@ -34,7 +40,18 @@ WORKING: dict[str, Any] = {
     "jax_transfer_guard_device_to_device": ("allow", "log", None),
     "jax_transfer_guard_device_to_host": ("allow", "log", None),
 }
-RECORDED = (*NUMBERS, "jax_default_matmul_precision")
+CHOSEN = (
+    "jax_default_matmul_precision",
+    "jax_optimization_level",
+    "jax_exec_time_optimization_effort",
+    "jax_memory_fitting_effort",
+    "jax_memory_fitting_level",
+    "jax_cpu_collectives_implementation",
+)
+# Of XLA, and of libraries that it calls: JAX has no options for these.
+VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE", "NCCL_ALGO", "NCCL_PROTO")
+# Flags that change no number. (How many devices there are is compared, and shown, by itself.)
+NEUTRAL = ("--xla_dump", "--xla_force_host_platform_device_count", "--xla_hlo_profile")
 
 
 def load_jax() -> None:
@@ -61,7 +78,38 @@ def option_of_jax(name: str, default: Any = None) -> Any:
 
 def numbers() -> dict[str, Any]:
     """What the numbers of a run depend on beside its configuration, for environment.json."""
-    return {name: option_of_jax(name) for name in RECORDED} | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
+    found = {name: _plain(option_of_jax(name)) for name in (*NUMBERS, *CHOSEN)}
+    return found | {name: os.environ.get(name, "") for name in VARIABLES}
+
+
+def compared(numbers: dict[str, Any]) -> dict[str, Any]:
+    """The same in a form that is another one only where numbers may be: flags by name, without neutral ones."""
+    return {name: _flags(value) if name in VARIABLES else value for name, value in numbers.items()}
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | None) else str(value)
+
+
+def _flags(text: Any) -> str:
+    """Sorted; of a flag that is given twice the last one, as XLA takes it. A file of flags is what it holds."""
+    text = str(text)
+    if text and not text.lstrip().startswith("-"):
+        with contextlib.suppress(OSError, ValueError):  # not a file, but a value, or a file that is gone
+            text = pathlib.Path(text).read_text()
+    last = {word.partition("=")[0]: word for word in text.split()}
+    return " ".join(word for name, word in sorted(last.items()) if not name.startswith(NEUTRAL))
+
+
+def changes(run: pathlib.Path) -> str:
+    """In what this life differs from the one before, by environment.json; '' if in nothing, or if that is not known."""
+    try:
+        before = compared(json.loads((run / "environment.json").read_text())["numbers"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return ""
+    now = compared(numbers())
+    other = [name for name in now if name in before and before[name] != now[name]]
+    return "; ".join(f"{name} {before[name]!r} -> {now[name]!r}" for name in other)
 
 
 def _check_xla_flags() -> None:
@@ -71,16 +119,23 @@ def _check_xla_flags() -> None:
     from jaxlib import _jax
 
     read, write = os.pipe()
+    # The child has our pipe for signals (launch/signals.py): a Ctrl-C, which all of a terminal get, would count twice.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     if not (child := os.fork()):
         os.dup2(write, 2)
         _ = _jax.CompileOptions().executable_build_options.debug_options
         os._exit(0)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     os.close(write)
     with os.fdopen(read, "rb") as said:
         words = said.read().decode("utf-8", "backslashreplace")
     if os.waitpid(child, 0)[1]:
         found = re.search(r"^[EF]\d.*?\] (.*)", words, re.MULTILINE)
         raise ConfigError(f"XLA_FLAGS={os.environ['XLA_FLAGS']}: {found[1] if found else 'XLA does not take them'}")
+
+
+# What a backend says that waited for its peers.
+OF_OTHERS = r"KeyValue\(\)|Barrier|[Cc]oordination ?[Ss]ervice|heartbeat|topolog"
 
 
 def find_devices() -> None:
@@ -91,6 +146,8 @@ def find_devices() -> None:
         jax.devices()
     except (RuntimeError, AssertionError) as e:
         reason = " ".join(str(e).split()).partition(" (set JAX_PLATFORMS")[0]
+        if re.search(OF_OTHERS, reason):
+            raise Stopped(f"another process is missing, or has no devices: {reason}; start all again") from None
         asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
         lasting = isinstance(e, AssertionError) or re.search(
             "not in the list of known|cannot open shared object", reason

@@ -99,11 +99,9 @@ def main() -> int:
         config = processes.together("configuration", lambda: config or prepare(run))
         runtime.use_compilation_cache(run, COMPILATION_CACHE.value)
         finished = train(run, config, processes, locks, listening)
-    except Stopped:
-        raise
     except BaseException as e:
         processes.tell(e)
-        processes.part()
+        processes.part(e)
         raise
     distributed.shutdown()
     listening.close()
@@ -131,6 +129,7 @@ def train(
     try:
         data, mirror = enter(run, config, processes, locks)
         dog = watchdog.Watchdog(run, config.watchdog, processes.index, of=processes.size)
+        processes.watched_by(lambda: dog.phase(watchdog.WAITING))
         processes.listen(
             asked=lambda: give_up(config.watchdog.stop_s),
             too_early=lambda: leave_at_once(processes, locks),
@@ -184,14 +183,15 @@ def enter(
     """
     from data import sources
     from launch import distributed
-    from trainer import identity, sampling, sharding
+    from trainer import compiler, identity, sampling, sharding
     from trainer.mirror import Mirror
     from trainer.placement import MeshPlacement
 
     # Before anything is written: a refused gang leaves no run behind. Axes, devices, batch and model must divide, and a
     # kernel be found; the answer should not wait for the rest.
     processes.check_same("setting", distributed.identity(config))
-    processes.together("mesh", lambda: MeshPlacement(config, sharding.make_mesh(config)))
+    placed = processes.together("mesh", lambda: MeshPlacement(config, sharding.make_mesh(config)))
+    compiler.use_precision(config.model.dtype, placed.mesh)  # before what holds is recorded
     data = processes.together("data", lambda: sources.open_sources(config.data, config.model.vocab_size))
     tokenizer = data.speaker.manifest.tokenizer_sha256
     processes.check_same("dataset", {"tokens and order": data.fingerprint(), "tokenizer": tokenizer})
@@ -216,6 +216,8 @@ def enter(
         # Both are compared before any file of the run changes.
         if (newest := identity.newest_meta(run / "checkpoints")) is not None:
             identity.check(newest, config, data, run)
+        if changed := environment.changes(run):
+            cli.log.info("changed   the environment: %s; numbers may be others from here on", changed)
         mirror = None
         if place:
             of_copy = functools.partial(identity.check, config=config, data=data, where=place)
@@ -253,7 +255,7 @@ def leave_with(error: UserError, processes: Processes, locks: list[RunLock], aft
     """
     time.sleep(after_s)
     cli.log.error("error: %s", error)
-    processes.part()
+    processes.part(error)
     for lock in locks:
         lock.release()
     os._exit(error.exit_code)

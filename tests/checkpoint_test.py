@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
+from tests.memory_store import Gang
 from tests.step_test import MESHES, config, mesh_of
 from trainer import reading
 from trainer.checkpoint import Checkpoints, LiteralPath, checksums, choose_step
@@ -281,6 +282,24 @@ def test_the_limit_of_a_save_learns(tmp_path, state, monkeypatch):
             break
     assert step == 4  # 0.2, 0.4, 0.8, 1.6
     assert checkpoints._limit({"x": types.SimpleNamespace(nbytes=10**12)}) >= 10**12 / 50e6
+
+
+def test_one_that_cannot_write_makes_no_save_of_the_others_slower(tmp_path):
+    """It fails at once, and the others come to their limit, which doubled. All have one limit."""
+    gang, one_gb = Gang(3), {"x": types.SimpleNamespace(nbytes=3 * 10**9)}
+    made = gang.all(lambda p: Checkpoints(tmp_path, KEEP_ALL, p))
+
+    def limit(save_s: list[float], timeouts: list[int]) -> float:
+        for i, checkpoints in enumerate(made):
+            checkpoints._save_s, checkpoints._timeouts = save_s[i], timeouts[i]
+        (limit,) = set(gang.all(lambda p: made[p.index]._limit(one_gb)))
+        return limit
+
+    assert limit([0, 0, 0], [0, 0, 0]) == 300
+    assert limit([0, 0, 0], [1, 0, 1]) == 300
+    assert limit([0, 0, 0], [1, 1, 1]) == 600
+    assert limit([2, 20, 2], [0, 0, 0]) == 200
+    assert limit([2, 20, 2], [9, 9, 9]) == 6 * 3600
 
 
 def test_a_run_on_two_disks(tmp_path, program, state, monkeypatch):

@@ -1,12 +1,14 @@
 """What a process is told of others by its environment, and the way to them. Real gangs: network_test."""
 
 import os
+import time
+import types
 
 import jax
 import pytest
 
-from launch import distributed, runtime
-from trainer.errors import ConfigError
+from launch import distributed, runtime, train
+from trainer.errors import ConfigError, Stopped
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +52,53 @@ def test_a_lone_process_stays_one(monkeypatch, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert distributed.initialize(None, None, None) == 1
+
+
+@pytest.mark.parametrize("error", [Stopped("a peer is gone"), ConfigError("no such folder"), KeyError("x")], ids=repr)
+def test_whatever_ends_one_is_told_to_all(monkeypatch, tmp_path, error):
+    """Of errors that say to start again nobody heard, and waited for the heartbeat."""
+
+    class Two:
+        def __init__(self, *_) -> None:
+            self.said: list[object] = []
+            made.append(self)
+
+        def hear(self, **_) -> None: ...
+
+        def check_same(self, *_) -> None:
+            raise error
+
+        def tell(self, error) -> None:
+            self.said.append(error)
+
+        def part(self, error) -> None:
+            self.said.append("parts")
+
+    made: list[Two] = []
+    for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID", "START_TIMEOUT", "HEARTBEAT_TIMEOUT"):
+        monkeypatch.setattr(train, name, types.SimpleNamespace(value=None))
+    monkeypatch.setattr(train, "WORKDIR", types.SimpleNamespace(value=str(tmp_path)))
+    for module, name in (
+        (train.signals, "Signals"), (train.allocator, "tune_allocator"), (train.watchdog, "dump_on_quit"),
+        (train.runtime, "use_gpu_memory"), (train.runtime, "seems_alone"), (train.environment, "load_jax"),
+        (distributed, "initialize"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, lambda *_, **__: None)
+    monkeypatch.setattr("trainer.processes.Processes", Two)
+    with pytest.raises(type(error)):
+        train.main()
+    assert made[0].said == [error, "parts"]
+
+
+@pytest.mark.parametrize("advice", ["start the missing ones: 1", ""])
+def test_nobody_is_said_to_be_missing_when_all_have_come(monkeypatch, caplog, advice):
+    """At the limit they may just be let in; what comes then has a limit of its own."""
+    left: list[int] = []
+    monkeypatch.setattr(distributed.os, "_exit", left.append)
+    with distributed._limit("all 2 processes at host0:1", 0.2, lambda: advice):
+        time.sleep(0.5)
+    assert set(left) == ({42} if advice else set())
+    assert ("error: not all 2 processes at host0:1 are here after 0 s; start the missing" in caplog.text) == bool(left)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,10 @@
 
 import contextlib
 import http.server
+import itertools
+import json
+import os
+import resource
 import socket
 import threading
 import time
@@ -19,13 +23,17 @@ def soon(monkeypatch):
     monkeypatch.setattr(door, "PORT_S", 0.3)
     monkeypatch.setattr(door, "ANSWER_S", 1.0)
     yield
-    if door._lock is not None:
-        door._lock.close()
-    door._lock = None
+    release(door._locks)
 
 
-def visitor(process: int, run: str = "runs/a") -> Visitor:
-    return Visitor.myself(process, run)
+def release(locks: list[socket.socket]) -> None:
+    while locks:
+        locks.pop().close()
+
+
+def visitor(process: int, run: str = "/runs/a", pid: int = 1) -> Visitor:
+    """Each call another process, except with the same pid."""
+    return Visitor.myself(process, run)._replace(pid=1000 * process + pid)
 
 
 def knocking(port: int, *visitors: Visitor, within_s: float = 10.0):
@@ -45,7 +53,7 @@ def knocking(port: int, *visitors: Visitor, within_s: float = 10.0):
     return threads, ended
 
 
-def opened(size: int, *visitors: Visitor, run: str = "runs/a") -> tuple[list[str], dict[int, object]]:
+def opened(size: int, *visitors: Visitor, run: str = "/runs/a") -> tuple[list[str], dict[int, object]]:
     """Whom process 0 refuses, and with what all end."""
     port = runs.free_port()
     threads, ended = knocking(port, *visitors)
@@ -65,27 +73,41 @@ def test_all_are_let_in_when_all_have_come(size):
 @pytest.mark.parametrize(
     ("stranger", "said"),
     [
-        (visitor(1), "came as the second of its number, after host "),
+        (visitor(1, pid=2), "came as the second of its number, after host "),
+        (visitor(1)._replace(host="elsewhere"), "came as the second of its number, after host "),
+        (visitor(1)._replace(life="another container"), "came as the second of its number, after host "),
         (visitor(0), "came to a run of 3 processes; give all the same --num_processes"),
         (visitor(7), "came to a run of 3 processes"),
-        (visitor(2, "runs/b"), "is to train --workdir=runs/b, and process 0 at localhost:"),
+        (visitor(2, "/runs/b"), "is to train --workdir=/runs/b, and process 0 at localhost:"),
     ],
 )
 def test_who_does_not_belong_is_refused_and_the_others_are_not(stranger, said):
-    refused, ended = opened(3, visitor(1), stranger, visitor(2))
+    port, refused = runs.free_port(), []
+    with contextlib.closing(Door(f"localhost:{port}", port, 3, "/runs/a")) as entrance:
+        waiting = threading.Thread(target=lambda: refused.extend(entrance.wait()))
+        waiting.start()
+        first, ended = knocking(port, visitor(1))
+        runs.wait_until(lambda: entrance.missing == [2])
+        for i, who in enumerate((stranger, visitor(2)), 1):
+            threads, result = knocking(port, who)
+            threads[0].join()
+            ended[i] = result[0]
+        for thread in (waiting, *first):
+            thread.join()
     assert len(refused) == 1 and said in refused[0]
-    assert isinstance(ended[1], ConfigError) and said in str(ended[1]) and "pid " in str(ended[1])
+    kind = Stopped if "second" in said else ConfigError  # the first may be gone without a word, with its machine
+    assert isinstance(ended[1], kind) and said in str(ended[1]) and "pid " in str(ended[1])
     assert ended[0] is None and ended[2] is None
 
 
 def test_who_went_away_may_come_again():
     port = runs.free_port()
-    entrance = Door(f"localhost:{port}", port, 3, "runs/a")
+    entrance = Door(f"localhost:{port}", port, 3, "/runs/a")
     waiting = threading.Thread(target=lambda: list(entrance.wait()))
     waiting.start()
     with socket.create_connection(("localhost", port)) as connection:
         assert connection.recv(100) == door.GREETING
-        connection.sendall(b'{"process": 1, "run": "runs/a", "host": "a", "pid": 1}\n')
+        connection.sendall(b'{"process": 1, "run": "/runs/a", "host": "a", "pid": 1}\n')
         end = time.monotonic() + 5
         while entrance.missing != [2]:
             assert time.monotonic() < end
@@ -95,6 +117,144 @@ def test_who_went_away_may_come_again():
         thread.join()
     entrance.close()
     assert ended == {0: None, 1: None}
+
+
+def spoken(port: int, who: Visitor) -> socket.socket:
+    """A connection over which `who` has introduced itself, and which says nothing more, not even that it is gone."""
+    connection = socket.create_connection(("localhost", port))
+    assert connection.recv(100) == door.GREETING
+    connection.sendall(json.dumps(who._asdict()).encode() + b"\n")
+    return connection
+
+
+def test_who_comes_again_takes_its_place():
+    """Its connection was lost without a word on the way, and process 0 still counts on it."""
+    port = runs.free_port()
+    with contextlib.closing(Door(f"localhost:{port}", port, 3, "/runs/a")) as entrance:
+        refused: list[str] = []
+        waiting = threading.Thread(target=lambda: refused.extend(entrance.wait()))
+        waiting.start()
+        with spoken(port, visitor(1)) as lost:
+            runs.wait_until(lambda: entrance.missing == [2])
+            threads, ended = knocking(port, visitor(1))
+            runs.wait_until(lambda: lost.recv(100) == b"")  # it was put out
+            more, ended_2 = knocking(port, visitor(2))
+            for thread in (waiting, *threads, *more):
+                thread.join()
+    assert ended == ended_2 == {0: None} and not refused
+
+
+def test_what_a_closed_connection_still_said_is_not_heard():
+    """Two speak at one time, and the first of them makes process 0 close the other."""
+    port = runs.free_port()
+    with contextlib.closing(Door(f"localhost:{port}", port, 3, "/runs/a")) as entrance:
+        lost, again = (socket.create_connection(("localhost", port)) for _ in range(2))
+        with lost, again:
+            entrance._accept()
+            entrance._accept()
+            first, second = entrance._heard
+            for connection in (lost, again):
+                connection.sendall(json.dumps(visitor(1)._asdict()).encode() + b"\n")
+            time.sleep(0.1)
+            assert [entrance._listen(connection) for connection in (first, second, first)] == [""] * 3
+            assert entrance.missing == [2] and list(entrance._heard) == [second]
+
+
+def test_a_machine_that_is_gone_is_noticed():
+    """Without a word from it: the kernel asks."""
+    port, asked = runs.free_port(), socket.SO_KEEPALIVE
+    with contextlib.closing(Door(f"localhost:{port}", port, 3, "/runs/a")) as entrance:
+        waiting = threading.Thread(target=lambda: list(entrance.wait()), daemon=True)
+        waiting.start()
+        with spoken(port, visitor(1)) as connection:
+            runs.wait_until(lambda: entrance.missing == [2])
+            (here, _), *_ = entrance._here.values()
+            assert here.getsockopt(socket.SOL_SOCKET, asked)
+            assert here.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 10
+            door._keep_alive(connection)
+            assert connection.getsockopt(socket.SOL_SOCKET, asked)
+            with spoken(port, visitor(2)):
+                waiting.join(10)
+
+
+def test_one_folder_by_any_name(tmp_path, monkeypatch):
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("runs")
+    monkeypatch.chdir(tmp_path)
+    names = ["runs/a", "./runs//a/", "runs/b/../a", str(tmp_path / "link/a"), "link/a"]
+    visitors = [Visitor.myself(i, name) for i, name in enumerate(names, 1)]
+    refused, ended = opened(len(names) + 1, *visitors, run="link/../runs/a")
+    assert not refused and ended == dict.fromkeys(range(len(names)))
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_the_earlier_life_of_process_0_is_waited_for(ends, tmp_path):
+    """It may still save. That its port is not free is no mistake of the settings."""
+    port, reasons = runs.free_port(), []
+    earlier = [*door._held(door._names(port, str(tmp_path))), socket.create_server(("", port))]
+    if ends:
+        threading.Timer(1.0, release, [earlier]).start()
+        Door(f"localhost:{port}", port, 2, str(tmp_path), 10.0, reasons.append).close()
+    else:
+        with pytest.raises(Stopped, match=f"port {port} of this host is not free: an earlier life of this run"):
+            Door(f"localhost:{port}", port, 2, str(tmp_path), 1.0, reasons.append)
+        with pytest.raises(ConfigError, match="another run or program has it"):
+            Door(f"localhost:{port}", port, 2, str(tmp_path / "other"), 1.0, reasons.append)
+    assert set(reasons) == {f"an earlier life of this run still has port {port}"}
+    release(earlier)
+
+
+@contextlib.contextmanager
+def descriptors(left: int):
+    """So many may still be opened."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = (fd for fd in range(soft) if not os.path.exists(f"/proc/self/fd/{fd}"))
+    most = max((fd + 1 for fd in itertools.islice(free, left)), default=0)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("left", [0, 3])
+def test_without_descriptors_it_does_not_spin(left, monkeypatch):
+    """What says nothing makes room. Where nothing can, it says so once, and tries again now and then."""
+    monkeypatch.setattr(door, "_allow_files", lambda size: None)
+    port, said, tried = runs.free_port(), [], []
+    real = Door._make_room
+    monkeypatch.setattr(Door, "_make_room", lambda self, error: tried.append(error) or real(self, error))
+    entrance = Door(f"localhost:{port}", port, 2, "/runs/a")
+    with contextlib.closing(entrance), contextlib.ExitStack() as stack:
+        visitors = [stack.enter_context(socket.create_connection(("localhost", port))) for _ in range(10)]
+        waiting = threading.Thread(target=lambda: said.extend(entrance.wait()))
+        with descriptors(left):
+            waiting.start()
+            time.sleep(1.0)
+            assert 0 < len(tried) <= 10
+        visitors[-1].sendall(json.dumps(visitor(1)._asdict()).encode() + b"\n")
+        waiting.join(10)
+        assert not waiting.is_alive() and len(said) == (left == 0), said
+
+
+@pytest.mark.parametrize("then", ["nobody", "another"])
+def test_a_process_0_that_goes_away_is_what_is_missing(then):
+    """Not the others; nor is the port another run's."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+        threads, ended = knocking(port, visitor(1), within_s=2.0)
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(door.GREETING)
+            connection.recv(1000)
+        server.settimeout(0.1)
+        while then == "another" and threads[0].is_alive():
+            with contextlib.suppress(TimeoutError), server.accept()[0] as connection:
+                connection.sendall(b"\x00\x00\x18\x04")
+        if then == "nobody":
+            server.close()
+        threads[0].join(10)
+    assert isinstance(ended[0], Stopped) and f"process 0 at localhost:{port} is gone: " in str(ended[0]), ended
 
 
 @pytest.mark.parametrize(
@@ -108,14 +268,14 @@ def test_who_went_away_may_come_again():
         b"\xff\n",
         b"{" * 70000,
         b"[" * 60000 + b"\n",
-        b'{"process": "1", "run": "runs/a", "host": "h", "pid": 1}\n',
-        b'{"process": 1, "run": ["runs/a"], "host": "h", "pid": 1}\n',
-        b'{"process": true, "run": "runs/a", "host": "h", "pid": 1}\n',
+        b'{"process": "1", "run": "/runs/a", "host": "h", "pid": 1}\n',
+        b'{"process": 1, "run": ["/runs/a"], "host": "h", "pid": 1}\n',
+        b'{"process": true, "run": "/runs/a", "host": "h", "pid": 1}\n',
     ],
 )
 def test_whatever_else_comes_in_changes_nothing(said):
     port = runs.free_port()
-    entrance = Door(f"localhost:{port}", port, 2, "runs/a")
+    entrance = Door(f"localhost:{port}", port, 2, "/runs/a")
     with contextlib.closing(entrance), socket.create_connection(("localhost", port)) as connection:
         connection.sendall(said)
         threads, ended = knocking(port, visitor(1))
@@ -135,7 +295,7 @@ def test_a_port_that_another_program_has():
     server = http_server()
     port = server.server_address[1]
     with pytest.raises(ConfigError, match=f"port {port} of this host is not free .*another run or program") as e:
-        Door(f"localhost:{port}", port, 2, "runs/a")
+        Door(f"localhost:{port}", port, 2, "/runs/a")
     assert "\n" not in str(e.value)
     threads, ended = knocking(port, visitor(1), within_s=1.5)
     threads[0].join()
@@ -157,14 +317,14 @@ def test_who_says_half_a_line_and_then_nothing_is_not_waited_for(said):
 
 def test_two_runs_never_have_one_port_not_even_for_a_moment():
     port = runs.free_port()
-    first = Door(f"localhost:{port}", port, 2, "runs/a")
+    first = Door(f"localhost:{port}", port, 2, "/runs/a")
     first.close()  # and JAX has not begun yet
-    held, door._lock = door._lock, None
+    held = door._locks.copy()
+    door._locks.clear()
     with pytest.raises(ConfigError, match="is not free"):
-        Door(f"localhost:{port}", port, 2, "runs/b")
-    assert held is not None
-    held.close()
-    Door(f"localhost:{port}", port, 2, "runs/b").close()
+        Door(f"localhost:{port}", port, 2, "/runs/b")
+    release(held)
+    Door(f"localhost:{port}", port, 2, "/runs/b").close()
 
 
 def test_nobody_there():

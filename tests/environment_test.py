@@ -2,13 +2,15 @@
 
 import json
 import subprocess
+import sys
 
 import jax
 import pytest
 
-from launch import environment, runtime
+from launch import distributed, environment, runtime
 from tests import runs
-from trainer.errors import ConfigError
+from trainer.config import from_dict
+from trainer.errors import ConfigError, Stopped
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +59,119 @@ def test_what_may_be_chosen_is_recorded(monkeypatch):
         found = json.loads(json.dumps(environment.numbers()))
     assert found["XLA_FLAGS"] == "--xla_cpu_enable_fast_math=true" and found["jax_enable_x64"] is False
     assert found["jax_default_prng_impl"] == "threefry2x32" and "jax_default_matmul_precision" in found
+
+
+FAST, EIGEN = "--xla_cpu_enable_fast_math", "--xla_cpu_multi_thread_eigen"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (f"{FAST}=true {EIGEN}=true", f"{EIGEN}=true  {FAST}=true", True),
+        (f"{FAST}=true {FAST}=false", f"{FAST}=false", True),
+        (f"{FAST}=true --xla_dump_to=/x/0", f"--xla_dump_to=/x/1 {FAST}=true", True),
+        ("--xla_force_host_platform_device_count=8", "", True),
+        (f"{FAST}=true", f"{FAST}=false", False),
+        ("--xla_gpu_deterministic_ops=true", "", False),
+    ],
+)
+@pytest.mark.parametrize("name", ["XLA_FLAGS", "LIBTPU_INIT_ARGS"])
+def test_flags_are_compared_by_what_they_do(monkeypatch, tmp_path, name, one, other, same):
+    jax.devices()  # so that nothing but the comparison reads the variables
+    monkeypatch.setattr(distributed, "code_version", str)
+
+    def identity(value: str) -> dict:
+        monkeypatch.setenv(name, value)
+        return distributed.identity(from_dict({}))
+
+    assert (identity(one) == identity(other)) == same
+    (tmp_path / "environment.json").write_text(json.dumps({"numbers": environment.numbers()}))
+    monkeypatch.setenv(name, one)
+    said = environment.changes(tmp_path)
+    assert (not said) == same and said.count(name) == (not same) and "\n" not in said
+    (tmp_path / "flags").write_text(one)
+    assert (identity(str(tmp_path / "flags")) == identity(other)) == same, "a file of them"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("jax_default_matmul_precision", "highest"), ("NVIDIA_TF32_OVERRIDE", "0"), ("NCCL_ALGO", "Tree")],
+)
+def test_what_else_moves_numbers_is_compared(monkeypatch, tmp_path, name, value):
+    before = distributed.identity(from_dict({}))
+    (tmp_path / "environment.json").write_text(json.dumps({"numbers": environment.numbers()}))
+    assert environment.changes(tmp_path) == ""
+    found = jax.config.jax_default_matmul_precision
+    try:
+        if name.islower():
+            jax.config.update(name, value)
+        else:
+            monkeypatch.setenv(name, value)
+        after = distributed.identity(from_dict({}))
+        said = environment.changes(tmp_path)
+    finally:
+        jax.config.update("jax_default_matmul_precision", found)
+    assert {key for key in after if after[key] != before[key]} == {name}
+    assert said.startswith(f"{name} ") and said.endswith(f"-> {value!r}")
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"numbers": 1}', '{"numbers": {"jax_enable_x64": false}}'])
+def test_an_older_record_is_compared_as_far_as_it_goes(tmp_path, text):
+    if text is not None:
+        (tmp_path / "environment.json").write_text(text)
+    assert environment.changes(tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        ("Unable to initialize backend 'cpu': DEADLINE_EXCEEDED: GetKeyValue() timed out with key: cpu:"
+         "local_topology/cpu/1 and duration: 2m", Stopped, "another process is missing, or has no devices"),
+        ("INTERNAL: Barrier timed out. Id: x", Stopped, "another process is missing, or has no devices"),
+        ("Backend 'x' is not in the list of known backends", ConfigError, "cannot be used here"),
+        ("Unable to initialize backend 'cpu': INTERNAL: no cpu", ConfigError, "JAX_PLATFORMS=cpu cannot be used here"),
+    ],
+)  # fmt: skip
+def test_a_peer_that_is_missing_is_no_wrong_variable(monkeypatch, error, kind, said):
+    def devices():
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    with pytest.raises(kind, match=said) as e:
+        environment.find_devices()
+    assert "\n" not in str(e.value)
+
+
+def test_a_signal_to_the_reader_of_xla_flags_is_not_ours():
+    """Ctrl-C goes to both; heard twice, it would leave without a save, with 130."""
+    script = """
+import os, signal, sys
+from jaxlib import _jax
+from launch import environment
+read, write = os.pipe()
+os.set_blocking(read, False)
+os.set_blocking(write, False)
+signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+signal.signal(signal.SIGINT, lambda number, frame: None)
+real = _jax.CompileOptions
+def options():
+    os.kill(os.getpid(), signal.SIGINT)
+    return real()
+_jax.CompileOptions = options
+environment._check_xla_flags()
+try:
+    print("heard", os.read(read, 10))
+except BlockingIOError:
+    print("nothing")
+signal.raise_signal(signal.SIGINT)
+print("heard", os.read(read, 10))
+"""
+    variables = runs.environment() | {"XLA_FLAGS": "--xla_cpu_enable_fast_math=false"}
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=runs.ROOT, env=variables, capture_output=True, text=True, timeout=60
+    )
+    assert ended.stdout == "nothing\nheard b'\\x02'\n", ended
 
 
 @pytest.mark.parametrize("share", ["abc", "0", "", "-0.5", "nan", "0.9.2"])

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,29 @@ def script(*words: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 # What is started
+
+
+def test_scripts_of_a_clone_that_git_gives_the_ends_of_lines_of_windows(tmp_path):
+    """Each would end at its first line: "bash\\r: No such file"."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in (".gitattributes", "Makefile"):
+        shutil.copy(runs.ROOT / name, source)
+    shutil.copytree(runs.ROOT / "tests/fakes", source / "tests/fakes")
+    runs.clone(source)
+    for words in ("add -A", "-c user.name=x -c user.email=x commit -q -m x"):
+        subprocess.run(["git", *words.split()], cwd=source, check=True)
+    there = tmp_path / "there"
+    subprocess.run(["git", "-c", "core.autocrlf=true", "clone", "-q", source, there], check=True)
+    files = [path for path in there.rglob("*") if path.is_file() and ".git" not in path.parts]
+    assert b"\r\n" in (there / "launch/__init__.py").read_bytes(), "git has done it"
+    started = [path for path in files if path.read_bytes().startswith(b"#!") or path.suffix in (".sh", ".sbatch")]
+    read_by_tools = [path for path in files if path.suffix == ".env" or path.name in ("Makefile", "Dockerfile")]
+    assert len(started) > 30 and len(read_by_tools) > 2
+    assert [path for path in started + read_by_tools if b"\r" in path.read_bytes()] == []
+    argv = [there / "launch/local/run.sh", "--dry_run", "--", *TRAIN]
+    ended = subprocess.run(argv, cwd=there, capture_output=True, text=True, timeout=SOON_S)
+    assert ended.returncode == 0, ended
 
 
 @pytest.mark.parametrize(

@@ -244,6 +244,8 @@ def test_every_wait_for_a_save_is_a_phase_of_the_watchdog(make, monkeypatch):
 
     def wait(self, limit_s=None):
         phases.append(trainer.watchdog._mark.phase)
+        self._limit_s = 3 * trainer.config.watchdog.slow_s
+        assert trainer.watchdog.limit_s("saving") > self._limit_s, "a save that may take so long is no stall"
         return real(self, limit_s)
 
     monkeypatch.setattr(Checkpoints, "wait", wait)
@@ -251,6 +253,23 @@ def test_every_wait_for_a_save_is_a_phase_of_the_watchdog(make, monkeypatch):
     trainer = make(divergence__not_finite="rollback")
     assert trainer.train()
     assert phases and set(phases) == {"saving"}
+
+
+def test_all_wait_for_the_last_copy_and_nobody_does_in_an_evaluation(make, monkeypatch, tmp_path):
+    """Process 0 alone waited for its mirror; the others were in the evaluation, and looked stuck."""
+    did: list[str] = []
+
+    def together(self, what, function):
+        did.append(what)
+        return function()
+
+    monkeypatch.setattr(Processes, "together", together)
+    monkeypatch.setattr(loop.Mirror, "wait", lambda self: did.append("waited"))
+    real = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda *arguments: did.append("evaluated") or real(*arguments))
+    assert make(num_train_steps=2, checkpoint__mirror=str(tmp_path / "mirror")).train()
+    assert did.count("waited") == 1 and did[did.index("waited") - 1] == "copied"
+    assert did.index("waited") < did.index("evaluated")
 
 
 def test_retention_hears_of_losses_that_come_after_the_save(make, monkeypatch):

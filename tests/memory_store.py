@@ -88,9 +88,11 @@ class Gang:
 
     def __init__(self, size: int, timeout_s: float = 60.0):
         self.store = MemoryStore()
-        self.processes: list[Processes] = []
-        made = run_all([lambda i=i: Processes(timeout_s, index=i, size=size, store=self.store) for i in range(size)])
-        self.processes = made
+        long_s = max(timeout_s, 60.0)  # they meet on a machine with too much to do, too
+        made = run_all([lambda i=i: Processes(long_s, index=i, size=size, store=self.store) for i in range(size)])
+        self.processes: list[Processes] = made
+        for process in self.processes:
+            process.timeout_s = timeout_s
 
     def all(self, function: Callable[[Processes], Any], only: Sequence[int] | None = None) -> list[Any]:
         """What `function` returns or raises on each, called at one time."""

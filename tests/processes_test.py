@@ -74,6 +74,17 @@ def test_processes_that_differ_in_config_leave_together(tmp_path, data):
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_of_another_environment_leave_together_and_another_life_is_told(tmp_path, data):
+    """Flags of XLA: each process would compile another program, and nobody would say so."""
+    fast = "--xla_cpu_enable_fast_math=true"
+    run, other = tmp_path / "run", {"XLA_FLAGS": f"{runs.environment()['XLA_FLAGS']} {fast}"}
+    out = runs.finish_gang(runs.start_gang(run, data, num_train_steps=2, environments={1: other}), code=2)
+    assert all("(process 1) has another setting: XLA_FLAGS: " in text for text in out) and not run.exists()
+    runs.train(run, data, num_train_steps=2)
+    again = runs.finish(runs.start(runs.command(run, data, num_train_steps=4), **other))
+    assert again.count("changed   the environment: XLA_FLAGS '") == 1 and f"{fast}'; numbers may be others" in again
+
+
 def test_processes_that_see_other_files_under_one_path_leave_together(tmp_path, data):
     """Fault 24: the same command on two machines whose disks differ; no stale copy is trained on beside a newer."""
     gang, address = [], f"--coordinator_address=localhost:{runs.free_port()}"

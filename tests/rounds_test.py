@@ -1,5 +1,6 @@
 """Agreements and their cost: processes are threads, and a store counts. In real processes: processes_test.py."""
 
+import contextlib
 import random
 import threading
 import time
@@ -8,7 +9,7 @@ import pytest
 
 from data.errors import DataError
 from tests.memory_store import Gang
-from trainer import rounds
+from trainer import processes, rounds
 from trainer.errors import CheckpointError, ConfigError, Stopped
 from trainer.processes import SAVE, STOP, Elsewhere, Processes
 
@@ -38,7 +39,7 @@ def ticks_until(process: Processes, event: str, within_s: float = 20) -> int:
 @pytest.mark.parametrize("size", [1, 2, 7])
 def test_each_agreement(size):
     gang = Gang(size)
-    assert gang.all(lambda p: p.exchange("values", str(p.index % 3))) == [[str(i % 3) for i in range(size)]] * size
+    assert gang.all(lambda p: p.exchange("values", str(p.index % 3))) == [["0", "1", "2"][:size]] * size
     gathered = gang.all(lambda p: p.gather("indices", str(p.index)))
     assert gathered == [[str(i) for i in range(size)]] + [[]] * (size - 1)
     assert gang.all(lambda p: p.all_agree("ready", True)) == [True] * size
@@ -96,6 +97,52 @@ def test_a_process_0_that_does_not_come(monkeypatch):
     assert error.exit_code == 42 and "process 0 did not come to 'start'" in str(error)
 
 
+@pytest.mark.parametrize("late", [0, 1, 3])
+def test_an_agreement_that_ends_ends_for_all(monkeypatch, late):
+    """Process 0 went on alone with what it found when it came, and those who came late heard nothing."""
+    monkeypatch.setattr(rounds, "ALSO_S", 0.1)
+    gang, heard = Gang(4, timeout_s=0.2), []
+    gang.all(lambda p: p.hear(lambda error: heard.append((p.index, error))))
+
+    def agree(p: Processes) -> None:
+        try:
+            p.all_agree("start", True)
+        except Stopped as e:
+            p.tell(e)
+            raise
+
+    ended = gang.all(agree, only=[i for i in range(4) if i != late])
+    assert all(isinstance(e, Stopped) and f"process {late}" in str(e) for e in ended), ended
+    told = gang.processes[late].told(5.0)
+    assert told is not None and told.exit_code == 42 and "did not come to 'start'" in str(told)
+    assert late in [index for index, _ in heard]
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_once_watchdogs_watch_nobody_is_too_late(monkeypatch, late):
+    """Another process may save, or fetch a copy, for hours; while it waits, a process is not the one that is stuck."""
+    monkeypatch.setattr(rounds, "ALSO_S", 0.0)
+    monkeypatch.setattr(rounds, "TELL_S", 0.1)
+    gang, waiting = Gang(3, timeout_s=0.1), [threading.Event() for _ in range(3)]
+
+    @contextlib.contextmanager
+    def seen(index: int):
+        waiting[index].set()
+        yield
+        waiting[index].clear()
+
+    gang.all(lambda p: p.watched_by(lambda: seen(p.index)))
+
+    def agree(p: Processes) -> bool:
+        if p.index == late:
+            time.sleep(0.5)
+            assert [event.is_set() for event in waiting] == [i != late for i in range(3)]
+        return p.all_agree("saved", True)
+
+    assert gang.all(agree) == [True] * 3 and not any(event.is_set() for event in waiting)
+    gang.close()
+
+
 # Errors
 
 
@@ -114,6 +161,17 @@ def test_an_error_that_ends_one_is_told_to_all(failing):
             assert f"(process {failing}): token 300 is outside" in str(told)
     wait_until(lambda: len(heard) == 2)
     assert {index for index, _ in heard} == {0, 1, 2} - {failing}
+
+
+def test_process_0_waits_for_nobody_who_may_be_gone(monkeypatch):
+    monkeypatch.setattr(processes, "PARTING_LIMIT_S", 1.0)
+    monkeypatch.setattr(processes, "PARTING_S", 0.0)
+    first = Gang(3).processes[0]
+    for error, waits in ((Stopped("a peer is gone"), False), (Elsewhere("so says a peer", 42), False),
+                         (DataError("a shard is cut"), True), (None, True)):  # fmt: skip
+        started = time.monotonic()
+        first.part(error)
+        assert (time.monotonic() - started >= 1.0) == waits
 
 
 def test_a_crash_is_told_with_its_type_and_what_all_know_is_not():
@@ -194,7 +252,7 @@ def test_the_last_of_many_requests_costs_what_the_first_did_and_none_leaves_a_ke
 # What it costs
 
 
-@pytest.mark.parametrize("what", ["check_same", "all_agree", "exchange", "together", "choose", "event"])
+@pytest.mark.parametrize("what", ["check_same", "all_agree", "exchange", "all differ", "together", "choose", "event"])
 def test_bytes_and_keys_grow_no_faster_than_the_processes(what):
     costs = [costs_of(what, size) for size in (8, 64)]
     (calls, sent, keys), (more_calls, more_sent, more_keys) = costs
@@ -212,6 +270,7 @@ def costs_of(what: str, size: int) -> tuple[int, int, int]:
         "check_same": lambda p: p.check_same("setting", fields),
         "all_agree": lambda p: p.all_agree("saved", True),
         "exchange": lambda p: p.exchange("read step 10", "damaged" if p.index == 3 else ""),
+        "all differ": lambda p: p.exchange("restored step 10", f"host {p.index:02}: a file is cut"),
         "together": lambda p: p.together("data", lambda: None),
         "choose": lambda p: p.choose("newest checkpoint", lambda: 10),
         "event": lambda p: (p.index == 0 and p.request(SAVE)) or ticks_until(p, SAVE),

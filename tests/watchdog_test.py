@@ -16,7 +16,7 @@ import pytest
 from tests.runs import ROOT
 from trainer import watchdog
 from trainer.config import WatchdogConfig
-from trainer.watchdog import LOOK_S, MEDIAN_STEPS, Pace, Watchdog
+from trainer.watchdog import LOOK_S, MEDIAN_STEPS, SAVING, WAITING, Pace, Watchdog
 
 LATE_S = 2.0  # later than the limit, and a crowded machine's start-up
 PRELUDE = """
@@ -284,6 +284,17 @@ def test_limit_of_a_step_is_a_multiple_of_the_median(pace, clock):
     assert pace.limit_s("training") == 10  # min_s; and the first ones are forgotten
     assert pace.limit_s("evaluating") == 1000
     assert pace.limit_s("training", counts=False) == 1000  # peers may still be at what came before
+
+
+@pytest.mark.parametrize("limits", [{}, {"slow_s": 1}, {"min_s": 1e5}, {"slow_s": float("inf")}], ids=str)
+@pytest.mark.parametrize("save_s", [0, 300, 6 * 3600])
+def test_nothing_that_is_allowed_elsewhere_ends_a_process(clock, limits, save_s):
+    """A save that its own limit allows was killed by slow_s; one that waits is never found before one that is stuck."""
+    pace = Pace(WatchdogConfig(**limits), clock)
+    pace.save_limit_s = lambda: save_s
+    steps(pace, clock, 1, 1)
+    own = [pace.limit_s(phase) for phase in ("training", SAVING, "restoring", "evaluating")]
+    assert pace.limit_s(SAVING) > save_s and pace.limit_s(WAITING) >= 2 * max(own)
 
 
 def test_a_step_after_a_slow_phase_does_not_count(pace, clock):

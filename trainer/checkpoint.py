@@ -207,8 +207,21 @@ class Checkpoints:
             for step in sorted(there)
         ]
 
+    @property
+    def limit_s(self) -> float:
+        """That the save under way, or the last one, may take."""
+        return self._limit_s
+
     def _limit(self, items: dict[str, Any]) -> float:
-        """Seconds that a save of this may take."""
+        """Seconds that a save of this may take, the same on all processes.
+
+        One that cannot write fails at once, and makes the others come to their limit: slow is what all find slow.
+        """
+
+        def of_all(values: list[tuple[float, int]]) -> tuple[float, int]:
+            return max(save_s for save_s, _ in values), min(timeouts for _, timeouts in values)
+
+        self._save_s, self._timeouts = self.processes.decide("limit", [self._save_s, self._timeouts], of_all)
         own_bytes = sum(x.nbytes for x in jax.tree.leaves(items)) / self.processes.size
         known = max(LATER_TIMEOUT_S, TIMEOUT_FACTOR * self._save_s) if self._save_s else SAVE_TIMEOUT_S
         return min(max(known, own_bytes / SLOWEST_BYTES_S) * 2**self._timeouts, LONGEST_TIMEOUT_S)

@@ -91,6 +91,7 @@ class Trainer:
         )
         self.mirror = mirror
         self.checkpoints = Checkpoints(run, config.checkpoint, processes, mirror)
+        watchdog.save_limit_s = lambda: self.checkpoints.limit_s
         self.progress = reporting.Progress(config.num_train_steps)
         self.clock = SaveClock(config.checkpoint, time.monotonic())
         self.saving = self.asked_to_save = False
@@ -352,8 +353,8 @@ class Trainer:
                     f"the checkpoint at step {step} could not be written; make room in {self.run}, and the same "
                     f"command goes on from {f'step {steps[-1]}' if steps else 'the beginning'}"
                 )
-            if self.mirror is not None:
-                self.mirror.wait()
+            if self.config.checkpoint.mirror:  # all wait here: in the collective of an evaluation the others look stuck
+                self.processes.together("copied", lambda: self.mirror.wait() if self.mirror is not None else None)
 
     def _is_saved(self, step: int) -> bool:
         """Whether all processes have heard that `step` was saved or, if not, it is there: one may hear of a failure

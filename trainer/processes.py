@@ -5,7 +5,6 @@ What they agree on: that all are about to train the same thing (`check_same`, `t
 end when one does (`tell`, `hear`).
 """
 
-import collections
 import contextlib
 import hashlib
 import itertools
@@ -15,6 +14,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import jax
@@ -28,6 +28,7 @@ T = TypeVar("T")
 TIMEOUT_S = 300.0
 PARTING_S, PARTING_LIMIT_S = 0.5, 10.0  # from a process's last word to its end; for all to say it
 LONGEST_MESSAGE = 4000  # of an error that all are told
+MOST_KINDS = 10  # of values that all are told
 STOP, SAVE, END = "stop", "save", "end"
 
 
@@ -43,7 +44,7 @@ class Processes:
     """Every method but `request`, `tell` and `told` is called by all processes, in the same order.
 
     Args:
-      timeout_s: limit of an agreement; what is agreed on should take much less to make.
+      timeout_s: limit of an agreement until `watched_by`. One that comes to it tells all, so that none goes on alone.
       index, size: of this process; None: as JAX counts.
       store: where they meet.
 
@@ -62,7 +63,9 @@ class Processes:
     ):
         self.index = jax.process_index() if index is None else index
         self.size = jax.process_count() if size is None else size
-        self.timeout_s, self._store = timeout_s, store or ServiceStore()
+        self.timeout_s: float | None = timeout_s
+        self._waiting: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self._store = store or ServiceStore()
         self._agreements = Rounds(self._store, "agreements", self.index, self.size)
         self._known: UserError | None = None  # an error that all have
         self._told: Elsewhere | None = None
@@ -77,43 +80,63 @@ class Processes:
         self.hosts: list[str] = []
         self.hosts = self.gather("hosts", platform.node())
 
+    def watched_by(self, waiting: Callable[[], AbstractContextManager[Any]]) -> None:
+        """From here on agreements have no limit: a peer may be saving, or fetching a copy, for hours.
+
+        One that is stuck is ended by its own watchdog, and when one is gone JAX's heartbeat ends all. Called by all.
+
+        Args:
+          waiting: is entered while this process waits for others.
+        """
+        self.timeout_s, self._waiting = None, waiting
+
     # Values
 
     def decide(self, name: str, value: Any, decision: Callable[[list[Any]], T]) -> T:
         """What `decision` makes of the values of all, on process 0, which alone calls it; its UserError ends all. JSON.
 
-        Raises Stopped, on those that are there, when one does not come in time.
+        Raises Stopped, on those that are there, when one does not come in time; `tell` tells the others.
         """
 
         raised: list[UserError] = []
 
         def answer(texts: Sequence[str | None]) -> str:
             if missing := [i for i, text in enumerate(texts) if text is None]:
-                return json.dumps({"error": [Stopped.exit_code, self._did_not_come(name, missing)]})
+                return json.dumps({"missing": self._did_not_come(name, missing)})
             try:
                 return json.dumps({"decided": decision([json.loads(text) for text in texts if text is not None])})
             except UserError as e:
                 raised.append(e)
                 return json.dumps({"error": [e.exit_code, str(e)]})
 
+        text = json.dumps(value)
         try:
-            text = json.dumps(value)
-            said = json.loads(answer([text]) if self.size == 1 else self._agreements.hold(text, answer, self.timeout_s))
-        except TimeoutError:
-            said = {"error": [Stopped.exit_code, self._did_not_come(name, [0])]}
+            said = json.loads(self._hold(text, answer))
+        except TimeoutError:  # all others are to hear of it
+            raise Stopped(self._did_not_come(name, [0])) from None
         if "decided" in said:
             return said["decided"]
+        if "missing" in said:
+            stopped = Stopped(said["missing"])
+            self._known = stopped if self.index else None  # process 0 tells those who did not come
+            raise stopped
         code, message = said["error"]
         self._known = (
             raised[0] if raised else Stopped(message) if code == Stopped.exit_code else Elsewhere(message, code)
         )
         raise self._known
 
+    def _hold(self, text: str, answer: Callable[[Sequence[str | None]], str]) -> str:
+        if self.size == 1:
+            return answer([text])
+        with self._waiting():
+            return self._agreements.hold(text, answer, self.timeout_s)
+
     def _did_not_come(self, name: str, missing: list[int]) -> str:
         shown = ", ".join(map(self._named, missing[:10])) + (f" and {len(missing) - 10} more" * (len(missing) > 10))
         return (
             f"process(es) {shown} did not come to {name!r} within {self.timeout_s:.0f} s; see their logs, and start "
-            "all processes again"
+            "all processes again, with a larger --start_timeout_s if they need longer"
         )
 
     def gather(self, name: str, value: str) -> list[str]:
@@ -123,14 +146,11 @@ class Processes:
         return values
 
     def exchange(self, name: str, value: str) -> list[str]:
-        """The value of each process. Those that differ from what most have go to all: there should be few of them."""
+        """The different values, each once, that of process 0 first, then by process; of many kinds the first ten.
 
-        def shorten(values: list[str]) -> list[Any]:
-            ((most, _),) = collections.Counter(values).most_common(1)
-            return [most, {str(i): value for i, value in enumerate(values) if value != most}]
-
-        most, others = self.decide(name, value, shorten)
-        return [others.get(str(i), most) for i in range(self.size)]
+        However many processes report a different problem each, what one of them hears stays short.
+        """
+        return self.decide(name, value, lambda values: list(dict.fromkeys(values))[:MOST_KINDS])
 
     def all_agree(self, name: str, yes: bool) -> bool:
         """Whether every process says yes."""
@@ -207,7 +227,7 @@ class Processes:
         def wait() -> None:
             if text := wait_for(self._store, f"{PREFIX}/error"):
                 process, message, code = json.loads(text)
-                if process != self.index:
+                if process != self.index and not isinstance(self._known, Stopped):  # else it is leaving already
                     self._told = Elsewhere(message, code, process)
                     self._hears.set()
                     failed(self._told)
@@ -280,28 +300,32 @@ class Processes:
         if self._listener is not None:
             if self.index == 0:
                 self.request(END)
-            self._listener.join(self.timeout_s)
+            with self._waiting():
+                self._listener.join(self.timeout_s)
         if self._ear is not None:
             if self.index == 0:
                 with contextlib.suppress(Taken):
                     self._store.set(f"{PREFIX}/error", "")
-            self._ear.join(self.timeout_s)
+            with self._waiting():
+                self._ear.join(self.timeout_s)
 
-    def part(self) -> None:
+    def part(self, error: BaseException | None = None) -> None:
         """Before os._exit, on all that end for the same reason. Process 0, whose service the others need, goes last.
 
+        With an `error` that says to start again, a process may be gone, so that none is waited for.
         jax.distributed.shutdown would take the service away from under a main thread that is busy, and wait for one
         that ends for another reason.
         """
         if self.size == 1:
             return
-        deadline = time.monotonic() + PARTING_LIMIT_S
+        gone = isinstance(error, Stopped | Elsewhere) and error.exit_code == Stopped.exit_code
+        deadline = time.monotonic() + (0 if gone else PARTING_LIMIT_S)
         with contextlib.suppress(Stopped, TimeoutError, Taken):
             if self.index:
-                self._store.set(f"{PREFIX}/parted/{self.index}", "")
-                return
+                return self._store.set(f"{PREFIX}/parted/{self.index}", "")
             for i in range(1, self.size):
                 self._store.get(f"{PREFIX}/parted/{i}", max(deadline - time.monotonic(), 0.001))
+        if self.index == 0:
             time.sleep(PARTING_S)
 
     def _listen(self) -> None:

@@ -33,6 +33,7 @@ HEARTBEAT_S, HEARTBEATS_A_SECOND = 5.0, 100
 LAST_WORDS_S = 10.0  # to write where it is stuck; then it leaves without
 LONGEST_TIMER_S = 7 * 86400.0  # faulthandler refuses far longer ones, such as inf
 MEDIAN_STEPS = 100
+SAVING, WAITING = "saving", "waiting for other processes"
 
 
 class Mark(NamedTuple):
@@ -45,10 +46,15 @@ class Mark(NamedTuple):
 
 
 class Pace:
-    """Where a run is, how long it may stay there, and how long it has. `clock` gives seconds."""
+    """Where a run is, how long it may stay there, and how long it has. `clock` gives seconds.
+
+    Attributes:
+      save_limit_s: how long a save may take; trainer/checkpoint.py ends it then.
+    """
 
     def __init__(self, config: WatchdogConfig, clock: Callable[[], float] = time.monotonic):
         self._config, self._clock = config, clock
+        self.save_limit_s: Callable[[], float] = lambda: 0.0
         self._step_s: collections.deque[float] = collections.deque(maxlen=MEDIAN_STEPS)
         self._mark = self._seen = Mark("starting", 0, clock(), False)
         self._looked_at, self._stuck_s = clock(), 0.0
@@ -65,7 +71,10 @@ class Pace:
         self._mark = self._mark._replace(at=self._clock(), counts=False)
 
     def phase(self, name: str) -> contextlib.ExitStack:
-        """From here on the run does `name`; "training" has the limit of a step, all others config.slow_s.
+        """From here on the run does `name`; "training" has the limit of a step, others config.slow_s.
+
+        SAVING may take what a save may, beside that. WAITING has twice the longest limit of a peer: what is stuck there
+        is found there first, and ends all.
 
         Used in a with statement, the phase before it comes back at the end.
         """
@@ -80,6 +89,10 @@ class Pace:
     def limit_s(self, phase: str, counts: bool = True) -> float:
         """Of a whole step; of the first one after another phase it is the other's, in which a peer may still be."""
         step_s = self._step_s.copy()
+        if phase == SAVING:
+            return self._config.slow_s + self.save_limit_s()
+        if phase == WAITING:
+            return 2 * max(self.limit_s(SAVING), self.limit_s("training"))
         if phase != "training" or not counts or not step_s:
             return self._config.slow_s
         return max(self._config.min_s, self._config.factor * statistics.median(step_s))
