@@ -55,7 +55,9 @@ def make(tmp_path, data, monkeypatch):
         found = sources.open_sources(config.data, config.model.vocab_size)
         dog = Watchdog(run, config.watchdog, 0)
         dog.close()  # only its phases are of use here
-        trainer = loop.Trainer(config, run, found, Processes(), dog)
+        place = config.checkpoint.mirror
+        mirror = loop.Mirror(place, run / "checkpoints", config) if place else None
+        trainer = loop.Trainer(config, run, found, Processes(), dog, mirror)
         trainer.processes.listen(asked=lambda: None, too_early=lambda: None, deaf=lambda error: None)
         return trainer
 
