@@ -129,16 +129,26 @@ def splits(corpus: Corpus, reading: Reading, asked: Request, got: dict) -> dict[
     return found
 
 
+def _sides(files: list[list], train: list, val: list) -> list[str] | None:
+    """On which side each file is, if all of both sides are files one after the other."""
+    if not files:
+        return None if train or val else []
+    texts = files[0]
+    if train[: len(texts)] == texts and (rest := _sides(files[1:], train[len(texts) :], val)) is not None:
+        return ["train", *rest]
+    if val[: len(texts)] == texts and (rest := _sides(files[1:], train, val[len(texts) :])) is not None:
+        return ["val", *rest]
+    return None
+
+
 def _whole_files(reading: Reading, asked: Request, got: dict, found: dict[str, list]) -> None:
     of_file = collections.defaultdict(list)
     for name, text in reading.documents:
         of_file[name].append(text)
-    left = {side: list(texts) for side, texts in got.items()}
-    for texts in of_file.values():
-        sides = [side for side in ("train", "val") if left[side][: len(texts)] == texts]
-        assert sides, "a file is on neither side, or in part on both"
-        side = sides[0]  # equal files on both sides: either will do
-        del left[side][: len(texts)]
+    files = list(of_file.values())
+    sides = _sides(files, got["train"], got["val"])
+    assert sides is not None, "a file is on neither side, or in part on both"
+    for side, texts in zip(sides, files, strict=True):
         found[side] += texts
     if asked.val_fraction == 0:
         assert not found["val"]
