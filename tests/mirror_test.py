@@ -57,7 +57,9 @@ def test_keys_that_lie_elsewhere_are_not_fetched(tmp_path, monkeypatch, caplog):
         assert not mirror.fetch(5) and "is not a place below a folder" in caplog.messages[-1]
         assert not (tmp_path / "run/5").exists()
     keys = content
-    assert mirror.fetch(5) and (tmp_path / "run/5/a/b").read_bytes() == b"whole"
+    heard: list[str] = []
+    mirror.alive = lambda: heard.append("a block")
+    assert mirror.fetch(5) and (tmp_path / "run/5/a/b").read_bytes() == b"whole" and heard
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
     keys = {f"checkpoints/{name}/{METADATA_FILE}": b"{}" for name in ("7", "²", "-1", "1" * 5000, "x", "08", "")}
     assert mirror.whole() == {7}

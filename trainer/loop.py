@@ -92,6 +92,8 @@ class Trainer:
         self.mirror = mirror
         self.checkpoints = Checkpoints(run, config.checkpoint, processes, mirror)
         watchdog.save_limit_s = lambda: self.checkpoints.limit_s
+        if mirror is not None:
+            mirror.alive = watchdog.tick
         self.progress = reporting.Progress(config.num_train_steps)
         self.clock = SaveClock(config.checkpoint, time.monotonic())
         self.saving = self.asked_to_save = False

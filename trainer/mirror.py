@@ -45,6 +45,7 @@ class Mirror:
     Attributes:
       copying: the step being copied, or None.
       copies: the steps of which there were whole copies when that was last seen.
+      alive: is called with each block that is fetched; for a watchdog.
 
     Raises:
       ConfigError: the location cannot be used, or belongs to another run.
@@ -61,6 +62,7 @@ class Mirror:
         self.location, self.source = location.rstrip("/"), source
         self.copying: int | None = None
         self.copies: set[int] = set()
+        self.alive: Callable[[], None] = lambda: None
         self._waiting: tuple[int, Keep] | None = None
         self._unwanted: set[int] = set()  # copies that could not be deleted yet
         self._fetched: set[int] = set()
@@ -245,6 +247,7 @@ class Mirror:
                 with os.fdopen(os.open(last, flags, 0o666, dir_fd=folder), "wb") as f:
                     for block in remote.blocks(self._store, key, f"{self.location}/{name}"):
                         f.write(block.value)
+                        self.alive()
                     close_durably(f)
 
     def _read(self, key: str | bytes) -> bytes | None:
