@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -352,6 +353,7 @@ def _tokenizer(
                 counts[survey.code_points] += survey.counts
                 done += documents.bytes_of(unit)
                 progress("reading", done, plan.bytes, 0)
+        shutil.rmtree(folder, ignore_errors=True)  # of a life that was killed meanwhile
         tokenizers.save(codec or _char_tokenizer(plan, counts), folder)
         for path in (*folder.iterdir(), folder):
             files.sync(path)

@@ -79,7 +79,7 @@ TINY = (*TRAIN, "--config=configs/tiny.py")
         (("launch.sample", "--workdir=WORKDIR"), 2, ["not a run directory"]),
         ((*TINY, "--coordinator_address=²", "--num_processes=2", "--process_id=0"), 2, ["not HOST:PORT"]),
         ((*TINY, "--coordinator_address=a..b:5", "--num_processes=2", "--process_id=1"), 2, ["not HOST:PORT"]),
-        (("launch.sample", "--workdir=README.md"), 2, ["README.md/config.json", "Not a directory"]),
+        (("launch.sample", "--workdir=README.md"), 2, ["README.md is not a run directory"]),
         (
             ("launch.plan", "--config=configs/tiny.py", f"--topology=v5p:{'9' * 5000}x1x1"),
             2,

@@ -37,23 +37,28 @@ def wrapped(error: BaseException, words: list[bool]) -> BaseException:
     return error
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoint")
+
+
 @given(st.sampled_from(CODES), st.booleans(), st.lists(st.booleans(), max_size=4))
-def test_an_error_of_the_operating_system_is_never_damage(tmp_path_factory, code, in_words, wraps):
+def test_an_error_of_the_operating_system_is_never_damage(folder, code, in_words, wraps):
     text = f"NOT_FOUND: Error reading local file \"x\": {os.strerror(code)} [os_error_code='{code}']"
     error = ValueError(text) if in_words else OSError(code, os.strerror(code), "x")
-    found = reading.judged(tmp_path_factory.getbasetemp(), wrapped(error, wraps))
+    found = reading.judged(folder, wrapped(error, wraps))
     assert type(found) is Unreadable and os.strerror(code) in str(found)
     assert found.exit_code == (3 if code in (errno.EACCES, errno.EPERM) else 42)
 
 
 @given(st.sampled_from(WRONG), st.lists(st.booleans(), max_size=4))
-def test_what_was_read_and_is_wrong_is_damage(tmp_path_factory, error, wraps):
-    assert type(reading.judged(tmp_path_factory.getbasetemp(), wrapped(error, wraps))) is Damaged
+def test_what_was_read_and_is_wrong_is_damage(folder, error, wraps):
+    assert type(reading.judged(folder, wrapped(error, wraps))) is Damaged
 
 
 @given(st.sampled_from([KeyError("x"), TypeError("y"), ValueError("trees differ"), OSError("z"), RuntimeError()]))
-def test_anything_else_proves_nothing(tmp_path_factory, error):
-    assert type(reading.judged(tmp_path_factory.getbasetemp(), error)) is Suspect
+def test_anything_else_proves_nothing(folder, error):
+    assert type(reading.judged(folder, error)) is Suspect
 
 
 def test_what_seems_to_be_missing_and_may_not_be_looked_at_is_not_damage(tmp_path):
