@@ -30,6 +30,7 @@ OTHER_FILES = 256  # descriptors that are not connections
 NO_ROOM_S = 0.2  # until it is tried again to take a connection for which there is no descriptor
 # A peer whose machine is gone says nothing: it is asked after ten seconds, and three times more.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPALIVE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+GONE_S = 40.0  # that the second of a number comes again: process 0 finds out within 25 that the first is gone
 NOT_ALL = "not all processes have come to process 0"
 
 _locks: list[socket.socket] = []  # held until this process ends
@@ -94,13 +95,15 @@ class Door:
         return [i for i in range(1, self._size) if i not in self._here]
 
     def wait(self) -> Iterator[str]:
-        """Until all have come, and lets them in. Yields why somebody was refused."""
+        """Until all have come, and lets them in. Yields why somebody was refused, once for each reason."""
+        said = {""}
         while len(self._here) < self._size - 1:
             for key, _ in self._ready.select():
                 if key.fileobj is self._socket:
                     if full := self._accept():
                         yield full
-                elif refused := self._listen(key.fileobj):  # type: ignore[arg-type]
+                elif (refused := self._listen(key.fileobj)) not in said:  # type: ignore[arg-type]
+                    said.add(refused)
                     yield refused
         for connection, _ in self._here.values():
             _say(connection, {"let in": True})
@@ -118,9 +121,9 @@ class Door:
             connection, _ = self._socket.accept()
         except OSError as e:  # no descriptor is free, or it has gone again
             return self._make_room(e)
+        connection.setblocking(False)
+        _keep_alive(connection)
         with contextlib.suppress(OSError):  # it has gone; that is heard below
-            _keep_alive(connection)
-            connection.setblocking(False)
             connection.send(GREETING)
         self._heard[connection] = b""
         self._ready.register(connection, selectors.EVENT_READ)
@@ -207,6 +210,7 @@ def knock(address: tuple[str, int], me: Visitor, timeout_s: float, progress: Cal
     """
     shown, end = f"{address[0]}:{address[1]}", time.monotonic() + timeout_s
     stranger = met = False
+    refused_until = math.inf
     while True:
         try:
             with socket.create_connection(address, timeout=min(5.0, max(end - time.monotonic(), 0.1))) as connection:
@@ -218,6 +222,11 @@ def knock(address: tuple[str, int], me: Visitor, timeout_s: float, progress: Cal
                     reason = _wait_inside(connection, me, end, progress)
                     if not reason:
                         return
+        except Stopped as e:  # the second of its number; the first may be gone, and process 0 does not know it yet
+            refused_until = min(refused_until, time.monotonic() + GONE_S, end)
+            if time.monotonic() >= refused_until:
+                raise
+            reason = str(e)
         except OSError as e:
             stranger, reason = False, e.strerror or str(e)
         if time.monotonic() > end:
@@ -297,10 +306,12 @@ def _say(connection: socket.socket, answer: dict) -> None:
 
 
 def _keep_alive(connection: socket.socket) -> None:
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in KEEP_ALIVE.items():
-        if hasattr(socket, name):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    """As far as this system knows how to: gVisor and WSL1 refuse some of the options."""
+    options = [(socket.SOL_SOCKET, "SO_KEEPALIVE", 1)]
+    options += [(socket.IPPROTO_TCP, name, value) for name, value in KEEP_ALIVE.items() if hasattr(socket, name)]
+    for level, name, value in options:
+        with contextlib.suppress(OSError):
+            connection.setsockopt(level, getattr(socket, name), value)
 
 
 def _take(port: int, run: str, timeout_s: float, progress: Callable[[str], None]) -> socket.socket:

@@ -49,9 +49,11 @@ CHOSEN = (
     "jax_cpu_collectives_implementation",
 )
 # Of XLA, and of libraries that it calls: JAX has no options for these.
-VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE", "NCCL_ALGO", "NCCL_PROTO")
-# Flags that change no number. (How many devices there are is compared, and shown, by itself.)
-NEUTRAL = ("--xla_dump", "--xla_force_host_platform_device_count", "--xla_hlo_profile")
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+VARIABLES = (*FLAGS, "NVIDIA_TF32_OVERRIDE", "NCCL_ALGO", "NCCL_PROTO")
+# Flags that change no number: each process may have files of its own for what XLA writes. (How many devices there are
+# is compared, and shown, by itself.)
+NEUTRAL = re.compile("dump|_cache_(dir|file)$|^--xla_force_host_platform_device_count$|^--xla_hlo_profile")
 
 
 def load_jax() -> None:
@@ -79,26 +81,32 @@ def option_of_jax(name: str, default: Any = None) -> Any:
 def numbers() -> dict[str, Any]:
     """What the numbers of a run depend on beside its configuration, for environment.json."""
     found = {name: _plain(option_of_jax(name)) for name in (*NUMBERS, *CHOSEN)}
-    return found | {name: os.environ.get(name, "") for name in VARIABLES}
+    return found | {name: _given(name) for name in VARIABLES}
 
 
 def compared(numbers: dict[str, Any]) -> dict[str, Any]:
     """The same in a form that is another one only where numbers may be: flags by name, without neutral ones."""
-    return {name: _flags(value) if name in VARIABLES else value for name, value in numbers.items()}
+    return {name: _flags(str(value)) if name in FLAGS else value for name, value in numbers.items()}
 
 
 def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | None) else str(value)
 
 
-def _flags(text: Any) -> str:
-    """Sorted; of a flag that is given twice the last one, as XLA takes it. A file of flags is what it holds."""
-    text = str(text)
-    if text and not text.lstrip().startswith("-"):
-        with contextlib.suppress(OSError, ValueError):  # not a file, but a value, or a file that is gone
-            text = pathlib.Path(text).read_text()
-    last = {word.partition("=")[0]: word for word in text.split()}
-    return " ".join(word for name, word in sorted(last.items()) if not name.startswith(NEUTRAL))
+def _given(name: str) -> str:
+    """The value of a variable. XLA_FLAGS may name a file of them, which may hold others in the next life."""
+    text = os.environ.get(name, "")
+    if name == "XLA_FLAGS" and text and not text.lstrip().startswith("-"):
+        with contextlib.suppress(OSError, ValueError):  # XLA has read it, but it is gone now
+            return pathlib.Path(text).read_text()
+    return text
+
+
+def _flags(text: str) -> str:
+    """Sorted; of a flag that is given twice the last one, as XLA takes it, and --flag is --flag=true."""
+    words = [word if "=" in word else f"{word}=true" for word in text.split()]
+    last = {word.partition("=")[0]: word for word in words}
+    return " ".join(word for name, word in sorted(last.items()) if not NEUTRAL.search(name))
 
 
 def changes(run: pathlib.Path) -> str:

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from launch import door
-from launch.door import Door, Visitor
+from launch.door import GONE_S, Door, Visitor
 from tests import runs
 from trainer.errors import ConfigError, Stopped
 
@@ -22,6 +22,7 @@ from trainer.errors import ConfigError, Stopped
 def soon(monkeypatch):
     monkeypatch.setattr(door, "PORT_S", 0.3)
     monkeypatch.setattr(door, "ANSWER_S", 1.0)
+    monkeypatch.setattr(door, "GONE_S", 0.2)
     yield
     release(door._locks)
 
@@ -175,6 +176,38 @@ def test_a_machine_that_is_gone_is_noticed():
             assert connection.getsockopt(socket.SOL_SOCKET, asked)
             with spoken(port, visitor(2)):
                 waiting.join(10)
+
+
+@pytest.mark.parametrize("option", ["SO_KEEPALIVE", "TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"])
+def test_what_a_kernel_does_not_know_keeps_nobody_out(option, monkeypatch):
+    """gVisor and WSL1 refuse some of the options that find a machine which is gone."""
+    monkeypatch.setattr(socket, option, 9999)
+    port = runs.free_port()
+    entrance = Door(f"localhost:{port}", port, 2, "/runs/a")
+    with contextlib.closing(entrance), socket.create_connection(("localhost", port), timeout=1.0) as connection:
+        entrance._accept()
+        assert connection.recv(100) == door.GREETING
+        door._keep_alive(connection)  # nor does one stay out by itself
+
+
+def test_the_second_of_a_number_comes_in_when_the_first_is_found_to_be_gone(monkeypatch):
+    """Its machine died without a word, and is replaced before the kernel of process 0 knows."""
+    monkeypatch.setattr(door, "GONE_S", 10.0)
+    assert door.KEEP_ALIVE["TCP_KEEPIDLE"] + door.KEEP_ALIVE["TCP_KEEPINTVL"] * door.KEEP_ALIVE["TCP_KEEPCNT"] < GONE_S
+    port, refused = runs.free_port(), []
+    with contextlib.closing(Door(f"localhost:{port}", port, 3, "/runs/a")) as entrance:
+        waiting = threading.Thread(target=lambda: refused.extend(entrance.wait()), daemon=True)
+        waiting.start()
+        with spoken(port, visitor(1)):
+            runs.wait_until(lambda: entrance.missing == [2])
+            threads, ended = knocking(port, visitor(1, pid=2))
+            time.sleep(1.2)  # it has come three times
+            assert not ended
+        runs.wait_until(lambda: len(entrance._here) == 1 and entrance._here[1][1] == visitor(1, pid=2))
+        more, ended_2 = knocking(port, visitor(2))
+        for thread in (waiting, *threads, *more):
+            thread.join()
+    assert ended == ended_2 == {0: None} and len(refused) == 1
 
 
 def test_one_folder_by_any_name(tmp_path, monkeypatch):

@@ -70,6 +70,12 @@ FAST, EIGEN = "--xla_cpu_enable_fast_math", "--xla_cpu_multi_thread_eigen"
         (f"{FAST}=true {EIGEN}=true", f"{EIGEN}=true  {FAST}=true", True),
         (f"{FAST}=true {FAST}=false", f"{FAST}=false", True),
         (f"{FAST}=true --xla_dump_to=/x/0", f"--xla_dump_to=/x/1 {FAST}=true", True),
+        ("--xla_gpu_dump_autotune_results_to=/x/0", "--xla_gpu_dump_autotune_results_to=/x/1", True),
+        ("--xla_gpu_per_fusion_autotune_cache_dir=/x/0", "--xla_gpu_kernel_cache_file=/x/1", True),
+        (f"{FAST} {EIGEN}", f"{EIGEN}=true {FAST}=true", True),
+        (FAST, f"{FAST}=false", False),
+        ("--xla_disable_hlo_passes=", "--xla_disable_hlo_passes", False),
+        ("--xla_gpu_load_autotune_results_from=/x/0", "--xla_gpu_load_autotune_results_from=/x/1", False),
         ("--xla_force_host_platform_device_count=8", "", True),
         (f"{FAST}=true", f"{FAST}=false", False),
         ("--xla_gpu_deterministic_ops=true", "", False),
@@ -89,8 +95,24 @@ def test_flags_are_compared_by_what_they_do(monkeypatch, tmp_path, name, one, ot
     monkeypatch.setenv(name, one)
     said = environment.changes(tmp_path)
     assert (not said) == same and said.count(name) == (not same) and "\n" not in said
-    (tmp_path / "flags").write_text(one)
-    assert (identity(str(tmp_path / "flags")) == identity(other)) == same, "a file of them"
+    if name == "XLA_FLAGS":
+        (tmp_path / "flags").write_text(one)
+        assert (identity(str(tmp_path / "flags")) == identity(other)) == same, "a file of them"
+
+
+@pytest.mark.parametrize(("name", "differs"), [("XLA_FLAGS", True), ("LIBTPU_INIT_ARGS", False), ("NCCL_ALGO", False)])
+def test_only_a_file_of_xla_flags_is_read_and_what_it_holds_is_recorded(monkeypatch, tmp_path, name, differs):
+    """A file of another content is another choice; a file that is called as a value is, is none."""
+    jax.devices()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(name, "Ring")
+    flags = tmp_path / "Ring"
+    flags.write_text(f"{FAST}=false")
+    (tmp_path / "environment.json").write_text(json.dumps({"numbers": environment.numbers()}))
+    assert environment.changes(tmp_path) == ""
+    flags.write_text(f"{FAST}=true")
+    said = environment.changes(tmp_path)
+    assert said == (f"XLA_FLAGS '{FAST}=false' -> '{FAST}=true'" if differs else "")
 
 
 @pytest.mark.parametrize(

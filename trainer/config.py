@@ -152,7 +152,8 @@ class WatchdogConfig:
 
     min_s: float = 120.0  # a step stalls when it takes longer than this, and than `factor` running medians
     factor: float = 20.0
-    slow_s: float = 1800.0  # limit for what is no step: start, compilation, restoring, saving, sampling
+    # Limit for what is no step: start, compilation, restoring, saving, sampling. inf: none, nor for who waits for it.
+    slow_s: float = 1800.0
     stop_s: float = 300.0  # from a request to stop to leaving, saved or not
     straggler_every_steps: int = 1000  # compare the processes' speed; 0: never
 
