@@ -171,6 +171,7 @@ def out_of_memory(error: Exception, stepped: bool) -> UserError:
 def prepare(run: pathlib.Path) -> Config:
     """The configuration, completed by the dataset and compared with the run's."""
     config = run_directory.resolve(cli.config_from(CONFIG.value))
+    run_directory.check_mirror(run, config.checkpoint.mirror)
     return run_directory.check_changes(run, config, ALLOW_CONFIG_CHANGE.value)
 
 

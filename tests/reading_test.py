@@ -48,7 +48,7 @@ def test_an_error_of_the_operating_system_is_never_damage(folder, code, in_words
     error = ValueError(text) if in_words else OSError(code, os.strerror(code), "x")
     found = reading.judged(folder, wrapped(error, wraps))
     assert type(found) is Unreadable and os.strerror(code) in str(found)
-    assert found.exit_code == (3 if code in (errno.EACCES, errno.EPERM) else 42)
+    assert found.exit_code == (3 if code in (*reading.FORBIDDEN, *reading.NOT_A_FILE) else 42)
 
 
 @given(st.sampled_from(WRONG), st.lists(st.booleans(), max_size=4))

@@ -14,7 +14,7 @@ from data import sources
 from data.errors import DataError, UserError
 from tests import runs
 from trainer import lives, reading, run_directory
-from trainer.config import from_dict
+from trainer.config import from_dict, to_json
 from trainer.errors import ConfigError
 
 
@@ -141,7 +141,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, config):
     with pytest.raises(ConfigError, match="not a run directory"):
         run_directory.read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="is damaged"):
         run_directory.read_config(tmp_path)
 
 
@@ -210,3 +210,31 @@ def test_a_path_that_is_too_long_or_leads_nowhere_is_one_line(tmp_path, config):
                 use(tmp_path / name)
             assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
     assert sorted(os.listdir(tmp_path)) == ["file", "gone", "loop", "run"]
+
+
+@pytest.mark.parametrize(
+    "mirror", ["run", "run/", "run/mirror", "run/checkpoints", "link", "link/below", "./other/../run"]
+)
+def test_copies_in_the_run_itself_are_refused(tmp_path, monkeypatch, mirror):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    monkeypatch.chdir(tmp_path)
+    for run in (pathlib.Path("run"), tmp_path / "link"):
+        with pytest.raises(ConfigError, match="is in the run directory"):
+            run_directory.check_mirror(run, mirror)
+    for elsewhere in ("", "runs", "running/run", "gs://run/run", ".."):
+        run_directory.check_mirror(tmp_path / "run", elsewhere)
+
+
+@pytest.mark.parametrize("left", [None, b"", b'{"global_batch', b"\0" * 100])
+def test_a_config_that_is_lost_is_in_the_newest_checkpoint(tmp_path, config, monkeypatch, left):
+    meta = {"config": json.loads(to_json(config))}
+    if left is not None:
+        (tmp_path / "config.json").write_bytes(left)
+    with pytest.raises(ConfigError, match="is not a run directory" if left is None else "is damaged"):
+        run_directory.read_config(tmp_path)
+    monkeypatch.setattr(run_directory.identity, "newest_meta", lambda checkpoints: meta)
+    assert run_directory.read_config(tmp_path) == config
+    assert run_directory.check_changes(tmp_path, config, allow=False).seed == config.seed
+    with pytest.raises(ConfigError, match="begun with another configuration"):
+        run_directory.check_changes(tmp_path, dataclasses.replace(config, seed=config.seed + 1), allow=False)

@@ -19,17 +19,16 @@ T = TypeVar("T")
 PAUSES_S = (0.5, 2.0, 8.0)  # before reading is tried again
 MISSING = (errno.ENOENT, errno.ENOTDIR)
 FORBIDDEN = (errno.EACCES, errno.EPERM)
+NOT_A_FILE = (errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 # Trying again does not help with these when something is written.
 LASTING = (
     *MISSING,
     *FORBIDDEN,
-    errno.EISDIR,
+    *NOT_A_FILE,
     errno.EROFS,
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EEXIST,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
     errno.EINVAL,
 )
 WRONG = re.compile(r"\b(DATA_LOSS|OUT_OF_RANGE|NOT_FOUND)\b")  # tensorstore's words for cut, changed and missing files
@@ -50,7 +49,7 @@ class Suspect(CheckpointError):
 
 
 class Unreadable(CheckpointError):
-    """The operating system refuses. Unless it denies access the same command may work (42)."""
+    """The operating system refuses. Unless it denies access, or there is no file, the same command may work (42)."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
@@ -58,7 +57,8 @@ class Unreadable(CheckpointError):
 
 
 def cannot_read(error: OSError, path: os.PathLike[str]) -> Unreadable:
-    code = CheckpointError.exit_code if error.errno in FORBIDDEN else Stopped.exit_code
+    lasts = error.errno in (*FORBIDDEN, *NOT_A_FILE)
+    code = CheckpointError.exit_code if lasts else Stopped.exit_code
     return Unreadable(f"{error.filename or path} cannot be read: {error.strerror or error}; nothing was moved", code)
 
 

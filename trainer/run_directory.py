@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from data import ends, files, sources, tokenizers
+from data import ends, files, remote, sources, tokenizers
 from data.errors import DataError
 from trainer import identity, lives, reading, schedule
 from trainer.config import Config, changes, from_dict, to_json
@@ -89,16 +89,22 @@ def resolve(config: Config) -> Config:
 
 
 def read_config(run: pathlib.Path) -> Config:
-    """The configuration of an existing run. Raises ConfigError, Unreadable."""
+    """The configuration of an existing run: config.json, or if that is lost, what its newest checkpoint recorded.
+
+    Raises ConfigError, Unreadable.
+    """
     check_links(run)
     path = run / "config.json"
     try:
-        text = _text(path)
-        if text is None:
-            raise ConfigError(f"{run} is not a run directory: it has no config.json; name one with --workdir")
-        return from_dict(json.loads(text), recorded=True)
+        if (text := _text(path)) is not None:
+            return from_dict(json.loads(text), recorded=True)
+        problem = f"{run} is not a run directory: it has no config.json; name one with --workdir"
     except (ValueError, RecursionError) as e:
-        raise ConfigError(f"{path} cannot be read: {e}") from None
+        problem = f"{path} is damaged ({e}), and no checkpoint has another; choose another --workdir"
+    if (meta := identity.newest_meta(run / "checkpoints")) is None:
+        raise ConfigError(problem)
+    log.warning("%s is lost or damaged; the newest checkpoint has the configuration, too", path)
+    return from_dict(meta["config"], recorded=True)
 
 
 def check_links(run: pathlib.Path) -> None:
@@ -146,9 +152,20 @@ def check_changes(run: pathlib.Path, config: Config, allow: bool) -> Config:
     return config
 
 
+def check_mirror(run: pathlib.Path, mirror: str) -> None:
+    """Raises ConfigError for copies in the run itself: what takes the one takes the other."""
+    if mirror and not remote.is_remote(mirror):
+        place, own = pathlib.Path(mirror).resolve(), run.resolve()
+        if own in (place, *place.parents):
+            raise ConfigError(
+                f"config.checkpoint.mirror = {mirror} is in the run directory {run} itself; name a folder elsewhere, "
+                "or gs://… or s3://…"
+            )
+
+
 def _is_run(run: pathlib.Path) -> bool:
     """False if nothing is there yet. Raises ConfigError for something else, OSError."""
-    if reading.is_there(run / "config.json"):
+    if reading.is_there(run / "config.json") or identity.newest_meta(run / "checkpoints") is not None:
         return True
     if reading.is_there(run) and not all(p.name.startswith(BEFORE_A_RUN) for p in run.iterdir()):
         raise ConfigError(f"{run} exists, is not empty and is not a run directory; choose another --workdir")
