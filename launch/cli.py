@@ -188,12 +188,23 @@ def quiet_console() -> None:
 
 
 def log_to_file(path: pathlib.Path) -> None:
-    """The same messages with times, and the warnings of the libraries."""
+    """The same messages with times, and the warnings of the libraries.
+
+    Orbax's, some hundred lines for a save that fails, of which a line of ours says why, are there alone.
+    """
+    for console in logging.getLogger().handlers:
+        console.addFilter(lambda record: "orbax" not in pathlib.PurePath(record.pathname).parts)
+    sys.excepthook = _without_closed_loops(sys.excepthook)
     handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.handleError = lambda record: None  # type: ignore[method-assign]  # the disk is full: the console has it
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     log.addHandler(handler)
     logging.getLogger().addHandler(handler)
+
+
+def _without_closed_loops(hook: Callable[..., object]) -> Callable[..., object]:
+    """Of a save that failed tensorstore's threads find Orbax's event loop closed, once for each array."""
+    return lambda kind, error, trace: None if str(error) == "Event loop is closed" else hook(kind, error, trace)
 
 
 # Paths
