@@ -746,11 +746,11 @@ def test_no_copy_is_offered_that_is_being_deleted(copied, program, monkeypatch):
     shutil.rmtree(copied / "run/checkpoints/2")
     shutil.rmtree(copied / "run/checkpoints/4")
     checkpoints = mirrored(copied / "run")
-    slowly = lambda function, pause_s: lambda *a: (time.sleep(pause_s), function(*a))  # noqa: E731
-    monkeypatch.setattr(checkpoints.mirror, "_copy", slowly(checkpoints.mirror._copy, 0.3))
-    monkeypatch.setattr(checkpoints.mirror, "_download", slowly(checkpoints.mirror._download, 1.0))
+    copy, download, fetched = checkpoints.mirror._copy, checkpoints.mirror._download, []
+    monkeypatch.setattr(checkpoints.mirror, "_copy", lambda step: (time.sleep(0.3), copy(step)))
+    monkeypatch.setattr(checkpoints.mirror, "_download", lambda step, to: (fetched.append(step), download(step, to)))
     checkpoints.mirror.offer(6, lambda copies: {2, 6})
-    assert step_of(checkpoints, program, before_6) == 2
+    assert step_of(checkpoints, program, before_6) == 2 and fetched == [2]
 
 
 def test_one_that_cannot_read_is_heard_before_one_that_finds_something_wrong(tmp_path, program, state, monkeypatch):
