@@ -445,7 +445,8 @@ class Checkpoints:
         """What the mirror has. Raises CheckpointError, Unreadable."""
         if self.mirror is None:
             return []
-        self.mirror.wait()  # or it deletes meanwhile what is offered here
+        if self.mirror.busy:  # it may delete meanwhile what is offered here
+            self.mirror.wait()
         try:
             return self.mirror.steps() if needless else reading.patiently(self.mirror.steps, self.directory)
         except CheckpointError as e:

@@ -216,6 +216,11 @@ class Mirror:
             ) from None
         return set(steps)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a copy is under way, or old ones are being deleted."""
+        return self._thread is not None
+
     def wait(self, timeout_s: float = TIMEOUT_S) -> None:
         """Waits for the copies under way, with a limit."""
         with self._changed:
