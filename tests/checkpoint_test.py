@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import logging
 import os
 import pathlib
@@ -22,8 +23,8 @@ from trainer import reading
 from trainer.checkpoint import Checkpoints, LiteralPath, checksums, choose_step
 from trainer.config import CheckpointConfig
 from trainer.errors import CheckpointError, ConfigError
-from trainer.mirror import Mirror
-from trainer.reading import Unreadable
+from trainer.mirror import UNWANTED, Mirror
+from trainer.reading import Suspect, Unreadable
 from trainer.state import Program, TrainState
 
 KEEP_ALL = CheckpointConfig(keep_last=100)
@@ -623,3 +624,168 @@ def test_a_copy_that_should_be_deleted_is_not_offered_and_goes_later(tmp_path, s
     assert checkpoints.mirror.steps() == [2]
     save_both(checkpoints, state, 3)
     assert whole_in(tmp_path / "mirror/checkpoints") == [2, 3]
+
+
+@pytest.fixture
+def copied(tmp_path, both, monkeypatch):
+    """The same for one test, which may change it."""
+    monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
+    for name in ("run", "mirror"):
+        shutil.copytree(both / name, tmp_path / name)
+    return tmp_path
+
+
+def up_to(newest: int):
+    return lambda steps: max((step for step in steps if step <= newest), default=None)
+
+
+def step_of(checkpoints: Checkpoints, program: Program, choose=None) -> int:
+    return int(checkpoints.restore_newest(program, choose)[0].step)
+
+
+def busy(*_):
+    raise ValueError("UNAVAILABLE: busy")
+
+
+class Kill(BaseException):
+    pass
+
+
+def kill(*_):
+    raise Kill
+
+
+def test_a_rollback_leaves_no_copy_above_it(copied, program, state):
+    """Also of those that are not here, because the machine was replaced. Nothing brings the run back to them."""
+    shutil.rmtree(copied / "run")
+    checkpoints = mirrored(copied / "run")
+    assert step_of(checkpoints, program) == 6
+    assert step_of(checkpoints, program, up_to(3)) == 2
+    checkpoints.discard_after(2)
+    save_both(checkpoints, state, 3)
+    assert whole_in(copied / "mirror/checkpoints") == [2, 3] and step_of(mirrored(copied / "run"), program) == 3
+
+
+@pytest.mark.parametrize("how", ["it is busy", "killed after the renames", "killed before them"])
+def test_no_later_life_takes_a_copy_that_the_run_went_behind(copied, program, state, monkeypatch, how):
+    """The list of them is written first, and a step leaves it with its copy: deleted, or made again."""
+    checkpoints = mirrored(copied / "run")
+    with monkeypatch.context() as patched:
+        if how == "it is busy":
+            patched.setattr(checkpoints.mirror, "_delete", busy)
+            checkpoints.discard_after(2)
+        else:
+            owner, name = (checkpoints.mirror, "wait") if "after" in how else (pathlib.Path, "rename")
+            patched.setattr(owner, name, kill)
+            with pytest.raises(Kill):
+                checkpoints.discard_after(2)
+    checkpoints = mirrored(copied / "run")
+    assert checkpoints.mirror.steps() == [2]
+    if "before" not in how:
+        assert step_of(checkpoints, program) == 2
+        save_both(checkpoints, state, 4)
+        assert checkpoints.mirror.steps() == [4, 2] == mirrored(copied / "run").mirror.steps()
+        assert whole_in(copied / "mirror/checkpoints") == [2, 4]
+        assert (copied / "run" / UNWANTED).read_text() == "[]"
+
+
+def test_a_copy_half_deleted_is_deleted_later(copied, state):
+    """What made it whole goes first, so it is not listed any more."""
+    checkpoints = mirrored(copied / "run")
+    store = checkpoints.mirror._store
+    checkpoints.mirror._store = types.SimpleNamespace(write=store.write, delete_range=busy)
+    checkpoints.discard_after(2)
+    assert list((copied / "mirror/checkpoints/4").rglob("*"))
+    save_both(mirrored(copied / "run"), state, 5)  # in the next life
+    assert not [path for path in (copied / "mirror/checkpoints/4").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("here", ["damaged", "lost"])
+def test_nothing_older_takes_the_place_of_a_copy_that_cannot_be_fetched_now(copied, program, monkeypatch, here):
+    if here == "lost":
+        shutil.rmtree(copied / "run")
+    else:
+        flip_a_bit_in_the_parameters(copied / "run/checkpoints/6")
+    checkpoints = mirrored(copied / "run")
+    real = checkpoints.mirror._download
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints.mirror, "_download", lambda step, to: busy() if step == 6 else real(step, to))
+        with pytest.raises(Unreadable, match=r"step 6 cannot be fetched.*busy") as e:
+            checkpoints.restore_newest(program)
+        assert e.value.exit_code == 42
+    assert step_of(checkpoints, program) == 6
+
+
+def test_a_copy_may_be_fetched_again(copied, program):
+    """What one restore has fetched, a later one of the same life may need once more."""
+    shutil.rmtree(copied / "run")
+    checkpoints = mirrored(copied / "run")
+    assert step_of(checkpoints, program) == 6
+    flip_a_bit_in_the_parameters(copied / "run/checkpoints/6")
+    assert step_of(checkpoints, program, up_to(7)) == 6
+    shutil.rmtree(copied / "run/checkpoints/6")
+    assert step_of(checkpoints, program, up_to(7)) == 6
+
+
+def test_a_mirror_that_vanishes_is_not_an_empty_one(copied, program):
+    """As a folder that is unmounted."""
+    for step in (2, 4):
+        shutil.rmtree(copied / f"run/checkpoints/{step}")
+    checkpoints = mirrored(copied / "run")
+    (copied / "mirror").rename(copied / "unmounted")
+    (copied / "mirror").mkdir()
+    for _ in range(2):  # also when something was copied into what is left
+        with pytest.raises(Unreadable, match=r"config\.json is gone") as e:
+            checkpoints.restore_newest(program, before_6)
+        assert e.value.exit_code == 42
+        shutil.copytree(copied / "unmounted/checkpoints/6", copied / "mirror/checkpoints/6", dirs_exist_ok=True)
+
+
+def test_no_copy_is_offered_that_is_being_deleted(copied, program, monkeypatch):
+    """The mirror's thread may be cleaning up when a rollback begins."""
+    shutil.rmtree(copied / "run/checkpoints/2")
+    shutil.rmtree(copied / "run/checkpoints/4")
+    checkpoints = mirrored(copied / "run")
+    copy, download, fetched = checkpoints.mirror._copy, checkpoints.mirror._download, []
+    monkeypatch.setattr(checkpoints.mirror, "_copy", lambda step: (time.sleep(0.3), copy(step)))
+    monkeypatch.setattr(checkpoints.mirror, "_download", lambda step, to: (fetched.append(step), download(step, to)))
+    checkpoints.mirror.offer(6, lambda copies: {2, 6})
+    assert step_of(checkpoints, program, before_6) == 2 and fetched == [2]
+
+
+def test_one_that_cannot_read_is_heard_before_one_that_finds_something_wrong(tmp_path, program, state, monkeypatch):
+    """A library that fails where descriptors are short proves nothing, and would send a step to quarantine."""
+    checkpoints = save(tmp_path, state, 5)
+    words = [[Suspect.__name__, "strange", 3], None, [Unreadable.__name__, "no descriptor", 42]]
+    monkeypatch.setattr(checkpoints.processes, "exchange", lambda name, mine: [json.dumps(word) for word in words])
+    with pytest.raises(Unreadable, match="no descriptor"):
+        checkpoints.restore(program, 5)
+
+
+def test_a_fetched_copy_survives_a_kill_while_it_takes_its_place(copied, program, monkeypatch):
+    flip_a_bit_in_the_parameters(copied / "run/checkpoints/6")
+    checkpoints, real = mirrored(copied / "run"), pathlib.Path.rename
+    with monkeypatch.context() as patched:
+        patched.setattr(pathlib.Path, "rename", lambda p, to: kill() if p.name == "6.fetched" else real(p, to))
+        with pytest.raises(Kill):
+            checkpoints.restore_newest(program)
+    checkpoints = mirrored(copied / "run")
+    monkeypatch.setattr(checkpoints.mirror, "_list", busy)
+    assert step_of(checkpoints, program) == 6 and checkpoints.steps() == [2, 4, 6]
+
+
+def test_a_copy_takes_the_place_of_a_step_that_lost_parts_meanwhile(copied, program):
+    checkpoints = mirrored(copied / "run")
+    (copied / "run/checkpoints/6/_CHECKPOINT_METADATA").unlink()
+    assert step_of(checkpoints, program) == 6 and checkpoints.steps() == [2, 4, 6]
+    assert [path.name.split(".")[0] for path in (copied / "run/quarantine").iterdir()] == ["6"]
+
+
+def test_a_damaged_copy_is_in_quarantine_once(copied, program):
+    """Each start fetches it again, because nothing in the mirror is deleted for that."""
+    shutil.rmtree(copied / "run/checkpoints/6")
+    flip_a_bit_in_the_parameters(copied / "mirror/checkpoints/6")
+    for _ in range(3):
+        assert step_of(mirrored(copied / "run"), program) == 4
+        assert len(list((copied / "run/quarantine").iterdir())) == 1
+    assert whole_in(copied / "mirror/checkpoints") == [2, 4, 6] and not list((copied / "run").glob("*/*.fetched"))

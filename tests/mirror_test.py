@@ -13,7 +13,8 @@ from trainer.checkpoint import Checkpoints
 from trainer.config import CheckpointConfig, Config, to_json
 from trainer.errors import CheckpointError, ConfigError
 from trainer.lives import METADATA_FILE
-from trainer.mirror import Mirror
+from trainer.mirror import UNWANTED, Mirror
+from trainer.reading import Unreadable
 
 
 def test_keys_that_lie_elsewhere_are_not_fetched(tmp_path, monkeypatch, caplog):
@@ -109,7 +110,7 @@ def test_a_store_that_does_not_answer_is_not_an_empty_one(tmp_path, monkeypatch)
         assert mirror.whole() == set()
     with monkeypatch.context() as patched:
         patched.setattr(mirror, "_download", lambda *a: (_ for _ in ()).throw(OSError("no network")))
-        with pytest.raises(CheckpointError, match="no copy in"):
+        with pytest.raises(Unreadable, match="no network"):
             checkpoints._next({}, choose=None)
 
 
@@ -174,3 +175,12 @@ def test_there_and_back(tmp_path, monkeypatch):
         p.relative_to(tmp_path / "other/5").as_posix(): p for p in (tmp_path / "other/5").rglob("*") if p.is_file()
     }
     assert {name: path.read_bytes() for name, path in found.items()} == content
+
+
+@pytest.mark.parametrize("text", ["{", "3", '["6"]', "[-1]", "[true]", "[" * 100_000])
+def test_a_damaged_list_of_unwanted_copies_is_one_line(text, tmp_path):
+    """An empty one in its place would bring back what the run went behind."""
+    (tmp_path / UNWANTED).write_text(text)
+    with pytest.raises(CheckpointError, match="is damaged: it names the copies"):
+        Mirror(str(tmp_path / "mirror"), tmp_path / "checkpoints", Config())
+    assert (tmp_path / UNWANTED).read_text() == text and not (tmp_path / "mirror").exists()

@@ -135,6 +135,8 @@ class Checkpoints:
         for path in self.directory.iterdir():
             if identity.STEP.fullmatch(path.name) and not self._is_whole(path):
                 self._move_to_quarantine(path, "it lacks parts, so it was not committed")
+            elif path.name.endswith(FETCHED) and self._is_whole(path) and not reading.is_there(path.with_suffix("")):
+                path.rename(path.with_suffix(""))  # the start that fetched it ended too early; a restore verifies it
             elif path.name.endswith((DELETING, FETCHED)) or ".orbax-checkpoint-tmp" in path.name:
                 _remove(path)
 
@@ -380,7 +382,7 @@ class Checkpoints:
           Unreadable: files cannot be read here and now.
           ConfigError: a checkpoint is of another model.
         """
-        failed: dict[int, str] = {}
+        failed: dict[tuple[int, str], str] = {}  # by step and suffix: here, and the copy
         while (found := self.processes.choose("newest checkpoint", lambda: self._next(failed, choose))) is not None:
             (step, suffix), result, problem = found, None, ""
             try:
@@ -392,38 +394,38 @@ class Checkpoints:
                 self._on_process_0("quarantine", functools.partial(self._settle, failed, step, suffix))
                 return result
             log.error("%s", problems[0])
-            failed.setdefault(step, problems[0])
+            failed[step, suffix] = problems[0]
         return None
 
-    def _next(self, failed: dict[int, str], choose: Callable[[list[int]], int | None] | None) -> tuple[int, str] | None:
+    def _next(
+        self, failed: dict[tuple[int, str], str], choose: Callable[[list[int]], int | None] | None
+    ) -> tuple[int, str] | None:
         """Of the steps that have not failed, here or from the mirror, the newest or what `choose` takes; its suffix.
 
         The mirror is always asked: a run that begins again, or goes on from an older step, deletes copies in the end.
         """
-        here = [step for step in self.steps() if step not in failed]
+        here = [step for step in self.steps() if (step, "") not in failed]
         take = choose or max
-        copies, offered = self._offered(needless=bool(here) and take(here) is not None), 0
+        offered = self._offered(needless=bool(here) and take(here) is not None)
+        copies = [step for step in offered if (step, FETCHED) not in failed]
         while here or copies:
             if (found := take(sorted({*here, *copies}))) is None:
                 break
             if found in here:
                 return found, ""
             assert self.mirror is not None
+            copy, problem = self.directory / f"{found}{FETCHED}", "cannot be fetched"
+            _remove(copy)  # of an attempt before
             if self.mirror.fetch(found, FETCHED):
-                copy = self.directory / f"{found}{FETCHED}"
                 if reading.patiently(functools.partial(self._is_whole, copy), copy):
                     return found, FETCHED
-                failed.setdefault(found, f"the copy of step {found} in the mirror lacks parts")
+                problem = "lacks parts"
+            failed[found, FETCHED] = f"the copy of step {found} in the mirror {problem}"
             copies.remove(found)
-            offered += 1
         if failed:
             raise CheckpointError(
                 f"no usable checkpoint in {self.directory}: {'; '.join(failed.values())}; nothing was moved; restore "
                 "one from a backup, or start over with another --workdir"
-            )
-        if offered:  # in the end, a fresh start would delete them
-            raise Unreadable(
-                "no copy in config.checkpoint.mirror can be fetched; start again when one can", Stopped.exit_code
             )
         if not here:
             reading.patiently(self._check_lost, self.directory)
@@ -443,6 +445,8 @@ class Checkpoints:
         """What the mirror has. Raises CheckpointError, Unreadable."""
         if self.mirror is None:
             return []
+        if self.mirror.busy:  # it may delete meanwhile what is offered here
+            self.mirror.wait()
         try:
             return self.mirror.steps() if needless else reading.patiently(self.mirror.steps, self.directory)
         except CheckpointError as e:
@@ -451,17 +455,23 @@ class Checkpoints:
             log.warning("%s", e)
             return []
 
-    def _settle(self, failed: dict[int, str], step: int, suffix: str) -> None:
+    def _settle(self, failed: dict[tuple[int, str], str], step: int, suffix: str) -> None:
         """When `step` was restored: those that failed go to quarantine, and a copy to its place. May be done again."""
-        copy = self.directory / f"{step}{FETCHED}"
-        if suffix and not reading.is_there(copy):
-            return  # by the attempt before
-        for other, reason in failed.items():
-            for path in (self.directory / str(other), self.directory / f"{other}{FETCHED}"):
-                if path != copy and reading.is_there(path):
-                    self._move_to_quarantine(path, reason)
-        if suffix:
-            copy.rename(self.directory / str(step))
+        for (other, how), reason in failed.items():
+            path = self.directory / f"{other}{how}"
+            if how and self._is_in_quarantine(path.name):
+                _remove(path)  # the mirror still has it: each start would bring one more
+            elif reading.is_there(path):
+                self._move_to_quarantine(path, reason)
+        copy, place = self.directory / f"{step}{FETCHED}", self.directory / str(step)
+        if suffix and reading.is_there(copy):  # else it was moved by the attempt before
+            if reading.is_there(place):
+                self._move_to_quarantine(place, "it lost parts meanwhile")
+            copy.rename(place)
+
+    def _is_in_quarantine(self, name: str) -> bool:
+        folders = [folder for folder in (self.quarantine, self.quarantine_there) if reading.is_there(folder)]
+        return any(path.name.startswith(f"{name}.") for folder in folders for path in folder.iterdir())
 
     def restore(self, program: Program, step: int, suffix: str = "") -> tuple[TrainState, dict[str, Any]]:
         """The whole state of one step, whose folder is <step><suffix>. Raises CheckpointError, ConfigError."""
@@ -486,12 +496,13 @@ class Checkpoints:
         except (Damaged, Suspect, Unreadable) as e:
             problem = [type(e).__name__, str(e), e.exit_code]
         # The sums are made by all together, so none may begin where one has nothing to sum.
-        for answer in self.processes.exchange(f"read step {step}", json.dumps(problem)):
-            if of_one := json.loads(answer):
-                kind, reason, exit_code = of_one
-                if kind == Unreadable.__name__:
-                    raise Unreadable(reason, exit_code)
-                raise {c.__name__: c for c in (Damaged, Suspect)}[kind](reason)
+        answers = [json.loads(answer) for answer in self.processes.exchange(f"read step {step}", json.dumps(problem))]
+        problems = {kind: (reason, exit_code) for kind, reason, exit_code in filter(None, reversed(answers))}
+        if Unreadable.__name__ in problems:  # first: where one cannot read, the others' words prove less
+            raise Unreadable(*problems[Unreadable.__name__])
+        for kind in (Damaged, Suspect):
+            if kind.__name__ in problems:
+                raise kind(problems[kind.__name__][0])
         for name, item in items.items():
             for leaf, now in zip(_leaves(item), checksums(item), strict=True):
                 if now != meta["arrays"][name][leaf][1]:
@@ -544,28 +555,35 @@ class Checkpoints:
                 raise Damaged(f"checkpoint {path} is damaged: the arrays of {name} are not those that were saved")
 
     def discard_after(self, step: int) -> None:
-        """Sets steps above `step` aside, for a run that goes back behind them."""
-        later = self.processes.choose(f"after step {step}", lambda: [s for s in self.steps() if s > step])
-        self.set_aside(later, f"the run goes back to before step {step + 1}")
+        """Sets steps above `step` aside, and discards all copies above it, for a run that goes back behind them."""
+
+        def later() -> list[int]:
+            there = {*self.steps(), *(self.mirror.copies if self.mirror is not None else ())}
+            return sorted(s for s in there if s > step)
+
+        steps = self.processes.choose(f"after step {step}", later)
+        self.set_aside(steps, f"the run goes back to before step {step + 1}")
 
     def set_aside(self, steps: list[int], reason: str) -> None:
-        """Renames steps to <step>.set_aside: they are whole, but the run does not go on from them.
+        """Renames steps to <step>.set_aside: they are whole, but the run does not go on from them, nor from copies.
 
         A step of the same number that was set aside before is deleted, so that a run that goes back again and again
         does not fill its disk.
         """
 
         def move() -> None:
+            if self.mirror is not None:  # first: whatever happens in between, the run does not come back to them
+                self.mirror.list_unwanted(steps)
             for step in steps:
                 target = self.directory / f"{step}{ASIDE}"
                 if not reading.is_there(self.directory / str(step)):
-                    continue  # by the attempt before, which failed at another one
+                    continue  # by the attempt before, or there is only a copy
                 _remove(target)
                 (self.directory / str(step)).rename(target)
                 log.warning("%s; %s is now %s", reason, self.directory / str(step), target.name)
             if self.mirror is not None:
                 self.mirror.wait()
-                self.mirror.discard(steps)
+                self.mirror.delete_unwanted()
 
         if steps:
             self._on_process_0(f"setting aside {steps}", move)

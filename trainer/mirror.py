@@ -4,8 +4,12 @@
     MIRROR/checkpoints/<step>/…  the files of RUN/checkpoints/<step>, Orbax's metadata last: with it a copy is whole
 
 Process 0 copies, on a thread, one step at a time; a step that is overtaken while it waits is left out.
+
+RUN/unwanted_copies.json lists the copies that are to go. It is written before anything that relies on it, and a step
+leaves it only when its copy is known to be deleted: what the run went behind is never offered again, in no later life.
 """
 
+import errno
 import json
 import logging
 import os
@@ -18,7 +22,7 @@ from typing import Any
 
 from data import names, remote
 from data.errors import DataError
-from data.files import close_durably
+from data.files import close_durably, sync, write_durably
 from trainer import identity, reading
 from trainer.config import Config, changes, from_dict, to_json
 from trainer.errors import CheckpointError, ConfigError, Stopped
@@ -28,6 +32,7 @@ from trainer.reading import Unreadable
 log = logging.getLogger("meshlm")
 TIMEOUT_S = 600  # for one file
 PIECE_BYTES = 16 << 20  # held in memory
+UNWANTED = "unwanted_copies.json"  # in the run directory
 PARTIAL = ".__lock"  # tensorstore's name for a file that is being written
 Keep = Callable[[set[int]], set[int]]
 
@@ -49,6 +54,7 @@ class Mirror:
 
     Raises:
       ConfigError: the location cannot be used, or belongs to another run.
+      CheckpointError: the run's list of unwanted copies is damaged.
       Unreadable: not just now.
     """
 
@@ -64,9 +70,9 @@ class Mirror:
         self.copies: set[int] = set()
         self.alive: Callable[[], None] = lambda: None
         self._waiting: tuple[int, Keep] | None = None
-        self._unwanted: set[int] = set()  # copies that could not be deleted yet
-        self._fetched: set[int] = set()
         self._changed = threading.Condition()
+        self._list_path = source.parent / UNWANTED
+        self._unwanted = reading.patiently(self._read_unwanted, self._list_path)
         self._thread: threading.Thread | None = None
         try:
             reading.again(lambda: self._claim(config, check), _ERRORS)
@@ -135,7 +141,6 @@ class Mirror:
                 (self.copying, keep), self._waiting = self._waiting, None
             try:
                 self._copy(self.copying)
-                self._unwanted.discard(self.copying)
                 self.clean_up(keep)
             except _ERRORS as e:
                 log.error("checkpoint at step %d was NOT copied to %s: %s", self.copying, self.location, _line(e))
@@ -164,23 +169,57 @@ class Mirror:
 
     def clean_up(self, keep: Keep) -> None:
         """Deletes the copies of other steps; all stay while it cannot be seen what there is."""
-        there = self.whole()
-        self.discard((there - keep(there) - {self.copying}) | (there & self._unwanted))
+        there = self.whole() - self._unwanted
+        self.list_unwanted(there - keep(there) - {self.copying})
+        self.delete_unwanted()
 
-    def discard(self, steps: Iterable[int]) -> None:
-        """Deletes the copies of these steps; later, if it cannot now. Those of others stay."""
-        for step in steps:
+    def list_unwanted(self, steps: Iterable[int]) -> None:
+        """Puts these steps, whether there are copies or not, on the list; they are not offered. Raises OSError."""
+        with self._changed:
+            self._record(self._unwanted | set(steps))
+
+    def delete_unwanted(self) -> None:
+        """Deletes the copies on the list by name; later, if it cannot now. Those of others stay.
+
+        Not that which is being copied: it may be listed meanwhile.
+        """
+        for step in sorted(self._unwanted - {self.copying}):
             try:
                 self._delete(step)
-                self._unwanted.discard(step)
             except _ERRORS as e:
-                self._unwanted.add(step)
                 log.warning("the copy of step %d in %s could not be deleted: %s", step, self.location, _line(e))
 
     def _delete(self, step: int) -> None:
-        """What makes it whole first."""
+        """What makes it whole first. Then it is on the list no longer."""
         self._store.write(f"checkpoints/{step}/{METADATA_FILE}", None).result(TIMEOUT_S)
         self._store.delete_range(_range(f"checkpoints/{step}/")).result(TIMEOUT_S)
+        with self._changed:
+            self._record(self._unwanted - {step})
+
+    def _record(self, unwanted: set[int]) -> None:
+        if unwanted != self._unwanted:
+            write_durably(self._list_path, json.dumps(sorted(unwanted)).encode())
+            sync(self._list_path.parent)
+            self._unwanted = unwanted
+
+    def _read_unwanted(self) -> set[int]:
+        if not reading.is_there(self._list_path):
+            return set()
+        try:
+            steps = json.loads(self._list_path.read_bytes())
+            if any(type(step) is not int or step < 0 for step in steps):
+                raise ValueError
+        except (ValueError, TypeError, RecursionError):
+            raise CheckpointError(
+                f"{self._list_path} is damaged: it names the copies in {self.location} that the run does not go on "
+                "from; write them into it, as [4, 6], or remove it if the run never went back"
+            ) from None
+        return set(steps)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a copy is under way, or old ones are being deleted."""
+        return self._thread is not None
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> None:
         """Waits for the copies under way, with a limit."""
@@ -191,12 +230,12 @@ class Mirror:
     # And back
 
     def steps(self) -> list[int]:
-        """Whole copies, newest first; without those that were fetched once, or should be deleted.
+        """Whole copies, newest first; without those that are to be deleted.
 
         Raises CheckpointError, Unreadable.
         """
         try:
-            return sorted(self._list() - self._fetched - self._unwanted, reverse=True)
+            return sorted(self._list() - self._unwanted, reverse=True)
         except _ERRORS as e:
             if not self.copies:  # nor are there any now: nobody else writes there
                 return []
@@ -214,15 +253,17 @@ class Mirror:
     def _list(self) -> set[int]:
         keys = self._store.list(_range("checkpoints/")).result(TIMEOUT_S)
         folders = {os.fsdecode(key).split("/")[1] for key in keys if key.endswith(f"/{METADATA_FILE}".encode())}
-        self.copies = {step for folder in folders if (step := _step(folder)) is not None}
-        return self.copies
+        found = {step for folder in folders if (step := _step(folder)) is not None}
+        if self.copies - found and self._read("config.json") is None:
+            raise OSError(errno.ESTALE, "the mirror's config.json is gone; is its file system mounted?")
+        self.copies = found
+        return found
 
     def fetch(self, step: int, suffix: str = "") -> bool:
-        """Copies `step` into the run, as <step><suffix>; False if that fails, also when it is tried again.
+        """Copies `step` into the run, as <step><suffix>; False if that cannot be done.
 
-        A second call would bring the same copy, which may be damaged: `steps` does not offer it any more.
+        Raises Unreadable if it may be done later: nothing older may take its place.
         """
-        self._fetched.add(step)
         partial = self.source / f"{step}.orbax-checkpoint-tmp-mirror"
 
         def fetch() -> None:
@@ -232,7 +273,10 @@ class Mirror:
         try:
             reading.again(fetch, _ERRORS)
         except _ERRORS as e:
-            log.error("checkpoint at step %d cannot be fetched from %s: %s", step, self.location, _line(e))
+            reason = f"checkpoint at step {step} cannot be fetched from {self.location}: {_line(e)}"
+            if reading.passes(e):
+                raise Unreadable(f"{reason}; start again when it answers", Stopped.exit_code) from None
+            log.error("%s", reason)
             return False
         log.info("fetched   step %d from %s", step, self.location)
         return True
