@@ -181,6 +181,41 @@ def test_a_step_that_lacks_parts_is_moved_away(tmp_path, program, state):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["5"]
 
 
+@pytest.mark.parametrize("lost", ["params", "_CHECKPOINT_METADATA"])
+def test_when_all_steps_lack_parts_nothing_is_moved(tmp_path, program, state, lost):
+    save(tmp_path, state, 5, 10)
+    for part in tmp_path.glob(f"checkpoints/*/{lost}"):
+        part.rename(tmp_path / f"{lost}.{part.parent.name}")
+    with pytest.raises(CheckpointError, match="10, 5 lack parts; nothing was moved"):
+        Checkpoints(tmp_path, KEEP_ALL).restore_newest(program)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["10", "5"] and not (tmp_path / "quarantine").exists()
+
+
+def lost_folder(run: pathlib.Path) -> None:
+    (run / "checkpoints").rename(run.parent / "elsewhere")
+
+
+def lost_steps(run: pathlib.Path) -> None:
+    for step in list((run / "checkpoints").iterdir()):
+        step.rename(step.with_suffix(".bak"))
+
+
+def disk_that_is_not_mounted(run: pathlib.Path) -> None:
+    lost_folder(run)
+    (run.parent / "disk").mkdir()
+    (run / "checkpoints").symlink_to(run.parent / "disk")
+
+
+@pytest.mark.parametrize("lose", [lost_folder, lost_steps, disk_that_is_not_mounted])
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(tmp_path, program, state, lose):
+    run = tmp_path / "run"
+    save(run, state, 5)
+    lose(run)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="has saved checkpoints, and none is left"):
+            Checkpoints(run, KEEP_ALL).restore_newest(program)
+
+
 def test_nothing_moves_until_another_step_was_restored(tmp_path, program, state):
     """A word of one process is not enough to take the last one away, nor is a damaged step of another reason."""
     save(tmp_path, state, 5, 10)
@@ -243,10 +278,8 @@ def test_what_cannot_be_read_is_not_damaged(tmp_path, program, state, monkeypatc
     with pytest.raises(Unreadable, match=os.strerror(code)) as e:
         Checkpoints(tmp_path, KEEP_ALL).restore_newest(program)
     assert e.value.exit_code == (3 if code == errno.EACCES else 42)
-    assert sorted(os.listdir(tmp_path)) == ["checkpoints"] and sorted(os.listdir(tmp_path / "checkpoints")) == [
-        "10",
-        "5",
-    ]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoints", "saved_step"]
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["10", "5"]
 
 
 def test_a_step_that_is_committed_is_not_saved_again(tmp_path, program, state):
@@ -322,7 +355,7 @@ def test_a_run_on_two_disks(tmp_path, program, state, monkeypatch):
     save(tmp_path / "run", state, 5, 10)
     (tmp_path / "run/checkpoints/10/_CHECKPOINT_METADATA").unlink()
     restored, _ = Checkpoints(tmp_path / "run", KEEP_ALL).restore_newest(program)
-    assert int(restored.step) == 5 and os.listdir(tmp_path / "run") == ["checkpoints"]
+    assert int(restored.step) == 5 and not (tmp_path / "run/quarantine").exists()
     (moved,) = os.listdir(tmp_path / "disk/checkpoints/quarantine")
     assert moved.startswith("10.")
 

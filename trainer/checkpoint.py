@@ -31,6 +31,7 @@ from etils.epath import gpath
 from jax import Array
 from orbax.checkpoint import v1 as ocp
 
+from data import files
 from trainer import identity, reading, retention
 from trainer.config import CheckpointConfig
 from trainer.errors import CheckpointError, ConfigError, Stopped
@@ -107,6 +108,7 @@ class Checkpoints:
         mirror: Mirror | None = None,
     ):
         self.directory, self.quarantine = run / "checkpoints", run / "quarantine"
+        self.saved = run / "saved_step"  # tells a run that has lost its checkpoints from one that never saved
         self.val_losses: dict[int, float] = {}  # of steps that were evaluated; the caller fills both
         self.val_windows: dict[int, int | None] = {}  # eval.num_windows of that; None or missing: not known
         # Of a folder on another disk; there no rename leads to RUN/quarantine.
@@ -132,9 +134,11 @@ class Checkpoints:
 
     def _clean_up(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
+        usable = self._steps()
         for path in self.directory.iterdir():
             if identity.STEP.fullmatch(path.name) and not self._is_whole(path):
-                self._move_to_quarantine(path, "it lacks parts, so it was not committed")
+                if usable:  # if all lack parts, something else is wrong
+                    self._move_to_quarantine(path, "it lacks parts")
             elif path.name.endswith(FETCHED) and self._is_whole(path) and not reading.is_there(path.with_suffix("")):
                 path.rename(path.with_suffix(""))  # the start that fetched it ended too early; a restore verifies it
             elif path.name.endswith((DELETING, FETCHED)) or ".orbax-checkpoint-tmp" in path.name:
@@ -281,6 +285,9 @@ class Checkpoints:
             self._report_failure(step, e)
             return
         self._save_s, self._timeouts = time.perf_counter() - start, 0
+        if self.processes.index == 0:
+            with contextlib.suppress(OSError):  # it is written again after the next save
+                files.write_durably(self.saved, b"%d\n" % step)
         if self.processes.index == 0 and self.mirror is not None:
             with _later():
                 here = set(self._steps())
@@ -438,8 +445,16 @@ class Checkpoints:
                 f"no usable checkpoint in {self.directory}, and some in quarantine; put one back, restore one from a "
                 "backup, or start over with another --workdir"
             )
-        if any(path.name.endswith(ASIDE) for path in self.directory.iterdir()):
+        names = [path.name for path in self.directory.iterdir()]
+        lost = "restore it from a backup, mount its disk, or start over with another --workdir"
+        if broken := sorted(name for name in names if identity.STEP.fullmatch(name)):
+            raise CheckpointError(
+                f"no usable checkpoint in {self.directory}: {', '.join(broken)} lack parts; nothing was moved; {lost}"
+            )
+        if any(name.endswith(ASIDE) for name in names):
             log.warning("No checkpoint with a finite loss is left in %s; the run begins again", self.directory)
+        elif reading.is_there(self.saved):
+            raise CheckpointError(f"this run has saved checkpoints, and none is left in {self.directory}; {lost}")
 
     def _offered(self, needless: bool) -> list[int]:
         """What the mirror has. Raises CheckpointError, Unreadable."""
