@@ -3,8 +3,8 @@
   python -m benchmarks.plans [--only=llama_1b]
 
 `make plans` runs it. Each plan is made by a process of its own, launch.plan's, a minute or more on two CPU cores.
-tests/configs_test.py holds headers and recipes against docs/plans.json, tests/plan_test.py small machines
-against what is compiled then.
+tests/configs_test.py holds headers and recipes against docs/plans.json, tests/plan_test.py small machines against
+what is compiled then.
 """
 
 import dataclasses
