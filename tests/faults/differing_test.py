@@ -5,12 +5,14 @@ import itertools
 import os
 import pathlib
 import shutil
+import subprocess
 import time
 
 import pytest
 
 from data.prepare import prepare
 from tests import runs
+from tests.faults.storage_test import wait_for_line
 from tests.faults.interrupted import WHOLE_STEPS as STEPS
 
 pytestmark = pytest.mark.slow
@@ -145,11 +147,30 @@ def gang_that_differs(run, data, cwd: dict[int, pathlib.Path] | None = None, **e
 
 
 def gang_in(cwd: dict[int, pathlib.Path], run, data, code: int, **environment: str) -> list[str]:
-    address, gang = f"--coordinator_address=localhost:{runs.free_port()}", []
-    for i in range(2):
-        argv = runs.command(run, data, address, "--num_processes=2", f"--process_id={i}", num_train_steps=9)
-        gang.append(runs.start(argv, cwd=cwd.get(i, runs.ROOT), **environment if i else {}))
-    return runs.finish_gang(gang, code=code)
+    return runs.finish_gang(start_gang(cwd, run, data, **environment), code=code)
+
+
+def start_gang(cwd: dict[int, pathlib.Path], run, data, **environment: str) -> list[subprocess.Popen]:
+    return [
+        runs.start(argv, cwd=cwd.get(i, runs.ROOT), **environment if i else {})
+        for i, argv in enumerate(commands_of_gang(run, data))
+    ]
+
+
+def commands_of_gang(run, data) -> list[list[str]]:
+    flags = (f"--coordinator_address=localhost:{runs.free_port()}", "--num_processes=2")
+    return [runs.command(run, data, *flags, f"--process_id={i}", num_train_steps=9) for i in range(2)]
+
+
+def assert_refused_at_the_door(folders: dict[int, pathlib.Path], run: pathlib.Path, data) -> None:
+    """Process 1 ends with 2 and both say why. Process 0 waits for one that comes from the right folder."""
+    first, second = gang = start_gang(folders, run, data)
+    with runs.ending(*gang):
+        said = f"is to train --workdir={(folders[1] / run).resolve()}, and process 0 at localhost:"
+        line = runs.finish(second, 2)
+        assert said in line and f"--workdir={(folders[0] / run).resolve()};" in line
+        assert said in wait_for_line(first, "refused: process 1") and first.poll() is None
+    assert not (folders[0] / run).exists() and not (folders[1] / run).exists()
 
 
 def test_other_code(tmp_path, data):
@@ -172,9 +193,19 @@ def test_another_version_of_a_library(tmp_path, data):
     assert not (tmp_path / "run").exists()
 
 
-def test_another_step(tmp_path, data):
+def test_another_precision(tmp_path, data):
     """Fault 24: the same code and versions, and a variable that makes other arithmetic of them."""
     out = gang_that_differs(tmp_path / "run", data, JAX_DEFAULT_MATMUL_PRECISION="highest")
+    assert all("(process 1) has another setting: jax_default_matmul_precision: " in text for text in out)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_step(tmp_path, data):
+    """Fault 24: a library of the same version that somebody has changed on one host."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import jax\nplain = jax.nn.silu\njax.nn.silu = lambda x: plain(2 * x) / 2\n"
+    )
+    out = gang_that_differs(tmp_path / "run", data, PYTHONPATH=str(tmp_path))
     assert all("(process 1) has another step: lowered train step" in text for text in out)
     assert runs.rows(tmp_path / "run") == []
 
@@ -189,10 +220,24 @@ def folders_of_hosts(tmp_path: pathlib.Path, monkeypatch) -> dict[int, pathlib.P
     return folders
 
 
-def test_a_run_directory_that_is_not_shared(tmp_path, data, monkeypatch):
-    """Fault 24: checkpoints of one part on each host could never be put together again."""
-    out = gang_that_differs(pathlib.Path("run"), data, folders_of_hosts(tmp_path, monkeypatch))
-    assert all("--workdir=run is not the same folder for all processes" in text for text in out)
+def test_a_run_directory_that_is_not_shared(tmp_path, data):
+    """Fault 24: checkpoints of one part on each host could never be put together again. One path, and behind it a disk
+    of its own for each process."""
+    if os.geteuid():
+        pytest.skip("only root mounts a folder for one process alone")
+    gang, run = [], tmp_path / "runs/run"
+    run.parent.mkdir()
+    for i, argv in enumerate(commands_of_gang(run, data)):
+        (tmp_path / f"disk{i}").mkdir()
+        mount = f'mount --bind {tmp_path}/disk{i} {run.parent} && exec "$@"'
+        gang.append(runs.start(["unshare", "--mount", "sh", "-c", mount, "sh", *argv]))
+    out = runs.finish_gang(gang, code=2)
+    assert all(f"--workdir={run} is not the same folder for all processes" in text for text in out)
+
+
+def test_a_run_directory_in_the_current_folder(tmp_path, data, monkeypatch):
+    """Fault 24: each process is started somewhere else."""
+    assert_refused_at_the_door(folders_of_hosts(tmp_path, monkeypatch), pathlib.Path("run"), data)
 
 
 @pytest.mark.parametrize("how", ["links", "mounts"])
@@ -211,5 +256,4 @@ def test_a_run_directory_under_two_names(tmp_path, data, how, monkeypatch):
     with contextlib.ExitStack() as mounts:
         for folder in folders.values():
             mounts.enter_context(runs.mounted(folder / "shared", "--bind", tmp_path / "shared"))
-        out = gang_in(folders, pathlib.Path("shared/run"), data, code=2)
-    assert all("another run directory (it must be shared by all): path: " in text for text in out)
+        assert_refused_at_the_door(folders, pathlib.Path("shared/run"), data)

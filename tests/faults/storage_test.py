@@ -339,7 +339,7 @@ def test_a_mirror_that_fails_does_not_disturb_the_run(tmp_path, data, slow_whole
                 process.send_signal(signal.SIGCONT)
             out = runs.finish(process)
     assert "was NOT copied to" in out and "Traceback" not in out
-    assert ("cannot renew the lock" in out) == (how == "gone")
+    assert how == "full" or "cannot renew the lock" in out  # which is due every ten seconds
     assert steps(tmp_path / "run")[-1] == 150 and runs.losses(tmp_path / "run") == runs.losses(slow_whole)
 
 
