@@ -12,8 +12,8 @@ import pytest
 
 from data.prepare import prepare
 from tests import runs
-from tests.faults.storage_test import wait_for_line
 from tests.faults.interrupted import WHOLE_STEPS as STEPS
+from tests.faults.storage_test import wait_for_line
 
 pytestmark = pytest.mark.slow
 SLOW = {"num_train_steps": 800, "eval__every_steps": 1, "eval__num_windows": 0, "checkpoint__every_steps": 200}
