@@ -23,7 +23,7 @@ from trainer import reading
 from trainer.checkpoint import Checkpoints, LiteralPath, checksums, choose_step
 from trainer.config import CheckpointConfig
 from trainer.errors import CheckpointError, ConfigError
-from trainer.mirror import UNWANTED, Mirror
+from trainer.mirror import MIRRORS, Mirror
 from trainer.reading import Suspect, Unreadable
 from trainer.state import Program, TrainState
 
@@ -719,14 +719,14 @@ def test_no_later_life_takes_a_copy_that_the_run_went_behind(copied, program, st
         save_both(checkpoints, state, 4)
         assert checkpoints.mirror.steps() == [4, 2] == mirrored(copied / "run").mirror.steps()
         assert whole_in(copied / "mirror/checkpoints") == [2, 4]
-        assert (copied / "run" / UNWANTED).read_text() == "[]"
+        assert [*json.loads((copied / "run" / MIRRORS).read_text()).values()] == [[[], None]]
 
 
 def test_a_copy_half_deleted_is_deleted_later(copied, state):
     """What made it whole goes first, so it is not listed any more."""
     checkpoints = mirrored(copied / "run")
     store = checkpoints.mirror._store
-    checkpoints.mirror._store = types.SimpleNamespace(write=store.write, delete_range=busy)
+    checkpoints.mirror._store = types.SimpleNamespace(read=store.read, write=store.write, delete_range=busy)
     checkpoints.discard_after(2)
     assert list((copied / "mirror/checkpoints/4").rglob("*"))
     save_both(mirrored(copied / "run"), state, 5)  # in the next life
@@ -768,7 +768,7 @@ def test_a_mirror_that_vanishes_is_not_an_empty_one(copied, program):
     (copied / "mirror").rename(copied / "unmounted")
     (copied / "mirror").mkdir()
     for _ in range(2):  # also when something was copied into what is left
-        with pytest.raises(Unreadable, match=r"config\.json is gone") as e:
+        with pytest.raises(Unreadable, match=r"mirror\.json is gone") as e:
             checkpoints.restore_newest(program, before_6)
         assert e.value.exit_code == 42
         shutil.copytree(copied / "unmounted/checkpoints/6", copied / "mirror/checkpoints/6", dirs_exist_ok=True)

@@ -1,7 +1,11 @@
 """Copies of checkpoints in a second place: what lies there decides about no other file."""
 
+import dataclasses
+import errno
+import functools
 import json
 import logging
+import shutil
 import types
 
 import pytest
@@ -13,7 +17,7 @@ from trainer.checkpoint import Checkpoints
 from trainer.config import CheckpointConfig, Config, to_json
 from trainer.errors import CheckpointError, ConfigError
 from trainer.lives import METADATA_FILE
-from trainer.mirror import UNWANTED, Mirror
+from trainer.mirror import MARK, MIRRORS, Mirror
 from trainer.reading import Unreadable
 
 
@@ -25,6 +29,7 @@ def test_keys_that_lie_elsewhere_are_not_fetched(tmp_path, monkeypatch, caplog):
     (tmp_path / "run").mkdir()
     mirror = Mirror(str(tmp_path / "mirror"), tmp_path / "run", Config())
     content = {f"checkpoints/5/{METADATA_FILE}": b"{}", "checkpoints/5/a/b": b"whole"}
+    content[MARK] = (tmp_path / "mirror" / MARK).read_bytes()
     keys = dict(content)
 
     class Store:
@@ -62,7 +67,9 @@ def test_keys_that_lie_elsewhere_are_not_fetched(tmp_path, monkeypatch, caplog):
     mirror.alive = lambda: heard.append("a block")
     assert mirror.fetch(5) and (tmp_path / "run/5/a/b").read_bytes() == b"whole" and heard
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
-    keys = {f"checkpoints/{name}/{METADATA_FILE}": b"{}" for name in ("7", "²", "-1", "1" * 5000, "x", "08", "")}
+    keys = {MARK: content[MARK]} | {
+        f"checkpoints/{name}/{METADATA_FILE}": b"{}" for name in ("7", "²", "-1", "1" * 5000, "x", "08", "")
+    }
     assert mirror.whole() == {7}
 
 
@@ -70,16 +77,22 @@ def test_only_leftovers_of_copies_are_removed(tmp_path):
     """A mirror may be a folder that holds other things."""
     place = tmp_path / "mirror"
     ours = ["config.json.__lock", "checkpoints/5/a.__lock", "checkpoints/5/b/c.__lock"]
-    others = ["x.__lock", "project/y.__lock", "checkpoints/z.__lock", "checkpoints/notes/w.__lock", "checkpoints/5/d"]
-    for name in ours + others:
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        (place / name).write_text("x")
+    others = ["x.__lock", "project/y.__lock", "checkpoints/z.__lock", "checkpoints/notes/w.__lock"]
+
+    def write(*names):
+        for name in names:
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_text("x")
+
+    def left():
+        return {p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file()}
+
+    write(ours[0], *others)
     Mirror(str(place), tmp_path, Config())
-    left = {p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file()}
-    assert left == {*others, *ours[1:], "config.json"}  # it was nobody's mirror yet: only what would be in the way goes
+    assert left() == {*others, "config.json", MARK}
+    write(*ours, "checkpoints/5/d")
     Mirror(str(place), tmp_path, Config())
-    left = {p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file()}
-    assert left == {*others, "config.json"}
+    assert left() == {*others, "config.json", MARK, "checkpoints/5/d"}
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "{", '{"name": "a web app"}', '{"model": 3}', "[" * 100_000])
@@ -99,6 +112,7 @@ def test_a_mirror_of_this_run_is_taken_again(tmp_path):
 def test_a_store_that_does_not_answer_is_not_an_empty_one(tmp_path, monkeypatch):
     """A run that lost its folder must not begin again, and in the end delete the copies."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
+    Mirror(str(tmp_path / "mirror"), tmp_path / "other", Config())
     (tmp_path / "mirror/checkpoints/5").mkdir(parents=True)
     (tmp_path / "mirror/checkpoints/5" / METADATA_FILE).write_text("{}")
     mirror = Mirror(str(tmp_path / "mirror"), tmp_path / "run/checkpoints", Config())
@@ -144,6 +158,8 @@ def test_a_copy_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
     def refuse(meta):
         raise ConfigError("not this one")
 
+    Mirror(str(tmp_path), tmp_path, Config())
+    before = (tmp_path / "config.json").read_text()
     monkeypatch.setattr(Mirror, "_read", read)
     meta = {"samples": 7}
     (tmp_path / "checkpoints/5").mkdir(parents=True)
@@ -153,7 +169,7 @@ def test_a_copy_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
         busy[:] = [True] * times
         with pytest.raises(UserError) as e:
             Mirror(str(tmp_path), tmp_path, Config(), refuse)
-        assert e.value.exit_code == code and not (tmp_path / "config.json").exists()
+        assert e.value.exit_code == code and (tmp_path / "config.json").read_text() == before
 
 
 def test_there_and_back(tmp_path, monkeypatch):
@@ -163,6 +179,7 @@ def test_there_and_back(tmp_path, monkeypatch):
     for name, raw in content.items():
         (tmp_path / "run/5" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run/5" / name).write_bytes(raw)
+    Mirror(str(tmp_path / "mirror"), tmp_path / "run", Config())
     (tmp_path / "mirror/checkpoints/5/a/b").mkdir(parents=True)
     (tmp_path / "mirror/checkpoints/5/a/b/c.__lock").write_bytes(b"x" * 100)
     there = Mirror(str(tmp_path / "mirror"), tmp_path / "run", Config())
@@ -177,10 +194,147 @@ def test_there_and_back(tmp_path, monkeypatch):
     assert {name: path.read_bytes() for name, path in found.items()} == content
 
 
-@pytest.mark.parametrize("text", ["{", "3", '["6"]', "[-1]", "[true]", "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["{", "3", '["6"]', '{"a": [[-1], null]}', '{"a": [[true], null]}', '{"a": 3}', "[" * 100_000]
+)
 def test_a_damaged_list_of_unwanted_copies_is_one_line(text, tmp_path):
     """An empty one in its place would bring back what the run went behind."""
-    (tmp_path / UNWANTED).write_text(text)
+    (tmp_path / MIRRORS).write_text(text)
     with pytest.raises(CheckpointError, match="is damaged: it names the copies"):
         Mirror(str(tmp_path / "mirror"), tmp_path / "checkpoints", Config())
-    assert (tmp_path / UNWANTED).read_text() == text and not (tmp_path / "mirror").exists()
+    assert (tmp_path / MIRRORS).read_text() == text and not (tmp_path / "mirror").exists()
+
+
+def mirror_of(tmp_path, **fields) -> Mirror:
+    (tmp_path / "run/checkpoints").mkdir(parents=True, exist_ok=True)
+    return Mirror(str(tmp_path / "mirror"), tmp_path / "run/checkpoints", Config(**fields))
+
+
+def copy(mirror: Mirror, *steps: int, keep=lambda copies: copies) -> None:
+    for step in steps:
+        (mirror.source / str(step)).mkdir(exist_ok=True)
+        for name in ("a", METADATA_FILE):
+            (mirror.source / str(step) / name).write_text("{}")
+        mirror.offer(step, keep)
+        mirror.wait()
+
+
+def unmount(tmp_path) -> None:
+    (tmp_path / "mirror").rename(tmp_path / "away")
+    (tmp_path / "mirror").mkdir()
+
+
+def mount(tmp_path) -> None:
+    shutil.rmtree(tmp_path / "mirror")
+    (tmp_path / "away").rename(tmp_path / "mirror")
+
+
+def test_nothing_happens_in_a_mirror_that_is_not_mounted(tmp_path, monkeypatch, caplog):
+    """Neither is something copied beside it, nor counted as deleted, nor found empty."""
+    monkeypatch.setattr(reading, "PAUSES_S", ())
+    monkeypatch.setattr(logging.getLogger("meshlm"), "propagate", True)
+    mirror = mirror_of(tmp_path)
+    copy(mirror, 2, 4, 6)
+    unmount(tmp_path)
+    with pytest.raises(Unreadable, match="is its file system mounted"):
+        mirror.steps()
+    with pytest.raises(Unreadable, match="is its file system mounted"):
+        mirror.fetch(6)
+    mirror.list_unwanted([4, 6])
+    mirror.delete_unwanted()
+    copy(mirror, 7)
+    assert "checkpoint at step 7 was NOT copied" in caplog.text and not list((tmp_path / "mirror").iterdir())
+    mount(tmp_path)
+    assert mirror.steps() == [2] == mirror_of(tmp_path).steps()
+
+
+def test_a_life_without_the_mirror_forgets_nothing(tmp_path, caplog, monkeypatch):
+    """What was to be deleted there still is, when it comes back; meanwhile another is begun in its place."""
+    monkeypatch.setattr(logging.getLogger("meshlm"), "propagate", True)
+    mirror = mirror_of(tmp_path)
+    copy(mirror, 2, 4, 6)
+    mirror.list_unwanted([4, 6])
+    unmount(tmp_path)
+    other = mirror_of(tmp_path)
+    assert "is begun anew" in caplog.text and other.steps() == []
+    copy(other, 3, 4)
+    other.list_unwanted([3])
+    mount(tmp_path)
+    mirror = mirror_of(tmp_path)
+    assert mirror.steps() == [2]
+    copy(mirror, 5)
+    assert mirror.steps() == [5, 2] and not (tmp_path / "mirror/checkpoints/6/a").exists()
+
+
+@pytest.mark.parametrize("name", ["environment.json", "command.txt", "checkpoints/5/manifest.ocdbt"])
+def test_what_is_not_ours_is_no_mirror(tmp_path, name):
+    (tmp_path / "mirror" / name).parent.mkdir(parents=True)
+    (tmp_path / "mirror" / name).write_text("theirs")
+    with pytest.raises(ConfigError, match=r"config\.checkpoint\.mirror = .*; name "):
+        mirror_of(tmp_path)
+    assert [p.read_text() for p in (tmp_path / "mirror").rglob("*") if p.is_file()] == ["theirs"]
+
+
+def test_a_run_that_was_lost_comes_back_with_the_settings_of_its_copies(tmp_path):
+    """There is nothing here to compare them with; nothing to compare is no copy."""
+    other = {"optimizer": dataclasses.replace(Config().optimizer, peak_lr=1.0)}
+    mirror_of(tmp_path)
+    strict = functools.partial(Mirror, str(tmp_path / "mirror"), tmp_path / "lost/checkpoints", strict=True)
+    strict(Config(**other))
+    copy(mirror_of(tmp_path), 2)
+    with pytest.raises(ConfigError, match=r"other settings; config\.optimizer\.peak_lr: .* -> 1.0; .*--allow_config_change"):
+        strict(Config(**other))
+    assert strict(Config()).steps() == [2]
+    assert mirror_of(tmp_path, **other).steps() == [2]
+
+
+@pytest.mark.parametrize("error", [MemoryError("no memory"), OSError(errno.ENOSPC, "full"), ValueError("odd")])
+def test_a_copy_that_fails_leaves_nothing_and_later_ones_are_made(tmp_path, monkeypatch, caplog, error):
+    monkeypatch.setattr(logging.getLogger("meshlm"), "propagate", True)
+    mirror = mirror_of(tmp_path)
+    copy(mirror, 2)
+    real = Mirror._copy_file
+
+    def fail(self, path, key):
+        if path.name == METADATA_FILE:
+            raise error
+        real(self, path, key)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Mirror, "_copy_file", fail)
+        copy(mirror, 4)
+    assert "checkpoint at step 4 was NOT copied" in caplog.text and not mirror.busy
+    assert [p.name for p in (tmp_path / "mirror/checkpoints").iterdir() if any(p.iterdir())] == ["2"]
+    copy(mirror, 4, 6)
+    assert mirror.steps() == [6, 4, 2]
+
+
+def test_what_a_killed_copy_left_goes(tmp_path, monkeypatch):
+    mirror = mirror_of(tmp_path)
+    copy(mirror, 2)
+    (tmp_path / "mirror/checkpoints/4").mkdir()
+    (tmp_path / "mirror/checkpoints/4/a").write_text("half")
+    mirror._record(unfinished=4)
+    mirror = mirror_of(tmp_path)
+    copy(mirror, 6)
+    assert not (tmp_path / "mirror/checkpoints/4/a").exists() and mirror.steps() == [6, 2]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(OSError(errno.ENOSPC, "full"), 3), (PermissionError("no"), 3), (OSError("no network"), 42)]
+)
+def test_nothing_older_takes_the_place_of_a_copy_that_cannot_be_fetched(tmp_path, monkeypatch, error, code):
+    """Only damage of the copy itself is a reason; and a disk that is full is not filled with the half of it."""
+    monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
+    copy(mirror_of(tmp_path), 2, 6)
+    shutil.rmtree(tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run", CheckpointConfig(), mirror=mirror_of(tmp_path))
+
+    def fail(self, step, partial):
+        partial.mkdir(parents=True, exist_ok=True)
+        raise error
+
+    monkeypatch.setattr(Mirror, "_download", fail)
+    with pytest.raises(Unreadable) as e:
+        checkpoints._next({}, choose=None)
+    assert e.value.exit_code == code and not list((tmp_path / "run/checkpoints").iterdir())

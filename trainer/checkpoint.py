@@ -136,10 +136,12 @@ class Checkpoints:
         self.directory.mkdir(parents=True, exist_ok=True)
         usable = self._steps()
         for path in self.directory.iterdir():
-            if identity.STEP.fullmatch(path.name) and not self._is_whole(path):
-                if usable:  # if all lack parts, something else is wrong
-                    self._move_to_quarantine(path, "it lacks parts")
-            elif path.name.endswith(FETCHED) and self._is_whole(path) and not reading.is_there(path.with_suffix("")):
+            if usable and identity.STEP.fullmatch(path.name) and not self._is_whole(path):
+                self._move_to_quarantine(path, "it lacks parts")  # if all lack parts, something else is wrong
+        for path in self.directory.iterdir():  # when no such step is in the way of a copy any more
+            if identity.STEP.fullmatch(path.name):
+                continue
+            if path.name.endswith(FETCHED) and self._is_whole(path) and not reading.is_there(path.with_suffix("")):
                 path.rename(path.with_suffix(""))  # the start that fetched it ended too early; a restore verifies it
             elif path.name.endswith((DELETING, FETCHED)) or ".orbax-checkpoint-tmp" in path.name:
                 _remove(path)
@@ -413,7 +415,9 @@ class Checkpoints:
         """
         here = [step for step in self.steps() if (step, "") not in failed]
         take = choose or max
-        offered = self._offered(needless=bool(here) and take(here) is not None)
+        known = self.mirror.known if self.mirror is not None else set()
+        best = take(sorted({*here, *(step for step in known if (step, FETCHED) not in failed)})) if here else None
+        offered = self._offered(needless=best in here)
         copies = [step for step in offered if (step, FETCHED) not in failed]
         while here or copies:
             if (found := take(sorted({*here, *copies}))) is None:
@@ -451,19 +455,21 @@ class Checkpoints:
             raise CheckpointError(
                 f"no usable checkpoint in {self.directory}: {', '.join(broken)} lack parts; nothing was moved; {lost}"
             )
+        saved = self.saved.read_text().strip() if reading.is_there(self.saved) else ""
+        if saved and f"{saved}{ASIDE}" not in names:
+            raise CheckpointError(f"this run has saved checkpoints, and none is left in {self.directory}; {lost}")
         if any(name.endswith(ASIDE) for name in names):
             log.warning("No checkpoint with a finite loss is left in %s; the run begins again", self.directory)
-        elif reading.is_there(self.saved):
-            raise CheckpointError(f"this run has saved checkpoints, and none is left in {self.directory}; {lost}")
 
     def _offered(self, needless: bool) -> list[int]:
-        """What the mirror has. Raises CheckpointError, Unreadable."""
+        """What the mirror has; nothing, with a line, if that cannot be told and is `needless`: the step to restore is
+        here. Raises CheckpointError, Unreadable."""
         if self.mirror is None:
             return []
         if self.mirror.busy:  # it may delete meanwhile what is offered here
             self.mirror.wait()
         try:
-            return self.mirror.steps() if needless else reading.patiently(self.mirror.steps, self.directory)
+            return reading.patiently(self.mirror.steps, self.directory)
         except CheckpointError as e:
             if not needless:
                 raise
@@ -472,6 +478,9 @@ class Checkpoints:
 
     def _settle(self, failed: dict[tuple[int, str], str], step: int, suffix: str) -> None:
         """When `step` was restored: those that failed go to quarantine, and a copy to its place. May be done again."""
+        for path in self.directory.iterdir():  # in the way of saves of the same numbers
+            if identity.STEP.fullmatch(path.name) and path.name != str(step) and not self._is_whole(path):
+                self._move_to_quarantine(path, "it lacks parts")
         for (other, how), reason in failed.items():
             path = self.directory / f"{other}{how}"
             if how and self._is_in_quarantine(path.name):

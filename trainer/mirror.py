@@ -1,12 +1,16 @@
 """A second place for checkpoints: a folder, or gs://… or s3://… through tensorstore.
 
+    MIRROR/mirror.json           {"id": …}, chosen when the mirror is begun
     MIRROR/config.json           of the run that it belongs to
     MIRROR/checkpoints/<step>/…  the files of RUN/checkpoints/<step>, Orbax's metadata last: with it a copy is whole
 
-Process 0 copies, on a thread, one step at a time; a step that is overtaken while it waits is left out.
+Nothing is copied to, read from or deleted in a place without that id: an empty folder is what is left when a file
+system is not mounted. Process 0 copies, on a thread, one step at a time; a step that is overtaken while it waits is
+left out.
 
-RUN/unwanted_copies.json lists the copies that are to go. It is written before anything that relies on it, and a step
-leaves it only when its copy is known to be deleted: what the run went behind is never offered again, in no later life.
+RUN/mirrors.json names, for each mirror that the run has had, the copies that are to go, and the one under way. It is
+written before anything that relies on it, and a step leaves it only when its copy is known to be deleted: what the run
+went behind is never offered again, in no later life.
 """
 
 import errno
@@ -15,10 +19,11 @@ import logging
 import os
 import pathlib
 import re
+import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from data import names, remote
 from data.errors import DataError
@@ -32,7 +37,9 @@ from trainer.reading import Unreadable
 log = logging.getLogger("meshlm")
 TIMEOUT_S = 600  # for one file
 PIECE_BYTES = 16 << 20  # held in memory
-UNWANTED = "unwanted_copies.json"  # in the run directory
+MARK = "mirror.json"
+MIRRORS = "mirrors.json"  # in the run directory
+OF_A_RUN = ("environment.json", "command.txt")  # files that run directories have, and mirrors have not
 PARTIAL = ".__lock"  # tensorstore's name for a file that is being written
 Keep = Callable[[set[int]], set[int]]
 
@@ -46,6 +53,8 @@ class Mirror:
       config: of the run.
       check: is called with the meta of the newest copy, before anything is written; raises what keeps the mirror as
         it is.
+      strict: whether settings that need --allow_config_change must be those of the mirror's config.json, too: for a run
+        that has nothing of its own to be compared with.
 
     Attributes:
       copying: the step being copied, or None.
@@ -54,7 +63,7 @@ class Mirror:
 
     Raises:
       ConfigError: the location cannot be used, or belongs to another run.
-      CheckpointError: the run's list of unwanted copies is damaged.
+      CheckpointError: RUN/mirrors.json is damaged.
       Unreadable: not just now.
     """
 
@@ -64,6 +73,7 @@ class Mirror:
         source: pathlib.Path,
         config: Config,
         check: Callable[[dict[str, Any]], None] = lambda meta: None,
+        strict: bool = False,
     ):
         self.location, self.source = location.rstrip("/"), source
         self.copying: int | None = None
@@ -71,33 +81,34 @@ class Mirror:
         self.alive: Callable[[], None] = lambda: None
         self._waiting: tuple[int, Keep] | None = None
         self._changed = threading.Condition()
-        self._list_path = source.parent / UNWANTED
-        self._unwanted = reading.patiently(self._read_unwanted, self._list_path)
+        self._list_path = source.parent / MIRRORS
+        self._id = secrets.token_hex(8)  # if none is there
+        self._mirrors = reading.patiently(self._read_mirrors, self._list_path)
         self._thread: threading.Thread | None = None
         try:
-            reading.again(lambda: self._claim(config, check), _ERRORS)
+            reading.again(lambda: self._claim(config, check, strict), _ERRORS)
         except _ERRORS as e:
             reason = f"config.checkpoint.mirror = {location} cannot be used: {_line(e)}"
             raise (Unreadable(reason, Stopped.exit_code) if reading.passes(e) else ConfigError(reason)) from None
 
-    def _claim(self, config: Config, check: Callable[[dict[str, Any]], None]) -> None:
+    def _claim(self, config: Config, check: Callable[[dict[str, Any]], None], strict: bool) -> None:
         self._store = remote.open_store(self.location)
-        recorded = self._read("config.json")
-        if recorded is not None:
-            try:
-                of_run = from_dict(json.loads(recorded), recorded=True)
-            except (ConfigError, ValueError, RecursionError) as e:
-                raise ConfigError(
-                    f"config.checkpoint.mirror = {self.location} has a config.json that this version does not read "
-                    f"({_line(e)}); name another place"
-                ) from None
-            refused = changes(of_run, config)["refused"]
-            if refused:
-                raise ConfigError(
-                    f"config.checkpoint.mirror = {self.location} holds another run's checkpoints "
-                    f"({'; '.join(refused)}); name another place"
-                )
-        for step in sorted(self._list(), reverse=True):
+        mark, recorded = self._read_mark(), self._read("config.json")
+        self.copies = self._whole_copies()
+        self._check_owner(recorded, config, strict and bool(self.copies))
+        if mark is None and recorded is None and any(_step_of(key) is not None for key in self._keys("checkpoints/")):
+            raise ConfigError(
+                f"config.checkpoint.mirror = {self.location} has checkpoints that are not copies of ours, as it lacks "
+                f"{MARK} and config.json; name another place"
+            )
+        if mark is None and self._mirrors:
+            log.warning(
+                "%s is not a mirror that this run has had; it is begun anew. If its file system is not mounted, stop "
+                "and mount it", self.location,
+            )  # fmt: skip
+        self._id = mark or self._id
+        self._mirrors.setdefault(self._id, _Copies())
+        for step in sorted(self.known, reverse=True):
             raw = self._read(f"checkpoints/{step}/{METADATA_FILE}") or b""
             try:
                 newest = identity.meta_from(raw)
@@ -106,8 +117,52 @@ class Mirror:
             check(newest)
             break
         if not remote.is_remote(self.location):
-            self._clear_leftovers(pathlib.Path(self.location), is_ours=recorded is not None)
+            self._clear_leftovers(pathlib.Path(self.location), is_ours=bool(mark or recorded))
+        self._write(MARK, json.dumps({"id": self._id}).encode())
         self._write("config.json", to_json(config).encode())
+        if (unfinished := self._here.unfinished) is not None:
+            self._record(unwanted={unfinished} - self.copies, unfinished=None)  # that copy was begun and not finished
+
+    def _check_owner(self, recorded: bytes | None, config: Config, strict: bool) -> None:
+        """Raises ConfigError when the place is another's."""
+        where = f"config.checkpoint.mirror = {self.location}"
+        if any(self._read(name) is not None for name in OF_A_RUN):
+            raise ConfigError(f"{where} is a run directory; name a place for copies alone")
+        if recorded is None:
+            return
+        try:
+            of_run = from_dict(json.loads(recorded), recorded=True)
+        except (ConfigError, ValueError, RecursionError) as e:
+            raise ConfigError(
+                f"{where} has a config.json that this version does not read ({_line(e)}); name another place"
+            ) from None
+        found = changes(of_run, config)
+        if found["refused"]:
+            raise ConfigError(
+                f"{where} holds another run's checkpoints ({'; '.join(found['refused'])}); name another place"
+            )
+        if strict and found["flag"]:
+            raise ConfigError(
+                f"{where} holds checkpoints of a run with other settings; {'; '.join(found['flag'])}; set them like "
+                "that to resume it, pass --allow_config_change to go on with these, or name another place"
+            )
+
+    def _read_mark(self) -> str | None:
+        """The id of the mirror that is there; None: there is none. Raises ConfigError for what is not a mark."""
+        raw = self._read(MARK)
+        if raw is None:
+            return None
+        try:
+            if isinstance(found := json.loads(raw)["id"], str) and found:
+                return found
+        except (ValueError, TypeError, KeyError, RecursionError):
+            pass
+        raise ConfigError(f"config.checkpoint.mirror = {self.location} has a damaged {MARK}; name another place")
+
+    def _check_there(self) -> None:
+        """Raises OSError, which may pass, if this mirror is not there now."""
+        if self._read_mark() != self._id:
+            raise OSError(errno.ESTALE, f"its {MARK} is gone; is its file system mounted?")
 
     @staticmethod
     def _clear_leftovers(folder: pathlib.Path, is_ours: bool) -> None:
@@ -141,19 +196,30 @@ class Mirror:
                 (self.copying, keep), self._waiting = self._waiting, None
             try:
                 self._copy(self.copying)
-                self.clean_up(keep)
-            except _ERRORS as e:
+            except Exception as e:  # whatever it is: training goes on, and so do later copies
                 log.error("checkpoint at step %d was NOT copied to %s: %s", self.copying, self.location, _line(e))
-            finally:
-                self.copying = None
+                self.copying = None  # what there is of it can go
+            try:
+                self.clean_up(keep)
+            except Exception as e:
+                log.warning("old copies in %s are kept for now: %s", self.location, _line(e))
+            self.copying = None
 
     def _copy(self, step: int) -> None:
-        self._delete(step)  # a copy of other files under this number, from before the run went back
-        folder = self.source / str(step)
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != METADATA_FILE)
-        for path in [*files, folder / METADATA_FILE]:
-            self._copy_file(path, f"checkpoints/{step}/{path.relative_to(folder).as_posix()}")
+        self._check_there()
+        self._record(unfinished=step)
+        try:
+            self._delete(step)  # a copy of other files under this number, from before the run went back
+            self._record(wanted={step})
+            folder = self.source / str(step)
+            files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != METADATA_FILE)
+            for path in [*files, folder / METADATA_FILE]:
+                self._copy_file(path, f"checkpoints/{step}/{path.relative_to(folder).as_posix()}")
+        except BaseException:
+            self._record(unwanted={step}, unfinished=None)
+            raise
         self.copies = self.copies | {step}
+        self._record(unfinished=None)
 
     def _copy_file(self, path: pathlib.Path, key: str) -> None:
         if remote.is_remote(self.location):  # its clients take an object whole; Orbax's files have 2 GB at most
@@ -169,52 +235,69 @@ class Mirror:
 
     def clean_up(self, keep: Keep) -> None:
         """Deletes the copies of other steps; all stay while it cannot be seen what there is."""
-        there = self.whole() - self._unwanted
-        self.list_unwanted(there - keep(there) - {self.copying})
+        there = self.whole() - self._here.unwanted
+        self._record(unwanted=there - keep(there) - {self.copying})
         self.delete_unwanted()
 
     def list_unwanted(self, steps: Iterable[int]) -> None:
         """Puts these steps, whether there are copies or not, on the list; they are not offered. Raises OSError."""
-        with self._changed:
-            self._record(self._unwanted | set(steps))
+        self._record(unwanted=set(steps), everywhere=True)
 
     def delete_unwanted(self) -> None:
         """Deletes the copies on the list by name; later, if it cannot now. Those of others stay.
 
         Not that which is being copied: it may be listed meanwhile.
         """
-        for step in sorted(self._unwanted - {self.copying}):
+        for step in sorted(self._here.unwanted - {self.copying}):
             try:
                 self._delete(step)
+                self._record(wanted={step})  # no copy of it is unwanted any more
             except _ERRORS as e:
                 log.warning("the copy of step %d in %s could not be deleted: %s", step, self.location, _line(e))
 
     def _delete(self, step: int) -> None:
-        """What makes it whole first. Then it is on the list no longer."""
+        """What makes it whole first."""
+        self._check_there()
         self._store.write(f"checkpoints/{step}/{METADATA_FILE}", None).result(TIMEOUT_S)
         self._store.delete_range(_range(f"checkpoints/{step}/")).result(TIMEOUT_S)
+
+    @property
+    def _here(self) -> "_Copies":
+        return self._mirrors[self._id]
+
+    def _record(
+        self, *, unwanted: Iterable[int] = (), wanted: Iterable[int] = (), everywhere: bool = False, **unfinished: Any
+    ) -> None:
+        """Changes what is known of the copies in this mirror, or in all that the run has had, first in the file."""
         with self._changed:
-            self._record(self._unwanted - {step})
+            changed = {
+                mirror: copies._replace(unwanted=(copies.unwanted | set(unwanted)) - set(wanted), **unfinished)
+                if everywhere or mirror == self._id
+                else copies
+                for mirror, copies in self._mirrors.items()
+            }
+            if changed != self._mirrors or not reading.is_there(self._list_path):
+                self._list_path.parent.mkdir(parents=True, exist_ok=True)
+                text = {mirror: [sorted(copies.unwanted), copies.unfinished] for mirror, copies in changed.items()}
+                write_durably(self._list_path, json.dumps(text).encode())
+                sync(self._list_path.parent)
+                self._mirrors = changed
 
-    def _record(self, unwanted: set[int]) -> None:
-        if unwanted != self._unwanted:
-            write_durably(self._list_path, json.dumps(sorted(unwanted)).encode())
-            sync(self._list_path.parent)
-            self._unwanted = unwanted
-
-    def _read_unwanted(self) -> set[int]:
+    def _read_mirrors(self) -> dict[str, "_Copies"]:
         if not reading.is_there(self._list_path):
-            return set()
+            return {}
         try:
-            steps = json.loads(self._list_path.read_bytes())
+            found = json.loads(self._list_path.read_bytes())
+            mirrors = {mirror: _Copies(frozenset(unwanted), last) for mirror, (unwanted, last) in found.items()}
+            steps = [step for copies in mirrors.values() for step in (*copies.unwanted, copies.unfinished or 0)]
             if any(type(step) is not int or step < 0 for step in steps):
                 raise ValueError
-        except (ValueError, TypeError, RecursionError):
+        except (ValueError, TypeError, AttributeError, RecursionError):
             raise CheckpointError(
-                f"{self._list_path} is damaged: it names the copies in {self.location} that the run does not go on "
-                "from; write them into it, as [4, 6], or remove it if the run never went back"
+                f"{self._list_path} is damaged: it names the copies that the run does not go on from; restore it, or "
+                "remove it if the run never went back"
             ) from None
-        return set(steps)
+        return mirrors
 
     @property
     def busy(self) -> bool:
@@ -235,7 +318,7 @@ class Mirror:
         Raises CheckpointError, Unreadable.
         """
         try:
-            return sorted(self._list() - self._unwanted, reverse=True)
+            return sorted(self._list() - self._here.unwanted, reverse=True)
         except _ERRORS as e:
             if not self.copies:  # nor are there any now: nobody else writes there
                 return []
@@ -250,32 +333,44 @@ class Mirror:
             log.warning("cannot look into %s: %s", self.location, _line(e))
             return set()
 
+    @property
+    def known(self) -> set[int]:
+        """Copies that may be offered, as far as is known without looking."""
+        return self.copies - self._here.unwanted
+
     def _list(self) -> set[int]:
-        keys = self._store.list(_range("checkpoints/")).result(TIMEOUT_S)
-        folders = {os.fsdecode(key).split("/")[1] for key in keys if key.endswith(f"/{METADATA_FILE}".encode())}
-        found = {step for folder in folders if (step := _step(folder)) is not None}
-        if self.copies - found and self._read("config.json") is None:
-            raise OSError(errno.ESTALE, "the mirror's config.json is gone; is its file system mounted?")
-        self.copies = found
-        return found
+        self._check_there()
+        self.copies = self._whole_copies()
+        return self.copies
+
+    def _whole_copies(self) -> set[int]:
+        keys = self._keys("checkpoints/")
+        return {step for key in keys if key.endswith(f"/{METADATA_FILE}") and (step := _step_of(key)) is not None}
+
+    def _keys(self, prefix: str) -> list[str]:
+        return [os.fsdecode(key) for key in self._store.list(_range(prefix)).result(TIMEOUT_S)]
 
     def fetch(self, step: int, suffix: str = "") -> bool:
-        """Copies `step` into the run, as <step><suffix>; False if that cannot be done.
+        """Copies `step` into the run, as <step><suffix>; False if the copy itself is not what it should be.
 
-        Raises Unreadable if it may be done later: nothing older may take its place.
+        Raises Unreadable if anything else prevents it: nothing older may take its place.
         """
         partial = self.source / f"{step}.orbax-checkpoint-tmp-mirror"
 
         def fetch() -> None:
+            self._check_there()
             self._download(step, partial)
             partial.rename(self.source / f"{step}{suffix}")
 
         try:
             reading.again(fetch, _ERRORS)
         except _ERRORS as e:
+            shutil.rmtree(partial, ignore_errors=True)
             reason = f"checkpoint at step {step} cannot be fetched from {self.location}: {_line(e)}"
             if reading.passes(e):
                 raise Unreadable(f"{reason}; start again when it answers", Stopped.exit_code) from None
+            if not isinstance(e, FileNotFoundError | DataError) and not reading.WRONG.search(str(e)):
+                raise Unreadable(reason, CheckpointError.exit_code) from None
             log.error("%s", reason)
             return False
         log.info("fetched   step %d from %s", step, self.location)
@@ -284,12 +379,11 @@ class Mirror:
     def _download(self, step: int, partial: pathlib.Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         prefix = f"checkpoints/{step}/"
-        for key in self._store.list(_range(prefix)).result(TIMEOUT_S):
-            name = os.fsdecode(key)
+        for name in self._keys(prefix):
             with names.opened(partial, name.removeprefix(prefix)) as (folder, last):
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
                 with os.fdopen(os.open(last, flags, 0o666, dir_fd=folder), "wb") as f:
-                    for block in remote.blocks(self._store, key, f"{self.location}/{name}"):
+                    for block in remote.blocks(self._store, os.fsencode(name), f"{self.location}/{name}"):
                         f.write(block.value)
                         self.alive()
                     close_durably(f)
@@ -303,6 +397,18 @@ class Mirror:
 
 
 _ERRORS = (OSError, ValueError, RuntimeError, TimeoutError, DataError)
+
+
+class _Copies(NamedTuple):
+    """What a run knows of the copies in one mirror: steps whose copies are to go, and the step being copied."""
+
+    unwanted: frozenset[int] = frozenset()
+    unfinished: int | None = None
+
+
+def _step_of(key: str) -> int | None:
+    """Of a key checkpoints/<step>/…."""
+    return _step(key.split("/")[1])
 
 
 def _step(name: str) -> int | None:
