@@ -822,3 +822,40 @@ def test_a_damaged_copy_is_in_quarantine_once(copied, program):
         assert step_of(mirrored(copied / "run"), program) == 4
         assert len(list((copied / "run/quarantine").iterdir())) == 1
     assert whole_in(copied / "mirror/checkpoints") == [2, 4, 6] and not list((copied / "run").glob("*/*.fetched"))
+
+
+def test_a_listing_that_fails_once_hides_no_better_step(copied, program, monkeypatch):
+    """A rollback would go further back than it must, and discard the copy that it wanted."""
+    shutil.rmtree(copied / "run/checkpoints/4")
+    checkpoints = mirrored(copied / "run")
+    listed, answers = checkpoints.mirror._list, [busy]
+    monkeypatch.setattr(checkpoints.mirror, "_list", lambda: (answers.pop() if answers else listed)())
+    assert step_of(checkpoints, program, up_to(5)) == 4 and not answers
+    monkeypatch.setattr(checkpoints.mirror, "_list", busy)
+    shutil.rmtree(copied / "run/checkpoints/4")
+    with pytest.raises(Unreadable, match="busy"):
+        checkpoints.restore_newest(program, up_to(5))
+    assert step_of(checkpoints, program, up_to(3)) == 2  # which is here, and no copy is newer
+
+
+def test_folders_that_lack_parts_are_not_in_the_way_of_saves(copied, program, state):
+    """None was moved while none was whole; a copy was restored since."""
+    for step in (2, 4, 6):
+        (copied / f"run/checkpoints/{step}/_CHECKPOINT_METADATA").unlink()
+    checkpoints = mirrored(copied / "run")
+    assert step_of(checkpoints, program, before_6) == 4
+    save_both(checkpoints, state, 6)
+    assert not checkpoints.failed and checkpoints.steps()[-1] == 6
+    assert {path.name.split(".")[0] for path in (copied / "run/quarantine").iterdir()} == {"2", "4", "6"}
+
+
+def test_an_old_step_that_was_set_aside_does_not_hide_that_checkpoints_are_lost(tmp_path, program, state):
+    checkpoints = save(tmp_path, state, 4)
+    checkpoints.set_aside([4], "a test")
+    assert (
+        checkpoints.restore_newest(program) is None
+    )  # the last one that was saved was set aside: the run begins again
+    checkpoints = save(tmp_path, state, 5)
+    shutil.rmtree(tmp_path / "checkpoints/5")
+    with pytest.raises(CheckpointError, match="none is left"):
+        Checkpoints(tmp_path, KEEP_ALL).restore_newest(program)

@@ -282,7 +282,9 @@ def test_a_run_that_was_lost_comes_back_with_the_settings_of_its_copies(tmp_path
     strict = functools.partial(Mirror, str(tmp_path / "mirror"), tmp_path / "lost/checkpoints", strict=True)
     strict(Config(**other))
     copy(mirror_of(tmp_path), 2)
-    with pytest.raises(ConfigError, match=r"other settings; config\.optimizer\.peak_lr: .* -> 1.0; .*--allow_config_change"):
+    with pytest.raises(
+        ConfigError, match=r"other settings; config\.optimizer\.peak_lr: .* -> 1.0; .*--allow_config_change"
+    ):
         strict(Config(**other))
     assert strict(Config()).steps() == [2]
     assert mirror_of(tmp_path, **other).steps() == [2]
@@ -321,7 +323,7 @@ def test_what_a_killed_copy_left_goes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(OSError(errno.ENOSPC, "full"), 3), (PermissionError("no"), 3), (OSError("no network"), 42)]
+    ("error", "code"), [(OSError(errno.ENOSPC, "full"), 3), (PermissionError(errno.EACCES, "no"), 3), (OSError("no network"), 42)]
 )
 def test_nothing_older_takes_the_place_of_a_copy_that_cannot_be_fetched(tmp_path, monkeypatch, error, code):
     """Only damage of the copy itself is a reason; and a disk that is full is not filled with the half of it."""
