@@ -46,6 +46,8 @@ def run(main: Callable[..., int | None], arguments: int = 0, *, restarted: bool 
     ordinary exit would wait in JAX's shutdown barrier for peers that wait for this one.
     """
 
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent may have left it ignored: no exit code could be read
+
     def parse(argv: Sequence[str]) -> list[str]:
         try:
             argv = _with_recipe_expanded(argv)

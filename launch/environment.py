@@ -43,6 +43,7 @@ WORKING: dict[str, Any] = {
 CHOSEN = (
     "jax_default_matmul_precision",
     "jax_optimization_level",
+    "jax_disable_most_optimizations",
     "jax_exec_time_optimization_effort",
     "jax_memory_fitting_effort",
     "jax_memory_fitting_level",

@@ -11,7 +11,7 @@ from absl import flags
 from data import allocator, tokenizers
 from launch import cli, environment, runtime
 from trainer import run_directory
-from trainer.config import Config
+from trainer.config import Config, changes, from_dict
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:  # brings JAX, which a mistyped flag need not wait for
@@ -56,9 +56,9 @@ def open_run() -> Run:
     if not WORKDIR.value:
         raise ConfigError("--workdir is missing; name a run directory of launch.train")
     path = pathlib.Path(WORKDIR.value)
-    config = run_directory.read_config(path)
+    recorded = run_directory.read_config(path)
     # Whatever kernel trained it may not be on this machine.
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
+    config = dataclasses.replace(recorded, model=dataclasses.replace(recorded.model, attention="auto"))
 
     allocator.tune_allocator()
     environment.load_jax()
@@ -76,6 +76,11 @@ def open_run() -> Run:
     jax.set_mesh(mesh)
     program = Program(config, mesh)
     params, meta = checkpoints.restore_params(program, step)
+    if differs := changes(from_dict(meta["config"], recorded=True), recorded)["refused"]:
+        raise ConfigError(
+            f"{path / 'config.json'} is not what step {step} was trained with; {'; '.join(differs)}; restore it, or "
+            "remove it: the checkpoint has it, too"
+        )
     if (path / "tokenizer").exists():
         identity.check_tokenizer(meta, tokenizers.load(path / "tokenizer"), path)
     return Run(path, config, program, params, meta)

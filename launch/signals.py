@@ -64,5 +64,12 @@ class Signals:
 
 
 def _say(line: bytes) -> None:
-    with contextlib.suppress(OSError):  # the terminal or pipe is closed; that is no reason not to stop
-        os.write(2, line)
+    """Waits half a second only: a terminal that stands still (Ctrl-S), or a full pipe, keeps nobody from stopping."""
+
+    def write() -> None:
+        with contextlib.suppress(OSError):  # it is closed; that is no reason not to stop either
+            os.write(2, line)
+
+    writer = threading.Thread(target=write, name="console", daemon=True)
+    writer.start()
+    writer.join(0.5)

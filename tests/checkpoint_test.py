@@ -859,3 +859,28 @@ def test_an_old_step_that_was_set_aside_does_not_hide_that_checkpoints_are_lost(
     shutil.rmtree(tmp_path / "checkpoints/5")
     with pytest.raises(CheckpointError, match="none is left"):
         Checkpoints(tmp_path, KEEP_ALL).restore_newest(program)
+
+
+def test_a_part_on_a_disk_that_is_not_mounted_is_not_missing(copied, program):
+    """Nothing is moved, and nothing older becomes the run."""
+    for name in ("6", "6/params"):
+        place, away = copied / "run/checkpoints" / name, copied / "away"
+        place.rename(away)
+        place.symlink_to(copied / "gone")
+        with pytest.raises(Unreadable, match=r"leads to .*gone, which is not there") as e:
+            mirrored(copied / "run").restore_newest(program)
+        assert e.value.exit_code == 42 and not (copied / "run/quarantine").exists()
+        place.unlink()
+        away.rename(place)
+    assert step_of(mirrored(copied / "run"), program) == 6
+
+
+def test_a_step_that_the_mirror_lacks_is_copied_at_the_next_start(copied, program):
+    """It was full, or is new."""
+    shutil.rmtree(copied / "mirror/checkpoints/6")
+    checkpoints = mirrored(copied / "run")
+    step = step_of(checkpoints, program)
+    checkpoints.evaluated({})
+    checkpoints.copy_missing(step)
+    checkpoints.mirror.wait()
+    assert whole_in(copied / "mirror/checkpoints") == [2, 4, 6]

@@ -117,13 +117,18 @@ def test_only_a_file_of_xla_flags_is_read_and_what_it_holds_is_recorded(monkeypa
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("jax_default_matmul_precision", "highest"), ("NVIDIA_TF32_OVERRIDE", "0"), ("NCCL_ALGO", "Tree")],
+    [
+        ("jax_default_matmul_precision", "highest"),
+        ("jax_disable_most_optimizations", True),
+        ("NVIDIA_TF32_OVERRIDE", "0"),
+        ("NCCL_ALGO", "Tree"),
+    ],
 )
 def test_what_else_moves_numbers_is_compared(monkeypatch, tmp_path, name, value):
     before = distributed.identity(from_dict({}))
     (tmp_path / "environment.json").write_text(json.dumps({"numbers": environment.numbers()}))
     assert environment.changes(tmp_path) == ""
-    found = jax.config.jax_default_matmul_precision
+    found = getattr(jax.config, name, None)
     try:
         if name.islower():
             jax.config.update(name, value)
@@ -132,7 +137,8 @@ def test_what_else_moves_numbers_is_compared(monkeypatch, tmp_path, name, value)
         after = distributed.identity(from_dict({}))
         said = environment.changes(tmp_path)
     finally:
-        jax.config.update("jax_default_matmul_precision", found)
+        if name.islower():
+            jax.config.update(name, found)
     assert {key for key in after if after[key] != before[key]} == {name}
     assert said.startswith(f"{name} ") and said.endswith(f"-> {value!r}")
 

@@ -323,7 +323,8 @@ def test_what_a_killed_copy_left_goes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(OSError(errno.ENOSPC, "full"), 3), (PermissionError(errno.EACCES, "no"), 3), (OSError("no network"), 42)]
+    ("error", "code"),
+    [(OSError(errno.ENOSPC, "full"), 3), (PermissionError(errno.EACCES, "no"), 3), (OSError("no network"), 42)],
 )
 def test_nothing_older_takes_the_place_of_a_copy_that_cannot_be_fetched(tmp_path, monkeypatch, error, code):
     """Only damage of the copy itself is a reason; and a disk that is full is not filled with the half of it."""

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -45,3 +46,50 @@ def test_a_workdir_that_is_not_utf_8_is_refused_in_one_line(tmp_path):
         argv = [sys.executable, "-m", f"launch.{command}", f"--workdir={tmp_path}/new\udce9"]
         ended = subprocess.run(argv, cwd=runs.ROOT, capture_output=True, text=True, timeout=60)
         assert ended.returncode == 2 and "not UTF-8" in ended.stderr and ended.stderr.count("\n") == 1, ended
+
+
+def test_a_parent_that_ignores_what_becomes_of_children_changes_nothing(run):
+    """No exit code of a child could be read then."""
+    argv = [sys.executable, "-m", "launch.evaluate", f"--workdir={run}", "--json"]
+    ended = subprocess.run(
+        ["bash", "-c", f"trap '' CHLD; exec {shlex.join(argv)}"],
+        cwd=runs.ROOT, env=runs.environment(), capture_output=True, text=True, timeout=runs.TIMEOUT_S,
+    )  # fmt: skip
+    assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended
+
+
+def test_a_configuration_that_was_changed_by_hand_is_not_evaluated(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    config = tmp_path / "run/config.json"
+    config.write_text(config.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 100.0'))
+    argv = [sys.executable, "-m", "launch.evaluate", f"--workdir={tmp_path / 'run'}"]
+    ended = subprocess.run(argv, cwd=runs.ROOT, env=runs.environment(), capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2 and "is not what step 2 was trained with; config.model.rope_theta" in ended.stderr
+
+
+STANDING_STILL = """
+import os, pathlib, sys, time
+from launch import signals
+listening = signals.Signals()
+listening.connect(lambda: pathlib.Path(sys.argv[1]).touch())
+os.set_blocking(2, False)
+try:
+    while True:
+        os.write(2, b"x" * 65536)
+except BlockingIOError:
+    os.set_blocking(2, True)
+print("full", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_console_that_stands_still_keeps_no_run_from_stopping(tmp_path):
+    """Its reader is stopped (Ctrl-S, less): what is printed waits, what is asked is done."""
+    argv = [sys.executable, "-c", STANDING_STILL, str(tmp_path / "asked")]
+    process = subprocess.Popen(argv, cwd=runs.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "full\n"
+        process.terminate()
+        runs.wait_until(lambda: (tmp_path / "asked").exists(), process)
+    finally:
+        runs.kill([process])

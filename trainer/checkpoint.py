@@ -290,11 +290,19 @@ class Checkpoints:
         if self.processes.index == 0:
             with contextlib.suppress(OSError):  # it is written again after the next save
                 files.write_durably(self.saved, b"%d\n" % step)
+        self._offer(step)
+        self.delete_old()
+
+    def _offer(self, step: int) -> None:
         if self.processes.index == 0 and self.mirror is not None:
             with _later():
                 here = set(self._steps())
                 self.mirror.offer(step, lambda copies: self._kept(here) | self._kept(here | copies))
-        self.delete_old()
+
+    def copy_missing(self, step: int) -> None:
+        """Copies the restored `step` if the mirror, which may be new or was full, lacks it. After `evaluated`."""
+        if self.mirror is not None and step not in self.mirror.known:
+            self._offer(step)
 
     def _report_failure(self, step: int, error: Exception) -> None:
         self.failed = True
@@ -362,7 +370,13 @@ class Checkpoints:
         return reading.is_there(self.directory) and self.directory.is_dir()
 
     def _is_whole(self, path: pathlib.Path) -> bool:
-        return all(reading.is_there(path / part) for part in (METADATA_FILE, *ITEMS))
+        """Raises OSError for a link that leads nowhere: a part on a disk that is not mounted is not missing."""
+        for part in (path, path / METADATA_FILE, *(path / item for item in ITEMS)):
+            if not reading.is_there(part):
+                if part.is_symlink():
+                    raise OSError(errno.ESTALE, f"it leads to {part.readlink()}, which is not there", str(part))
+                return False
+        return True
 
     def meta(self, step: int, suffix: str = "") -> dict[str, Any]:
         """What save() was given, with `step` and `arrays`: by item and leaf, [kind, checksum].

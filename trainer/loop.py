@@ -108,6 +108,7 @@ class Trainer:
         with self.watchdog.phase("restoring"):
             state, samples = self._restore_or_init()
         first = int(state.step)
+        self.checkpoints.copy_missing(first)
         owed = self._owed(first)
         startup.page(config, self.program, self.windows, self.data)
         self.writers = reporting.Writers(self.run, first, config.metrics.tensorboard)
@@ -117,6 +118,7 @@ class Trainer:
                 steps = config.num_train_steps
                 log.info("This run already has its %d steps; more with --config.num_train_steps=N.", steps)
                 self._sample(first, state.params)
+                self._wait_for_copies()
                 return True
             if first:
                 log.info("Resuming after step %d.", first)
@@ -355,8 +357,12 @@ class Trainer:
                     f"the checkpoint at step {step} could not be written; make room in {self.run}, and the same "
                     f"command goes on from {f'step {steps[-1]}' if steps else 'the beginning'}"
                 )
-            if self.config.checkpoint.mirror:  # all wait here: in the collective of an evaluation the others look stuck
-                self.processes.together("copied", lambda: self.mirror.wait() if self.mirror is not None else None)
+            self._wait_for_copies()
+
+    def _wait_for_copies(self) -> None:
+        """All wait here: in the collective of an evaluation the others would look stuck."""
+        if self.config.checkpoint.mirror:
+            self.processes.together("copied", lambda: self.mirror.wait() if self.mirror is not None else None)
 
     def _is_saved(self, step: int) -> bool:
         """Whether all processes have heard that `step` was saved or, if not, it is there: one may hear of a failure
