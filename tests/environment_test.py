@@ -119,7 +119,7 @@ def test_only_a_file_of_xla_flags_is_read_and_what_it_holds_is_recorded(monkeypa
     ("name", "value"),
     [
         ("jax_default_matmul_precision", "highest"),
-        ("jax_disable_most_optimizations", True),
+        ("jax_disable_most_optimizations", not jax.config.jax_disable_most_optimizations),
         ("NVIDIA_TF32_OVERRIDE", "0"),
         ("NCCL_ALGO", "Tree"),
     ],
