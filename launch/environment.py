@@ -75,7 +75,7 @@ def option_of_jax(name: str, default: Any = None) -> Any:
     """The value of an option; the default where this version of JAX has none of that name."""
     import jax
 
-    value = getattr(jax.config, name, default)
+    value = getattr(jax.config, name, jax.config.values.get(name, default))  # some are only in the second
     return getattr(value, "value", value)
 
 
