@@ -66,7 +66,7 @@ def _counts(stage: Stage) -> np.ndarray:
         total = weights.sum()
     if not ((weights >= 0).all() and 0 < total < np.inf):  # of NaN every comparison is false
         raise ValueError(
-            f"data.weights has {stage.weights}; weights are 0 or above, one is above 0, and their sum is a finite number"
+            f"data.weights has {stage.weights}; weights are 0 or above, one is above 0, and their sum is finite"
         )
     wanted = weights / total * BLOCK
     counts = np.floor(wanted).astype(np.int64)
