@@ -14,6 +14,7 @@ from data import content, foreign, formats, names, remote, tokenizers
 from data.config import DataConfig
 from data.errors import DataError
 
+MANIFEST_BYTES = 64  # any is longer, and begins with its mark
 VALIDATION_WORDS = {"val", "valid", "validation"}
 
 
@@ -136,6 +137,7 @@ def _open_foreign(config: DataConfig, path: pathlib.Path, vocab_size: int) -> Da
 def _paths_by_split(config: DataConfig) -> dict[str, list[pathlib.Path]]:
     """Training and validation files; a file that validates never trains."""
     paths = foreign.find(config.path)
+    _refuse_parts_of_datasets(config.path, paths)
     if config.val_path:
         val = foreign.find(config.val_path)
         held_out = {p.resolve() for p in val}
@@ -150,6 +152,20 @@ def _paths_by_split(config: DataConfig) -> dict[str, list[pathlib.Path]]:
             "or the validation files with data.val_path"
         )
     return {"train": train, "val": val} if val else {"train": train}
+
+
+def _refuse_parts_of_datasets(path: str, found: list[pathlib.Path]) -> None:
+    """Raises DataError for files in a folder of launch.prepare: its manifest says what they are, and which of them
+    train."""
+    for folder in sorted({file.parent for file in found}):
+        name, ours = str(folder), formats.is_dataset(folder) or (folder / "tokenizer" / tokenizers.FILE_NAME).exists()
+        if remote.is_remote(path):  # the cache may have copies of what is not there any more
+            name = remote.original(folder)
+            ours = formats.MARK.match(remote.begins(f"{name}/{formats.MANIFEST}", MANIFEST_BYTES)) is not None
+        if ours:
+            raise DataError(
+                f"{path} names files of {name}, a dataset of launch.prepare; give the folder itself: {name}"
+            )
 
 
 def _validates(path: pathlib.Path, root: pathlib.Path) -> bool:

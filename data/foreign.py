@@ -24,6 +24,7 @@ SUFFIXES = (".bin", ".npy", ".idx")
 LLMC = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
 LLMC_HEADER_BYTES = 1024
 LLMC_OTHERS = {20240522: "an llm.c evaluation file", 20240326: "an llm.c model"}
+DOCUMENTS = ".documents.bin"  # of a dataset of launch.prepare: 64-bit offsets, the first of them 0
 NUMPY_MAGIC = b"\x93NUMPY"
 # Megatron's index, from megatron/core/datasets/indexed_dataset.py.
 MEGATRON_MAGIC = b"MMIDIDX\0\0"
@@ -202,7 +203,11 @@ def _head(path: pathlib.Path, count: int) -> bytes:
 
 def _refuse_others(path: pathlib.Path) -> None:
     """Raises DataError for what is no token file, nor the index of one."""
-    if what := not_tokens.kind(_head(path, not_tokens.HEAD_BYTES)):
+    head = _head(path, not_tokens.HEAD_BYTES)
+    what = not_tokens.kind(head)
+    if path.name.endswith(DOCUMENTS) and not any(head[:8]):
+        what = "where the documents of a dataset of launch.prepare begin; name the folder of the dataset"
+    if what:
         raise DataError(f"{path} holds no tokens: it is {what}")
 
 

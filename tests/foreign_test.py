@@ -9,6 +9,7 @@ import os
 import pathlib
 import pickle
 import random
+import re
 import shutil
 import signal
 import struct
@@ -24,7 +25,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import content, dataset, ends, foreign, widths
+from data import content, dataset, ends, foreign, sources, widths
 from data.config import DataConfig
 from data.errors import DataError, UserError
 from data.loader import TokenWindows
@@ -556,6 +557,41 @@ def test_a_dataset_folder_is_never_taken_for_loose_files(tmp_path):
     refused(folder, "meshlm dataset", format="nanogpt")
     (folder / "manifest.json").unlink()
     refused(folder, "meshlm dataset")
+
+
+def test_files_of_a_dataset_folder_are_never_taken_for_loose_ones(tmp_path, monkeypatch):
+    folder = runs.dataset(tmp_path)
+    (folder / "train.packed-8.bin").write_bytes(b'{"format": "meshlm-packing", "version": 1, ' + bytes(1000))
+    advice = f"give the folder itself: {folder}"
+    for name in (
+        "*.bin",
+        "train-*.bin",
+        "*.documents.bin",
+        "val-00000.bin",
+        "train.documents.bin",
+        "train.packed-8.bin",
+    ):
+        refused(folder / name, advice)
+        refused(folder / name, advice, format="nanogpt", dtype="uint32")
+    refused(tmp_path / "**/*.bin", advice)
+    (tmp_path / "a.bin").write_bytes(struct.pack("<6H", *TOKENS))
+    with pytest.raises(DataError, match=re.escape(advice)):
+        sources.open_sources(DataConfig(path=f"{tmp_path}/a.bin,{folder}/*.bin"), 1000)
+    monkeypatch.chdir(folder)
+    refused("*.bin", "give the folder itself: .")
+    (folder / "manifest.json").unlink()
+    refused(folder / "train-*.bin", advice)
+    loose = tmp_path / "loose"
+    loose.mkdir()
+    for name in ("train-00000.bin", "train.documents.bin", "val.documents.bin", "train.packed-8.bin"):
+        shutil.copy(folder / name, loose)
+    assert open_(loose / "train-*.bin").manifest.splits["train"].tokens
+    for name in ("train.documents.bin", "train.packed-8.bin"):
+        for fields in ({}, {"format": "nanogpt"}, {"format": "olmo", "dtype": "uint32"}):
+            refused(loose / name, name, "holds no tokens", "launch.", **fields)
+            refused(tmp_path / "a.bin", name, "holds no tokens", val_path=str(loose / name))
+    (loose / "my.documents.bin").write_bytes(struct.pack("<6H", *TOKENS))
+    assert tokens_of(open_(loose / "my.documents.bin")) == [TOKENS]
 
 
 # Fingerprint
