@@ -94,6 +94,8 @@ def find(path: str) -> list[pathlib.Path]:
       OSError: a folder cannot be read.
     """
     place = pathlib.Path(remote.local(path) if remote.is_remote(path) else path)
+    if place.exists() and not remote.is_remote(path):  # a store has no such names by accident, and reads all it selects
+        names.check_one_meaning(path)
     found = remote.files(path) if remote.is_remote(path) else _here(place)
     if place.is_dir():
         if (place / "tokenizer" / tokenizers.FILE_NAME).exists():  # its document offsets are no tokens

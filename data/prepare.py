@@ -192,8 +192,14 @@ def make_plan(request: Request, out: pathlib.Path) -> Plan:
 
 
 def _find(request: Request, out: pathlib.Path) -> corpus.Found:
-    own = Output(out).own
-    return corpus.find(request.source, out.parent, kind=request.format, bad_records=request.bad_records, own=own)
+    return corpus.find(
+        request.source,
+        out.parent,
+        kind=request.format,
+        bad_records=request.bad_records,
+        own=Output(out).own,
+        tokenizer=tokenizers.file_of(request.tokenizer),
+    )
 
 
 def _stamps(found: list[corpus.File]) -> dict[pathlib.Path, Stamp]:

@@ -594,6 +594,16 @@ def test_files_of_a_dataset_folder_are_never_taken_for_loose_ones(tmp_path, monk
     assert tokens_of(open_(loose / "my.documents.bin")) == [TOKENS]
 
 
+def test_the_name_of_a_file_that_is_a_pattern_of_others_is_refused(tmp_path):
+    for name in ("*.bin", "a.bin", "b.bin"):
+        (tmp_path / name).write_bytes(struct.pack("<6H", *TOKENS))
+    refused(tmp_path / "*.bin", "selects 2 other file(s)", f"write {tmp_path}/[*].bin for the one")
+    refused(tmp_path / "a.bin", "selects 2 other file(s)", val_path=str(tmp_path / "*.bin"))
+    assert tokens_of(open_(tmp_path / "[*].bin")) == [TOKENS]
+    (tmp_path / "*.bin").unlink()
+    assert tokens_of(open_(tmp_path / "*.bin")) == [TOKENS] * 2
+
+
 # Fingerprint
 
 
