@@ -94,6 +94,17 @@ def opened(root: pathlib.Path, name: str) -> Iterator[tuple[int, str]]:
         os.close(at)
 
 
+# Words
+
+VALIDATION = frozenset({"val", "valid", "validation"})
+TEST = frozenset({"test", "dev", "eval", "evaluation", "holdout", "heldout"})
+
+
+def says(name: str, words: frozenset[str]) -> bool:
+    """Whether one of the words stands in a name by itself, between anything but letters; capitals do not matter."""
+    return not words.isdisjoint(re.split(r"[^a-z]+", name.lower()))
+
+
 # Patterns
 
 

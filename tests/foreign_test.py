@@ -604,6 +604,28 @@ def test_the_name_of_a_file_that_is_a_pattern_of_others_is_refused(tmp_path):
     assert tokens_of(open_(tmp_path / "*.bin")) == [TOKENS] * 2
 
 
+def test_files_named_as_for_tests_train_and_it_is_said(tmp_path, caplog):
+    held_out = ["test.bin", "My-Dev_0001.bin", "eval/a.bin", "b.holdout.bin"]
+    for name in (*held_out, "train.bin", "val.bin", "latest.bin", "device.bin", "contest/a.bin"):
+        (tmp_path / "test" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "test" / name).write_bytes(struct.pack("<6H", *TOKENS))
+    root = tmp_path / "test"  # the folder that was named is meant
+    for path, count in ((f"{root}/**/*.bin", 4), (root, 3), (f"{root}/tes?.bin", 1)):
+        caplog.clear()
+        open_(path)
+        (warning,) = caplog.messages
+        assert (
+            warning.startswith("WARNING") and f"{count} file(s) are named as for tests, and are trained on" in warning
+        )
+        assert (str(root / "test.bin") in warning) == (count < 4) == ("…" not in warning)
+        assert "contest" not in warning and "device" not in warning and "latest" not in warning
+    caplog.clear()
+    for path in (root / "test.bin", f"{root}/train*.bin"):
+        open_(path)
+    open_(f"{root}/t*.bin", val_path=str(root / "test.bin"))
+    assert not caplog.messages
+
+
 # Fingerprint
 
 
