@@ -71,6 +71,7 @@ def find(
     kind: str = "auto",
     bad_records: str = "error",
     own: Sequence[pathlib.Path] = (),
+    tokenizer: pathlib.Path | None = None,
 ) -> Found:
     """The files of `source`, and what was left out of it.
 
@@ -80,6 +81,7 @@ def find(
       kind: of all files, one of recognize.KINDS; 'auto' to look at each.
       bad_records: 'skip' leaves out what cannot be read as text in a folder or a glob; 'error' says what it is.
       own: what the preparation itself writes; passed over.
+      tokenizer: a file that is no text, whatever it holds; left out.
 
     Raises:
       DataError: nothing there, or nothing in it; a file that cannot be looked at, or is not text.
@@ -90,8 +92,12 @@ def find(
     if source == "tinyshakespeare":
         return Found([File("tinyshakespeare.txt", tinyshakespeare(cache))], left_out)
     path = pathlib.Path(source)
-    status = _status(path)
+    status, not_text = _status(path), _status(tokenizer) if tokenizer is not None else None
+    if status is not None:
+        names.check_one_meaning(source)
     if status is not None and not stat.S_ISDIR(status.st_mode):
+        if not_text is not None and os.path.samestat(status, not_text):
+            raise DataError(f"--source={source} is the tokenizer; name the text")
         return Found([_named(path, status, kind)], left_out)
     root, pattern = (path, walk.ALL) if status is not None else names.split(source)
     there = walk.walk(root, pattern, left_out, _skip(own)) if _status(root) is not None else []
@@ -100,10 +106,19 @@ def find(
             f"--source={source} is not a file, a directory or a glob that matches a text, and not one of the corpora "
             f"known by name: python-stdlib, tinyshakespeare. {_told(left_out)}"
         )
+    if not_text is not None:
+        there = [one for one in there if not _is_tokenizer(one, not_text, left_out)]
     files = [file for one in there if (file := _recognized(one, kind, bad_records, left_out)) is not None]
     if not files:
         raise DataError(f"--source={source} holds no text: {_told(left_out) or 'it is empty'}")
     return Found(files, left_out)
+
+
+def named_as_held_out(source: str, files: Sequence[File]) -> list[str]:
+    """Of a folder or a glob, the files that are named as for validation or tests: nothing else tells them apart."""
+    if source in ("python-stdlib", "tinyshakespeare") or os.path.isfile(source):
+        return []
+    return [file.name for file in files if names.says(file.name, names.VALIDATION | names.TEST)]
 
 
 def is_pipe(source: str) -> bool:
@@ -136,11 +151,19 @@ def _recognized(there: walk.Found, kind: str, bad_records: str, left_out: Proble
     try:
         found = recognize.recognize(path, kind)
     except recognize.Refusal as e:
-        if not e.is_media and bad_records == "error":
+        if not e.is_beside and bad_records == "error":
             raise DataError(f"{e}; --bad_records=skip leaves such files out, counted") from None
-        left_out.found("media, left out" if e.is_media else "not text, left out", f"{path} ({e.what})")
+        what = f"{e.what}; {e.advice}" if e.is_beside and not e.is_media else e.what
+        left_out.found("media, left out" if e.is_media else "not text, left out", f"{path} ({what})")
         return None
     return File(there.name, path, found.name, found.compression)
+
+
+def _is_tokenizer(there: walk.Found, tokenizer: os.stat_result, left_out: Problems) -> bool:
+    if there.size != tokenizer.st_size or not os.path.samestat(os.stat(there.path), tokenizer):
+        return False
+    left_out.found("the tokenizer, left out", there.path)
+    return True
 
 
 def _told(left_out: Problems) -> str:

@@ -6,15 +6,17 @@ Nothing here needs JAX: a launcher opens the data, and finds what is wrong with 
 import dataclasses
 import functools
 import itertools
+import logging
 import pathlib
-import re
 from collections.abc import Callable, Iterator
 
 from data import content, foreign, formats, names, remote, tokenizers
 from data.config import DataConfig
 from data.errors import DataError
 
-VALIDATION_WORDS = {"val", "valid", "validation"}
+log = logging.getLogger("meshlm")
+
+MANIFEST_BYTES = 64  # any is longer, and begins with its mark
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +138,7 @@ def _open_foreign(config: DataConfig, path: pathlib.Path, vocab_size: int) -> Da
 def _paths_by_split(config: DataConfig) -> dict[str, list[pathlib.Path]]:
     """Training and validation files; a file that validates never trains."""
     paths = foreign.find(config.path)
+    _refuse_parts_of_datasets(config.path, paths)
     if config.val_path:
         val = foreign.find(config.val_path)
         held_out = {p.resolve() for p in val}
@@ -149,10 +152,41 @@ def _paths_by_split(config: DataConfig) -> dict[str, list[pathlib.Path]]:
             f"all {len(paths)} file(s) of {config.path} are validation files ({paths[0]}); name others with data.path, "
             "or the validation files with data.val_path"
         )
+    _warn_of_tests(config.path, train)
     return {"train": train, "val": val} if val else {"train": train}
+
+
+def _refuse_parts_of_datasets(path: str, found: list[pathlib.Path]) -> None:
+    """Raises DataError for files in a folder of launch.prepare: its manifest says what they are, and which of them
+    train."""
+    for folder in sorted({file.parent for file in found}):
+        name, ours = str(folder), formats.is_dataset(folder) or (folder / "tokenizer" / tokenizers.FILE_NAME).exists()
+        if remote.is_remote(path):  # the cache may have copies of what is not there any more
+            name = remote.original(folder)
+            ours = formats.MARK.match(remote.begins(f"{name}/{formats.MANIFEST}", MANIFEST_BYTES)) is not None
+        if ours:
+            raise DataError(
+                f"{path} names files of {name}, a dataset of launch.prepare; give the folder itself: {name}"
+            )
+
+
+def _warn_of_tests(path: str, train: list[pathlib.Path]) -> None:
+    """What was named file by file is meant."""
+    place = located(path)
+    if place.is_file():
+        return
+    root, _ = foreign.selection(place)
+    if tests := [str(p) for p in train if names.says(_below(p, root).as_posix(), names.TEST)]:
+        log.warning(
+            "WARNING: %s: %d file(s) are named as for tests, and are trained on: %s%s; name the files to train on, for "
+            "example by another glob", path, len(tests), ", ".join(map(repr, tests[:3])), " …" if len(tests) > 3 else "",
+        )  # fmt: skip
 
 
 def _validates(path: pathlib.Path, root: pathlib.Path) -> bool:
     """Whether the name of a file, or of a folder below `root`, says that it is for validation."""
-    below = path.relative_to(root) if path.is_relative_to(root) and path != root else pathlib.Path(path.name)
-    return any(VALIDATION_WORDS & set(re.split(r"[^a-z]+", part.lower())) for part in below.with_suffix("").parts)
+    return any(names.says(part, names.VALIDATION) for part in _below(path, root).with_suffix("").parts)
+
+
+def _below(path: pathlib.Path, root: pathlib.Path) -> pathlib.Path:
+    return path.relative_to(root) if path.is_relative_to(root) and path != root else pathlib.Path(path.name)

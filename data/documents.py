@@ -57,9 +57,16 @@ class Reading:
     raw: bool = False  # text as bytes, whatever they are; of a record, the UTF-8 of its text
 
     @functools.cached_property
-    def quoted_key(self) -> bytes:
-        """As it stands in a line of JSON."""
-        return b'"%s"' % self.text_key.encode(errors="replace")
+    def key_in_json(self) -> re.Pattern[str]:
+        """The text key as JSON may spell it: each character as it is, or as an escape."""
+        return re.compile(f'"{"".join(map(_spellings, self.text_key))}"\\s*:')
+
+
+def _spellings(character: str) -> str:
+    """The pattern of a character in a string of JSON (RFC 8259, section 7)."""
+    units = character.encode("utf-16-be", "surrogatepass").hex(" ", 2).split()  # two of what is beyond U+FFFF
+    short, long = json.dumps(character)[1:-1], "".join(rf"\\u(?i:{unit})" for unit in units)
+    return rf"(?:\\?{re.escape(character)}|{re.escape(short)}|{long})"
 
 
 class Piece(NamedTuple):
@@ -383,6 +390,7 @@ def _of_line(line: bytes | None, place: Place, reading: Reading, problems: Probl
     try:
         text = _decode(line, place, reading)
         record = _parse(text)
+        is_given_twice = _is_given_twice(text, reading)
     except (ValueError, RecursionError) as e:
         _bad("broken JSON", place._replace(note=str(e)[:80]), reading, problems)
         return None
@@ -391,15 +399,19 @@ def _of_line(line: bytes | None, place: Place, reading: Reading, problems: Probl
         note = f"no {reading.text_key!r}; it has: {keys}"
         _bad("record without the text key", place._replace(note=note), reading, problems)
         return None
-    if line.count(reading.quoted_key) > 1 and _is_given_twice(reading.text_key, text):
+    if is_given_twice:
         _bad("record with the text key twice", place, reading, problems)
         return None
     return _of_value(record[reading.text_key], place, reading, problems)
 
 
-def _is_given_twice(key: str, text: str) -> bool:
-    """Whether a JSON object has the key twice itself: of these Python keeps the last."""
-    if len(re.findall(rf'"{re.escape(key)}"\s*:', text)) < 2:
+def _is_given_twice(text: str, reading: Reading) -> bool:
+    """Whether a line is a JSON object that has the text key twice itself: of these Python keeps the last.
+
+    Raises:
+      RecursionError: the line is nested deeper than a decoder with a hook can follow.
+    """
+    if next(itertools.islice(reading.key_in_json.finditer(text), 1, None), None) is None:
         return False
     keys: list[str] = []
 
@@ -407,7 +419,7 @@ def _is_given_twice(key: str, text: str) -> bool:
         keys[:] = [name for name, _ in pairs]  # of the object that ends last, which is the outermost
 
     json.JSONDecoder(object_pairs_hook=note, parse_int=len).decode(text)
-    return keys.count(key) > 1
+    return keys.count(reading.text_key) > 1
 
 
 def _of_value(value: Any, place: Place, reading: Reading, problems: Problems) -> str | bytes | None:

@@ -24,6 +24,7 @@ SUFFIXES = (".bin", ".npy", ".idx")
 LLMC = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
 LLMC_HEADER_BYTES = 1024
 LLMC_OTHERS = {20240522: "an llm.c evaluation file", 20240326: "an llm.c model"}
+DOCUMENTS = ".documents.bin"  # of a dataset of launch.prepare: 64-bit offsets, the first of them 0
 NUMPY_MAGIC = b"\x93NUMPY"
 # Megatron's index, from megatron/core/datasets/indexed_dataset.py.
 MEGATRON_MAGIC = b"MMIDIDX\0\0"
@@ -93,6 +94,8 @@ def find(path: str) -> list[pathlib.Path]:
       OSError: a folder cannot be read.
     """
     place = pathlib.Path(remote.local(path) if remote.is_remote(path) else path)
+    if place.exists() and not remote.is_remote(path):  # a store has no such names by accident, and reads all it selects
+        names.check_one_meaning(path)
     found = remote.files(path) if remote.is_remote(path) else _here(place)
     if place.is_dir():
         if (place / "tokenizer" / tokenizers.FILE_NAME).exists():  # its document offsets are no tokens
@@ -202,7 +205,11 @@ def _head(path: pathlib.Path, count: int) -> bytes:
 
 def _refuse_others(path: pathlib.Path) -> None:
     """Raises DataError for what is no token file, nor the index of one."""
-    if what := not_tokens.kind(_head(path, not_tokens.HEAD_BYTES)):
+    head = _head(path, not_tokens.HEAD_BYTES)
+    what = not_tokens.kind(head)
+    if path.name.endswith(DOCUMENTS) and not any(head[:8]):
+        what = "where the documents of a dataset of launch.prepare begin; name the folder of the dataset"
+    if what:
         raise DataError(f"{path} holds no tokens: it is {what}")
 
 

@@ -62,17 +62,21 @@ def parse_stages(text: str, num_sources: int) -> tuple[Stage, ...]:
 def _counts(stage: Stage) -> np.ndarray:
     """Samples of each source in a block, int64: the largest remainders are rounded up. Raises ValueError."""
     weights = np.array(stage.weights)
-    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
-        raise ValueError(f"data.weights has {stage.weights}; weights are 0 or above, and one is above 0")
-    wanted = weights / weights.sum() * BLOCK
+    with np.errstate(over="ignore"):
+        total = weights.sum()
+    if not ((weights >= 0).all() and 0 < total < np.inf):  # of NaN every comparison is false
+        raise ValueError(
+            f"data.weights has {stage.weights}; weights are 0 or above, one is above 0, and their sum is finite"
+        )
+    wanted = weights / total * BLOCK
     counts = np.floor(wanted).astype(np.int64)
     # Ties go to the source named first.
     largest = np.argsort(counts - wanted, kind="stable")[: BLOCK - counts.sum()]
     counts[largest] += 1
     if (lost := (counts == 0) & (weights > 0)).any():
         raise ValueError(
-            f"data.weights has {weights[lost][0]:g} of {weights.sum():g} for source {int(lost.argmax())}: less than "
-            f"one of the {BLOCK} samples of a block; use 0 or at least {weights.sum() / BLOCK:.2g}"
+            f"data.weights has {weights[lost][0]:g} of {total:g} for source {int(lost.argmax())}: less than "
+            f"one of the {BLOCK} samples of a block; use 0 or at least {total / BLOCK:.2g}"
         )
     return counts
 

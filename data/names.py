@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fnmatch
 import functools
+import glob
 import itertools
 import os
 import pathlib
@@ -93,6 +94,17 @@ def opened(root: pathlib.Path, name: str) -> Iterator[tuple[int, str]]:
         os.close(at)
 
 
+# Words
+
+VALIDATION = frozenset({"val", "valid", "validation"})
+TEST = frozenset({"test", "dev", "eval", "evaluation", "holdout", "heldout"})
+
+
+def says(name: str, words: frozenset[str]) -> bool:
+    """Whether one of the words stands in a name by itself, between anything but letters; capitals do not matter."""
+    return not words.isdisjoint(re.split(r"[^a-z]+", name.lower()))
+
+
 # Patterns
 
 
@@ -171,6 +183,25 @@ def split(pattern: str) -> tuple[pathlib.Path, str]:
     if ".." in below:
         raise DataError(f"{pattern} has '..' after a wildcard; write the folder that is meant")
     return pathlib.Path(*root), "/".join(below)
+
+
+def check_one_meaning(path: str) -> None:
+    """Raises DataError for the name of something that is there, and that as a pattern selects other files, too.
+
+    A pattern that selected nothing when a command wrote to it, as in `> *.txt`, makes such a name.
+    """
+    if not is_pattern(path) or ".." in pathlib.PurePath(path).parts:
+        return
+    root, pattern = split(path)
+    try:
+        others = [root / name for name in find(root, pattern)[0] if root / name != pathlib.Path(path)]
+    except OSError as e:
+        raise DataError(f"cannot read {e.filename}: {e.strerror}") from None
+    if others:
+        raise DataError(
+            f"{path} is there, and as a pattern it selects {len(others)} other file(s), such as {others[0]}; write "
+            f"{glob.escape(path)} for the one, or rename it and write the pattern for the others"
+        )
 
 
 def find(root: pathlib.Path, pattern: str) -> tuple[list[str], int]:

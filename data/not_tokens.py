@@ -17,6 +17,7 @@ KINDS = [
         (rb"(?i)\s*<(!doctype|html|\?xml)", "a web page", "the download was not the file itself: fetch it again"),
         (rb"LITPKDS", "lit-gpt's packed data", "write its tokens alone, without the 24 bytes before them"),
         (rb"MMIDIDX\0", "the index of a Megatron file", "call it .idx and put the tokens beside it as .bin"),
+        (rb'\{"format": "meshlm-packing"', "an index of launch.pack", "name the folder of its dataset"),
         (rb"TNTIDX\0", "an index of fairseq or of an old Megatron", "preprocess again"),
         (rb"\x1f\x8b\x08[\0-\x1f].{4}[\0\2\4][\0-\x0d\xff]", "compressed by gzip", "unpack it"),
         (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", "compressed by zstd", "unpack it"),

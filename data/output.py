@@ -5,8 +5,8 @@
     .NAME.meshlm-replaced     the dataset that was NAME, from when the new one is complete until it is removed
 
 So a kill at any point leaves the old dataset or the new one, and the next preparation of NAME ends what was begun. Only
-a folder with the mark is cleared, only a dataset is replaced, and only files with the names that preparations write
-are ever removed: a folder that holds anything else is refused.
+a folder with the mark is cleared, only a dataset is replaced, and only files that its manifest names, or that have the
+names of an unfinished one's, are ever removed: a folder that holds anything else is refused.
 """
 
 import contextlib
@@ -28,21 +28,22 @@ MARK = "meshlm-unfinished.json"
 FORMAT = "meshlm-unfinished-dataset"
 CHARACTERS, MERGED = "characters.json", "merged.json"  # what is known so far
 _TOKENIZER_FILES = (tokenizers.FILE_NAME, bpe.FILE_NAME, minbpe.FILE_NAME, pieces.FILE_NAME, rank_file.FILE_NAME)
-_JSON_FILES = (MARK, CHARACTERS, MERGED, formats.SUMMARY, formats.MANIFEST)
+_WORKING_FILES = (MARK, CHARACTERS, MERGED)
+_JSON_FILES = (*_WORKING_FILES, formats.SUMMARY, formats.MANIFEST)
 
 
 def _any_of(names: tuple[str, ...]) -> str:
     return "|".join(map(re.escape, names))
 
 
-SHARD, PACKED = re.compile(r"(train|val)-\d+\.bin"), re.compile(r"(train|val)\.packed-\d+\.bin")
+PACKED = re.compile(r"(train|val)\.packed-\d+\.bin")
+PACKED_LOCK = re.compile(r"\.(train|val)\.packed-\d+\.bin\.meshlm-lock")
 # The files that preparations and launch.pack write, in each folder.
 _OWN = {
     "units": re.compile(r"\d+\.(json|hashes|(train|val)\.(tokens|ends))"),
     "tokenizer": re.compile(_any_of(_TOKENIZER_FILES)),
     "": re.compile(
-        r"(train|val)(-\d+|\.documents|\.packed-\d+)\.bin|\.(train|val)\.packed-\d+\.bin\.meshlm-lock|"
-        + _any_of(_JSON_FILES)
+        rf"(train|val)(-\d+|\.documents)\.bin|{PACKED.pattern}|{PACKED_LOCK.pattern}|{_any_of(_JSON_FILES)}"
     ),
 }
 
@@ -208,30 +209,53 @@ def _files(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Path]
     """What lies in a folder of ours: the files that preparations write, and everything else."""
     own: list[pathlib.Path] = []
     others: list[pathlib.Path] = []
-    shards = _shards(folder)
-    for name, pattern in _OWN.items():
+    named, unfinished = _named(folder), is_unfinished(folder)
+    for name in _OWN:
         inside = folder / name
         if name and (inside.is_symlink() or not inside.is_dir()):
             continue
         for entry in os.scandir(inside):
             if not name and entry.name in _OWN and entry.is_dir(follow_symlinks=False):
                 continue
-            half = files.WRITING.fullmatch(entry.name)
-            known = pattern.fullmatch(half[1] if half else entry.name) and entry.is_file(follow_symlinks=False)
-            if known and SHARD.fullmatch(entry.name) and shards is not None:
-                known = entry.name in shards
-            elif known and PACKED.fullmatch(entry.name):
-                known = packing.is_index(pathlib.Path(entry.path))
+            known = entry.is_file(follow_symlinks=False) and _is_ours(pathlib.Path(entry.path), name, named, unfinished)
             (own if known else others).append(pathlib.Path(entry.path))
     return own, others
 
 
-def _shards(folder: pathlib.Path) -> set[str] | None:
-    """Those of a finished dataset; None when nobody can say, because it is not finished, or damaged."""
+def _is_ours(path: pathlib.Path, folder: str, named: set[str] | None, unfinished: bool) -> bool:
+    """Whether a file has the name of one of ours, and nothing says that it is another's.
+
+    Args:
+      folder: in which it lies, a key of _OWN.
+      named: see _named.
+      unfinished: whether the mark is there, so that there may be files that a complete dataset does not have.
+    """
+    half = files.WRITING.fullmatch(path.name)
+    whole = half[1] if half else path.name
+    if not _OWN[folder].fullmatch(whole):
+        return False
+    if PACKED.fullmatch(path.name):
+        return packing.is_index(path)
+    if named is None or PACKED.fullmatch(whole) or PACKED_LOCK.fullmatch(whole):
+        return True
+    working = half or folder == "units" or whole in _WORKING_FILES
+    return bool(unfinished and working) or f"{folder}/{path.name}".removeprefix("/") in named
+
+
+def _named(folder: pathlib.Path) -> set[str] | None:
+    """The files that the manifest of a complete dataset names (of an earlier version's: those it may have); None when
+    nobody can say, because there is no manifest, or it is damaged."""
     try:
-        return {shard.file for split in formats.read_manifest(folder).splits.values() for shard in split.shards}
+        manifest = formats.read_manifest(folder)
     except (FileNotFoundError, DataError):
         return None
+    shards = {shard.file for split in manifest.splits.values() for shard in split.shards}
+    others = manifest.files or {
+        formats.SUMMARY,
+        *(f"{split}.documents.bin" for split in manifest.splits),
+        *(f"tokenizer/{name}" for name in _TOKENIZER_FILES),
+    }
+    return {formats.MANIFEST, *shards, *others}
 
 
 def _is_half_written(path: pathlib.Path) -> bool:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import pathlib
@@ -24,6 +25,8 @@ from data.output import CHARACTERS, Output, read_note, start_again
 from data.pool import Pool, cores
 from data.problems import Problems
 from data.vocabulary import check_special_tokens
+
+log = logging.getLogger("meshlm")
 
 INLINE_BYTES = 32 << 20  # a corpus up to this size is done in this process: workers take longer to start
 SPLITS = ("auto", "last", "file", "document")
@@ -174,6 +177,12 @@ def read_summary(out: pathlib.Path) -> dict[str, Any]:
 def make_plan(request: Request, out: pathlib.Path) -> Plan:
     """Finds the files and cuts them. Raises DataError. `out`: the dataset; a download is kept beside it."""
     found, left_out = _find(request, out)
+    if named := corpus.named_as_held_out(request.source, found):
+        log.warning(
+            "WARNING: %d file(s) are named as for validation or tests, and are trained on as all others are, but for "
+            "what --val_fraction takes: %s%s; name the files to train on, for example by a glob",
+            len(named), ", ".join(map(repr, named[:3])), " …" if len(named) > 3 else "",
+        )  # fmt: skip
     stamps = _stamps(found)
     one_text = len(found) == 1 and found[0].kind == "text"
     split = request.split
@@ -192,8 +201,14 @@ def make_plan(request: Request, out: pathlib.Path) -> Plan:
 
 
 def _find(request: Request, out: pathlib.Path) -> corpus.Found:
-    own = Output(out).own
-    return corpus.find(request.source, out.parent, kind=request.format, bad_records=request.bad_records, own=own)
+    return corpus.find(
+        request.source,
+        out.parent,
+        kind=request.format,
+        bad_records=request.bad_records,
+        own=Output(out).own,
+        tokenizer=tokenizers.file_of(request.tokenizer),
+    )
 
 
 def _stamps(found: list[corpus.File]) -> dict[pathlib.Path, Stamp]:

@@ -33,6 +33,7 @@ RECORD_SUFFIXES = {".jsonl": JSONL, ".ndjson": JSONL, ".jl": JSONL, ".parquet": 
 
 UNPACK = "unpack it (gzip and zstd need not be)"
 TO_RECORDS = "convert it to JSON lines or Parquet"
+TO_LINES = "write one record a line, for example with jq -c ."
 TO_UTF8 = "convert it with iconv -t UTF-8"
 TOKENS = "launch.train reads token files itself: --config.data.path"
 NO_TEXT = "leave it out"
@@ -53,6 +54,12 @@ REFUSED_TEXT = (
         "a pickle, which is never opened",
         TO_RECORDS,
     ),
+)
+# Of tokenizers that are text themselves: minbpe's, tiktoken's (single bytes first), merges.txt, tokenizer.json.
+TOKENIZERS = (
+    rb"minbpe v\d+\r?\n|([A-Za-z0-9+/]{2}== \d+\r?\n){8}|#version: \d[^\n]*\n(\S+ \S+\r?\n){3}",
+    rb'\{\s*"version"\s*:\s*"[^"]*"\s*,\s*"truncation"\s*:',
+    rb'\{(?=\s*")(?=.*(?<!\\)"added_tokens"\s*:)(?=.*(?<!\\)"(pre_tokenizer|model)"\s*:)',
 )
 # The same of files that hold bytes which no text has; text may begin with the letters of any of them.
 REFUSED = (
@@ -143,11 +150,13 @@ _REFUSED_TEXT, _REFUSED = (
     [(re.compile(pattern, re.DOTALL), what, advice) for pattern, what, advice in table]
     for table in (REFUSED_TEXT, REFUSED)
 )
+_TOKENIZERS = [re.compile(pattern, re.DOTALL) for pattern in TOKENIZERS]
 _NOT_OF_TEXT = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")
 _MEDIA = [(re.compile(pattern, re.DOTALL), what) for pattern, what in MEDIA]
 _BEGINS_OBJECT = re.compile(rb'\s*\{\s*("([^"\\]|\\.)*"\s*:|\})')
 _BEGINS_ARRAY = re.compile(rb'\s*\[\s*\{\s*("([^"\\]|\\.)*"\s*:|\})')
 _BEGINS_JSON_ARRAY = re.compile(rb'\s*\[\s*[\[{"]')  # of what may be texts, in a file that is named .json
+_BEGINS_VALUES = re.compile(rb"\s*\[\s*((-?\d[\d.eE+-]*|true|false|null)\s*[,\]]|\])")  # an array of anything else
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -157,11 +166,13 @@ class Kind:
 
 
 class Refusal(DataError):
-    """A file that holds no text. `what` it is; `is_media`: images, sound, fonts and programs, as lie beside text."""
+    """A file that holds no text. `what` it is; `is_media`: images, sound, fonts and programs; `is_beside`: these and
+    others that lie beside text, so that a folder is read without them."""
 
-    def __init__(self, path: pathlib.Path, what: str, advice: str, is_media: bool = False):
+    def __init__(self, path: pathlib.Path, what: str, advice: str, is_media: bool = False, is_beside: bool = False):
         super().__init__(f"{path} is {what}; {advice}, or say --format=text to take it as it is")
-        self.what, self.is_media = what, is_media
+        self.what, self.advice = what, advice
+        self.is_media, self.is_beside = is_media, is_media or is_beside
 
 
 def recognize(path: pathlib.Path, asked: str = "auto") -> Kind:
@@ -209,7 +220,11 @@ def _kind(path: pathlib.Path, suffix: str, head: bytes, is_whole: bool, compress
     if head.startswith(b"PAR1") and is_binary:
         return PARQUET
     if suffix in RECORD_SUFFIXES:
+        if RECORD_SUFFIXES[suffix] == JSONL and _is_over_several_lines(head):
+            raise Refusal(path, "JSON over several lines", TO_LINES)
         return RECORD_SUFFIXES[suffix]
+    if any(pattern.match(head.removeprefix(codecs.BOM_UTF8).lstrip()) for pattern in _TOKENIZERS):
+        raise Refusal(path, "a tokenizer", NO_TEXT, is_beside=True)
     if suffix in REFUSED_SUFFIXES:
         raise Refusal(path, *REFUSED_SUFFIXES[suffix])
     if wrong > MAX_WRONG or head.count(0) > MAX_NUL * max(len(head), FEW_BYTES):
@@ -230,6 +245,8 @@ def _text_or_records(path: pathlib.Path, suffix: str, head: bytes, is_whole: boo
         raise Refusal(path, "a JSON array", "write one record a line, for example with jq -c '.[]'")
     if is_json and _is_one_of_many(head):
         raise Refusal(path, "JSON objects that are not one a line", "write them so, for example with jq -c .")
+    if is_json and (_BEGINS_OBJECT.match(head) or _BEGINS_VALUES.match(head)):
+        raise Refusal(path, "one JSON value, and not a record a line", TO_LINES, is_beside=True)
     if objects and (all(objects) or any(a and b for a, b in itertools.pairwise(objects))):
         raise Refusal(path, "text that looks like JSON lines", "say --format=jsonl if it is")
     return TEXT
@@ -255,6 +272,18 @@ def _is_one_of_many(head: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return isinstance(first, dict | str) and text[end:].lstrip()[:1] in ("{", '"', "[", ",")
+
+
+def _is_over_several_lines(head: bytes) -> bool:
+    """Whether the first value has a newline in it, which a JSON line never has; strings have none."""
+    text = head.decode("utf-8-sig", "replace").lstrip()
+    if text.partition("\n")[0].rstrip() in ("{", "["):
+        return True
+    try:
+        _, end = json.JSONDecoder(parse_int=len).raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return "\n" in text[:end]
 
 
 def _share_wrong(head: bytes) -> float:

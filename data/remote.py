@@ -87,6 +87,19 @@ def files(path: str) -> list[pathlib.Path]:
     return _copies[path]
 
 
+def original(copy: pathlib.Path) -> str:
+    """Of a copy, or of a folder of copies, the path in its store."""
+    _, scheme, *below = copy.relative_to(cache_folder()).parts
+    return f"{scheme}://{'/'.join(below)}"
+
+
+def begins(path: str, count: int) -> bytes:
+    """The first bytes of an object; nothing if it is not there, or has fewer. Raises DataError."""
+    scheme, bucket, key = parse(path)
+    found = _read(_open(scheme, bucket, path), os.fsencode(key), path, slice(0, count))
+    return found.value if found is not None and found.state == "value" else b""
+
+
 _copies: dict[str, list[pathlib.Path]] = {}  # of each path that `local` has fetched
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "JsonTokenizer",
     "Tokenizer",
     "code_points",
+    "file_of",
     "load",
     "make",
     "needs_texts",
@@ -123,12 +124,18 @@ def _bpe(spec: str) -> tuple[int, str] | None:
     return int(size), pattern
 
 
-def _from_path(spec: str, names: list[str], eos: bool) -> Tokenizer:
+def file_of(spec: str) -> pathlib.Path | None:
+    """The file of a tokenizer there is already; None for one that is made here. Raises DataError when it is missing."""
+    return None if spec in KINDS or needs_texts(spec) else _located(spec)[0]
+
+
+def _located(spec: str) -> tuple[pathlib.Path, str]:
+    """The file that is meant, and the pattern behind its name. Raises DataError."""
     path = pathlib.Path(spec)
     if path.is_dir():
         for folder in (path, path / "tokenizer"):
             if (folder / FILE_NAME).exists():
-                return _with_specials(load(folder), str(folder / FILE_NAME), names, eos)
+                return folder / FILE_NAME, ""
         found = [path / name for name in STANDARD_NAMES if (path / name).is_file()]
         if not found:
             raise DataError(f"{path} holds no tokenizer; {EXPECTED}")
@@ -139,6 +146,13 @@ def _from_path(spec: str, names: list[str], eos: bool) -> Tokenizer:
         path = pathlib.Path(name)
     if not path.is_file():
         raise DataError(f"there is no tokenizer {spec}; {EXPECTED}")
+    return path, pattern
+
+
+def _from_path(spec: str, names: list[str], eos: bool) -> Tokenizer:
+    path, pattern = _located(spec)
+    if path.name == FILE_NAME and pathlib.Path(spec).is_dir():
+        return _with_specials(load(path.parent), str(path), names, eos)
     raw = _read(path)
     kind, wanted = FILE_KINDS[_kind(raw, path)], names[0] if names else None
     if issubclass(kind, RankTokenizer):

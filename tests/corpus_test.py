@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import corpus, formats
+from data import corpus, formats, prepare, tokenizers
 from data.errors import DataError
 
 
@@ -74,7 +74,7 @@ def test_glob_that_matches_a_file_in_several_ways_reads_it_once(texts, tmp_path)
 
 
 def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path):
-    write(tmp_path, {"[draft].txt": "mine", "d.txt": "other"})
+    write(tmp_path, {"[draft].txt": "mine", "x.txt": "other"})
     assert names(tmp_path / "[draft].txt", tmp_path) == ["[draft].txt"]
 
 
@@ -485,3 +485,55 @@ def test_split_is_never_far_off_where_there_is_a_better_one(sizes, val_fraction)
     assert abs(share - val_fraction) <= max(best, smaller) + 1e-9
     if 2 * max(sizes) > sum(sizes) and smaller < 0.25:  # the largest file goes to the larger side
         assert (share < 0.5) == (val_fraction < 0.5)
+
+
+def test_json_and_tokenizers_beside_text_are_left_out_and_counted(tmp_path):
+    texts = {"a.txt": "a text", "package.json": '{\n "name": "x"\n}\n', "b.jsonl": '{"text": "x"}'}
+    folder = write(
+        tmp_path / "texts", {**texts, "mine.json": '{"added_tokens": [], "model": 1}', "t.txt": "any tokenizer"}
+    )
+    for tokenizer in (folder / "t.txt", tmp_path / "link"):
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to("texts/t.txt")
+        for kind, source in (("auto", folder), ("auto", folder / "*"), ("text", folder)):
+            found = corpus.find(str(source), tmp_path, kind=kind, tokenizer=tokenizer)
+            assert "t.txt" not in [file.name for file in found.files]
+            assert found.left_out.counts["the tokenizer, left out"] == 1
+            if kind == "auto":
+                assert [file.name for file in found.files] == ["a.txt", "b.jsonl"]
+                assert found.left_out.counts["not text, left out"] == 2
+                assert "jq -c ." in str(found.left_out.examples)
+    with pytest.raises(DataError, match="is the tokenizer; name the text"):
+        corpus.find(str(folder / "t.txt"), tmp_path, kind="text", tokenizer=tmp_path / "link")
+    with pytest.raises(DataError, match=r"package\.json is one JSON value.*jq -c"):
+        corpus.find(str(folder / "package.json"), tmp_path)
+    (folder / "c.jsonl").write_text('{\n "text": "x"\n}\n')  # what is named as records is missed
+    with pytest.raises(DataError, match=r"c\.jsonl is JSON over several lines.*--bad_records=skip"):
+        corpus.find(str(folder), tmp_path)
+
+
+def test_a_tokenizer_is_not_trained_on_with_itself(tmp_path):
+    folder = write(tmp_path / "own", {f"{i}.txt": f"document number {i} with text {i * i}" for i in range(30)})
+    (folder / "set").mkdir()
+    raw = tokenizers.make("bpe:300", ["a text of some words"] * 9).file()[1]
+    for name in ("tok.json", "set/tokenizer.json", "copy.txt"):
+        (folder / name).write_bytes(raw)
+    for spec in ("tok.json", "set"):
+        manifest = prepare.prepare(tmp_path / f"out {spec}", source=str(folder), tokenizer=str(folder / spec))
+        assert sum(split.documents for split in manifest.splits.values()) == 30
+        left_out = prepare.read_summary(tmp_path / f"out {spec}")["left_out"]["counts"]
+        assert left_out == {"the tokenizer, left out": 1, "not text, left out": 2}
+
+
+@pytest.mark.parametrize("name", ["*.txt", "?.txt", "[ab].txt", "d*/a.txt", "a[b].txt"])
+def test_the_name_of_a_file_that_is_a_pattern_of_others_is_refused(tmp_path, name):
+    folder = write(tmp_path / "gl", {name: "oops"})
+    (meant,) = corpus.find(f"{folder}/{name}", tmp_path).files  # it alone is no doubt
+    assert meant.path == folder / name
+    write(folder, {"a.txt": "1", "b.txt": "2", "ab.txt": "3", "d/a.txt": "4"})
+    with pytest.raises(DataError, match=r"as a pattern it selects \d other file\(s\), such as .*; write ") as e:
+        corpus.find(f"{folder}/{name}", tmp_path)
+    escaped = str(e.value).split("; write ")[1].split(" for the one")[0]
+    assert [file.path for file in corpus.find(escaped, tmp_path).files] == [folder / name]
+    (folder / name).rename(folder / "renamed")
+    assert corpus.find(f"{folder}/{name}", tmp_path).files

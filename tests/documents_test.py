@@ -1,6 +1,7 @@
 """Bad input is named by file and place, counted, and never swallowed; what can be read is read whole."""
 
 import gzip
+import itertools
 import json
 import pathlib
 import re
@@ -63,6 +64,8 @@ GOOD, LAST = {"text": "good"}, {"text": "last"}
         ({"text": ["a"]}, "text that is no string", "list"),
         (b'{"text": "first", "text": "second"}', "record with the text key twice", ""),
         (b'{"text": "a long one", "a": {"text": 1}, "text" : ""}', "record with the text key twice", ""),
+        (b'{"te\\u0078t": "first", "text": "second"}', "record with the text key twice", ""),
+        (b'{"\\u0074\\u0065\\u0078\\u0074": 1, "a": 2, "tex\\u0074" :"second"}', "record with the text key twice", ""),
     ],
 )
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst", "ndjson"])
@@ -77,6 +80,28 @@ def test_a_bad_record_stops_or_is_skipped_and_counted(bad, kind, named, suffix, 
     assert texts == ["good", "last"]
     assert problems.counts == {kind: 2}
     assert [f"{path} line {n}" in where for n, where in zip((2, 4), problems.examples[kind], strict=True)] == [True] * 2
+
+
+@pytest.mark.parametrize("key", ["text", 'a "b" \\/', "\n\t", "Ünï", "\U0001d11e", "a\u2028.*"])
+def test_any_spelling_of_a_key_is_that_key(key, tmp_path):
+    escaped = "".join(f"\\u{unit}" for unit in key.encode("utf-16-be").hex(" ", 2).split())
+    spellings = [json.dumps(key), json.dumps(key, ensure_ascii=False), json.dumps(key).replace("/", "\\/")]
+    spellings += [f'"{escaped}"', f'"{escaped.upper()}"'.replace("U", "u")]
+    for one, other in itertools.product(spellings, spellings):
+        (tmp_path / "a.jsonl").write_text(
+            f'{{{one}: "a", {other} : "b"}}\n{{{one}: "c", "d": {{{other}: 1}}}}', "utf-8"
+        )
+        texts, problems = read(tmp_path / "a.jsonl", text_key=key, **SKIP)
+        assert texts == ["c"] and problems.counts == {"record with the text key twice": 1}
+
+
+def test_records_of_any_depth_are_read_or_broken(tmp_path):
+    """The second look at a line, for a key given twice, goes a little less deep than the first."""
+    for depth in range(960, 1010):
+        value = "[" * depth + "{}" + "]" * depth
+        (tmp_path / "a.jsonl").write_bytes(lines(f'{{"text": "a", "m": {{"text": {value}}}}}'.encode(), LAST))
+        texts, problems = read(tmp_path / "a.jsonl", **SKIP)
+        assert (texts, problems.counts) in ((["a", "last"], {}), (["last"], {"broken JSON": 1})), depth
 
 
 def test_other_places_of_the_text_key_are_not_the_key(tmp_path):

@@ -9,6 +9,7 @@ import os
 import pathlib
 import pickle
 import random
+import re
 import shutil
 import signal
 import struct
@@ -24,7 +25,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import content, dataset, ends, foreign, widths
+from data import content, dataset, ends, foreign, sources, widths
 from data.config import DataConfig
 from data.errors import DataError, UserError
 from data.loader import TokenWindows
@@ -556,6 +557,73 @@ def test_a_dataset_folder_is_never_taken_for_loose_files(tmp_path):
     refused(folder, "meshlm dataset", format="nanogpt")
     (folder / "manifest.json").unlink()
     refused(folder, "meshlm dataset")
+
+
+def test_files_of_a_dataset_folder_are_never_taken_for_loose_ones(tmp_path, monkeypatch):
+    folder = runs.dataset(tmp_path)
+    (folder / "train.packed-8.bin").write_bytes(b'{"format": "meshlm-packing", "version": 1, ' + bytes(1000))
+    advice = f"give the folder itself: {folder}"
+    for name in (
+        "*.bin",
+        "train-*.bin",
+        "*.documents.bin",
+        "val-00000.bin",
+        "train.documents.bin",
+        "train.packed-8.bin",
+    ):
+        refused(folder / name, advice)
+        refused(folder / name, advice, format="nanogpt", dtype="uint32")
+    refused(tmp_path / "**/*.bin", advice)
+    (tmp_path / "a.bin").write_bytes(struct.pack("<6H", *TOKENS))
+    with pytest.raises(DataError, match=re.escape(advice)):
+        sources.open_sources(DataConfig(path=f"{tmp_path}/a.bin,{folder}/*.bin"), 1000)
+    monkeypatch.chdir(folder)
+    refused("*.bin", "give the folder itself: .")
+    (folder / "manifest.json").unlink()
+    refused(folder / "train-*.bin", advice)
+    loose = tmp_path / "loose"
+    loose.mkdir()
+    for name in ("train-00000.bin", "train.documents.bin", "val.documents.bin", "train.packed-8.bin"):
+        shutil.copy(folder / name, loose)
+    assert open_(loose / "train-*.bin").manifest.splits["train"].tokens
+    for name in ("train.documents.bin", "train.packed-8.bin"):
+        for fields in ({}, {"format": "nanogpt"}, {"format": "olmo", "dtype": "uint32"}):
+            refused(loose / name, name, "holds no tokens", "launch.", **fields)
+            refused(tmp_path / "a.bin", name, "holds no tokens", val_path=str(loose / name))
+    (loose / "my.documents.bin").write_bytes(struct.pack("<6H", *TOKENS))
+    assert tokens_of(open_(loose / "my.documents.bin")) == [TOKENS]
+
+
+def test_the_name_of_a_file_that_is_a_pattern_of_others_is_refused(tmp_path):
+    for name in ("*.bin", "a.bin", "b.bin"):
+        (tmp_path / name).write_bytes(struct.pack("<6H", *TOKENS))
+    refused(tmp_path / "*.bin", "selects 2 other file(s)", f"write {tmp_path}/[*].bin for the one")
+    refused(tmp_path / "a.bin", "selects 2 other file(s)", val_path=str(tmp_path / "*.bin"))
+    assert tokens_of(open_(tmp_path / "[*].bin")) == [TOKENS]
+    (tmp_path / "*.bin").unlink()
+    assert tokens_of(open_(tmp_path / "*.bin")) == [TOKENS] * 2
+
+
+def test_files_named_as_for_tests_train_and_it_is_said(tmp_path, caplog):
+    held_out = ["test.bin", "My-Dev_0001.bin", "eval/a.bin", "b.holdout.bin"]
+    for name in (*held_out, "train.bin", "val.bin", "latest.bin", "device.bin", "contest/a.bin"):
+        (tmp_path / "test" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "test" / name).write_bytes(struct.pack("<6H", *TOKENS))
+    root = tmp_path / "test"  # the folder that was named is meant
+    for path, count in ((f"{root}/**/*.bin", 4), (root, 3), (f"{root}/tes?.bin", 1)):
+        caplog.clear()
+        open_(path)
+        (warning,) = caplog.messages
+        assert (
+            warning.startswith("WARNING") and f"{count} file(s) are named as for tests, and are trained on" in warning
+        )
+        assert (str(root / "test.bin") in warning) == (count < 4) == ("…" not in warning)
+        assert "contest" not in warning and "device" not in warning and "latest" not in warning
+    caplog.clear()
+    for path in (root / "test.bin", f"{root}/train*.bin"):
+        open_(path)
+    open_(f"{root}/t*.bin", val_path=str(root / "test.bin"))
+    assert not caplog.messages
 
 
 # Fingerprint

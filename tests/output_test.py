@@ -1,10 +1,12 @@
 """A dataset gets its name whole, one process at a time, and nothing that is not a preparation's own is touched."""
 
+import dataclasses
 import itertools
 import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -474,12 +476,38 @@ def test_a_dataset_inside_its_source_is_the_same_after_a_kill(source):
     assert prepare.read_summary(source / "sets/more")["left_out"]["counts"] == {"dataset, left out": 1}
 
 
-@pytest.mark.parametrize("name", ["train-00042.bin", "val-00007.bin", "val.packed-7.bin"])
-def test_files_named_as_ours_in_a_dataset_are_not_ours(tmp_path, name):
+OF_DATASETS = ["train-00042.bin", "val-00007.bin", "val.packed-7.bin", "tokenizer/tokenizer.json",
+               "tokenizer/tokenizer.model", "tokenizer/ranks.tiktoken", "tokenizer/minbpe.model"]  # fmt: skip
+OF_UNFINISHED = ["characters.json", "merged.json", output.MARK, "units/000000.json", f"summary.json.writing-{'0' * 16}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "complete"), [(n, True) for n in OF_DATASETS + OF_UNFINISHED] + [(n, False) for n in OF_DATASETS]
+)
+def test_files_named_as_ours_in_a_dataset_are_not_ours(tmp_path, name, complete):
+    """Nor in one that is not `complete`, but was killed before it had its name."""
     source = tmp_path / "a.txt"
     source.write_text("some words of a text\n" * 40)
-    prepare.prepare(tmp_path / "out", source=str(source), tokenizer="char")
-    (tmp_path / "out" / name).write_bytes(b"of somebody")
-    with pytest.raises(DataError, match=name):
-        prepare.prepare(tmp_path / "out", source=str(source), tokenizer="byte", overwrite=True)
-    assert (tmp_path / "out" / name).read_bytes() == b"of somebody"
+    run(tmp_path / "out", source, "char")
+    folder = tmp_path / "out"
+    if not complete:
+        folder = folder.rename(tmp_path / "out.partial")
+        output.Output(tmp_path / "other").begin("of another request")
+        mark = json.loads((tmp_path / "other.partial" / output.MARK).read_text())
+        (folder / output.MARK).write_text(json.dumps(mark | {"folder": folder.stat().st_ino}))
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"of somebody")
+    before = contents(tmp_path)
+    with pytest.raises(DataError, match=f"{re.escape(name)}.*would be lost"):
+        run(tmp_path / "out", source, "byte", overwrite=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_dataset_of_an_earlier_version_is_replaced(source, place):
+    """Its manifest names no files but the shards."""
+    out = place / "out"
+    run(out, source, "bpe:300")
+    manifest = dataclasses.replace(formats.read_manifest(out), files={})
+    (out / formats.MANIFEST).write_text(manifest.to_json())
+    run(out, source, "char", overwrite=True)
+    assert not (out / "tokenizer/tokenizer.json").exists()

@@ -781,3 +781,18 @@ def test_a_finished_dataset_is_not_the_same_when_its_source_has_changed(folder, 
     folder.rename(tmp_path / "moved away")
     run(tmp_path / "out", folder)
     assert contents(tmp_path / "out") == before
+
+
+def test_files_named_as_held_out_are_trained_on_and_it_is_said(tmp_path, caplog):
+    source = tmp_path / "test"
+    (source / "dev").mkdir(parents=True)
+    for name in ("train.jsonl", "validation.jsonl", "test-00000-of-00001.jsonl", "dev/a.jsonl", "contest.jsonl"):
+        (source / name).write_text(json.dumps({"text": name}))
+    manifest = run(tmp_path / "out", source)
+    assert sum(split.documents for split in manifest.splits.values()) == 5
+    (warning,) = caplog.messages
+    assert all(part in warning for part in ("WARNING: 3 file(s)", "dev/a.jsonl", "test-00000", "validation", "a glob"))
+    caplog.clear()
+    run(tmp_path / "one", source / "test-00000-of-00001.jsonl", val_fraction=0)
+    run(tmp_path / "named", source / "t*n.jsonl", val_fraction=0)
+    assert not caplog.messages

@@ -1,5 +1,6 @@
 """What a file is shows in its bytes: records are never read as one text, and what is no text is refused by its name."""
 
+import base64
 import bz2
 import gzip
 import io
@@ -64,8 +65,10 @@ def told(folder: pathlib.Path, name: str, raw: bytes, asked: str = "auto") -> re
         ("a.json", HUGE, "jsonl"),
         ("a.json", DEEP, "jsonl"),
         ("a.json", RECORD + b"broken\n", "jsonl"),
-        ("a.json", PRETTY, "text"),
-        ("a.json", b"[1, 2]", "text"),
+        ("a.txt", PRETTY, "text"),
+        ("a.j2", b'{\n  "name": {{ name }}\n}\n', "text"),
+        ("a.json", b"{{ cookiecutter }}\n", "text"),
+        ("a.c", b"{\n  int x;\n}\n", "text"),
         ("a.json", b'"a string"', "text"),
         ("a.json", PROSE, "text"),
         ("a.jsonl", b"not json", "jsonl"),
@@ -340,3 +343,53 @@ def test_records_of_other_shapes_are_never_one_text(tmp_path, name, raw):
 def test_text_may_begin_with_the_letters_of_any_format(tmp_path, name, letters):
     assert told(tmp_path, name, f"{letters} stand here\nat the beginning of a text.\n".encode()).name == "text"
     assert told(tmp_path, name, f"{letters}’s a word, é.\n".encode()).name == "text"
+
+
+RANKS = b"".join(b"%s== %d\n" % (base64.b64encode(bytes([33 + i]))[:2], i) for i in range(8))
+ADDED = {"added_tokens": [{"id": 0, "content": "a long name of a token " * 5000}], "model": {"type": "BPE"}}
+TOKENIZERS = {
+    "tokenizer.json": json.dumps({"version": "1.0", "truncation": None, **ADDED}).encode(),
+    "tokenizer.json of two lines": b"\n" + json.dumps({"added_tokens": [], "pre_tokenizer": None}, indent=2).encode(),
+    "minbpe": b"minbpe v1\n\n0\n32 116\n",
+    "ranks": RANKS,
+    "merges": b"#version: 0.2\n" + "Ġ t\nĠ a\nh e\n".encode(),
+}
+JSON_VALUES = [PRETTY, b"\xef\xbb\xbf" + PRETTY, b"[1, 2]", b"[]", b'{\n "text": "cut', b"[true,\n", b'{\n"a": 1, //\n',
+               b'{\n "a": "' + b"a long text " * 9000 + b'"\n}', b"[-1.5e3,\n" + b"1,\n" * 60_000 + b"1]"]  # fmt: skip
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize("what", TOKENIZERS)
+@pytest.mark.parametrize("name", ["a.json", "a.txt", "a", "a.model"])
+def test_tokenizers_are_no_text(what, name, packed, tmp_path):
+    with pytest.raises(recognize.Refusal, match=r"a tokenizer.*--format=text") as e:
+        told(tmp_path, name + packed, PACK[packed](TOKENIZERS[what]))
+    assert e.value.is_beside and not e.value.is_media
+
+
+def test_records_and_prose_about_tokenizers_are_read(tmp_path):
+    record = {"text": json.dumps(ADDED), "version": "1.0", "truncation": None}
+    assert told(tmp_path, "a.json", json.dumps(record).encode() + b"\n").name == "jsonl"
+    texts = ["minbpe v1 is a program", "#version: 3 of a text\n\nBy me\n", "Text== 0\n", "apples 0\noranges 1\n" * 9]
+    for text in texts:
+        assert told(tmp_path, "a.txt", text.encode()).name == "text"
+
+
+@pytest.mark.parametrize("packed", ["", ".zst"])
+@pytest.mark.parametrize("raw", JSON_VALUES)
+def test_one_json_value_is_no_text(raw, packed, tmp_path):
+    """Whole, cut off, or longer than what is looked at. Under another name it stays what it was."""
+    with pytest.raises(recognize.Refusal, match=r"JSON.*jq -c \..*--format=text") as e:
+        told(tmp_path, "a.json" + packed, PACK[packed](raw))
+    assert e.value.is_beside
+    assert told(tmp_path, "a.txt" + packed, PACK[packed](raw)).name == "text"
+
+
+@pytest.mark.parametrize("raw", [PRETTY, b"[\n" + PRETTY + b"]", b"\n{\r\n", b'{"a":\n1}', b"[" + RECORD + b"]"])
+def test_json_lines_that_are_not_lines(raw, tmp_path):
+    for name in ("a.jsonl", "a.ndjson", "a.jl"):
+        with pytest.raises(recognize.Refusal, match=r"JSON over several lines; .*jq -c \.") as e:
+            told(tmp_path, name, raw)
+        assert not e.value.is_beside
+    for lines in (RECORD * 2, b'{"text": "cut\n' + RECORD, LONG, DEEP, b"[1]\n[2]\n"):
+        assert told(tmp_path, "a.jsonl", lines).name == "jsonl"

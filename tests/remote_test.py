@@ -260,6 +260,21 @@ def test_keys_of_any_characters(store):
     assert contents(folder) == {key.removeprefix("set/"): content for key, content in store.objects.items()}
 
 
+@schemes
+def test_files_of_a_dataset_in_a_store_are_never_taken_for_loose_ones(scheme, store, tmp_path):
+    """By what the store has now: a manifest that the cache has kept says nothing."""
+    path = f"{scheme}://a-bucket/sets/dataset"
+    for name, content in contents(runs.dataset(tmp_path)).items():
+        store.put(f"sets/dataset/{name}", content)
+    for pattern in ("*.bin", "train-*.bin", "val-00000.bin"):
+        with pytest.raises(DataError, match=f"give the folder itself: {path}$"):
+            sources.open_sources(DataConfig(path=f"{path}/{pattern}"), 60_000)
+    sources.open_sources(DataConfig(path=path))
+    del store.objects["sets/dataset/manifest.json"]
+    remote.local.cache_clear()
+    assert sources.open_sources(DataConfig(path=f"{path}/train-*.bin"), 60_000)
+
+
 def test_a_run_from_a_store_is_that_from_the_folder(store, tmp_path):
     """And a mixture of a store and a folder opens."""
     folder = runs.dataset(tmp_path)
