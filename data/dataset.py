@@ -177,9 +177,10 @@ def _warn_of_tests(path: str, train: list[pathlib.Path]) -> None:
         return
     root, _ = foreign.selection(place)
     if tests := [str(p) for p in train if names.says(_below(p, root).as_posix(), names.TEST)]:
+        first = ", ".join(map(repr, tests[:3])) + (" …" if len(tests) > 3 else "")
         log.warning(
-            "WARNING: %s: %d file(s) are named as for tests, and are trained on: %s%s; name the files to train on, for "
-            "example by another glob", path, len(tests), ", ".join(map(repr, tests[:3])), " …" if len(tests) > 3 else "",
+            "WARNING: %s: %d file(s) are named as for tests, and are trained on: %s; name the files to train on, for "
+            "example by another glob", path, len(tests), first,
         )  # fmt: skip
 
 

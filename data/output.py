@@ -19,11 +19,13 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from data import bpe, files, formats, minbpe, packing, pieces, rank_file, tokenizers
+from data import bpe, files, formats, minbpe, names, packing, pieces, rank_file, tokenizers
 from data.errors import DataError
 
 log = logging.getLogger("meshlm")
 
+PATH_BYTES = 4095  # of a whole path, on Linux
+INSIDE_BYTES = 100  # of a path below the dataset: no file there has a longer one
 MARK = "meshlm-unfinished.json"
 FORMAT = "meshlm-unfinished-dataset"
 CHARACTERS, MERGED = "characters.json", "merged.json"  # what is known so far
@@ -81,6 +83,18 @@ class Output:
         self.partial = self.path.with_name(f"{self.path.name}.partial")
         self._replaced = self.path.with_name(f".{self.path.name}.meshlm-replaced")
         self.own = (self.path, self.partial, self._replaced, files.lock_path(self.path))
+        self._check_lengths(path)
+
+    def _check_lengths(self, path: pathlib.Path) -> None:
+        """Raises DataError when a name that is used before the end, or after it, is too long."""
+        name = len(os.fsencode(self.path.name))
+        beside = max(len(os.fsencode(place.name)) for place in self.own) - name
+        if name + beside > names.PART_BYTES or len(os.fsencode(self.partial)) + INSIDE_BYTES > PATH_BYTES:
+            raise DataError(
+                f"--out={path} is too long: file systems take {names.PART_BYTES} bytes between slashes, {PATH_BYTES} "
+                "in all, and other names are needed beside and below it; choose one of at most "
+                f"{names.PART_BYTES - beside} bytes, in a folder with a shorter path"
+            )
 
     def has_dataset(self) -> bool:
         """Whether a dataset is at `path`, damaged or not. Raises DataError when something else is."""

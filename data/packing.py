@@ -191,7 +191,8 @@ def pack(folder: pathlib.Path, seq_len: int, split: str = "train") -> tuple[Inde
             return _write(path, folder, manifest, seq_len, split), False
     except OSError as e:
         name = str(e.filename or path)
-        what = f"write {path}" if name.startswith(str(path)) else f"read {name}"
+        written = name.startswith((str(path), str(files.lock_path(path))))
+        what = f"write {path}" if written else f"read {name}"
         raise DataError(f"cannot {what}: {e.strerror}; mend that, then start the same command again") from None
 
 

@@ -18,7 +18,15 @@ from data.errors import DataError
 from data.minbpe import MinbpeTokenizer
 from data.pieces import PieceTokenizer
 from data.rank_file import RankTokenizer
-from data.vocabulary import END_OF_TEXT, END_OF_TEXT_NAMES, Tokenizer, check_special_tokens, find_eos, parse_json
+from data.vocabulary import (
+    END_OF_TEXT,
+    END_OF_TEXT_NAMES,
+    MAX_ID,
+    Tokenizer,
+    check_special_tokens,
+    find_eos,
+    parse_json,
+)
 
 __all__ = [
     "CODE_POINTS",
@@ -116,10 +124,10 @@ def _bpe(spec: str) -> tuple[int, str] | None:
         return None
     size, _, pattern = rest.partition(":")
     pattern = pattern or "gpt2"
-    if not re.fullmatch(r"[1-9][0-9]{2,7}", size) or pattern not in bpe.PATTERNS:
+    if not re.fullmatch(r"[1-9][0-9]{2,7}", size) or int(size) > MAX_ID + 1 or pattern not in bpe.PATTERNS:
         raise DataError(
-            f"tokenizer {spec!r} is not bpe:N or bpe:N:PATTERN, such as bpe:16384, with a vocabulary of 256 or more "
-            f"and one of the patterns {', '.join(bpe.PATTERNS)}"
+            f"tokenizer {spec!r} is not bpe:N or bpe:N:PATTERN, such as bpe:16384, with a vocabulary of 256 to "
+            f"{MAX_ID + 1} and one of the patterns {', '.join(bpe.PATTERNS)}"
         )
     return int(size), pattern
 

@@ -40,10 +40,10 @@ flags.disclaim_key_flags()  # those defined below are of the modules that call
 def run(main: Callable[..., int | None], arguments: int = 0, *, restarted: bool = False) -> NoReturn:
     """Parses flags, calls main() with up to `arguments` words that are no flags, and exits with what it returns.
 
-    A UserError ends in one line on stderr and its exit code; so does a file that cannot be read or written, with 3,
-    except in a command that is `restarted` after it: there it is a crash. Ctrl-C ends in one line and 130, except in
-    launch.train, which handles the signal. With several processes any other exception ends this one at once: an
-    ordinary exit would wait in JAX's shutdown barrier for peers that wait for this one.
+    A UserError ends in one line on stderr and its exit code; so do a file that cannot be read or written, and too
+    little memory, with 3, except in a command that is `restarted` after it: there it is a crash. Ctrl-C ends in one
+    line and 130, except in launch.train, which handles the signal. With several processes any other exception ends
+    this one at once: an ordinary exit would wait in JAX's shutdown barrier for peers that wait for this one.
     """
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent may have left it ignored: no exit code could be read
@@ -81,6 +81,9 @@ def run(main: Callable[..., int | None], arguments: int = 0, *, restarted: bool 
             if isinstance(e, OSError) and not restarted:
                 where = e.filename or "what this command reads or prints"
                 _fail(DataError(f"{where}: {e.strerror or e}; mend that, or name another file or folder"))
+            if isinstance(e, MemoryError) and not restarted:
+                what = f" ({e})" if str(e) else ""
+                _fail(DataError(f"not enough memory{what}; ask for smaller sizes or fewer --workers, or give it more"))
             if not _several_processes():
                 raise
             logging.exception("meshlm: this process ends, and with it the others")

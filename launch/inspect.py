@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from data import dataset, foreign, integrity, packing, sources
+from data import dataset, foreign, integrity, packing, sources, vocabulary
 from data.config import DTYPES, FORMATS, DataConfig
 from data.errors import DataError
 from data.loader import PackedWindows, TokenWindows, Unreached, Windows
@@ -28,7 +28,7 @@ from launch import cli
 from trainer.errors import ConfigError
 
 SEQ_LEN = flags.DEFINE_integer("seq_len", 64, "As config.data.seq_len of the run.", lower_bound=1)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Samples to show.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Samples to show.", lower_bound=1, upper_bound=1 << 16)
 SEED = flags.DEFINE_integer("seed", 0, "As config.seed of the run.", lower_bound=0, upper_bound=2**32 - 1)
 SAMPLE = flags.DEFINE_integer(
     "sample", 0, "First sample of the batch, of the whole run.", lower_bound=0, upper_bound=1 << 62
@@ -38,7 +38,9 @@ FORMAT = flags.DEFINE_enum("format", "", ["", *FORMATS], "As config.data.format;
 DTYPE = flags.DEFINE_enum("dtype", "", ["", *DTYPES], "As config.data.dtype.")
 VAL_PATH = cli.define_data_path("val_path", "", "As config.data.val_path.")
 TOKENIZER_PATH = cli.define_data_path("tokenizer_path", "", "As config.data.tokenizer_path.")
-VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 0, "As config.model.vocab_size; 0: not known.", lower_bound=0)
+VOCAB_SIZE = flags.DEFINE_integer(
+    "vocab_size", 0, "As config.model.vocab_size; 0: not known.", lower_bound=0, upper_bound=vocabulary.MAX_ID + 1
+)
 CHECK = flags.DEFINE_bool("check", True, "Read and check every byte.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object, and nothing else on stdout.")
 

@@ -37,7 +37,7 @@ FORMAT = flags.DEFINE_enum("format", "auto", recognize.KINDS, "train: what all f
 BAD_RECORDS = flags.DEFINE_enum(
     "bad_records", "error", ["error", "skip"], "train: what cannot be read as text: stop, or leave out and count."
 )
-VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 16384, "train: tokens in all.")
+VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 16384, "train: tokens in all.", upper_bound=vocabulary.MAX_ID + 1)
 PATTERN = flags.DEFINE_enum("pattern", "gpt2", list(bpe.PATTERNS), "train: how text is cut before merges.")
 SPECIAL_TOKENS = flags.DEFINE_list("special_tokens", ["<|endoftext|>"], "train: comma-separated.")
 MIN_FREQUENCY = flags.DEFINE_integer("min_frequency", 1, "train: rarer pairs are not merged.", lower_bound=1)

@@ -321,6 +321,22 @@ FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
+def test_too_little_memory_is_one_line_and_sizes_have_bounds(border):
+    longest = f"--seq_len={2**32 - 2}"
+    assert border("launch.pack", "set", longest).code == 0
+    too_large = [("launch.inspect", "set", longest, "--packed", "--batch_size=65536")]
+    beyond = [
+        ("launch.inspect", "set", "--batch_size=65537"),
+        ("launch.inspect", "tokens.bin", f"--vocab_size={2**24 + 1}"),
+        ("launch.tokenizer", "train", "--source=text.txt", "--out=new.json", "--vocab_size=99999999999"),
+        ("launch.prepare", "--source=text.txt", "--out=new", "--tokenizer=bpe:16777217"),
+    ]
+    for argv in too_large + beyond:
+        ended = border(*argv)
+        assert ended.code == (3 if argv in too_large else 2) and ended.err.count("\n") == 1, (argv, ended)
+        assert argv not in too_large or "error: not enough memory (Unable to allocate" in ended.err
+
+
 def test_no_flag_and_no_path_ends_in_a_traceback(border):
     rng, codes = random.Random(0), collections.Counter[int]()
     for _ in range(200):

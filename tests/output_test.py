@@ -336,6 +336,24 @@ def test_places_where_no_dataset_can_be(source, place, tmp_path):
     assert done.returncode == 3 and done.stderr.count("\n") == 1 and "cannot write" in done.stderr, done
 
 
+@pytest.mark.parametrize("character", ["n", "é"])
+def test_a_name_that_leaves_no_room_for_others_is_refused_at_once(source, place, character):
+    extra = len(place.joinpath("x").with_name(".x.meshlm-replaced").name) - 1
+    for length in (255 - extra + 1, 242, 250, 255):
+        out = (
+            place
+            / "folder"
+            / (character * (length // len(character.encode())) + "n" * (length % len(character.encode())))
+        )
+        assert len(os.fsencode(out.name)) == length
+        assert f"at most {255 - extra} bytes" in refused(out, source)
+    deep = place.joinpath(*["d" * 200] * 19)
+    assert "too long" in refused(deep / ("n" * (4000 - len(str(deep)))), source)
+    assert not any(place.iterdir())
+    for _ in range(2):
+        run(place / ("n" * (255 - extra)), source, overwrite=True)
+
+
 def test_a_folder_that_cannot_be_written(source, place):
     if os.geteuid() == 0:
         pytest.skip("root writes everywhere")

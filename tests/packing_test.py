@@ -3,8 +3,10 @@
 import bisect
 import contextlib
 import dataclasses
+import errno
 import itertools
 import json
+import os
 import pathlib
 import re
 import signal
@@ -20,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import formats, loader, mixture, packing, sources
+from data import files, formats, loader, mixture, packing, sources
 from data.config import DataConfig
 from data.errors import DataError
 from data.prepare import prepare
@@ -450,3 +452,15 @@ def test_packed_by_the_command_trained_killed_and_resumed(prepared, tmp_path):
     assert result["step"] == 30 and result["val/loss"] > 0
     packing.index_path(dataset, 32).unlink()
     assert " ".join(command[1:]) in runs.finish(runs.start(evaluate), code=3)
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT])
+def test_a_lock_that_cannot_be_made_is_about_writing(tmp_path, monkeypatch, code):
+    write(tmp_path, [3, 4])
+
+    def refuses(place, *arguments):
+        raise OSError(code, os.strerror(code), str(place))
+
+    monkeypatch.setattr(files, "_take", refuses)
+    with pytest.raises(DataError, match=rf"cannot write {tmp_path}/train\.packed-4\.bin: {os.strerror(code)}"):
+        packing.pack(tmp_path, 4)
