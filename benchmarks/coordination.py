@@ -73,7 +73,7 @@ def requests_of_two() -> None:
     argv = [sys.executable, "-m", "benchmarks.coordination", f"--child={port}", f"--requests={REQUESTS.value}"]
     pair = [subprocess.Popen([*argv, str(i)], stdout=subprocess.PIPE, text=True) for i in range(2)]
     try:
-        print(pair[0].communicate(timeout=60 + REQUESTS.value)[0], end="")  # a second for each, of which it needs a tenth
+        print(pair[0].communicate(timeout=60 + REQUESTS.value)[0], end="")  # it needs a tenth of that
     finally:
         for process in pair:
             process.kill()
