@@ -246,10 +246,11 @@ def test_a_mirror_of_another_run_is_found_before_anything_is_written(tmp_path, d
     copy = tmp_path / "mirror/checkpoints/5/_CHECKPOINT_METADATA"
     copy.parent.mkdir(parents=True)
     copy.write_text(json.dumps({"custom_metadata": meta | {"digest": identity.digest(meta)}}))
+    (tmp_path / "mirror/mirror.json").write_text('{"id": "one"}')
     out = runs.train(tmp_path / "run", data, checkpoint__mirror=tmp_path / "mirror", code=2)
     assert "mirror was trained on another dataset" in out.splitlines()[-1]
     found = sorted(p.name for name in ("run", "mirror") for p in (tmp_path / name).rglob("*") if p.is_file())
-    assert found == [copy.name], "neither configuration, nor a lock that stays"
+    assert found == [copy.name, "mirror.json"], "neither configuration, nor a lock that stays"
 
 
 def test_a_kernel_that_this_machine_cannot_run_is_found_before_anything_is_written(tmp_path, data):
