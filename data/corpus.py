@@ -81,7 +81,7 @@ def find(
       kind: of all files, one of recognize.KINDS; 'auto' to look at each.
       bad_records: 'skip' leaves out what cannot be read as text in a folder or a glob; 'error' says what it is.
       own: what the preparation itself writes; passed over.
-      tokenizer: a file that is no text, whatever it holds; left out.
+      tokenizer: a file that is not text, whatever it holds; left out.
 
     Raises:
       DataError: nothing there, or nothing in it; a file that cannot be looked at, or is not text.

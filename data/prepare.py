@@ -179,7 +179,7 @@ def make_plan(request: Request, out: pathlib.Path) -> Plan:
     found, left_out = _find(request, out)
     if named := corpus.named_as_held_out(request.source, found):
         log.warning(
-            "WARNING: %d file(s) are named as for validation or tests, and are trained on as all others are, but for "
+            "WARNING: %d file(s) are named as for validation or tests, and are trained on as all others are, except "
             "what --val_fraction takes: %s%s; name the files to train on, for example by a glob",
             len(named), ", ".join(map(repr, named[:3])), " …" if len(named) > 3 else "",
         )  # fmt: skip

@@ -2,8 +2,8 @@
 
 The options that numbers depend on have one value here, so that a run is its configuration. They are recorded in
 environment.json all the same, with what may be chosen on purpose, by a variable: XLA's flags, those of its libraries,
-and the precision of matrix products, which is set in trainer/compiler.py where nobody has chosen one. What was chosen
-must be the same on all processes; where it is another than in the life before, a line says so.
+and the precision of matrix products, which is set in trainer/compiler.py if nobody has chosen one. What was chosen
+must be the same on all processes; if it is another than in the life before, a line says so.
 """
 
 import contextlib

@@ -135,9 +135,8 @@ class Checkpoints:
     def _clean_up(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         usable = self._steps()
-        for path in self.directory.iterdir():
-            if usable and identity.STEP.fullmatch(path.name) and not self._is_whole(path):
-                self._move_to_quarantine(path, "it lacks parts")  # if all lack parts, something else is wrong
+        if usable:  # if all lack parts, something else is wrong
+            self._move_broken()
         for path in self.directory.iterdir():  # when no such step is in the way of a copy any more
             if identity.STEP.fullmatch(path.name):
                 continue
@@ -145,6 +144,12 @@ class Checkpoints:
                 path.rename(path.with_suffix(""))  # the start that fetched it ended too early; a restore verifies it
             elif path.name.endswith((DELETING, FETCHED)) or ".orbax-checkpoint-tmp" in path.name:
                 _remove(path)
+
+    def _move_broken(self) -> None:
+        """Steps that lack parts go to quarantine: they would be in the way of saves and copies of their numbers."""
+        for path in self.directory.iterdir():
+            if identity.STEP.fullmatch(path.name) and not self._is_whole(path):
+                self._move_to_quarantine(path, "it lacks parts")
 
     # Writing
 
@@ -492,9 +497,7 @@ class Checkpoints:
 
     def _settle(self, failed: dict[tuple[int, str], str], step: int, suffix: str) -> None:
         """When `step` was restored: those that failed go to quarantine, and a copy to its place. May be done again."""
-        for path in self.directory.iterdir():  # in the way of saves of the same numbers
-            if identity.STEP.fullmatch(path.name) and path.name != str(step) and not self._is_whole(path):
-                self._move_to_quarantine(path, "it lacks parts")
+        self._move_broken()
         for (other, how), reason in failed.items():
             path = self.directory / f"{other}{how}"
             if how and self._is_in_quarantine(path.name):
@@ -503,8 +506,6 @@ class Checkpoints:
                 self._move_to_quarantine(path, reason)
         copy, place = self.directory / f"{step}{FETCHED}", self.directory / str(step)
         if suffix and reading.is_there(copy):  # else it was moved by the attempt before
-            if reading.is_there(place):
-                self._move_to_quarantine(place, "it lost parts meanwhile")
             copy.rename(place)
 
     def _is_in_quarantine(self, name: str) -> bool:
