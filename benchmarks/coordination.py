@@ -5,10 +5,10 @@ network is not there. Then two real processes make requests through JAX's servic
 """
 
 import json
+import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -71,7 +71,13 @@ def requests_of_two() -> None:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
     argv = [sys.executable, "-m", "benchmarks.coordination", f"--child={port}", f"--requests={REQUESTS.value}"]
-    pair = [subprocess.Popen([*argv, str(i)], stdout=subprocess.PIPE, text=True) for i in range(2)]
+    ends = socket.socketpair()
+    pair = [
+        subprocess.Popen([*argv, str(i), str(end.fileno())], stdout=subprocess.PIPE, text=True, pass_fds=[end.fileno()])
+        for i, end in enumerate(ends)
+    ]
+    for end in ends:
+        end.close()
     try:
         print(pair[0].communicate(timeout=60 + REQUESTS.value)[0], end="")  # it needs a tenth of that
     finally:
@@ -80,43 +86,50 @@ def requests_of_two() -> None:
             process.wait()
 
 
-def child(port: str, index: int) -> None:
+def child(port: str, index: int, peer: socket.socket) -> None:
+    """Process 0 asks for a save, trains until both have agreed on the step, and asks again.
+
+    A step is a byte from each process to the other: as with gradients, none is a step ahead of the other.
+    """
     import jax
     from jax._src import distributed
 
     jax.distributed.initialize(f"localhost:{port}", 2, index)
     processes = Processes(600)
     processes.listen(lambda: None, lambda: None, lambda error: None)
-    done = threading.Event()
-    processes.hear(lambda error: done.set())
-    times = []
-    if index == 0:
-        for _ in range(REQUESTS.value):
-            started = time.perf_counter()
-            processes.request(SAVE)
-            times.append(time.perf_counter() - started)
-            while SAVE not in processes.tick():
-                time.sleep(0.0005)
-        share = max(len(times) // 100, 1)
-        first, last = (sorted(part)[share // 2] for part in (times[:share], times[-share:]))
-        keys = len(distributed.global_state.client.key_value_dir_get("meshlm/"))
-        print(json.dumps({"requests": len(times), "first_ms": 1e3 * first, "last_ms": 1e3 * last, "keys_left": keys}))
-        processes.tell(RuntimeError("done"))
-        processes.part()
-    else:
-        while not done.is_set():
-            processes.tick()
-            time.sleep(0.0005)
-        processes.part()
-    sys.stdout.flush()
-    import os
 
+    def step(goes_on: bool = True) -> tuple[bool, bool]:
+        peer.sendall(b"+" if goes_on else b".")
+        theirs = peer.recv(1) == b"+"
+        return SAVE in processes.tick(), theirs
+
+    if index == 0:
+        times = [agreed(processes, step) for _ in range(REQUESTS.value)]
+        step(goes_on=False)
+        share = max(len(times) // 100, 1)
+        parts = {"first_ms": times[:share], "last_ms": times[-share:], "median_ms": times, "longest_ms": [max(times)]}
+        keys = len(distributed.global_state.client.key_value_dir_get("meshlm/"))
+        shown = {name: round(1e3 * sorted(part)[len(part) // 2], 2) for name, part in parts.items()}
+        print(json.dumps({"requests": len(times)} | shown | {"keys_left": keys}), flush=True)
+    else:
+        while step()[1]:
+            pass
+    processes.part()
     os._exit(0)
+
+
+def agreed(processes: Processes, step: Callable[[], tuple[bool, bool]]) -> float:
+    """Seconds from a request to the step after which both save."""
+    started = time.perf_counter()
+    processes.request(SAVE)
+    while not step()[0]:
+        pass
+    return time.perf_counter() - started
 
 
 def main(argv: list[str]) -> None:
     if CHILD.value is not None:
-        child(CHILD.value, int(argv[1]))
+        child(CHILD.value, int(argv[1]), socket.socket(fileno=int(argv[2])))
     table()
     requests_of_two()
 

@@ -197,11 +197,10 @@ def test_search_ranks_what_it_compiled():
     assert rates == sorted(rates, reverse=True)
 
 
-# Small machines; `make plans` compiles the rest (v6e's compiler takes minutes).
+# One of each kind of machine; `make plans` compiles the rest, and their digests are compared below.
 SMALLEST = [
     pytest.param("gpt2_124m:one", "h100:1", marks=gpu),
     pytest.param("llama_1b:one", "h200:1", marks=gpu),
-    pytest.param("llama_1b", "v5e:4x4", marks=tpu),
     pytest.param("llama_1b", "v5p:2x2x2", marks=tpu),
 ]
 
