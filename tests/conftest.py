@@ -13,6 +13,18 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettemp
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
 # Started by nohup, or in the background of a script, the tests and all that they start would ignore these.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def no_mesh_is_left():
+    """A Trainer sets the mesh of the whole process; a later test in it would compute on that one."""
+    before = jax.sharding.get_mesh()
+    yield
+    if jax.sharding.get_mesh() != before:
+        jax.set_mesh(before)
