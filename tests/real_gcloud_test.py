@@ -112,6 +112,7 @@ class Request(http.server.BaseHTTPRequestHandler):
             self.send_response(code)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(text)))
+            self.send_header("Connection", "close")  # else the next request may come on the one that is being closed
             self.end_headers()
             self.wfile.write(text)
 
