@@ -165,7 +165,7 @@ def test_no_logits_of_all_tokens_and_the_state_is_donated(name, num_slices, mesh
 
 def by_command(*argv: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "launch.plan", *argv], cwd=runs.ROOT, capture_output=True, text=True, timeout=1800
+        [sys.executable, "-m", "launch.plan", *argv], cwd=runs.ROOT, capture_output=True, text=True, timeout=900
     )
 
 
