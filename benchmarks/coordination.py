@@ -79,7 +79,7 @@ def requests_of_two() -> None:
     for end in ends:
         end.close()
     try:
-        print(pair[0].communicate(timeout=60 + REQUESTS.value)[0], end="")  # it needs a tenth of that
+        print(pair[0].communicate(timeout=60 + REQUESTS.value)[0], end="")  # a hundredth is usual
     finally:
         for process in pair:
             process.kill()
