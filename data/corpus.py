@@ -118,7 +118,7 @@ def named_as_held_out(source: str, files: Sequence[File]) -> list[str]:
     """Of a folder or a glob, the files that are named as for validation or tests: nothing else tells them apart."""
     if source in ("python-stdlib", "tinyshakespeare") or os.path.isfile(source):
         return []
-    return [file.name for file in files if names.says(file.name, names.VALIDATION | names.TEST)]
+    return [file.name for file in files if names.says(file.name, names.TEST)]
 
 
 def is_pipe(source: str) -> bool:

@@ -472,8 +472,9 @@ def _read_parquet(stretch: Stretch, reading: Reading, problems: Problems) -> Ite
     table, rows_before = _parquet(stretch.file)
     names = table.schema_arrow.names
     if names.count(key) != 1:
-        has = "two columns" if key in names else "no column"
-        raise DataError(f"{path} has {has} {key!r}; name one with --text_key: {', '.join(names[:8])}")
+        if key in names:
+            raise DataError(f"{path} has two columns {key!r}; rename one")
+        raise DataError(f"{path} has no column {key!r}; name one with --text_key: {', '.join(names[:8])}")
     number, groups = rows_before[stretch.start], list(range(stretch.start, stretch.stop))
     try:
         for batch in table.iter_batches(ROWS, row_groups=groups, columns=[key], use_threads=False):

@@ -96,13 +96,13 @@ def opened(root: pathlib.Path, name: str) -> Iterator[tuple[int, str]]:
 
 # Words
 
-VALIDATION = frozenset({"val", "valid", "validation"})
-TEST = frozenset({"test", "dev", "eval", "evaluation", "holdout", "heldout"})
+VALIDATION = re.compile("val|valid|validation")
+TEST = re.compile("(train)?(test|dev|eval|evaluation|holdout|heldout|val|valid|validate|validation)(s|set|sets|data)?")
 
 
-def says(name: str, words: frozenset[str]) -> bool:
+def says(name: str, words: re.Pattern[str]) -> bool:
     """Whether one of the words stands in a name by itself, between anything but letters; capitals do not matter."""
-    return not words.isdisjoint(re.split(r"[^a-z]+", name.lower()))
+    return any(map(words.fullmatch, re.split(r"[^a-z]+", name.lower())))
 
 
 # Patterns

@@ -16,6 +16,7 @@ from typing import Any
 from data import allocator
 from data.errors import DataError
 
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 IN_FLIGHT = 4  # jobs a worker that are handed over ahead of time
 CGROUPS = pathlib.Path("/sys/fs/cgroup")
 
@@ -58,9 +59,10 @@ class Pool:
         if workers > 1:
             context = multiprocessing.get_context("spawn")
             ours, self._lifeline = context.Pipe(duplex=False)  # workers read it, and see when it is closed
-            self._executor = concurrent.futures.ProcessPoolExecutor(
-                workers, context, initializer=_start, initargs=(ours,)
-            )
+            with _interrupts_later():  # it starts the process that removes its semaphores in the end
+                self._executor = concurrent.futures.ProcessPoolExecutor(
+                    workers, context, initializer=_start, initargs=(ours,)
+                )
 
     def __enter__(self) -> "Pool":
         return self
@@ -102,20 +104,24 @@ class Pool:
 
 @contextlib.contextmanager
 def _interrupts_later() -> Iterator[None]:
-    """Ctrl-C reaches this process after the block, and never a worker that is started in it: that is for its parent."""
+    """Ctrl-C and the like reach this process after the block, and never a worker that is started in it, which ends with
+    its parent."""
     # Workers inherit what is blocked. That does not hold it back from this process: its other threads hear it.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
     heard: list[int] = []
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number)) if main else None
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in ENDS:
+            if callable(signal.getsignal(number)):
+                handlers[number] = signal.signal(number, lambda number, frame: heard.append(number))
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        if main:
-            signal.signal(signal.SIGINT, handler)
-        if heard and callable(handler):
-            handler(signal.SIGINT, None)
+        for caught, handler in handlers.items():
+            signal.signal(caught, handler)
+        if heard:
+            handlers[heard[0]](heard[0], None)
 
 
 def _start(lifeline: Connection) -> None:

@@ -156,6 +156,7 @@ _MEDIA = [(re.compile(pattern, re.DOTALL), what) for pattern, what in MEDIA]
 _BEGINS_OBJECT = re.compile(rb'\s*\{\s*("([^"\\]|\\.)*"\s*:|\})')
 _BEGINS_ARRAY = re.compile(rb'\s*\[\s*\{\s*("([^"\\]|\\.)*"\s*:|\})')
 _BEGINS_JSON_ARRAY = re.compile(rb'\s*\[\s*[\[{"]')  # of what may be texts, in a file that is named .json
+_BEGINS_TEXT = re.compile(rb'\s*("|\[\s*[\[{"])')
 _BEGINS_VALUES = re.compile(rb"\s*\[\s*((-?\d[\d.eE+-]*|true|false|null)\s*[,\]]|\])")  # an array of anything else
 
 
@@ -243,12 +244,18 @@ def _text_or_records(path: pathlib.Path, suffix: str, head: bytes, is_whole: boo
         return JSONL
     if (_BEGINS_JSON_ARRAY if is_json else _BEGINS_ARRAY).match(head):
         raise Refusal(path, "a JSON array", "write one record a line, for example with jq -c '.[]'")
-    if is_json and _is_one_of_many(head):
+    if is_json and _is_one_of_many(head, (dict, str)):
         raise Refusal(path, "JSON objects that are not one a line", "write them so, for example with jq -c .")
     if is_json and (_BEGINS_OBJECT.match(head) or _BEGINS_VALUES.match(head)):
         raise Refusal(path, "one JSON value, and not a record a line", TO_LINES, is_beside=True)
     if objects and (all(objects) or any(a and b for a, b in itertools.pairwise(objects))):
         raise Refusal(path, "text that looks like JSON lines", "say --format=jsonl if it is")
+    if _is_one_of_many(head, dict, "{"):  # in one line, as some services write them
+        raise Refusal(path, "JSON objects that are not one a line", "write them so, for example with jq -c .")
+    if len(lines) > 1 and all(map(_is_text_value, lines[: min(SEEN_LINES, len(lines) - (not is_whole))])):
+        raise Refusal(
+            path, "JSON values that are no records", "write one record a line, for example with jq -c '{text: .}'"
+        )
     return TEXT
 
 
@@ -264,14 +271,25 @@ def _is_object(line: bytes, is_cut: bool) -> bool:
         return False
 
 
-def _is_one_of_many(head: bytes) -> bool:
-    """Whether another object or string follows the first one, which may have several lines."""
+def _is_text_value(line: bytes) -> bool:
+    """Whether a line is a JSON string, or an array of strings, arrays or objects."""
+    if not _BEGINS_TEXT.match(line):
+        return False
+    try:
+        json.loads(line.decode("utf-8", "replace"), parse_int=len)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _is_one_of_many(head: bytes, kinds: type | tuple[type, ...], begins: str = '{"[,') -> bool:
+    """Whether what `begins` so follows the first value, which is one of `kinds`, not empty, and may have many lines."""
     text = head.decode("utf-8", "replace").lstrip()
     try:
         first, end = json.JSONDecoder(parse_int=len).raw_decode(text)
     except (ValueError, RecursionError):
         return False
-    return isinstance(first, dict | str) and text[end:].lstrip()[:1] in ("{", '"', "[", ",")
+    return isinstance(first, kinds) and bool(first) and text[end:].lstrip().startswith(tuple(begins))
 
 
 def _is_over_several_lines(head: bytes) -> bool:

@@ -19,6 +19,7 @@ from types import TracebackType  # noqa: E402
 from typing import NoReturn  # noqa: E402
 
 INTERRUPTED = 130
+ENDED = 128  # and the number of the signal, as in a shell
 INTERRUPTED_LINE = "interrupted; start the same command again: it goes on if it can"
 
 

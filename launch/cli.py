@@ -25,13 +25,22 @@ from ml_collections import ConfigDict, config_flags
 
 from data.errors import DataError, UserError
 from data.remote import is_remote
-from launch import INTERRUPTED, INTERRUPTED_LINE
+from launch import ENDED, INTERRUPTED, INTERRUPTED_LINE
 from trainer.config import Config, from_dict
 from trainer.errors import ConfigError, Stopped
 
 log = logging.getLogger("meshlm")
 
 STOPPED = Stopped.exit_code  # stopped, and resumable by the same command
+ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+ONCE = (
+    "source",
+    "data_path",
+    "val_path",
+    "tokenizer_path",
+    "special_tokens",
+    "prompt",
+)  # flags of which both seem taken
 
 DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error that would end in one line.")
 flags.disclaim_key_flags()  # those defined below are of the modules that call
@@ -53,6 +62,7 @@ def run(main: Callable[..., int | None], arguments: int = 0, *, restarted: bool 
             argv = _with_recipe_expanded(argv)
             _check_config_names(argv)
             rest = flags.FLAGS(argv)
+            _check_given_once()
             if len(rest) > 1 + arguments:
                 raise ConfigError(f"unexpected argument {rest[-1]!r}; flags are written --name=value")
             for name in flags.FLAGS:
@@ -96,11 +106,32 @@ def run(main: Callable[..., int | None], arguments: int = 0, *, restarted: bool 
     absl_logging.set_verbosity(absl_logging.WARNING)
     try:
         app.run(guarded, flags_parser=parse)
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one while this process ends its own is no traceback
+    except KeyboardInterrupt as e:
+        for number in (signal.SIGINT, *ENDS):
+            signal.signal(number, signal.SIG_DFL)  # a second one while this process ends its own is no traceback
         log.error("\n%s", INTERRUPTED_LINE)
-        _exit(INTERRUPTED, wait=False)
+        _exit(ENDED + e.number if isinstance(e, Ended) else INTERRUPTED, wait=False)
     raise AssertionError("app.run does not return")
+
+
+class Ended(KeyboardInterrupt):
+    """A signal that asks this process to end: it ends as by Ctrl-C."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+
+def end_in_one_line() -> None:
+    """SIGTERM, a closed terminal and the like end this command as Ctrl-C does, with 128 and their number: for commands
+    that have something to remove or to close first."""
+
+    def end(number: int, _: object) -> NoReturn:
+        raise Ended(number)
+
+    for number in ENDS:
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, end)
 
 
 def _fail(error: UserError) -> NoReturn:
@@ -296,6 +327,13 @@ def _with_recipe_expanded(argv: Sequence[str]) -> list[str]:
         elif i and argv[i - 1] in ("--config", "-config"):
             words[i] = expanded(word)
     return words
+
+
+def _check_given_once() -> None:
+    """Of a flag that is given twice the last counts, as is usual; but not where the first would be left out unseen."""
+    for name in ONCE:
+        if name in flags.FLAGS and (times := flags.FLAGS[name].present) > 1:
+            raise ConfigError(f"--{name} is given {times} times; it takes one value")
 
 
 # Configuration

@@ -68,6 +68,8 @@ def load_jax() -> None:
             value = option_of_jax(option, right)
             if value not in (right if isinstance(right, tuple) else (right,)):
                 raise ConfigError(f"{option.upper()}={os.environ.get(option.upper(), value)} {why}; unset it")
+    if option_of_jax("jax_num_cpu_devices", 1) == 0:
+        raise ConfigError("JAX_NUM_CPU_DEVICES=0 leaves no device; it must be 1 or more")
     _check_xla_flags()
 
 
@@ -125,6 +127,8 @@ def _check_xla_flags() -> None:
     """XLA ends the process over a wrong flag, with 1, as if it had crashed; so another one reads them first."""
     if not os.environ.get("XLA_FLAGS"):
         return
+    if wrong := re.search(r"--xla_force_host_platform_device_count=(0+|-\d+)(?!\S)", os.environ["XLA_FLAGS"]):
+        raise ConfigError(f"XLA_FLAGS={os.environ['XLA_FLAGS']}: {wrong[1]} devices; it must be 1 or more")
     from jaxlib import _jax
 
     read, write = os.pipe()

@@ -18,7 +18,6 @@ DATASET/summary.json. Exit codes: 0 done, 2 flags, 3 the source or --out cannot 
 
 import contextlib
 import pathlib
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -107,6 +106,7 @@ def main() -> int:
     if not SOURCE.value or not OUT.value:
         raise ConfigError("--source and --out are needed, for example --source=python-stdlib --out=datasets/mine")
     allocator.tune_allocator()
+    cli.end_in_one_line()
     out = Output(pathlib.Path(OUT.value)).path  # a folder that is replaced may be the one we are in
     with sourced(SOURCE.value, out.parent) as source:
         make(out, source)
@@ -119,7 +119,6 @@ def sourced(source: str, folder: pathlib.Path) -> Iterator[str]:
     if source != "-" and not corpus.is_pipe(source):
         yield source
         return
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # not without removing what was kept
     with contextlib.ExitStack() as stack:
         stream = sys.stdin.buffer if source == "-" else stack.enter_context(corpus.opened(source))
         yield str(stack.enter_context(spool.spooled(stream, folder, STDIN_FORMAT.value)))

@@ -217,13 +217,13 @@ def enter(
         # Both are compared before any file of the run changes.
         if (newest := identity.newest_meta(run / "checkpoints")) is not None:
             identity.check(newest, config, data, run)
-        strict = newest is None and not ALLOW_CONFIG_CHANGE.value
         if changed := environment.changes(run):
             cli.log.info("changed   the environment: %s; numbers may be others from here on", changed)
         mirror = None
         if place:
             of_copy = functools.partial(identity.check, config=config, data=data, where=place)
-            mirror = Mirror(place, run / "checkpoints", config, of_copy, strict)
+            step, strict = (newest or {}).get("step"), not ALLOW_CONFIG_CHANGE.value
+            mirror = Mirror(place, run / "checkpoints", config, of_copy, newest=step, strict=strict)
         run_directory.record(run, config, data, sys.argv, environment.numbers())
         return mirror
 

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,6 +68,8 @@ TINY = (*TRAIN, "--config=configs/tiny.py")
         ((*TINY, "--config.model.num_heads=3"), 2, ["num_heads = 3", "embed_dim = 128"]),
         ((*TINY, "--config.mesh.data=7"), 2, ["global_batch_size = 8", "= 7"]),
         ((*TINY, "extra"), 2, ["unexpected argument 'extra'"]),
+        (("launch.prepare", "--source=a", "--out=c", "--source=b"), 2, ["--source is given 2 times"]),
+        (("launch.prepare", "--source=a", "--out=c", "--special_tokens=a", "--special_tokens=b"), 2, ["given 2 times"]),
         ((*TINY, "--config.data.path=nowhere"), 3, ["launch.prepare --source=python-stdlib", "--out=nowhere"]),
         (("launch.prepare", "--source=x"), 2, ["--source and --out"]),
         (("launch.prepare", "--source=nowhere/*.txt", "--out=WORKDIR"), 3, ["nowhere/*.txt", "python-stdlib"]),
@@ -436,7 +439,7 @@ def test_messages_are_not_among_json(border, home):
     assert json.loads(ended.out)["splits"]["train"]["tokens"] == 500 and "read once" in ended.err
 
 
-def interrupted(argv: list[str], ready, **options) -> tuple[int, str, str]:
+def interrupted(argv: list[str], ready, by=signal.SIGINT, **options) -> tuple[int, str, str]:
     process = subprocess.Popen(
         [sys.executable, "-m", *argv],
         cwd=runs.ROOT,
@@ -451,7 +454,7 @@ def interrupted(argv: list[str], ready, **options) -> tuple[int, str, str]:
     while not ready():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of it
+    os.killpg(process.pid, by)  # as a terminal or a cluster does, to all of it
     out, err = process.communicate(timeout=60)
     return process.returncode, out, err
 
@@ -463,8 +466,10 @@ def test_ctrl_c_is_one_line(tmp_path):
     assert code == 130 and len(err.strip().splitlines()) == 1 and not list(tmp_path.glob(".meshlm-stdin-*")), err
     (tmp_path / "in.jsonl").write_text('{"text": "some words of a document"}\n' * 1_000_000)
     argv = ["launch.prepare", f"--source={tmp_path / 'in.jsonl'}", "--tokenizer=byte", f"--out={tmp_path / 'b'}"]
-    code, _, err = interrupted([*argv, "--workers=2"], ready=lambda: (tmp_path / "b.partial").exists())
-    assert code == 130 and len(err.strip().splitlines()) == 1, err
+    for by in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        shutil.rmtree(tmp_path / "b.partial", ignore_errors=True)
+        code, _, err = interrupted([*argv, "--workers=2"], ready=(tmp_path / "b.partial").exists, by=by)
+        assert code == 128 + by and len(err.strip().splitlines()) == 1, err
 
 
 TRAINING = """
@@ -510,12 +515,13 @@ def test_ctrl_c_while_a_library_works_on_a_thread_or_an_object_is_removed(tmp_pa
         (">&-", 0, ""),
         (">&- 2>&-", 0, ""),
         (">/dev/full", 0, ""),
-        ("<&- --source=-", 3, "error: "),
+        ("<&-", 3, "error: "),
     ],
 )
 def test_streams_that_are_closed_or_full(tmp_path, redirections, code, words):
     (tmp_path / "a\x1b[31m.txt").write_text("some words of a text")
-    command = f"{sys.executable} -m launch.prepare --out={tmp_path}/out --source={tmp_path} {redirections}"
+    source = "-" if redirections.startswith("<") else tmp_path
+    command = f"{sys.executable} -m launch.prepare --out={tmp_path}/out --source={source} {redirections}"
     ended = subprocess.run(["sh", "-c", command], cwd=runs.ROOT, capture_output=True, text=True, timeout=60)
     assert ended.returncode == code and ended.stdout == "", ended
     assert ended.stderr.startswith(words) and ended.stderr.count("\n") == bool(words), ended.stderr

@@ -16,6 +16,7 @@ from trainer.errors import ConfigError, Stopped
 @pytest.fixture(autouse=True)
 def no_fork(monkeypatch):
     """With threads of JAX a fork is warned of; what XLA says to its flags is seen in processes of their own."""
+    jax.devices()  # they are all there, whichever test is the first
     monkeypatch.delenv("XLA_FLAGS")
 
 
@@ -59,6 +60,13 @@ def test_what_may_be_chosen_is_recorded(monkeypatch):
         found = json.loads(json.dumps(environment.numbers()))
     assert found["XLA_FLAGS"] == "--xla_cpu_enable_fast_math=true" and found["jax_enable_x64"] is False
     assert found["jax_default_prng_impl"] == "threefry2x32" and "jax_default_matmul_precision" in found
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "00"])
+def test_no_device_is_a_mistake_that_does_not_pass(count, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={count}")
+    with pytest.raises(ConfigError, match="must be 1 or more"):
+        environment.load_jax()
 
 
 FAST, EIGEN = "--xla_cpu_enable_fast_math", "--xla_cpu_multi_thread_eigen"

@@ -14,7 +14,7 @@ from data import remote
 from data.errors import UserError
 from trainer import identity, reading
 from trainer.checkpoint import Checkpoints
-from trainer.config import CheckpointConfig, Config, to_json
+from trainer.config import CheckpointConfig, Config, OptimizerConfig, to_json
 from trainer.errors import CheckpointError, ConfigError
 from trainer.lives import METADATA_FILE
 from trainer.mirror import MARK, MIRRORS, Mirror
@@ -341,3 +341,31 @@ def test_nothing_older_takes_the_place_of_a_copy_that_cannot_be_fetched(tmp_path
     with pytest.raises(Unreadable) as e:
         checkpoints._next({}, choose=None)
     assert e.value.exit_code == code and not list((tmp_path / "run/checkpoints").iterdir())
+
+
+def test_a_copied_run_does_not_take_the_mirror_and_a_moved_one_does(tmp_path):
+    copy(mirror_of(tmp_path), 5)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    with pytest.raises(ConfigError, match="run, of which this run directory is a copy; name another place"):
+        Mirror(str(tmp_path / "mirror"), tmp_path / "copy/checkpoints", Config())
+    shutil.copytree(tmp_path / "mirror", tmp_path / "mirror of the copy")
+    Mirror(str(tmp_path / "mirror of the copy"), tmp_path / "copy/checkpoints", Config())
+    (tmp_path / "run").rename(tmp_path / "moved")
+    for run in ("moved", "copy"):  # nothing tells them apart now: the first that comes has it
+        (tmp_path / run).rename(tmp_path / "here")
+        Mirror(str(tmp_path / "mirror"), tmp_path / "here/checkpoints", Config())
+        (tmp_path / "here").rename(tmp_path / run)
+
+
+def test_a_later_copy_of_a_run_with_other_settings_is_not_gone_on_from(tmp_path):
+    """As by a copy of the run on another machine: it would be fetched, and its learning rate with it."""
+    copy(mirror_of(tmp_path), 40)
+    place, checkpoints = str(tmp_path / "mirror"), tmp_path / "run/checkpoints"
+    other = Config(optimizer=OptimizerConfig(peak_lr=0.5))
+    copy(Mirror(place, checkpoints, other), 60)
+    with pytest.raises(ConfigError, match="a run with other settings"):
+        Mirror(place, checkpoints, Config(), newest=40, strict=True)
+    Mirror(place, checkpoints, other, newest=40, strict=True)
+    Mirror(place, checkpoints, Config(), newest=60, strict=True)
+    Mirror(place, checkpoints, Config(), newest=40, strict=True)
+    Mirror(place, checkpoints, other, newest=40)

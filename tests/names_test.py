@@ -137,3 +137,17 @@ def test_a_pattern_stays_below_its_folder():
     assert names.split("*.txt") == (pathlib.Path("."), "*.txt")
     with pytest.raises(DataError, match="after a wildcard"):
         names.split("a/*/../b")
+
+
+@pytest.mark.parametrize(
+    "name", ["validate", "my_vals", "valset", "trainval", "VALID-set", "x-validations", "devset", "tests"]
+)
+def test_names_of_files_that_may_be_held_out(name):
+    assert names.says(f"{name}.bin", names.TEST)
+
+
+@pytest.mark.parametrize(
+    "name", ["train", "interval", "value", "latest", "device", "contest", "valley", "dataset", "data"]
+)
+def test_names_of_other_files(name):
+    assert not names.says(f"{name}_0.bin", names.TEST)

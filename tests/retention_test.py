@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.config import CheckpointConfig
-from trainer.retention import RETRY_S, STALLS, SaveClock, kept
+from trainer.retention import RETRY_S, STALLS, SaveClock, kept, planned
 
 LOSSES = st.none() | st.floats()
 
@@ -29,6 +29,25 @@ def test_the_last_the_permanent_and_the_best_stay_and_nothing_else(steps, last, 
     by_loss = [finite[step] for step in keep if step in finite]
     assert sorted(by_loss)[:best] == evaluated[:best], "the lowest losses are among those kept"
     assert len(keep - newest - permanent) <= best
+
+
+@given(
+    every=st.integers(1, 9),
+    last=st.integers(1, 4),
+    stops=st.sets(st.integers(1, 99)),
+    end=st.integers(1, 99),
+)
+def test_what_a_stop_leaves_takes_the_place_of_no_planned_step(every, last, stops, end):
+    config = CheckpointConfig(every_steps=every, every_minutes=0, keep_last=last, keep_best=0)
+    there: dict[bool, set[int]] = {}
+    for stopped in (False, True):
+        steps: set[int] = set()
+        for step in range(1, end + 1):
+            if step % every == 0 or (stopped and step in stops):
+                steps = kept(dict.fromkeys(steps | {step}), config)
+        there[stopped] = {step for step in steps if planned(step, config)}
+        assert len(steps) <= last + 1
+    assert there[False] == there[True]
 
 
 @given(st.dictionaries(st.integers(1, 99), LOSSES), st.dictionaries(st.integers(1, 99), st.integers(0, 2)))

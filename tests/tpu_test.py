@@ -244,6 +244,7 @@ def test_what_passes_is_tried_again(cloud):
         (["--type=v9-8"], "TYPE=v9-8 is not known"),
         (["--slices=two"], "SLICES=two must be a number"),
         (["--tier=cheap"], "TIER=cheap must be"),
+        (["--valid_for=6"], "VALID_FOR=6 must be a duration with its unit"),
         (["--env=nowhere.env"], "--env=nowhere.env is no file"),
         (["--env", "nowhere.env"], "--env=nowhere.env is no file"),
         (["--env=bad.env"], "bad.env, line 2: ZON=x sets none of"),

@@ -155,7 +155,9 @@ def test_a_finished_run_says_so_and_more_steps_continue_it(tmp_path, data, unint
     run = tmp_path / "run"
     shutil.copytree(uninterrupted[0], run)
     before = (run / "metrics.jsonl").read_bytes()
+    samples = (run / "samples.jsonl").read_bytes()
     assert "already has its 60 steps" in runs.train(run, data, num_train_steps=STEPS, model__dropout=0.1)
+    assert (run / "samples.jsonl").read_bytes() == samples
     assert (run / "metrics.jsonl").read_bytes() == before
     out = runs.train(run, data, num_train_steps=STEPS + 5, model__dropout=0.1)
     assert "Resuming after step 60." in out and "config.num_train_steps: 60 -> 65" in out

@@ -25,7 +25,7 @@ from trainer.errors import CheckpointError, Diverged
 from trainer.evaluation import evaluate, part_rows
 from trainer.mirror import Mirror
 from trainer.processes import SAVE, STOP, Processes
-from trainer.retention import SaveClock
+from trainer.retention import SaveClock, planned
 from trainer.state import Program, TrainState
 from trainer.step import make_eval_step, make_train_step
 from trainer.watchdog import Watchdog
@@ -117,7 +117,7 @@ class Trainer:
             if first >= config.num_train_steps and not owed:
                 steps = config.num_train_steps
                 log.info("This run already has its %d steps; more with --config.num_train_steps=N.", steps)
-                self._sample(first, state.params)
+                self._sample(first, state.params, again=True)
                 self._wait_for_copies()
                 return True
             if first:
@@ -319,7 +319,9 @@ class Trainer:
                 raise self._diverged(bad)
             wanted = bad.step - max(self.config.divergence.rollback_steps, 1)
             # Nothing is moved before it is known what the run can go on from.
-            state, samples = self._restore_sound(bad, lambda steps: _newest_up_to(wanted, _before(bad.step, steps)))
+            state, samples = self._restore_sound(
+                bad, lambda steps: _newest_up_to(wanted, self._planned(bad.step, steps))
+            )
             step = int(state.step)
             self.returns[step] = self.returns.get(step, 0) + 1
             if self.returns[step] > self.config.divergence.max_in_a_row:
@@ -335,6 +337,10 @@ class Trainer:
         row = {"event/rollback_from": float(bad.step), "event/skipped_samples": float(skipped)}
         self.writers.metrics(step + 1, bad.samples * self.config.data.seq_len, row)
         return state, bad.samples
+
+    def _planned(self, before: int, steps: list[int]) -> list[int]:
+        """Without those that a stop left: when it was stopped must not change where the run goes back to."""
+        return [step for step in steps if step < before and planned(step, self.config.checkpoint)]
 
     # To a checkpoint
 
@@ -419,7 +425,7 @@ class Trainer:
         steps = self.processes.choose("checkpoints", self.checkpoints.steps)
         fate = "its checkpoint was set aside" if bad.step in steps else "it was not saved"
         if steps and steps[-1] > self.sound:
-            state, _ = self._restore_sound(bad, lambda steps: max(_before(bad.step, steps), default=None))
+            state, _ = self._restore_sound(bad, lambda steps: max((s for s in steps if s < bad.step), default=None))
             del state
             self.checkpoints.discard_after(bad.step - 1)
             steps = self.processes.choose("checkpoints", self.checkpoints.steps)
@@ -461,7 +467,7 @@ class Trainer:
             self.checkpoints.val_losses[step], self.checkpoints.val_windows[step] = result["val/loss"], limit
         return result["val/loss"]
 
-    def _sample(self, step: int, params: dict) -> None:
+    def _sample(self, step: int, params: dict, again: bool = False) -> None:
         if self.tokenizer is None or self.prompt is None:  # the start-up page said so
             return
         config = self.config.sample
@@ -469,17 +475,14 @@ class Trainer:
             params, self.prompt, rows=1, max_new_tokens=config.max_new_tokens, seed=(self.config.seed + step) % 2**32
         )
         text = self.tokenizer.decode(ids)
-        self.writers.sample({"step": step, "prompt": config.prompt, "text": text})
+        if not again:
+            self.writers.sample({"step": step, "prompt": config.prompt, "text": text})
         self.progress.clear()
         log.info("--- a sample after step %d ---\n%s%s\n---", step, config.prompt, text)
 
 
 def _every(n: int, step: int) -> bool:
     return n > 0 and step % n == 0
-
-
-def _before(step: int, steps: list[int]) -> list[int]:
-    return [s for s in steps if s < step]
 
 
 def _newest_up_to(wanted: int, steps: list[int]) -> int | None:

@@ -1,6 +1,6 @@
 """A second place for checkpoints: a folder, or gs://… or s3://… through tensorstore.
 
-    MIRROR/mirror.json           {"id": …}, chosen when the mirror is begun
+    MIRROR/mirror.json           {"id": …, chosen when it is begun; "of": [the run directory it is of, its own place]}
     MIRROR/config.json           of the run that it belongs to
     MIRROR/checkpoints/<step>/…  the files of RUN/checkpoints/<step>, Orbax's metadata last: with it a copy is whole
 
@@ -53,8 +53,9 @@ class Mirror:
       config: of the run.
       check: is called with the meta of the newest copy, before anything is written; raises what keeps the mirror as
         it is.
-      strict: whether settings that need --allow_config_change must be those of the mirror's config.json, too: for a run
-        that has nothing of its own to be compared with.
+      newest: the run's newest step here. If there is a later copy, or none here, settings that need
+        --allow_config_change must be those of the mirror's config.json, too.
+      strict: whether they must; not with that flag.
 
     Attributes:
       copying: the step being copied, or None.
@@ -73,6 +74,7 @@ class Mirror:
         source: pathlib.Path,
         config: Config,
         check: Callable[[dict[str, Any]], None] = lambda meta: None,
+        newest: int | None = None,
         strict: bool = False,
     ):
         self.location, self.source = location.rstrip("/"), source
@@ -83,19 +85,23 @@ class Mirror:
         self._changed = threading.Condition()
         self._list_path = source.parent / MIRRORS
         self._id = secrets.token_hex(8)  # if none is there
+        place = self.location if remote.is_remote(location) else str(pathlib.Path(location).resolve())
+        self._of = [str(source.parent.resolve()), place]
         self._mirrors = reading.patiently(self._read_mirrors, self._list_path)
         self._thread: threading.Thread | None = None
         try:
-            reading.again(lambda: self._claim(config, check, strict), _ERRORS)
+            reading.again(lambda: self._claim(config, check, newest, strict), _ERRORS)
         except _ERRORS as e:
             reason = f"config.checkpoint.mirror = {location} cannot be used: {_line(e)}"
             raise (Unreadable(reason, Stopped.exit_code) if reading.passes(e) else ConfigError(reason)) from None
 
-    def _claim(self, config: Config, check: Callable[[dict[str, Any]], None], strict: bool) -> None:
+    def _claim(self, config: Config, check: Callable[[dict[str, Any]], None], newest: int | None, strict: bool) -> None:
         self._store = remote.open_store(self.location)
-        mark, recorded = self._read_mark(), self._read("config.json")
+        (mark, of), recorded = self._read_mark(), self._read("config.json")
         self.copies = self._whole_copies()
-        self._check_owner(recorded, config, strict and bool(self.copies))
+        self._check_run(mark, of)
+        copied = self.copies - self._mirrors.get(mark or "", _Copies()).unwanted
+        self._check_owner(recorded, config, strict and bool(copied) and (newest is None or max(copied) > newest))
         if mark is None and recorded is None and any(_step_of(key) is not None for key in self._keys("checkpoints/")):
             raise ConfigError(
                 f"config.checkpoint.mirror = {self.location} has checkpoints that are not copies of ours, as it lacks "
@@ -108,20 +114,38 @@ class Mirror:
             )  # fmt: skip
         self._id = mark or self._id
         self._mirrors.setdefault(self._id, _Copies())
-        for step in sorted(self.known, reverse=True):
+        for step in sorted(copied, reverse=True):
             raw = self._read(f"checkpoints/{step}/{METADATA_FILE}") or b""
             try:
-                newest = identity.meta_from(raw)
+                meta = identity.meta_from(raw)
             except ValueError:  # a damaged copy; it is found when it is restored
                 continue
-            check(newest)
+            check(meta)
             break
         if not remote.is_remote(self.location):
             self._clear_leftovers(pathlib.Path(self.location), is_ours=bool(mark or recorded))
-        self._write(MARK, json.dumps({"id": self._id}).encode())
+        self._write(MARK, json.dumps({"id": self._id, "of": self._of}).encode())
         self._write("config.json", to_json(config).encode())
         if (unfinished := self._here.unfinished) is not None:
             self._record(unwanted={unfinished} - self.copies, unfinished=None)  # that copy was begun and not finished
+
+    def _check_run(self, mark: str | None, of: object) -> None:
+        """Raises ConfigError if this run directory was copied, without its mirror, from one that still has it."""
+        if mark not in self._mirrors or of == self._of:
+            return
+        try:
+            run, place = of  # type: ignore[misc]  # what is in the file
+            theirs = pathlib.Path(run) / MIRRORS
+            is_theirs = mark in json.loads(theirs.read_bytes()) and not theirs.samefile(self._list_path)
+        except (OSError, ValueError, TypeError, RecursionError):
+            return  # it was moved, or an earlier version made the mark
+        if place != self._of[1]:
+            return  # the mirror was copied, too
+        if is_theirs:
+            raise ConfigError(
+                f"config.checkpoint.mirror = {self.location} is the mirror of {run}, of which this run directory is a "
+                "copy; name another place"
+            )
 
     def _check_owner(self, recorded: bytes | None, config: Config, strict: bool) -> None:
         """Raises ConfigError when the place is another's."""
@@ -147,21 +171,25 @@ class Mirror:
                 "that to resume it, pass --allow_config_change to go on with these, or name another place"
             )
 
-    def _read_mark(self) -> str | None:
-        """The id of the mirror that is there; None: there is none. Raises ConfigError for what is not a mark."""
+    def _read_mark(self) -> tuple[str | None, object]:
+        """The id of the mirror that is there (None: there is none), and whose it is, as it says.
+
+        Raises ConfigError for what is not a mark.
+        """
         raw = self._read(MARK)
         if raw is None:
-            return None
+            return None, None
         try:
-            if isinstance(found := json.loads(raw)["id"], str) and found:
-                return found
+            found = json.loads(raw)
+            if isinstance(found["id"], str) and found["id"]:
+                return found["id"], found.get("of")
         except (ValueError, TypeError, KeyError, RecursionError):
             pass
         raise ConfigError(f"config.checkpoint.mirror = {self.location} has a damaged {MARK}; name another place")
 
     def _check_there(self) -> None:
         """Raises OSError, which may pass, if this mirror is not there now."""
-        if self._read_mark() != self._id:
+        if self._read_mark()[0] != self._id:
             raise OSError(errno.ESTALE, f"its {MARK} is gone; is its file system mounted?")
 
     @staticmethod

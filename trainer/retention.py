@@ -13,12 +13,18 @@ STALLS = 5  # that are remembered; one slow save is none of a slow disk
 RAREST = 3  # times every_minutes: what a preemption without warning may cost, however slow saves are
 
 
+def planned(step: int, config: CheckpointConfig) -> bool:
+    """Whether a run that nobody stops has this step, too. If saves are also made by time, none is told from another."""
+    every = [n for n in (config.every_steps, config.keep_every_steps) if n]
+    return bool(config.every_minutes) or not every or any(step % n == 0 for n in every)
+
+
 def kept(
     steps: Mapping[int, float | None],
     config: CheckpointConfig,
     windows: Mapping[int, int | None] = MappingProxyType({}),
 ) -> set[int]:
-    """The steps to keep: the last ones, the permanent ones, the best ones.
+    """The steps to keep: the last ones (of those that are planned; and the newest), the permanent ones, the best ones.
 
     Args:
       steps: committed steps, with the val/loss of those that were evaluated; one that is not finite is never the best.
@@ -26,7 +32,7 @@ def kept(
         only, and of each number the best stay; steps that are not named are of one more.
     """
     ordered = sorted(steps)
-    keep = set(ordered[-config.keep_last :])
+    keep = {*[step for step in ordered if planned(step, config)][-config.keep_last :], *ordered[-1:]}
     if config.keep_every_steps:
         keep |= {step for step in ordered if step % config.keep_every_steps == 0}
     evaluated: dict[int | None, list[tuple[float, int]]] = collections.defaultdict(list)

@@ -130,6 +130,7 @@ check_settings() {
     fail 2 "NAME=$NAME must be small letters, digits and hyphens, begin with a letter, and have 40 of them at most"
   [[ $SLICES =~ ^[1-9][0-9]{0,5}$ ]] || fail 2 "SLICES=$SLICES must be a number, 1 or more"
   [[ $TIER =~ ^(on-demand|spot|reserved)$ ]] || fail 2 "TIER=$TIER must be on-demand, spot or reserved"
+  [[ $VALID_FOR =~ ^([0-9]+[smhdw])*$ ]] || fail 2 "VALID_FOR=$VALID_FOR must be a duration with its unit, such as 6h"
   BUCKET=${BUCKET#gs://} BUCKET=${BUCKET%/}
   [[ $BUCKET =~ ^([a-z0-9]([-a-z0-9_.]*[a-z0-9])?)?$ ]] || fail 2 "BUCKET=$BUCKET must be the name of a bucket, without a folder"
   check_nfs

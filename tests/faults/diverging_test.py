@@ -108,6 +108,23 @@ def test_rollback_and_killed_after_it(tmp_path, data):
     assert everything(run) == everything(whole)
 
 
+def test_a_stop_does_not_change_where_a_run_goes_back_to(tmp_path, data):
+    """Without saves by time: that of the stop at 42 is no place to go back to, nor does it push another out."""
+    fields = {
+        **FIELDS,
+        "divergence__spike": "rollback",
+        "checkpoint__every_steps": 10,
+        "checkpoint__every_minutes": 0.0,
+    }
+    fields |= {"checkpoint__keep_last": 1, "checkpoint__keep_best": 0, "optimizer__decay_steps": STEPS}
+    whole, run = tmp_path / "whole", tmp_path / "stopped"
+    runs.train(whole, data, **fields)
+    runs.train(run, data, **{**fields, "num_train_steps": 42})
+    assert (run / "checkpoints/42").is_dir()
+    assert f"back to step 40, leaving out {BATCH * (BAD - 40)} samples" in runs.train(run, data, **fields)
+    assert [row for row in everything(whole) if row not in everything(run)] == []
+
+
 def test_rollback_in_a_gang(tmp_path, data):
     """Fault 17: all go back to the same step."""
     fields = {**FIELDS, "divergence__spike": "rollback", "mesh__data": 2, "eval__every_steps": 20}
