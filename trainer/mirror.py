@@ -129,12 +129,12 @@ class Mirror:
         if (unfinished := self._here.unfinished) is not None:
             self._record(unwanted={unfinished} - self.copies, unfinished=None)  # that copy was begun and not finished
 
-    def _check_run(self, mark: str | None, of: object) -> None:
+    def _check_run(self, mark: str | None, of: Any) -> None:
         """Raises ConfigError if this run directory was copied, without its mirror, from one that still has it."""
         if mark not in self._mirrors or of == self._of:
             return
         try:
-            run, place = of  # type: ignore[misc]  # what is in the file
+            run, place = of
             theirs = pathlib.Path(run) / MIRRORS
             is_theirs = mark in json.loads(theirs.read_bytes()) and not theirs.samefile(self._list_path)
         except (OSError, ValueError, TypeError, RecursionError):
@@ -171,7 +171,7 @@ class Mirror:
                 "that to resume it, pass --allow_config_change to go on with these, or name another place"
             )
 
-    def _read_mark(self) -> tuple[str | None, object]:
+    def _read_mark(self) -> tuple[str | None, Any]:
         """The id of the mirror that is there (None: there is none), and whose it is, as it says.
 
         Raises ConfigError for what is not a mark.
