@@ -13,7 +13,8 @@ Tokenizers: characters, bytes, byte-level BPE trained on a sample of the text (b
 
 Killed, it goes on when the same command is started again; the dataset is the same, byte for byte, for any number of
 kills and --workers. What was wrong with the input is counted, and the first of each kind named, at the end and in
-DATASET/summary.json. Exit codes: 0 done, 2 flags, 3 the source or --out cannot be used, 130 Ctrl-C (128 and its number for other signals).
+DATASET/summary.json. Exit codes: 0 done, 2 flags, 3 the source or --out cannot be used, 130 Ctrl-C,
+128 + n other signals.
 """
 
 import contextlib
