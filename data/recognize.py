@@ -244,13 +244,13 @@ def _text_or_records(path: pathlib.Path, suffix: str, head: bytes, is_whole: boo
         return JSONL
     if (_BEGINS_JSON_ARRAY if is_json else _BEGINS_ARRAY).match(head):
         raise Refusal(path, "a JSON array", "write one record a line, for example with jq -c '.[]'")
-    if is_json and _is_one_of_many(head, (dict, str)):
+    if is_json and _is_one_of_many(head):
         raise Refusal(path, "JSON objects that are not one a line", "write them so, for example with jq -c .")
     if is_json and (_BEGINS_OBJECT.match(head) or _BEGINS_VALUES.match(head)):
         raise Refusal(path, "one JSON value, and not a record a line", TO_LINES, is_beside=True)
     if objects and (all(objects) or any(a and b for a, b in itertools.pairwise(objects))):
         raise Refusal(path, "text that looks like JSON lines", "say --format=jsonl if it is")
-    if _is_one_of_many(head, dict, "{"):  # in one line, as some services write them
+    if _is_one_of_many(head, as_text=True):  # in one line, as some services write them
         raise Refusal(path, "JSON objects that are not one a line", "write them so, for example with jq -c .")
     if len(lines) > 1 and all(map(_is_text_value, lines[: min(SEEN_LINES, len(lines) - (not is_whole))])):
         raise Refusal(
@@ -282,14 +282,18 @@ def _is_text_value(line: bytes) -> bool:
     return True
 
 
-def _is_one_of_many(head: bytes, kinds: type | tuple[type, ...], begins: str = '{"[,') -> bool:
-    """Whether what `begins` so follows the first value, which is one of `kinds`, not empty, and may have many lines."""
+def _is_one_of_many(head: bytes, as_text: bool = False) -> bool:
+    """Whether another value follows the first object or string, which may have several lines; `as_text`: whether both
+    are objects, of which the first is not empty, as a text does not begin."""
     text = head.decode("utf-8", "replace").lstrip()
     try:
         first, end = json.JSONDecoder(parse_int=len).raw_decode(text)
     except (ValueError, RecursionError):
         return False
-    return isinstance(first, kinds) and bool(first) and text[end:].lstrip().startswith(tuple(begins))
+    following = text[end:].lstrip()[:1]
+    if as_text:
+        return isinstance(first, dict) and bool(first) and following == "{"
+    return isinstance(first, dict | str) and following in ("{", '"', "[", ",")
 
 
 def _is_over_several_lines(head: bytes) -> bool:

@@ -33,14 +33,8 @@ log = logging.getLogger("meshlm")
 
 STOPPED = Stopped.exit_code  # stopped, and resumable by the same command
 ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-ONCE = (
-    "source",
-    "data_path",
-    "val_path",
-    "tokenizer_path",
-    "special_tokens",
-    "prompt",
-)  # flags of which both seem taken
+# Flags that name what is read: given twice, both would seem taken.
+ONCE = ("source", "data_path", "val_path", "tokenizer_path", "special_tokens", "prompt")
 
 DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error that would end in one line.")
 flags.disclaim_key_flags()  # those defined below are of the modules that call

@@ -327,6 +327,8 @@ def test_any_records_are_never_read_as_one_text(tmp_path_factory, records, suffi
     [
         ("a.json", b'["one text", "another"]'),
         ("a.json", b'"one text"\n"another"\n'),
+        ("a.json", b'""\n"another"\n'),
+        ("a.json", b'{} {"text": "a"}'),
         ("a.json", b'["one text", 1]\n["another", 2]\n'),
         ("a.json", b'ing of a record that was cut"}\n{"text": "a"}\n{"text": "b"}\n'),
         ("a.log", b'# made by a program\n{"text": "a"}\n{"text": "b"}\n'),
