@@ -16,7 +16,7 @@ from typing import Any
 from absl import app, flags
 
 from tests.memory_store import Gang
-from trainer.processes import SAVE, Processes
+from trainer.reliability.coordination import SAVE, Processes
 
 MOST = flags.DEFINE_integer("most", 4096, "Processes of the largest gang.")
 REQUESTS = flags.DEFINE_integer("requests", 10_000, "Requests of two real processes.")

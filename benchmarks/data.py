@@ -18,17 +18,19 @@ from collections.abc import Callable
 from absl import app, flags
 
 from benchmarks.memory import PeakMemory
-from data import allocator
+from data.storage import malloc
 
 ROUNDS = flags.DEFINE_integer("rounds", 20, "Interleaved rounds; medians are printed.")
 CORPUS_MB = flags.DEFINE_integer("corpus_mb", 200, "Text to prepare; 2000 for the memory goal.")
 TOKENS_MB = flags.DEFINE_integer("tokens_mb", 1024, "Token file to gather from.")
 
-allocator.tune_allocator()  # as launch.train does
+malloc.tune_allocator()  # as launch.train does
 
 import numpy as np  # noqa: E402
 
-from data import corpus, formats, loader, packing  # noqa: E402
+from data import loader, packing  # noqa: E402
+from data.preparation import corpus  # noqa: E402
+from data.token_files import formats  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
 SEQ_LEN = 1024

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from absl import app, flags
 
-from data.bpe import train_bpe
+from data.tokenizers.hf_json import train_bpe
 from tests import families
 
 SMALL = flags.DEFINE_integer("small", 40_000, "Characters of the small text.")

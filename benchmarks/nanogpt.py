@@ -22,8 +22,8 @@ import jax  # isort: skip
 import jax.numpy as jnp  # isort: skip
 import numpy as np  # isort: skip
 
-from data import prepare  # isort: skip
-from trainer import flops  # isort: skip
+from data.preparation import pipeline  # isort: skip
+from trainer.reporting import flops  # isort: skip
 from trainer.config import Config  # isort: skip
 
 NANOGPT = flags.DEFINE_string("nanogpt", None, "A clone of nanoGPT.", required=True)
@@ -101,7 +101,7 @@ def products(size: int = 2048) -> Callable[[int], float]:
 def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary, "set")
-        manifest = prepare.prepare(folder, source=flags.FLAGS.source, tokenizer="char", min_frequency=100)
+        manifest = pipeline.prepare(folder, source=flags.FLAGS.source, tokenizer="char", min_frequency=100)
         config, steps = recipe("cpu", manifest.vocab_size), STEPS[SIZE.value]
         if SIZE.value == "large":
             config = recipe("", manifest.vocab_size)

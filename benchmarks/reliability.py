@@ -20,7 +20,7 @@ from collections.abc import Callable
 from absl import app, flags
 
 from tests import runs
-from trainer import lives
+from trainer.reliability import restarts
 
 KILL_MINUTES = flags.DEFINE_float("kill_minutes", 8, "How long to train under a kill every two minutes.")
 ONLY = flags.DEFINE_list("only", [], "Of signals, slow_host, save, stall, goodput; empty: all.")
@@ -103,8 +103,8 @@ def save_and_restore(folder: pathlib.Path) -> dict[str, str]:
     import jax
 
     from trainer import sharding
-    from trainer.checkpoint import Checkpoints, checksums
     from trainer.config import CheckpointConfig, from_dict
+    from trainer.reliability.checkpoint import Checkpoints, checksums
     from trainer.state import Program
 
     model = {"num_layers": 6, "embed_dim": 384, "num_heads": 6, "vocab_size": 64, "max_seq_len": 128}
@@ -172,8 +172,8 @@ def goodput(folder: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
     time.sleep(30)
     supervisor.send_signal(signal.SIGTERM)
     supervisor.wait(120)
-    found = lives.read_lives(run / "lives.jsonl")
-    print(*lives.table(found), sep="\n", file=sys.stderr)
+    found = restarts.read_lives(run / "lives.jsonl")
+    print(*restarts.table(found), sep="\n", file=sys.stderr)
     return {
         "goodput under a kill every two minutes": f"{100 * found[-1].goodput:.1f} % over {len(found)} lives",
         "… steps lost at a kill, at most (saves every half minute)": f"{max(life.lost_steps for life in found)}",

@@ -17,20 +17,22 @@ import time
 
 from absl import app, flags
 
-from data import allocator
+from data.storage import malloc
 
 STEPS = flags.DEFINE_integer("steps", 30, "Steps a round.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds; medians are printed.")
 
-allocator.tune_allocator()  # as launch.train does, before anything allocates
+malloc.tune_allocator()  # as launch.train does, before anything allocates
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from data import formats, loader, prepare  # noqa: E402
+from data import loader  # noqa: E402
+from data.preparation import pipeline  # noqa: E402
+from data.token_files import formats  # noqa: E402
 from trainer import sharding  # noqa: E402
-from trainer.checkpoint import Checkpoints  # noqa: E402
 from trainer.config import CheckpointConfig, Config, from_dict  # noqa: E402
+from trainer.reliability.checkpoint import Checkpoints  # noqa: E402
 from trainer.state import Program  # noqa: E402
 from trainer.step import make_train_step  # noqa: E402
 
@@ -117,7 +119,7 @@ def main(argv: list[str]) -> None:
     rows: list[tuple[str, str]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
-        manifest = prepare.prepare(folder / "set", source=source, tokenizer="char", min_frequency=100)
+        manifest = pipeline.prepare(folder / "set", source=source, tokenizer="char", min_frequency=100)
         small, large = (Stepper(recipe(v, manifest.vocab_size), folder / "set", manifest) for v in ("cpu", ""))
         times: dict[str, list[float]] = {"small": [], "large": []}
         for _ in range(ROUNDS.value):

@@ -10,7 +10,7 @@ import dataclasses
 
 from absl import app, flags
 
-from trainer import topology
+from trainer.planning import topology
 
 CONFIG = flags.DEFINE_string("config", "llama_8b", "Recipe.")
 FAMILY = flags.DEFINE_string("family", "v5p", "Chip.")
@@ -27,7 +27,7 @@ COLUMNS = (
 def main(argv: list[str]) -> None:
     topology.prepare_environment()
     from benchmarks import plans
-    from trainer import plan
+    from trainer.planning import plan
 
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
     recipe = plans.recipe(CONFIG.value)

@@ -10,9 +10,11 @@ import logging
 import pathlib
 from collections.abc import Callable, Iterator
 
-from data import content, foreign, formats, names, remote, tokenizers
+from data import tokenizers
 from data.config import DataConfig
 from data.errors import DataError
+from data.storage import names, remote
+from data.token_files import external, fingerprint, formats
 
 log = logging.getLogger("meshlm")
 
@@ -27,7 +29,7 @@ class Dataset:
     vocab_size: int  # 0: not known
     tokenizer_path: str  # '' for none
     load_tokenizer: Callable[[], tokenizers.Tokenizer | None]  # None where nobody said which; raises DataError
-    foreign_files: dict[str, list[foreign.TokenFile]]  # by split; empty for a dataset folder
+    foreign_files: dict[str, list[external.TokenFile]]  # by split; empty for a dataset folder
     largest_id: int = -1  # that was seen when foreign files were opened
 
     def files(self, split: str) -> formats.TokenFiles:
@@ -37,7 +39,7 @@ class Dataset:
                 return formats.TokenFiles(self.folder, self.manifest, split)
             if split not in self.foreign_files:
                 raise DataError(f"{self.path} has no {split!r} files; name them with data.val_path")
-            return foreign.Files(self.foreign_files[split], self.vocab_size)
+            return external.Files(self.foreign_files[split], self.vocab_size)
         except OSError as e:
             raise DataError(f"{e.filename} cannot be read: {e.strerror}") from None
 
@@ -93,7 +95,7 @@ def open_dataset(config: DataConfig, vocab_size: int = 0) -> Dataset:
     """
     path = located(config.path)
     prepared = is_prepared(config)
-    named_as_foreign = config.format or path.suffix in foreign.SUFFIXES or names.is_pattern(config.path)
+    named_as_foreign = config.format or path.suffix in external.SUFFIXES or names.is_pattern(config.path)
     if not prepared and (config.format == "meshlm" or not (named_as_foreign or _is_there(path))):
         raise FileNotFoundError(config.path)
     try:
@@ -117,14 +119,14 @@ def _open_foreign(config: DataConfig, path: pathlib.Path, vocab_size: int) -> Da
     if tokenizer is not None:
         vocab_size = tokenizer.vocab_size
     paths = _paths_by_split(config)
-    read = foreign.read([p for split in paths.values() for p in split], config.format, config.dtype)
+    read = external.read([p for split in paths.values() for p in split], config.format, config.dtype)
     remaining = iter(read)
     files = {name: list(itertools.islice(remaining, len(split))) for name, split in paths.items()}
     splits, largest = {}, -1
     for name, of_split in files.items():
-        contents = content.contents(of_split)
+        contents = fingerprint.contents(of_split)
         for file, found in zip(of_split, contents, strict=True):
-            content.check(file, found, config.dtype, vocab_size)
+            fingerprint.check(file, found, config.dtype, vocab_size)
             largest = max(largest, found.largest_id)
         shards = tuple(formats.Shard(f.path.name, f.tokens, c.digest) for f, c in zip(of_split, contents, strict=True))
         documents = sum(f.documents for f in of_split)
@@ -137,14 +139,14 @@ def _open_foreign(config: DataConfig, path: pathlib.Path, vocab_size: int) -> Da
 
 def _paths_by_split(config: DataConfig) -> dict[str, list[pathlib.Path]]:
     """Training and validation files; a file that validates never trains."""
-    paths = foreign.find(config.path)
+    paths = external.find(config.path)
     _refuse_parts_of_datasets(config.path, paths)
     if config.val_path:
-        val = foreign.find(config.val_path)
+        val = external.find(config.val_path)
         held_out = {p.resolve() for p in val}
         train = [p for p in paths if p.resolve() not in held_out]
     else:
-        root, _ = foreign.selection(located(config.path))
+        root, _ = external.selection(located(config.path))
         val = [p for p in paths if _validates(p, root)]
         train = sorted(set(paths) - set(val))
     if not train:
@@ -175,7 +177,7 @@ def _warn_of_tests(path: str, train: list[pathlib.Path]) -> None:
     place = located(path)
     if place.is_file():
         return
-    root, _ = foreign.selection(place)
+    root, _ = external.selection(place)
     if tests := [str(p) for p in train if names.says(_below(p, root).as_posix(), names.TEST)]:
         first = ", ".join(map(repr, tests[:3])) + (" …" if len(tests) > 3 else "")
         log.warning(

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data import mixture, order, packing, pages
+from data import mixture, order, packing
 from data.errors import DataError
-from data.formats import TokenFiles
+from data.storage import mmap_advice
+from data.token_files.formats import TokenFiles
 
 if TYPE_CHECKING:  # windows are looked at without devices too
     import jax
@@ -31,7 +32,7 @@ if TYPE_CHECKING:  # windows are looked at without devices too
 BLOCK = 1 << 14
 # Mapped files may take this much of this process's memory: touched pages count as its own, and mapping them anew costs
 # more than the gather.
-RESIDENT_BYTES = pages.memory_bytes() // 4
+RESIDENT_BYTES = mmap_advice.memory_bytes() // 4
 CHECK_ROWS = 1 << 14  # between looks at it
 
 
@@ -95,9 +96,9 @@ class Windows:
         self._unchecked += rows
         if self._unchecked >= CHECK_ROWS:
             self._unchecked = 0
-            if pages.mapped_bytes() > RESIDENT_BYTES:
+            if mmap_advice.mapped_bytes() > RESIDENT_BYTES:
                 for shard in self.files.shards:
-                    pages.release(shard)
+                    mmap_advice.release(shard)
 
     def _windows(self, epoch: int, position: np.ndarray) -> np.ndarray:
         """The windows at these positions of an epoch, from cached blocks of the permutation."""
@@ -150,7 +151,7 @@ class TokenWindows(Windows):
 
     def will_need(self, g: np.ndarray) -> None:
         for _, shard, windows in self._places(g):
-            pages.will_need(shard.rows, windows * shard.rows.strides[0], shard.rows.itemsize)
+            mmap_advice.will_need(shard.rows, windows * shard.rows.strides[0], shard.rows.itemsize)
 
     def _places(self, g: np.ndarray) -> Iterator[tuple[np.ndarray, ShardWindows, np.ndarray]]:
         """For each (epoch, shard) met: which of g lie there, the windows of that shard, and which of those they are."""
@@ -215,7 +216,7 @@ class PackedWindows(Windows):
 
     def will_need(self, g: np.ndarray) -> None:
         for _, shard, starts, lengths, _ in self._places(g):
-            pages.will_need(shard, starts * shard.itemsize, lengths * shard.itemsize)
+            mmap_advice.will_need(shard, starts * shard.itemsize, lengths * shard.itemsize)
 
     def _places(self, g: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         """For each shard met: which of g lie there, its tokens, start and length of each piece of these rows, one row

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from data import files, formats, integrity, pages
 from data.errors import DataError
+from data.storage import files, mmap_advice
+from data.token_files import formats, integrity
 
 FORMAT = "meshlm-packing"
 VERSION = 1  # changes with the rows of the same documents: tests/packing_test.py freezes them
@@ -255,7 +256,7 @@ def _write(path: pathlib.Path, folder: pathlib.Path, manifest: formats.Manifest,
                 first_pieces.append(pieces + own.row_ends)
                 pieces += len(own.pieces)
                 whole += _whole(offsets, first, stop, spec.tokens, seq_len)
-                pages.release(tokens)
+                mmap_advice.release(tokens)
             first = stop
         last = np.concatenate(first_pieces).astype("<u8").tobytes()
         f.write(last)

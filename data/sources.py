@@ -11,10 +11,11 @@ import pathlib
 import re
 from typing import Any
 
-from data import foreign, formats, mixture, packing, tokenizers
+from data import mixture, packing, tokenizers
 from data.config import DataConfig
 from data.dataset import Dataset, is_prepared, open_dataset
 from data.errors import DataError
+from data.token_files import external, formats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +186,7 @@ def _name(path: str, depth: int = 0) -> str:
     parts = list(pathlib.PurePath(path).parts)
     if depth == 0:
         parts = [pathlib.PurePath(part).stem for part in parts]
-    for suffix in foreign.SUFFIXES:
+    for suffix in external.SUFFIXES:
         parts = [part.removesuffix(suffix) for part in parts]
     parts = [re.sub(r"[*?\[\]]", "", part) for part in parts]
     parts = [stripped for part in parts if (stripped := part.strip("-_./"))]

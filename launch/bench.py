@@ -25,11 +25,11 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from data import allocator
+from data.storage import malloc
 from launch import cli, environment, runtime, standalone
-from trainer import flops
 from trainer.config import Config
 from trainer.errors import ConfigError, Diverged
+from trainer.reporting import flops
 
 CONFIG = cli.define_config()
 STEPS = flags.DEFINE_integer("steps", 20, "Steps of a round.", lower_bound=1)
@@ -50,7 +50,7 @@ def main() -> None:
     config = standalone.complete(given)
     if PEER.value:
         check_peer()
-    allocator.tune_allocator()
+    malloc.tune_allocator()
     runtime.use_gpu_memory()
     if PEER.value:  # two programs on one device: JAX would else take most of its memory at once
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -58,7 +58,7 @@ def main() -> None:
     import jax
 
     from launch import distributed
-    from trainer import compiler
+    from trainer import xla_options
 
     distributed.initialize(None, None, None)
     jax.config.update("jax_enable_compilation_cache", False)  # compile_s is of a compilation
@@ -67,10 +67,10 @@ def main() -> None:
     try:
         row = measure(config)
     except jax.errors.JaxRuntimeError as e:
-        if not compiler.is_out_of_memory(e):
+        if not xla_options.is_out_of_memory(e):
             raise
         raise ConfigError(
-            compiler.out_of_memory(e) + "lower config.global_batch_size, raise config.grad_accum_steps, or choose "
+            xla_options.out_of_memory(e) + "lower config.global_batch_size, raise config.grad_accum_steps, or choose "
             "another config.model.remat"
         ) from e
     row |= {"vocab_size": config.model.vocab_size, "vocab_size_is_default": not given.model.vocab_size}
@@ -157,7 +157,7 @@ class Bench:
         """What was timed, and on what."""
         import jax
 
-        from trainer import metrics
+        from trainer.reporting import metrics
 
         config, model, device = self.config, self.config.model, jax.devices()[0]
         return {

@@ -24,7 +24,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from data.errors import DataError, UserError
-from data.remote import is_remote
+from data.storage.remote import is_remote
 from launch import ENDED, INTERRUPTED, INTERRUPTED_LINE
 from trainer.config import Config, from_dict
 from trainer.errors import ConfigError, Stopped

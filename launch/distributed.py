@@ -15,9 +15,9 @@ from typing import Any
 import jax
 
 from launch import cli, door, environment
-from trainer import run_directory
 from trainer.config import Config, flatten
 from trainer.errors import ConfigError, Stopped
+from trainer.reliability import run_directory
 
 PROGRESS_S = 10.0
 PACKAGES = ("data", "launch", "model", "trainer")
@@ -214,6 +214,6 @@ def identity(config: Config) -> dict[str, Any]:
 def code_version() -> str:
     """SHA-256 of our source files, cut to 16 digits."""
     root, digest = pathlib.Path(__file__).parent.parent, hashlib.sha256()
-    for path in sorted(path for package in PACKAGES for path in (root / package).glob("*.py")):
+    for path in sorted(path for package in PACKAGES for path in (root / package).rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

@@ -2,7 +2,7 @@
 
 The options that numbers depend on have one value here, so that a run is its configuration. They are recorded in
 environment.json all the same, with what may be chosen on purpose, by a variable: XLA's flags, those of its libraries,
-and the precision of matrix products, which is set in trainer/compiler.py if nobody has chosen one. What was chosen
+and the precision of matrix products, which is set in trainer/xla_options.py if nobody has chosen one. What was chosen
 must be the same on all processes; if it is another than in the life before, a line says so.
 """
 

@@ -17,8 +17,8 @@ import subprocess
 import sys
 
 from launch import cli
+from trainer.chips import GPU_FRACTION
 from trainer.errors import ConfigError
-from trainer.topology import GPU_FRACTION
 
 log = logging.getLogger("meshlm")
 

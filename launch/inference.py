@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from data import allocator, tokenizers
+from data import tokenizers
+from data.storage import malloc
 from launch import cli, environment, runtime
-from trainer import run_directory
 from trainer.config import Config, changes, from_dict
 from trainer.errors import ConfigError
+from trainer.reliability import run_directory
 
 if TYPE_CHECKING:  # brings JAX, which a mistyped flag need not wait for
     from trainer.state import Program
@@ -44,11 +45,11 @@ def memory_of_devices(advice: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:  # JAX's are
-        from trainer import compiler
+        from trainer import xla_options
 
-        if not compiler.is_out_of_memory(e):
+        if not xla_options.is_out_of_memory(e):
             raise
-        raise ConfigError(compiler.out_of_memory(e) + advice) from e
+        raise ConfigError(xla_options.out_of_memory(e) + advice) from e
 
 
 def open_run() -> Run:
@@ -60,14 +61,15 @@ def open_run() -> Run:
     # Whatever kernel trained it may not be on this machine.
     config = dataclasses.replace(recorded, model=dataclasses.replace(recorded.model, attention="auto"))
 
-    allocator.tune_allocator()
+    malloc.tune_allocator()
     environment.load_jax()
     environment.find_devices()
     runtime.use_compilation_cache(path)
     import jax
 
-    from trainer import identity, sharding
-    from trainer.checkpoint import Checkpoints, choose_step
+    from trainer import sharding
+    from trainer.reliability import identity
+    from trainer.reliability.checkpoint import Checkpoints, choose_step
     from trainer.state import Program
 
     checkpoints = Checkpoints(path)

@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from data import dataset, foreign, integrity, packing, sources, vocabulary
+from data import dataset, packing, sources
 from data.config import DTYPES, FORMATS, DataConfig
 from data.errors import DataError
 from data.loader import PackedWindows, TokenWindows, Unreached, Windows
-from data.tokenizers import Tokenizer
+from data.token_files import external, integrity
+from data.tokenizers.base import MAX_ID, Tokenizer
 from launch import cli
 from trainer.errors import ConfigError
 
@@ -39,7 +40,7 @@ DTYPE = flags.DEFINE_enum("dtype", "", ["", *DTYPES], "As config.data.dtype.")
 VAL_PATH = cli.define_data_path("val_path", "", "As config.data.val_path.")
 TOKENIZER_PATH = cli.define_data_path("tokenizer_path", "", "As config.data.tokenizer_path.")
 VOCAB_SIZE = flags.DEFINE_integer(
-    "vocab_size", 0, "As config.model.vocab_size; 0: not known.", lower_bound=0, upper_bound=vocabulary.MAX_ID + 1
+    "vocab_size", 0, "As config.model.vocab_size; 0: not known.", lower_bound=0, upper_bound=MAX_ID + 1
 )
 CHECK = flags.DEFINE_bool("check", True, "Read and check every byte.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object, and nothing else on stdout.")
@@ -104,7 +105,7 @@ def about(data: dataset.Dataset) -> dict[str, Any]:
         "eos_id": manifest.eos_id,
         "request": None if data.foreign_files else manifest.request,
         "splits": splits,
-        "other_files": foreign.others(data.path, data.foreign_files),
+        "other_files": external.others(data.path, data.foreign_files),
     }
 
 

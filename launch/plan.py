@@ -18,8 +18,8 @@ from absl import flags
 
 from launch import cli, environment, standalone
 from model.config import ModelConfig
-from trainer import topology
 from trainer.errors import ConfigError
+from trainer.planning import topology
 
 CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_string("topology", None, "Slice or node, as v5p:4x4x4, v6e:16x16 or h100:8.")
@@ -38,16 +38,16 @@ def main() -> int:
     topology.parse(TOPOLOGY.value, NUM_SLICES.value)
     topology.prepare_environment()
     environment.load_jax()
-    from trainer import plan as planning
-    from trainer import plan_search
+    from trainer.planning import plan as planning
+    from trainer.planning import search
 
     machine = topology.describe(TOPOLOGY.value, NUM_SLICES.value)
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, num_slices=NUM_SLICES.value))
     if SEARCH.value:
-        plans = plan_search.search(config, machine, CANDIDATES.value, progress=lambda line: cli.log.info("%s", line))
+        plans = search.search(config, machine, CANDIDATES.value, progress=lambda line: cli.log.info("%s", line))
         if not plans:
             raise ConfigError(f"nothing that --search tried fits {TOPOLOGY.value}; take a larger slice")
-        print(json.dumps([as_json(p) for p in plans]) if JSON.value else plan_search.table(plans))
+        print(json.dumps([as_json(p) for p in plans]) if JSON.value else search.table(plans))
         return 0
     plan = planning.make(config, machine)
     smaller = None if plan.fits else planning.largest_batch(plan, machine)
@@ -62,8 +62,8 @@ def main() -> int:
 
 def page(plan: Any) -> str:
     """The plan for a reader."""
-    from trainer import flops
-    from trainer.plan import ASSUMPTIONS
+    from trainer.planning.plan import ASSUMPTIONS
+    from trainer.reporting import flops
 
     config, model = plan.config, plan.config.model
     slices = f"{plan.num_slices} x " if plan.num_slices > 1 else ""
@@ -100,7 +100,7 @@ def page(plan: Any) -> str:
 
 
 def _collective(row: Any, model: ModelConfig) -> str:
-    from trainer.plan import axes_of
+    from trainer.planning.plan import axes_of
 
     outside = "outside of them" if model.scan_layers else "in all"  # unrolled, layers cannot be told apart
     often = f"{row.executions / model.num_layers:g} a layer" if row.in_layers else f"{row.executions} {outside}"

@@ -25,11 +25,15 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from data import allocator, corpus, formats, losses, prepare, recognize, spool, tokenizers, vocabulary
-from data.output import Output
+from data import tokenizers
+from data.preparation import corpus, losses, pipeline, recognize, spool
+from data.preparation.output import Output
+from data.storage import malloc
+from data.token_files import formats
+from data.tokenizers import base
 from launch import cli
-from trainer.console import StatusLine, duration
 from trainer.errors import ConfigError
+from trainer.reporting.console import StatusLine, duration
 
 SOURCE = cli.define_path("source", None, "File, directory, glob, -, python-stdlib or tinyshakespeare.")
 TOKENIZER = cli.define_path(
@@ -42,7 +46,7 @@ VAL_FRACTION = flags.DEFINE_float(
 SPLIT = flags.DEFINE_enum(
     "split",
     "auto",
-    prepare.SPLITS,
+    pipeline.SPLITS,
     "What validates: the last characters, whole files, or whole documents. auto: last for a single text, file for "
     "several, document where there are records.",
 )
@@ -77,7 +81,7 @@ WORKERS = flags.DEFINE_integer("workers", 0, "Processes; 0 for one a core that t
 COUNT_DUPLICATES = flags.DEFINE_bool("count_duplicates", False, "Count documents whose text occurred before.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a dataset at --out that another request made.")
 cli.check_flag("tokenizer", tokenizers.needs_texts)
-cli.check_flag("special_tokens", vocabulary.check_special_tokens)
+cli.check_flag("special_tokens", base.check_special_tokens)
 
 
 class Progress:
@@ -106,7 +110,7 @@ class Progress:
 def main() -> int:
     if not SOURCE.value or not OUT.value:
         raise ConfigError("--source and --out are needed, for example --source=python-stdlib --out=datasets/mine")
-    allocator.tune_allocator()
+    malloc.tune_allocator()
     cli.end_in_one_line()
     out = Output(pathlib.Path(OUT.value)).path  # a folder that is replaced may be the one we are in
     with sourced(SOURCE.value, out.parent) as source:
@@ -139,11 +143,11 @@ def make(out: pathlib.Path, source: str) -> None:
         "bad_records": BAD_RECORDS.value,
         "format": FORMAT.value,
     }
-    if not OVERWRITE.value and (found := prepare.there(out, **request)) is not None:
+    if not OVERWRITE.value and (found := pipeline.there(out, **request)) is not None:
         report(out, found, "was there, by the same request")
         return
     try:
-        made = prepare.prepare(
+        made = pipeline.prepare(
             out,
             overwrite=OVERWRITE.value,
             workers=WORKERS.value,
@@ -164,9 +168,9 @@ def report(out: pathlib.Path, manifest: formats.Manifest, how: str) -> None:
     cli.log.info(
         "%s: %s, vocabulary %d, %s, %s", cli.visible(str(out)), splits, manifest.vocab_size, manifest.dtype, how
     )
-    for notice in prepare.notices(manifest):
+    for notice in pipeline.notices(manifest):
         cli.log.warning("%s", notice)
-    summary = prepare.read_summary(out)
+    summary = pipeline.read_summary(out)
     if not summary:
         return
     parts = [f"longest document {summary['longest_document_tokens']:,} tokens"]

@@ -6,8 +6,8 @@ import pathlib
 import re
 import stat
 
+from trainer.chips import GPU_FRACTION
 from trainer.errors import ConfigError
-from trainer.topology import GPU_FRACTION
 
 log = logging.getLogger("meshlm")
 

@@ -28,8 +28,8 @@ from absl import flags
 
 from launch import cli, runtime
 from launch.signals import STOPS
-from trainer import lives
 from trainer.errors import ConfigError
+from trainer.reliability import restarts
 
 log = logging.getLogger("meshlm")
 
@@ -65,9 +65,9 @@ def main(*command: str) -> int:
 
 def supervise(command: Sequence[str], run: pathlib.Path, process: int) -> int:
     """Lives, until one ends the run or too many bring it no further; returns the exit code."""
-    signals, journal = Signals(), lives.Journal(run, process)
+    signals, journal = Signals(), restarts.Journal(run, process)
     earlier = len(journal.lives)
-    best, first_wait = lives.newest_step(run), min(BACKOFF_S.value, MAX_BACKOFF_S.value)
+    best, first_wait = restarts.newest_step(run), min(BACKOFF_S.value, MAX_BACKOFF_S.value)
     fruitless, wait = -1, first_wait  # restarts since the last progress; the first life is no restart
     while True:
         journal.begin()
@@ -98,7 +98,7 @@ def supervise(command: Sequence[str], run: pathlib.Path, process: int) -> int:
             break
         wait = min(2 * wait, MAX_BACKOFF_S.value)
     if life.last_step or len(journal.lives) > earlier + 1:  # a mistake answered at once needs no table
-        for line in lives.table(journal.lives, since=earlier):
+        for line in restarts.table(journal.lives, since=earlier):
             log.info("%s", line)
     return code
 

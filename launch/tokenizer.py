@@ -19,10 +19,12 @@ import time
 
 from absl import flags
 
-from data import bpe, corpus, documents, excerpt, minbpe, recognize, tokenizers, vocabulary
-from data.bpe import JsonTokenizer
+from data import tokenizers
 from data.errors import DataError
-from data.files import write_durably
+from data.preparation import corpus, documents, recognize, tokenizer_sample
+from data.storage.files import write_durably
+from data.tokenizers import base, hf_json, minbpe
+from data.tokenizers.hf_json import JsonTokenizer
 from launch import cli
 from trainer.errors import ConfigError
 
@@ -37,16 +39,16 @@ FORMAT = flags.DEFINE_enum("format", "auto", recognize.KINDS, "train: what all f
 BAD_RECORDS = flags.DEFINE_enum(
     "bad_records", "error", ["error", "skip"], "train: what cannot be read as text: stop, or leave out and count."
 )
-VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 16384, "train: tokens in all.", upper_bound=vocabulary.MAX_ID + 1)
-PATTERN = flags.DEFINE_enum("pattern", "gpt2", list(bpe.PATTERNS), "train: how text is cut before merges.")
+VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 16384, "train: tokens in all.", upper_bound=base.MAX_ID + 1)
+PATTERN = flags.DEFINE_enum("pattern", "gpt2", list(hf_json.PATTERNS), "train: how text is cut before merges.")
 SPECIAL_TOKENS = flags.DEFINE_list("special_tokens", ["<|endoftext|>"], "train: comma-separated.")
 MIN_FREQUENCY = flags.DEFINE_integer("min_frequency", 1, "train: rarer pairs are not merged.", lower_bound=1)
 SAMPLE_MB = flags.DEFINE_integer(
-    "sample_mb", excerpt.BYTES >> 20, "train: read about so much, spread evenly.", lower_bound=1
+    "sample_mb", tokenizer_sample.BYTES >> 20, "train: read about so much, spread evenly.", lower_bound=1
 )
 OUT = cli.define_path("out", None, "train: file to write, .json or .model.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "train: replace --out.")
-cli.check_flag("special_tokens", vocabulary.check_special_tokens)
+cli.check_flag("special_tokens", base.check_special_tokens)
 
 COLOURS = (46, 42, 43, 45)  # backgrounds: cyan, green, yellow, magenta
 
@@ -159,10 +161,10 @@ def train() -> None:
     start = time.monotonic()
     files, problems = corpus.find(SOURCE.value, cache=out.parent, kind=FORMAT.value, bad_records=BAD_RECORDS.value)
     reading = documents.Reading(TEXT_KEY.value, bad_records=BAD_RECORDS.value)
-    texts = excerpt.texts(documents.plan(files), reading, problems, SAMPLE_MB.value << 20)
+    texts = tokenizer_sample.texts(documents.plan(files), reading, problems, SAMPLE_MB.value << 20)
     if (first := next(texts, None)) is None:
         raise DataError(f"--source={SOURCE.value} holds no text to train on")
-    tokenizer = bpe.train_bpe(
+    tokenizer = hf_json.train_bpe(
         itertools.chain([first], texts),
         VOCAB_SIZE.value,
         pattern=PATTERN.value,

@@ -24,18 +24,18 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from data import allocator
 from data.errors import UserError
+from data.storage import malloc
 from launch import cli, environment, runtime, signals
-from trainer import reading, run_directory, watchdog
 from trainer.errors import ConfigError, Stopped
-from trainer.run_lock import RunLock
+from trainer.reliability import reading, run_directory, watchdog
+from trainer.reliability.run_lock import RunLock
 
 if TYPE_CHECKING:
     from data.sources import Sources
     from trainer.config import Config
-    from trainer.mirror import Mirror
-    from trainer.processes import Processes
+    from trainer.reliability.coordination import Processes
+    from trainer.reliability.mirror import Mirror
 
 TOLD_S = 1.0  # from a failed collective to the error of another process that explains it
 FAILED_S = 5.0  # from the error of another process to the end of this one, whatever it waits for
@@ -82,11 +82,11 @@ def main() -> int:
     # One process is answered before JAX is loaded, which takes a second; of several, all hear of one's mistake.
     config = prepare(run) if runtime.seems_alone(*gang) else None
 
-    allocator.tune_allocator()
+    malloc.tune_allocator()
     runtime.use_gpu_memory()
     environment.load_jax()
     from launch import distributed
-    from trainer.processes import Processes
+    from trainer.reliability.coordination import Processes
 
     watchdog.dump_on_quit(None)
     told = distributed.initialize(
@@ -121,9 +121,9 @@ def train(
     """Whether the run is finished; if not, it was stopped and saved."""
     import jax
 
-    from trainer import compiler
+    from trainer import xla_options
     from trainer.loop import Trainer
-    from trainer.processes import STOP
+    from trainer.reliability.coordination import STOP
 
     dog = trainer = None
     try:
@@ -141,7 +141,7 @@ def train(
         processes.close()
         return finished
     except jax.errors.JaxRuntimeError as e:
-        if compiler.is_out_of_memory(e):
+        if xla_options.is_out_of_memory(e):
             raise out_of_memory(e, stepped=trainer is not None and trainer.has_stepped) from e
         if processes.size == 1:
             raise
@@ -160,9 +160,9 @@ def train(
 def out_of_memory(error: Exception, stepped: bool) -> UserError:
     """In one line. Once steps were done in this life, they or another program may have left too little by chance; else
     the next life would end like this one."""
-    from trainer import compiler
+    from trainer import xla_options
 
-    what = compiler.out_of_memory(error)
+    what = xla_options.out_of_memory(error)
     if stepped:
         return Stopped(f"{what}what was saved is kept; if the same command ends here again, {MORE_MEMORY}")
     return ConfigError(what + MORE_MEMORY)
@@ -184,15 +184,16 @@ def enter(
     """
     from data import sources
     from launch import distributed
-    from trainer import compiler, identity, sampling, sharding
-    from trainer.mirror import Mirror
-    from trainer.placement import MeshPlacement
+    from trainer import sampling, sharding, xla_options
+    from trainer.parallel.partitioner import MeshPlacement
+    from trainer.reliability import identity
+    from trainer.reliability.mirror import Mirror
 
     # Before anything is written: a refused gang leaves no run behind. Axes, devices, batch and model must divide, and a
     # kernel be found; the answer should not wait for the rest.
     processes.check_same("setting", distributed.identity(config))
     placed = processes.together("mesh", lambda: MeshPlacement(config, sharding.make_mesh(config)))
-    compiler.use_precision(config.model.dtype, placed.mesh)  # before what holds is recorded
+    xla_options.use_precision(config.model.dtype, placed.mesh)  # before what holds is recorded
     data = processes.together("data", lambda: sources.open_sources(config.data, config.model.vocab_size))
     tokenizer = data.speaker.manifest.tokenizer_sha256
     processes.check_same("dataset", {"tokens and order": data.fingerprint(), "tokenizer": tokenizer})

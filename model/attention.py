@@ -12,7 +12,7 @@ from jax import Array
 from model import kernels
 from model.config import ModelConfig
 from model.layers import Linear
-from model.placement import Placement
+from model.partitioner import Placement
 
 Cache = dict[str, Array]  # {"k": [layers, b, s, k, d], "v": the same}; static length s
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 
 from model.config import ModelConfig
-from model.placement import Placement
+from model.partitioner import Placement
 
 
 def param(rngs: nnx.Rngs, std: float, shape: tuple[int, ...], axes: tuple[str, ...], stack: int | None) -> nnx.Param:

@@ -12,7 +12,7 @@ from model.attention import Attention, Cache
 from model.config import ModelConfig
 from model.dropout import dropout
 from model.layers import MLP, Linear, Norm, param
-from model.placement import Placement
+from model.partitioner import Placement
 
 ONE_DEVICE = Placement()
 LAYER_INPUT = "layer_input"  # a name for jax.checkpoint's policies

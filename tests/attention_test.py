@@ -12,7 +12,7 @@ from flax import nnx
 from model import kernels
 from model.attention import Attention, empty_cache, rotate
 from model.config import ModelConfig
-from model.placement import Placement
+from model.partitioner import Placement
 
 DRAW = np.random.default_rng
 

@@ -10,8 +10,8 @@ import pytest
 
 from launch import bench, standalone
 from tests import runs
-from trainer import flops
 from trainer.config import from_dict
+from trainer.reporting import flops
 
 TINY = {
     "global_batch_size": 8, "data.seq_len": 32, "model.num_layers": 2, "model.embed_dim": 32, "model.num_heads": 4,

@@ -13,7 +13,15 @@ import tempfile
 from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).parent.parent
-SHARED = ("numpy", "launch.cli", "data.prepare", "data.sources", "data.integrity", "data.packing", "tokenizers")
+SHARED = (
+    "numpy",
+    "launch.cli",
+    "data.preparation.pipeline",
+    "data.sources",
+    "data.token_files.integrity",
+    "data.packing",
+    "tokenizers",
+)
 TIMEOUT_S = 60
 
 

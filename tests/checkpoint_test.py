@@ -19,12 +19,12 @@ from orbax.checkpoint import v1 as ocp
 
 from tests.memory_store import Gang
 from tests.step_test import MESHES, config, mesh_of
-from trainer import reading
-from trainer.checkpoint import Checkpoints, LiteralPath, checksums, choose_step
 from trainer.config import CheckpointConfig
 from trainer.errors import CheckpointError, ConfigError
-from trainer.mirror import MIRRORS, Mirror
-from trainer.reading import Suspect, Unreadable
+from trainer.reliability import reading
+from trainer.reliability.checkpoint import Checkpoints, LiteralPath, checksums, choose_step
+from trainer.reliability.mirror import MIRRORS, Mirror
+from trainer.reliability.reading import Suspect, Unreadable
 from trainer.state import Program, TrainState
 
 KEEP_ALL = CheckpointConfig(keep_last=100)
@@ -297,7 +297,7 @@ def test_a_step_that_is_committed_is_not_saved_again(tmp_path, program, state):
 
 def test_the_limit_of_a_save_learns(tmp_path, state, monkeypatch):
     """Storage that needs longer than the limit must not fail every save, for ever."""
-    monkeypatch.setattr("trainer.checkpoint.SAVE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("trainer.reliability.checkpoint.SAVE_TIMEOUT_S", 0.2)
     checkpoints = Checkpoints(tmp_path, KEEP_ALL)
 
     class Slow:

@@ -1,4 +1,4 @@
-from trainer import console
+from trainer.reporting import console
 
 
 def test_duration():

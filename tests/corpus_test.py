@@ -20,8 +20,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import corpus, formats, prepare, tokenizers
+from data import tokenizers
 from data.errors import DataError
+from data.preparation import corpus, pipeline
+from data.token_files import formats
 
 
 def write(folder: pathlib.Path, files: dict[str, str | bytes]) -> pathlib.Path:
@@ -519,9 +521,9 @@ def test_a_tokenizer_is_not_trained_on_with_itself(tmp_path):
     for name in ("tok.json", "set/tokenizer.json", "copy.txt"):
         (folder / name).write_bytes(raw)
     for spec in ("tok.json", "set"):
-        manifest = prepare.prepare(tmp_path / f"out {spec}", source=str(folder), tokenizer=str(folder / spec))
+        manifest = pipeline.prepare(tmp_path / f"out {spec}", source=str(folder), tokenizer=str(folder / spec))
         assert sum(split.documents for split in manifest.splits.values()) == 30
-        left_out = prepare.read_summary(tmp_path / f"out {spec}")["left_out"]["counts"]
+        left_out = pipeline.read_summary(tmp_path / f"out {spec}")["left_out"]["counts"]
         assert left_out == {"the tokenizer, left out": 1, "not text, left out": 2}
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests import step_test
 from trainer import sharding
 from trainer.config import Config, DivergenceConfig
-from trainer.divergence import STD_FLOOR, init_guard, judge
+from trainer.reliability.divergence import STD_FLOOR, init_guard, judge
 from trainer.state import Program, TrainState
 from trainer.step import make_train_step
 

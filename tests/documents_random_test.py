@@ -14,7 +14,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import corpus, documents, problems, tokenizers
+from data import tokenizers
+from data.preparation import corpus, documents, problems
 
 MARK = b"\xef\xbb\xbf"
 PARTS = [

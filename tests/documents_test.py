@@ -13,9 +13,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from data import corpus, documents, prepare
 from data.errors import DataError
-from data.problems import REPLACED
+from data.preparation import corpus, documents, pipeline
+from data.preparation.problems import REPLACED
 from tests.texts import damaged as damages
 
 SKIP = {"bad_records": "skip"}
@@ -450,7 +450,7 @@ def test_texts_and_records_together_are_bytes_for_the_byte_tokenizer(split, tmp_
     (source / "b.txt").write_text(texts[20])
     pyarrow.parquet.write_table(pyarrow.table({"text": texts[21:50]}), source / "c.parquet", row_group_size=7)
     (source / "d.jsonl.gz").write_bytes(gzip.compress(lines(*({"text": text} for text in texts[50:]))))
-    manifest = prepare.prepare(tmp_path / "out", source=str(source), tokenizer="byte", split=split)
+    manifest = pipeline.prepare(tmp_path / "out", source=str(source), tokenizer="byte", split=split)
     found = {
         name: np.concatenate([np.fromfile(tmp_path / "out" / shard.file, "<u2") for shard in of.shards])
         for name, of in manifest.splits.items()
@@ -485,6 +485,6 @@ def test_a_text_has_the_same_tokens_plain_compressed_and_uncut(tmp_path, monkeyp
         for suffix, raw in files.items():
             (tmp_path / f"in.{suffix}").write_bytes(raw)
             out = tmp_path / f"{suffix}-{unit_bytes}"
-            prepare.prepare(out, source=str(tmp_path / f"in.{suffix}"), tokenizer="bpe:300", val_fraction=0.0)
+            pipeline.prepare(out, source=str(tmp_path / f"in.{suffix}"), tokenizer="bpe:300", val_fraction=0.0)
             datasets.add((out / "train-00000.bin").read_bytes())
     assert len(datasets) == 1

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from data import formats
+from data.token_files import formats
 from tests.step_test import config, dataset, mesh_of  # noqa: F401
 from trainer import sharding
 from trainer.evaluation import evaluate, part_rows

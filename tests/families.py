@@ -9,9 +9,9 @@ import sentencepiece
 import tokenizers as library
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from data.bpe import JsonTokenizer, train_bpe
-from data.pieces import PieceTokenizer
-from data.vocabulary import Tokenizer
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.hf_json import JsonTokenizer, train_bpe
+from data.tokenizers.sentencepiece_file import PieceTokenizer
 from tests.texts import CORPUS
 
 SPECIALS = ["<unk>", "</s>"]

@@ -10,8 +10,11 @@ import sys
 
 import pytest
 
-from data import files, formats, packing, prepare
+from data import packing
 from data.errors import DataError
+from data.preparation import pipeline
+from data.storage import files
+from data.token_files import formats
 
 ROOT = pathlib.Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -128,7 +131,7 @@ def test_hosts_that_pack_one_folder_at_once(tmp_path):
     """The others wait for the first, and find its index; where it is killed, one of them makes it. Nothing is left."""
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(50)))
     dataset = tmp_path / "set"
-    prepare.prepare(dataset, source=str(tmp_path / "in.jsonl"), tokenizer="byte")
+    pipeline.prepare(dataset, source=str(tmp_path / "in.jsonl"), tokenizer="byte")
     before = sorted(os.listdir(dataset))
     first = start(STOPPED, dataset)
     os.waitid(os.P_PID, first.pid, os.WSTOPPED | os.WNOWAIT)

@@ -10,8 +10,9 @@ from flax import traverse_util
 
 from model.config import REMATS
 from tests import runs, tiny_models
-from trainer import flops, plan
 from trainer.config import Config, from_dict
+from trainer.planning import plan
+from trainer.reporting import flops
 
 ROWS = 2
 # Wide enough, and of few wide heads, that what is no product is under two per cent of the work.
@@ -107,5 +108,5 @@ def test_peaks_take_the_longest_name_and_never_guess():
 
 
 def test_no_jax_is_loaded():
-    code = "import sys, trainer.flops; sys.exit('jax' in sys.modules)"
+    code = "import sys, trainer.reporting.flops; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=runs.ROOT).returncode == 0

@@ -9,8 +9,9 @@ import make_dataset
 import numpy as np
 import pytest
 
-from data import formats, order
+from data import order
 from data.errors import DataError
+from data.token_files import formats
 
 TRAIN = [np.array([1, 258, 3, 4, 5]), np.array([6, 7, 999])]
 VAL = [np.array([8, 9])]

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from launch import cli
 from tests.checkpoint_test import KEEP_ALL, assert_same
 from tests.step_test import config, mesh_of
-from trainer import run_directory
-from trainer.checkpoint import METADATA_FILE, Checkpoints
 from trainer.config import Config, to_json
 from trainer.errors import CheckpointError, ConfigError
-from trainer.metrics import cut_rows_after, evaluations, was_sampled
+from trainer.reliability import run_directory
+from trainer.reliability.checkpoint import METADATA_FILE, Checkpoints
+from trainer.reporting.metrics import cut_rows_after, evaluations, was_sampled
 from trainer.state import Program
 
 META = {"samples": 112, "data_fingerprint": "0123456789abcdef"}

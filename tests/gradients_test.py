@@ -11,8 +11,9 @@ import optax
 import pytest
 
 from tests.step_test import config
-from trainer import hlo, plan_search, sharding, topology
+from trainer import sharding
 from trainer.config import Config
+from trainer.planning import hlo, search, topology
 from trainer.state import Program
 from trainer.step import make_train_step
 
@@ -124,7 +125,7 @@ def test_replicas_sum_their_gradients_once_a_step(mesh):
     assert found and all(c.count == 1 and not c.trips for c in found), found
     sums = [c for c in found if c.kind in ("all-reduce", "reduce-scatter")]
     assert {c.dtype for c in sums} == {"f32"}
-    of_device = 4 * plan_search.params_of_a_device(here)
+    of_device = 4 * search.params_of_a_device(here)
     assert of_device <= sum(c.bytes for c in sums) <= of_device + 256
 
 
@@ -135,8 +136,8 @@ def test_the_search_counts_what_a_step_sends_between_replicas():
     for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
         for parts in (1, 4):
             cfg = dataclasses.replace(bfloat16_config(64, gradients_dtype=dtype), grad_accum_steps=parts)
-            sent = 2 * itemsize * plan_search.params_of_a_device(program(cfg, data=8)) * 7 / 8
-            assert plan_search.weigh(cfg, machine) * chip.fast == pytest.approx(sent)
+            sent = 2 * itemsize * search.params_of_a_device(program(cfg, data=8)) * 7 / 8
+            assert search.weigh(cfg, machine) * chip.fast == pytest.approx(sent)
 
 
 def test_sums_are_never_narrower_than_what_is_summed():

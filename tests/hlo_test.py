@@ -1,4 +1,4 @@
-"""What trainer/hlo.py reads in compiled programs: lines cut from real ones, CPU programs built so that the answer is
+"""What hlo.py reads in compiled programs: lines cut from real ones, CPU programs built so that the answer is
 known, and (slow, with the extra `plan`) a whole FSDP step compiled for TPUs and GPUs that are not here."""
 
 import textwrap
@@ -12,8 +12,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from trainer import hlo, topology
 from trainer.errors import ConfigError
+from trainer.planning import hlo, topology
 
 F32 = 4
 

@@ -8,11 +8,11 @@ import pytest
 
 from data import sources, tokenizers
 from tests import runs
-from trainer import identity, run_directory
 from trainer.config import from_dict, to_json
 from trainer.errors import ConfigError
-from trainer.lives import METADATA_FILE
-from trainer.reading import Damaged
+from trainer.reliability import identity, run_directory
+from trainer.reliability.reading import Damaged
+from trainer.reliability.restarts import METADATA_FILE
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
-"""launch -> trainer -> {model, data}: no arrow runs the other way, and checks before JAX stay free of it."""
+"""launch -> trainer -> {model, data}, and between their sub-packages: no arrow runs the other way, nothing imports in a
+circle, and checks before JAX stay free of it. All of it at any depth of folders."""
 
 import ast
 import pathlib
@@ -6,47 +7,116 @@ import subprocess
 import sys
 
 import pytest
+import setuptools
+
+from launch import distributed
 
 ROOT = pathlib.Path(__file__).parent.parent
+# A package, or a sub-package of it, and what else it may import. What stands at the top of data/, model/ and trainer/
+# counts as the package itself: sub-packages may import it and be imported by it, as long as no circle comes of it.
 MAY_IMPORT = {
-    "data": set(),
+    "data": {"data.storage", "data.token_files", "data.tokenizers"},
+    "data.storage": {"data"},
+    "data.tokenizers": {"data", "data.storage"},
+    "data.token_files": {"data", "data.storage", "data.tokenizers"},
+    "data.preparation": {"data", "data.storage", "data.token_files", "data.tokenizers"},
     "model": set(),
-    "trainer": {"data", "model"},
-    "launch": {"trainer", "data", "model"},
+    "trainer": {"data", "data.token_files", "data.tokenizers", "model", "trainer.parallel", "trainer.reliability"},
+    "trainer.parallel": {"model", "trainer"},
+    "trainer.reliability": {"data", "data.storage", "data.token_files", "data.tokenizers", "trainer"},
+    "trainer.reporting": {"data", "data.storage", "data.token_files", "model", "trainer", "trainer.reliability"},
+    "trainer.planning": {"model", "trainer", "trainer.reporting"},
     "configs": {"trainer"},  # default.py takes the dataclasses' defaults from there
 }
-FORBIDDEN_LIBRARIES = {
-    "data": {"absl", "ml_collections"},
-    "model": {"absl", "ml_collections"},
-    "trainer": {"absl", "ml_collections"},
+MAY_IMPORT["trainer"].add("trainer.reporting")  # the loop reports
+MAY_IMPORT["launch"] = set(MAY_IMPORT) - {"configs"}
+FORBIDDEN_LIBRARIES = {"absl", "ml_collections"}  # of data, model and trainer: flags are launch's
+SOURCES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in ("configs", "data", "launch", "model", "trainer")
+    for path in sorted((ROOT / package).rglob("*.py"))
 }
 
 
-def imported(path: pathlib.Path) -> set[str]:
+def imported(path: pathlib.Path, *, at_import: bool = False) -> set[str]:
+    """The modules that a file imports; `at_import`: only those that it needs to be imported itself."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in tree.body if at_import else ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names.add(node.module.split(".")[0])
+            names |= {
+                f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in SOURCES else node.module for a in node.names
+            }
     return names
+
+
+def package_of(module: str) -> str:
+    return max((p for p in MAY_IMPORT if module == p or module.startswith(p + ".")), key=len)
+
+
+def ours(names: set[str]) -> set[str]:
+    return names & set(SOURCES)
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_arrows_run_one_way(package):
-    files = list((ROOT / package).glob("*.py"))
+    files = {module: path for module, path in SOURCES.items() if package_of(module) == package}
     assert len(files) > 1
-    for path in files:
-        rooms = imported(path) & set(MAY_IMPORT) - {package}
-        assert rooms <= MAY_IMPORT[package], f"{path.name} imports {rooms - MAY_IMPORT[package]}"
-        assert not imported(path) & FORBIDDEN_LIBRARIES.get(package, set()), f"{path.name} knows of flags or ConfigDict"
+    for module, path in files.items():
+        others = {package_of(name) for name in ours(imported(path))} - {package}
+        assert others <= MAY_IMPORT[package], f"{module} imports {others - MAY_IMPORT[package]}"
+        if package.split(".")[0] in ("data", "model", "trainer"):
+            libraries = {name.split(".")[0] for name in imported(path)}
+            assert not libraries & FORBIDDEN_LIBRARIES, f"{module} knows of flags or ConfigDict"
+
+
+def test_every_folder_of_sources_is_a_package_of_the_list():
+    """A sub-package that is added must say what it may import."""
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in SOURCES.values()}
+    assert folders == set(MAY_IMPORT)
+
+
+def test_nothing_imports_in_a_circle():
+    arrows = {module: ours(imported(path, at_import=True)) - {module} for module, path in SOURCES.items()}
+    done: set[str] = set()
+
+    def follow(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " -> ".join((*way[way.index(module) :], module))
+        if module not in done:
+            for other in sorted(arrows[module]):
+                follow(other, (*way, module))
+            done.add(module)
+
+    for module in arrows:
+        follow(module, ())
 
 
 def test_recipes_are_imported_by_nobody():
-    for package in ("data", "model", "trainer", "launch"):
-        for path in (ROOT / package).glob("*.py"):
-            assert "configs" not in imported(path), path
+    for module, path in SOURCES.items():
+        if package_of(module) != "configs":
+            assert not any(name.split(".")[0] == "configs" for name in imported(path)), module
+
+
+def test_the_wheel_and_the_version_of_the_code_have_every_sub_package(tmp_path, monkeypatch):
+    """What globs folders works at any depth: a module of a sub-package that is missed would be missing from an
+    installation, or could differ between hosts without a word."""
+    import tomllib
+
+    find = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    assert not find["namespaces"]
+    packages = setuptools.find_packages(str(ROOT), include=find["include"])
+    assert set(packages) == {".".join(path.parent.relative_to(ROOT).parts) for path in SOURCES.values()}
+    deep = tmp_path / "trainer" / "one" / "two"
+    deep.mkdir(parents=True)
+    monkeypatch.setattr(distributed, "__file__", str(tmp_path / "launch" / "distributed.py"))
+    before = distributed.code_version()
+    (deep / "three.py").write_text("x = 1\n")
+    after = distributed.code_version()
+    (deep / "three.py").write_text("x = 2\n")
+    assert len({before, after, distributed.code_version()}) == 3
 
 
 @pytest.mark.parametrize(
@@ -60,7 +130,7 @@ def test_recipes_are_imported_by_nobody():
         "launch.inspect",
         "launch.pack",
         "launch.tokenizer",
-        "trainer.run_directory",
+        "trainer.reliability.run_directory",
     ],
 )
 def test_what_answers_a_typo_does_not_load_jax(module):

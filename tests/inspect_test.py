@@ -13,12 +13,14 @@ import make_dataset
 import numpy as np
 import pytest
 
-from data import dataset, formats, integrity, packing, prepare
+from data import dataset, packing
 from data.config import DataConfig
 from data.errors import DataError
 from data.loader import Loader, PackedWindows, TokenWindows, Unreached
+from data.preparation import pipeline
+from data.token_files import formats, integrity
 from tests import runs
-from tests.foreign_test import llmc
+from tests.external_test import llmc
 
 
 def call(*argv: str, code: int = 0) -> subprocess.CompletedProcess:
@@ -37,7 +39,7 @@ def text(tmp_path_factory):
     (folder / "text").mkdir()
     for i in range(12):
         (folder / "text" / f"{i}.txt").write_text(runs.text(6000)[i * 300 :])
-    prepare.prepare(folder / "set", source=str(folder / "text"), tokenizer="char", val_fraction=0.3)
+    pipeline.prepare(folder / "set", source=str(folder / "text"), tokenizer="char", val_fraction=0.3)
     return folder / "set"
 
 
@@ -129,8 +131,8 @@ def tiny(tmp_path_factory):
     """Every kind of file that a dataset folder has, as small as it can be; packed for two lengths."""
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "in.jsonl").write_text("".join(json.dumps({"text": "ab" * (i % 7 + 1)}) + "\n" for i in range(30)))
-    prepare.prepare(folder / "tok", source=str(folder / "in.jsonl"), tokenizer="bpe:260")
-    prepare.prepare(folder / "set", source=str(folder / "in.jsonl"), tokenizer=str(folder / "tok"), val_fraction=0.3)
+    pipeline.prepare(folder / "tok", source=str(folder / "in.jsonl"), tokenizer="bpe:260")
+    pipeline.prepare(folder / "set", source=str(folder / "in.jsonl"), tokenizer=str(folder / "tok"), val_fraction=0.3)
     for seq_len in (8, 16):
         packing.pack(folder / "set", seq_len)
     return folder / "set"

@@ -1,5 +1,5 @@
 """Kernels: which one is chosen, and splash, interpreted, against the plain one. tests/attention_test.py has the plain
-one against its definition, tests/placement_test.py all of them on a mesh."""
+one against its definition, tests/partitioner_test.py all of them on a mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 
 from model import kernels
 from model.config import ModelConfig
-from tests.placement_test import document_starts
+from tests.partitioner_test import document_starts
 
 GOOD = {  # a configuration that the kernel has nothing against
     "xla": {"platform": "cpu", "dtype": "float32"},

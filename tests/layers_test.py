@@ -10,7 +10,7 @@ from flax import nnx
 from model.config import MLPS, ModelConfig
 from model.dropout import dropout, dropout_rate
 from model.layers import MLP, Linear, Norm, param
-from model.placement import Placement
+from model.partitioner import Placement
 
 
 def noise(*shape, seed=0, dtype=np.float32):

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from data import formats, loader, mixture, order
+from data import loader, mixture, order
 from data.errors import DataError
 from data.loader import Loader, MixedWindows, Prefetch, TokenWindows
+from data.token_files import formats
 
 T = 8
 LENGTHS = (50, 7, 41, 9, 16, 8)  # 7 and 8 hold no window of T + 1 tokens, 9 exactly one

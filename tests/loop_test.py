@@ -10,12 +10,13 @@ import pytest
 from data import sources
 from tests import runs
 from tests.checkpoint_test import flip_a_bit_in_the_parameters
-from trainer import loop, reading, run_directory, sharding
-from trainer.checkpoint import Checkpoints
+from trainer import loop, sharding
 from trainer.config import from_dict
 from trainer.errors import CheckpointError, Diverged
-from trainer.processes import STOP, Processes
-from trainer.watchdog import Watchdog
+from trainer.reliability import reading, run_directory
+from trainer.reliability.checkpoint import Checkpoints
+from trainer.reliability.coordination import STOP, Processes
+from trainer.reliability.watchdog import Watchdog
 
 STEPS = 8
 FIELDS = {

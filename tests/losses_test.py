@@ -9,11 +9,13 @@ import pytest
 import tokenizers as library
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from data import formats, losses, prepare, tokenizers
-from data.bpe import JsonTokenizer
-from data.characters import CharTokenizer
-from data.losses import CHANGED, SPELLED, UNKNOWN
-from data.vocabulary import Tokenizer, finder
+from data import tokenizers
+from data.preparation import losses, pipeline
+from data.preparation.losses import CHANGED, SPELLED, UNKNOWN
+from data.token_files import formats
+from data.tokenizers.base import Tokenizer, finder
+from data.tokenizers.characters import CharTokenizer
+from data.tokenizers.hf_json import JsonTokenizer
 from tests import families, runs
 
 
@@ -25,8 +27,8 @@ def prepared(
         tokenizers.save(codec, folder / "tokenizer")
         codec = str(folder)
     (folder / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    manifest = prepare.prepare(folder / "out", source=str(folder / "x.jsonl"), tokenizer=codec, **request)
-    summary = prepare.read_summary(folder / "out")
+    manifest = pipeline.prepare(folder / "out", source=str(folder / "x.jsonl"), tokenizer=codec, **request)
+    summary = pipeline.read_summary(folder / "out")
     assert summary["loses_text"] == any(kind in summary["problems"]["counts"] for kind in losses.LOSSES)
     assert manifest.loses_text == summary["loses_text"]
     assert formats.TokenFiles(folder / "out", manifest, "train").text_bytes == (
@@ -95,7 +97,7 @@ def test_one_character_in_sixteen_is_compared(monkeypatch):
     codec = CharTokenizer("a")
     monkeypatch.setattr(CharTokenizer, "lossless", False)
     monkeypatch.setattr(codec, "encode", lambda text: calls.append(text) or [0] * len(text))
-    look = losses.Losses(codec, prepare.documents.Problems())
+    look = losses.Losses(codec, pipeline.documents.Problems())
     for size in [1000] * 1000 + [10_000_000]:
         look.look(losses.Part("train", "a" * size, True, "x"), codec.encode("a")[:0])
     compared = sum(len(text) for text in calls[:]) - 1001

@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-from data import formats
+from data.token_files import formats
 
 
 def write(

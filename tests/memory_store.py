@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from trainer.errors import Stopped
-from trainer.processes import Processes
-from trainer.rounds import Taken
+from trainer.reliability.coordination import Processes
+from trainer.reliability.rounds import Taken
 
 
 class MemoryStore:
-    """As trainer.rounds.ServiceStore.
+    """As trainer.reliability.rounds.ServiceStore.
 
     Attributes:
       values: all that is set.

@@ -3,8 +3,8 @@
 import json
 import random
 
-from data.bpe import PATTERNS, byte_level_json
-from data.ranks import BYTE_CHARACTERS
+from data.tokenizers.hf_json import PATTERNS, byte_level_json
+from data.tokenizers.ranks import BYTE_CHARACTERS
 
 
 def tokenizer_json(rng: random.Random) -> tuple[bytes, str]:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from data.errors import UserError
-from trainer import metrics, reading
-from trainer.reading import Unreadable
+from trainer.reliability import reading
+from trainer.reliability.reading import Unreadable
+from trainer.reporting import metrics
 
 
 def test_rows_past_a_step_and_a_torn_line_are_cut(tmp_path):

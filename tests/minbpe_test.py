@@ -8,10 +8,11 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import bpe, minbpe, tokenizers
-from data.bpe import JsonTokenizer, train_bpe
+from data import tokenizers
 from data.errors import DataError
-from data.minbpe import MinbpeTokenizer
+from data.tokenizers import hf_json, minbpe
+from data.tokenizers.hf_json import JsonTokenizer, train_bpe
+from data.tokenizers.minbpe import MinbpeTokenizer
 from tests.texts import CORPUS, OLD_TEXT, OLD_TRICKY, damaged
 
 # minbpe/regex.py
@@ -111,11 +112,11 @@ def test_a_trained_bpe_is_written(pattern):
     tokenizer = train_bpe(CORPUS, 320, pattern=pattern)
     raw = minbpe.write(tokenizer)
     again = MinbpeTokenizer(raw)
-    assert raw.splitlines()[1].decode() == bpe.PATTERNS[pattern] and raw.splitlines()[3] == b"<|endoftext|> 319"
+    assert raw.splitlines()[1].decode() == hf_json.PATTERNS[pattern] and raw.splitlines()[3] == b"<|endoftext|> 319"
     merges = [tuple(map(int, line.split())) for line in raw.decode().splitlines()[4:]]
     for text in OLD_TRICKY:
         ids = tokenizer.encode(text).tolist()
-        assert again.encode(text).tolist() == ids == reference_encode(text, bpe.PATTERNS[pattern], merges)
+        assert again.encode(text).tolist() == ids == reference_encode(text, hf_json.PATTERNS[pattern], merges)
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,15 @@ import types
 
 import pytest
 
-from data import remote
 from data.errors import UserError
-from trainer import identity, reading
-from trainer.checkpoint import Checkpoints
+from data.storage import remote
 from trainer.config import CheckpointConfig, Config, OptimizerConfig, to_json
 from trainer.errors import CheckpointError, ConfigError
-from trainer.lives import METADATA_FILE
-from trainer.mirror import MARK, MIRRORS, Mirror
-from trainer.reading import Unreadable
+from trainer.reliability import identity, reading
+from trainer.reliability.checkpoint import Checkpoints
+from trainer.reliability.mirror import MARK, MIRRORS, Mirror
+from trainer.reliability.reading import Unreadable
+from trainer.reliability.restarts import METADATA_FILE
 
 
 def test_keys_that_lie_elsewhere_are_not_fetched(tmp_path, monkeypatch, caplog):

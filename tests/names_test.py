@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from data import names
 from data.errors import DataError
+from data.storage import names
 
 ALPHABET = ("a", "b", ".", "..", "/", "//", "*", "\\", "\0", "\n", "é", "\udce9", "~", " ", "x" * 300, "")
 

@@ -15,8 +15,10 @@ import time
 
 import pytest
 
-from data import documents, files, formats, merge, output, prepare
 from data.errors import DataError
+from data.preparation import documents, merge, output, pipeline
+from data.storage import files
+from data.token_files import formats
 
 ROOT = pathlib.Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -39,7 +41,7 @@ def place(tmp_path):
 
 
 def run(out: pathlib.Path, source: pathlib.Path, tokenizer: str = "byte", **changes) -> formats.Manifest:
-    return prepare.prepare(out, source=str(source), tokenizer=tokenizer, val_fraction=0.3, **changes)
+    return pipeline.prepare(out, source=str(source), tokenizer=tokenizer, val_fraction=0.3, **changes)
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes | str]:
@@ -490,8 +492,8 @@ def test_a_dataset_inside_its_source_is_the_same_after_a_kill(source):
     run(out, source)
     assert contents(out) == undisturbed
     run(source / "sets/more", source)
-    assert prepare.read_summary(source / "sets/more")["documents"] == 4
-    assert prepare.read_summary(source / "sets/more")["left_out"]["counts"] == {"dataset, left out": 1}
+    assert pipeline.read_summary(source / "sets/more")["documents"] == 4
+    assert pipeline.read_summary(source / "sets/more")["left_out"]["counts"] == {"dataset, left out": 1}
 
 
 OF_DATASETS = ["train-00042.bin", "val-00007.bin", "val.packed-7.bin", "tokenizer/tokenizer.json",

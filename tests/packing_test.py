@@ -22,10 +22,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import files, formats, loader, mixture, packing, sources
+from data import loader, mixture, packing, sources
 from data.config import DataConfig
 from data.errors import DataError
-from data.prepare import prepare
+from data.preparation.pipeline import prepare
+from data.storage import files
+from data.token_files import formats
 from tests import runs
 from tests.step_test import MESHES, config, mesh_of
 from trainer import sharding

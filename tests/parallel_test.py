@@ -14,8 +14,8 @@ from flax import traverse_util
 from model import transformer
 from tests import runs
 from trainer import sharding
-from trainer.checkpoint import Checkpoints
 from trainer.config import CheckpointConfig, Config, from_dict
+from trainer.reliability.checkpoint import Checkpoints
 from trainer.state import Program, TrainState
 from trainer.step import make_train_step
 

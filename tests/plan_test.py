@@ -17,9 +17,10 @@ import pytest
 
 from benchmarks import plans
 from tests import runs
-from trainer import hlo, plan, topology
+from trainer import chips
 from trainer.config import Config, from_dict
 from trainer.errors import ConfigError
+from trainer.planning import hlo, plan, topology
 
 LAYERS, VOCAB, ROWS, SEQ_LEN, CHUNK = 4, 5056, 4, 512, 256
 MODEL = {
@@ -105,7 +106,9 @@ def test_fsdp_on_a_tpu_gathers_weights_of_one_layer_in_bfloat16():
     assert all(c.sliced == c.bytes for c in sums)
     assert {c.dtype for c in scatters + sums} == {"f32"}
     assert sum(c.count * c.bytes for c in scatters + sums) == pytest.approx(LAYERS * 4 * LAYER_PARAMS, rel=0.01)
-    assert not in_layers(collectives, "collective-permute"), "the products were cut into rings; see trainer/compiler.py"
+    assert not in_layers(collectives, "collective-permute"), (
+        "the products were cut into rings; see trainer/xla_options.py"
+    )
 
 
 @tpu
@@ -225,7 +228,7 @@ def test_the_recorded_plan_is_what_is_compiled_now(name, machine):
 def test_the_parts_of_memory_are_those_of_the_shapes():
     """On the CPU's own devices: nothing is compiled."""
     cfg = config(8, {"data": 1, "fsdp": 4, "tensor": 2}, model={"remat": "full"})
-    chip = topology.CHIPS["v5e"]
+    chip = chips.CHIPS["v5e"]
     machine = topology.Topology("v5e:2x4", chip, jax.devices(), 1)
     program, _ = plan.lower(cfg, machine.devices)
     memory = plan.memory_by_part(program, machine)

@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from data import pool as pool_module
 from data.errors import DataError
-from data.pool import Pool
+from data.preparation import pool as pool_module
+from data.preparation.pool import Pool
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -50,7 +50,7 @@ def test_what_a_worker_raises_is_raised_here():
 
 SLEEPERS = """
 import os, time
-from data.pool import Pool
+from data.preparation.pool import Pool
 from tests.pool_test import report_and_sleep
 if __name__ == "__main__":
     with Pool(2) as pool:
@@ -92,7 +92,7 @@ def wait_for_the_end(pids: list[int]) -> None:
 
 INTERRUPTED = """
 import sys
-from data.pool import Pool
+from data.preparation.pool import Pool
 from tests.pool_test import report_and_sleep
 if __name__ == "__main__":
     try:
@@ -163,5 +163,5 @@ def test_cores_are_those_that_this_process_may_use(tmp_path, monkeypatch):
     (tmp_path / "cpu.max").write_text("not a number")
     assert pool_module.cores() == allowed
     command = [sys.executable, "-c", "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-               "from data.pool import cores; print(cores())"]  # fmt: skip
+               "from data.preparation.pool import cores; print(cores())"]  # fmt: skip
     assert subprocess.check_output(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) == b"1\n"

@@ -20,8 +20,8 @@ import time
 import numpy as np
 import pytest
 
-from data import documents, encode, merge, prepare
 from data.errors import UserError
+from data.preparation import documents, encode, merge, pipeline
 from tests import random_corpora
 from tests.random_corpora import Corpus, Truth
 
@@ -189,7 +189,7 @@ def check(seed: int, root: pathlib.Path) -> str:
         reading, refused = None, e
     with tiny_units(rng):
         try:
-            manifest = prepare.prepare(root / "out", **dataclasses.asdict(asked))
+            manifest = pipeline.prepare(root / "out", **dataclasses.asdict(asked))
         except UserError as e:
             assert len(str(e)) < 3000 and not (root / "out").exists()
             assert refused or not reading.certain or not splits_have_train(corpus, reading, asked), f"refused: {e}"
@@ -201,7 +201,7 @@ def check(seed: int, root: pathlib.Path) -> str:
         expected = splits(corpus, reading, asked, got)
         assert got == expected, (got, expected)
         assert reading.eos == (manifest.eos_id is not None)
-        summary = prepare.read_summary(root / "out")
+        summary = pipeline.read_summary(root / "out")
         assert sum(summary["left_out"]["counts"].values()) == reading.left_out, summary["left_out"]
         counts = summary["problems"]["counts"]
         assert counts.get("byte order mark, taken off", 0) == reading.boms, counts
@@ -233,12 +233,12 @@ def killed_and_resumed(rng: random.Random, root: pathlib.Path, corpus: Corpus, a
 
     real, encode.encode = encode.encode, dying
     try:
-        prepare.prepare(root / "again", **dataclasses.asdict(asked))
+        pipeline.prepare(root / "again", **dataclasses.asdict(asked))
     except Killed:
         pass
     finally:
         encode.encode = real
-    prepare.prepare(root / "again", **dataclasses.asdict(asked))
+    pipeline.prepare(root / "again", **dataclasses.asdict(asked))
     first, second = (
         {p.relative_to(root / name): p.read_bytes() for p in (root / name).rglob("*") if p.is_file()}
         for name in ("out", "again")

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import remote
 from data.errors import DataError, UserError
-from trainer import reading
+from data.storage import remote
 from trainer.config import Config
 from trainer.errors import ConfigError
-from trainer.mirror import Mirror
-from trainer.reading import Damaged, Suspect, Unreadable
-from trainer.run_lock import RunLock
+from trainer.reliability import reading
+from trainer.reliability.mirror import Mirror
+from trainer.reliability.reading import Damaged, Suspect, Unreadable
+from trainer.reliability.run_lock import RunLock
 
 CODES = sorted(set(errno.errorcode) - set(reading.MISSING))
 WRONG = [

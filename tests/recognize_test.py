@@ -20,8 +20,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import recognize
 from data.errors import DataError
+from data.preparation import recognize
 
 ZSTD = zstandard.ZstdCompressor()
 SKIPPABLE = b"\x50\x2a\x4d\x18\x04\0\0\0pzst"

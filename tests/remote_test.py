@@ -13,9 +13,11 @@ from typing import IO
 import object_store
 import pytest
 
-from data import cache, foreign, remote, sources
+from data import sources
 from data.config import DataConfig
 from data.errors import DataError
+from data.storage import cache, remote
+from data.token_files import external
 from tests import runs
 
 
@@ -160,10 +162,10 @@ def test_a_pattern_is_that_of_a_disk_and_what_is_listed_is_what_is_read(scheme, 
     store.put("t/b/c/2.bin", b"changed")
     del store.objects["t/a/1.bin"]
     remote.local.cache_clear()
-    found = {path.parent.name: path.read_bytes() for path in foreign.find(f"{scheme}://a-bucket/t/**/*.bin")}
+    found = {path.parent.name: path.read_bytes() for path in external.find(f"{scheme}://a-bucket/t/**/*.bin")}
     assert found == {"t": b"t/0.bin", "c": b"changed", "x.bin": b"t/x.bin/4.bin"}
-    assert [path.name for path in foreign.find(f"{scheme}://a-bucket/t/*.bin")] == ["0.bin"]
-    assert [path.name for path in foreign.find(f"{scheme}://a-bucket/t")] == ["0.bin"]
+    assert [path.name for path in external.find(f"{scheme}://a-bucket/t/*.bin")] == ["0.bin"]
+    assert [path.name for path in external.find(f"{scheme}://a-bucket/t")] == ["0.bin"]
 
 
 def test_an_index_that_left_the_store_is_not_found_beside_the_tokens(store):

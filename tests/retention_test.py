@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.config import CheckpointConfig
-from trainer.retention import RETRY_S, STALLS, SaveClock, kept, planned
+from trainer.reliability.retention import RETRY_S, STALLS, SaveClock, kept, planned
 
 LOSSES = st.none() | st.floats()
 

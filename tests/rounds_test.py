@@ -1,4 +1,4 @@
-"""Agreements and their cost: processes are threads, and a store counts. In real processes: processes_test.py."""
+"""Agreements and their cost: processes are threads, and a store counts. In real processes: coordination_test.py."""
 
 import contextlib
 import random
@@ -9,9 +9,9 @@ import pytest
 
 from data.errors import DataError
 from tests.memory_store import Gang
-from trainer import processes, rounds
 from trainer.errors import CheckpointError, ConfigError, Stopped
-from trainer.processes import SAVE, STOP, Elsewhere, Processes
+from trainer.reliability import coordination, rounds
+from trainer.reliability.coordination import SAVE, STOP, Elsewhere, Processes
 
 
 def listen(gang: Gang, **called) -> None:
@@ -164,8 +164,8 @@ def test_an_error_that_ends_one_is_told_to_all(failing):
 
 
 def test_process_0_waits_for_nobody_who_may_be_gone(monkeypatch):
-    monkeypatch.setattr(processes, "PARTING_LIMIT_S", 1.0)
-    monkeypatch.setattr(processes, "PARTING_S", 0.0)
+    monkeypatch.setattr(coordination, "PARTING_LIMIT_S", 1.0)
+    monkeypatch.setattr(coordination, "PARTING_S", 0.0)
     first = Gang(3).processes[0]
     for error, waits in ((Stopped("a peer is gone"), False), (Elsewhere("so says a peer", 42), False),
                          (DataError("a shard is cut"), True), (None, True)):  # fmt: skip

@@ -13,9 +13,9 @@ import pytest
 from data import sources
 from data.errors import DataError, UserError
 from tests import runs
-from trainer import lives, reading, run_directory
 from trainer.config import from_dict, to_json
 from trainer.errors import ConfigError
+from trainer.reliability import reading, restarts, run_directory
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def optimizing(config, **fields):
 def finish_step(run: pathlib.Path, step: int) -> None:
     folder = run / "checkpoints" / str(step)
     folder.mkdir(parents=True)
-    (folder / lives.METADATA_FILE).touch()
+    (folder / restarts.METADATA_FILE).touch()
 
 
 @pytest.mark.parametrize("recorded_as", [0, 1000], ids=["by an older version", "by this one"])

@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tests import runs
-from trainer import reading, run_lock
 from trainer.errors import ConfigError, Stopped
-from trainer.run_lock import RunLock
+from trainer.reliability import reading, run_lock
+from trainer.reliability.run_lock import RunLock
 
 BEAT_S, STALE_S = 0.05, 0.6
 WAIT_S = 20  # for what should come at once

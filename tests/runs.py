@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Container, Iterable, Iterator
 
-from data.prepare import prepare
+from data.preparation.pipeline import prepare
 
 ROOT = pathlib.Path(__file__).parent.parent
 TIMEOUT_S = 180

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from data import documents, parts, prepare, seams, tokenizers
+from data import tokenizers
+from data.preparation import documents, parts, pipeline
+from data.tokenizers import seams
 from tests import families
 
 WORDS = [
@@ -92,9 +94,9 @@ def prepared(folder, text: bytes, codec, **request) -> tuple[dict[str, list[int]
     arguments = {key: value for key, value in request.items() if key != "name"}
     out = folder / "out"
     source = str(folder / request.get("name", "x.txt"))
-    manifest = prepare.prepare(out, source=source, tokenizer=str(folder), overwrite=out.exists(), **arguments)
+    manifest = pipeline.prepare(out, source=source, tokenizer=str(folder), overwrite=out.exists(), **arguments)
     rows = {split: np.fromfile(out / f"{split}-00000.bin", manifest.dtype).tolist() for split in ("train", "val")}
-    return rows, prepare.read_summary(out)
+    return rows, pipeline.read_summary(out)
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)

@@ -12,10 +12,11 @@ import time
 import numpy as np
 import pytest
 
-from data import formats, sources, tokenizers
+from data import sources, tokenizers
 from data.config import DataConfig
 from data.errors import DataError
-from data.prepare import prepare
+from data.preparation.pipeline import prepare
+from data.token_files import formats
 from tests import runs
 
 WORDS = runs.text(12_000)

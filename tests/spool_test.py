@@ -10,8 +10,9 @@ import time
 
 import pytest
 
-from data import formats, spool
 from data.errors import DataError
+from data.preparation import spool
+from data.token_files import formats
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = b"".join(b"line %d of the text\n" % i for i in range(2000))

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import reference
 
-from data import formats, loader
+from data import loader
+from data.token_files import formats
 from tests import runs
 from trainer import sharding
 from trainer.config import Config, from_dict

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from tests import runs
-from trainer import stragglers
+from trainer.reliability import stragglers
 
 
 def values(**measures: list[float]) -> dict[int, tuple[str, dict[str, float]]]:

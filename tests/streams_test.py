@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from data.prepare import prepare
+from data.preparation.pipeline import prepare
 from tests import runs
 
 # As on a machine without any locale, where Python's own UTF-8 mode is off, too.

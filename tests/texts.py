@@ -4,7 +4,7 @@ import random
 
 from hypothesis import strategies as st
 
-from data.ranks import NEW_CHARACTERS, TRICKY
+from data.tokenizers.ranks import NEW_CHARACTERS, TRICKY
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog, and the dog said: it's 12345 o'clock!\n",

@@ -7,8 +7,9 @@ import sys
 import pytest
 import tokenizers as library
 
-from data import minbpe, tokenizers
-from data.characters import CharTokenizer
+from data import tokenizers
+from data.tokenizers import minbpe
+from data.tokenizers.characters import CharTokenizer
 from launch import tokenizer as command
 from tests import runs
 from tests.cli_test import assert_one_line

@@ -1,4 +1,4 @@
-"""trainer/topology.py: what machines there are, and, with the extra `plan`, what the compilers make of their names."""
+"""topology.py: what machines there are, and, with the extra `plan`, what the compilers make of their names."""
 
 import importlib.util
 import pathlib
@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
-from trainer import metrics, topology
+from trainer import chips
 from trainer.errors import ConfigError
+from trainer.planning import topology
+from trainer.reporting import metrics
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 HAS_CUDA = importlib.util.find_spec("jax_cuda13_plugin") is not None
@@ -94,16 +96,16 @@ def test_without_the_compiler(name, monkeypatch):
 
 
 def test_chip_of_a_device_kind():
-    assert topology.chip_of("TPU v5 lite") is topology.CHIPS["v5e"]
-    assert topology.chip_of("TPU v5") is topology.CHIPS["v5p"]
-    assert topology.chip_of("NVIDIA H100 80GB HBM3") is topology.CHIPS["h100"]
-    assert topology.chip_of("NVIDIA RTX A6000") is None
-    assert topology.chip_of("cpu") is None
+    assert chips.chip_of("TPU v5 lite") is chips.CHIPS["v5e"]
+    assert chips.chip_of("TPU v5") is chips.CHIPS["v5p"]
+    assert chips.chip_of("NVIDIA H100 80GB HBM3") is chips.CHIPS["h100"]
+    assert chips.chip_of("NVIDIA RTX A6000") is None
+    assert chips.chip_of("cpu") is None
 
 
 def test_one_table_of_peaks():
     known = getattr(metrics, "PEAK_TFLOPS", {})
-    for chip in topology.CHIPS.values():
+    for chip in chips.CHIPS.values():
         assert known.get(chip.device_kind, chip.flops / 1e12) == chip.flops / 1e12
 
 
@@ -140,5 +142,5 @@ def test_gpus(name, slices, devices, hosts):
 
 def check(found: topology.Topology, name: str, slices: int, devices: int, hosts: int) -> None:
     assert (found.name, found.num_slices, len(found.devices), found.num_hosts) == (name, slices, devices, hosts)
-    assert found.chip is topology.chip_of(found.devices[0].device_kind)
+    assert found.chip is chips.chip_of(found.devices[0].device_kind)
     assert found.chip.host * hosts == devices or hosts == 1

@@ -7,10 +7,10 @@ import types
 
 import pytest
 
-from trainer import identity, run_directory
 from trainer.config import Config, changes, from_dict, to_json
 from trainer.errors import ConfigError
-from trainer.mirror import Mirror
+from trainer.reliability import identity, run_directory
+from trainer.reliability.mirror import Mirror
 
 
 def test_round_trip_through_json():

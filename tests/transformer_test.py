@@ -16,7 +16,7 @@ from tiny_models import CONFIGS, every_config
 from model.attention import empty_cache
 from model.config import ModelConfig
 from model.dropout import dropout_rate
-from model.placement import Placement
+from model.partitioner import Placement
 from model.transformer import INIT_STD, Transformer
 
 # Rounding of float32 (6e-8) over sums of up to 100 terms and a few layers, at logits of up to 10: about 1e-5 at worst.

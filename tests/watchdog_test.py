@@ -14,9 +14,9 @@ import time
 import pytest
 
 from tests.runs import ROOT
-from trainer import watchdog
 from trainer.config import WatchdogConfig
-from trainer.watchdog import LOOK_S, MEDIAN_STEPS, SAVING, WAITING, Pace, Watchdog
+from trainer.reliability import watchdog
+from trainer.reliability.watchdog import LOOK_S, MEDIAN_STEPS, SAVING, WAITING, Pace, Watchdog
 
 LATE_S = 2.0  # later than the limit, and a crowded machine's start-up
 PRELUDE = """

@@ -122,7 +122,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DivergenceConfig:
-    """What happens when a step goes wrong (trainer/divergence.py). A bad state is never saved, whatever is chosen."""
+    """What happens when a step goes wrong (divergence.py). A bad state is never saved, whatever is chosen."""
 
     not_finite: str = "stop"  # loss or gradient norm is NaN or infinite: stop (exit code 4), skip, rollback
     spike: str = "ignore"  # one of them stands out above its running mean: ignore, stop, skip, rollback

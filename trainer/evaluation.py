@@ -6,7 +6,8 @@ from collections.abc import Callable
 import jax
 from jax import Array
 
-from data import formats, loader
+from data import loader
+from data.token_files import formats
 from trainer import sharding
 from trainer.config import Config
 
@@ -30,7 +31,7 @@ def evaluate(
 ) -> dict[str, float] | None:
     """val/loss (nats a token), val/perplexity and, if the text's bytes are known, val/bits_per_byte.
 
-    They are not known of token files of other programs, nor of a dataset whose tokenizer loses text (data/losses.py).
+    They are not known of token files of other programs, nor of a dataset whose tokenizer loses text (losses.py).
 
     Over `num_windows` fixed windows of each source; 0: its whole split. Of several sources the mean over all their
     targets, and val/loss/NAME of each. None when `interrupted`, which is asked after each batch, says True.

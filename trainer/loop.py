@@ -17,18 +17,20 @@ import numpy as np
 from jax import Array
 
 from data import loader, sources
-from trainer import compiler, divergence, identity, sampling, sharding, startup, stragglers
-from trainer import metrics as reporting
-from trainer.checkpoint import Checkpoints
+from trainer import sampling, sharding, xla_options
 from trainer.config import Config, to_json
 from trainer.errors import CheckpointError, Diverged
 from trainer.evaluation import evaluate, part_rows
-from trainer.mirror import Mirror
-from trainer.processes import SAVE, STOP, Processes
-from trainer.retention import SaveClock, planned
+from trainer.reliability import divergence, identity, stragglers
+from trainer.reliability.checkpoint import Checkpoints
+from trainer.reliability.coordination import SAVE, STOP, Processes
+from trainer.reliability.mirror import Mirror
+from trainer.reliability.retention import SaveClock, planned
+from trainer.reliability.watchdog import Watchdog
+from trainer.reporting import metrics as reporting
+from trainer.reporting import startup
 from trainer.state import Program, TrainState
 from trainer.step import make_eval_step, make_train_step
-from trainer.watchdog import Watchdog
 
 log = logging.getLogger("meshlm")
 FINAL_RETRIES_S = (1, 5, 15)  # pauses before the last save of a run is tried again
@@ -136,7 +138,7 @@ class Trainer:
             return not self._stopping
         except jax.errors.JaxRuntimeError as e:
             # A peer may be gone, for which a save would wait; but too little memory is no reason to lose the save.
-            if self.processes.size > 1 and not compiler.is_out_of_memory(e):
+            if self.processes.size > 1 and not xla_options.is_out_of_memory(e):
                 patience_s = LAST_SAVE_S
             raise
         finally:

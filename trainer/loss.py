@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from trainer import sharding
-from trainer.shards import Shards
+from trainer.parallel.collectives import Shards
 from trainer.state import Program
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from data.errors import DataError
-from data.vocabulary import Tokenizer
+from data.tokenizers.base import Tokenizer
 from model.generate import Generator
 from trainer.config import Config
 from trainer.errors import ConfigError

@@ -11,9 +11,10 @@ from jax import Array
 from jax.sharding import Mesh
 
 from model.transformer import Transformer
-from trainer import compiler, divergence, optimizer, sharding
+from trainer import optimizer, sharding, xla_options
 from trainer.config import Config
-from trainer.placement import MeshPlacement
+from trainer.parallel.partitioner import MeshPlacement
+from trainer.reliability import divergence
 
 
 @functools.partial(
@@ -24,7 +25,9 @@ class TrainState:
     step: Any  # int32 array, finished steps
     params: dict  # float32, nested by module
     opt_state: Any
-    guard: dict = dataclasses.field(default_factory=dict)  # scalars (trainer/divergence.py); {}: no step is judged
+    guard: dict = dataclasses.field(
+        default_factory=dict
+    )  # scalars (trainer/reliability/divergence.py); {}: no step is judged
 
 
 class Program:
@@ -41,7 +44,7 @@ class Program:
 
     def __init__(self, config: Config, mesh: Mesh):
         self.config, self.mesh = config, mesh
-        compiler.use_precision(config.model.dtype, mesh)
+        xla_options.use_precision(config.model.dtype, mesh)
         self.placement = MeshPlacement(config, mesh)
         abstract = nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(params=0)))
         self.graph, variables = nnx.split(abstract, nnx.Param)

@@ -9,9 +9,10 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from model.dropout import dropout_rate
-from trainer import compiler, divergence, sharding
+from trainer import sharding, xla_options
 from trainer.config import Config
 from trainer.loss import make_loss
+from trainer.reliability import divergence
 from trainer.state import Program, TrainState
 
 ROWS, SAME = PartitionSpec("data"), PartitionSpec()  # of sharding.by_replica: each its own rows; the same for all
@@ -116,7 +117,7 @@ def make_train_step(program: Program):
         in_shardings=(shardings, sharding.named(program.mesh, "batch"), program.replicated),
         out_shardings=(shardings, program.replicated),
         donate_argnums=0,
-        compiler_options=compiler.options(program.mesh),
+        compiler_options=xla_options.options(program.mesh),
     )
 
 

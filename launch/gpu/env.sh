@@ -3,7 +3,7 @@
 # hand before any other command. What the environment has already wins. DETERMINISTIC=1: the same bits each time.
 #
 # No step was timed with these, as no GPU was at hand; what compiled programs show stands beside them. XLA ends the
-# process on a flag that it does not know: tests/gpu_launch_test.py starts the installed jaxlib with these.
+# process on a flag that it does not know: tests/system/gpu_launch_test.py starts the installed jaxlib with these.
 
 # Collectives are moved beside matrix products, also into the layer before or after. In llama_1b's step for 8 x H100
 # (fsdp 8, 8 sequences of 2048 each, jax 0.12.0.1) 38 of 45 collectives have products between their start and their end,

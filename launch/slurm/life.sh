@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# The lives of a run under Slurm: a row of RUN/lives.jsonl for each start of the job, as trainer/lives.py reads it (without
+# The lives of a run under Slurm: a row of RUN/lives.jsonl for each start of the job, as trainer/reliability/restarts.py reads it (without
 # goodput, for which Python would have to be here). Sourced by train.sbatch, which sets RUN; it alone writes them.
 
 begin_life() {

@@ -1,0 +1,200 @@
+"""What a worker does: one unit of a corpus surveyed (characters counted) or encoded (tokens into files of their own).
+
+A unit's files, in PARTIAL/units/: I.train.tokens and I.val.tokens; I.train.ends and I.val.ends (uint64: where, in the
+tokens of this unit, each document ends that ends here); I.hashes (when asked for; see parts.py); and I.json, which is
+written last: if it is there, the unit is done.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import IO, TypeVar
+
+import numpy as np
+
+from data import tokenizers
+from data.errors import DataError
+from data.preparation import documents
+from data.preparation.losses import Losses
+from data.preparation.parts import NO_SEAM, Part, Splitting, parts
+from data.preparation.problems import Problems
+from data.storage import files
+from data.token_files import formats
+from data.tokenizers import characters
+
+VERSION = 4  # of the unit files; a preparation does not go on with another version's
+SPLITS = ("train", "val")
+BATCH_CHARACTERS = 1 << 18  # encoded in one call
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is the same for every unit.
+
+    `split`: 'file' (each stretch names its own), 'document' (a hash of the text below val_fraction is validation) or
+    'last' (characters from `cut` on are validation).
+    """
+
+    partial: pathlib.Path
+    reading: documents.Reading
+    tokenizer_sha256: str
+    vocab_size: int
+    eos_id: int | None
+    split: str
+    val_fraction: float
+    cut: int = 0
+    hashes: bool = False  # of documents, to count duplicates
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the tokens of a shard."""
+        return np.dtype(formats.token_dtype(self.vocab_size)).newbyteorder("<")
+
+    @property
+    def unit_dtype(self) -> np.dtype:
+        """Of the tokens of a unit: as narrow as they fit, for the disk is what a preparation waits for."""
+        return np.dtype(np.uint8) if self.vocab_size <= 256 else self.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    characters: int
+    code_points: np.ndarray  # the distinct ones, uint32
+    counts: np.ndarray  # how often each occurs, int64
+
+
+def survey(unit: documents.Unit, reading: documents.Reading, index: int) -> Survey:
+    """Counts the characters of unit `index` (bytes where reading.raw)."""
+    counts = np.zeros(tokenizers.CODE_POINTS, np.int64)
+    pieces = (piece for stretch in unit for piece in documents.read(stretch, reading, Problems()))
+    for batch in _batches(pieces):  # many small documents cost as much as one
+        if reading.raw:
+            raw = b"".join(piece.text for piece in batch if isinstance(piece.text, bytes))
+            counts[:256] += characters.byte_counts(np.frombuffer(raw, np.uint8))
+        else:
+            characters.count("".join(piece.text for piece in batch if isinstance(piece.text, str)), counts)
+    found = np.flatnonzero(counts)
+    return Survey(int(counts.sum()), found.astype(np.uint32), counts[found])
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(folder: pathlib.Path, sha256: str) -> tokenizers.Tokenizer:
+    return tokenizers.load(folder, sha256)
+
+
+def encode(index: int, unit: documents.Unit, first_character: int, job: Job) -> dict:
+    """Writes a unit's files and returns what its .json holds. `first_character`: characters in the units before it.
+
+    Raises:
+      DataError: the unit cannot be read, or there is no room for the files.
+    """
+    stem = job.partial / "units" / f"{index:06d}"
+    problems = Problems()
+    codec = _tokenizer(job.partial / "tokenizer", job.tokenizer_sha256)
+    try:
+        outputs = {split: _Output(stem, split, job) for split in SPLITS}
+        hashes: list[tuple[int, int]] | None = [] if job.hashes else None
+        losses = Losses(codec, problems)
+        splitting = Splitting(job.split, job.val_fraction, job.cut)
+        texts = parts(unit, first_character, splitting, job.reading, codec, problems, hashes)
+        for batch in _batches(texts):
+            for part, ids in zip(batch, _encode_batch(codec, batch, problems), strict=True):
+                losses.look(part, ids)
+                outputs[part.split].add(ids, _utf8_bytes(part.text), part.ends)
+        for output in outputs.values():
+            output.close()
+        if hashes is not None:
+            files.write_durably(stem.with_suffix(".hashes"), np.array(hashes, "<u8").tobytes())
+        result = {
+            "tokens": {split: output.tokens for split, output in outputs.items()},
+            "text_bytes": {split: output.text_bytes for split, output in outputs.items()},
+            "sizes": {split: _sizes(stem, split) for split in SPLITS},
+            "problems": problems.to_json(),
+        }
+        files.write_durably(stem.with_suffix(".json"), json.dumps(result).encode())
+    except OSError as e:
+        raise DataError(
+            f"cannot write {stem.parent}: {e.strerror}; make room, then start the same command again"
+        ) from None
+    return result
+
+
+def _utf8_bytes(text: str | bytes) -> int:
+    return len(text) if isinstance(text, bytes) or text.isascii() else len(text.encode())
+
+
+def finished(job: Job, index: int) -> dict | None:
+    """What `encode` returned for a unit that is done; None if it is not, or its files are not those it wrote."""
+    stem = job.partial / "units" / f"{index:06d}"
+    try:
+        result = json.loads(stem.with_suffix(".json").read_bytes())
+        same = all(_sizes(stem, split) == result["sizes"][split] for split in SPLITS)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return result if same else None
+
+
+def _sizes(stem: pathlib.Path, split: str) -> list[int]:
+    """Of the files of a unit, in bytes."""
+    return [stem.with_suffix(f".{split}.{what}").stat().st_size for what in ("tokens", "ends")]
+
+
+def _encode_batch(codec: tokenizers.Tokenizer, batch: list[Part], problems: Problems) -> list[np.ndarray]:
+    texts = [(part.left.before if part.left else "") + part.text for part in batch if isinstance(part.text, str)]
+    if not texts:  # the byte tokenizer alone reads raw, and always
+        return [tokenizers.ByteTokenizer.encode_bytes(part.text) for part in batch if isinstance(part.text, bytes)]
+    rows = []
+    for part, ids in zip(batch, codec.encode_batch(texts), strict=True):
+        row = part.left.take(ids) if part.left else ids
+        same = row is not None
+        if row is None:  # the text alone, as if it began a document
+            row = codec.encode(str(part.text))
+        if not same or (part.right and not part.right.ends(row)):
+            problems.found(NO_SEAM, f"{part.path} ({part.text[:40]!r} …)")
+        rows.append(row)
+    return rows
+
+
+T = TypeVar("T", documents.Piece, Part)
+
+
+def _batches(parts: Iterator[T]) -> Iterator[list[T]]:
+    batch: list[T] = []
+    characters = 0
+    for part in parts:
+        batch.append(part)
+        characters += len(part.text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    yield batch
+
+
+class _Output:
+    """One split of a unit."""
+
+    def __init__(self, stem: pathlib.Path, split: str, job: Job):
+        self.stem, self.split, self.eos_id = stem, split, job.eos_id
+        self.dtype = job.unit_dtype
+        self.file: IO[bytes] = self._path("tokens").open("wb")
+        self.tokens = self.text_bytes = 0
+        self.ends: list[int] = []
+
+    def _path(self, what: str) -> pathlib.Path:
+        return self.stem.with_suffix(f".{self.split}.{what}")
+
+    def add(self, ids: np.ndarray, text_bytes: int, ends: bool) -> None:
+        self.file.write(ids.astype(self.dtype).data)
+        self.tokens += len(ids)
+        self.text_bytes += text_bytes
+        if ends:
+            if self.eos_id is not None:
+                self.file.write(np.array([self.eos_id], self.dtype).tobytes())
+                self.tokens += 1
+            self.ends.append(self.tokens)
+
+    def close(self) -> None:
+        files.close_durably(self.file)
+        files.write_durably(self._path("ends"), np.array(self.ends, "<u8").tobytes())

@@ -1,0 +1,422 @@
+"""Corpus to dataset folder: plan, survey, tokenizer, units, merge, manifest.
+
+The plan cuts the corpus into units (documents.py); workers encode them in any order (encode.py); the merge
+appends them in the order of the plan (merge.py). So the dataset is the same, byte for byte, for any number of
+workers, and a preparation that was killed goes on with the units it lacks.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from data import tokenizers
+from data.errors import DataError
+from data.preparation import corpus, documents, encode, merge, spool, tokenizer_sample
+from data.preparation.output import CHARACTERS, Output, read_note, start_again
+from data.preparation.pool import Pool, cores
+from data.preparation.problems import Problems
+from data.storage import files
+from data.token_files import formats, integrity
+from data.tokenizers.base import check_special_tokens
+
+log = logging.getLogger("meshlm")
+
+INLINE_BYTES = 32 << 20  # a corpus up to this size is done in this process: workers take longer to start
+SPLITS = ("auto", "last", "file", "document")
+
+Progress = Callable[[str, int, int, int], None]  # what is being done, bytes done, bytes in all, tokens so far
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a dataset is made of and how; two equal requests of the same files give the same bytes.
+
+    `split` says what validates. 'last': the last val_fraction of the characters (bytes for the byte tokenizer), as with
+    nanoGPT; 'file': whole files, by a hash of their names; 'document': whole documents, by a hash of their text, so
+    that copies of one are on one side; 'auto': 'last' for one file of text, 'file' for several, 'document' where there
+    are JSON lines or Parquet. `text_key`: of JSON lines, or the column of Parquet. `format`: of all files, one of
+    recognize.KINDS. The rest: see documents.Reading.
+    """
+
+    source: str
+    tokenizer: str
+    val_fraction: float = 0.1
+    split: str = "auto"
+    text_key: str = "text"
+    min_frequency: int = 1
+    special_tokens: Sequence[str] = ()
+    invalid_utf8: str = "replace"
+    bad_records: str = "error"
+    format: str = "auto"
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self) | {"special_tokens": list(self.special_tokens)}
+
+
+Stamp = tuple[int | str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    request: Request
+    units: list[documents.Unit]
+    split: str  # 'auto' resolved
+    reading: documents.Reading
+    eos: bool  # after each document; one text alone has none, as nanoGPT's
+    source: str = ""  # its identity
+    stamps: dict[pathlib.Path, Stamp] = dataclasses.field(default_factory=dict)  # of the files, before they were cut
+    left_out: Problems = dataclasses.field(default_factory=Problems)  # of the source
+
+    @functools.cached_property
+    def bytes(self) -> int:
+        return sum(map(documents.bytes_of, self.units))
+
+    def key(self, tokenizer: tokenizers.Tokenizer | None, count_duplicates: bool) -> str:
+        """Changes with all that decides what is written: the request, the content of a tokenizer that is there
+        already, the files (see _stamp), how they are cut, and the code.
+        """
+        given = None
+        if tokenizer is not None:
+            given = [tokenizer.to_json(), hashlib.sha256((tokenizer.file() or ("", b""))[1]).hexdigest()]
+        digest = hashlib.sha256(json.dumps([encode.VERSION, self.request.to_json(), given, count_duplicates]).encode())
+        for unit in self.units:
+            digest.update(b"unit")
+            for s in unit:
+                where = [s.file.name, s.start, s.stop, s.split, self.stamps.get(s.file.path)]
+                digest.update(json.dumps(where).encode())
+        return digest.hexdigest()
+
+    def check_unchanged(self, unit: documents.Unit) -> None:
+        """Raises DataError for a file that is no longer the one that was planned: what was read of it may be mixed."""
+        for path in {s.file.path for s in unit}:
+            if self.stamps.get(path) not in (None, _stamp(path)):
+                raise DataError(f"{path} was changed or replaced while it was read; start again when it stays as it is")
+
+
+def prepare(
+    out: pathlib.Path,
+    *,
+    overwrite: bool = False,
+    workers: int = 0,
+    count_duplicates: bool = False,
+    max_invalid: float = 0.01,
+    progress: Progress = lambda *args: None,
+    **request,
+) -> formats.Manifest:
+    """Writes the dataset folder `out` and returns its manifest; what was counted on the way: see read_summary.
+
+    The folder appears under its name only when it is complete. A killed run leaves `OUT.partial`, with which the next
+    one goes on if it asks for the same of the same files. A folder made by the same request, and whole, is left alone.
+
+    Args:
+      workers: processes; 0 for one a core.
+      count_duplicates: of documents; the count is in the summary.
+      max_invalid: the largest share of characters that are NUL, or U+FFFD in the place of bytes that are not UTF-8.
+      progress: called as units finish.
+      request: the fields of Request.
+
+    Raises:
+      DataError: the source cannot be used, or changed meanwhile; nothing in it trains, or too much of it is not text;
+        `out` is not a dataset; it is damaged or of another request and `overwrite` is false; another process is
+        preparing it; there is no room.
+    """
+    asked, output = Request(**request), Output(out)
+    check_special_tokens(asked.special_tokens)
+    found = None if overwrite else there(out, **request)
+    if found is not None:
+        return found
+    if not tokenizers.needs_texts(asked.tokenizer):  # a mistyped one is found before the corpus is looked for
+        tokenizers.make(asked.tokenizer, special_tokens=asked.special_tokens)
+    if pathlib.Path(os.path.realpath(asked.source)).is_relative_to(output.partial):
+        raise DataError(f"--source={asked.source} lies where the dataset is written until it is complete; move it away")
+    plan = make_plan(asked, output.path)
+    with output.locked():
+        if not overwrite and output.has_dataset():  # it came while the files were looked for
+            return _intact(output.path, asked)
+        given = None
+        if not tokenizers.needs_texts(asked.tokenizer):
+            given = tokenizers.make(asked.tokenizer, special_tokens=asked.special_tokens, eos=plan.eos)
+        output.begin(plan.key(given, count_duplicates))
+        if not output.is_complete():
+            many = plan.bytes > INLINE_BYTES
+            with Pool(max(1, min(workers or cores(), len(plan.units))) if many else 1) as pool:
+                job, merged = _encode(output.partial, plan, given, count_duplicates, pool, progress)
+            _finish(plan, job, merged, max_invalid)
+        output.publish()
+    return formats.read_manifest(output.path)
+
+
+def there(out: pathlib.Path, **request) -> formats.Manifest | None:
+    """The manifest of the dataset that is at `out`, made by this request and whole; None where nothing is there yet.
+
+    Raises:
+      DataError: something else is there, or a dataset that is damaged or was made by another request.
+    """
+    output = Output(out)
+    if not output.has_dataset() or output.was_interrupted():
+        return None
+    return _intact(output.path, Request(**request))
+
+
+def read_summary(out: pathlib.Path) -> dict[str, Any]:
+    """What `prepare` counted; empty for a dataset of an earlier version, which did not. Raises DataError."""
+    path, advice = out / formats.SUMMARY, "copy it again or prepare again with --overwrite"
+    summary = files.read_json(path, advice) if path.exists() else {}
+    if not isinstance(summary, dict):
+        raise DataError(f"{path} is damaged; {advice}")
+    return summary
+
+
+def make_plan(request: Request, out: pathlib.Path) -> Plan:
+    """Finds the files and cuts them. Raises DataError. `out`: the dataset; a download is kept beside it."""
+    found, left_out = _find(request, out)
+    if named := corpus.named_as_held_out(request.source, found):
+        log.warning(
+            "WARNING: %d file(s) are named as for validation or tests, and are trained on as all others are, except "
+            "what --val_fraction takes: %s%s; name the files to train on, for example by a glob",
+            len(named), ", ".join(map(repr, named[:3])), " …" if len(named) > 3 else "",
+        )  # fmt: skip
+    stamps = _stamps(found)
+    one_text = len(found) == 1 and found[0].kind == "text"
+    split = request.split
+    if split == "auto":
+        records = any(file.kind != "text" for file in found)
+        split = "document" if records else "last" if one_text else "file"
+    of_file = None
+    if split == "file":
+        train, val = corpus.split(found, request.val_fraction)
+        of_file = {file.name: "train" for file in train} | {file.name: "val" for file in val}
+    reading = documents.Reading(
+        request.text_key, request.invalid_utf8, request.bad_records, raw=request.tokenizer == "byte"
+    )
+    units, identity = documents.plan(found, of_file), _identity(found, stamps)
+    return Plan(request, units, split, reading, not one_text, identity, stamps, left_out)
+
+
+def _find(request: Request, out: pathlib.Path) -> corpus.Found:
+    return corpus.find(
+        request.source,
+        out.parent,
+        kind=request.format,
+        bad_records=request.bad_records,
+        own=Output(out).own,
+        tokenizer=tokenizers.file_of(request.tokenizer),
+    )
+
+
+def _stamps(found: list[corpus.File]) -> dict[pathlib.Path, Stamp]:
+    return {file.path: _stamp(file.path) for file in found}
+
+
+def _identity(found: list[corpus.File], stamps: dict[pathlib.Path, Stamp]) -> str:
+    """Changes with the files of a source: their names, sizes and times; not when they are moved to another disk."""
+    content = [(file.name, *stamps[file.path][:2]) for file in found]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _stamp(path: pathlib.Path) -> Stamp:
+    """Changes when a file is written or replaced, also by one of the same size and time; not at a mount elsewhere."""
+    try:
+        stat = path.stat()
+    except OSError as e:
+        raise DataError(f"cannot read {path}: {e.strerror}") from None
+    if content := spool.content(path):  # each run writes it anew
+        return (content,)
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+
+def _intact(out: pathlib.Path, request: Request) -> formats.Manifest:
+    """The manifest of the dataset that is there; DataError when it is damaged or was made by another request."""
+    manifest = formats.read_manifest(out)
+    if Request("", "").to_json() | manifest.request != request.to_json():  # an earlier version knew fewer fields
+        raise DataError(
+            f"{out} was prepared by another request ({manifest.request}); choose another --out, or --overwrite"
+        )
+    for split in manifest.splits:
+        formats.TokenFiles(out, manifest, split)
+    integrity.check_files(out, manifest)
+    codec = tokenizers.load(out / "tokenizer", manifest.tokenizer_sha256)
+    if not tokenizers.needs_texts(request.tokenizer):
+        eos = manifest.eos_id is not None
+        now = tokenizers.make(request.tokenizer, special_tokens=request.special_tokens, eos=eos)
+        if (now.to_json(), now.file()) != (codec.to_json(), codec.file()):
+            raise DataError(
+                f"{out} was prepared with another tokenizer than {request.tokenizer} is now; choose another --out, or "
+                "--overwrite"
+            )
+    recorded = read_summary(out).get("source", "")  # not there in a dataset of an earlier version
+    if recorded and corpus.is_there(request.source):
+        found = _find(request, out).files
+        if _identity(found, _stamps(found)) != recorded:
+            raise DataError(
+                f"{out} was prepared from other files than --source={request.source} has now (their names, sizes or "
+                "times differ); choose another --out, or --overwrite"
+            )
+    return manifest
+
+
+def _encode(
+    partial: pathlib.Path,
+    plan: Plan,
+    given: tokenizers.Tokenizer | None,
+    count_duplicates: bool,
+    pool: Pool,
+    progress: Progress,
+) -> tuple[encode.Job, merge.Merge]:
+    """The tokenizer, and all units encoded and merged. `given`: the tokenizer, when it is not made from the text."""
+    codec, characters = _tokenizer(partial, plan, given, pool, progress)
+    job = encode.Job(
+        partial=partial,
+        reading=plan.reading,
+        tokenizer_sha256=formats.sha256_file(partial / "tokenizer" / tokenizers.FILE_NAME),
+        vocab_size=codec.vocab_size,
+        eos_id=codec.eos_id if plan.eos else None,
+        split=plan.split,
+        val_fraction=plan.request.val_fraction,
+        cut=int(sum(characters) * (1 - plan.request.val_fraction)),
+        hashes=count_duplicates,
+    )
+    return job, _encode_units(plan, characters, job, pool, progress)
+
+
+def _finish(plan: Plan, job: encode.Job, merged: merge.Merge, max_invalid: float) -> None:
+    """Writes the summary and the manifest, unless the corpus turned out to be unusable."""
+    splits, summary = merged.finish()
+    summary |= {"left_out": plan.left_out.summary(), "source": plan.source}
+    source = f"--source={plan.request.source}"
+    if not splits["train"].tokens:
+        raise DataError(f"{source} holds no text to train on{_said(summary)}")
+    if (share := merged.problems.invalid_share) > max_invalid:
+        raise DataError(
+            f"{source} is not UTF-8 text: {share:.3%} of its characters are invalid{_said(summary)}; convert it, for "
+            f"example with iconv, or pass --max_invalid={math.ceil(share * 1000) / 1000:g} (the byte tokenizer takes "
+            "any bytes, except in JSON)"
+        )
+    files.write_durably(job.partial / formats.SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+    manifest = formats.Manifest(
+        dtype=job.dtype.name,
+        vocab_size=job.vocab_size,
+        eos_id=job.eos_id,
+        tokenizer_sha256=job.tokenizer_sha256,
+        splits=splits,
+        request=plan.request.to_json(),
+        files=formats.hash_files(job.partial, splits),
+        loses_text=summary["loses_text"],
+    )
+    files.write_durably(job.partial / formats.MANIFEST, manifest.to_json().encode())
+
+
+def _said(summary: dict[str, Any]) -> str:
+    """What was counted, with the first place of each kind."""
+    problems = summary["problems"]
+    counts = [f"{kind}: {n}, first in {problems['examples'][kind][0]}" for kind, n in problems["counts"].items()]
+    if summary["documents"] and not counts:
+        counts = [f"all {summary['documents']} document(s) validate; lower --val_fraction or choose another --split"]
+    return f" ({'; '.join(counts)})" if counts else ""
+
+
+def notices(manifest: formats.Manifest) -> list[str]:
+    """What is wrong with the split of a dataset, though it can be used."""
+    wanted = manifest.request.get("val_fraction", 0)
+    train, val = (manifest.splits[split].text_bytes for split in encode.SPLITS)
+    if not wanted:
+        return []
+    if not manifest.splits["val"].tokens:
+        return [
+            f"no text validates although --val_fraction is {wanted:g}: there are few documents; raise it, or choose "
+            "--split=last, which cuts the text itself"
+        ]
+    share = val / max(train + val, 1)
+    if wanted / 2 <= share <= wanted * 2:
+        return []
+    return [
+        f"{share:.1%} of the text validates although --val_fraction is {wanted:g}: documents or files stay whole, and "
+        "there are few, or one is large; --split=last cuts the text itself"
+    ]
+
+
+def _tokenizer(
+    partial: pathlib.Path, plan: Plan, codec: tokenizers.Tokenizer | None, pool: Pool, progress: Progress
+) -> tuple[tokenizers.Tokenizer, list[int]]:
+    """The tokenizer, made or kept from an earlier run, and the characters of each unit (0 where nobody needs them)."""
+    counted, folder = partial / CHARACTERS, partial / "tokenizer"
+    if not counted.exists():
+        request = plan.request
+        if codec is None and request.tokenizer != "char":
+            texts = tokenizer_sample.texts(plan.units, plan.reading, documents.Problems())
+            codec = tokenizers.make(
+                request.tokenizer,
+                _told(texts, min(tokenizer_sample.BYTES, plan.bytes), progress),
+                special_tokens=request.special_tokens,
+                min_frequency=request.min_frequency,
+                eos=plan.eos,
+            )
+        characters, counts = [0] * len(plan.units), np.zeros(tokenizers.CODE_POINTS, np.int64)
+        if codec is None or plan.split == "last":
+            done = 0
+            jobs = ((unit, plan.reading, index) for index, unit in enumerate(plan.units))
+            for (unit, _, index), survey in pool.run(encode.survey, jobs):
+                plan.check_unchanged(unit)
+                characters[index] = survey.characters
+                counts[survey.code_points] += survey.counts
+                done += documents.bytes_of(unit)
+                progress("reading", done, plan.bytes, 0)
+        shutil.rmtree(folder, ignore_errors=True)  # of a life that was killed meanwhile
+        tokenizers.save(codec or _char_tokenizer(plan, counts), folder)
+        for path in (*folder.iterdir(), folder):
+            files.sync(path)
+        files.write_durably(counted, json.dumps(characters).encode())
+    characters = read_note(counted)
+    if not isinstance(characters, list) or len(characters) != len(plan.units):
+        raise DataError(f"{counted} is damaged; {start_again(partial)}")
+    return tokenizers.load(folder), characters
+
+
+def _char_tokenizer(plan: Plan, counts: np.ndarray) -> tokenizers.CharTokenizer:
+    names = list(plan.request.special_tokens)
+    if plan.eos and tokenizers.END_OF_TEXT not in names:
+        names.append(tokenizers.END_OF_TEXT)
+    return tokenizers.CharTokenizer.of_counts(counts, min_frequency=plan.request.min_frequency, special_tokens=names)
+
+
+def _told(texts: Iterable[str], total: int, progress: Progress) -> Iterator[str]:
+    done = 0
+    for text in texts:
+        yield text
+        done += len(text)
+        progress("training the tokenizer on", done, total, 0)
+
+
+def _encode_units(plan: Plan, characters: list[int], job: encode.Job, pool: Pool, progress: Progress) -> merge.Merge:
+    """Encodes what is left, and merges meanwhile."""
+    before = np.concatenate([[0], np.cumsum(characters)])
+    merged = merge.Merge(job.partial, job)
+    done = sum(map(documents.bytes_of, plan.units[: merged.next]))
+    tokens = merged.tokens
+
+    def add(index: int, result: dict) -> None:
+        nonlocal done, tokens
+        plan.check_unchanged(plan.units[index])
+        merged.add(index, result)
+        done += documents.bytes_of(plan.units[index])
+        tokens += sum(result["tokens"].values())
+        progress("encoding", done, plan.bytes, tokens)
+
+    finished = {index: encode.finished(job, index) for index in range(merged.next, len(plan.units))}
+    left = [(index, plan.units[index], int(before[index]), job) for index, r in finished.items() if r is None]
+    for index, result in finished.items():
+        if result is not None:
+            add(index, result)
+    for (index, *_), result in pool.run(encode.encode, left):
+        add(index, result)
+    return merged

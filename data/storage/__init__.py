@@ -1,0 +1,1 @@
+"""Files, object stores and their local cache, names from outside, and memory."""

@@ -1,0 +1,234 @@
+"""Data in object stores (gs://, s3://): copied into a local cache (cache.py), and read from there like any other.
+
+What is read is what the store lists, never what else lies in the cache. Stores are read through tensorstore
+(docs/data.md: credentials).
+"""
+
+import functools
+import itertools
+import logging
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+from data.errors import DataError
+from data.storage import names
+from data.storage.cache import Cache
+
+log = logging.getLogger("meshlm")
+
+SCHEMES = ("gs://", "s3://")
+BLOCK_BYTES = 64 << 20  # fetched, and held in memory, at a time
+TIMEOUT_S = 60  # for one block
+CACHE_VARIABLE = "MESHLM_CACHE"
+
+
+def is_remote(path: str) -> bool:
+    return path.startswith(SCHEMES)
+
+
+def parse(path: str) -> tuple[str, str, str]:
+    """The scheme, the bucket and the key ('' for the whole bucket) of gs://BUCKET/KEY or s3://BUCKET/KEY.
+
+    Raises:
+      DataError: the key has no place below a folder, such as a/../b or, from gs://BUCKET//data, /data.
+    """
+    scheme, _, rest = path.partition("://")
+    bucket, _, key = rest.partition("/")
+    key = key.removesuffix("/")
+    if not bucket:
+        raise DataError(f"{path} names no bucket; write {scheme}://BUCKET/PATH")
+    names.parts(f"{bucket}/{key}" if key else bucket, path)
+    return scheme, bucket, key
+
+
+def cache_folder() -> pathlib.Path:
+    """$MESHLM_CACHE, or a folder in the user's cache."""
+    given = os.environ.get(CACHE_VARIABLE)
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    return pathlib.Path(os.path.expanduser(given or os.path.join(home, "meshlm")), "data")
+
+
+@functools.cache
+def local(path: str) -> str:
+    """The local path of a file, folder or glob in a store, after fetching what is new; once for each in a process.
+
+    Raises:
+      DataError: nothing is there, it cannot be read, or the cache has no room.
+    """
+    scheme, bucket, key = parse(path)
+    if not key:
+        raise DataError(f"{path} names no object; write {scheme}://BUCKET/PATH")
+    store = _open(scheme, bucket, path)
+    keys = _matching(store, key, path)
+    if not keys:
+        copy = {"gs": "gcloud storage cp -r", "s3": "aws s3 cp --recursive"}[scheme]
+        raise DataError(f"there is nothing at {path}; put a dataset there, for example with {copy} DATASET {path}")
+    cache = Cache(cache_folder(), scheme, bucket)
+    try:
+        for gone in _not_there_any_more(cache.keys(), keys, key):
+            cache.remove(gone)
+        for name in keys:
+            _fetch(store, name, cache, f"{scheme}://{bucket}/{name}")
+        _copies[path] = [cache.path(name) for name in keys]
+        if len({(s.st_dev, s.st_ino) for s in map(os.stat, _copies[path])}) < len(keys):
+            raise DataError(f"{path} has names that {cache_folder()} does not tell apart; set {CACHE_VARIABLE}")
+    except OSError as e:
+        why = e.strerror or e
+        raise DataError(f"cannot keep {path} in {cache_folder()}: {why}; make room, or set {CACHE_VARIABLE}") from None
+    return str(cache.path(key))
+
+
+def files(path: str) -> list[pathlib.Path]:
+    """The copies of all that the store has for a file, folder or glob, after fetching them. Raises as `local`."""
+    local(path)
+    return _copies[path]
+
+
+def original(copy: pathlib.Path) -> str:
+    """Of a copy, or of a folder of copies, the path in its store."""
+    _, scheme, *below = copy.relative_to(cache_folder()).parts
+    return f"{scheme}://{'/'.join(below)}"
+
+
+def begins(path: str, count: int) -> bytes:
+    """The first bytes of an object; nothing if it is not there, or has fewer. Raises DataError."""
+    scheme, bucket, key = parse(path)
+    found = _read(_open(scheme, bucket, path), os.fsencode(key), path, slice(0, count))
+    return found.value if found is not None and found.state == "value" else b""
+
+
+_copies: dict[str, list[pathlib.Path]] = {}  # of each path that `local` has fetched
+
+
+def _not_there_any_more(copied: set[str], keys: list[str], key: str) -> set[str]:
+    """Of what was copied, what `key` would select, or what is in the way of what it selects, and the store has not."""
+    folders = {folder for name in keys for folder in itertools.accumulate(name.split("/"), "{}/{}".format)}
+    gone = copied - set(keys)
+    below = tuple(f"{name}/" for name in keys)
+    return _selected(gone, key) | _beside(set(keys), gone) | (gone & folders) | {n for n in gone if n.startswith(below)}
+
+
+def open_store(location: str) -> Any:
+    """A folder, gs://BUCKET/PATH or s3://BUCKET/PATH as a tensorstore.KvStore of what is below. Raises DataError."""
+    import tensorstore
+
+    if not is_remote(location):
+        spec = {"driver": "file", "path": os.path.join(os.path.abspath(location), "")}
+        return tensorstore.KvStore.open(spec).result(TIMEOUT_S)
+    scheme, bucket, key = parse(location)
+    store = _open(scheme, bucket, location)
+    return store / f"{key}/" if key else store
+
+
+def _open(scheme: str, bucket: str, path: str) -> Any:
+    import tensorstore
+
+    spec: dict[str, Any] = {"driver": "gcs" if scheme == "gs" else "s3", "bucket": bucket}
+    if scheme == "s3" and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
+        spec |= {"endpoint": endpoint, "aws_region": os.environ.get("AWS_REGION", "us-east-1")}
+    return _ask(path, tensorstore.KvStore.open, spec)
+
+
+def _matching(store: Any, key: str, path: str) -> list[str]:
+    """Keys of the object, of the folder, or of the glob `key`, sorted. Raises DataError for one without a place."""
+    import tensorstore
+
+    glob_at = min((key.index(c) for c in "*?[" if c in key), default=len(key))
+    prefix = key[:glob_at].removesuffix(".bin").removesuffix(".idx")
+    listed = _ask(path, store.list, tensorstore.KvStore.KeyRange(os.fsencode(prefix), _after(prefix)))
+    there = {os.fsdecode(name) for name in listed if not name.endswith(b"/")}
+    found = _selected(there, key)
+    found |= _beside(found, there)
+    for name in found:
+        names.parts(name, f"{path} has an object {name!r}, which")
+    names.check_apart(found, path)
+    return sorted(found)
+
+
+def _selected(there: set[str], key: str) -> set[str]:
+    """Those that are the object `key`, lie in the folder `key`, or that the pattern `key` selects."""
+    return {
+        n for n in there if n == key or n.startswith(f"{key}/") or (names.is_pattern(key) and names.matches(n, key))
+    }
+
+
+def _beside(found: set[str], there: set[str]) -> set[str]:
+    """Megatron's tokens and their index: without it they would be taken for something else."""
+    stems = {name[:-4] for name in found if name.endswith((".bin", ".idx"))}
+    return {stem + suffix for stem in stems for suffix in (".bin", ".idx")} & there
+
+
+def _after(prefix: str) -> bytes:
+    """The first key that does not begin with `prefix`."""
+    raw = os.fsencode(prefix).rstrip(b"\xff")
+    return raw[:-1] + bytes([raw[-1] + 1]) if raw else b""
+
+
+def _fetch(store: Any, key: str, cache: Cache, name: str) -> None:
+    """Makes the copy in the cache the object's content of now."""
+    raw = os.fsencode(key)
+
+    def is_current(generation: bytes) -> bool:
+        seen = _read(store, raw, name, slice(0, 1), generation)
+        return seen is not None and seen.state == "unspecified"
+
+    def download(f: IO[bytes]) -> bytes:
+        start, generation = time.monotonic(), b""
+        for block in blocks(store, raw, name):
+            f.write(block.value)
+            generation = block.stamp.generation
+        if f.tell() >= BLOCK_BYTES:
+            log.info("fetched   %s: %.1f GB in %.0f s", name, f.tell() / 1e9, time.monotonic() - start)
+        return generation
+
+    cache.refresh(key, is_current, download)
+
+
+def blocks(store: Any, key: bytes, name: str) -> Iterator[Any]:
+    """An object in pieces, as tensorstore's ReadResults of one generation. Raises DataError."""
+    at, generation = 0, None
+    while True:
+        # A store refuses a range that goes past the end, and does not say where that is.
+        full = _read(store, key, name, slice(at + BLOCK_BYTES - 1, at + BLOCK_BYTES)) is not None
+        block = _read(store, key, name, slice(at, at + BLOCK_BYTES if full else None) if at or full else None)
+        if block is None:  # the object ended with the last block
+            return
+        generation = generation or block.stamp.generation
+        if block.state != "value" or block.stamp.generation != generation:
+            raise DataError(f"{name} changed while it was read; start again when it is complete")
+        yield block
+        if not full:
+            return
+        at += BLOCK_BYTES
+
+
+def _read(store: Any, key: bytes, name: str, byte_range: slice | None, if_not_equal: bytes | None = None) -> Any:
+    """tensorstore's ReadResult; None where the object does not have all these bytes."""
+    try:
+        return _ask(name, store.read, key, byte_range=byte_range, if_not_equal=if_not_equal)
+    except _OutOfRange:
+        return None
+
+
+class _OutOfRange(Exception):
+    pass
+
+
+def _ask(path: str, method: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """The answer to a call of tensorstore. Raises DataError, and _OutOfRange for bytes that are not there."""
+    try:
+        return method(*arguments, **named).result(timeout=TIMEOUT_S)
+    except TimeoutError:
+        raise DataError(f"cannot read {path}: no answer within {TIMEOUT_S} s; is there a network?") from None
+    except (ValueError, OSError, RuntimeError) as e:
+        if str(e).startswith("OUT_OF_RANGE"):
+            raise _OutOfRange from None
+        hint = {
+            "gs://": "log in with gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS",
+            "s3://": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+        }.get(path[:5], "let this user read it")
+        why = (str(e).splitlines() or [type(e).__name__])[0][:300]
+        raise DataError(f"cannot read {path}: {why}; where access is denied, {hint}") from None

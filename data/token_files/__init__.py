@@ -1,0 +1,1 @@
+"""Tokens on disk: the dataset folder, other programs' formats, and how both are checked."""

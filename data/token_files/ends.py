@@ -1,0 +1,43 @@
+"""Whether documents end with the token of data.mask_documents: one that occurs nowhere would mask nothing."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from data.dataset import Dataset
+from data.errors import DataError
+from data.token_files import fingerprint
+
+DOCUMENTS_WITH_ENDS = 0.9  # of those that an index names: fewer, and it is another token that ends them
+
+
+def check(datasets: Iterable[Dataset], eos_id: int) -> None:
+    """Raises DataError when the training tokens of a dataset of several documents do not hold their end, `eos_id`."""
+    for data in datasets:
+        documents = data.manifest.splits["train"].documents
+        if not data.foreign_files and (documents <= 1 or data.manifest.eos_id == eos_id):
+            continue  # one text is one document; launch.prepare writes an end after each
+        shards = data.files("train").shards
+        whole = sum(len(shard) for shard in shards) * shards[0].itemsize <= fingerprint.WHOLE_BYTES
+        looked = found = 0
+        for tokens in _parts(shards, whole):
+            looked, found = looked + len(tokens), found + int(np.count_nonzero(tokens == eos_id))
+        if not found or (whole and found < DOCUMENTS_WITH_ENDS * documents):
+            of = f", which has {documents:,} documents," if documents else ""
+            raise DataError(
+                f"token {eos_id} ends documents for data.mask_documents, but {data.path}{of} holds it {found:,} times "
+                f"in {looked:,} tokens; set data.eos_id to the token that ends them, write the tokens again with one "
+                "after each document (Megatron's --append-eod), or leave data.mask_documents false"
+            )
+
+
+def _parts(shards: list[np.ndarray], whole: bool) -> Iterator[np.ndarray]:
+    """All tokens in pieces, or blocks spread evenly over each shard."""
+    for tokens in shards:
+        size = (fingerprint.CHUNK_BYTES if whole else fingerprint.BLOCK_BYTES) // tokens.itemsize
+        if whole or len(tokens) <= fingerprint.SAMPLED_BLOCKS * size:
+            starts = np.arange(0, len(tokens), size)
+        else:
+            starts = np.linspace(0, len(tokens) - size, fingerprint.SAMPLED_BLOCKS).astype(np.int64)
+        for start in starts.tolist():
+            yield tokens[start : start + size]

@@ -1,0 +1,267 @@
+"""The one door to tokenizers: made from a spec, saved into a folder, loaded from it. Nothing is ever unpickled.
+
+A spec is `char`, `byte`, `bpe:16384` (or `bpe:16384:llama3`, with another pattern), all three made from text, or the
+path of a tokenizer there is already. Its kind is told by what the file holds, whatever its name.
+"""
+
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from data.errors import DataError
+from data.storage import files
+from data.tokenizers import hf_json, minbpe
+from data.tokenizers.base import (
+    END_OF_TEXT,
+    END_OF_TEXT_NAMES,
+    MAX_ID,
+    Tokenizer,
+    check_special_tokens,
+    find_eos,
+    parse_json,
+)
+from data.tokenizers.characters import CODE_POINTS, UNKNOWN, ByteTokenizer, CharTokenizer, code_points
+from data.tokenizers.hf_json import JsonTokenizer, train_bpe
+from data.tokenizers.minbpe import MinbpeTokenizer
+from data.tokenizers.sentencepiece_file import PieceTokenizer
+from data.tokenizers.tiktoken_file import RankTokenizer
+
+__all__ = [
+    "CODE_POINTS",
+    "END_OF_TEXT",
+    "FILE_NAME",
+    "KINDS",
+    "UNKNOWN",
+    "ByteTokenizer",
+    "CharTokenizer",
+    "JsonTokenizer",
+    "Tokenizer",
+    "code_points",
+    "file_of",
+    "load",
+    "make",
+    "needs_texts",
+    "save",
+]
+
+KINDS: dict[str, type[ByteTokenizer] | type[CharTokenizer]] = {t.kind: t for t in (CharTokenizer, ByteTokenizer)}
+FileTokenizer = JsonTokenizer | MinbpeTokenizer | RankTokenizer | PieceTokenizer  # with a standard file of their own
+FILE_KINDS: dict[str, type[FileTokenizer]] = {
+    t.kind: t for t in (JsonTokenizer, MinbpeTokenizer, RankTokenizer, PieceTokenizer)
+}
+FILE_NAME = "meshlm_tokenizer.json"
+# In a folder of a model of another system, by preference.
+STANDARD_NAMES = (hf_json.FILE_NAME, "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+MAX_BYTES = 1 << 30
+EXPECTED = (
+    "expected a tokenizer.json, a .tiktoken file, a minbpe .model, a SentencePiece .model, a folder with one of them "
+    "or a dataset; or char, byte, bpe:16384"
+)
+# What people name by mistake, told by its first bytes.
+MISTAKEN = (
+    (rb"\x89PNG|\xff\xd8\xff|GIF8", "an image"),
+    (rb"\x80[\x02-\x05]", "a pickle, which is never opened"),
+    (rb"PK\x03\x04", "a zip archive"),
+    (rb"\x1f\x8b|\x28\xb5\x2f\xfd|BZh|\xfd7zXZ", "compressed; unpack it first"),
+    (rb"(?s).{8}\{\"", "safetensors: a model's weights"),
+    (rb"GGUF", "a GGUF model"),
+    (rb"(?i)\s*<(!doctype|html|\?xml)", "a web page: the download was not the file itself"),
+    (rb"version https://git-lfs", "a Git LFS pointer; fetch the file itself with git lfs pull"),
+)
+
+
+def needs_texts(spec: str) -> bool:
+    """Whether a tokenizer of this spec is made from text (char, bpe:N). Raises DataError for a bpe: that is none."""
+    return spec == "char" or _bpe(spec) is not None
+
+
+def make(
+    spec: str,
+    texts: Iterable[str] | None = None,
+    *,
+    special_tokens: Sequence[str] = (),
+    min_frequency: int = 1,
+    eos: bool = False,
+) -> Tokenizer:
+    """The tokenizer that `spec` asks for.
+
+    Args:
+      texts: what char and bpe:N are made from.
+      special_tokens: of a new tokenizer, the names it gets. A tokenizer from a file keeps those it has: each name given
+        must be one of them, and the first becomes its end-of-text token (a dataset's keeps the one it has).
+      min_frequency: char: rarer characters become <unk>; bpe: rarer pairs are not merged.
+      eos: whether documents are to be followed by an end-of-text token. char and byte get <eos> then, BPE always has
+        <|endoftext|> (or the one among special_tokens); one from a file must have it.
+
+    Raises:
+      DataError: nothing of that kind is there, it is damaged, or has not the special tokens asked for.
+    """
+    names = list(special_tokens)
+    check_special_tokens(names)
+    trained = _bpe(spec)
+    if spec not in KINDS and trained is None:
+        return _from_path(spec, names, eos)
+    if trained and not find_eos(names):  # always: it may be used on other documents
+        names.append(END_OF_TEXT_NAMES[0])
+    elif eos and not trained and END_OF_TEXT not in names:
+        names.append(END_OF_TEXT)
+    if spec == "byte":
+        return ByteTokenizer(names)
+    if texts is None:
+        raise DataError(f"a tokenizer {spec} is made from text, and there is none here; name a dataset's instead")
+    if trained:
+        size, pattern = trained
+        return train_bpe(texts, size, pattern=pattern, special_tokens=names, min_frequency=min_frequency)
+    return CharTokenizer.train(texts, min_frequency=min_frequency, special_tokens=names)
+
+
+def _bpe(spec: str) -> tuple[int, str] | None:
+    """(vocabulary, pattern) of bpe:N[:PATTERN]; None for a spec of another kind."""
+    kind, _, rest = spec.partition(":")
+    if kind != "bpe":
+        return None
+    size, _, pattern = rest.partition(":")
+    pattern = pattern or "gpt2"
+    if not re.fullmatch(r"[1-9][0-9]{2,7}", size) or int(size) > MAX_ID + 1 or pattern not in hf_json.PATTERNS:
+        raise DataError(
+            f"tokenizer {spec!r} is not bpe:N or bpe:N:PATTERN, such as bpe:16384, with a vocabulary of 256 to "
+            f"{MAX_ID + 1} and one of the patterns {', '.join(hf_json.PATTERNS)}"
+        )
+    return int(size), pattern
+
+
+def file_of(spec: str) -> pathlib.Path | None:
+    """The file of a tokenizer there is already; None for one that is made here. Raises DataError when it is missing."""
+    return None if spec in KINDS or needs_texts(spec) else _located(spec)[0]
+
+
+def _located(spec: str) -> tuple[pathlib.Path, str]:
+    """The file that is meant, and the pattern behind its name. Raises DataError."""
+    path = pathlib.Path(spec)
+    if path.is_dir():
+        for folder in (path, path / "tokenizer"):
+            if (folder / FILE_NAME).exists():
+                return folder / FILE_NAME, ""
+        found = [path / name for name in STANDARD_NAMES if (path / name).is_file()]
+        if not found:
+            raise DataError(f"{path} holds no tokenizer; {EXPECTED}")
+        path = found[0]
+    pattern = ""
+    if not path.exists() and ":" in spec:
+        name, _, pattern = spec.rpartition(":")
+        path = pathlib.Path(name)
+    if not path.is_file():
+        raise DataError(f"there is no tokenizer {spec}; {EXPECTED}")
+    return path, pattern
+
+
+def _from_path(spec: str, names: list[str], eos: bool) -> Tokenizer:
+    path, pattern = _located(spec)
+    if path.name == FILE_NAME and pathlib.Path(spec).is_dir():
+        return _with_specials(load(path.parent), str(path), names, eos)
+    raw = _read(path)
+    kind, wanted = FILE_KINDS[_kind(raw, path)], names[0] if names else None
+    if issubclass(kind, RankTokenizer):
+        tokenizer: Tokenizer = kind(raw, str(path), wanted, pattern)
+    elif pattern:
+        raise DataError(f"{path} is a {kind.kind} file; only a .tiktoken file is given a pattern, not :{pattern}")
+    else:
+        tokenizer = kind(raw, str(path), wanted)
+    return _with_specials(tokenizer, str(path), names, eos)
+
+
+def _with_specials(tokenizer: Tokenizer, where: str, names: list[str], eos: bool) -> Tokenizer:
+    """`tokenizer`, if it has what is asked for."""
+    if unknown := [name for name in names if name not in tokenizer.special_tokens]:
+        known = ", ".join(tokenizer.special_tokens[:10]) or "none"
+        raise DataError(
+            f"{where} has no special token {unknown[0]!r}, and a tokenizer that exists keeps its own: {known}"
+        )
+    if eos and tokenizer.eos_id is None:
+        known = ", ".join(tokenizer.special_tokens[:10])
+        raise DataError(
+            f"{where} has no end-of-text token to put after each document (such as {END_OF_TEXT_NAMES[0]}, </s>); "
+            + (f"name the one to use with --special_tokens, of: {known}" if known else "choose another tokenizer")
+        )
+    return tokenizer
+
+
+def _read(path: pathlib.Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise DataError(f"{path} is {path.stat().st_size:,} bytes, too large for a tokenizer; {EXPECTED}")
+        return path.read_bytes()
+    except OSError as e:
+        raise DataError(f"cannot read {path}: {e.strerror}") from None
+
+
+def _kind(raw: bytes, path: pathlib.Path) -> str:
+    """Which of FILE_KINDS the file is, by its content."""
+    if not raw:
+        raise DataError(f"{path} is empty; {EXPECTED}")
+    for pattern, what in MISTAKEN:
+        if re.match(pattern, raw):
+            raise DataError(f"{path} is {what}; {EXPECTED}")
+    if raw.lstrip()[:1] == b"{":
+        spec = parse_json(raw, str(path))
+        if "model" not in spec:
+            raise DataError(f'{path} is JSON, but no tokenizer.json: it has no "model"; {EXPECTED}')
+        return JsonTokenizer.kind
+    if raw.startswith(minbpe.FIRST_LINE.encode()):
+        return MinbpeTokenizer.kind
+    if re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\r?(\n|$)", raw):
+        return RankTokenizer.kind
+    if re.match(rb"(?s)\n.{1,3}\n", raw):  # protobuf: the first piece, and in it its text
+        return PieceTokenizer.kind
+    raise DataError(f"{path} is no tokenizer of a kind known here; {EXPECTED}")
+
+
+def save(tokenizer: Tokenizer, folder: pathlib.Path) -> pathlib.Path:
+    """Writes the tokenizer into `folder`: meshlm_tokenizer.json, whose path is returned, and its own standard file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    spec, file = tokenizer.to_json(), tokenizer.file()
+    if file is not None:
+        name, raw = file
+        files.write_durably(folder / name, raw)
+        spec |= {"file": name, "sha256": hashlib.sha256(raw).hexdigest()}
+    path = folder / FILE_NAME
+    files.write_durably(path, json.dumps(spec, indent=1).encode())
+    return path
+
+
+def load(folder: pathlib.Path, sha256: str = "") -> Tokenizer:
+    """Reads what `save` wrote.
+
+    Args:
+      sha256: that meshlm_tokenizer.json must have; it holds the sha256 of the other file, which is checked always.
+
+    Raises:
+      DataError: a file is missing, is no tokenizer, or is another one than was saved.
+    """
+    path = folder / FILE_NAME
+    try:
+        raw = path.read_bytes()
+        if sha256 and hashlib.sha256(raw).hexdigest() != sha256:
+            raise DataError(f"{path} is not the tokenizer the dataset was made with; prepare it again (--overwrite)")
+        spec = json.loads(raw.decode("utf-8"))
+        if "file" not in spec:
+            return KINDS[spec["kind"]].from_json(spec)
+        return _load_file(folder / pathlib.PurePath(spec["file"]).name, spec)
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise DataError(f"{e.filename} is missing: the tokenizer that belongs to the dataset or run") from None
+    except OSError as e:
+        raise DataError(f"cannot read {path}: {e.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise DataError(f"{path} is not a meshlm tokenizer file: {e!r}") from None
+
+
+def _load_file(path: pathlib.Path, spec: dict[str, Any]) -> Tokenizer:
+    raw = path.read_bytes()
+    if hashlib.sha256(raw).hexdigest() != spec["sha256"]:
+        raise DataError(
+            f"{path} was changed after it was saved; restore it, or prepare the dataset again (--overwrite)"
+        )
+    return FILE_KINDS[spec["kind"]].from_json(spec, raw, str(path))

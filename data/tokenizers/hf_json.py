@@ -1,0 +1,374 @@
+"""Tokenizers in a `tokenizer.json`, the format of Hugging Face's library: any that it reads, and BPE trained here.
+
+Where such a file is plain byte-level BPE, tiktoken encodes: the same ids, some five times faster (ranks.py).
+"""
+
+import json
+import re
+import secrets
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from data.errors import DataError
+from data.tokenizers import ranks, seams
+from data.tokenizers.base import (
+    END_OF_TEXT_NAMES,
+    MAX_ID,
+    Tokenizer,
+    check_special_tokens,
+    choose_eos,
+    decode_around,
+    encodable,
+    find_eos,
+    parse_json,
+    refusing,
+)
+from data.tokenizers.ranks import BYTE_CHARACTERS, BYTE_OF
+
+FILE_NAME = "tokenizer.json"
+# How text is cut before merges, in the regular expressions of the tokenizers library (Oniguruma).
+PATTERNS = {"gpt2": ranks.GPT2_PATTERN, "llama3": ranks.PATTERNS["llama3"]}
+
+WORD = 999  # characters of a word that training looks at in one piece; Llama 3's pattern cuts digits by threes
+_LONG_RUN = re.compile(rf"(?<!\S)\S{{{WORD + 1},}}|(?<!\s)\s{{{WORD + 1},}}")
+_KINDS = (
+    r"\p{L}++|\p{N}++|[^\s\p{L}\p{N}]++|\s++"  # a word of PATTERNS is one of these, but for a character or line end
+)
+
+
+def _library() -> Any:
+    try:
+        import tokenizers
+    except ImportError:
+        raise DataError("this tokenizer needs the tokenizers package: pip install 'meshlm[data]'") from None
+    return tokenizers
+
+
+class JsonTokenizer(Tokenizer):
+    """A tokenizer.json. Special tokens are its added tokens marked so, and its end-of-text token; but the bytes that
+    stand for what is no piece (byte_fallback), which a trainer can only add as special tokens, are ordinary ones.
+
+    What the file says of truncation, padding, dropout and post-processing ([CLS], [SEP], a first <s>) is left out: the
+    text alone is encoded, the same way each time. Where BPE has no unknown token, a character it cannot express is an
+    error (the library would drop it without a word).
+
+    Args:
+      raw: the file.
+      where: its name in errors.
+      eos: name of the end-of-text token; None: the first known one there is; "": none.
+
+    Raises:
+      DataError: not a tokenizer.json, damaged, or without the token `eos`.
+    """
+
+    kind = "tokenizer.json"
+
+    def __init__(self, raw: bytes, where: str = FILE_NAME, eos: str | None = None, accelerate: bool = True):
+        self._raw, self._where = raw, where
+        self.spec = parse_json(raw, where)
+        with refusing(f"{where} is not a tokenizer.json, or is damaged"):
+            self._read(eos)
+            self._tiktoken = ranks.accelerated(self.spec, self.plain, self._encode) if accelerate else None
+        self.phased = _mentions(self.spec.get("pre_tokenizer"), "FixedLength")
+        self.lossless = self.accelerated and self.byte_level
+
+    def _read(self, eos: str | None) -> None:
+        model = self.spec["model"]
+        bytes_of_model = _byte_tokens(model)
+        added = self.spec.get("added_tokens") or []
+        added = [token for token in added if bytes_of_model.get(token["content"]) != token["id"]]
+        specials = {token["content"]: token["id"] for token in added if token["special"]}
+        if eos is None and find_eos(specials) is None:
+            eos = find_eos({token["content"] for token in added})
+        if eos:
+            specials |= {token["content"]: token["id"] for token in added if token["content"] == eos}
+        self.eos_id = None if eos == "" else choose_eos(self._where, specials, eos)
+        self.specials = dict(sorted((id, name) for name, id in specials.items()))
+        self.special_tokens = list(self.specials.values())
+
+        # The library finds the names of added tokens in text, and models may hold them as pieces. In the copy that
+        # encodes, special tokens have names that no text can hold, since they are drawn anew each time.
+        secret = secrets.token_hex(16)
+        hidden = {name: name + secret for name in specials}
+        copy = self.spec | {"truncation": None, "padding": None, "post_processor": None}
+        copy["added_tokens"] = [token | {"content": hidden.get(token["content"], token["content"])} for token in added]
+        copy["model"] = _hide(model, hidden)
+        self._unknown = None
+        if model.get("type", "BPE") == "BPE":
+            copy["model"]["dropout"] = None
+            if not model.get("unk_token"):
+                named = {token["content"]: token["id"] for token in copy["added_tokens"]}
+                vocabulary = named | copy["model"]["vocab"]
+                self._unknown = max(vocabulary.values(), default=-1) + 1
+                copy["model"] |= {"vocab": vocabulary | {f"?{secret}": self._unknown}, "unk_token": f"?{secret}"}
+        self.unknown_id = model.get("unk_id")  # of Unigram; else by its name
+        if model.get("unk_token"):
+            named = {token["content"]: token["id"] for token in added}
+            self.unknown_id = (model["vocab"] | named).get(model["unk_token"])
+        self._library = _library().Tokenizer.from_str(json.dumps(copy))
+        self._check(copy["added_tokens"], {hidden[name]: name for name in specials})
+
+    def _check(self, added: list[dict[str, Any]], names: dict[str, str]) -> None:
+        """Takes over the vocabulary, if each token has an id of its own. `names`: of what is hidden."""
+        tokens = self._library.get_vocab(with_added_tokens=True)
+        for token in added:
+            if (id := tokens.get(token["content"])) != token["id"]:
+                name = names.get(token["content"], token["content"])
+                raise DataError(f"{self._where} gives the added token {name!r} id {token['id']}, and {id}")
+        if len(set(tokens.values())) < len(tokens):
+            raise DataError(f"{self._where} gives two tokens the same id")
+        self._pieces = {id: names.get(token, token) for token, id in tokens.items() if id != self._unknown}
+        if not self._pieces or max(self._pieces) > MAX_ID:
+            raise DataError(f"{self._where} has no tokens, or ids above {MAX_ID}")
+        self.vocab_size = max(self._pieces) + 1
+        self._added = {token["id"]: names.get(token["content"], token["content"]) for token in added}
+        self.plain = {t: id for id, t in self._pieces.items() if id not in self._added}
+        self.byte_level = _mentions(self.spec.get("decoder"), "ByteLevel") and all(
+            character in BYTE_OF for token in self.plain for character in token
+        )
+
+    def encode(self, text: str) -> np.ndarray:
+        text = encodable(text)
+        ids = self._tiktoken(text) if self._tiktoken else None
+        if ids is not None:
+            return ids
+        return self._encode(text) if self.phased else seams.encode_long(self._encode, text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self._tiktoken or self.phased:
+            return [self.encode(text) for text in texts]
+        return seams.encode_batch(self._encode_batch, [encodable(text) for text in texts])
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        with refusing(f"{self._where} cannot encode a text"):
+            encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
+        return [self._checked(encoding, text) for encoding, text in zip(encodings, texts, strict=True)]
+
+    def _encode(self, text: str) -> np.ndarray:
+        with refusing(f"{self._where} cannot encode a text"):
+            encoding = self._library.encode(text, add_special_tokens=False)
+        return self._checked(encoding, text)
+
+    def _checked(self, encoding: Any, text: str) -> np.ndarray:
+        ids = np.array(encoding.ids, np.uint32)
+        if self._unknown is not None and (ids == self._unknown).any():
+            characters = dict.fromkeys(text)  # each once: there may be millions
+            alone = (c for c in characters if self._unknown in self._library.encode(c, add_special_tokens=False).ids)
+            missing = next(alone, text[0])
+            raise DataError(
+                f"{self._where} cannot express {missing!r} (U+{ord(missing):04X}) and has no unknown token; "
+                "choose a byte-level tokenizer, or leave the character out"
+            )
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return decode_around(ids, self.specials, self.vocab_size, self._decode)
+
+    def _decode(self, ids: list[int]) -> str:
+        if self.byte_level:
+            return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+        with refusing(f"{self._where} cannot decode"):
+            return self._library.decode(ids, skip_special_tokens=False)
+
+    def token_bytes(self, id: int) -> bytes:
+        if id in self._added:
+            return self._added[id].encode()
+        piece = self._pieces.get(id, "")  # a vocabulary may have holes
+        if self.byte_level:
+            return bytes(BYTE_OF[c] for c in piece)
+        model = self.spec["model"]
+        if len(piece) == 6 and piece.startswith("<0x") and model.get("byte_fallback"):
+            return bytes.fromhex(piece[3:5])
+        prefix, suffix = model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")
+        piece = piece.removeprefix(prefix or "")
+        if suffix and piece.endswith(suffix):
+            piece = piece.removesuffix(suffix) + " "
+        if _mentions(self.spec.get("decoder"), "Metaspace") or _mentions(self.spec.get("decoder"), "▁"):
+            piece = piece.replace("▁", " ")
+        return piece.encode()
+
+    @property
+    def accelerated(self) -> bool:
+        """Whether tiktoken encodes."""
+        return self._tiktoken is not None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "eos": self.eos}
+
+    @classmethod
+    def from_json(cls, spec: dict[str, Any], raw: bytes, where: str) -> "JsonTokenizer":
+        return cls(raw, where, spec["eos"])
+
+    def file(self) -> tuple[str, bytes]:
+        return FILE_NAME, self._raw
+
+    def merges(self) -> list[tuple[str, str]]:
+        """The pairs in order of their rank, as the file writes them; empty for what is no BPE."""
+        with refusing(f"{self._where} is damaged"):
+            return [_pair(merge) for merge in self.spec["model"].get("merges") or []]
+
+
+def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
+    left, right = merge.split(" ") if isinstance(merge, str) else merge  # "a b", or [a, b] since tokenizers 0.20
+    return left, right
+
+
+def _hide(model: dict[str, Any], hidden: dict[str, str]) -> dict[str, Any]:
+    """`model` with pieces renamed; a merge that would make one of them is left out."""
+    copy = dict(model)
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        copy["vocab"] = {hidden.get(token, token): id for token, id in vocabulary.items()}
+    else:  # Unigram: [piece, score]
+        copy["vocab"] = [[hidden.get(token, token), score] for token, score in vocabulary]
+    if model.get("unk_token"):
+        copy["unk_token"] = hidden.get(model["unk_token"], model["unk_token"])
+    if model.get("merges"):
+        pairs = map(_pair, model["merges"])
+        copy["merges"] = [p for p in pairs if not {p[0], p[1], p[0] + p[1]} & hidden.keys()]
+    return copy
+
+
+def _byte_tokens(model: dict[str, Any]) -> dict[str, int]:
+    """Of a model with byte_fallback, its tokens <0x00> to <0xFF> and their ids."""
+    if not model.get("byte_fallback"):
+        return {}
+    vocabulary = model["vocab"]
+    ids = vocabulary if isinstance(vocabulary, dict) else {piece: id for id, (piece, _) in enumerate(vocabulary)}
+    return {name: id for name, id in ids.items() if re.fullmatch("<0x[0-9A-F]{2}>", name)}
+
+
+def _mentions(part: Any, word: str) -> bool:
+    """Whether a decoder, or one inside it, is of type `word` or replaces it."""
+    return part is not None and json.dumps(word) in json.dumps(part)
+
+
+def pre_tokenizer(pattern: str) -> dict[str, Any]:
+    """Cuts text by `pattern`, then writes its bytes as BYTE_CHARACTERS. No pattern: the text is one piece."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    if pattern == PATTERNS["gpt2"]:
+        return byte_level | {"use_regex": True}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split] * bool(pattern) + [byte_level | {"use_regex": False}]}
+
+
+def byte_level_json(merges: Sequence[tuple[str, str]], pattern: str, specials: dict[str, int]) -> bytes:
+    """A tokenizer.json of byte-level BPE: ids 0 to 255 are the bytes, merge i makes id 256 + i; `specials`: name to id.
+
+    Raises:
+      DataError: two merges make the same token, or a special token's name is one.
+    """
+    vocabulary = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
+    for left, right in merges:
+        if left + right in vocabulary:
+            raise DataError(f"two merges make the same token, {left + right!r}")
+        vocabulary[left + right] = len(vocabulary)
+    if same := vocabulary.keys() & specials.keys():
+        raise DataError(f"special token {min(same)!r} is an ordinary token already; choose another name")
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    spec = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": id, "content": name, **flags, "special": True} for name, id in specials.items()],
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer(pattern),
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocabulary | specials,
+            "merges": list(merges),
+        },
+    }
+    return json.dumps(spec, ensure_ascii=False, indent=1).encode()
+
+
+def train_bpe(
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    pattern: str = "gpt2",
+    special_tokens: Sequence[str] = (END_OF_TEXT_NAMES[0],),
+    min_frequency: int = 1,
+) -> JsonTokenizer:
+    """Byte-level BPE that encodes any text: the 256 bytes, then merges, then the special tokens.
+
+    The same texts give the same tokenizer, in whatever order they come. Text with fewer pairs than asked for gives a
+    smaller vocabulary. Memory grows with the distinct words: give a sample of a few GB at most. A word, by the pattern,
+    of more than WORD characters is taken for several, since time grows with the square of its length.
+
+    Args:
+      vocab_size: tokens in all, special ones included.
+      pattern: 'gpt2' (which llama.cpp can read) or 'llama3'.
+      min_frequency: a pair that is rarer is not merged.
+
+    Raises:
+      DataError: no room for the bytes and special tokens, an unknown pattern, or a special token that cannot be one.
+    """
+    check_special_tokens(special_tokens)
+    if pattern not in PATTERNS:
+        raise DataError(f"pattern {pattern!r} is not one of {', '.join(PATTERNS)}")
+    merges = vocab_size - 256 - len(special_tokens)
+    if merges < 0:
+        raise DataError(
+            f"a vocabulary of {vocab_size} has no room for 256 bytes and {len(special_tokens)} special token(s); "
+            f"ask for at least {256 + len(special_tokens)}"
+        )
+    library = _library()
+    tokenizer = library.Tokenizer.from_str(byte_level_json([], PATTERNS[pattern], {}).decode())
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=256 + merges,
+        min_frequency=min_frequency,
+        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    _train(tokenizer, (part for text in texts for part in _without_long_words(encodable(text))), trainer)
+    found = [_pair(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
+    specials = {name: 256 + len(found) + i for i, name in enumerate(special_tokens)}
+    return JsonTokenizer(byte_level_json(found, PATTERNS[pattern], specials), "the trained tokenizer")
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """The text in parts, cut only inside words of more than WORD characters, which are few or none."""
+    import regex  # tiktoken needs it, too
+
+    start = 0
+    blocks = (text[at : at + WORD // 2] for at in range(0, len(text) - WORD // 2 + 1, WORD // 2))
+    if not any(len(block.split(maxsplit=1)) < 2 for block in blocks):  # no run can be that long: nearly every text
+        yield text
+        return
+    for run in _LONG_RUN.finditer(text):  # a word holds no white space but at its ends, or nothing else
+        for word in regex.finditer(_KINDS, text, pos=run.start(), endpos=run.end()):
+            for cut in range(word.start() + WORD, word.end(), WORD):
+                yield text[start:cut]
+                start = cut
+    yield text[start:]
+
+
+def _train(tokenizer: Any, texts: Iterable[str], trainer: Any) -> None:
+    """In a thread, since the library looks at no signal while it trains: Ctrl-C ends the wait, and so the process."""
+    failed: list[BaseException] = []
+
+    def train() -> None:
+        try:
+            tokenizer.train_from_iterator(texts, trainer)
+        except BaseException as e:  # raised again by the one who waits
+            failed.append(e)
+
+    thread = threading.Thread(target=train, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if failed:
+        raise failed[0]

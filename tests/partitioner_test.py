@@ -1,0 +1,176 @@
+"""Attention on a mesh, the order of a sequence's parts, and what is said about them."""
+
+import functools
+import logging
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model import kernels
+from tests.step_test import config
+from trainer import sharding
+from trainer.errors import ConfigError
+from trainer.parallel.partitioner import MeshPlacement, balanced_order
+from trainer.reporting import startup
+from trainer.state import Program
+
+
+def mesh_of(**axes: int):
+    sizes = dict.fromkeys(sharding.MESH_AXES, 1) | axes
+    return sharding.mesh_of(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+
+
+# The order
+
+
+SHAPES = [(4, 1), (8, 2), (32, 2), (32, 4), (32, 8), (256, 4), (48, 3)]
+
+
+@pytest.mark.parametrize(("seq_len", "parts"), SHAPES)
+def test_shards_have_equal_work(seq_len, parts):
+    """Each position once; the causal mask gives each shard the same number of keys to look at, to the last one."""
+    order = balanced_order(seq_len, parts)
+    assert order.dtype == np.int32 and sorted(order) == list(range(seq_len))
+    shards = order.reshape(parts, -1)
+    assert {int((shard + 1).sum()) for shard in shards} == {seq_len * (seq_len + 1) // 2 // parts}
+    piece = seq_len // (2 * parts)
+    for i, shard in enumerate(shards):
+        late = 2 * parts - 1 - i
+        assert shard.tolist() == [*range(i * piece, (i + 1) * piece), *range(late * piece, (late + 1) * piece)]
+
+
+def test_the_order_of_a_placement_is_for_its_context_axis():
+    assert MeshPlacement(config(), mesh_of(fsdp=8)).order is None
+    placement = MeshPlacement(config(), mesh_of(fsdp=2, context=4))
+    np.testing.assert_array_equal(placement.order, balanced_order(32, 4))
+    assert placement.splits_sequence and placement.regathers
+
+
+# Attention
+
+
+def document_starts(rows: int, length: int) -> np.ndarray:
+    """Documents of lengths of their own in each row, some of one token."""
+    starts = np.zeros((rows, length), np.int32)
+    for i, row in enumerate(starts):
+        for border in np.random.default_rng(i).permutation(length)[: length // 6]:
+            row[border:] = np.maximum(row[border:], border)
+    return starts
+
+
+def by_definition(q, k, v, starts, g):
+    """softmax(q k^T / sqrt(d)) v, and the gradients of its product with g to q, k and v, in float64."""
+    b, t, h, d = q.shape
+    share = h // k.shape[2]
+    y, dq, dk, dv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    for row in range(b):
+        visible = np.tril(np.ones((t, t), bool)) & (np.arange(t) >= starts[row, :, None])
+        for head in range(h):
+            kv = head // share
+            scores = np.where(visible, q[row, :, head] @ k[row, :, kv].T / np.sqrt(d), -np.inf)
+            p = np.exp(scores - scores.max(-1, keepdims=True))
+            p /= p.sum(-1, keepdims=True)
+            y[row, :, head] = p @ v[row, :, kv]
+            dv[row, :, kv] += p.T @ g[row, :, head]
+            dp = g[row, :, head] @ v[row, :, kv].T
+            ds = p * (dp - (dp * p).sum(-1, keepdims=True)) / np.sqrt(d)
+            dq[row, :, head] = ds @ k[row, :, kv]
+            dk[row, :, kv] += ds.T @ q[row, :, head]
+    return y, dq, dk, dv
+
+
+@functools.cache
+def problem(heads: int, kv_heads: int, length: int, width: int, documents: bool):
+    """(q, k, v, starts or None, g) and the answer, in float64 and in the order of positions."""
+    draw = np.random.default_rng(0)
+    q, k, v, g = (draw.standard_normal((2, length, n, width)) for n in (heads, kv_heads, kv_heads, heads))
+    starts = document_starts(2, length) if documents else None
+    return (q, k, v, starts, g), by_definition(q, k, v, np.zeros((2, length), int) if starts is None else starts, g)
+
+
+def on_mesh(placement: MeshPlacement, q, k, v, starts, g):
+    """The result and gradients of the placement's attention: given and returned in the order of positions."""
+    order = np.arange(q.shape[1]) if placement.order is None else placement.order
+    q, k, v, g = (jnp.asarray(x[:, order]) for x in (q, k, v, g))
+    starts = None if starts is None else jnp.asarray(starts[:, order])
+
+    @jax.jit
+    def run(q, k, v, starts, g):
+        places = jnp.asarray(order, jnp.int32)
+        y, pull = jax.vjp(lambda q, k, v: placement.attend(q, k, v, places, starts, 0.0, None), q, k, v)
+        return y, *pull(g)
+
+    with jax.set_mesh(placement.mesh):
+        return [np.asarray(x)[:, np.argsort(order)] for x in run(q, k, v, starts, g)]
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(
+    ("axes", "kv_heads"),
+    [
+        ({"context": 2}, 4),
+        ({"context": 2, "tensor": 2, "data": 2}, 2),
+        ({"context": 4, "fsdp": 2}, 1),
+        ({"context": 8}, 2),
+    ],
+    ids=str,
+)
+def test_attention_on_a_split_sequence_is_its_definition(axes, kv_heads, documents):
+    """To 1e-12 in float64: nothing is left out, counted twice or out of order."""
+    given, expected = problem(4, kv_heads, 32, 6, documents)
+    cfg = config(model={"num_kv_heads": kv_heads}, data={"seq_len": 32, "mask_documents": documents, "eos_id": 0})
+    with jax.enable_x64(True):
+        for actual, right in zip(on_mesh(MeshPlacement(cfg, mesh_of(**axes)), *given), expected, strict=True):
+            assert actual.dtype == np.float64
+            np.testing.assert_allclose(actual, right, rtol=0, atol=1e-12)
+
+
+class Interpreted(MeshPlacement):
+    """The TPU's kernel on CPUs."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.kernel = "splash"
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("axes", [{"context": 2}, {"context": 2, "tensor": 2, "fsdp": 2}], ids=str)
+def test_splash_on_a_split_sequence(monkeypatch, axes, documents):
+    """Its masks follow the order of the parts: forward and gradients to float32's accuracy."""
+    monkeypatch.setattr(kernels, "splash_kernel", functools.partial(kernels.splash_kernel, interpret=True))
+    given, expected = problem(4, 2, 256, 64, documents)
+    given = [None if x is None else x.astype(np.float32) if x.dtype == np.float64 else x for x in given]
+    cfg = config(
+        data={"seq_len": 256, "mask_documents": documents, "eos_id": 0}, model={"max_seq_len": 256, "head_dim": 64}
+    )
+    for actual, right in zip(on_mesh(Interpreted(cfg, mesh_of(**axes)), *given), expected, strict=True):
+        np.testing.assert_allclose(actual, right, rtol=0, atol=2e-5 * np.abs(right).max())
+
+
+# What is said
+
+
+def test_a_kernel_that_refuses_is_an_error_of_the_configuration():
+    with pytest.raises(ConfigError) as e:
+        MeshPlacement(config(model={"attention": "cudnn"}), mesh_of(data=8))
+    assert str(e.value).startswith("config.model.attention is 'cudnn', which refuses: ")
+    assert "NVIDIA GPUs, and this is cpu" in str(e.value) and "auto" in str(e.value) and "\n" not in str(e.value)
+    with pytest.raises(ConfigError, match=r"^config.model.attention: no kernel .* dropout .*mesh.context to 1$"):
+        MeshPlacement(config(model={"dropout": 0.1}), mesh_of(context=8))
+    assert MeshPlacement(config(model={"dropout": 0.1}), mesh_of(data=8)).kernel == "xla"
+
+
+@pytest.mark.parametrize(("attention", "said"), [("auto", "xla (the best on cpu)"), ("xla", "xla (as configured)")])
+def test_the_start_up_page_names_the_kernel_and_why(monkeypatch, caplog, attention, said):
+    monkeypatch.setattr(logging.getLogger("meshlm"), "propagate", True)
+    cfg = config(model={"attention": attention})
+    windows = types.SimpleNamespace(mixture=types.SimpleNamespace(consumed=lambda samples: []), sources=[])
+    data = types.SimpleNamespace(datasets={}, packings={}, tokenizer_path="x")
+    with caplog.at_level(logging.INFO, "meshlm"):
+        startup.page(cfg, Program(cfg, mesh_of(fsdp=2, context=2, tensor=2)), windows, data)
+    assert f"attention {said}" in caplog.text.replace("  ", " ")
+    assert "mesh data 1 x fsdp 2 x context 2 x tensor 2" in caplog.text
+    assert "WARNING" not in caplog.text  # about parameters left whole

@@ -1,0 +1,259 @@
+"""What a run is continued with, and by whom: another tokenizer, other devices, another batch, a second job, hosts."""
+
+import contextlib
+import itertools
+import os
+import pathlib
+import shutil
+import subprocess
+import time
+
+import pytest
+
+from data.preparation.pipeline import prepare
+from tests import runs
+from tests.system.faults.interrupted import WHOLE_STEPS as STEPS
+from tests.system.faults.storage_test import wait_for_line
+
+pytestmark = pytest.mark.slow
+SLOW = {"num_train_steps": 800, "eval__every_steps": 1, "eval__num_windows": 0, "checkpoint__every_steps": 200}
+
+
+def forget_after(run: pathlib.Path, step: int) -> None:
+    """As if the run had been killed after this save."""
+    for path in (run / "checkpoints").iterdir():
+        if int(path.name) > step:
+            shutil.rmtree(path)
+
+
+def one_line(out: str) -> str:
+    (line,) = out.splitlines()
+    return line
+
+
+# Another tokenizer, other devices, another batch
+
+
+def test_another_tokenizer(tmp_path, data, whole):
+    """Fault 19: the tokens would mean something else. (Another dataset: train_test.)"""
+    source = tmp_path / "corpus.txt"
+    source.write_text(runs.text())
+    prepare(tmp_path / "bytes", source=str(source), tokenizer="byte")
+    before = (whole / "config.json").read_bytes()
+    line = one_line(runs.train(whole, tmp_path / "bytes", num_train_steps=STEPS, code=2))
+    assert "config.model.vocab_size: 19 -> " in line
+    # As many tokens, and other ones for the same text.
+    (tmp_path / "swapped.txt").write_text(runs.text().replace("m", "M"))
+    prepare(tmp_path / "swapped", source=str(tmp_path / "swapped.txt"), tokenizer="char")
+    run = shutil.copytree(whole, tmp_path / "run")
+    out = runs.train(run, tmp_path / "swapped", num_train_steps=STEPS, code=2)
+    assert "another dataset" in out.splitlines()[-1]
+    assert (whole / "config.json").read_bytes() == before and runs.losses(run) == runs.losses(whole)
+
+
+def test_other_devices(tmp_path, data, whole):
+    """Fault 20: one device, then four, then two processes: the same samples, and losses within 1e-5."""
+    run = shutil.copytree(whole, tmp_path / "run")
+    forget_after(run, 20)
+    fields = {"num_train_steps": STEPS, "checkpoint__keep_last": 10}
+    out = runs.train(run, data, devices=4, mesh__data=2, mesh__fsdp=2, **fields)
+    assert "Resuming after step 20." in out and "4 cpu in 1 process(es)" in out
+    forget_after(run, 40)
+    out = runs.finish_gang(runs.start_gang(run, data, mesh__fsdp=2, **fields))
+    assert "Resuming after step 40." in out[0] and "2 cpu in 2 process(es)" in out[0]
+    found, expected = runs.losses(run), runs.losses(whole)
+    assert [row[:2] for row in found] == [row[:2] for row in expected]  # steps and tokens
+    for a, b in zip(found, expected, strict=True):
+        assert [v is None for v in a] == [v is None for v in b]
+        assert [v for v in a if v is not None] == pytest.approx([v for v in b if v is not None], rel=1e-5)
+
+
+def test_another_batch_goes_on_with_the_next_sample(tmp_path, data):
+    """Fault 20: without learning a loss tells which samples a step had. One of 16 has those of two of 8."""
+    fields = {"optimizer__peak_lr": 1e-30, "optimizer__end_lr": 0.0, "checkpoint__keep_last": 10}
+    whole = tmp_path / "whole"
+    runs.train(whole, data, num_train_steps=STEPS, **fields)
+    run = shutil.copytree(whole, tmp_path / "run")
+    forget_after(run, 20)
+    fields |= {"global_batch_size": 16, "num_train_steps": 40}
+    assert "pass --allow_config_change" in one_line(runs.train(run, data, code=2, **fields))
+    runs.train(run, data, "--allow_config_change", **fields)
+    of_8 = [row["train/loss"] for row in runs.rows(whole) if "train/loss" in row]
+    of_16 = [row for row in runs.rows(run) if "train/loss" in row]
+    assert [row["tokens"] for row in of_16[20:]] == [32 * (8 * 20 + 16 * n) for n in range(1, 21)]
+    pairs = [(a + b) / 2 for a, b in zip(of_8[20::2], of_8[21::2], strict=True)]
+    assert [row["train/loss"] for row in of_16[20:]] == pytest.approx(pairs, rel=1e-6)
+    assert min(abs(a - b) for a, b in itertools.pairwise(pairs)) > 1e-6, "else any order would do"
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"global_batch_size": 6, "mesh__data": 4}, "global_batch_size = 6 is not divisible by mesh.data x"),
+        ({"global_batch_size": 6}, "global_batch_size = 6 is not divisible by mesh.data x mesh.fsdp = 4"),
+        ({"mesh__data": 3, "global_batch_size": 9}, "4 device"),
+        ({"mesh__tensor": 3}, "model.num_heads = 4 is not divisible by mesh.tensor = 3"),
+    ],
+)  # fmt: skip
+def test_what_does_not_divide(tmp_path, data, fields, expected):
+    """Fault 21: before anything is compiled or written."""
+    started = time.monotonic()
+    out = runs.train(tmp_path / "run", data, devices=4, code=2, **fields)
+    assert expected in one_line(out)
+    assert time.monotonic() - started < 15 and not (tmp_path / "run").exists()
+
+
+# A second job
+
+
+def test_a_run_that_is_taken_over(tmp_path, data):
+    """Fault 22: refused with host and pid; --steal_lock makes the first leave, and the run is one run all the same. The
+    lock of a job that was killed is free at once."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    runs.train(whole, data, **SLOW)
+    first = runs.start(runs.command(run, data, **SLOW | {"checkpoint__every_steps": 20}))
+    with runs.ending(first):
+        runs.wait_for_rows(run, first, count=100)
+        out = runs.train(run, data, **SLOW, code=2)
+        assert (
+            f"is being trained by {pathlib.Path('/proc/sys/kernel/hostname').read_text().strip()} pid {first.pid};"
+            in out
+        )
+        second = runs.start(runs.command(run, data, "--steal_lock", **SLOW))
+        with runs.ending(second):
+            lost = runs.finish(first, 2)
+            assert "was taken over by" in lost and f"pid {second.pid}" in lost
+            written = len(runs.rows(run))
+            runs.wait_for_rows(run, second, count=written + 100)
+            second.kill()
+    started = time.monotonic()
+    out = runs.train(run, data, **SLOW)
+    assert "which has ended" in out and "waiting" not in out and time.monotonic() - started < 120
+    assert runs.losses(run) == runs.losses(whole)
+
+
+# Hosts that differ
+
+
+def copy_of_the_code(folder: pathlib.Path) -> pathlib.Path:
+    for package in ("configs", "data", "launch", "model", "trainer"):
+        shutil.copytree(runs.ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def gang_that_differs(run, data, cwd: dict[int, pathlib.Path] | None = None, **environment: str) -> list[str]:
+    """What both processes print; the second has its own environment, and each may have its folder."""
+    return gang_in(cwd or {}, run, data, code=2, **environment)
+
+
+def gang_in(cwd: dict[int, pathlib.Path], run, data, code: int, **environment: str) -> list[str]:
+    return runs.finish_gang(start_gang(cwd, run, data, **environment), code=code)
+
+
+def start_gang(cwd: dict[int, pathlib.Path], run, data, **environment: str) -> list[subprocess.Popen]:
+    return [
+        runs.start(argv, cwd=cwd.get(i, runs.ROOT), **environment if i else {})
+        for i, argv in enumerate(commands_of_gang(run, data))
+    ]
+
+
+def commands_of_gang(run, data) -> list[list[str]]:
+    flags = (f"--coordinator_address=localhost:{runs.free_port()}", "--num_processes=2")
+    return [runs.command(run, data, *flags, f"--process_id={i}", num_train_steps=9) for i in range(2)]
+
+
+def assert_refused_at_the_door(folders: dict[int, pathlib.Path], run: pathlib.Path, data) -> None:
+    """Process 1 ends with 2 and both say why. Process 0 waits for one that comes from the right folder."""
+    first, second = gang = start_gang(folders, run, data)
+    with runs.ending(*gang):
+        said = f"is to train --workdir={(folders[1] / run).resolve()}, and process 0 at localhost:"
+        line = runs.finish(second, 2)
+        assert said in line and f"--workdir={(folders[0] / run).resolve()};" in line
+        assert said in wait_for_line(first, "refused: process 1") and first.poll() is None
+    assert not (folders[0] / run).exists() and not (folders[1] / run).exists()
+
+
+def test_other_code(tmp_path, data):
+    """Fault 24: even a comment, for nobody can tell what else is old."""
+    code = copy_of_the_code(tmp_path / "code")
+    with (code / "trainer/step.py").open("a") as file:
+        file.write("# newer\n")
+    out = gang_that_differs(tmp_path / "run", data, {1: code}, PYTHONPATH=str(code))
+    assert all("(process 1) has another setting: code: " in text for text in out)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_version_of_a_library(tmp_path, data):
+    """Fault 24."""
+    info = tmp_path / "packages/optax-0.0.1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: optax\nVersion: 0.0.1\n")
+    out = gang_that_differs(tmp_path / "run", data, PYTHONPATH=str(tmp_path / "packages"))
+    assert all('(process 1) has another setting: optax: "0.0.1" there' in text for text in out)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_precision(tmp_path, data):
+    """Fault 24: the same code and versions, and a variable that makes other arithmetic of them."""
+    out = gang_that_differs(tmp_path / "run", data, JAX_DEFAULT_MATMUL_PRECISION="highest")
+    assert all("(process 1) has another setting: jax_default_matmul_precision: " in text for text in out)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_step(tmp_path, data):
+    """Fault 24: a library of the same version that somebody has changed on one host."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import jax\nplain = jax.nn.silu\njax.nn.silu = lambda x: plain(2 * x) / 2\n"
+    )
+    out = gang_that_differs(tmp_path / "run", data, PYTHONPATH=str(tmp_path))
+    assert all("(process 1) has another step: lowered train step" in text for text in out)
+    assert runs.rows(tmp_path / "run") == []
+
+
+def folders_of_hosts(tmp_path: pathlib.Path, monkeypatch) -> dict[int, pathlib.Path]:
+    """Where each of two processes is started, as on a host of its own."""
+    folders = {i: tmp_path / f"host{i}" for i in range(2)}
+    for folder in folders.values():
+        folder.mkdir()
+        (folder / "configs").symlink_to(runs.ROOT / "configs")
+    monkeypatch.setenv("PYTHONPATH", str(runs.ROOT))
+    return folders
+
+
+def test_a_run_directory_that_is_not_shared(tmp_path, data):
+    """Fault 24: checkpoints of one part on each host could never be put together again. One path, and behind it a disk
+    of its own for each process."""
+    if os.geteuid():
+        pytest.skip("only root mounts a folder for one process alone")
+    gang, run = [], tmp_path / "runs/run"
+    run.parent.mkdir()
+    for i, argv in enumerate(commands_of_gang(run, data)):
+        (tmp_path / f"disk{i}").mkdir()
+        mount = f'mount --bind {tmp_path}/disk{i} {run.parent} && exec "$@"'
+        gang.append(runs.start(["unshare", "--mount", "sh", "-c", mount, "sh", *argv]))
+    out = runs.finish_gang(gang, code=2)
+    assert all(f"--workdir={run} is not the same folder for all processes" in text for text in out)
+
+
+def test_a_run_directory_in_the_current_folder(tmp_path, data, monkeypatch):
+    """Fault 24: each process is started somewhere else."""
+    assert_refused_at_the_door(folders_of_hosts(tmp_path, monkeypatch), pathlib.Path("run"), data)
+
+
+@pytest.mark.parametrize("how", ["links", "mounts"])
+def test_a_run_directory_under_two_names(tmp_path, data, how, monkeypatch):
+    """By links of their own they find the same; mounted in two places it is refused, as Orbax would fail each save."""
+    (tmp_path / "shared").mkdir()
+    folders = folders_of_hosts(tmp_path, monkeypatch)
+    if how == "links":
+        for folder in folders.values():
+            (folder / "shared").symlink_to(tmp_path / "shared")
+        gang_in(folders, pathlib.Path("shared/run"), data, code=0)
+        assert (tmp_path / "shared/run/checkpoints/9/_CHECKPOINT_METADATA").exists()
+        return
+    if os.geteuid():
+        pytest.skip("only root mounts a folder a second time")
+    with contextlib.ExitStack() as mounts:
+        for folder in folders.values():
+            mounts.enter_context(runs.mounted(folder / "shared", "--bind", tmp_path / "shared"))
+        assert_refused_at_the_door(folders, pathlib.Path("shared/run"), data)

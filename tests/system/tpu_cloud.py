@@ -1,0 +1,205 @@
+"""A cloud that is a folder (tests/system/fakes/cloud/gcloud), and the scripts of launch/tpu/ that talk to it."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+from tests import runs
+
+FAKES = runs.ROOT / "tests/system/fakes"
+SETTINGS = "PROJECT=p\nZONE=us-east5-b\nNAME=run\nTYPE=v6e-16\nTIER=spot\nBUCKET=gs://b   # of the run\n"
+
+
+class Cloud:
+    """The fake cloud, and the scripts that talk to it."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder, self.code = folder, runs.ROOT
+        (folder / "buckets/b").mkdir(parents=True)
+        (folder / "tpu.env").write_text(SETTINGS)
+        self.script()
+        self.environment = {
+            **runs.environment(),
+            "PATH": f"{FAKES / 'cloud'}:/usr/local/bin:/usr/bin:/bin",
+            "FAKE_CLOUD": str(folder),
+            "FAKE_PYTHON": sys.executable,
+            "FAKE_JOB": str(random.randrange(10**6)),  # the coordinator's port comes from it
+            "XDG_STATE_HOME": str(folder / "state"),
+            "MESHLM_RETRY_S": "0",
+        }
+
+    def script(self, **what) -> None:
+        with self.locked():
+            (self.folder / "script.json").write_text(json.dumps(what))
+
+    def has_faults(self) -> bool:
+        """Whether some are still to come."""
+        with self.locked():
+            script = json.loads((self.folder / "script.json").read_text())
+        return any(fault.get("times", 1) for fault in script["faults"])
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """No gcloud reads or writes meanwhile."""
+        with (self.folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def command(self, name: str, *words: str) -> list[str]:
+        return [str(self.code / f"launch/tpu/{name}.sh"), *words]
+
+    def start(self, name: str, *words: str, **environment: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            self.command(name, *words),
+            cwd=self.folder,
+            env=self.environment | environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def run(self, name: str, *words: str, code: int = 0, **environment: str) -> str:
+        process = self.start(name, *words, **environment)
+        with runs.ending(process):
+            return runs.finish(process, code, within_s=120)
+
+    def owner(self) -> str:
+        """Who is asking: what the label of its resources has to be."""
+        return (self.folder / "state/meshlm/tpu/p.us-east5-b.run/owner").read_text()
+
+    @property
+    def calls(self) -> list[list[str]]:
+        path = self.folder / "calls.jsonl"
+        with self.locked():
+            return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def done(self, *words: str) -> int:
+        """How many calls have these words in them."""
+        return sum(all(word in " ".join(call) for word in words) for call in self.calls)
+
+    def put(self, name: str, **what) -> None:
+        """A queued resource that others have made, in place of any of this name."""
+        with self.locked():
+            cloud = self.resources
+            cloud[name] = {"place": "projects/p/locations/us-east5-b", **what}
+            (self.folder / "cloud.json").write_text(json.dumps(cloud))
+
+    def change(self, name: str, **what) -> None:
+        """Changes what the cloud knows of a resource."""
+        with self.locked():
+            cloud = self.resources
+            cloud[name] |= what
+            (self.folder / "cloud.json").write_text(json.dumps(cloud))
+
+    @property
+    def resources(self) -> dict:
+        path = self.folder / "cloud.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def preempt(self) -> None:
+        """The machines are taken away: all that runs on them dies, and their disks are gone."""
+        with self.locked():
+            cloud = self.resources
+            for found in cloud.values():
+                found |= {"state": "SUSPENDING", "next": ["SUSPENDED"]}
+            (self.folder / "cloud.json").write_text(json.dumps(cloud))
+        self.kill_workers()
+        shutil.rmtree(self.folder / "workers", ignore_errors=True)
+
+    def reboot(self) -> None:
+        """The machines are started again: nothing runs there, and nothing is mounted; the disks are as they were."""
+        self.kill_workers()
+        for home in (self.folder / "workers").iterdir():
+            for path in (home / "meshlm/bucket", home / "meshlm/runs"):
+                if path.is_symlink():
+                    path.unlink()
+                    path.mkdir()
+
+    def kill_workers(self) -> None:
+        """All processes whose home is one of the workers'."""
+        for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
+            try:
+                ours = f"HOME={self.folder / 'workers'}/".encode() in path.read_bytes()
+            except OSError:
+                continue
+            if ours:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def running(folder: pathlib.Path) -> Iterator[Cloud]:
+    made = Cloud(folder)
+    yield made
+    made.kill_workers()
+
+
+# A worker's Python that has neither JAX nor the supervisor to wait for.
+PYTHON = f"""#!/bin/sh
+case "$1 $2" in
+"- ") echo "python 3 jax 0 devices 1 of 1" ;;
+"-m launch.supervise")
+  while [ "$1" != -- ]; do shift; done
+  shift
+  exec "$@"
+  ;;
+*) exec {sys.executable} "$@" ;;
+esac
+"""
+
+
+@contextlib.contextmanager
+def light(folder: pathlib.Path) -> Iterator[Cloud]:
+    """A cloud with one worker, which only waits."""
+    with running(folder) as made:
+        made.script(workers=1)
+        python = folder / "python"
+        python.write_text(PYTHON)
+        python.chmod(0o755)
+        made.environment["FAKE_PYTHON"] = str(python)
+        yield made
+
+
+def waiting(cloud: Cloud, *more: str, workdir: str = "bucket/runs/x") -> list[str]:
+    """A command that waits for the file `done`, and leaves with the code in it; its words for the babysitter."""
+    script = (
+        f"{'; '.join([*more, ''])}until [ -s {cloud.folder}/done ]; do sleep 0.1; done; exit $(cat {cloud.folder}/done)"
+    )
+    return ["--poll_s=0.2", "--", "sh", "-c", script, f"--workdir={workdir}"]
+
+
+def end(cloud: Cloud, code: int = 0) -> None:
+    (cloud.folder / "done").write_text(str(code))
+
+
+@contextlib.contextmanager
+def babysitting(cloud: Cloud, *argv: str, **environment: str) -> Iterator[subprocess.Popen]:
+    """A babysitter whose run has started."""
+    with runs.ending(cloud.start("babysit", *(argv or waiting(cloud)), **environment)) as (babysitter,):
+        runs.wait_until(lambda: (cloud.folder / "workers/run.0/meshlm-run/group").exists(), babysitter)
+        yield babysitter
+
+
+def rounds(cloud: Cloud, count: int, babysitter: subprocess.Popen) -> None:
+    """Waits until the babysitter has asked for NAME so many times more."""
+    before = cloud.done("queued-resources describe")
+    runs.wait_until(lambda: cloud.done("queued-resources describe") >= before + count, babysitter)
+
+
+def starts(cloud: Cloud) -> int:
+    return cloud.done("tpu-vm ssh", "worker.sh start")
+
+
+def checkpoint(cloud: Cloud, step: int) -> None:
+    """The run has got on: lives without a new checkpoint are counted."""
+    folder = cloud.folder / f"buckets/b/runs/x/checkpoints/{step}"
+    folder.mkdir(parents=True)
+    (folder / "_CHECKPOINT_METADATA").touch()

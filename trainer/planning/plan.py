@@ -1,0 +1,278 @@
+"""What a step of a configuration costs on a machine that is not here: compiled for it, read, and set beside its peaks.
+
+Compiled: whether it fits, the peak of memory, every collective with its bytes and axis. Counted: FLOPs, parameters. The
+step time is a roofline, the least that the machine allows (`ASSUMPTIONS`), not a prediction.
+"""
+
+import dataclasses
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model.config import ModelConfig
+from trainer import sharding
+from trainer.config import Config, MeshConfig
+from trainer.errors import ConfigError
+from trainer.evaluation import part_rows
+from trainer.planning import hlo
+from trainer.planning.topology import Topology
+from trainer.reporting import flops
+from trainer.sampling import make_generator
+from trainer.state import Program
+from trainer.step import forward, make_eval_step, make_train_step
+
+ASSUMPTIONS = (
+    "matrix products at the vendor's bf16 peak, memory and links at theirs; collectives of an axis overlap with "
+    "compute and with those of other axes; whichever takes longest is the step"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Bytes and FLOPs are of one device, seconds of one step.
+
+    Attributes:
+      memory: bytes by part: parameters, optimizer, gradients, activations (kept for the backward pass), temporary (the
+        rest of the peak). Only `peak` is the compiler's; the parts are counted from shapes, activations no further than
+        the peak allows.
+      peak: most bytes at one time in a step; where the compiler gave up because that is more than there are, what it
+        asked for, and no collectives.
+      seconds: the roofline's by what limits: compute, memory, and each network by its axes.
+      beside: most bytes at one time in what runs between steps: evaluation, sampling; {} if a step does not fit.
+    """
+
+    config: Config
+    topology: str
+    num_slices: int
+    devices: int
+    mesh: dict[str, int]
+    kernel: str
+    num_params: int
+    usable: int
+    peak: int
+    memory: dict[str, int]
+    collectives: list[hlo.Row]
+    model_flops: float
+    hardware_flops: float
+    seconds: dict[str, float]
+    compile_s: float
+    beside: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def fits(self) -> bool:
+        return max([self.peak, *self.beside.values()]) <= self.usable
+
+    @property
+    def step_s(self) -> float:
+        return max(self.seconds.values())
+
+    @property
+    def sums_dtype(self) -> str:
+        """In which devices sum gradients."""
+        return str(jnp.promote_types(self.config.optimizer.gradients_dtype, self.config.model.dtype))
+
+    @property
+    def mfu(self) -> float:
+        """At most, by the roofline: model FLOPs over what the peak allows in a step."""
+        return self.model_flops / self.hardware_flops * self.seconds["compute"] / self.step_s
+
+    @property
+    def hours(self) -> float:
+        """Of the whole run at the roofline's step time."""
+        return self.step_s * self.config.num_train_steps / 3600
+
+
+def lower(config: Config, devices: list[jax.Device]) -> tuple[Program, Any]:
+    """The program and its train step, lowered for `devices`, which may be absent. Raises ConfigError as make_mesh."""
+    program = Program(config, sharding.make_mesh(config, devices))
+    seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=program.replicated)
+    return program, make_train_step(program).lower(program.state, _tokens(program, config.global_batch_size), seed)
+
+
+def _tokens(program: Program, rows: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(
+        (rows, program.config.data.seq_len + 1),
+        jnp.uint16 if program.config.model.vocab_size <= 1 << 16 else jnp.uint32,
+        sharding=sharding.named(program.mesh, "batch"),
+    )
+
+
+def lower_beside(program: Program) -> dict[str, Any]:
+    """What a run does between its steps, lowered: evaluation, and sampling from a prompt of one token."""
+    sample, batch = program.config.sample, sharding.named(program.mesh, "batch")
+    rows = part_rows(program.config, batch)
+    lengths = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=batch)
+    generator = make_generator(program, temperature=sample.temperature, top_k=sample.top_k, top_p=sample.top_p)
+    return {
+        "evaluation": make_eval_step(program).lower(program.params, _tokens(program, rows), lengths),
+        "sampling": generator.lower(program.params, rows=1, wanted=1 + sample.max_new_tokens),
+    }
+
+
+def peaks_beside(program: Program, usable: int) -> dict[str, int]:
+    """Most bytes at one time in each of these, with the optimizer's state, which stays where it is meanwhile."""
+    kept = _bytes_of_shards((program.state.opt_state, program.state.guard))
+    peaks = {}
+    for name, lowered in lower_beside(program).items():
+        try:
+            peaks[name] = kept + int(lowered.compile().memory_analysis().peak_memory_in_bytes)
+        except jax.errors.JaxRuntimeError as e:
+            peaks[name] = kept + _out_of_memory(e, usable)
+    return peaks
+
+
+def make(config: Config, topology: Topology) -> Plan:
+    """Compiles the real step for `topology` and reads it.
+
+    Args:
+      config: resolved: vocab_size and max_seq_len are set.
+
+    Raises:
+      ConfigError: the mesh does not fit the devices or the model; the compiler refuses for another reason than memory.
+    """
+    program, lowered = lower(config, topology.devices)
+    chip, start = topology.chip, time.perf_counter()
+    rows: list[hlo.Row] = []
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        peak = _out_of_memory(e, chip.memory)
+    else:
+        peak = int(compiled.memory_analysis().peak_memory_in_bytes)
+        found = hlo.collectives(compiled.as_text(), dict(program.mesh.shape), topology.num_slices)
+        rows = hlo.summary(found, config.model.num_layers)
+    beside = peaks_beside(program, chip.memory) if peak <= chip.memory else {}
+    compile_s = time.perf_counter() - start
+    memory = memory_by_part(program, topology)
+    # The compiler keeps fewer than autodiff names where it fuses their making into the backward pass.
+    state = sum(memory.values()) - memory["activations"]
+    memory["activations"] = min(memory["activations"], max(0, peak - state))
+    memory["temporary"] = max(0, peak - sum(memory.values()))
+    share = config.tokens_per_step / program.mesh.size
+    flash = program.placement.kernel != "xla"
+    model_flops = share * flops.flops_per_token(config)
+    hardware_flops = share * flops.hardware_flops_per_token(config, flash=flash)
+    seconds = {"compute": hardware_flops / chip.flops, "memory": traffic(program) / chip.hbm}
+    for row in rows:
+        network, bandwidth = ("slow", chip.slow) if row.crosses_slices else ("fast", chip.fast)
+        name = f"{network} network, {axes_of(row)}"
+        seconds[name] = seconds.get(name, 0.0) + row.sent / bandwidth
+    return Plan(
+        config, topology.name, topology.num_slices, program.mesh.size, dict(program.mesh.shape),
+        program.placement.kernel, program.num_params, chip.memory, peak, memory, rows, model_flops, hardware_flops,
+        seconds, compile_s, beside,
+    )  # fmt: skip
+
+
+def axes_of(row: hlo.Row) -> str:
+    return " x ".join(row.axes) or "unknown axes"
+
+
+def _out_of_memory(error: Exception, usable: int) -> int:
+    """The bytes that the compiler asked for in vain; any other refusal is a ConfigError."""
+    text = " ".join(str(error).split())
+    if "RESOURCE_EXHAUSTED" not in text or "vmem" in text.lower():
+        raise ConfigError(f"the compiler refuses this step: {text[:300]}") from error
+    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of", text)
+    number, unit = [g for g in found.groups() if g] if found else (0, "K")
+    return max(int(float(number) * 1024 ** (1 + "KMGT".index(unit))), usable + 1)
+
+
+def _bytes_of_shards(tree: Any) -> int:
+    def one(x: Any) -> int:
+        return int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+
+    return sum(map(one, jax.tree.leaves(tree)))
+
+
+def memory_by_part(program: Program, topology: Topology) -> dict[str, int]:
+    gradients = jax.tree.map(
+        lambda p, where: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=where), program.params, program.moments
+    )
+    return {
+        "parameters": _bytes_of_shards(program.params),
+        "optimizer": _bytes_of_shards(program.state.opt_state),
+        "gradients": _bytes_of_shards(gradients),
+        "activations": kept_activations(program, topology.devices[0]),
+    }
+
+
+def kept_activations(program: Program, device: jax.Device) -> int:
+    """Bytes of a device that the forward pass keeps for the backward pass, parameters not among them.
+
+    Those of a one-device model with the heads, feed-forward and sequence of a shard: what jax.vjp closes over.
+    """
+    config, mesh = program.config, program.mesh.shape
+    model, tensor = config.model, mesh["tensor"]
+    local = dataclasses.replace(
+        model, num_heads=model.num_heads // tensor, num_kv_heads=model.kv_heads // tensor, head_dim=model.width_of_head,
+        mlp_dim=model.hidden_dim // tensor,
+    )  # fmt: skip
+    seq_len = config.data.seq_len // mesh["context"]
+    rows = config.global_batch_size // config.grad_accum_steps // (mesh["data"] * mesh["fsdp"])
+    one = dataclasses.replace(
+        config, model=local, data=dataclasses.replace(config.data, seq_len=seq_len), grad_accum_steps=1,
+        global_batch_size=rows, mesh=MeshConfig(data=1),
+    )  # fmt: skip
+    shard = Program(one, sharding.make_mesh(one, [device]))
+    shard.placement.regathers = program.placement.regathers
+    tokens = jax.ShapeDtypeStruct((rows, seq_len + 1), jnp.int32)
+    weights = jax.ShapeDtypeStruct((rows, seq_len), jnp.float32)
+
+    def residuals(params: dict, tokens: Any, weights: Any) -> Any:
+        return jax.vjp(lambda p: forward(shard, p, tokens, weights)[0], params)[1]
+
+    kept = jax.eval_shape(residuals, shard.params, tokens, weights)
+    not_activations = {(p.shape, p.dtype) for p in jax.tree.leaves(shard.params)}
+    leaves = [x for x in jax.tree.leaves(kept) if (x.shape, x.dtype) not in not_activations]
+    return sum(x.size * x.dtype.itemsize for x in leaves)
+
+
+def traffic(program: Program) -> float:
+    """Bytes that a step must at least move between a device and its memory, roughly.
+
+    The optimizer reads and writes parameters and moments and reads gradients. Each pass over a layer (forward,
+    backward, and forward again under remat) reads its weights, in the type of computation. Each residual stream and
+    each hidden activation is written once and read once a pass.
+    """
+    config, mesh = program.config, program.mesh.shape
+    model, itemsize = config.model, jnp.dtype(config.model.dtype).itemsize
+    state = 2 * _bytes_of_shards((program.params, program.state.opt_state)) + _bytes_of_shards(program.params)
+    passes = 3 if model.remat in ("full", "offload", "dots") else 2
+    weights = flops.matmul_params(config) / mesh["tensor"] * itemsize * passes * config.grad_accum_steps
+    tokens = config.tokens_per_step / (mesh["data"] * mesh["fsdp"] * mesh["context"])
+    activations = tokens * model.num_layers * _widths(model, mesh["tensor"]) * itemsize * 2 * passes
+    logits = 3 * 4 * tokens * model.padded_vocab_size / mesh["tensor"]
+    return state + weights + activations + logits
+
+
+def _widths(model: ModelConfig, tensor: int) -> float:
+    """Elements a token writes in a layer: norms and residuals, queries to attention's output, feed-forward."""
+    heads = (2 * model.num_heads + 2 * model.kv_heads) * model.width_of_head
+    hidden = (3 if model.gated else 2) * model.hidden_dim
+    return 4 * model.embed_dim + (heads + hidden) / tensor
+
+
+def largest_batch(failed: Plan, topology: Topology, attempts: int = 3) -> Plan | None:
+    """The plan with the largest batch that fits, searched from one that does not; None: none found.
+
+    What grows with the batch grows in proportion to it, so that the first guess is near.
+    """
+    config, parts = failed.config, failed.mesh["data"] * failed.mesh["fsdp"] * failed.config.grad_accum_steps
+    rows = config.global_batch_size // parts
+    fixed = sum(failed.memory[part] for part in ("parameters", "optimizer", "gradients"))
+    guess = min(rows - 1, int(rows * (failed.usable - fixed) / max(failed.peak - fixed, 1)))
+    best, too_many = None, rows
+    for _ in range(attempts):
+        if not 0 < guess < too_many or (best is not None and guess <= best.config.global_batch_size // parts):
+            break
+        plan = make(dataclasses.replace(config, global_batch_size=guess * parts), topology)
+        if plan.fits:
+            best, guess = plan, guess + 1
+        else:
+            too_many, guess = guess, guess - max(1, guess // 8)
+    return best

@@ -1,0 +1,249 @@
+"""The run directory: resolved configuration, comparison with the one it began with, lock, and what is recorded once.
+
+    RUN/config.json  command.txt  environment.json  tokenizer/  metrics.jsonl  tensorboard/  samples.jsonl
+    RUN/log.<process>.txt  checkpoints/<step>/
+
+No heavy imports: all of this is checked before JAX is loaded, so that a mistake is answered at once.
+"""
+
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from data import sources, tokenizers
+from data.errors import DataError
+from data.storage import files, remote
+from data.token_files import ends
+from trainer import schedule
+from trainer.config import Config, changes, from_dict, to_json
+from trainer.errors import ConfigError
+from trainer.reliability import identity, reading, restarts
+
+log = logging.getLogger("meshlm")
+# What a first start that was killed may leave without config.json.
+BEFORE_A_RUN = (".lock", "config.json.writing", "lives.")
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "ml-collections")
+
+
+def resolve(config: Config) -> Config:
+    """`config` with what the dataset decides filled in: vocabulary and longest context.
+
+    Raises:
+      DataError: the dataset is not there (the message has the command that prepares it) or cannot be used.
+      ConfigError: the config contradicts it.
+    """
+    if not config.data.path:
+        raise ConfigError("config.data.path is not set; name a dataset folder made by python -m launch.prepare")
+    model = config.model
+    try:
+        found = sources.open_sources(config.data, model.vocab_size)
+    except FileNotFoundError as e:
+        folder = pathlib.Path(str(e))
+        source = config.data.source or "PATH"
+        raise DataError(
+            f"{folder} is not a prepared dataset; prepare it with: python -m launch.prepare "
+            f"--source={source} --tokenizer={config.data.tokenizer} --out={folder}"
+            + r" (a comma separates datasets; write \, for one in a name)"
+            * ("," in config.data.path)
+        ) from None
+    vocab_size = found.vocab_size
+    if not vocab_size:
+        raise ConfigError(
+            f"config.model.vocab_size is not set, and {config.data.path} does not say it; set it (the largest id seen "
+            f"is {found.largest_id}), or name the tokenizer with config.data.tokenizer_path"
+        )
+    if model.vocab_size not in (0, vocab_size):
+        raise ConfigError(
+            f"config.model.vocab_size is {model.vocab_size}, but the tokenizer {found.tokenizer_path} has "
+            f"{vocab_size} tokens; leave it 0"
+        )
+    if model.max_seq_len and model.max_seq_len < config.data.seq_len:
+        raise ConfigError(
+            f"config.model.max_seq_len = {model.max_seq_len} is below config.data.seq_len = {config.data.seq_len}"
+        )
+    model = dataclasses.replace(model, vocab_size=vocab_size, max_seq_len=model.max_seq_len or config.data.seq_len)
+    data = config.data
+    if data.packed and data.eos_id not in (-1, found.eos_id()):
+        raise ConfigError(
+            f"config.data.eos_id is {data.eos_id}, but documents of {data.path} end with {found.eos_id()}; leave it -1"
+        )
+    if (data.mask_documents or data.packed) and data.eos_id == -1 and (eos_id := found.eos_id()) is not None:
+        data = dataclasses.replace(data, eos_id=eos_id)
+    if data.mask_documents and not 0 <= data.eos_id < model.vocab_size:
+        raise ConfigError(
+            f"config.data.mask_documents needs the token that ends a document: {data.path} names none; set "
+            f"config.data.eos_id to a token below {model.vocab_size}"
+        )
+    if data.mask_documents:
+        ends.check(found.datasets.values(), data.eos_id)
+    return dataclasses.replace(config, model=model, data=data)
+
+
+def read_config(run: pathlib.Path) -> Config:
+    """The configuration of an existing run: config.json, or if that is lost, what its newest checkpoint recorded.
+
+    Raises ConfigError, Unreadable.
+    """
+    check_links(run)
+    path = run / "config.json"
+    try:
+        if (text := _text(path)) is not None:
+            return from_dict(json.loads(text), recorded=True)
+        problem = f"{run} is not a run directory: it has no config.json; name one with --workdir"
+    except (ValueError, RecursionError) as e:
+        problem = f"{path} is damaged ({e}), and no checkpoint has another; choose another --workdir"
+    if (meta := identity.newest_meta(run / "checkpoints")) is None:
+        raise ConfigError(problem)
+    log.warning("%s is lost or damaged; the newest checkpoint has the configuration, too", path)
+    return from_dict(meta["config"], recorded=True)
+
+
+def check_links(run: pathlib.Path) -> None:
+    """Raises ConfigError for a link on the way to the run or its checkpoints that leads nowhere, as to a lost disk.
+
+    Raises Unreadable, too.
+    """
+    for path in (*run.absolute().parents, run, run / "checkpoints"):
+        if os.path.islink(path) and not reading.writing(functools.partial(reading.is_there, path), path):
+            raise ConfigError(
+                f"{path} is a link to {os.readlink(path)}, which cannot be reached; bring that back, or remove the link"
+            )
+
+
+def check_changes(run: pathlib.Path, config: Config, allow: bool) -> Config:
+    """Compares with the configuration the run began with; ConfigError with a diff where it may not go on.
+
+    Returns `config` with the length of its schedule fixed: that of the run's beginning, unless another one is named.
+
+    Raises Unreadable, too.
+    """
+    check_links(run)
+    not_usable = f"--workdir={run} cannot be used:"
+    if not reading.writing(lambda: _is_run(run), run, not_usable):
+        return schedule.fixed(config)
+    before = schedule.fixed(read_config(run))
+    config = schedule.fixed(config, before)
+    found = changes(before, config)
+    step = reading.writing(lambda: restarts.newest_committed(run), run, not_usable)
+    old, new = (schedule.learning_rate(c.optimizer, c.num_train_steps, step) for c in (before, config))
+    if step and not math.isclose(old, new, rel_tol=1e-6):
+        found["flag"].append(f"the learning rate of step {step + 1}: {old:.4g} -> {new:.4g}")
+    if found["refused"]:
+        raise ConfigError(
+            f"{run} was begun with another configuration; {'; '.join(found['refused'])}; "
+            "undo the change or choose another --workdir"
+        )
+    if found["flag"] and not allow:
+        raise ConfigError(
+            f"{run} was begun with other settings; {'; '.join(found['flag'])}; "
+            "undo the change, or pass --allow_config_change to go on with it"
+        )
+    for line in found["harmless"] + found["flag"]:
+        log.info("changed   %s", line)
+    return config
+
+
+def check_mirror(run: pathlib.Path, mirror: str) -> None:
+    """Raises ConfigError for copies in the run itself: what takes the one takes the other."""
+    if mirror and not remote.is_remote(mirror):
+        place, own = pathlib.Path(mirror).resolve(), run.resolve()
+        if own in (place, *place.parents):
+            raise ConfigError(
+                f"config.checkpoint.mirror = {mirror} is in the run directory {run} itself; name a folder elsewhere, "
+                "or gs://… or s3://…"
+            )
+
+
+def _is_run(run: pathlib.Path) -> bool:
+    """False if nothing is there yet. Raises ConfigError for something else, OSError."""
+    if reading.is_there(run / "config.json") or identity.newest_meta(run / "checkpoints") is not None:
+        return True
+    if reading.is_there(run) and not all(p.name.startswith(BEFORE_A_RUN) for p in run.iterdir()):
+        raise ConfigError(f"{run} exists, is not empty and is not a run directory; choose another --workdir")
+    return False
+
+
+def record(
+    run: pathlib.Path,
+    config: Config,
+    data: sources.Sources,
+    argv: list[str],
+    numbers: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Writes config.json, tokenizer/ (if there is one) and environment.json, and adds the command to command.txt.
+
+    Args:
+      numbers: what numbers depend on beside the configuration.
+
+    Raises ConfigError, Unreadable where that fails.
+    """
+    reading.writing(lambda: _record(run, config, data, argv, numbers), run, f"cannot write to --workdir={run}:")
+
+
+def recorded(run: pathlib.Path) -> str:
+    """What the last start of the run left there; to be compared between processes. Raises ConfigError, Unreadable."""
+    text = _text(run / "environment.json")
+    if text is None:
+        raise ConfigError(f"--workdir={run} is not the same folder for all processes; name one on a shared file system")
+    return text
+
+
+def _text(path: pathlib.Path) -> str | None:
+    """Of a file that may be missing: None. Raises ConfigError, Unreadable."""
+    return reading.writing(lambda: path.read_text() if reading.is_there(path) else None, path, "cannot read")
+
+
+def _record(
+    run: pathlib.Path, config: Config, data: sources.Sources, argv: list[str], numbers: Mapping[str, Any]
+) -> None:
+    files.write_durably(run / "config.json", to_json(config).encode())
+    tokenizer = data.load_tokenizer()
+    if tokenizer is not None and not _has_tokenizer(run, tokenizer):
+        tokenizers.save(tokenizer, run / "tokenizer")
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    environment = {
+        "time": now,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "numbers": dict(numbers),
+        **_commit(),
+    }
+    files.write_durably(run / "environment.json", (json.dumps(environment, indent=1) + "\n").encode())
+    with (run / "command.txt").open("a", encoding="utf-8", errors="backslashreplace") as f:  # last: it is tried again
+        f.write(f"{now} {shlex.join(argv)}\n")
+
+
+def _has_tokenizer(run: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> bool:
+    try:
+        there = tokenizers.load(run / "tokenizer")
+    except DataError:  # not there, or damaged
+        return False
+    return identity.tokenizer_sha256(there) == identity.tokenizer_sha256(tokenizer)
+
+
+def _commit() -> dict[str, str | None]:
+    """The commit of this code, with '+' when files were changed since; None, and why, outside a git checkout."""
+    # In a container the checkout is often another user's, which git refuses; but it is the code that runs already.
+    git = ["git", "-C", str(pathlib.Path(__file__).parent), "-c", "safe.directory=*"]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired) as e:
+        return {"commit": None, "no_commit": str(e)}
+    if head.returncode:
+        return {"commit": None, "no_commit": " ".join(head.stderr.split())}
+    return {"commit": head.stdout.strip() + ("+" if dirty.stdout else "")}

@@ -1,0 +1,95 @@
+"""FLOPs of a train step from the configuration alone, and MFU's formula and peaks. No JAX.
+
+A matrix product costs 2 FLOPs for each parameter and token, and its backward pass twice that. Attention multiplies
+queries with keys, and weights with values: 2 products of 2 H Q T FLOPs a token and layer (H heads of width Q, T keys),
+and twice that backward. So, a token, with P the parameters that are in matrix products and L layers:
+
+    flops_per_token                  6 P + 12 L H Q T     attention counted full: what MFU uses here
+    flops_per_token(causal=True)     6 P +  6 L H Q T     only the keys a query may see (llm.c's)
+    nanogpt_flops_per_token          6 N + 12 L H Q T     N: all parameters but learned positions (nanoGPT's)
+    hardware_flops_per_token         the first, and what model.remat computes again
+
+The first is PaLM's (Chowdhery et al., 2022, appendix B): model FLOPs, whatever the kernel skips and whatever is
+computed twice. Of a GPT-2, P and N differ by norms and biases alone (0.02 %), so figures compare with nanoGPT's.
+Element-wise work, norms, the look-up and the optimizer are not counted: under 2 % at the sizes that matter.
+"""
+
+from model.config import ModelConfig
+from trainer import chips
+from trainer.config import Config
+
+FORMULA = "6 P + 12 L H Q T (attention counted full, nothing recomputed)"  # the name to print beside an MFU
+
+
+def attention_params(model: ModelConfig) -> int:
+    """Parameters of one layer's query, key, value and output projections."""
+    return 2 * model.embed_dim * model.width_of_head * (model.num_heads + model.kv_heads)
+
+
+def mlp_params(model: ModelConfig) -> int:
+    """Parameters of one layer's feed-forward: up and down, and the gate where there is one."""
+    return (3 if model.gated else 2) * model.embed_dim * model.hidden_dim
+
+
+def head_params(model: ModelConfig) -> int:
+    """Parameters of the output head, tied or not, with the rows that pad the vocabulary: they are computed, too."""
+    return model.padded_vocab_size * model.embed_dim
+
+
+def matmul_params(config: Config) -> int:
+    """P: the parameters that each token meets in a matrix product. No look-up, norms, biases, positions."""
+    model = config.model
+    return model.num_layers * (attention_params(model) + mlp_params(model)) + head_params(model)
+
+
+def attention_flops_per_token(config: Config) -> int:
+    """2 L H Q T: one of attention's two products in the forward pass, in all layers, with all T keys."""
+    model = config.model
+    return 2 * model.num_layers * model.num_heads * model.width_of_head * config.data.seq_len
+
+
+def flops_per_token(config: Config, *, causal: bool = False) -> int:
+    """Model FLOPs of one token, forward and backward: 6 P + 12 L H Q T, or with `causal` 6 P + 6 L H Q T."""
+    return 6 * matmul_params(config) + (3 if causal else 6) * attention_flops_per_token(config)
+
+
+def nanogpt_flops_per_token(config: Config, num_params: int) -> int:
+    """6 N + 12 L H Q T as nanoGPT computes it, for figures beside its own.
+
+    Args:
+      num_params: all of the model's, from which learned positions are taken here.
+    """
+    model = config.model
+    if model.position == "learned":
+        num_params -= model.max_seq_len * model.embed_dim
+    return 6 * num_params + 6 * attention_flops_per_token(config)
+
+
+def hardware_flops_per_token(config: Config, *, flash: bool = False) -> int:
+    """What the devices really compute of a token's products: flops_per_token and what model.remat computes again.
+
+    none: nothing. attention: the scores (the weighted sum is not needed a second time). dots: scores and weighted sum,
+    for the weight products are kept. full, offload: a layer's forward pass but for its last product, which nothing in
+    the backward pass reads. tests/flops_test.py holds each against XLA's count.
+
+    Args:
+      flash: for a kernel (cudnn, splash) that skips the masked half and computes scores again in its own backward
+        pass; remat then runs its forward pass again, whole.
+    """
+    model, attention = config.model, attention_flops_per_token(config)
+    layer = attention_params(model) + mlp_params(model)
+    last = model.embed_dim * model.hidden_dim
+    weights_again = 2 * model.num_layers * (layer - last) if model.remat in ("full", "offload") else 0
+    if flash:
+        products = 7 + (0 if model.remat == "none" else 2)
+        return 6 * matmul_params(config) + weights_again + products * attention // 2
+    scores_again = {"none": 0, "attention": 1, "dots": 2, "full": 2, "offload": 2}[model.remat]
+    return flops_per_token(config) + weights_again + scores_again * attention
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bf16 FLOP/s of a jax.Device.device_kind, dense; None where unknown: no MFU is better than a guessed one."""
+    if "PCIe" in device_kind or "NVL" in device_kind:  # of the same names as the SXM cards, and a fifth slower or more
+        return None
+    chip = chips.chip_of(device_kind)
+    return None if chip is None else chip.flops
