@@ -129,8 +129,10 @@ def attention_agrees(name: str, shape: tuple[int, int, int, int, int]) -> bool:
 
         return jax.jit(run)(q, k, v, g)
 
+    spec = kernels.AttentionSpec(scale=d**-0.5)
+
     def plain(q, k, v):
-        return kernels.xla(q, k, v, jnp.arange(t))
+        return kernels.xla(q, k, v, kernels.Mask(jnp.arange(t)), spec)
 
     with jax.default_matmul_precision("highest"):
         exact = all_of(plain, "float32")
@@ -140,7 +142,7 @@ def attention_agrees(name: str, shape: tuple[int, int, int, int, int]) -> bool:
         return [float(jnp.linalg.norm(x.astype("float32") - y) / jnp.linalg.norm(y)) for x, y in pairs]
 
     of_plain = errors(plain)
-    of_kernel = errors({"xla": plain, "cudnn": kernels.cudnn}[name])
+    of_kernel = errors({"xla": plain, "cudnn": functools.partial(kernels.cudnn, spec=spec)}[name])
     shown = ", ".join(f"{what} {e:.1e}" for what, e in zip(("y", "dq", "dk", "dv"), of_kernel, strict=True))
     allowed = [max(0.01, 2 * e) for e in of_plain]
     ok = all(e <= a for e, a in zip(of_kernel, allowed, strict=True)) and max(of_plain) < 0.02
@@ -153,6 +155,7 @@ def losses(device: Any, dtype: str) -> list[float]:
     import jax
     import numpy as np
 
+    from data.batch import from_tokens
     from trainer import sharding
     from trainer.config import from_dict
     from trainer.state import Program
@@ -168,8 +171,9 @@ def losses(device: Any, dtype: str) -> list[float]:
     with jax.default_device(device), jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         program = Program(config, mesh)
         step, state, found = make_train_step(program), program.init(), []
-        for batch in tokens:
-            state, metrics = step(state, jax.device_put(batch, sharding.named(mesh, "batch")), np.uint32(0))
+        for rows in tokens:
+            batch = jax.device_put(from_tokens(rows), sharding.named(mesh, "batch"))
+            state, metrics = step(state, batch, np.uint32(0))
             found.append(float(metrics["train/loss"]))
     return found
 

@@ -38,3 +38,8 @@ class DataConfig:
             for value in getattr(self, name).split(","):
                 if value.strip() and value.strip() not in choices:
                     raise ValueError(f"data.{name} is {value!r}; it must be one of {', '.join(choices)}, or empty")
+
+    @property
+    def document_end(self) -> int | None:
+        """The token that ends a document, if documents are masked from each other."""
+        return self.eos_id if self.mask_documents else None

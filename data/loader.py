@@ -16,7 +16,7 @@ import functools
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,6 +27,8 @@ from data.token_files.formats import TokenFiles
 
 if TYPE_CHECKING:  # windows are looked at without devices too
     import jax
+
+    from data.batch import Batch
 
 # Positions permuted at once: a call costs nearly the same for one as for thousands, and batches ask in order.
 BLOCK = 1 << 14
@@ -66,7 +68,11 @@ class Windows:
     unreached = Unreached(0, 0, 0)
 
     def __init__(self, files: TokenFiles, num_windows: int, *, seq_len: int, seed: int, split: str):
-        self.files, self.num_windows, self.seq_len, self.seed, self.split = files, num_windows, seq_len, seed, split
+        self.files = files
+        self.num_windows = num_windows
+        self.seq_len = seq_len
+        self.seed = seed
+        self.split = split
         self.dtype = files.shards[0].dtype
         self._unchecked = 0  # rows since memory was looked at
         self._block = functools.lru_cache(maxsize=4)(self._permuted_block)
@@ -77,6 +83,10 @@ class Windows:
         self.files.check_ids(out, f"the {self.split} split")
         self._bound_memory(len(g))
         return out
+
+    def loss_mask(self, g: np.ndarray) -> np.ndarray | None:
+        """Which targets of samples g count: bool [len(g), seq_len]; None: all."""
+        return None
 
     def will_need(self, g: np.ndarray) -> None:
         """Has the kernel read the rows of samples g, which `rows` will be asked for next, if the files are cold."""
@@ -214,6 +224,19 @@ class PackedWindows(Windows):
             out[filled] = shard[packing.spans(starts, lengths)]
         return out
 
+    def loss_mask(self, g: np.ndarray) -> np.ndarray:
+        """Padding does not count, nor does the end of text of a document whose text is in another row."""
+        mask = np.empty((len(g), self.seq_len), bool)
+        target = np.arange(1, self.seq_len + 1)
+        for here, _, _, lengths, used in self._places(g):
+            mask[here] = target[None] < used[:, None]
+            first = np.cumsum(lengths) - lengths  # of each piece, in these rows side by side
+            row = np.searchsorted(np.cumsum(used), first, side="right")
+            place = first - (np.cumsum(used) - used)[row]
+            lone = (lengths == 1) & (place > 0)
+            mask[here[row[lone]], place[lone] - 1] = False
+        return mask
+
     def will_need(self, g: np.ndarray) -> None:
         for _, shard, starts, lengths, _ in self._places(g):
             mmap_advice.will_need(shard, starts * shard.itemsize, lengths * shard.itemsize)
@@ -284,6 +307,17 @@ class MixedWindows:
             out[here] = self.sources[source].rows(index)
         return out
 
+    def loss_mask(self, g: np.ndarray) -> np.ndarray | None:
+        """Which targets of samples g count: bool [len(g), seq_len]; None: all, because no source is packed."""
+        if not any(isinstance(source, PackedWindows) for source in self.sources):
+            return None
+        out = np.ones((len(g), self.seq_len), bool)
+        for source, here, index in self._parts(g):
+            mask = self.sources[source].loss_mask(index)
+            if mask is not None:
+                out[here] = mask
+        return out
+
     def will_need(self, g: np.ndarray) -> None:
         for source, _, index in self._parts(g):
             self.sources[source].will_need(index)
@@ -305,21 +339,42 @@ class MixedWindows:
 
 
 class Loader:
-    """Global batches as jax.Arrays. Its whole state is the number of samples consumed, which the caller keeps.
+    """Global batches of jax.Arrays. Its only state is the number of samples consumed, which the caller keeps.
 
     Every process computes the order of the whole global batch and reads only the rows that its own devices hold.
+
+    Args:
+      document_end: as of batch.from_tokens.
     """
 
-    def __init__(self, windows: Windows | MixedWindows, *, global_batch_size: int, sharding: jax.sharding.Sharding):
-        self.windows, self.global_batch_size, self.sharding = windows, global_batch_size, sharding
+    def __init__(
+        self,
+        windows: Windows | MixedWindows,
+        *,
+        global_batch_size: int,
+        sharding: jax.sharding.Sharding,
+        document_end: int | None = None,
+    ):
+        self.windows = windows
+        self.global_batch_size = global_batch_size
+        self.sharding = sharding
+        self.document_end = document_end
         self._held = np.concatenate([np.arange(*span) for span in held_rows(sharding, global_batch_size)])
 
-    def batch(self, samples_consumed: int) -> jax.Array:
-        """The batch after `samples_consumed` samples: [global_batch_size, seq_len + 1] in the dtype of the files."""
-        return put(self.sharding, self.global_batch_size, lambda rows: self.windows.rows(samples_consumed + rows))
+    def batch(self, samples_consumed: int) -> Batch:
+        """The batch after `samples_consumed` samples: global_batch_size rows, tokens in the dtype of the files."""
+        from data.batch import from_tokens
+
+        def read(rows: np.ndarray) -> Batch:
+            g = samples_consumed + rows
+            return from_tokens(
+                self.windows.rows(g), loss_mask=self.windows.loss_mask(g), document_end=self.document_end
+            )
+
+        return put(self.sharding, self.global_batch_size, read)
 
     def prefetched(self, samples_consumed: int, ahead: int) -> Prefetch:
-        def make(i: int) -> jax.Array:
+        def make(i: int) -> Batch:
             following = samples_consumed + (i + 1) * self.global_batch_size
             self.windows.will_need(following + self._held)
             return self.batch(following - self.global_batch_size)
@@ -333,17 +388,22 @@ def held_rows(sharding: jax.sharding.Sharding, num_rows: int) -> list[tuple[int,
     return sorted({(index or (slice(None),))[0].indices(num_rows)[:2] for index in indices})
 
 
-def put(sharding: jax.sharding.Sharding, num_rows: int, read: Callable[[np.ndarray], np.ndarray]) -> jax.Array:
-    """A sharded array [num_rows, …] of which `read(row indices)` supplies the rows that this process holds."""
+def put(sharding: jax.sharding.Sharding, num_rows: int, read: Callable[[np.ndarray], Any]) -> Any:
+    """A tree of sharded arrays [num_rows, …] of which `read(row indices)` supplies the rows that this process holds."""
     import jax
 
-    held = {span: read(np.arange(*span, dtype=np.int64)) for span in held_rows(sharding, num_rows)}
-    shape = (num_rows, *next(iter(held.values())).shape[1:])
+    trees = [(span, read(np.arange(*span, dtype=np.int64))) for span in held_rows(sharding, num_rows)]
+    leaves, structure = jax.tree.flatten(trees[0][1])
+    held = {span: jax.tree.leaves(tree) for span, tree in trees}
 
-    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
-        return held[(index or (slice(None),))[0].indices(num_rows)[:2]]
+    def array(i: int) -> jax.Array:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            return held[(index or (slice(None),))[0].indices(num_rows)[:2]][i]
 
-    return jax.make_array_from_callback(shape, sharding, shard)
+        shape = next(iter(held.values()))[i].shape
+        return jax.make_array_from_callback((num_rows, *shape[1:]), sharding, shard)
+
+    return jax.tree.unflatten(structure, [array(i) for i in range(len(leaves))])
 
 
 class Prefetch:
@@ -352,16 +412,16 @@ class Prefetch:
     An error in the thread is raised by the `next()` that would have had the result, and ends it.
     """
 
-    def __init__(self, make: Callable[[int], jax.Array], ahead: int):
+    def __init__(self, make: Callable[[int], Batch], ahead: int):
         self._queue: queue.Queue = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(make,), name="loader", daemon=True)
         self._thread.start()
 
-    def _run(self, make: Callable[[int], jax.Array]) -> None:
+    def _run(self, make: Callable[[int], Batch]) -> None:
         i = 0
         while not self._stop.is_set():
-            item: jax.Array | BaseException
+            item: Batch | BaseException
             try:
                 item = make(i)
             except BaseException as e:
@@ -376,10 +436,10 @@ class Prefetch:
                 return
             i += 1
 
-    def __iter__(self) -> Iterator[jax.Array]:
+    def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def __next__(self) -> jax.Array:
+    def __next__(self) -> Batch:
         item = self._queue.get()
         if isinstance(item, BaseException):
             raise item
@@ -414,32 +474,39 @@ def evaluation_windows(files: TokenFiles, seq_len: int, limit: int = 0) -> tuple
 
 
 def evaluation_batches(
-    files: TokenFiles, *, seq_len: int, batch_size: int, sharding: jax.sharding.Sharding, limit: int = 0
-) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """(tokens [batch_size, seq_len + 1], targets that count in each row [batch_size]); the same at any process count.
+    files: TokenFiles,
+    *,
+    seq_len: int,
+    batch_size: int,
+    sharding: jax.sharding.Sharding,
+    limit: int = 0,
+    document_end: int | None = None,
+) -> Iterator[Batch]:
+    """Batches of batch_size rows, with loss_weights; the same at any process count.
 
     The last batch is padded with rows of which no target counts.
+
+    Args:
+      limit: as of evaluation_windows.
+      document_end: as of batch.from_tokens.
     """
+    from data.batch import from_tokens
+
     where, lengths = evaluation_windows(files, seq_len, limit)
     if not len(lengths):
         raise DataError(f"{files.paths[0]} has {files.tokens} validation tokens; at least 2 are needed")
+    padded = np.zeros(-(-len(lengths) // batch_size) * batch_size, np.int64)
+    padded[: len(lengths)] = lengths
 
-    def read(rows: np.ndarray) -> np.ndarray:
-        out = np.zeros((len(rows), seq_len + 1), files.shards[0].dtype)
-        for row, i in zip(out, rows, strict=True):
+    def read(first: int, rows: np.ndarray) -> Batch:
+        tokens = np.zeros((len(rows), seq_len + 1), files.shards[0].dtype)
+        for row, i in zip(tokens, first + rows, strict=True):
             if i < len(lengths):
                 shard, start = where[i]
                 row[: lengths[i] + 1] = files.shards[shard][start : start + lengths[i] + 1]
-        files.check_ids(out, "the validation split")
-        return out
+        files.check_ids(tokens, "the validation split")
+        mask = np.arange(seq_len)[None] < padded[first + rows, None]
+        return from_tokens(tokens, loss_mask=mask, document_end=document_end)
 
-    padded = np.zeros(-(-len(lengths) // batch_size) * batch_size, np.int32)
-    padded[: len(lengths)] = lengths
     for first in range(0, len(padded), batch_size):
-        tokens = put(sharding, batch_size, functools.partial(_shifted, read, first))
-        counted = put(sharding, batch_size, functools.partial(_shifted, padded.__getitem__, first))
-        yield tokens, counted
-
-
-def _shifted(read: Callable[[np.ndarray], np.ndarray], first: int, rows: np.ndarray) -> np.ndarray:
-    return read(first + rows)
+        yield put(sharding, batch_size, functools.partial(read, first))

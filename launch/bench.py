@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -30,6 +30,10 @@ from launch import cli, environment, runtime, standalone
 from trainer.config import Config
 from trainer.errors import ConfigError, Diverged
 from trainer.reporting import flops
+
+if TYPE_CHECKING:
+    from data.batch import Batch
+    from trainer.state import Program
 
 CONFIG = cli.define_config()
 STEPS = flags.DEFINE_integer("steps", 20, "Steps of a round.", lower_bound=1)
@@ -100,6 +104,27 @@ def measure(config: Config) -> dict[str, Any]:
     return row
 
 
+def random_batch(program: "Program") -> "Batch":
+    """A batch of random tokens, in the types that datasets have."""
+    import numpy as np
+
+    from data import loader
+    from data.batch import from_tokens
+    from trainer import sharding
+
+    config = program.config
+    shape = (config.global_batch_size, config.data.seq_len + 1)
+    dtype = np.uint16 if config.model.vocab_size <= 2**16 else np.uint32
+    tokens = np.random.default_rng(config.seed).integers(config.model.vocab_size, size=shape, dtype=dtype)
+    mask = np.ones((shape[0], shape[1] - 1), bool) if config.data.packed else None
+
+    def read(rows: np.ndarray) -> "Batch":
+        of_rows = None if mask is None else mask[rows]
+        return from_tokens(tokens[rows], loss_mask=of_rows, document_end=config.data.document_end)
+
+    return loader.put(sharding.named(program.mesh, "batch"), config.global_batch_size, read)
+
+
 class Bench:
     """The compiled train step, its state and a batch.
 
@@ -119,14 +144,10 @@ class Bench:
         self.config, self.mesh = config, sharding.make_mesh(config)
         jax.set_mesh(self.mesh)
         self.program = Program(config, self.mesh)
-        shape = (config.global_batch_size, config.data.seq_len + 1)
-        dtype = np.uint16 if config.model.vocab_size <= 2**16 else np.uint32  # as datasets have them
-        tokens = np.random.default_rng(config.seed).integers(config.model.vocab_size, size=shape, dtype=dtype)
-        where = sharding.named(self.mesh, "batch")
-        self.tokens = jax.make_array_from_callback(shape, where, lambda index: tokens[index])
+        self.batch = random_batch(self.program)
         self.seed = np.uint32(config.seed)
         start = time.perf_counter()
-        self.step = make_train_step(self.program).lower(self.program.state, self.tokens, self.seed).compile()
+        self.step = make_train_step(self.program).lower(self.program.state, self.batch, self.seed).compile()
         self.compile_s = time.perf_counter() - start
         self.state = self.program.init()
         self.losses: list[float] = []
@@ -138,7 +159,7 @@ class Bench:
         losses: list[Any] = []
         start = time.perf_counter()
         for _ in range(steps):
-            self.state, metrics = self.step(self.state, self.tokens, self.seed)
+            self.state, metrics = self.step(self.state, self.batch, self.seed)
             losses.append(metrics["train/loss"])
         jax.block_until_ready((self.state, losses))
         seconds = (time.perf_counter() - start) / steps
@@ -167,7 +188,7 @@ class Bench:
             "mesh": dict(self.mesh.shape),
             "jax": jax.__version__,
             "dtype": model.dtype,
-            "attention": self.program.placement.kernel,
+            "attention": self.program.partitioner.kernel,
             "remat": model.remat,
             "scan_layers": model.scan_layers,
             "loss_chunk_tokens": config.loss_chunk_tokens,
@@ -201,7 +222,7 @@ def rounds(bench: Bench, peer: "Peer | None") -> tuple[list[float], list[float]]
 def expected_first_loss(config: Config) -> float:
     """ln V + embed_dim std² / 2 of random targets: the head, of deviation std, gives a normalised stream normal logits,
     and the mean of exp of those is exp of half their variance."""
-    from model.transformer import INIT_STD
+    from model.layers import INIT_STD
 
     return math.log(config.model.vocab_size) + config.model.embed_dim * INIT_STD**2 / 2
 
@@ -261,13 +282,13 @@ def check_peer() -> None:
 def peer_spec(config: Config, devices: int) -> dict[str, Any]:
     """benchmarks/peer.py's Spec: our sizes, the rows of one of our `devices`, and a feed-forward as wide as makes a
     layer's matrices as large as ours."""
-    model, width = config.model, config.model.num_heads * config.model.width_of_head
+    model, width = config.model, config.model.num_heads * config.model.head_size
     layer = flops.attention_params(model) + flops.mlp_params(model)
     return {
         "num_layers": model.num_layers,
         "embed_dim": model.embed_dim,
         "num_heads": model.num_heads,
-        "head_dim": model.width_of_head,
+        "head_dim": model.head_size,
         "mlp_dim": max(1, round((layer - 4 * model.embed_dim * width) / (2 * model.embed_dim))),
         "vocab_size": model.vocab_size,
         "padded_vocab_size": model.padded_vocab_size,

@@ -43,7 +43,7 @@ def measure() -> int:
     if not files:
         raise ConfigError(f"{config.path} has nothing to validate on; prepare it with --val_fraction above 0")
     batch = sharding.named(run.program.mesh, "batch")
-    result = evaluate(make_eval_step(run.program), run.params, files, run.config, batch, num_windows=0)
+    result = evaluate(make_eval_step(run.program), run.params, files, run.config, batch_sharding=batch, num_windows=0)
     assert result is not None  # nobody interrupts it
     row = {"step": run.meta["step"], "tokens": run.tokens, **result}
     if inference.JSON.value:

@@ -185,14 +185,14 @@ def enter(
     from data import sources
     from launch import distributed
     from trainer import sampling, sharding, xla_options
-    from trainer.parallel.partitioner import MeshPlacement
+    from trainer.parallel.partitioner import MeshPartitioner
     from trainer.reliability import identity
     from trainer.reliability.mirror import Mirror
 
     # Before anything is written: a refused gang leaves no run behind. Axes, devices, batch and model must divide, and a
     # kernel be found; the answer should not wait for the rest.
     processes.check_same("setting", distributed.identity(config))
-    placed = processes.together("mesh", lambda: MeshPlacement(config, sharding.make_mesh(config)))
+    placed = processes.together("mesh", lambda: MeshPartitioner(config, sharding.make_mesh(config)))
     xla_options.use_precision(config.model.dtype, placed.mesh)  # before what holds is recorded
     data = processes.together("data", lambda: sources.open_sources(config.data, config.model.vocab_size))
     tokenizer = data.speaker.manifest.tokenizer_sha256

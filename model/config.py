@@ -68,8 +68,8 @@ class ModelConfig:
             f"num_kv_heads = {self.kv_heads} does not divide model.num_heads = {self.num_heads}",
         )
         require(
-            self.position != "rope" or self.width_of_head % 2 == 0,
-            f"head_dim is {self.width_of_head}; rope rotates pairs, so it must be even",
+            self.position != "rope" or self.head_size % 2 == 0,
+            f"head_dim is {self.head_size}; rope rotates pairs, so it must be even",
         )
         for name, low in (("dropout", 0.0), ("dropout_end", -1.0)):
             value = getattr(self, name)
@@ -83,7 +83,7 @@ class ModelConfig:
         return self.num_kv_heads or self.num_heads
 
     @property
-    def width_of_head(self) -> int:
+    def head_size(self) -> int:
         return self.head_dim or self.embed_dim // self.num_heads
 
     @property
@@ -91,7 +91,7 @@ class ModelConfig:
         return self.mlp in ("swiglu", "geglu", "glu")
 
     @property
-    def hidden_dim(self) -> int:
+    def mlp_size(self) -> int:
         if self.mlp_dim:
             return self.mlp_dim
         return -(-8 * self.embed_dim // 3 // 64) * 64 if self.gated else 4 * self.embed_dim

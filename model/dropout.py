@@ -1,6 +1,7 @@
 """Dropout, and its rate as a function of the step."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,20 +11,36 @@ from model.config import ModelConfig
 
 
 def dropout_rate(config: ModelConfig, step: Array) -> Array | float:
-    """Rate at `step`: constant, or (start - end) / (step / scale + 1) + end."""
+    """The rate at `step`: constant, or (start - end) / (step / scale + 1) + end."""
     if config.dropout_end < 0:
         return config.dropout
     return (config.dropout - config.dropout_end) / (step / config.dropout_scale + 1) + config.dropout_end
 
 
-def dropout(x: Array, rate: Array | float, key: Array | None, bernoulli: Callable = jax.random.bernoulli) -> Array:
-    """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate); no key: x as it is.
+class Dropout(NamedTuple):
+    """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate).
 
-    Args:
-      bernoulli: (key, p, shape) -> bool, as Placement.bernoulli.
+    Attributes:
+      rate: a number, or a float32 scalar.
+      key: None: nothing is dropped.
+      bernoulli: (key, p, shape) -> bool, as Partitioner.bernoulli.
     """
-    if key is None:
-        return x
-    keep = bernoulli(key, 1 - rate, x.shape)
-    scaled = x.astype(jnp.float32) / jnp.asarray(1 - rate, jnp.float32)  # 1 - rate is another number in bfloat16
-    return jnp.where(keep, scaled.astype(x.dtype), 0)
+
+    rate: Array | float = 0.0
+    key: Array | None = None
+    bernoulli: Callable = jax.random.bernoulli
+
+    def __call__(self, x: Array) -> Array:
+        if self.key is None:
+            return x
+        keep = self.bernoulli(self.key, 1 - self.rate, x.shape)
+        scaled = x.astype(jnp.float32) / jnp.asarray(1 - self.rate, jnp.float32)  # 1 - rate is rounded in bfloat16
+        return jnp.where(keep, scaled.astype(x.dtype), 0)
+
+    def split(self, n: int) -> list["Dropout"]:
+        """`n` of them with independent keys."""
+        keys = [None] * n if self.key is None else jax.random.split(self.key, n)
+        return [self._replace(key=key) for key in keys]
+
+
+NO_DROPOUT = Dropout()

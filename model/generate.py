@@ -65,8 +65,12 @@ class Generator:
     ):
         if not 2 <= context <= config.max_seq_len:
             raise ValueError(f"a context of {context} tokens; it must be from 2 to max_seq_len = {config.max_seq_len}")
-        self.config, self._apply, self.context = config, apply, context
-        self.temperature, self.top_k, self.top_p = min(temperature, 1 / SMALLEST_TEMPERATURE), top_k, top_p
+        self.config = config
+        self.context = context
+        self.temperature = min(temperature, 1 / SMALLEST_TEMPERATURE)
+        self.top_k = top_k
+        self.top_p = top_p
+        self._apply = apply
         self._fill = jax.jit(self._fill_buffer, out_shardings=out_sharding)
 
     def __call__(self, params, prompt: np.ndarray, *, rows: int, max_new_tokens: int, seed: int) -> np.ndarray:
@@ -121,13 +125,13 @@ class Generator:
 
         # Prefill: the whole buffer at once. Entries past `known` are rubbish, but no query sees a key after itself,
         # and each is overwritten before its position becomes visible.
-        logits, cache = model(buffer, cache=empty_cache(self.config, rows, length), only=known - 1)
+        logits, cache = model(buffer, cache=empty_cache(self.config, rows, length), logits_at=known - 1)
         buffer = jax.lax.dynamic_update_slice(buffer, choose(logits[:, 0], known)[:, None], (0, known))
 
         def step(carry):
             position, buffer, cache = carry
             token = jax.lax.dynamic_slice(buffer, (0, position), (rows, 1))
-            logits, cache = model(token, start=position, cache=cache)
+            logits, cache = model(token, index=position[None], cache=cache)
             token = choose(logits[:, 0], position + 1)
             return position + 1, jax.lax.dynamic_update_slice(buffer, token[:, None], (0, position + 1)), cache
 

@@ -1,13 +1,14 @@
-"""Attention kernels: softmax(q k^T / sqrt(d)) v over what each query may see, on the arrays of one device.
+"""Attention kernels: softmax(scale q k^T) v over the keys that each query may see, on the arrays of one device.
 
-Each honours causality and documents, or `refusal` says why it cannot: none is wrong in silence.
+Each kernel honours its mask and its spec, or `refusal` says why it cannot: none is wrong in silence.
 
-Shape suffixes: b batch, t query position, s key position, h query head, k key-value head, n query head of a key-value
-head and query position, d width of a head.
+Shape suffixes: b batch, t query, s key, h query head, k key-value head, n query head of a key-value head and query,
+d head size.
 """
 
+import dataclasses
 import re
-from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +16,53 @@ import numpy as np
 from jax import Array
 
 from model.config import ModelConfig
-from model.dropout import dropout
+from model.dropout import NO_DROPOUT, Dropout
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """The options of attention that do not depend on the tokens.
+
+    Attributes:
+      scale: of the scores.
+    """
+
+    scale: float
+
+
+def spec_of(config: ModelConfig) -> AttentionSpec:
+    return AttentionSpec(scale=config.head_size**-0.5)
+
+
+class Mask(NamedTuple):
+    """Which keys a query sees: those up to its own index, and of its own document.
+
+    Attributes:
+      query_index: int32 [t], the index of each query among the keys.
+      segment_ids: int32 [b, t], the document of each query; None: a row is one document.
+      key_segment_ids: int32 [b, s], of each key.
+    """
+
+    query_index: Array
+    segment_ids: Array | None = None
+    key_segment_ids: Array | None = None
+
+    def visible(self, s: int) -> Array:
+        """bool [b, t, s], or [1, t, s] if a row is one document."""
+        causal = jnp.arange(s)[None, None] <= self.query_index[None, :, None]
+        if self.segment_ids is None or self.key_segment_ids is None:
+            return causal
+        return causal & (self.segment_ids[:, :, None] == self.key_segment_ids[:, None])
 
 
 def xla(
-    q_bthd: Array, k_bskd: Array, v_bskd: Array, places: Array, starts: Array | None = None,
-    rate=0.0, key: Array | None = None, bernoulli: Callable = jax.random.bernoulli,
-) -> Array:  # fmt: skip
-    """Any backend, any arguments: query t sees keys starts[t] <= s <= places[t]. Softmax in float32.
+    q_bthd: Array, k_bskd: Array, v_bskd: Array, mask: Mask, spec: AttentionSpec, *, dropout: Dropout = NO_DROPOUT
+) -> Array:
+    """The plain kernel: any backend, any arguments. Softmax in float32.
 
     Args:
       q_bthd: queries; h is a multiple of k, and query head i uses key-value head i // (h / k).
-      places: int32 [t], the place of each query among the keys.
-      starts: int32 [b, t], the place of the first key of each query's document; None: 0.
-      rate, key, bernoulli: dropout of the attention weights, as of model.dropout.dropout.
+      dropout: of the attention weights.
 
     Returns:
       [b, t, h, d] in the dtype of q.
@@ -37,22 +71,20 @@ def xla(
     s, kv = k_bskd.shape[1:3]
     # The g queries of a key-value head are rows of one matrix, so that each (b, k) is one plain matrix product.
     rows = (h // kv) * t
-    q_bknd = (q_bthd * d**-0.5).reshape(b, t, kv, h // kv, d).transpose(0, 2, 3, 1, 4).reshape(b, kv, rows, d)
+    q_bknd = (q_bthd * spec.scale).reshape(b, t, kv, h // kv, d).transpose(0, 2, 3, 1, 4).reshape(b, kv, rows, d)
     at_least_float32 = jnp.promote_types(q_bthd.dtype, jnp.float32)
     scores = jnp.einsum("bknd,bskd->bkns", q_bknd, k_bskd, preferred_element_type=at_least_float32)
-    visible = jnp.arange(s) <= places[:, None]  # [t, s]
-    if starts is not None:
-        visible = (visible & (jnp.arange(s) >= starts[..., None]))[:, None]  # [b, 1, t, s]
-    visible_ns = jnp.tile(visible, (h // kv, 1))  # [.., n, s]
+    visible_ns = jnp.tile(mask.visible(s)[:, None], (1, 1, h // kv, 1))  # [b or 1, 1, n, s]
     weights = jax.nn.softmax(jnp.where(visible_ns, scores, -jnp.inf), axis=-1).astype(q_bthd.dtype)
-    weights = dropout(weights, rate, key, bernoulli)
-    y_bknd = jnp.einsum("bkns,bskd->bknd", weights, v_bskd)
+    y_bknd = jnp.einsum("bkns,bskd->bknd", dropout(weights), v_bskd)
     return y_bknd.reshape(b, kv, h // kv, t, d).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
 
 
-def cudnn(q_bthd: Array, k_bskd: Array, v_bskd: Array) -> Array:
-    """cuDNN's flash attention on a GPU (SDPA; arguments as of `xla`): causal, positions 0 to t - 1, no documents."""
-    return jax.nn.dot_product_attention(q_bthd, k_bskd, v_bskd, is_causal=True, implementation="cudnn")
+def cudnn(q_bthd: Array, k_bskd: Array, v_bskd: Array, spec: AttentionSpec) -> Array:
+    """cuDNN's flash attention on a GPU (SDPA; arguments as of `xla`): causal, of one document a row."""
+    return jax.nn.dot_product_attention(
+        q_bthd, k_bskd, v_bskd, scale=spec.scale, is_causal=True, implementation="cudnn"
+    )
 
 
 # Most queries and keys of a block: what fits the vector memory of every TPU, with documents and without
@@ -60,11 +92,11 @@ def cudnn(q_bthd: Array, k_bskd: Array, v_bskd: Array) -> Array:
 SPLASH_BLOCK = 512
 
 
-def splash_kernel(places: np.ndarray, heads: int, context: int, documents: bool, interpret: bool = False):
+def splash_kernel(index: np.ndarray, heads: int, *, context: int, documents: bool, interpret: bool = False):
     """JAX's Pallas splash attention for a TPU: causal masks whose empty blocks are skipped.
 
     Args:
-      places: [t], the position of each query of all shards in its row. Keys are in order.
+      index: [t], the index of each query of all shards in its row. Keys are in order.
       heads: query heads on one device.
       context: number of shards of the queries.
       documents: whether segment ids will be given, for which the fused backward kernel has no room.
@@ -75,9 +107,9 @@ def splash_kernel(places: np.ndarray, heads: int, context: int, documents: bool,
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as sa
 
-    t = len(places)
+    t = len(index)
     mask = sa.CausalMask((t, t), shard_count=context)
-    mask.q_sequence = places.astype(np.int32)
+    mask.q_sequence = index.astype(np.int32)
     block = next(b for b in range(SPLASH_BLOCK, 0, -128) if t // context % b == 0)
     fused = not documents
     blocks = sa.BlockSizes(
@@ -91,14 +123,14 @@ def splash_kernel(places: np.ndarray, heads: int, context: int, documents: bool,
     )
 
 
-def splash(
-    kernel, q_bthd: Array, k_bskd: Array, v_bskd: Array, starts_bt: Array | None, starts_bs: Array | None
-) -> Array:
-    """`kernel` on each row. Two tokens are of one document where `starts`, as in `xla`, is the same for both."""
+def splash(kernel, q_bthd: Array, k_bskd: Array, v_bskd: Array, mask: Mask, *, spec: AttentionSpec) -> Array:
+    """`kernel`, which knows the index of each query, on each row; arguments as of `xla`."""
     from jax.experimental.pallas.ops.tpu import splash_attention as sa
 
-    q, k, v = (x.swapaxes(1, 2) for x in (q_bthd * q_bthd.shape[-1] ** -0.5, k_bskd, v_bskd))
-    segments = None if starts_bt is None or starts_bs is None else sa.SegmentIds(starts_bt, starts_bs)
+    q, k, v = (x.swapaxes(1, 2) for x in (q_bthd * spec.scale, k_bskd, v_bskd))
+    segments = None
+    if mask.segment_ids is not None and mask.key_segment_ids is not None:
+        segments = sa.SegmentIds(mask.segment_ids, mask.key_segment_ids)
     y_bhtd = jax.vmap(kernel, in_axes=(0, 0, 0, None if segments is None else 0))(q, k, v, segments)
     return y_bhtd.swapaxes(1, 2)
 
@@ -124,7 +156,7 @@ def refusal(
       documents: whether documents are masked from each other.
       capability: of a GPU, as JAX has it: its compute capability, such as '9.0', or a name of AMD's; '': not known.
     """
-    head = config.width_of_head
+    head = config.head_size
     if kernel == "xla":
         return "dropout of attention weights needs whole rows" if config.has_dropout and context > 1 else ""
     if config.has_dropout:

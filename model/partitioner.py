@@ -1,7 +1,7 @@
-"""Where the model's arrays lie and who computes attention: nothing of it on one device, which is what this one does.
+"""How arrays are sharded and attention is computed. This base class is the no-op of a single device.
 
-partitioner.py has the one for a mesh. The model names logical axes only and hands every weight, every activation
-and every attention to its placement.
+trainer/parallel/partitioner.py has the one for a mesh. Modules get their partitioner at construction and hand it every
+weight, activation and attention under the names of their logical axes; they know nothing else of devices.
 """
 
 import jax
@@ -9,49 +9,58 @@ import jax.numpy as jnp
 from jax import Array
 
 from model import kernels
+from model.context import Context
+from model.kernels import AttentionSpec, Mask
 
 
-class Placement:
-    """For a single device: everything stays where it is.
+class Partitioner:
+    """For a single device: nothing is constrained, gathered or split.
 
     Attributes:
-      splits_sequence: whether the tokens of a row lie on several devices. Activations then keep a sequence axis;
-        otherwise batch and sequence are one axis (see Transformer).
-      regathers: whether `constrain` brings the parts of weights together for a layer, which then should not be kept for
-        the backward pass.
+      context_parallel: whether the tokens of a row lie on several devices.
+      gathers_params: whether `constrain` gathers the shards of a weight for a layer. The gathered copy should then not
+        be kept for the backward pass.
     """
 
-    splits_sequence = False
-    regathers = False
+    context_parallel = False
+    gathers_params = False
 
     def constrain(self, x: Array, axes: tuple[str | None, ...]) -> Array:
-        """The activation x, placed as its logical axes say. `embed` is named None: fsdp splits an activation's
-        batch."""
+        """The activation x, laid out as its logical axes say. Its embed axis is named None: fsdp shards its rows."""
         return x
 
-    def residual(self, x: Array) -> Array:
-        """The residual stream [b * t, embed] or [b, t, embed], placed."""
-        return self.constrain(x, ("batch", None) if x.ndim == 2 else ("batch", "seq", None))
+    def flatten(self, x: Array) -> Array:
+        """[b, t, …] to [b * t, …] for a product with a weight, unless the tokens of a row lie on several devices.
 
-    def weight(self, w: Array, axes: tuple[str, ...], dtype: jnp.dtype) -> Array:
-        """The parameter w in `dtype` as a layer uses it: whole along `embed`."""
+        The gradient of the weight then contracts one axis, which is one plain matrix product; over batch and sequence
+        XLA's CPU backend makes a transposed copy of the activations (docs/performance.md). The shards of a sequence
+        that is split are not adjacent, so they cannot be one axis with the batch.
+        """
+        return x if self.context_parallel else x.reshape(-1, *x.shape[2:])
+
+    def gather_param(self, w: Array, axes: tuple[str, ...], dtype: jnp.dtype) -> Array:
+        """The parameter w in `dtype` as a layer uses it: all of its embed axis."""
         return w.astype(dtype)
 
     def linear(self, x: Array, w: Array, b: Array | None, axes: tuple[str, str]) -> Array:
-        """x w (+ b) over the last axis of x, of parameters w with logical axes `axes` and b with the second of them."""
-        y = x @ self.weight(w, axes, x.dtype)
-        return y if b is None else y + self.weight(b, axes[1:], x.dtype)
+        """x w (+ b) over the last axis of x, with parameters w of logical axes `axes` and b of the second of them."""
+        y = x @ self.gather_param(w, axes, x.dtype)
+        return y if b is None else y + _like(y, self.gather_param(b, axes[1:], x.dtype))
 
     def bernoulli(self, key: Array, p: Array | float, shape: tuple[int, ...]) -> Array:
         """Bools of an activation's shape, its rows first, each True with probability p."""
         return jax.random.bernoulli(key, p, shape)
 
-    def lookup(self, table: Array, index: Array, axes: tuple[str, str], dtype: jnp.dtype) -> Array:
-        """Rows of the parameter table [n, embed] in `dtype`: index [b, t] to [b, t, embed]."""
-        return table.astype(dtype)[index]
+    def embed(self, table: Array, ids: Array, axes: tuple[str, str], dtype: jnp.dtype) -> Array:
+        """Rows of the parameter table [n, embed] in `dtype`: ids [b, t] to [b, t, embed]."""
+        return table.astype(dtype)[ids]
 
-    def attend(
-        self, q: Array, k: Array, v: Array, places: Array, starts: Array | None, rate: Array | float, key: Array | None
-    ) -> Array:
-        """Attention among the tokens of each row; arguments as of kernels.xla, with s = t and keys at `places`, too."""
-        return kernels.xla(q, k, v, places, starts, rate, key)
+    def attention(self, q: Array, k: Array, v: Array, ctx: Context, spec: AttentionSpec) -> Array:
+        """Attention among the tokens of each row: q [b, t, h, d], k and v [b, t, kv, d] to [b, t, h, d]."""
+        mask = Mask(ctx.index, ctx.segment_ids, ctx.segment_ids)
+        return kernels.xla(q, k, v, mask, spec, dropout=ctx.dropout)
+
+
+def _like(y: Array, b: Array) -> Array:
+    """A bias with as many axes as y has: no axis is added in silence."""
+    return b.reshape((1,) * (y.ndim - 1) + b.shape)

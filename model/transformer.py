@@ -10,36 +10,36 @@ from jax.ad_checkpoint import checkpoint_name
 
 from model.attention import Attention, Cache
 from model.config import ModelConfig
-from model.dropout import dropout
-from model.layers import MLP, Linear, Norm, param
-from model.partitioner import Placement
+from model.context import Aux, Context
+from model.dropout import Dropout
+from model.layers import MLP, Build, Linear, Norm, unembed
+from model.partitioner import Partitioner
 
-ONE_DEVICE = Placement()
 LAYER_INPUT = "layer_input"  # a name for jax.checkpoint's policies
-INIT_STD = 0.02  # GPT-2's; projections back into the residual stream use INIT_STD / sqrt(2 num_layers)
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). With `stack`, that many as one module."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). With build.stack, that many as one module."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: int | None):
-        stds = {"std": INIT_STD, "out_std": INIT_STD * (2 * config.num_layers) ** -0.5}
-        self.attention_norm = Norm(config, stack)
-        self.attention = Attention(config, rngs, **stds, stack=stack)
-        self.mlp_norm = Norm(config, stack)
-        self.mlp = MLP(config, rngs, **stds, stack=stack)
+    def __init__(self, build: Build):
+        self.partitioner = build.partitioner
+        self.attention_norm = Norm(build)
+        self.attention = Attention(build)
+        self.mlp_norm = Norm(build)
+        self.mlp = MLP(build)
 
-    def __call__(
-        self, x: Array, places: Array, starts: Array | None, cache: Cache | None,
-        rate, key: Array | None, placement: Placement,
-    ) -> tuple[Array, Cache | None]:  # fmt: skip
-        """Arguments as of Attention."""
+    def __call__(self, x: Array, ctx: Context, cache: Cache | None = None) -> tuple[Array, Cache | None]:
         x = checkpoint_name(x, LAYER_INPUT)
-        keys = [None] * 3 if key is None else jax.random.split(key, 3)
-        y, cache = self.attention(self.attention_norm(x, placement), places, starts, cache, rate, keys[0], placement)
-        x = placement.residual(x + dropout(y, rate, keys[1], placement.bernoulli))
-        y = self.mlp(self.mlp_norm(x, placement), placement)
-        return placement.residual(x + dropout(y, rate, keys[2], placement.bernoulli)), cache
+        weights, attended, fed = ctx.dropout.split(3)
+        with jax.named_scope("attention"):
+            y, cache = self.attention(self.attention_norm(x), ctx.with_dropout(weights), cache)
+        x = self._residual(x + attended(y))
+        with jax.named_scope("mlp"):
+            y = self.mlp(self.mlp_norm(x))
+        return self._residual(x + fed(y)), cache
+
+    def _residual(self, x: Array) -> Array:
+        return self.partitioner.constrain(x, ("batch", "seq", None))
 
 
 class Transformer(nnx.Module):
@@ -48,50 +48,44 @@ class Transformer(nnx.Module):
     Args:
       config: with vocab_size and max_seq_len set.
       rngs: a `params` stream for the initial values.
+      partitioner: of the parameters and activations.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, partitioner: Partitioner | None = None):
         if not config.vocab_size or not config.max_seq_len:
             raise ValueError("model.vocab_size and model.max_seq_len must be set before a Transformer is built")
-        self.config = config
         vocab, embed = config.padded_vocab_size, config.embed_dim
-        self.embedding = param(rngs, INIT_STD, (vocab, embed), ("vocab", "embed"), None)
+        self.config = config
+        self.partitioner = partitioner or Partitioner()
+        build = Build(config, rngs, self.partitioner)
+        self.embedding = build.normal((vocab, embed), ("vocab", "embed"), build.std)
         self.position = (
-            param(rngs, INIT_STD, (config.max_seq_len, embed), ("position", "embed"), None)
+            build.normal((config.max_seq_len, embed), ("position", "embed"), build.std)
             if config.position == "learned"
             else None
         )
-        self.layers = Block(config, rngs, stack=config.num_layers)
-        self.norm = Norm(config, None)
-        self.head = (
-            None
-            if config.tie_embeddings
-            else Linear(rngs, embed, vocab, ("embed", "vocab"), std=INIT_STD, bias=False, stack=None)
-        )
+        self.layers = Block(build.stacked(config.num_layers))
+        self.norm = Norm(build)
+        self.head = None if config.tie_embeddings else Linear(build, embed, vocab, ("embed", "vocab"), bias=False)
 
     def __call__(
-        self, tokens: Array, *, only: Array | None = None, placement: Placement = ONE_DEVICE, **arguments
+        self, inputs: Array, *, logits_at: Array | None = None, cache: Cache | None = None, **arguments
     ) -> tuple[Array, Cache | None]:
-        """Logits of the next token at each position.
+        """Logits of the next token after each input.
 
         Args:
-          tokens, arguments: as of `hidden`.
-          only: index into t; logits of that one place are computed, and t is 1 in the result.
+          inputs, cache, arguments: as of `hidden`.
+          logits_at: the place in t of the only logits that are wanted; t is then 1 in the result.
 
         Returns:
           logits float32 [b, t, padded_vocab_size], -inf beyond vocab_size; the new cache.
         """
-        config = self.config
-        x, cache = self.hidden(tokens, placement=placement, **arguments)
-        if only is not None:
-            x = jax.lax.dynamic_slice_in_dim(x.reshape(*tokens.shape, -1), only, 1, axis=1)
-            x = x.reshape(-1, config.embed_dim)
-        w = placement.weight(self.output_table(), self.output_axes, x.dtype)
-        w = w.T if self.output_axes[0] == "vocab" else w
-        logits = jnp.matmul(x, w, preferred_element_type=jnp.float32)  # as the loss sees them
-        logits = logits.reshape(len(tokens), -1, config.padded_vocab_size)
-        logits = placement.constrain(logits, ("batch", "seq", "vocab"))
-        return jnp.where(jnp.arange(config.padded_vocab_size) < config.vocab_size, logits, -jnp.inf), cache
+        x, _, cache = self.hidden(inputs, cache=cache, **arguments)
+        if logits_at is not None:
+            x = jax.lax.dynamic_slice_in_dim(x, logits_at, 1, axis=1)
+        w = self.partitioner.gather_param(self.output_table(), self.output_axes, x.dtype)
+        logits = unembed(x, w, self.output_axes, vocab_size=self.config.vocab_size)
+        return self.partitioner.constrain(logits, ("batch", "seq", "vocab")), cache
 
     @property
     def output_axes(self) -> tuple[str, str]:
@@ -104,74 +98,83 @@ class Transformer(nnx.Module):
 
     def hidden(
         self,
-        tokens: Array,
+        inputs: Array,
         *,
-        start: Array | int = 0,
-        places: Array | None = None,
-        document_starts: Array | None = None,
+        index: Array | None = None,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
         cache: Cache | None = None,
         dropout_rate: Array | float = 0.0,
         dropout_key: Array | None = None,
-        placement: Placement = ONE_DEVICE,
-    ) -> tuple[Array, Cache | None]:
+    ) -> tuple[Array, Aux, Cache | None]:
         """What the head makes logits of: the normalised residual stream after the last layer.
 
         Args:
-          tokens: integer [b, t], ids below vocab_size.
-          start: position of the first token; above 0 only with a cache that holds the tokens before it.
-          places: int32 [t], the position of each token in its row, where a placement that splits the sequence has put
-            them in another order than that of `start`, `start` + 1, ….
-          document_starts: int32 [b, t], where the document of each token begins in its row: no token sees another
-            document, and positions count from its own beginning. None: a row is one document. Not with a cache.
-          cache: see attention.empty_cache; gains the keys and values of `tokens`.
-          dropout_rate, dropout_key: no key, no dropout.
+          inputs: integer [b, t], ids below vocab_size.
+          index: int32 [t], the index of each input in its row; None: 0, 1, …. Above 0 at first only with a cache that
+            holds the tokens before it; in another order only with a partitioner whose order it is.
+          positions: int32 [b, t], of each input in its document; None: its index.
+          segment_ids: int32 [b, t], the document of each input: no token sees another document. None: a row is one
+            document. Not with a cache.
+          cache: see attention.empty_cache; gains the keys and values of `inputs`.
+          dropout_rate, dropout_key: without a key nothing is dropped.
 
         Returns:
-          [b * t, embed], or [b, t, embed] where the placement splits the sequence; the new cache.
+          [b, t, embed]; what the layers report; the new cache.
         """
         config = self.config
-        if tokens.shape[1] > config.max_seq_len:  # learned positions would be clamped without a word
-            raise ValueError(f"{tokens.shape[1]} tokens are more than model.max_seq_len = {config.max_seq_len}")
-        if document_starts is not None and cache is not None:
-            raise ValueError("a cache holds one document a row; document_starts cannot be given with it")
-        if places is None:
-            places = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        dtype = jnp.dtype(config.dtype)
-        x = placement.lookup(self.embedding[...], tokens, ("vocab", "embed"), dtype)
-        if self.position is not None:
-            positions = jnp.broadcast_to(places if document_starts is None else places - document_starts, tokens.shape)
-            x = x + placement.lookup(self.position[...], positions, ("position", "embed"), dtype)
-        keys = None
-        if dropout_key is not None:
-            embedding_key, layers_key = jax.random.split(dropout_key)
-            x = dropout(x, dropout_rate, embedding_key, placement.bernoulli)
-            keys = jax.random.split(layers_key, config.num_layers)
-        # Two axes until the end: the gradient of a weight then contracts one, which is one plain matrix product; over
-        # batch and sequence XLA's CPU backend makes a transposed copy of the activations (docs/performance.md). A
-        # sequence that is split over devices cannot be one axis with the batch: the parts of a device are not adjacent.
-        if not placement.splits_sequence:
-            x = x.reshape(-1, config.embed_dim)
-        x = placement.residual(x)
+        if inputs.shape[1] > config.max_seq_len:  # learned positions would be clamped in silence
+            raise ValueError(f"{inputs.shape[1]} tokens are more than model.max_seq_len = {config.max_seq_len}")
+        if segment_ids is not None and cache is not None:
+            raise ValueError("a cache holds one document a row; segment_ids cannot be given with it")
+        index = jnp.arange(inputs.shape[1], dtype=jnp.int32) if index is None else index
+        positions = index[None] if positions is None else positions
+        dropout = Dropout(dropout_rate, dropout_key, self.partitioner.bernoulli)
+        of_embedding, of_layers = dropout.split(2)
+        ctx = Context(index, positions, segment_ids, of_layers)
+        x = of_embedding(self._embed(inputs, positions))
+        x, aux, cache = self._layers(self.partitioner.constrain(x, ("batch", "seq", None)), ctx, cache)
+        with jax.named_scope("norm"):
+            return self.norm(x), aux, cache
 
+    def _embed(self, inputs: Array, positions: Array) -> Array:
+        dtype = jnp.dtype(self.config.dtype)
+        with jax.named_scope("embedding"):
+            x = self.partitioner.embed(self.embedding[...], inputs, ("vocab", "embed"), dtype)
+            if self.position is None:
+                return x
+            positions = jnp.broadcast_to(positions, inputs.shape)
+            return x + self.partitioner.embed(self.position[...], positions, ("position", "embed"), dtype)
+
+    def _layers(self, x: Array, ctx: Context, cache: Cache | None) -> tuple[Array, Aux, Cache | None]:
+        """The stack: one layer is compiled and looped over, or all are unrolled; the parameters are stacked either way,
+        so that checkpoints are the same."""
+        config = self.config
         graph, stacked = nnx.split(self.layers)
+        key = ctx.dropout.key
+        keys = None if key is None else jax.random.split(key, config.num_layers)
 
-        def layer(x, of_layer):
+        def layer(x: Array, of_layer):
             params, layer_cache, key = of_layer
-            return nnx.merge(graph, params)(x, places, document_starts, layer_cache, dropout_rate, key, placement)
+            layer_ctx = ctx.of_layer(key)
+            x, layer_cache = nnx.merge(graph, params)(x, layer_ctx, layer_cache)
+            return x, (layer_cache, layer_ctx.aux)
 
-        # Stacked parameters whether the loop is compiled once or unrolled: one layout for every checkpoint.
         unroll = 1 if config.scan_layers else config.num_layers
-        x, cache = jax.lax.scan(_remat(config, layer, placement), x, (stacked, cache, keys), unroll=unroll)
-        return self.norm(x, placement), cache
+        x, (cache, aux) = jax.lax.scan(
+            _remat(config, layer, self.partitioner), x, (stacked, cache, keys), unroll=unroll
+        )
+        losses = {name: values.sum() for name, values in aux.losses.items()}
+        return x, Aux(losses, {name: values.mean() for name, values in aux.metrics.items()}), cache
 
 
-def _remat(config: ModelConfig, layer, placement: Placement):
+def _remat(config: ModelConfig, layer, partitioner: Partitioner):
     """`layer` with config.remat's choice of what is kept for the backward pass."""
     policies = jax.checkpoint_policies
     if config.remat in ("none", "attention"):
-        if not placement.regathers:
+        if not partitioner.gathers_params:
             return layer
-        policy = _all_but_placed
+        policy = _all_but_constrained
     elif config.remat == "dots":
         policy = policies.dots_with_no_batch_dims_saveable
     elif config.remat == "offload":
@@ -185,7 +188,7 @@ def _remat(config: ModelConfig, layer, placement: Placement):
     return functools.partial(jax.checkpoint, policy=policy, prevent_cse=not config.scan_layers)(layer)
 
 
-def _all_but_placed(primitive, *_, **__) -> bool:
-    """Keeps everything but what `constrain` made: whole weights, of which a device has only its part and which are
-    gathered once more; and activations that were there before they were placed."""
+def _all_but_constrained(primitive, *_, **__) -> bool:
+    """Saves everything except outputs of sharding constraints, so that gathered weights are gathered again in the
+    backward pass. (Activations are kept as they were before their constraint.)"""
     return primitive.name != "sharding_constraint"

@@ -77,9 +77,9 @@ def test_kv_heads_default_to_multi_head_attention(num_heads, num_kv_heads, expec
     assert ModelConfig(num_heads=num_heads, num_kv_heads=num_kv_heads).kv_heads == expected
 
 
-def test_width_of_head_is_the_share_of_embed_dim_unless_set():
-    assert ModelConfig(embed_dim=768, num_heads=12).width_of_head == 64
-    assert ModelConfig(embed_dim=768, num_heads=12, head_dim=128).width_of_head == 128
+def test_head_size_is_the_share_of_embed_dim_unless_set():
+    assert ModelConfig(embed_dim=768, num_heads=12).head_size == 64
+    assert ModelConfig(embed_dim=768, num_heads=12, head_dim=128).head_size == 128
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_width_of_head_is_the_share_of_embed_dim_unless_set():
 )
 def test_hidden_dim_rule(embed_dim, mlp, mlp_dim, expected):
     config = ModelConfig(embed_dim=embed_dim, num_heads=1, mlp=mlp, mlp_dim=mlp_dim, position="learned")
-    assert config.hidden_dim == expected
+    assert config.mlp_size == expected
     assert config.gated == (mlp in ("swiglu", "geglu", "glu"))
 
 

@@ -160,9 +160,9 @@ def test_every_parameter_names_one_logical_axis_per_dimension(config):
     sizes = {
         "layers": config.num_layers,
         "embed": config.embed_dim,
-        "heads": config.num_heads * config.width_of_head,
-        "kv_heads": config.kv_heads * config.width_of_head,
-        "mlp": config.hidden_dim,
+        "heads": config.num_heads * config.head_size,
+        "kv_heads": config.kv_heads * config.head_size,
+        "mlp": config.mlp_size,
         "vocab": config.padded_vocab_size,
         "position": config.max_seq_len,
     }
@@ -448,7 +448,7 @@ def test_activations_are_placed_by_the_names_of_their_axes(config):
     seen: set[str | None] = set()
     sizes = {
         "batch": 3, "seq": 7, "heads": config.num_heads, "kv_heads": config.kv_heads, "vocab": config.padded_vocab_size,
-        "mlp": config.hidden_dim,
+        "mlp": config.mlp_size,
     }  # fmt: skip
     merged = sizes | {"batch": 3 * 7}  # of the residual stream [b * t, embed]
 

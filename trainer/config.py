@@ -254,7 +254,7 @@ def check_divisible(config: Config, axes: dict[str, int]) -> None:
         ("model.embed_dim", model.embed_dim, split, 1),
         ("model.num_heads", model.num_heads, ["tensor"], 1),
         ("model.num_kv_heads", model.kv_heads, ["tensor"], 1),
-        ("model.mlp_dim", model.hidden_dim, ["tensor"], 1),
+        ("model.mlp_dim", model.mlp_size, ["tensor"], 1),
         (vocabulary, VOCAB_MULTIPLE, ["tensor"], 1),
     ]
     if context > 1:  # two pieces for each device: an early one and a late one

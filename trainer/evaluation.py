@@ -7,24 +7,26 @@ import jax
 from jax import Array
 
 from data import loader
+from data.batch import Batch
 from data.token_files import formats
 from trainer import sharding
 from trainer.config import Config
 
 
-def part_rows(config: Config, batch_sharding: jax.sharding.NamedSharding) -> int:
-    """Rows of a batch: those of a part of training's, so that an evaluation needs no more memory than a step; rounded
-    up to what the devices divide, as padded rows do not count."""
+def microbatch_rows(config: Config, batch_sharding: jax.sharding.NamedSharding) -> int:
+    """Rows of a batch: those of a microbatch of training, so that an evaluation needs no more memory than a step,
+    rounded up to what the devices divide, because padded rows do not count."""
     rows = config.global_batch_size // config.grad_accum_steps
     shards = sharding.batch_shards(batch_sharding.mesh)
     return -(-rows // shards) * shards
 
 
 def evaluate(
-    eval_step: Callable[[dict, Array, Array], Array],
+    eval_step: Callable[[dict, Batch], tuple[Array, Array]],
     params: dict,
     sources: dict[str, formats.TokenFiles],
     config: Config,
+    *,
     batch_sharding: jax.sharding.NamedSharding,
     num_windows: int,
     interrupted: Callable[[], bool] = lambda: False,
@@ -41,13 +43,15 @@ def evaluate(
         batches = loader.evaluation_batches(
             files,
             seq_len=config.data.seq_len,
-            batch_size=part_rows(config, batch_sharding),
+            batch_size=microbatch_rows(config, batch_sharding),
             sharding=batch_sharding,
             limit=num_windows,
+            document_end=config.data.document_end,
         )
-        for tokens, lengths in batches:
-            totals[name] += float(eval_step(params, tokens, lengths))
-            counts[name] += float(lengths.sum())
+        for batch in batches:
+            nats, weight = eval_step(params, batch)
+            totals[name] += float(nats)
+            counts[name] += float(weight)
             if interrupted():
                 return None
     loss = sum(totals.values()) / sum(counts.values())

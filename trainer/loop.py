@@ -20,7 +20,7 @@ from data import loader, sources
 from trainer import sampling, sharding, xla_options
 from trainer.config import Config, to_json
 from trainer.errors import CheckpointError, Diverged
-from trainer.evaluation import evaluate, part_rows
+from trainer.evaluation import evaluate, microbatch_rows
 from trainer.reliability import divergence, identity, stragglers
 from trainer.reliability.checkpoint import Checkpoints
 from trainer.reliability.coordination import SAVE, STOP, Processes
@@ -81,7 +81,10 @@ class Trainer:
         )
         self.batch_sharding = sharding.named(self.mesh, "batch")
         self.loader = loader.Loader(
-            self.windows, global_batch_size=config.global_batch_size, sharding=self.batch_sharding
+            self.windows,
+            global_batch_size=config.global_batch_size,
+            sharding=self.batch_sharding,
+            document_end=config.data.document_end,
         )
         self.tokenizer = self.data.load_tokenizer()
         self.prompt = sampling.prompt_of(config, self.tokenizer)
@@ -149,8 +152,7 @@ class Trainer:
 
     def _compile(self) -> Any:
         """The compiled train step; ConfigError on all processes where they are about to run different programs."""
-        rows = (self.config.global_batch_size, self.config.data.seq_len + 1)
-        batch = jax.ShapeDtypeStruct(rows, self.windows.dtype, sharding=self.batch_sharding)
+        batch = self.program.abstract_batch(self.windows.dtype)
         seed = jax.ShapeDtypeStruct((), np.uint32, sharding=self.program.replicated)
         lowered = make_train_step(self.program).lower(self.program.state, batch, seed)
         if self.processes.size > 1:
@@ -306,8 +308,10 @@ class Trainer:
     def _is_sound(self, params: dict) -> bool:
         """Whether a few windows of held-out text, or of training text if none is held out, have a finite loss."""
         files = self.val_files or self.data.files("train")
-        rows = part_rows(self.config, self.batch_sharding)
-        result = evaluate(self.eval_step, params, files, self.config, self.batch_sharding, rows)
+        rows = microbatch_rows(self.config, self.batch_sharding)
+        result = evaluate(
+            self.eval_step, params, files, self.config, batch_sharding=self.batch_sharding, num_windows=rows
+        )
         assert result is not None  # nobody interrupts it
         return math.isfinite(result["val/loss"])
 
@@ -456,7 +460,13 @@ class Trainer:
         """val/loss; None when it was cut short."""
         limit = self.config.eval.num_windows
         result = evaluate(
-            self.eval_step, params, self.val_files, self.config, self.batch_sharding, limit, self._interrupted
+            self.eval_step,
+            params,
+            self.val_files,
+            self.config,
+            batch_sharding=self.batch_sharding,
+            num_windows=limit,
+            interrupted=self._interrupted,
         )
         if result is None:
             return None

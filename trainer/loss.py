@@ -12,42 +12,41 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from model.layers import unembed
 from trainer import sharding
-from trainer.parallel.collectives import Shards
+from trainer.parallel.collectives import Collectives
 from trainer.state import Program
 
 
 def make_loss(program: Program):
-    """(x, table, targets, weights) -> (objective, loss), both float32 scalars, of the rows of one replica.
+    """(x, table, targets, weights) -> (total loss, cross-entropy), both float32 scalars, of the rows of one replica.
 
     Args of the result:
-      x: hidden states as Transformer.hidden returns them.
+      x: hidden states [b, t, embed].
       table: the parameter of Transformer.output_table, float32.
-      targets, weights: [b, t] integers below vocab_size, and float32: loss = sum(weights * nats of each token),
-        objective = loss + z_loss * sum(weights * log(Z) ** 2).
+      targets, weights: [b, t] integers below vocab_size, and float32: cross-entropy = sum(weights * nats of each
+        token), total loss = cross-entropy + z_loss * sum(weights * log(Z) ** 2).
 
-    Only the objective has a gradient (to x and table); the loss is for reading.
+    Only the total loss has a gradient (to x and table); the cross-entropy is for reading.
     """
     axes = program.output_axes
-    subscripts = axes[0][0] + axes[1][0]  # 've' or 'ev'
-    x_axes = ("batch", "seq", None) if program.placement.splits_sequence else ("batch", None)
     x_spec, table_spec, tokens, scalar = (
-        sharding.spec(names, sharding.REPLICA_RULES) for names in (x_axes, axes, ("batch", "seq"), ())
+        sharding.spec(names, sharding.REPLICA_RULES) for names in (("batch", "seq", None), axes, ("batch", "seq"), ())
     )
 
-    def by_shard(body, out_specs):
-        return sharding.by_device(program.mesh, body, (x_spec, table_spec, tokens, tokens), out_specs)
+    def by_device(body, out_specs):
+        return sharding.by_device(body, program.mesh, (x_spec, table_spec, tokens, tokens), out_specs)
 
-    shard = _Shard(program, subscripts, axes.index("embed"))
-    value = by_shard(shard.value, (scalar, scalar))
-    with_gradients = by_shard(shard.gradients, ((scalar, scalar), (x_spec, table_spec)))
+    shard = _Shard(program)
+    value = by_device(shard.value, (scalar, scalar))
+    with_gradients = by_device(shard.gradients, ((scalar, scalar), (x_spec, table_spec)))
 
     loss = jax.custom_vjp(value)
 
     def backward(gradients, cotangents):
-        of_objective, _ = cotangents
+        of_total, _ = cotangents
         dx, dtable = gradients
-        return (dx * of_objective.astype(dx.dtype), dtable * of_objective, None, None)
+        return (dx * of_total.astype(dx.dtype), dtable * of_total, None, None)
 
     loss.defvjp(with_gradients, backward)
     return loss
@@ -56,67 +55,75 @@ def make_loss(program: Program):
 class _Shard:
     """The work of one device, inside shard_map."""
 
-    def __init__(self, program: Program, subscripts: str, embed_axis: int):
-        config, self.shards = program.config, Shards(program.mesh)
-        self.vocab_size, self.z_loss, self.most = config.model.vocab_size, config.z_loss, config.loss_chunk_tokens
-        self.subscripts, self.embed_axis = subscripts, embed_axis
+    def __init__(self, program: Program):
+        config = program.config
+        self.collectives = Collectives(program.mesh)
+        self.vocab_size = config.model.vocab_size
+        self.z_loss = config.z_loss
+        self.chunk_tokens = config.loss_chunk_tokens
+        self.axes = program.output_axes
+        self.embed_axis = self.axes.index("embed")
+        self.table = self.axes[0][0] + self.axes[1][0]  # subscripts: 've' or 'ev'
         self.columns = config.model.padded_vocab_size // program.mesh.shape["tensor"]
 
     def value(self, x: Array, table: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
-        w = self.shards.gather(table.astype(x.dtype), self.embed_axis)
+        w = self.collectives.all_gather_param(table.astype(x.dtype), self.embed_axis)
 
         def one(sums, chunk):
             return jax.tree.map(jnp.add, sums, self.chunk(w, *chunk)[0]), None
 
-        sums, _ = self.over_chunks(one, (jnp.zeros(()),) * 2, x, targets, weights)
+        sums, _ = self.over_chunks(one, (jnp.zeros(()),) * 2, (x, targets, weights))
         return self.over_tokens(sums)
 
     def gradients(self, x: Array, table: Array, targets: Array, weights: Array):
-        w = self.shards.gather(table.astype(x.dtype), self.embed_axis)
+        w = self.collectives.all_gather_param(table.astype(x.dtype), self.embed_axis)
 
         def one(carry, chunk):
             sums, dw = carry
-            parts, dlogits_cv = self.chunk(w, *chunk)
-            dx_ce = jnp.einsum(f"cv,{self.subscripts}->ce", dlogits_cv, w, preferred_element_type=jnp.float32)
-            dx_ce = self.shards.sum(dx_ce, "tensor").astype(x.dtype)
-            dw += jnp.einsum(f"cv,ce->{self.subscripts}", dlogits_cv, chunk[0], preferred_element_type=jnp.float32)
-            return (jax.tree.map(jnp.add, sums, parts), dw), dx_ce
+            of_chunk, dlogits_cv = self.chunk(w, *chunk)
+            dx_ce = jnp.einsum(f"cv,{self.table}->ce", dlogits_cv, w, preferred_element_type=jnp.float32)
+            dx_ce = self.collectives.psum(dx_ce, "tensor").astype(x.dtype)
+            dw += jnp.einsum(f"cv,ce->{self.table}", dlogits_cv, chunk[0], preferred_element_type=jnp.float32)
+            return (jax.tree.map(jnp.add, sums, of_chunk), dw), dx_ce
 
         zero = ((jnp.zeros(()),) * 2, jnp.zeros(w.shape, jnp.float32))
-        (sums, dw), dx = self.over_chunks(one, zero, x, targets, weights)
-        return self.over_tokens(sums), (dx.reshape(x.shape), self.shards.scatter(dw, self.embed_axis))
+        (sums, dw), dx = self.over_chunks(one, zero, (x, targets, weights))
+        dtable = self.collectives.reduce_scatter_grad(dw, self.embed_axis)
+        return self.over_tokens(sums), (dx.reshape(x.shape), dtable)
 
     def chunk(self, w: Array, x_ce: Array, targets_c: Array, weights_c: Array):
-        """((objective, loss), gradient of the objective to the logits [c, v] in the type of x)."""
-        logits_cv = jnp.einsum(f"ce,{self.subscripts}->cv", x_ce, w, preferred_element_type=jnp.float32)
-        column = self.shards.index("tensor") * self.columns + jnp.arange(self.columns)
-        logits_cv = jnp.where(column < self.vocab_size, logits_cv, -jnp.inf)
-        top = self.shards.max(jnp.max(logits_cv, axis=1), "tensor")
-        log_z = top + jnp.log(self.shards.sum(jnp.sum(jnp.exp(logits_cv - top[:, None]), axis=1), "tensor"))
+        """((total loss, cross-entropy), gradient of the total loss to the logits [c, v] in the type of x)."""
+        first = self.collectives.index("tensor") * self.columns
+        logits_cv = unembed(x_ce, w, self.axes, vocab_size=self.vocab_size, first=first)
+        top_c1 = self.collectives.pmax(jnp.max(logits_cv, axis=1, keepdims=True), "tensor")
+        exp_sum_c1 = self.collectives.psum(jnp.sum(jnp.exp(logits_cv - top_c1), axis=1, keepdims=True), "tensor")
+        log_z_c1 = top_c1 + jnp.log(exp_sum_c1)
         # Picked by comparison: the target is in one of the shards.
-        is_target = column == targets_c[:, None]
-        target = self.shards.sum(jnp.sum(jnp.where(is_target, logits_cv, 0), axis=1), "tensor")
-        loss = jnp.sum(weights_c * (log_z - target))
-        objective = loss + self.z_loss * jnp.sum(weights_c * jnp.square(log_z)) if self.z_loss else loss
-        p_cv = jnp.exp(logits_cv - log_z[:, None])
-        dlogits_cv = weights_c[:, None] * (p_cv * (1 + 2 * self.z_loss * log_z[:, None]) - is_target)
-        return (objective, loss), dlogits_cv.astype(x_ce.dtype)
+        is_target_cv = first + jnp.arange(self.columns)[None] == targets_c[:, None]
+        target_c = self.collectives.psum(jnp.sum(jnp.where(is_target_cv, logits_cv, 0), axis=1), "tensor")
+        log_z_c = log_z_c1[:, 0]
+        loss = jnp.sum(weights_c * (log_z_c - target_c))
+        total = loss + self.z_loss * jnp.sum(weights_c * jnp.square(log_z_c)) if self.z_loss else loss
+        p_cv = jnp.exp(logits_cv - log_z_c1)
+        dlogits_cv = weights_c[:, None] * (p_cv * (1 + 2 * self.z_loss * log_z_c1) - is_target_cv)
+        return (total, loss), dlogits_cv.astype(x_ce.dtype)
 
-    def over_chunks(self, one, carry, x: Array, targets: Array, weights: Array):
-        """Folds `one` over equal chunks of at most `most` tokens, the fewest that there can be.
+    def over_chunks(self, one, carry, tokens: tuple[Array, Array, Array]):
+        """Folds `one` over equal chunks of (x, targets, weights), of at most loss_chunk_tokens and as few as possible.
 
-        The last is filled up with tokens of weight 0, fewer than there are chunks.
+        The last chunk is padded with tokens of weight 0, fewer than there are chunks.
         """
-        tokens = targets.size
-        chunks = -(-tokens // (self.most or tokens))
-        padding = -tokens % chunks
+        x, targets, weights = tokens
+        n = targets.size
+        chunks = -(-n // (self.chunk_tokens or n))
+        padding = -n % chunks
 
         def split(a: Array) -> Array:
             return jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)).reshape(chunks, -1, *a.shape[1:])
 
-        flat = (x.reshape(tokens, -1), targets.reshape(-1), weights.reshape(-1))
+        flat = (x.reshape(n, -1), targets.reshape(-1), weights.reshape(-1))
         carry, of_chunks = jax.lax.scan(one, carry, jax.tree.map(split, flat))
-        return carry, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:tokens], of_chunks)
+        return carry, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], of_chunks)
 
     def over_tokens(self, sums):
-        return jax.tree.map(lambda s: self.shards.sum(s, "fsdp", "context"), sums)
+        return jax.tree.map(lambda s: self.collectives.psum(s, "fsdp", "context"), sums)

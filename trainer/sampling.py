@@ -36,6 +36,6 @@ def make_generator(program: Program, *, temperature: float, top_k: int, top_p: f
     """The generator of a run's model; its context is no longer than the rows that the model was trained on."""
     config = program.config
     return Generator(
-        config.model, program.model, context=config.data.seq_len, temperature=temperature, top_k=top_k, top_p=top_p,
-        out_sharding=program.replicated,
+        config.model, program.model_of_compiler, context=config.data.seq_len,
+        temperature=temperature, top_k=top_k, top_p=top_p, out_sharding=program.replicated,
     )  # fmt: skip

@@ -119,7 +119,7 @@ def named(mesh: Mesh | AbstractMesh, *axes: str | None, rules: dict = RULES) -> 
     return NamedSharding(mesh, spec(axes, rules))
 
 
-def by_replica(mesh: Mesh, f: Callable, in_specs: Any, out_specs: Any) -> Callable:
+def by_replica(f: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
     """`f` on the rows of each replica of the model, that is by hand along `data`; the compiler splits the other axes.
 
     So what the replicas send each other is what `f` says, when it says it. For one replica it is `f` itself: in a
@@ -130,7 +130,7 @@ def by_replica(mesh: Mesh, f: Callable, in_specs: Any, out_specs: Any) -> Callab
     return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names={"data"}, check_vma=False)
 
 
-def by_device(mesh: Mesh, f: Callable, in_specs: Any, out_specs: Any) -> Callable:
+def by_device(f: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
     """`f` on the part of each device of a replica: by hand along all axes. Specs by REPLICA_RULES, without `data`."""
 
     def mapped(*arguments: Any) -> Any:

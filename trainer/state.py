@@ -10,10 +10,13 @@ from flax import nnx, traverse_util
 from jax import Array
 from jax.sharding import Mesh
 
+from data import batch
+from data.batch import Batch
+from model.partitioner import Partitioner
 from model.transformer import Transformer
 from trainer import optimizer, sharding, xla_options
 from trainer.config import Config
-from trainer.parallel.partitioner import MeshPlacement
+from trainer.parallel.partitioner import MeshPartitioner
 from trainer.reliability import divergence
 
 
@@ -34,7 +37,7 @@ class Program:
     """The static side of a run: graph definition, optimizer, shardings. Holds no arrays.
 
     Attributes:
-      placement: of the model's arrays on the mesh, and its attention kernel.
+      partitioner: of the model's arrays on the mesh, with its attention kernel.
       axes: the parameters' logical axes, a tree like params with tuples as leaves.
       moments: shardings of what the optimizer keeps of each parameter, a tree like params.
       params, state: abstract trees (ShapeDtypeStruct with sharding) of the parameters and of the whole TrainState.
@@ -42,12 +45,13 @@ class Program:
       num_params: without the rows that pad the vocabulary.
     """
 
-    def __init__(self, config: Config, mesh: Mesh):
-        self.config, self.mesh = config, mesh
+    def __init__(self, config: Config, mesh: Mesh, partitioner: MeshPartitioner | None = None):
+        self.config = config
+        self.mesh = mesh
         xla_options.use_precision(config.model.dtype, mesh)
-        self.placement = MeshPlacement(config, mesh)
-        abstract = nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(params=0)))
-        self.graph, variables = nnx.split(abstract, nnx.Param)
+        self.partitioner = partitioner or MeshPartitioner(config, mesh)
+        abstract, self.graph, variables = self._abstract(self.partitioner)
+        self._whole_graph = self._abstract(Partitioner())[1]
         flat = nnx.to_flat_state(variables)
         self.axes = traverse_util.unflatten_dict({path: v.get_metadata("axes") for path, v in flat})
         self.output_axes = abstract.output_axes
@@ -74,10 +78,33 @@ class Program:
         tables = 1 if config.model.tie_embeddings else 2
         self.num_params = sum(p.size for p in jax.tree.leaves(self.params)) - padding * config.model.embed_dim * tables
 
+    def _abstract(self, partitioner: Partitioner) -> tuple[Transformer, Any, Any]:
+        """The model with shapes in place of arrays; its graph definition; its parameters."""
+        model = nnx.eval_shape(lambda: Transformer(self.config.model, nnx.Rngs(params=0), partitioner))
+        return model, *nnx.split(model, nnx.Param)
+
     def _init(self, key: Array) -> TrainState:
         params = nnx.to_pure_dict(nnx.state(Transformer(self.config.model, nnx.Rngs(params=key)), nnx.Param))
         guard = divergence.init_guard(self.config.divergence)
         return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params), guard)
+
+    def abstract_batch(self, dtype: Any, rows: int | None = None, *, masked: bool | None = None) -> Batch:
+        """The shapes of a batch, to compile for.
+
+        Args:
+          dtype: of the token files.
+          rows: None: global_batch_size.
+          masked: whether it has loss_weights; None: as the loader makes batches to train on.
+        """
+        data = self.config.data
+        return batch.abstract(
+            self.config.global_batch_size if rows is None else rows,
+            data.seq_len,
+            dtype,
+            masked=data.packed if masked is None else masked,
+            documents=data.mask_documents,
+            sharding=sharding.named(self.mesh, "batch"),
+        )
 
     def init(self) -> TrainState:
         """The state before the first step, each device making only its own shards; the same values on any mesh."""
@@ -89,7 +116,12 @@ class Program:
         return jax.jit(lambda: divergence.init_guard(self.config.divergence), out_shardings=self.replicated)()
 
     def model(self, params: dict) -> Transformer:
+        """The model of one replica, inside sharding.by_replica."""
         return nnx.merge(self.graph, params)
+
+    def model_of_compiler(self, params: dict) -> Transformer:
+        """The same model as plain array code, which the compiler lays out on the mesh: for generation."""
+        return nnx.merge(self._whole_graph, params)
 
 
 def _like_params(tree: Any, params: dict, values: dict, other: Any) -> Any:

@@ -1,6 +1,7 @@
-"""What one device does with its parts of arrays, inside sharding.by_device: gather, sum, scatter over its replica.
+"""Collectives over the devices of one replica, inside sharding.by_device.
 
-Used where the layout must be exact rather than the compiler's choice: the embedding, the loss, a split sequence.
+They are used where the layout must be exact rather than the compiler's choice: the embedding, the loss, a sequence that
+is split.
 """
 
 import jax
@@ -11,12 +12,16 @@ from jax.sharding import Mesh
 from trainer.sharding import RULES
 
 
-class Shards:
-    """Collectives over the axes of `mesh` that have more than one device; others cost nothing."""
+class Collectives:
+    """Collectives over the axes of `mesh` that have more than one device; the others cost nothing.
+
+    Attributes:
+      fsdp_axes: the mesh axes that shard the embed axis of a parameter.
+    """
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
-        self.parts = self._several(RULES["embed"])  # what a parameter's embed axis is split over
+        self.fsdp_axes = self._several(RULES["embed"])
 
     def _several(self, axes) -> tuple[str, ...]:
         return tuple(a for a in axes if self.mesh.shape[a] > 1)
@@ -24,21 +29,21 @@ class Shards:
     def index(self, axis: str) -> Array | int:
         return jax.lax.axis_index(axis) if self.mesh.shape[axis] > 1 else 0
 
-    def sum(self, x: Array, *axes: str) -> Array:
+    def psum(self, x: Array, *axes: str) -> Array:
         axes = self._several(axes)
         return jax.lax.psum(self._summable(x), axes).astype(x.dtype) if axes else x
 
-    def max(self, x: Array, axis: str) -> Array:
+    def pmax(self, x: Array, axis: str) -> Array:
         return jax.lax.pmax(x, axis) if self.mesh.shape[axis] > 1 else x
 
     def _summable(self, x: Array) -> Array:
-        """On CPUs XLA sums bfloat16 in float32, but its pass that arranges it aborts in nested shard_maps."""
+        """On CPUs XLA sums bfloat16 in float32, but its pass that arranges this aborts in nested shard_maps."""
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         return x.astype(jnp.float32) if on_cpu and x.dtype == jnp.bfloat16 else x
 
-    def gather_sequence(self, x: Array, sums_dtype: jnp.dtype) -> Array:
-        """A device's part of rows [b, t / context, …] to all of them, in the order of the devices; the gradient is
-        summed over them in `sums_dtype`."""
+    def all_gather_sequence(self, x: Array, sums_dtype: jnp.dtype) -> Array:
+        """A device's shard of rows [b, t / context, …] to the rows, in the order of the devices; the gradient is
+        reduce-scattered in `sums_dtype`."""
 
         def gather(x: Array) -> Array:
             return jax.lax.all_gather(x, "context", axis=1, tiled=True)
@@ -49,17 +54,17 @@ class Shards:
 
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return gather(x)
-        whole = jax.custom_vjp(gather)
-        whole.defvjp(lambda x: (gather(x), None), backward)
-        return whole(x)
+        gathered = jax.custom_vjp(gather)
+        gathered.defvjp(lambda x: (gather(x), None), backward)
+        return gathered(x)
 
-    def gather(self, w: Array, axis: int) -> Array:
-        """A device's part of a parameter along `axis`, its embed axis, to all of it."""
-        return jax.lax.all_gather(w, self.parts, axis=axis, tiled=True) if self.parts else w
+    def all_gather_param(self, w: Array, axis: int) -> Array:
+        """A device's shard of a parameter to all of its embed axis, `axis`."""
+        return jax.lax.all_gather(w, self.fsdp_axes, axis=axis, tiled=True) if self.fsdp_axes else w
 
-    def scatter(self, dw: Array, axis: int) -> Array:
-        """The sum of the gradients of a whole parameter over the devices of a replica, each keeping its part: the
-        reverse of `gather`. (Replicas are summed once a step, in trainer/step.py.)"""
-        if self.parts:
-            dw = jax.lax.psum_scatter(dw, self.parts, scatter_dimension=axis, tiled=True)
+    def reduce_scatter_grad(self, dw: Array, axis: int) -> Array:
+        """The gradient of an unsharded parameter to the sum over the devices of a replica, each keeping its shard: the
+        reverse of `all_gather_param`. (Replicas are summed once a step, in trainer/step.py.)"""
+        if self.fsdp_axes:
+            dw = jax.lax.psum_scatter(dw, self.fsdp_axes, scatter_dimension=axis, tiled=True)
         return dw

@@ -6,17 +6,17 @@ from jax import Array
 from jax.sharding import Mesh
 
 from trainer import sharding
-from trainer.parallel.collectives import Shards
+from trainer.parallel.collectives import Collectives
 
 
-def lookup(mesh: Mesh, table: Array, index: Array, axes: tuple[str, str], dtype: jnp.dtype) -> Array:
+def embed(table: Array, ids: Array, *, mesh: Mesh, axes: tuple[str, str], dtype: jnp.dtype) -> Array:
     """Rows of `table` [n, embed], a parameter with logical axes `axes`, in `dtype`: [b, t] to [b, t, embed].
 
     The gradient of a row is the sum over all tokens that looked it up, which for a frequent one are thousands in a
     batch: summed in float32, whatever `dtype` is. Left to the compiler, which would split that sum along `embed`, every
     device would need the gradients of the whole batch.
     """
-    shards = Shards(mesh)
+    collectives = Collectives(mesh)
     split = sharding.RULES[axes[0]]  # of rows: the tensor axis for a vocabulary, none for positions
     assert split is None or isinstance(split, str)
     rows = table.shape[0] // (mesh.shape[split] if split else 1)
@@ -24,26 +24,26 @@ def lookup(mesh: Mesh, table: Array, index: Array, axes: tuple[str, str], dtype:
         sharding.spec(names, sharding.REPLICA_RULES) for names in (("batch", "seq"), ("batch", "seq", None), axes)
     )
 
-    def here(index: Array) -> tuple[Array, Array | bool]:
+    def local(ids: Array) -> tuple[Array, Array | bool]:
         """Indices into the rows of this device, and which of them are there."""
         if split is None or mesh.shape[split] == 1:
-            return index, True
-        index = index - shards.index(split) * rows
-        inside = (index >= 0) & (index < rows)
-        return jnp.where(inside, index, 0), inside[..., None]
+            return ids, True
+        ids = ids - collectives.index(split) * rows
+        inside = (ids >= 0) & (ids < rows)
+        return jnp.where(inside, ids, 0), inside[..., None]
 
-    def gather(table: Array, index: Array) -> Array:
-        at, inside = here(index)
-        found = jnp.where(inside, shards.gather(table.astype(dtype), axis=1)[at], 0)
-        return shards.sum(found, split) if split else found
+    def gather(table: Array, ids: Array) -> Array:
+        at, inside = local(ids)
+        found = jnp.where(inside, collectives.all_gather_param(table.astype(dtype), axis=1)[at], 0)
+        return collectives.psum(found, split) if split else found
 
-    def scatter(g: Array, index: Array) -> Array:
-        at, inside = here(index)
+    def scatter(g: Array, ids: Array) -> Array:
+        at, inside = local(ids)
         sums = jnp.zeros((rows, g.shape[-1]), jnp.float32).at[at].add(jnp.where(inside, g.astype(jnp.float32), 0))
-        return shards.scatter(sums, axis=1)
+        return collectives.reduce_scatter_grad(sums, axis=1)
 
-    gather_all = sharding.by_device(mesh, gather, (of_table, tokens), results)
-    scatter_all = sharding.by_device(mesh, scatter, (results, tokens), of_table)
-    look = jax.custom_vjp(gather_all)
-    look.defvjp(lambda table, index: (gather_all(table, index), index), lambda index, g: (scatter_all(g, index), None))
-    return look(table, index)
+    gather_all = sharding.by_device(gather, mesh, (of_table, tokens), results)
+    scatter_all = sharding.by_device(scatter, mesh, (results, tokens), of_table)
+    looked_up = jax.custom_vjp(gather_all)
+    looked_up.defvjp(lambda table, ids: (gather_all(table, ids), ids), lambda ids, g: (scatter_all(g, ids), None))
+    return looked_up(table, ids)

@@ -1,6 +1,7 @@
-"""The model's arrays and attention on a mesh: what each device holds, what is gathered, which kernel runs."""
+"""The model on a mesh: what each device holds, what is gathered, and which attention kernel runs."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,46 +11,52 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model import kernels
-from model.partitioner import Placement
+from model.context import Context
+from model.kernels import AttentionSpec, Mask
+from model.partitioner import Partitioner
 from trainer import sharding
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.parallel import embedding, random_bits
-from trainer.parallel.collectives import Shards
+from trainer.parallel.collectives import Collectives
 
 
-def balanced_order(seq_len: int, parts: int) -> np.ndarray:
-    """The order of positions in which `parts` equal shards of a sequence have the same work under a causal mask.
+def zigzag_order(seq_len: int, shards: int) -> np.ndarray:
+    """The order of a row's tokens in which `shards` equal shards have the same work under a causal mask.
 
-    Shard i gets pieces i and 2 parts - 1 - i of 2 parts pieces: an early one, which sees little, and a late one (as in
-    Llama 3's context parallelism, Grattafiori et al., 2024, section 3.3.2). int32 [seq_len].
+    Shard i gets blocks i and 2 shards - 1 - i of 2 shards blocks: an early one, which sees few keys, and a late one (as
+    in Llama 3's context parallelism, Grattafiori et al., 2024, section 3.3.2). int32 [seq_len].
     """
-    pieces = np.arange(seq_len, dtype=np.int32).reshape(2 * parts, -1)
-    return np.concatenate([pieces[[i, 2 * parts - 1 - i]].reshape(-1) for i in range(parts)])
+    blocks = np.arange(seq_len, dtype=np.int32).reshape(2 * shards, -1)
+    return np.concatenate([blocks[[i, 2 * shards - 1 - i]].reshape(-1) for i in range(shards)])
 
 
-class MeshPlacement(Placement):
-    """Placement on `mesh` by the rules of trainer/sharding.py.
+class MeshPartitioner(Partitioner):
+    """The partitioner of `mesh`, by the rules of trainer/sharding.py.
 
-    It is that of one replica of the model, inside sharding.by_replica. Parameters are gathered along `embed` for the
-    layer that uses them and no longer, in the type it computes in; their gradients go straight to the parts
-    (reduce-scatter), in optimizer.gradients_dtype. With a context axis the keys and values of a row are gathered for
-    its queries, whose shards have equal work.
+    It is that of one replica of the model, inside sharding.by_replica. Parameters are all-gathered along `embed` just
+    before use, in the compute dtype; their gradients are reduce-scattered, in optimizer.gradients_dtype. With a context
+    axis the keys and values of a row are all-gathered for its queries, whose shards have equal work.
+
+    Args:
+      gathers_params: as of Partitioner; None: as the mesh says.
 
     Attributes:
       kernel, reason: the attention kernel and why it is that one.
-      order: int32 [seq_len], the positions of a row in the order that they lie on the devices; None: 0, 1, ….
+      order: int32 [seq_len], the index of each token of a row in the order of the devices; None: 0, 1, ….
 
     Raises:
       ConfigError: no kernel can honour the configuration.
     """
 
-    def __init__(self, config: Config, mesh: Mesh):
-        self.mesh, self.config, self.shards = mesh, config, Shards(mesh)
+    def __init__(self, config: Config, mesh: Mesh, *, gathers_params: bool | None = None):
+        self.mesh = mesh
+        self.config = config
+        self.collectives = Collectives(mesh)
         self.context = mesh.shape["context"]
-        self.splits_sequence = self.context > 1
-        self.regathers = mesh.shape["fsdp"] * self.context > 1
-        self.order = balanced_order(config.data.seq_len, self.context) if self.splits_sequence else None
+        self.context_parallel = self.context > 1
+        self.gathers_params = bool(self.collectives.fsdp_axes) if gathers_params is None else gathers_params
+        self.order = zigzag_order(config.data.seq_len, self.context) if self.context_parallel else None
         self.documents = config.data.mask_documents
         try:
             self.kernel, self.reason = kernels.choose(
@@ -67,35 +74,38 @@ class MeshPlacement(Placement):
         here = sharding.named(sharding.mesh_here(self.mesh), *axes, rules=sharding.REPLICA_RULES)
         return jax.lax.with_sharding_constraint(x, here)
 
-    def weight(self, w: Array, axes: tuple[str, ...], dtype: jnp.dtype) -> Array:
-        if not self.regathers:
+    def gather_param(self, w: Array, axes: tuple[str, ...], dtype: jnp.dtype) -> Array:
+        if not self.gathers_params:
             return w.astype(dtype)
-        weight = jax.custom_vjp(lambda w: self._whole(w, axes, dtype))
-        # Not weight(w), which would hide the whole array from remat, and be kept for the backward pass.
-        weight.defvjp(
-            lambda w: (self._whole(w, axes, dtype), None), lambda _, g: (self._part(g, axes).astype(w.dtype),)
+        gathered = jax.custom_vjp(lambda w: self._gathered(w, axes, dtype))
+        # Not gathered(w), which would hide the gathered array from remat, and it would be kept for the backward pass.
+        gathered.defvjp(
+            lambda w: (self._gathered(w, axes, dtype), None),
+            lambda _, g: (self._scattered(g, axes).astype(w.dtype),),
         )
-        return weight(w)
+        return gathered(w)
 
     def linear(self, x: Array, w: Array, b: Array | None, axes: tuple[str, str]) -> Array:
-        """The gradient of autodiff has the type of x: where that is narrower than the sums over devices are to be, it
-        would be rounded before them, and is written out. The products are the same."""
+        """The gradient of autodiff has the type of x. If that is narrower than the type in which gradients are summed
+        over devices, it would be rounded before the sum, so it is written out. The products are the same."""
         dtype = self.sums_dtype(x.dtype)
         if x.dtype == dtype:
             return super().linear(x, w, b, axes)
 
         def forward(x: Array, w: Array, b: Array | None):
-            whole = self._whole(w, axes, x.dtype)
-            y = x @ whole
-            return (y if b is None else y + self._whole(b, axes[1:], x.dtype)), (x, whole)
+            gathered = self._gathered(w, axes, x.dtype)
+            y = x @ gathered
+            if b is not None:
+                y = y + self._gathered(b, axes[1:], x.dtype).reshape((1,) * (y.ndim - 1) + b.shape)
+            return y, (x, gathered)
 
         def backward(kept, g: Array):
-            x, whole = kept
+            x, gathered = kept
             tokens = tuple(range(x.ndim - 1))
-            dx = jax.lax.dot_general(g, whole, (((x.ndim - 1,), (1,)), ((), ())))
+            dx = jax.lax.dot_general(g, gathered, (((x.ndim - 1,), (1,)), ((), ())))
             dw = jax.lax.dot_general(g, x, ((tokens, tokens), ((), ())), preferred_element_type=dtype).T
-            db = None if b is None else self._part(g.astype(dtype).sum(tokens), axes[1:]).astype(b.dtype)
-            return dx, self._part(dw, axes).astype(w.dtype), db
+            db = None if b is None else self._scattered(g.astype(dtype).sum(tokens), axes[1:]).astype(b.dtype)
+            return dx, self._scattered(dw, axes).astype(w.dtype), db
 
         linear = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
         linear.defvjp(forward, backward)
@@ -110,40 +120,42 @@ class MeshPlacement(Placement):
         if self.mesh.shape["data"] == 1:
             return gradients
         dtype = self.sums_dtype(self.config.model.dtype)
-        return jax.tree.map(lambda g: self.shards.sum(g.astype(dtype), "data").astype(g.dtype), gradients)
+        return jax.tree.map(lambda g: self.collectives.psum(g.astype(dtype), "data").astype(g.dtype), gradients)
 
-    def _whole(self, w: Array, axes: tuple[str, ...], dtype: jnp.dtype) -> Array:
-        """The cast comes before the gathering, which then moves half the bytes."""
+    def _gathered(self, w: Array, axes: tuple[str, ...], dtype: jnp.dtype) -> Array:
+        """The cast comes before the all-gather, which then moves half the bytes."""
         w = w.astype(dtype)
-        if not self.regathers:
+        if not self.gathers_params:
             return w
         return self.constrain(self.constrain(w, axes), tuple(None if a == "embed" else a for a in axes))
 
-    def _part(self, g: Array, axes: tuple[str, ...]) -> Array:
+    def _scattered(self, g: Array, axes: tuple[str, ...]) -> Array:
         """The gradient is given the layout of the parameter before anything else, so that its sum over devices is a
         reduce-scatter."""
-        return self.constrain(g, axes) if self.regathers else g
+        return self.constrain(g, axes) if self.gathers_params else g
 
     def bernoulli(self, key: Array, p: Array | float, shape: tuple[int, ...]) -> Array:
-        """Those of this replica's rows out of those of all, which are the same on any mesh."""
-        replicas = self.mesh.shape["data"]
-        if replicas == 1:
+        """The bools of this replica's rows out of those of the whole batch, which are the same on any mesh."""
+        if self.mesh.shape["data"] == 1:
             return super().bernoulli(key, p, shape)
         return random_bits.bernoulli_rows(key, p, shape, jax.lax.axis_index("data") * shape[0])
 
-    def lookup(self, table: Array, index: Array, axes: tuple[str, str], dtype: jnp.dtype) -> Array:
-        return embedding.lookup(self.mesh, table, index, axes, dtype)
+    def embed(self, table: Array, ids: Array, axes: tuple[str, str], dtype: jnp.dtype) -> Array:
+        return embedding.embed(table, ids, mesh=self.mesh, axes=axes, dtype=dtype)
 
-    def attend(self, q, k, v, places, starts, rate, key):
-        by_shard = self.kernel != "xla" or self.context > 1
-        # Plain array code on whole rows is split by the compiler, and its dropout is the same on any mesh.
-        plain = functools.partial(kernels.xla, rate=rate, key=key, bernoulli=self.bernoulli)
-        compute = self._attend_by_shard if by_shard else plain
+    def attention(self, q: Array, k: Array, v: Array, ctx: Context, spec: AttentionSpec) -> Array:
+        if self.kernel == "xla" and not self.context_parallel:
+            # Plain array code is split by the compiler, and its dropout is the same on any mesh. The rate of dropout
+            # is no argument of what is rematerialized, so that a constant stays one.
+            attend = super().attention
+        else:
+            attend = self._attention_by_shard
+        compute: Callable[..., Array] = functools.partial(attend, ctx=ctx, spec=spec)
         if self.config.model.remat == "attention":
             compute = jax.checkpoint(compute)
-        return compute(q, k, v, places, starts)
+        return compute(q, k, v)
 
-    def _attend_by_shard(self, q: Array, k: Array, v: Array, places: Array, starts: Array | None) -> Array:
+    def _attention_by_shard(self, q: Array, k: Array, v: Array, ctx: Context, spec: AttentionSpec) -> Array:
         """A kernel on each device, with its rows, heads and queries, and all keys and values of those rows."""
         heads, rows, seq = (
             sharding.spec(names, sharding.REPLICA_RULES)
@@ -151,30 +163,31 @@ class MeshPlacement(Placement):
         )
         splash, splash_spec = self._splash(q.shape[2]) if self.kernel == "splash" else (None, None)
 
-        def attend(splash, q, k, v, places, starts):
-            all_starts = starts
-            if self.context > 1:
+        def attention(splash, qkv, index, segment_ids):
+            q, k, v = qkv
+            key_segment_ids = segment_ids
+            if self.context_parallel:
                 k, v = (self._in_order(x) for x in (k, v))
-                all_starts = None if starts is None else self._in_order(starts)
+                key_segment_ids = None if segment_ids is None else self._in_order(segment_ids)
+            mask = Mask(index, segment_ids, key_segment_ids)
             if self.kernel == "splash":
-                return kernels.splash(splash, q, k, v, starts, all_starts)
-            if self.kernel == "cudnn":
-                return kernels.cudnn(q, k, v)
-            return kernels.xla(q, k, v, places, starts)
+                return kernels.splash(splash, q, k, v, mask, spec=spec)
+            return kernels.cudnn(q, k, v, spec) if self.kernel == "cudnn" else kernels.xla(q, k, v, mask, spec)
 
-        in_specs = (splash_spec, heads, heads, heads, seq, rows)
-        return sharding.by_device(self.mesh, attend, in_specs, heads)(splash, q, k, v, places, starts)
+        by_device = sharding.by_device(attention, self.mesh, (splash_spec, heads, seq, rows), heads)
+        return by_device(splash, (q, k, v), ctx.index, ctx.segment_ids)
 
     def _in_order(self, x: Array) -> Array:
-        """A device's part [b, t / context, …] of a row to the whole row in its natural order."""
+        """A device's shard [b, t / context, …] of a row to the row in the order of its tokens."""
         assert self.order is not None
-        whole = self.shards.gather_sequence(x, self.sums_dtype(x.dtype))
-        pieces = whole.reshape(x.shape[0], 2 * self.context, -1, *x.shape[2:])
-        of_piece = self.order.reshape(2 * self.context, -1)[:, 0].argsort()
-        return pieces[:, of_piece].reshape(whole.shape)
+        gathered = self.collectives.all_gather_sequence(x, self.sums_dtype(x.dtype))
+        blocks = gathered.reshape(x.shape[0], 2 * self.context, -1, *x.shape[2:])
+        order = self.order.reshape(2 * self.context, -1)[:, 0].argsort()
+        return blocks[:, order].reshape(gathered.shape)
 
     def _splash(self, heads: int):
-        t = self.config.data.seq_len
-        places = np.arange(t, dtype=np.int32) if self.order is None else self.order
-        kernel = kernels.splash_kernel(places, heads // self.mesh.shape["tensor"], self.context, self.documents)
+        index = np.arange(self.config.data.seq_len, dtype=np.int32) if self.order is None else self.order
+        kernel = kernels.splash_kernel(
+            index, heads // self.mesh.shape["tensor"], context=self.context, documents=self.documents
+        )
         return kernel, kernel.manual_sharding_spec(NamedSharding(self.mesh, PartitionSpec(None, "context")))

@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data.batch import Batch
 from model.config import ModelConfig
 from trainer import sharding
 from trainer.config import Config, MeshConfig
 from trainer.errors import ConfigError
-from trainer.evaluation import part_rows
+from trainer.evaluation import microbatch_rows
+from trainer.parallel.partitioner import MeshPartitioner
 from trainer.planning import hlo
 from trainer.planning.topology import Topology
 from trainer.reporting import flops
@@ -90,25 +92,22 @@ def lower(config: Config, devices: list[jax.Device]) -> tuple[Program, Any]:
     """The program and its train step, lowered for `devices`, which may be absent. Raises ConfigError as make_mesh."""
     program = Program(config, sharding.make_mesh(config, devices))
     seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=program.replicated)
-    return program, make_train_step(program).lower(program.state, _tokens(program, config.global_batch_size), seed)
+    return program, make_train_step(program).lower(program.state, program.abstract_batch(_dtype(config)), seed)
 
 
-def _tokens(program: Program, rows: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(
-        (rows, program.config.data.seq_len + 1),
-        jnp.uint16 if program.config.model.vocab_size <= 1 << 16 else jnp.uint32,
-        sharding=sharding.named(program.mesh, "batch"),
-    )
+def _dtype(config: Config) -> Any:
+    """Of token files with this vocabulary."""
+    return jnp.uint16 if config.model.vocab_size <= 1 << 16 else jnp.uint32
 
 
 def lower_beside(program: Program) -> dict[str, Any]:
     """What a run does between its steps, lowered: evaluation, and sampling from a prompt of one token."""
     sample, batch = program.config.sample, sharding.named(program.mesh, "batch")
-    rows = part_rows(program.config, batch)
-    lengths = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=batch)
+    rows = microbatch_rows(program.config, batch)
+    evaluated = program.abstract_batch(_dtype(program.config), rows, masked=True)
     generator = make_generator(program, temperature=sample.temperature, top_k=sample.top_k, top_p=sample.top_p)
     return {
-        "evaluation": make_eval_step(program).lower(program.params, _tokens(program, rows), lengths),
+        "evaluation": make_eval_step(program).lower(program.params, evaluated),
         "sampling": generator.lower(program.params, rows=1, wanted=1 + sample.max_new_tokens),
     }
 
@@ -153,7 +152,7 @@ def make(config: Config, topology: Topology) -> Plan:
     memory["activations"] = min(memory["activations"], max(0, peak - state))
     memory["temporary"] = max(0, peak - sum(memory.values()))
     share = config.tokens_per_step / program.mesh.size
-    flash = program.placement.kernel != "xla"
+    flash = program.partitioner.kernel != "xla"
     model_flops = share * flops.flops_per_token(config)
     hardware_flops = share * flops.hardware_flops_per_token(config, flash=flash)
     seconds = {"compute": hardware_flops / chip.flops, "memory": traffic(program) / chip.hbm}
@@ -163,7 +162,7 @@ def make(config: Config, topology: Topology) -> Plan:
         seconds[name] = seconds.get(name, 0.0) + row.sent / bandwidth
     return Plan(
         config, topology.name, topology.num_slices, program.mesh.size, dict(program.mesh.shape),
-        program.placement.kernel, program.num_params, chip.memory, peak, memory, rows, model_flops, hardware_flops,
+        program.partitioner.kernel, program.num_params, chip.memory, peak, memory, rows, model_flops, hardware_flops,
         seconds, compile_s, beside,
     )  # fmt: skip
 
@@ -209,8 +208,8 @@ def kept_activations(program: Program, device: jax.Device) -> int:
     config, mesh = program.config, program.mesh.shape
     model, tensor = config.model, mesh["tensor"]
     local = dataclasses.replace(
-        model, num_heads=model.num_heads // tensor, num_kv_heads=model.kv_heads // tensor, head_dim=model.width_of_head,
-        mlp_dim=model.hidden_dim // tensor,
+        model, num_heads=model.num_heads // tensor, num_kv_heads=model.kv_heads // tensor, head_dim=model.head_size,
+        mlp_dim=model.mlp_size // tensor,
     )  # fmt: skip
     seq_len = config.data.seq_len // mesh["context"]
     rows = config.global_batch_size // config.grad_accum_steps // (mesh["data"] * mesh["fsdp"])
@@ -218,15 +217,14 @@ def kept_activations(program: Program, device: jax.Device) -> int:
         config, model=local, data=dataclasses.replace(config.data, seq_len=seq_len), grad_accum_steps=1,
         global_batch_size=rows, mesh=MeshConfig(data=1),
     )  # fmt: skip
-    shard = Program(one, sharding.make_mesh(one, [device]))
-    shard.placement.regathers = program.placement.regathers
-    tokens = jax.ShapeDtypeStruct((rows, seq_len + 1), jnp.int32)
-    weights = jax.ShapeDtypeStruct((rows, seq_len), jnp.float32)
+    one_device = sharding.make_mesh(one, [device])
+    partitioner = MeshPartitioner(one, one_device, gathers_params=program.partitioner.gathers_params)
+    shard = Program(one, one_device, partitioner)
 
-    def residuals(params: dict, tokens: Any, weights: Any) -> Any:
-        return jax.vjp(lambda p: forward(shard, p, tokens, weights)[0], params)[1]
+    def residuals(params: dict, batch: Batch) -> Any:
+        return jax.vjp(lambda p: forward(shard, p, batch.widened()).hidden, params)[1]
 
-    kept = jax.eval_shape(residuals, shard.params, tokens, weights)
+    kept = jax.eval_shape(residuals, shard.params, shard.abstract_batch(jnp.int32))
     not_activations = {(p.shape, p.dtype) for p in jax.tree.leaves(shard.params)}
     leaves = [x for x in jax.tree.leaves(kept) if (x.shape, x.dtype) not in not_activations]
     return sum(x.size * x.dtype.itemsize for x in leaves)
@@ -252,8 +250,8 @@ def traffic(program: Program) -> float:
 
 def _widths(model: ModelConfig, tensor: int) -> float:
     """Elements a token writes in a layer: norms and residuals, queries to attention's output, feed-forward."""
-    heads = (2 * model.num_heads + 2 * model.kv_heads) * model.width_of_head
-    hidden = (3 if model.gated else 2) * model.hidden_dim
+    heads = (2 * model.num_heads + 2 * model.kv_heads) * model.head_size
+    hidden = (3 if model.gated else 2) * model.mlp_size
     return 4 * model.embed_dim + (heads + hidden) / tensor
 
 

@@ -88,7 +88,7 @@ def weigh(config: Config, topology: Topology) -> float | None:
 
     residual = model.num_layers * tokens * model.embed_dim * itemsize
     weights = flops.matmul_params(config) / mesh["tensor"]
-    summed = program.placement.sums_dtype(model.dtype).itemsize
+    summed = program.partitioner.sums_dtype(model.dtype).itemsize
     sent = {
         # Of each part of the batch: gathered forward and backward, and its gradient scattered.
         "fsdp": (2 * itemsize + summed) * weights * ring("fsdp", "context") * config.grad_accum_steps,
@@ -96,7 +96,7 @@ def weigh(config: Config, topology: Topology) -> float | None:
         # Once a step, of the parts of a replica.
         "data": 2 * summed * params_of_a_device(program) * ring("data"),
     }
-    flash = program.placement.kernel != "xla"
+    flash = program.partitioner.kernel != "xla"
     compute = config.tokens_per_step / program.mesh.size * flops.hardware_flops_per_token(config, flash=flash)
     seconds = [compute / chip.flops, plan.traffic(program) / chip.hbm]
     seconds += [

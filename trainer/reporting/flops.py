@@ -23,12 +23,12 @@ FORMULA = "6 P + 12 L H Q T (attention counted full, nothing recomputed)"  # the
 
 def attention_params(model: ModelConfig) -> int:
     """Parameters of one layer's query, key, value and output projections."""
-    return 2 * model.embed_dim * model.width_of_head * (model.num_heads + model.kv_heads)
+    return 2 * model.embed_dim * model.head_size * (model.num_heads + model.kv_heads)
 
 
 def mlp_params(model: ModelConfig) -> int:
     """Parameters of one layer's feed-forward: up and down, and the gate where there is one."""
-    return (3 if model.gated else 2) * model.embed_dim * model.hidden_dim
+    return (3 if model.gated else 2) * model.embed_dim * model.mlp_size
 
 
 def head_params(model: ModelConfig) -> int:
@@ -45,7 +45,7 @@ def matmul_params(config: Config) -> int:
 def attention_flops_per_token(config: Config) -> int:
     """2 L H Q T: one of attention's two products in the forward pass, in all layers, with all T keys."""
     model = config.model
-    return 2 * model.num_layers * model.num_heads * model.width_of_head * config.data.seq_len
+    return 2 * model.num_layers * model.num_heads * model.head_size * config.data.seq_len
 
 
 def flops_per_token(config: Config, *, causal: bool = False) -> int:
@@ -78,7 +78,7 @@ def hardware_flops_per_token(config: Config, *, flash: bool = False) -> int:
     """
     model, attention = config.model, attention_flops_per_token(config)
     layer = attention_params(model) + mlp_params(model)
-    last = model.embed_dim * model.hidden_dim
+    last = model.embed_dim * model.mlp_size
     weights_again = 2 * model.num_layers * (layer - last) if model.remat in ("full", "offload") else 0
     if flash:
         products = 7 + (0 if model.remat == "none" else 2)

@@ -30,7 +30,7 @@ def page(config: Config, program: Program, windows: MixedWindows, data: Sources)
         f"{program.num_params:,}", model.dtype, xla_options.precision_shown(),
         "scanned" if model.scan_layers else "unrolled", model.remat,
     )  # fmt: skip
-    log.info("attention %s (%s)", program.placement.kernel, program.placement.reason)
+    log.info("attention %s (%s)", program.partitioner.kernel, program.partitioner.reason)
     for line in parameter_table(program):
         log.info("          %s", line)
     share = sharding.replicated_share(program.params, mesh)

@@ -1,0 +1,82 @@
+"""A batch: what goes from the loader through the step and the model to the loss."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["inputs", "targets", "loss_weights", "positions", "segment_ids"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Arrays [rows, seq_len] of NumPy or JAX, or their shapes. What a run does not need is None and costs nothing.
+
+    Attributes:
+      inputs: token ids, in the type of the files until `widened`.
+      targets: the token that follows each input.
+      loss_weights: how much each target counts, bool or float; None: all count the same.
+      positions: int32, the position of each input in its document; None: in its row.
+      segment_ids: int32, equal for two inputs of a row if and only if they are of one document; None: a row is one.
+    """
+
+    inputs: Any
+    targets: Any
+    loss_weights: Any = None
+    positions: Any = None
+    segment_ids: Any = None
+
+    def replace(self, **changes: Any) -> "Batch":
+        return dataclasses.replace(self, **changes)
+
+    def widened(self) -> "Batch":
+        """The types that the step computes with. Files and transfers keep two bytes a token, and one a weight."""
+        weights = None if self.loss_weights is None else self.loss_weights.astype(np.float32)
+        ids = {name: getattr(self, name).astype(np.int32) for name in ("inputs", "targets")}
+        return self.replace(**ids, loss_weights=weights)
+
+
+def from_tokens(tokens: np.ndarray, *, loss_mask: np.ndarray | None = None, document_end: int | None = None) -> Batch:
+    """The batch of rows of text.
+
+    Args:
+      tokens: [rows, seq_len + 1]; each but the first is the target of the one before it.
+      loss_mask: bool [rows, seq_len], which targets count.
+      document_end: the token that ends a document and belongs to it, if documents are masked from each other.
+    """
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    if document_end is None:
+        return Batch(inputs, targets, loss_mask)
+    positions, segment_ids = documents(inputs, document_end)
+    return Batch(inputs, targets, loss_mask, positions, segment_ids)
+
+
+def documents(inputs: np.ndarray, document_end: int) -> tuple[np.ndarray, np.ndarray]:
+    """(positions, segment_ids), int32 [rows, seq_len]: of a token in its document, and of the document in its row."""
+    begins = np.zeros(inputs.shape, bool)
+    begins[:, 1:] = inputs[:, :-1] == document_end
+    index = np.arange(inputs.shape[1], dtype=np.int32)[None]
+    first = np.maximum.accumulate(np.where(begins, index, 0), axis=1)
+    return index - first, np.cumsum(begins, axis=1, dtype=np.int32)
+
+
+def abstract(rows: int, seq_len: int, dtype: Any, *, masked: bool, documents: bool, sharding: Any) -> Batch:
+    """The shapes of a batch, to compile for.
+
+    Args:
+      dtype: of the token files.
+      masked: whether the loader says which targets count (data.packed).
+      documents: whether documents are masked from each other (data.mask_documents).
+    """
+
+    def shape(dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, seq_len), dtype, sharding=sharding)
+
+    weights = shape(np.bool_) if masked else None
+    of_documents = shape(np.int32) if documents else None
+    return Batch(shape(dtype), shape(dtype), weights, of_documents, of_documents)

@@ -1,0 +1,58 @@
+"""What a forward pass carries beside the activations: which token is where, dropout, and what layers report."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from model.dropout import NO_DROPOUT, Dropout
+
+
+class Aux(NamedTuple):
+    """What layers report beside their result: float32 scalars by name, means over the tokens of the batch.
+
+    Attributes:
+      losses: are added to the loss that has the gradient, as the load-balancing loss of experts is.
+      metrics: are shown as train/NAME.
+    """
+
+    losses: dict[str, Array]
+    metrics: dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Of one forward pass; b rows of t tokens.
+
+    Attributes:
+      index: int32 [t], the index of each token in its row. A token sees those of a lower index; it is also where the
+        cache keeps the token. Tokens may lie in another order than that of their index (see Partitioner).
+      positions: int32 [b, t] or [1, t], the position of each token in its document.
+      segment_ids: int32 [b, t], the document of each token; None: a row is one document.
+      dropout: of the layer that is computed.
+      aux: what the layer reports.
+    """
+
+    index: Array
+    positions: Array
+    segment_ids: Array | None = None
+    dropout: Dropout = NO_DROPOUT
+    aux: Aux = dataclasses.field(default_factory=lambda: Aux({}, {}))
+
+    def of_layer(self, key: Array | None) -> "Context":
+        """The same tokens, for a layer with its own dropout key and reports."""
+        return dataclasses.replace(self, dropout=self.dropout._replace(key=key), aux=Aux({}, {}))
+
+    def with_dropout(self, dropout: Dropout) -> "Context":
+        """The same tokens and reports, with the dropout of a part of the layer."""
+        return dataclasses.replace(self, dropout=dropout)
+
+    def report_loss(self, name: str, value: Array) -> None:
+        """Adds `value`, a scalar, to the loss; the layers' values of one name are summed."""
+        self.aux.losses[name] = value.astype(jnp.float32)
+
+    def report_metric(self, name: str, value: Array) -> None:
+        """Shows `value`, a scalar, as train/NAME: the mean over the layers that report it."""
+        self.aux.metrics[name] = jax.lax.stop_gradient(value).astype(jnp.float32)
