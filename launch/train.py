@@ -136,7 +136,7 @@ def train(
             deaf=lambda error: leave_deaf(error, processes, locks),
         )
         listening.connect(lambda: processes.request(STOP))
-        trainer = Trainer(config, run, data, processes, dog, mirror)
+        trainer = Trainer(config, run, data, processes, dog, mirror=mirror)
         finished = trainer.train()
         processes.close()
         return finished

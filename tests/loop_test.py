@@ -1,13 +1,14 @@
-"""The loop, with faults put into what it calls: what is saved first, what is owed, what a run goes back to."""
+"""The loop, with faults put into what it calls: what is saved first, what stays pending, where a rollback goes."""
 
 import logging
 import math
 import pathlib
 
 import jax
+import numpy as np
 import pytest
 
-from data import sources
+from data import loader, sources
 from tests import runs
 from tests.checkpoint_test import flip_a_bit_in_the_parameters
 from trainer import loop, sharding
@@ -58,7 +59,7 @@ def make(tmp_path, data, monkeypatch):
         dog.close()  # only its phases are of use here
         place = config.checkpoint.mirror
         mirror = loop.Mirror(place, run / "checkpoints", config) if place else None
-        trainer = loop.Trainer(config, run, found, Processes(), dog, mirror)
+        trainer = loop.Trainer(config, run, found, Processes(), dog, mirror=mirror)
         trainer.processes.listen(asked=lambda: None, too_early=lambda: None, deaf=lambda error: None)
         return trainer
 
@@ -81,10 +82,10 @@ def looked(run: pathlib.Path) -> tuple[list[int], list[int]]:
 def failing(monkeypatch, what: str, at: int, error: Exception) -> None:
     real = getattr(loop.Trainer, what)
 
-    def fail(self, step, *rest):
-        if step == at:
+    def fail(self, cursor, *rest, **named):
+        if cursor.step == at:
             raise error
-        return real(self, step, *rest)
+        return real(self, cursor, *rest, **named)
 
     monkeypatch.setattr(loop.Trainer, what, fail)
 
@@ -94,7 +95,7 @@ def failing(monkeypatch, what: str, at: int, error: Exception) -> None:
     [("_evaluate", 4, OUT_OF_MEMORY), ("_evaluate", STEPS, OUT_OF_MEMORY), ("_sample", STEPS, ValueError("anything"))],
     ids=["evaluation", "last evaluation", "last sample"],
 )
-def test_what_fails_when_a_state_is_looked_at_costs_no_checkpoint_and_is_owed(make, monkeypatch, what, at, error):
+def test_a_failed_evaluation_or_sample_costs_no_checkpoint_and_stays_pending(make, monkeypatch, what, at, error):
     with monkeypatch.context() as patched:
         failing(patched, what, at, error)
         trainer = make()
@@ -108,8 +109,8 @@ def test_what_fails_when_a_state_is_looked_at_costs_no_checkpoint_and_is_owed(ma
         assert not again.has_stepped, "it is the first thing that a start does"
     trainer = make()
     assert trainer.train()
-    assert looked(trainer.run) == ([2, 4, 6, 8], [4, 8])
-    assert [r["step"] for r in runs.rows(trainer.run) if "train/loss" in r] == list(range(1, STEPS + 1))
+    assert looked(trainer.run_dir) == ([2, 4, 6, 8], [4, 8])
+    assert [r["step"] for r in runs.rows(trainer.run_dir) if "train/loss" in r] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize("at", [3, 4])
@@ -117,17 +118,17 @@ def test_a_stop_in_an_evaluation_saves_once_and_waits_for_it(make, monkeypatch, 
     """After step 3 no save is due, after step 4 one is under way: either is there when the process leaves."""
     real, often = loop.evaluate, {"eval__every_steps": 1, "eval__num_windows": 64}
 
-    def evaluate(*arguments):
+    def evaluate(*arguments, **named):
         if trainer.watchdog._mark.step == at:
             trainer.processes.request(STOP)
-        return real(*arguments)
+        return real(*arguments, **named)
 
     with monkeypatch.context() as patched:
         patched.setattr(loop, "evaluate", evaluate)
         trainer = make(**often)
         assert trainer.train() is False and steps(trainer)[-1] == at
     assert make(**often).train()
-    assert looked(trainer.run)[0] == list(range(1, STEPS + 1))
+    assert looked(trainer.run_dir)[0] == list(range(1, STEPS + 1))
 
 
 def not_finite_at(monkeypatch, at: int, value: float, make, **fields) -> loop.Trainer:
@@ -162,9 +163,9 @@ def test_a_rollback_goes_behind_a_state_without_a_finite_loss(make, monkeypatch)
     trainer = not_finite_at(monkeypatch, 6, math.nan, make, divergence__not_finite="rollback")
     assert trainer.train()
     assert steps(trainer) == [2, 4, 6, 8] and aside(trainer) == [6]
-    (event,) = [r for r in runs.rows(trainer.run) if "event/rollback_from" in r]
+    (event,) = [r for r in runs.rows(trainer.run_dir) if "event/rollback_from" in r]
     assert (event["step"], event["event/rollback_from"], event["event/skipped_samples"]) == (5, 6.0, 16.0)
-    assert looked(trainer.run)[0] == [2, 4, 6, 8]
+    assert looked(trainer.run_dir)[0] == [2, 4, 6, 8]
 
 
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
@@ -184,11 +185,11 @@ def spiking_at(monkeypatch, at: int) -> None:
     """The loss of a step is NaN, once."""
     real, done = loop.Trainer._report, []
 
-    def report(self, step, samples, metrics):
-        if step == at and not done:
-            done.append(step)
+    def report(self, cursor, metrics):
+        if cursor.step == at and not done:
+            done.append(cursor.step)
             metrics = {**metrics, "train/loss": metrics["train/loss"] * math.nan}
-        return real(self, step, samples, metrics)
+        return real(self, cursor, metrics)
 
     monkeypatch.setattr(loop.Trainer, "_report", report)
 
@@ -202,7 +203,7 @@ def test_a_rollback_has_its_target_before_anything_is_moved(make, monkeypatch, a
     spiking_at(monkeypatch, at)
     trainer = make(divergence__not_finite="rollback", divergence__rollback_steps=rollback_steps, eval__every_steps=0)
     assert trainer.train()
-    assert trainer.returns == {back_to: 1}
+    assert trainer.rollbacks == {back_to: 1}
     assert aside(trainer) == [step for step in (2, 4, 6) if back_to < step < at]
     assert not trainer.checkpoints.quarantine.exists()
     assert steps(trainer) == [2, 4, 6, 8]
@@ -214,14 +215,14 @@ def test_a_run_whose_older_checkpoints_are_damaged_does_not_begin_again(make, mo
     monkeypatch.setattr(logging.getLogger("meshlm"), "propagate", True)
     monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
     trainer = not_finite_at(monkeypatch, 6, math.nan, make, divergence__not_finite=policy)
-    go_back = loop.Trainer._go_back
+    rollback = loop.Trainer._rollback
 
     def damage(self, bad):
         for step in (2, 4):
-            flip_a_bit_in_the_parameters(trainer.run / f"checkpoints/{step}")
-        return go_back(self, bad)
+            flip_a_bit_in_the_parameters(trainer.run_dir / f"checkpoints/{step}")
+        return rollback(self, bad)
 
-    monkeypatch.setattr(loop.Trainer, "_go_back", damage)
+    monkeypatch.setattr(loop.Trainer, "_rollback", damage)
     with pytest.raises(CheckpointError, match=r"no usable checkpoint.*nothing was moved"):
         trainer.train()
     assert "held-out text after step 6 is not finite" in caplog.text
@@ -269,7 +270,7 @@ def test_all_wait_for_the_last_copy_and_nobody_does_in_an_evaluation(make, monke
     monkeypatch.setattr(Processes, "together", together)
     monkeypatch.setattr(loop.Mirror, "wait", lambda self: did.append("waited"))
     real = loop.evaluate
-    monkeypatch.setattr(loop, "evaluate", lambda *arguments: did.append("evaluated") or real(*arguments))
+    monkeypatch.setattr(loop, "evaluate", lambda *rest, **named: did.append("evaluated") or real(*rest, **named))
     assert make(num_train_steps=2, checkpoint__mirror=str(tmp_path / "mirror")).train()
     assert did.count("waited") == 1 and did[did.index("waited") - 1] == "copied"
     assert did.index("waited") < did.index("evaluated")
@@ -280,13 +281,30 @@ def test_retention_hears_of_losses_that_come_after_the_save(make, monkeypatch):
     losses = {2: 3.0, 4: 1.0, 6: 2.0, 8: 2.5}
     real = loop.evaluate
 
-    def evaluate(*arguments):
-        return real(*arguments) | {"val/loss": losses.get(trainer.watchdog._mark.step, 2.0)}
+    def evaluate(*arguments, **named):
+        return real(*arguments, **named) | {"val/loss": losses.get(trainer.watchdog._mark.step, 2.0)}
 
     monkeypatch.setattr(loop, "evaluate", evaluate)
     for last in (4, 6, STEPS):
         trainer = make(checkpoint__keep_last=1, num_train_steps=last)
         if last == STEPS:
-            (trainer.run / "metrics.jsonl").unlink()
+            (trainer.run_dir / "metrics.jsonl").unlink()
         assert trainer.train()
         assert steps(trainer) == sorted({4, last})
+
+
+@pytest.mark.parametrize("what", ["batch", "seed"])
+def test_a_step_transfers_nothing_by_itself(make, monkeypatch, what):
+    """An implicit transfer would make the devices wait for Python in each step; it is an error."""
+    if what == "seed":
+        monkeypatch.setattr(loop.Trainer, "_seed_on_devices", lambda self: np.uint32(self.config.seed))
+    else:
+        real = loader.Loader.prefetched
+        monkeypatch.setattr(loader.Loader, "prefetched", lambda self, *rest: on_the_host(real(self, *rest)))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        make(model__dropout=0.1).train()  # without dropout no step uses the seed
+
+
+def on_the_host(batches):
+    for batch in batches:
+        yield jax.tree.map(np.asarray, batch)

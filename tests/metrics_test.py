@@ -15,6 +15,12 @@ from trainer.reliability.reading import Unreadable
 from trainer.reporting import metrics
 
 
+def opened(run_dir: pathlib.Path, step: int, *, tensorboard: bool = False) -> metrics.MetricWriters:
+    writers = metrics.MetricWriters(run_dir, tensorboard=tensorboard)
+    writers.open(step)
+    return writers
+
+
 def test_rows_past_a_step_and_a_torn_line_are_cut(tmp_path):
     path = tmp_path / "metrics.jsonl"
     rows = [json.dumps({"step": step, "train/loss": 1 / (step + 1)}) + "\n" for step in range(6)]
@@ -47,8 +53,8 @@ def test_rows_are_on_the_disk_before_they_take_the_place_of_the_old_ones(tmp_pat
 def test_rows_that_cannot_be_begun(tmp_path, monkeypatch):
     """An error that passes is not noticed; one that stays ends with its own code, also after the first were closed."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
-    first = metrics.Writers(tmp_path, 0, tensorboard=True)
-    first.metrics(1, 1, {"train/loss": 1.0})
+    writers = opened(tmp_path, 0, tensorboard=True)
+    writers.metrics(1, 1, {"train/loss": 1.0})
     real, failing = pathlib.Path.open, []
 
     def fail(path, *args, **named):
@@ -59,21 +65,20 @@ def test_rows_that_cannot_be_begun(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pathlib.Path, "open", fail)
     failing += [errno.EIO]
-    metrics.Writers(tmp_path, 1, tensorboard=False).close()
+    opened(tmp_path, 1).close()
     for code, exit_code in ((errno.EIO, 42), (errno.ENOSPC, 2)):
         failing += [code] * 2
-        try:  # as the loop does it when it goes back
+        try:  # as the loop does it in a rollback
             with pytest.raises(UserError, match=os.strerror(code)) as e:
-                first.close()
-                metrics.Writers(tmp_path, 1, tensorboard=False)
+                writers.open(1)
         finally:
-            first.close()
+            writers.close()
         assert e.value.exit_code == exit_code
         failing.clear()
 
 
 def test_float32_values_read_back_exactly(tmp_path):
-    writers = metrics.Writers(tmp_path, 0, tensorboard=False)
+    writers = opened(tmp_path, 0)
     values = np.random.default_rng(0).normal(size=100).astype(np.float32)
     for i, value in enumerate(values):
         writers.metrics(i, i * 10, {"train/loss": float(value)})
@@ -85,7 +90,7 @@ def test_float32_values_read_back_exactly(tmp_path):
 
 def test_writers_continue_after_the_restored_step(tmp_path):
     for first, last in ((0, 5), (3, 8)):
-        writers = metrics.Writers(tmp_path, first, tensorboard=True)
+        writers = opened(tmp_path, first, tensorboard=True)
         for step in range(first + 1, last + 1):
             writers.metrics(step, step, {"train/loss": float(step)})
             writers.sample({"step": step, "prompt": "é", "text": "x\n"})
@@ -121,7 +126,7 @@ def test_rows_that_cannot_be_written_are_written_later(tmp_path):
     """Fault 12: no file may grow past 100 bytes, which cuts a row in the middle as a full disk does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for last_try in (False, True):
-        writers = metrics.Writers(tmp_path, 0, tensorboard=True)
+        writers = opened(tmp_path, 0, tensorboard=True)
         writers.metrics(1, 1, {"train/loss": 1.0})
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
         try:
@@ -139,7 +144,7 @@ def test_rows_that_cannot_be_written_are_written_later(tmp_path):
 
 def test_flush_reaches_the_disk(tmp_path, monkeypatch):
     """A checkpoint outlives a power cut, and so must the rows up to it."""
-    writers, synced = metrics.Writers(tmp_path, 0, tensorboard=False), {}
+    writers, synced = opened(tmp_path, 0), {}
     monkeypatch.setattr(os, "fsync", lambda fd: synced.update({os.fstat(fd).st_ino: os.fstat(fd).st_size}))
     writers.metrics(1, 8, {"train/loss": 2.0})
     writers.flush()
@@ -150,7 +155,7 @@ def test_flush_reaches_the_disk(tmp_path, monkeypatch):
 
 def test_a_sample_with_line_separators_is_one_row(tmp_path):
     """JSON leaves U+2028 and U+0085 as they are, and str.splitlines takes them for ends of lines."""
-    writers = metrics.Writers(tmp_path, 0, tensorboard=False)
+    writers = opened(tmp_path, 0)
     writers.sample({"step": 1, "text": "a\u2028b\x85c"})
     writers.close()
     assert metrics.cut_rows_after(tmp_path / "samples.jsonl", 1) == 0

@@ -116,3 +116,13 @@ def test_a_failed_save_is_tried_again_ever_more_rarely(minutes):
     saves.started(now, 0.0)
     saves.ended(False, now)
     assert saves.due(now + RETRY_S), "after a success it begins anew"
+
+
+def test_a_save_that_is_due_is_requested_once():
+    saves = clock(minutes=1)
+    assert not saves.request(1059.0)
+    assert saves.request(1060.0) and not saves.request(1061.0)
+    saves.started(1062.0, 0.0)
+    assert saves.saving and not saves.request(1063.0)
+    saves.ended(True, 1064.0)
+    assert not saves.saving and saves.request(1122.0)

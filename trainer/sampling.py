@@ -32,6 +32,31 @@ def prompt_of(config: Config, tokenizer: Tokenizer | None) -> np.ndarray | None:
     return encode_prompt(tokenizer, config.sample.prompt, "config.sample.prompt")
 
 
+class Sampler:
+    """Samples text from the model of a run, as config.sample says."""
+
+    def __init__(self, program: Program, tokenizer: Tokenizer):
+        """Raises ConfigError if config.sample.prompt cannot be encoded."""
+        self._config = program.config
+        self._tokenizer = tokenizer
+        self._prompt = encode_prompt(tokenizer, program.config.sample.prompt, "config.sample.prompt")
+        sample = program.config.sample
+        self._generator = make_generator(
+            program, temperature=sample.temperature, top_k=sample.top_k, top_p=sample.top_p
+        )
+
+    def sample(self, params: dict, step: int) -> str:
+        """The text that follows the prompt; the seed depends on the step."""
+        (ids,) = self._generator(
+            params,
+            self._prompt,
+            rows=1,
+            max_new_tokens=self._config.sample.max_new_tokens,
+            seed=(self._config.seed + step) % 2**32,
+        )
+        return self._tokenizer.decode(ids)
+
+
 def make_generator(program: Program, *, temperature: float, top_k: int, top_p: float) -> Generator:
     """The generator of a run's model; its context is no longer than the rows that the model was trained on."""
     config = program.config

@@ -273,7 +273,7 @@ def with_fault(argv: list[str], code: str) -> subprocess.Popen:
 def test_too_little_memory_is_one_line_and_ends_restarts_where_they_cannot_help(tmp_path, data):
     """After a step it may have been chance, and the next life tries; before one, it would be the same again."""
     argv = runs.command(tmp_path / "run", data, num_train_steps=4)
-    code = "import jax, trainer.loop as loop; loop.evaluate = lambda *a: exec(\"raise jax.errors.JaxRuntimeError('"
+    code = "import jax, trainer.loop as loop; loop.evaluate = lambda *a, **k: exec(\"raise jax.errors.JaxRuntimeError('"
     code += "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 393.2GiB.')\", {'jax': jax})"
     for exit_code, said in ((42, "what was saved is kept"), (2, "raise config.grad_accum_steps")):
         out = runs.finish(with_fault(argv, code), exit_code)

@@ -6,6 +6,7 @@ mean and variance of the first `window` (Welford, 1962), then exponential ones, 
 """
 
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -17,6 +18,16 @@ from trainer.config import DivergenceConfig
 STD_FLOOR = 0.01
 # A larger loss counts as this one: its square is still finite in float32.
 LARGEST = 1e18
+
+
+CONTINUE, SKIP, ROLLBACK, STOP = "continue", "skip", "rollback", "stop"  # the last three: values of config.divergence
+
+
+class Verdict(NamedTuple):
+    """What the loop does about a step, and why: CONTINUE, SKIP (the device left its update out), ROLLBACK or STOP."""
+
+    action: str
+    reason: str = ""
 
 
 def needs_guard(config: DivergenceConfig) -> bool:
@@ -81,8 +92,8 @@ def judge(
     return guard, bad, metrics
 
 
-def verdict(config: DivergenceConfig, values: dict[str, float]) -> tuple[str, str] | None:
-    """What the loop is to do about a step, 'stop', 'skip' or 'rollback', and why; None where nothing is wrong.
+def verdict(config: DivergenceConfig, values: dict[str, float]) -> Verdict:
+    """The verdict on a step.
 
     Args:
       values: metrics of the step.
@@ -97,13 +108,13 @@ def verdict(config: DivergenceConfig, values: dict[str, float]) -> tuple[str, st
         reason = f"stands out: loss {loss:.4g}, gradient norm {grad:.4g}; standard deviations above the mean: {z}"
         action = config.spike
     else:
-        return None
+        return Verdict(CONTINUE)
     in_a_row = values.get("train/bad_in_a_row", 1)
-    if action == "skip" and in_a_row > config.max_in_a_row:
-        return "stop", f"{reason}; the {in_a_row:.0f}th in a row"
-    return action, reason
+    if action == SKIP and in_a_row > config.max_in_a_row:
+        return Verdict(STOP, f"{reason}; the {in_a_row:.0f}th in a row")
+    return Verdict(action, reason)
 
 
 def action_for_state(config: DivergenceConfig) -> str:
-    """What to do about a state that has no finite loss, 'stop' or 'rollback': leaving out an update cannot help it."""
-    return "rollback" if config.not_finite == "rollback" else "stop"
+    """STOP or ROLLBACK for a state whose loss is not finite: leaving out an update does not help."""
+    return ROLLBACK if config.not_finite == ROLLBACK else STOP

@@ -49,10 +49,13 @@ class SaveClock:
     """
 
     def __init__(self, config: CheckpointConfig, now: float):
-        self.config, self.last = config, now
+        self.config = config
+        self.last = now
         self.stalls: collections.deque[float] = collections.deque(maxlen=STALLS)
-        self.retry_at: float | None = None
-        self.retry_s = RETRY_S
+        self.saving = False  # a save was started, and its end was not reported yet
+        self._requested = False
+        self._retry_at: float | None = None
+        self._retry_s = RETRY_S
 
     @property
     def interval_s(self) -> float:
@@ -61,18 +64,31 @@ class SaveClock:
         usual_s = statistics.median(self.stalls) if self.stalls else 0.0
         return min(max(wanted_s, usual_s / self.config.max_share), RAREST * wanted_s)
 
+    def request(self, now: float) -> bool:
+        """True if a save is due and was not requested before."""
+        if self._requested or not self.due(now):
+            return False
+        self._requested = True
+        return True
+
     def due(self, now: float) -> bool:
-        if self.retry_at is not None and now >= self.retry_at:
+        if self._retry_at is not None and now >= self._retry_at:
             return True
         return self.config.every_minutes > 0 and now - self.last >= self.interval_s
 
     def started(self, now: float, stall_s: float) -> None:
-        """A save was begun, and held the loop up for `stall_s`."""
-        self.last, self.retry_at = now, None
+        """A save was started, and stalled the loop for `stall_s`."""
+        self.last = now
+        self.saving = True
+        self._requested = False
+        self._retry_at = None
         self.stalls.append(stall_s)
 
     def ended(self, ok: bool, now: float) -> None:
+        """The save has ended."""
+        self.saving = False
         if ok:
-            self.retry_s = RETRY_S
+            self._retry_s = RETRY_S
         else:
-            self.retry_at, self.retry_s = now + self.retry_s, 2 * self.retry_s
+            self._retry_at = now + self._retry_s
+            self._retry_s *= 2

@@ -1,7 +1,6 @@
 """What a run reports: metrics.jsonl, TensorBoard, the console. Only process 0 writes."""
 
 import contextlib
-import functools
 import json
 import logging
 import math
@@ -20,11 +19,11 @@ from trainer.reliability import reading, restarts
 from trainer.reporting import console, flops
 
 log = logging.getLogger("meshlm")
-FLUSH_S = 60  # of TensorBoard's file
+FLUSH_S = 60  # between two flushes of TensorBoard's file
 
 
 def peak_memory_gib() -> float:
-    """Most memory used so far: of the fullest local device, or of this process where the devices do not say (CPU)."""
+    """Most memory used so far by any local device, or by this process if the devices do not report theirs (CPU)."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
     used = max(peaks) if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -32,9 +31,9 @@ def peak_memory_gib() -> float:
 
 
 def cut_rows_after(path: pathlib.Path, step: int) -> int:
-    """Drops the rows of a .jsonl file past `step`, and lines that are no rows; returns how many lines went.
+    """Drops the rows of a .jsonl file past `step`, and malformed lines; returns how many lines it dropped.
 
-    With it a file that a kill left ahead of its checkpoint reads, in the end, as one uninterrupted run.
+    A killed run leaves rows past its checkpoint; without them the file reads as one uninterrupted run in the end.
     """
     if not reading.is_there(path):
         return 0
@@ -46,7 +45,7 @@ def cut_rows_after(path: pathlib.Path, step: int) -> int:
 
 
 def _step_of(line: bytes) -> float:
-    """Infinite where the line is no row."""
+    """The step of a row; infinity for a malformed line."""
     try:
         step = json.loads(line)["step"]
         return step if type(step) is int else math.inf
@@ -54,24 +53,24 @@ def _step_of(line: bytes) -> float:
         return math.inf
 
 
-def was_sampled(run: pathlib.Path, step: int) -> bool:
+def was_sampled(run_dir: pathlib.Path, step: int) -> bool:
     """Whether samples.jsonl has a sample of `step`."""
-    return any(row.get("step") == step for row in restarts.read_rows(run / "samples.jsonl"))
+    return any(row.get("step") == step for row in restarts.read_rows(run_dir / "samples.jsonl"))
 
 
-def evaluations(run: pathlib.Path, last: int, saved: Any = ()) -> dict[int, dict[str, Any]]:
-    """The rows with a finite loss on held-out text, by step, up to `last`; on process 0, which needs them.
+def evaluations(run_dir: pathlib.Path, last: int, saved: Any = ()) -> dict[int, dict[str, Any]]:
+    """The rows with a finite loss on held-out text, by step, up to `last`; {} except on process 0, which needs them.
 
     Args:
-      saved: such rows of a checkpoint, for those that metrics.jsonl does not have, as when it was lost.
+      saved: such rows from a checkpoint's metadata. They count for steps that metrics.jsonl lacks, as when it was lost.
 
-    Raises Unreadable: without them the best checkpoint would be deleted.
+    Raises Unreadable: without these rows the best checkpoint would be deleted.
     """
     if jax.process_index() != 0:
         return {}
-    path = run / "metrics.jsonl"
-    there = reading.patiently(lambda: path.read_bytes() if reading.is_there(path) else b"", path)
-    rows = [*saved, *restarts.rows_in(there)]
+    path = run_dir / "metrics.jsonl"
+    content = reading.patiently(lambda: path.read_bytes() if reading.is_there(path) else b"", path)
+    rows = [*saved, *restarts.rows_in(content)]
     return {row["step"]: row for row in rows if type(row.get("step")) is int and row["step"] <= last and _has_loss(row)}
 
 
@@ -80,34 +79,45 @@ def _has_loss(row: dict[str, Any]) -> bool:
     return type(loss) is float and math.isfinite(loss)
 
 
-class Writers:
-    """metrics.jsonl, samples.jsonl and TensorBoard of one run; a process other than 0 writes nothing.
+class MetricWriters:
+    """metrics.jsonl, samples.jsonl and TensorBoard of one run. On processes other than 0 nothing is written.
 
-    A disk that is full or gone does not stop the run.
-
-    Raises:
-      ConfigError: nothing can be written from the start.
-      Unreadable: not just now.
+    A disk that becomes full or fails does not stop the run.
     """
 
-    def __init__(self, run: pathlib.Path, step: int, tensorboard: bool):
-        self._metrics = self._samples = self._board = None
+    def __init__(self, run_dir: pathlib.Path, *, tensorboard: bool):
+        self._run_dir = run_dir
+        self._tensorboard = tensorboard
+        self._metrics: JsonlWriter | None = None
+        self._samples: JsonlWriter | None = None
+        self._board: TensorBoardWriter | None = None
+
+    def open(self, step: int) -> None:
+        """Opens the files to go on after `step`: rows past it are cut off. Closes them first if they are open.
+
+        Raises:
+          ConfigError: they cannot be written.
+          Unreadable: they cannot be written just now.
+        """
+        self.close()
         if jax.process_index() != 0:
             return
+        self._metrics = self._open_jsonl("metrics.jsonl", step)
+        self._samples = self._open_jsonl("samples.jsonl", step)
+        if self._tensorboard:
+            self._board = TensorBoardWriter(self._run_dir / "tensorboard", step + 1)
 
-        def begin(name: str) -> Rows:
-            cut_rows_after(run / name, step)
-            return Rows(run / name)
+    def _open_jsonl(self, name: str, step: int) -> "JsonlWriter":
+        path = self._run_dir / name
 
-        cannot = f"cannot write to --workdir={run}:"
-        self._metrics, self._samples = (
-            reading.writing(functools.partial(begin, name), run, cannot) for name in ("metrics.jsonl", "samples.jsonl")
-        )
-        if tensorboard:
-            self._board = Board(run / "tensorboard", step + 1)
+        def cut_and_open() -> JsonlWriter:
+            cut_rows_after(path, step)
+            return JsonlWriter(path)
+
+        return reading.writing(cut_and_open, self._run_dir, f"cannot write to --workdir={self._run_dir}:")
 
     def metrics(self, step: int, tokens: int, values: dict[str, float]) -> None:
-        """One row. repr of a Python float is the shortest text that reads back exactly."""
+        """Writes one row. repr of a Python float is the shortest text that reads back exactly."""
         if self._metrics is None:
             return
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
@@ -120,11 +130,11 @@ class Writers:
             self._samples.add(json.dumps(row, ensure_ascii=False))
 
     def flush(self) -> None:
-        """Brings all rows to the disk: whoever goes on from a checkpoint should find those up to it, as whole as it."""
-        for rows in (self._metrics, self._samples):
-            if rows is not None:
-                rows.write()
-                rows.sync()
+        """Syncs all rows to the disk before a checkpoint: a run that resumes from it finds the rows up to its step."""
+        for writer in (self._metrics, self._samples):
+            if writer is not None:
+                writer.write()
+                writer.sync()
 
     def close(self) -> None:
         for writer in (self._metrics, self._samples, self._board):
@@ -132,24 +142,26 @@ class Writers:
                 writer.close()
 
 
-class Rows:
+class JsonlWriter:
     """A .jsonl file. Rows that cannot be written are kept, and written with a later one."""
 
     def __init__(self, path: pathlib.Path):
-        self._path, self._waiting, self._failing = path, b"", False
+        self._path = path
+        self._unwritten = b""
+        self._failing = False
         self._file = path.open("ab", buffering=0)
 
     def add(self, row: str) -> None:
-        self._waiting += row.encode(errors="replace") + b"\n"
+        self._unwritten += row.encode(errors="replace") + b"\n"
         self.write()
 
     def write(self) -> None:
         try:
-            while self._waiting:
-                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as e:
             if not self._failing:
-                log.error("%s CANNOT BE WRITTEN, training goes on, its rows are kept: %s", self._path, e.strerror)
+                log.error("%s CANNOT BE WRITTEN, training continues, its rows are kept: %s", self._path, e.strerror)
             self._failing = True
             return
         if self._failing:
@@ -157,28 +169,31 @@ class Rows:
         self._failing = False
 
     def sync(self) -> None:
-        with contextlib.suppress(OSError):  # what could not be written is said, and what no disk takes is lost with it
+        with contextlib.suppress(OSError):  # write errors were logged already
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """A second call does nothing: it may come while an error is on its way."""
+        """A second call does nothing: it may come while an error is being handled."""
         if self._file.closed:
             return
         self.write()
         self.sync()
-        if self._waiting:
-            log.error("the last rows of %s are LOST, %d bytes", self._path, len(self._waiting))
+        if self._unwritten:
+            log.error("the last rows of %s are LOST, %d bytes", self._path, len(self._unwritten))
         self._file.close()
 
 
-class Board:
-    """TensorBoard's file, written by this thread: a SummaryWriter's own dies of a full disk, and the run waits for it.
+class TensorBoardWriter:
+    """TensorBoard's file, written by the caller's thread.
 
-    Rows that cannot be written are left out; later ones go to another file.
+    The thread of tensorboardX's own SummaryWriter dies when the disk is full, and the run then waits for it. Here,
+    rows that cannot be written are dropped, and later ones go to another file.
     """
 
     def __init__(self, folder: pathlib.Path, first_step: int):
-        self._folder, self._first_step, self._failing = folder, first_step, False
+        self._folder = folder
+        self._first_step = first_step
+        self._failing = False
         self._file: Any = None
         self._flush_at = 0.0
 
@@ -190,20 +205,22 @@ class Board:
             if self._file is None:
                 self._folder.mkdir(exist_ok=True)
                 self._file = event_file_writer.EventsWriter(str(self._folder / "events"), f".{step}")
-                # What an earlier start wrote of these steps is not shown.
+                # TensorBoard then hides what an earlier start wrote of these steps.
                 start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
                 first = step if self._failing else self._first_step
                 self._file.write_event(event_pb2.Event(wall_time=time.time(), step=first, session_log=start))
             for name, value in values.items():
-                of_name = summary.scalar(name, value)
-                self._file.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=of_name))
-            if time.monotonic() >= self._flush_at:  # it syncs to the disk, too
+                scalar = summary.scalar(name, value)
+                self._file.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=scalar))
+            if time.monotonic() >= self._flush_at:  # flush() syncs to the disk, too
                 self._file.flush()
-                self._failing, self._flush_at = False, time.monotonic() + FLUSH_S
+                self._failing = False
+                self._flush_at = time.monotonic() + FLUSH_S
         except OSError as e:
             if not self._failing:
-                log.error("%s CANNOT BE WRITTEN, training goes on: %s", self._folder, e.strerror)
-            self._failing, self._flush_at = True, 0.0
+                log.error("%s CANNOT BE WRITTEN, training continues: %s", self._folder, e.strerror)
+            self._failing = True
+            self._flush_at = 0.0
             self.close()
 
     def close(self) -> None:
@@ -213,18 +230,31 @@ class Board:
         self._file = None
 
 
-class Meter:
-    """Time between rows: of the steps alone, without evaluation, sampling and saving. MFU is flops.py's."""
+class StepTimer:
+    """Time per step between two rows; evaluation, sampling and saving are left out. The formula of MFU is in flops.py.
+
+    Attributes:
+      compile_s: seconds from start() to the end of the first step, which compiles or loads from the cache; None before.
+      data_wait_s, checkpoint_stall_s: seconds since the last row in which the loop waited for data, or for a save.
+    """
 
     def __init__(self, config: Config):
-        self.tokens_per_step = config.tokens_per_step
-        self.flops_per_token = flops.flops_per_token(config)
-        self.peak_flops = flops.peak_flops(jax.devices()[0].device_kind)
+        self._tokens_per_step = config.tokens_per_step
+        self._flops_per_token = flops.flops_per_token(config)
+        self._peak_flops = flops.peak_flops(jax.devices()[0].device_kind)
         self.compile_s: float | None = None
-        self._mark = time.perf_counter()
+        self.data_wait_s = 0.0
+        self.checkpoint_stall_s = 0.0
         self._steps = 0
-        self.data_wait_s = self.checkpoint_stall_s = 0.0
-        self._own_mark, self._own_data_s, self._device_s = self._mark, 0.0, 0.0
+        self._row_start = 0.0
+        self._own_start = 0.0
+        self._own_data_s = 0.0
+        self._own_device_s = 0.0
+        self.start()
+
+    def start(self) -> None:
+        """The time of the first step starts now."""
+        self._row_start = self._own_start = time.perf_counter()
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -238,36 +268,40 @@ class Meter:
     def waiting_for_device(self) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self._device_s += time.perf_counter() - start
+        self._own_device_s += time.perf_counter() - start
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self._mark += time.perf_counter() - start
-        self._own_mark += time.perf_counter() - start
+        self._row_start += time.perf_counter() - start
+        self._own_start += time.perf_counter() - start
 
     def own_time(self) -> dict[str, float]:
-        """Seconds since the last call in which this process itself held the steps up (stragglers.py)."""
+        """Seconds since the last call in which this process itself delayed the steps (stragglers.py)."""
         now = time.perf_counter()
-        host_s = max(now - self._own_mark - self._own_data_s - self._device_s, 0.0)
+        host_s = max(now - self._own_start - self._own_data_s - self._own_device_s, 0.0)
         own = {"data_wait_s": self._own_data_s, "host_s": host_s}
-        self._own_mark, self._own_data_s, self._device_s = now, 0.0, 0.0
+        self._own_start = now
+        self._own_data_s = 0.0
+        self._own_device_s = 0.0
         return own
 
     def step_finished(self) -> None:
         self._steps += 1
         if self.compile_s is None:  # the first step compiles or loads from the cache; it says nothing about speed
             now = time.perf_counter()
-            self.compile_s, self._mark, self._steps = now - self._mark, now, 0
+            self.compile_s = now - self._row_start
+            self._row_start = now
+            self._steps = 0
 
     def read(self) -> dict[str, float]:
         """The perf/ and memory/ metrics since the last call."""
         now = time.perf_counter()
         compile_s = self.compile_s or 0.0
-        step_time = (now - self._mark) / self._steps if self._steps else compile_s
-        tokens_per_s = self.tokens_per_step / step_time
-        flops_per_s = tokens_per_s * self.flops_per_token / jax.device_count()
+        step_time = (now - self._row_start) / self._steps if self._steps else compile_s
+        tokens_per_s = self._tokens_per_step / step_time
+        flops_per_s = tokens_per_s * self._flops_per_token / jax.device_count()
         row = {
             "perf/step_time_s": step_time,
             "perf/tokens_per_s": tokens_per_s,
@@ -278,13 +312,16 @@ class Meter:
             "perf/compile_s": compile_s,
             "memory/peak_gib": peak_memory_gib(),
         }
-        if self.peak_flops is not None:
-            row["perf/mfu"] = flops_per_s / self.peak_flops
-        self._mark, self._steps, self.data_wait_s, self.checkpoint_stall_s = now, 0, 0.0, 0.0
+        if self._peak_flops is not None:
+            row["perf/mfu"] = flops_per_s / self._peak_flops
+        self._row_start = now
+        self._steps = 0
+        self.data_wait_s = 0.0
+        self.checkpoint_stall_s = 0.0
         return row
 
 
-class Progress(console.StatusLine):
+class ProgressLine(console.StatusLine):
     def __init__(self, num_steps: int):
         super().__init__()
         self.num_steps = num_steps

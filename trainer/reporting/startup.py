@@ -1,4 +1,4 @@
-"""The page printed before the first step: what will be trained, on what, and what loss to expect."""
+"""The start-up page: what will be trained, on what data and devices, and which loss to expect."""
 
 import logging
 import math
@@ -18,7 +18,7 @@ log = logging.getLogger("meshlm")
 REPLICATED_SHARE_ALLOWED = 0.02
 
 
-def page(config: Config, program: Program, windows: MixedWindows, data: Sources) -> None:
+def log_summary(config: Config, program: Program, windows: MixedWindows, data: Sources) -> None:
     """Logs the start-up page."""
     devices, mesh = jax.devices(), program.mesh
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())

@@ -93,7 +93,7 @@ def test_rollback_and_killed_after_it(tmp_path, data):
     fields = {**FIELDS, "divergence__spike": "rollback"}
     whole, run = tmp_path / "whole", tmp_path / "killed"
     out = runs.train(whole, data, **fields)
-    assert f"back to step 40, leaving out {BATCH * (BAD - 40)} samples" in out
+    assert f"back to step 40, skipping {BATCH * (BAD - 40)} samples" in out
     assert "Everything is in" in out
     event = {"event/rollback_from": float(BAD), "event/skipped_samples": float(BATCH * (BAD - 40))}
     assert {"step": 41, "tokens": BATCH * SEQ_LEN * BAD, **event} in of_step(whole, 41)
@@ -121,7 +121,7 @@ def test_a_stop_does_not_change_where_a_run_goes_back_to(tmp_path, data):
     runs.train(whole, data, **fields)
     runs.train(run, data, **{**fields, "num_train_steps": 42})
     assert (run / "checkpoints/42").is_dir()
-    assert f"back to step 40, leaving out {BATCH * (BAD - 40)} samples" in runs.train(run, data, **fields)
+    assert f"back to step 40, skipping {BATCH * (BAD - 40)} samples" in runs.train(run, data, **fields)
     assert [row for row in everything(whole) if row not in everything(run)] == []
 
 
