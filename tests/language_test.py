@@ -2,7 +2,7 @@
 
   python -m tests.language_test [PATH ...]      prints what is wrong, a line each
 
-A list of patterns, like a linter's: it keeps the worst habits out of new text, in comments, docstrings, messages, pages,
+A list of patterns, as a linter has: it keeps the worst habits out of comments, docstrings, messages, pages and
 scripts. It cannot tell good text; it can tell some bad text.
 """
 
