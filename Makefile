@@ -1,18 +1,18 @@
-# make train   install, prepare a corpus, train configs/tiny.py, write text; again: go on with the same run
+# make train   install, prepare a corpus, train configs/tiny.py, generate text; run it again to resume
 # make test    the fast test suite
-# make plans   compile every recipe for the machines it is for; writes docs/plans.json and the recipes' headers
+# make plans   compile every recipe for its target machines; writes docs/plans.json and the recipes' headers
 PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= configs/tiny.py
 RUN ?= runs/tiny
 ARGS ?=
-# Test processes side by side: each keeps some two cores busy, compiling.
+# Parallel test processes; each keeps about two cores busy compiling.
 JOBS ?= 2
 TESTS ?= tests
 
 BIN := $(VENV)/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-# Known-good versions of everything, where this Python has a file of them; else what pyproject.toml allows.
+# Known-good versions of all packages, if there is a file for this Python; otherwise whatever pyproject.toml allows.
 CONSTRAINTS := $(wildcard .ci/constraints-$(VERSION).txt)
 UV := $(shell command -v uv)
 MAKE_VENV := $(if $(UV),uv venv --quiet --python $(PYTHON) $(VENV),$(PYTHON) -m venv $(VENV))
@@ -31,7 +31,7 @@ test: $(VENV)/.installed-dev
 test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
 
-# The compilers for absent TPUs and GPUs live in an environment of their own: a CUDA plugin without CUDA is noisy elsewhere.
+# The compilers for TPUs and GPUs have a separate environment: a CUDA plugin without CUDA is noisy in other commands.
 PLAN_VENV ?= .venv-plan
 PLAN_TESTS := tests/plan_test.py tests/hlo_test.py tests/topology_test.py
 

@@ -1,1 +1,1 @@
-"""Recipes: one file each, get_config() -> ConfigDict. Loaded by path; imported by nobody but other recipes."""
+"""Recipes: one file each, get_config() -> ConfigDict. Loaded by path; only other recipes import them."""

@@ -1,4 +1,4 @@
-"""The defaults of every section as a ConfigDict; recipes start from it."""
+"""The defaults of every section as a ConfigDict; every recipe starts from it."""
 
 import dataclasses
 

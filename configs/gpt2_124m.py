@@ -1,9 +1,9 @@
 """GPT-2 124M as nanoGPT trains it: 12 layers, 12 heads, 768 wide, T = 1024, 480 x 1024 tokens a step, 600,000 steps.
 
-`gpt2_124m` is for a node of 8 GPUs, `gpt2_124m:one` the same experiment on one, the batch in 15 parts. Not run by us
-yet on such hardware, so no time or loss is claimed here. nanoGPT reports a validation loss of 2.85 on OpenWebText for
-this recipe. To compare, name its train.bin and val.bin with --config.data.path and GPT-2's ranks with
---config.data.tokenizer_path, or prepare the text with --tokenizer=gpt2.tiktoken.
+`gpt2_124m` is for a node of 8 GPUs; `gpt2_124m:one` is the same experiment on one GPU, in 15 microbatches. We have not
+run it on such hardware yet, so no time or loss is claimed here. nanoGPT reports a validation loss of 2.85 on
+OpenWebText for this recipe. To compare, pass its train.bin and val.bin with --config.data.path and GPT-2's
+merge ranks with --config.data.tokenizer_path, or prepare the text with --tokenizer=gpt2.tiktoken.
 
 Plans (make plans; compiled without the machine; the step at best is a roofline, docs/scaling.md):
   gpt2_124m:one  on h100:1        fits:  14.8 of 72.8 GiB, at best   0.40 s a step (compute)

@@ -1,8 +1,8 @@
 """A Llama of 1.1 billion parameters (TinyLlama's shape): 22 layers, 32 heads, 4 key-value heads, 2048 wide, T = 2048.
 
-`llama_1b` is for a slice of 16 TPU v5e or v6e, parameters split over all devices (fsdp); `llama_1b:one` the same
-experiment on one H100 or H200, the batch in 128 parts. Not run by us yet on such hardware, so no time or loss is
-claimed here. Name a prepared dataset with --config.data.path.
+`llama_1b` is for a slice of 16 TPU v5e or v6e, with parameters sharded over all devices (fsdp); `llama_1b:one` is the
+same experiment on one H100 or H200, in 128 microbatches. We have not run it on such hardware yet, so no time or loss is
+claimed here. Pass a prepared dataset with --config.data.path.
 
 Plans (make plans; compiled without the machine; the step at best is a roofline, docs/scaling.md):
   llama_1b:one   on h100:1        fits:  43.1 of 72.8 GiB, at best   7.27 s a step (compute)
@@ -31,7 +31,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizer.update(peak_lr=4e-4, end_lr=4e-5, warmup_steps=2000, b2=0.95)
     config.checkpoint.update(every_steps=1000, every_minutes=20.0, keep_every_steps=10_000)
     config.eval.update(every_steps=1000, num_windows=1024)
-    if variant == "one":  # what --search found for an H100, at half of the sequences that just fit
+    if variant == "one":  # found by --search for an H100; half the largest microbatch that fits
         config.grad_accum_steps = 128
         config.model.remat = "none"
     elif variant:

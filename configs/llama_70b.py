@@ -1,8 +1,8 @@
 """Llama 3.1 70B's shape: 80 layers, 64 heads, 8 key-value heads, 8192 wide, T = 8192, 8 million tokens a step.
 
-For 512 TPU v5p (v5p-1024), parameters split over all of them (fsdp), and for two such slices (`llama_70b:two`), which
-share a batch of the same size and of which each holds all parameters: only gradients cross the network between them.
-Not run by us yet on such hardware, so no time or loss is claimed here. Name a prepared dataset with
+For 512 TPU v5p (v5p-1024), with parameters sharded over all of them (fsdp), and for two such slices (`llama_70b:two`),
+which split a batch of the same size. Each slice holds all parameters, so only gradients cross the network between them.
+We have not run it on such hardware yet, so no time or loss is claimed here. Pass a prepared dataset with
 --config.data.path.
 
 Plans (make plans; compiled without the machine; the step at best is a roofline, docs/scaling.md):
