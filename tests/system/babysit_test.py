@@ -1,6 +1,6 @@
-"""launch/tpu/babysit.sh and what it does not know: lost, empty and late answers, machines of others, other settings.
+"""launch/tpu/babysit.sh under uncertainty: lost, empty and late answers, machines of others, other settings.
 
-The run is a shell that waits for a file, so that a test says when it is done.
+The run is a shell that waits for a file, so that a test decides when it is done.
 """
 
 import os
@@ -35,7 +35,7 @@ def forget_all(cloud: Cloud) -> None:
 
 
 def test_looking_is_no_reason_to_start(cloud):
-    """Scripts that ask the same workers at the same time do not take each other's answers."""
+    """Scripts that ask the same workers at the same time do not mix up their answers."""
     with babysitting(cloud) as babysitter:
         looking = [cloud.start(name, *words) for name, *words in 3 * (["logs"], ["status"], ["ssh", "--", "true"])]
         for look in looking:
@@ -76,7 +76,7 @@ ANSWERS += [{"match": "tpu-vm describe", "code": 0, "stdout": said} for said in 
 
 
 def test_an_answer_that_is_none_is_no_reason_to_act(cloud):
-    """Whatever is said instead of an answer, a run that goes on is not started again and nothing is deleted."""
+    """Whatever comes instead of an answer, a healthy run is not started again and nothing is deleted."""
     with babysitting(cloud, MESHLM_LOST_S="60") as babysitter:
         for answer in ANSWERS:
             cloud.script(workers=1, faults=[answer | {"times": 2}])
@@ -98,7 +98,7 @@ def test_what_gcloud_says_around_an_answer(cloud):
 
 
 def test_a_worker_that_is_gone_for_long(cloud):
-    """It is replaced, and the run goes on with the new one."""
+    """It is replaced, and the run resumes on the new one."""
     with babysitting(cloud, MESHLM_LOST_S="1") as babysitter:
         cloud.script(workers=1, faults=[{"match": "worker status", "code": 255, "stderr": TIMED_OUT, "times": 30}])
         runs.wait_until(lambda: cloud.done("queued-resources create") == 2, babysitter)
@@ -110,7 +110,7 @@ def test_a_worker_that_is_gone_for_long(cloud):
 
 @pytest.mark.parametrize("what", ["start", "worker.sh setup", "queued-resources create", "tpu-vm scp"])
 def test_an_answer_that_is_lost(cloud, what):
-    """What was done all the same is not done twice, or its being done twice changes nothing."""
+    """What was done nevertheless is not done twice, or doing it twice changes nothing."""
     said = "ERROR: gcloud crashed (ConnectionError): ('Connection aborted.', RemoteDisconnected('…'))"
     code = 255 if what == "start" else 1
     match = "worker.sh start" if what == "start" else what
@@ -126,7 +126,7 @@ def test_an_answer_that_is_lost(cloud, what):
 
 
 def test_a_create_of_which_nothing_is_known(cloud):
-    """It may cost: so it is said, with a code that says so, and the babysitter goes on asking."""
+    """It may cost, so create.sh says so and exits with 42, a code at which the babysitter keeps asking."""
     lost = {
         "match": "queued-resources create",
         "lost": True,
@@ -159,7 +159,7 @@ def test_a_create_whose_answer_is_lost_and_what_became_of_it(cloud, state):
 
 
 def made_by(cloud: Cloud, mark: str | None = None, **what) -> None:
-    """Somebody has asked for `run`; it is ACTIVE."""
+    """Creates `run` (ACTIVE unless `what` says otherwise) with another label: `mark`, or none."""
     cloud.run("create")
     cloud.change("run", labels={"meshlm": mark} if mark else {}, **what)
 
@@ -167,7 +167,7 @@ def made_by(cloud: Cloud, mark: str | None = None, **what) -> None:
 @pytest.mark.parametrize("mark", [None, "somebody-else-0123456789ab"])
 @pytest.mark.parametrize("state", ["ACTIVE", "FAILED"])
 def test_what_others_have_made(cloud, state, mark):
-    """A babysitter that finds it, and the scripts by hand, do nothing to it, and say how to take it."""
+    """A babysitter that finds it, and scripts run by hand, leave it as it is, and say how to adopt it."""
     made_by(cloud, mark, state=state)
     calls = len(cloud.calls)
     out = cloud.run("babysit", *waiting(cloud), code=2)
@@ -188,7 +188,7 @@ def test_ours_and_not_what_was_asked_for(cloud, words):
 
 
 def test_state_that_is_lost(cloud):
-    """Or the same command on another machine: it ends with 2, and with --adopt it watches what goes on."""
+    """Or the same command on another machine: it ends with 2, and with --adopt it watches the run."""
     with babysitting(cloud) as babysitter:
         babysitter.kill()
     forget_all(cloud)
@@ -205,7 +205,7 @@ def test_state_that_is_lost(cloud):
 
 
 def test_an_owner_that_is_damaged(cloud):
-    """An empty one is not that of what has no mark."""
+    """An empty owner does not match a resource without a label."""
     made_by(cloud)
     (owner,) = (cloud.folder / "state").rglob("owner")
     for text in ("", "x"):
@@ -215,7 +215,7 @@ def test_an_owner_that_is_damaged(cloud):
 
 
 def test_another_command_on_the_same_machines(cloud):
-    """A run that goes on is not ended by it; by hand it is."""
+    """The babysitter does not end the run in progress for it; stop.sh by hand does."""
     argv = waiting(cloud)
     with babysitting(cloud) as babysitter:
         babysitter.send_signal(signal.SIGINT)
@@ -255,7 +255,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize(("why", "code"), [("tokens", 0), ("network", 3), ("rights", 0), ("state", 3)])
 def test_what_cannot_be_deleted(cloud, why, code):
-    """Never 0: what bills is named, and the same command goes on with it."""
+    """The exit code is never 0: what bills is named, and the same command resumes the deletion."""
     end(cloud, code)
     cloud.script(workers=1, faults=[{"match": "resources delete", "stderr": REFUSALS[why], "times": 10**6}])
     out = cloud.run("babysit", *waiting(cloud), code=code or 42, MESHLM_LOST_S="1")
@@ -268,7 +268,7 @@ def test_what_cannot_be_deleted(cloud, why, code):
 
 
 def test_what_is_deleted_after_a_while(cloud):
-    """Also if the answers are lost, or say that it was done and it was not."""
+    """Even if answers are lost, or report a deletion that did not happen."""
     end(cloud)
     faults = [{"match": "resources delete", "stderr": REFUSALS["network"], "times": 7}]
     faults += [{"match": "resources delete", "code": 0, "times": 7}]
@@ -286,7 +286,7 @@ def test_whatever_ends_it_names_what_bills(cloud, signal_):
 
 
 def test_the_same_command_at_once(cloud):
-    """After a Ctrl-C at a terminal, which all of the group get: in a pause, while gcloud is silent, in a setup."""
+    """It works at once after Ctrl-C, which the process group gets: in a pause, while gcloud hangs, during a setup."""
     for round_, hang in enumerate((None, "queued-resources describe", "worker status", "worker.sh setup")):
         if hang:
             cloud.script(workers=1, faults=[{"match": hang, "hang": 20, "code": 1}])
@@ -302,7 +302,7 @@ def test_the_same_command_at_once(cloud):
                 runs.wait_until(lambda: "worker.sh start" in str(cloud.calls), babysitter)
             time.sleep(0.5)
             os.killpg(babysitter.pid, signal.SIGINT)
-            # A process that goes on has its output, too: so not until that is closed.
+            # Not until its output is closed: a process that keeps running would hold it open.
             assert babysitter.wait(timeout=5) == 42, round_
         held = cloud.folder / "state/meshlm/tpu/p.us-east5-b.run/babysitter"
         assert subprocess.run(["flock", "-n", held, "true"]).returncode == 0, hang
@@ -319,7 +319,7 @@ def commands(out: str) -> list[list[str]]:
 
 
 def test_the_settings_of_another_file(cloud):
-    """What is empty in --env=FILE or on the command line stays empty for all that is started."""
+    """A setting that is empty in --env=FILE or on the command line stays empty for every script that is started."""
     first = "VALID_FOR=6h\nNFS=10.0.0.2:/first\nSERVICE_ACCOUNT=x@a\nINTERNAL_IPS=1\n"
     (cloud.folder / "tpu.env").write_text(f"PROJECT=a\nZONE=z\nNAME=first\nTYPE=v6e-8\n{first}")
     (cloud.folder / "second.env").write_text("PROJECT=b\nZONE=z\nNAME=second\nTYPE=v6e-8\nBUCKET=b\n")
@@ -334,7 +334,7 @@ def test_the_settings_of_another_file(cloud):
 
 
 def test_settings_of_the_shell(cloud):
-    """Variables that a shell happens to have are none of them."""
+    """Variables that happen to be set in the shell are not settings."""
     (cloud.folder / "tpu.env").write_text("PROJECT=p\nZONE=z\nNAME=run\nTYPE=v6e-8\nBUCKET=b\n")
     shell = {"NFS": "10.0.0.2:/x", "SLICES": "7", "TIER": "reserved", "VALID_FOR": "6h", "DRY_RUN": "", "ADOPT": "1"}
     out = cloud.run("babysit", "--dry_run", *waiting(cloud), **shell)
@@ -342,7 +342,7 @@ def test_settings_of_the_shell(cloud):
 
 
 def test_settings_are_read_once(cloud):
-    """A file that changes while the babysitter is at work changes nothing for it."""
+    """A file that changes while the babysitter runs has no effect on it."""
     with babysitting(cloud) as babysitter:
         (cloud.folder / "tpu.env").write_text("PROJECT=q\nZONE=z\nNAME=other\nTYPE=v6e-8\nBUCKET=c\n")
         cloud.preempt()
@@ -352,11 +352,11 @@ def test_settings_are_read_once(cloud):
     assert all("--project=p" in call and "other" not in call for call in cloud.calls)
 
 
-# Machines that are started again, and code that changes
+# Machines that restart, and code that changes
 
 
 def test_a_machine_without_its_mounts(cloud):
-    """It was started again: the run goes on in the shared folder, and never on the disk of the machine."""
+    """It has restarted: the run resumes in the shared folder, never on the machine's own disk."""
     argv = waiting(cloud, "echo x >>runs/lives", workdir="runs/x")
     with babysitting(cloud, "--nfs=server:/shared", *argv) as babysitter:
         lives = cloud.folder / "exports/shared/lives"
@@ -370,7 +370,7 @@ def test_a_machine_without_its_mounts(cloud):
 
 @pytest.mark.parametrize("words", [["--nfs=server:/shared"], ["--nfs=server:/other"], ["--nfs="]])
 def test_a_start_by_hand_without_mounts(cloud, words):
-    """It mounts what it is told, or refuses."""
+    """It mounts what the settings say, or refuses."""
     cloud.run("create")
     cloud.run("wait")
     cloud.run("setup", "--nfs=server:/shared")
@@ -385,7 +385,7 @@ def test_a_start_by_hand_without_mounts(cloud, words):
 
 
 def test_the_code_of_the_first_start(cloud, tmp_path):
-    """It is kept for a command while the clone changes; --new_code takes the present one."""
+    """It is kept for a command while the clone changes; --new_code takes the current code."""
     cloud.code = runs.clone(tmp_path / "clone")
     changed, copied = "launch/tpu/example.env", cloud.folder / "workers/run.0/meshlm"
     with babysitting(cloud) as babysitter:
@@ -402,7 +402,7 @@ def test_the_code_of_the_first_start(cloud, tmp_path):
         before = starts(cloud)
         with babysitting(cloud, *words, *waiting(cloud)) as babysitter:
             runs.wait_until(lambda before=before: starts(cloud) == before + 1, babysitter)
-            rounds(cloud, 1, babysitter)  # if it is interrupted, a start counts as a life without a checkpoint
+            rounds(cloud, 1, babysitter)  # an interrupted start counts as an attempt without a checkpoint
             assert ((copied / changed).read_text() == "changed") is new
             babysitter.send_signal(signal.SIGINT)
             out = runs.finish(babysitter, 42)
@@ -414,7 +414,7 @@ def test_the_code_of_the_first_start(cloud, tmp_path):
 
 
 def test_an_agent_with_another_key(cloud):
-    """gcloud refuses it for more than one worker in a call: each has a copy of its own."""
+    """gcloud refuses such an agent for several workers in one call, so the code is copied to each separately."""
     cloud.script(workers=3)
     cloud.run("create")
     cloud.run("wait")
@@ -455,7 +455,7 @@ LASTING = {
 
 @pytest.mark.parametrize("said", PASSING)
 def test_what_passes(cloud, said):
-    """In the words of gcloud 528; also if it has said first that it waits."""
+    """Errors that pass are retried; here as gcloud 528 words them, after it has said that it waits."""
     cloud.script(faults=[{"match": "resources create", "stderr": f"{WAITS}ERROR: {said}", "times": 2}])
     out = cloud.run("create")
     assert out.count("gcloud: ERROR: ") == 2 and cloud.resources

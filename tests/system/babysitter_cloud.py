@@ -1,8 +1,8 @@
 """A model of the cloud for babysitter_histories_test.py: queued resources, their workers, and what goes wrong.
 
-Instead of gcloud the scripts of launch/tpu/ call histories.sh, which asks here. A world has a clock that
-goes on with each question of the babysitter for its queued resource; what happens is decided by a seed. Messages are
-those of gcloud 528 (tests/system/real_gcloud_test.py holds them against the installed one).
+Instead of gcloud, the scripts of launch/tpu/ call histories.sh, which asks this model. The clock of a world advances
+by a tick each time the babysitter describes its queued resource; a seed decides what happens. Messages are those of
+gcloud 528 (tests/system/real_gcloud_test.py compares them with those of the installed one).
 """
 
 import dataclasses
@@ -13,19 +13,19 @@ import socket
 import socketserver
 import threading
 
-PLACE = "projects/run/locations/us-east5-b"  # the project is called as the queued resource is
+PLACE = "projects/run/locations/us-east5-b"  # the project has the same name as the queued resource
 COMMAND = ["python", "-m", "launch.train", "--workdir=bucket/runs/x"]
 DEAD = ("FAILED", "SUSPENDED")
 URL = "https://tpu.googleapis.com/v2/" + PLACE
 REPORT = "If you would like to report this issue, please run the following command:\n  gcloud feedback\n"
 CRASH = f"ERROR: gcloud crashed ({{}}): {{}}\n\n{REPORT}"
 ISSUED = "{} request issued for: [{}]\nWaiting for operation [" + PLACE + "/operations/operation-1] to complete...\n"
-# What ssh says of a silent worker, and of what is wrong on this machine.
+# What ssh prints if a worker is silent, and if something is wrong on this machine.
 SILENT = ["ssh: connect to host 1.2.3.4 port 22: Connection timed out", "Connection closed by 1.2.3.4 port 22"]
 BROKEN = ["me@1.2.3.4: Permission denied (publickey).", "ssh: connect to host 1.2.3.4 port 22: Network is unreachable"]
 WHOM = "This command is authenticated as me@x.org which is the active account specified by the [core/account] property"
 VERBS = ("setup", "start", "status", "stop", "log")
-LATE = 124  # an answer that does not come in time
+LATE = 124  # the exit code if an answer does not come in time
 
 
 def http_error(code: int, status: str, text: str) -> str:
@@ -37,7 +37,7 @@ def http_error(code: int, status: str, text: str) -> str:
     )
 
 
-# The act may have been carried out; the answer did not come.
+# The act may have been carried out, but its answer was lost.
 LOST = [
     http_error(503, "UNAVAILABLE", "The service is currently unavailable."),
     http_error(500, "INTERNAL", "Internal error encountered."),
@@ -81,13 +81,13 @@ REFUSED = [
 class Worker:
     is_set_up: bool = False
     mounted: bool = False
-    told: list[str] | None = None  # what start was told; None if nothing was started
+    told: list[str] | None = None  # the arguments of `start`; None if nothing was started
     call: str = ""
     running: bool = False
     code: int | None = None
-    epoch: int = 0  # of the gang that it was started with
-    silent: int = 0  # for so many rounds it does not answer
-    late: list = dataclasses.field(default_factory=list)  # acts of calls that were given up, still to be carried out
+    epoch: int = 0  # of the resource, when this worker's command was started
+    silent: int = 0  # for this many ticks it does not answer
+    late: list = dataclasses.field(default_factory=list)  # acts of calls that timed out, still to be carried out
 
 
 @dataclasses.dataclass
@@ -101,8 +101,8 @@ class Resource:
     state: str
     ahead: list[str]
     workers: dict[tuple[str, int], Worker] = dataclasses.field(default_factory=dict)
-    epoch: int = 0  # goes on when the gang of its workers is broken
-    bare: bool = False  # it is described by its state and time alone while it is deleted
+    epoch: int = 0  # increases when its workers' processes no longer form one group
+    bare: bool = False  # while it is deleted, its description has only its state and time of creation
 
     @property
     def nodes(self) -> list[str]:
@@ -113,13 +113,13 @@ class Resource:
         return self.state not in DEAD
 
     def is_healthy(self) -> bool:
-        """The command runs on all workers, and they belong together."""
+        """Whether the command runs on all workers, as one group of processes."""
         fine = (worker.running and worker.epoch == self.epoch for worker in self.workers.values())
         return self.state == "ACTIVE" and bool(self.workers) and all(fine)
 
 
 class World:
-    """What there is in a zone, by a seed. All that asks or acts holds the lock."""
+    """What exists in a zone, decided by a seed. Hold the lock to read or change it."""
 
     def __init__(self, seed: str):
         dice = random.Random(seed)
@@ -135,17 +135,18 @@ class World:
         self.others_rate = dice.choice([0, 0, 0.1])
         self.calm = dice.choice([3, 6, 12, 25])  # from this tick on nothing goes wrong
         self.outage = range(first := dice.choice([0, 2, 5, 99, 99]), first + dice.choice([1, 2, 5]))
-        self.outage_at_end = dice.choice([0, 0, 0, 0, 3, 8, 30])  # for so long, when the run is done
-        self.stubborn = dice.choice([0, 0, 0, 0, 0, 1, 4, 12])  # so many deletions fail
+        self.outage_at_end = dice.choice([0, 0, 0, 0, 3, 8, 30])  # in ticks after the run: when a last outage ends
+        self.stubborn = dice.choice([0, 0, 0, 0, 0, 1, 4, 12])  # this many deletions fail
         self.length, self.step = dice.randrange(1, 6), 0
-        self.ends = dice.choices([1, 2, 3, 4, 42, 130, 137], [6, 1, 1, 1, 6, 1, 3], k=1)  # how a life may end
-        self.stuck = dice.random() < 0.1  # lives bring no step
+        self.ends = dice.choices([1, 2, 3, 4, 42, 130, 137], [6, 1, 1, 1, 6, 1, 3], k=1)  # exit codes of an attempt
+        self.stuck = dice.random() < 0.1  # attempts make no progress
         self.made = 0
-        self.asked_to_stop = False  # by the person, or the hours are over
-        self.silent_rounds, self.is_silent = 0, False  # since all workers have answered, and in this round
+        self.asked_to_stop = False  # by the person, or by --max_hours
+        # Rounds with a silent worker since all workers last answered; whether this round has one.
+        self.silent_rounds, self.is_silent = 0, False
         self.answered: set[tuple[str, int]] = set()
-        self.adopts = False  # the person takes over what the next answer shows
-        self.coming: list[tuple[int, Resource]] = []  # asked for, and not there yet
+        self.adopts = False  # the person adopts what the next answer shows
+        self.coming: list[tuple[int, Resource]] = []  # (tick at which it becomes visible, resource)
         self.run_codes: set[int] = set()
 
     # What happens
@@ -158,7 +159,7 @@ class World:
         self.violations.append(text)
 
     def draw(self, key: str) -> random.Random:
-        """Dice that depend only on the seed and on how often this was asked, not on what runs beside it."""
+        """Dice that depend only on the seed and on how often `key` was drawn, not on what runs concurrently."""
         self.counts[key] = self.counts.get(key, 0) + 1
         return random.Random(f"{self.seed} {key} {self.counts[key]}")
 
@@ -184,7 +185,7 @@ class World:
         resource.state, resource.ahead, resource.workers = state, list(ahead), {}
 
     def go_on(self) -> None:
-        """One more tick."""
+        """Advances the clock by a tick."""
         self.tick += 1
         dice = self.draw("world")
         for due, resource in self.coming:
@@ -243,7 +244,7 @@ class World:
                 resource.epoch += bool(code)
 
     def follow(self, resource: Resource) -> None:
-        """The run goes on; processes whose gang is broken end."""
+        """A healthy run takes a step; otherwise each running process may end, because its peers are gone."""
         if resource.is_healthy():
             if not self.stuck or self.tick >= self.calm:
                 self.step += 1
@@ -258,7 +259,7 @@ class World:
                 done = self.step >= self.length
                 self.end(resource, [worker], 0 if done else 1)
 
-    # What gcloud is told
+    # Calls of gcloud
 
     def answer(self, role: str, argv: list[str]) -> tuple[int, str, str]:
         with self.lock:
@@ -269,7 +270,7 @@ class World:
             asks = f"{what.replace('-', '_')}_{verb}"
             if asks == "queued_resources_describe" and role == "babysit" and "createTime" in flags["--format"]:
                 self.go_on()
-                if script == "babysit.sh":  # and not what it has called
+                if script == "babysit.sh":  # not a script that it has called
                     self.silent_rounds += self.is_silent
                     self.is_silent, self.answered = False, set()
             key = f"{asks} {role} {' '.join(words[2:])} {flags.get('--worker', '')}"
@@ -283,7 +284,7 @@ class World:
             return code, out, err
 
     def fault(self, key: str, acts: bool = False) -> tuple[str, tuple[int, str, str]] | None:
-        """None, or whether the act is carried out (lost or refused), and what is answered."""
+        """None, or the kind of fault and the answer. An act is carried out if its answer is lost, not if refused."""
         if self.tick >= self.calm:
             return None
         dice = self.draw(key)
@@ -332,7 +333,7 @@ class World:
         return 0, self.with_other_text(",".join(row) + "\n", key), ""
 
     def with_other_text(self, answer: str, key: str) -> str:
-        """gcloud, or who wraps it, has words of its own on stdout now and then."""
+        """gcloud, or a wrapper of it, now and then prints text of its own on stdout."""
         dice = self.draw(f"other text {key}")
         if self.tick >= self.calm or dice.random() >= self.fault_rate:
             return answer
@@ -353,11 +354,11 @@ class World:
         dice = self.draw("create")
         label = flags.get("--labels", "").removeprefix("meshlm=")
         made = self.make(name, "us", flags["--accelerator-type"], int(flags.get("--node-count", 1)), label)
-        if fault and dice.random() < 0.2:  # and it is not to be seen at once
+        if fault and dice.random() < 0.2:  # and it is not visible at once
             self.coming.append((self.tick + dice.choice([1, 2]), made))
             return fault[1]
         self.resources[name] = made
-        if fault and dice.random() < 0.3:  # gcloud itself has tried again
+        if fault and dice.random() < 0.3:  # gcloud itself has retried
             return 1, "", f"ALREADY_EXISTS: Resource '{PLACE}/queuedResources/{name}' already exists"
         issued = ISSUED.format("Create", name)
         if fault and dice.random() < 0.3:
@@ -417,7 +418,7 @@ class World:
             self.violation(f"{role} {what}: a healthy run")
 
     def reach(self, name: str, flags: dict, key: str):
-        """The worker, and what is wrong with the connection: None, or as in fault()."""
+        """The resource, the worker, and what is wrong with the connection: None, or as in fault()."""
         found = self.node(name.partition(":")[0])
         worker = found and found.workers[name.partition(":")[0], int(flags["--worker"])]
         if worker and worker.silent:
@@ -430,7 +431,7 @@ class World:
                 if said in (LATE, 255):
                     why = self.draw(key).choice(SILENT + BROKEN)
                     fault = fault[0], (said, "", "" if said == LATE else self.broken(255, why))
-                elif said == 0:  # the end of the output is cut off
+                elif said == 0:  # the output is lost, and the exit code does not show it
                     fault = "lost", (0, "", "")
         return found, worker, fault
 
@@ -463,7 +464,7 @@ class World:
         if fault and fault[1][0] == LATE and self.draw(key).random() < 0.5:
             worker.late.append(act)
             return fault[1]
-        if "meshlm-busy" in flags["--command"]:  # waits for what is still going on there
+        if "meshlm-busy" in flags["--command"]:  # waits for what is still in progress there
             while worker.late:
                 worker.late.pop(0)()
         code, out = act()
@@ -482,7 +483,7 @@ class World:
 
     @staticmethod
     def told(words: list[str]) -> list[str]:
-        """What worker.sh is told: its verb and arguments; nothing if it is not called."""
+        """The verb and arguments that worker.sh is called with; an empty verb if it is not called."""
         for i, word in enumerate(words[1:], 1):
             if word in VERBS and (words[i - 1].endswith("worker.sh") or words[i - 1] == "worker"):
                 return words[i:]
@@ -540,7 +541,7 @@ class World:
 
 
 class Server(socketserver.ThreadingTCPServer):
-    """Passes what tests/system/fakes/histories.sh asks on to the world that it names."""
+    """Passes the calls of tests/system/fakes/histories.sh on to the world that they name."""
 
     daemon_threads, request_queue_size, allow_reuse_address = True, 128, True
 

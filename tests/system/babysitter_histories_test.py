@@ -1,8 +1,7 @@
-"""Random histories of launch/tpu/babysit.sh, with a person beside it, in a model of the cloud (babysitter_cloud.py).
+"""Random histories of launch/tpu/babysit.sh and a person beside it, in a model of the cloud (babysitter_cloud.py).
 
-Whatever happens: nothing of ours goes on costing without its name being said, nothing of others is touched, and a
-healthy run is neither started a second time nor stopped. A history that fails is shown whole. By its seed it is told
-again:
+Whatever happens, nothing of ours keeps costing without being named, nothing of others is touched, and a healthy run is
+neither started a second time nor stopped. A history that fails is printed in full. Its seed replays it:
 
   python -m tests.system.babysitter_histories_test --seed=17       or many: --histories=2000 [--first=0] [--at_once=2]
 """
@@ -45,7 +44,7 @@ class History:
         self.flags = ["--poll_s=0"]
         self.keeps = self.dice.random() < 0.1
         self.lost_state, self.last = False, None
-        self.clock = self.dice.choice(["", "", "", "1000000", "-1000000"])  # so many seconds it is set by, once
+        self.clock = self.dice.choice(["", "", "", "1000000", "-1000000"])  # seconds by which it is set, once
 
     def start(self, script: str, *words: str) -> subprocess.Popen:
         self.world.note(f"the person: {script} {' '.join(words)}")
@@ -83,7 +82,7 @@ class History:
     # What the person does
 
     def tell(self) -> None:
-        """The whole of it."""
+        """Plays the whole history."""
         self.before()
         extra = ["--keep"] if self.keeps else []
         if self.dice.random() < 0.1:
@@ -110,7 +109,7 @@ class History:
         self.leave(babysitter)
 
     def before(self) -> None:
-        """There may be something of that name."""
+        """Resources that may exist already: `run`, of others or ours, or one of others with another name."""
         world, what = self.world, self.dice.random()
         if what < 0.1:
             with world.lock:
@@ -134,7 +133,7 @@ class History:
             if what in REFUSED_BESIDE:
                 self.refused_beside(babysitter, what)
             else:
-                # Nobody else takes the name between its look and its act, from which no script can be safe.
+                # Others must not take the name between create.sh's check and its act: no script can prevent that.
                 self.world.others_rate *= what != "create"
                 self.beside.append(self.start(what, *(["--", "true"] if what == "ssh" else [])))
 
@@ -144,11 +143,11 @@ class History:
         self.wait(other)
         if babysitter.poll() is None and other.returncode != 2:
             self.world.violation(f"{script} beside a babysitter ended with {other.returncode}")
-        if script == "babysit" and other.returncode != 2:  # the first has just ended: this was the next one
+        if script == "babysit" and other.returncode != 2:  # the first had just ended, so this one was admitted
             self.last = other
 
     def interrupt(self, babysitter: subprocess.Popen) -> bool:
-        """At some time; whether it had ended by then."""
+        """Signals the babysitter at some time. Returns whether it had ended by itself before."""
         self.live_beside(babysitter, self.dice.randrange(0, 2))
         self.wait_for_tick(babysitter, self.world.tick + self.dice.randrange(0, 12))
         time.sleep(self.dice.choice([0, 0, 0.02, 0.1]))
@@ -157,13 +156,13 @@ class History:
         kill = self.dice.choice([signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
         self.world.note(f"the person: {kill.name}")
         if kill == signal.SIGKILL and self.dice.random() < 0.3:
-            os.kill(babysitter.pid, kill)  # and what it has called goes on for a while
+            os.kill(babysitter.pid, kill)  # and what it has called keeps running for a while
         else:
-            os.killpg(babysitter.pid, kill)  # as a terminal does it, or a machine that goes
+            os.killpg(babysitter.pid, kill)  # as a terminal does, or a machine that shuts down
         self.wait(babysitter)
         if babysitter.returncode == 42:
             self.check_named(babysitter)
-        return babysitter.returncode >= 0 and babysitter.returncode != 42  # by -15 before it had begun
+        return babysitter.returncode >= 0 and babysitter.returncode != 42  # negative: killed before its traps were set
 
     def lose_state(self) -> None:
         self.world.note("the person: rm -rf state")
@@ -177,7 +176,7 @@ class History:
                 self.world.lock.wait(0.05)
 
     def wait(self, process: subprocess.Popen) -> None:
-        """Until its end, or until something does not hold."""
+        """Waits for the end of a process, which is killed at the first violation."""
         end = time.monotonic() + LIMIT_S
         while process.poll() is None and not self.world.violations:
             if time.monotonic() > end:
@@ -221,9 +220,9 @@ class History:
             world.violation("ours bills, unnamed")
 
     def clean_up(self) -> None:
-        """delete.sh, in a cloud in which nothing fails any more."""
+        """Runs delete.sh, in a cloud in which nothing fails any more."""
         self.world.asked_to_stop, self.world.calm, self.world.stubborn = True, -1, 0
-        for _ in range(3):  # a deletion that was begun takes its time
+        for _ in range(3):  # a deletion that has begun takes several ticks
             process = self.start("delete")
             self.wait(process)
             with self.world.lock:
@@ -246,7 +245,7 @@ class History:
 
 
 def tell(seed: int, code: pathlib.Path, server: Server) -> str:
-    """Nothing, or all of a history in which something does not hold."""
+    """Plays one history. Returns all of it if something does not hold, else an empty string."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix=f"history-{seed}-"))
     history = History(seed, code, server, folder)
     try:
@@ -277,7 +276,7 @@ def test_histories(tmp_path):
     assert not found, "\n\n".join(found.values())
 
 
-# Mistakes, each as one change of a script, and what shows them.
+# Deliberate mistakes, by the violation that reveals them: a script and one change of it.
 MISTAKES = {
     "a machine of others": ("cloud.sh", "is_ours() {\n", "is_ours() {\n  return 0\n"),
     "ours goes on billing": ("babysit.sh", "! tpu delete || return 0", "tpu delete || true; return 0"),

@@ -1,6 +1,6 @@
-"""The jobs for SkyPilot: played by a fake one with real processes (fakes/sky), and read by the real package.
+"""Tests of the SkyPilot jobs, on a fake SkyPilot with real processes (fakes/sky) and with the real package.
 
-The real one is asked where there is a Python that has it: .venv-sky/bin/python, or what MESHLM_SKY_PYTHON names.
+The tests of the real package need a Python that has it: .venv-sky/bin/python, or the one that MESHLM_SKY_PYTHON names.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ YAML = {"tpu": "launch/sky/tpu_spot.yaml", "cuda": "launch/sky/gpu_spot.yaml"}
 ODD = ["two words", 'it\'s "quoted" $HOME `id` \\', "new\nline", "", "*", "--flag=a b", "#", "${x}", "$$", "é"]
 TRAIN = ["python", "-m", "launch.train", "--config=configs/tiny.py"]
 MIRROR = "--config.checkpoint.mirror=gs://b/mirror"
-# A Python that says how it was called, or waits for a signal and leaves as $CODE says.
+# A fake Python that records its arguments and exits with $CODE; with $WAIT it waits for a SIGTERM first.
 PYTHON = """#!/bin/bash
 [[ $1.$2 != -m.launch.gpu_check ]] || exit 0
 printf '%s\\0' "$@" >"$HOME/words"
@@ -32,7 +32,7 @@ exit "${CODE:-0}"
 
 
 def signal_all(home: pathlib.Path, number: int) -> None:
-    """To each process of a host but SkyPilot's own, which run script.sh: all whose home is there."""
+    """Signals all processes of a host, i.e. with this HOME, except SkyPilot's own, which run script.sh."""
     for path in pathlib.Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             ours = f"HOME={home}".encode() in (path / "environ").read_bytes().split(b"\0")
@@ -41,7 +41,7 @@ def signal_all(home: pathlib.Path, number: int) -> None:
 
 
 class Host:
-    """A home in which launch/sky/run.sh finds a Python that only says what it was told."""
+    """A home directory in which launch/sky/run.sh finds a fake Python that only records its arguments."""
 
     def __init__(self, home: pathlib.Path):
         self.home, self.runs = home, home / "runs"
@@ -64,7 +64,7 @@ class Host:
         return {**os.environ, **own, **extra}
 
     def start(self, script: str, environment: dict[str, str]) -> subprocess.Popen:
-        """As SkyPilot does: in an interactive bash, without a terminal."""
+        """Runs a script as SkyPilot does: in an interactive bash, without a terminal."""
         path = self.home / "script.sh"
         path.write_text(script)
         return subprocess.Popen(
@@ -88,7 +88,7 @@ class Host:
         return "".join(line for line in out.splitlines(keepends=True) if not line.startswith("bash: "))
 
     def words(self) -> list[str]:
-        """What the Python was told, after the number of the process in its environment."""
+        """The arguments that the fake Python was called with."""
         return (self.home / "words").read_text().split("\0")[:-1]
 
 
@@ -105,14 +105,14 @@ def gang(rank: int, size: int = 2) -> dict[str, str]:
 
 
 def test_a_tpu_host_runs_the_command_unchanged(host):
-    """TPU hosts find each other; the number is for the supervisor."""
+    """TPU hosts find each other; only the supervisor needs the process number."""
     words = [*TRAIN, f"--workdir={host.runs}/a", *ODD]
     host.run("tpu", words, **gang(rank=1))
     assert host.words() == ["-m", "launch.supervise", "--process=1", "--", *words]
 
 
 def test_each_tpu_host_keeps_its_own_lives(host):
-    """With the real supervisor, which must not take itself for process 0."""
+    """This uses the real supervisor, which must not take itself for process 0."""
     run = host.runs / "a"
     run.mkdir()
     (run / "config.json").touch()
@@ -144,7 +144,7 @@ def test_one_host_may_keep_its_run_on_its_disk_when_checkpoints_are_mirrored(hos
     assert host.words()[-1] == MIRROR
 
 
-# What its exit code says to SkyPilot
+# What the exit code tells SkyPilot
 
 
 @pytest.mark.parametrize("code, expected", [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (42, 1), (130, 130), (134, 134)])
@@ -154,7 +154,7 @@ def test_what_the_supervisor_gives_up_new_machines_do_not_mend(host, code, expec
 
 @pytest.mark.parametrize("code, expected", [(0, 0), (1, 42), (2, 2), (3, 3), (4, 4), (42, 42), (134, 42), (143, 42)])
 def test_what_was_told_to_stop_asks_for_new_machines(host, code, expected):
-    """The scripts outlive what is saving."""
+    """The scripts outlive the process that is saving."""
     environment = host.environment(shlex.join([*TRAIN, f"--workdir={host.runs}/a"]), CODE=str(code), WAIT="1")
     process = host.start("bash launch/sky/run.sh tpu\nexit $?\n", environment)
     with runs.ending(process):
@@ -250,7 +250,7 @@ def sky(tmp_path):
 
 
 def test_setup(sky):
-    """Known-good packages and the shared folder; then the mistake in the command is found before anything starts."""
+    """Setup installs known-good packages and mounts the folder; then a mistake in the command ends the job."""
     process = sky.launch("tpu", [*TRAIN, "--workdir=elsewhere"])
     with runs.ending(process):
         assert "FAILED [2]" in runs.finish(process, 1, within_s=60)
@@ -280,8 +280,8 @@ def test_a_bucket_is_asked_for(sky):
 
 @pytest.mark.slow
 def test_a_job_that_loses_its_machines(sky, tmp_path):
-    """Two GPU nodes (here with the CPU). The command of one is told to stop, then the machines are taken away with and
-    without notice: the losses are those of a run that nothing happened to."""
+    """Two GPU nodes (on the CPU here). The command on one gets SIGTERM, then the machines are preempted, with and
+    without notice: the losses equal those of an uninterrupted run."""
     data = runs.dataset(tmp_path)
     fields = {**interrupted.FIELDS, "num_train_steps": interrupted.STEPS}
     whole, run = tmp_path / "whole", sky.runs / "a"
@@ -307,7 +307,7 @@ def test_a_job_that_loses_its_machines(sky, tmp_path):
 
 
 def all_is_saved(run: pathlib.Path) -> int:
-    """The newest checkpoint, which is the last step that was taken."""
+    """The step of the newest checkpoint, which must be the last step in the log."""
     step = interrupted.saved(run)[-1]
     assert step == runs.rows(run)[-1]["step"]
     return step
@@ -315,7 +315,8 @@ def all_is_saved(run: pathlib.Path) -> int:
 
 # The real SkyPilot
 
-# SkyPilot reports 137 for hosts that it ended because of another.
+# Exit codes of the hosts: whether SkyPilot starts the job again. It reports 137 for hosts that it ended because another
+# one failed.
 CODES = {
     "[42]": True,
     "[42, 137]": True,
@@ -341,7 +342,7 @@ def real_python():
 
 
 def really_launch(python: str, home: pathlib.Path, *words: str) -> dict:
-    """The job that the real package makes of a command line, with nothing of this machine's settings."""
+    """The job that the real package makes of a command line, without any of this machine's settings."""
     env = {
         "PATH": os.environ["PATH"],
         "HOME": str(home),
@@ -374,7 +375,7 @@ def documented(accelerator: str) -> list[str]:
      ("cuda", {"H100": 8}, "aws/us-east-2", 2, "s3://mine")],
 )  # fmt: skip
 def test_the_real_package(host, real_python, accelerator, kind, place, nodes, bucket):
-    """Its parser takes the file and the documented flags, and a command gets through its scripts unchanged."""
+    """Its parser accepts the file and the documented flags, and a command passes through its scripts unchanged."""
     words = [*TRAIN, f"--workdir={host.runs}/a", *ODD]
     job = really_launch(real_python, host.home, *documented(accelerator), "--env", f"COMMAND={shlex.join(words)}")
     assert (job["name"], job["nodes"], job["mounts"]) == ("run", nodes, {"/bucket": [bucket, "MOUNT"]})

@@ -1,8 +1,9 @@
-"""Where the tests of launch/slurm submit jobs: stand-ins for Slurm's commands, or a cluster here.
+"""The clusters that tests of launch/slurm submit jobs to: fakes of Slurm's commands, or a real one on this machine.
 
-The cluster is Debian's munged, slurmctld and two slurmd, in a folder of their own. It needs the packages slurmctld,
-slurmd, slurm-client and munge, and root; nothing of theirs has to run, and neither /etc nor /var is touched. A node is
-a slurmd with a port; the first has the name of this machine, because the others connect to it by its name.
+The real cluster is Debian's munged, slurmctld and two slurmd, in a folder of their own. It needs the packages
+slurmctld, slurmd, slurm-client and munge, and root; their daemons need not run already, and neither /etc nor /var is
+touched. A node is a slurmd with its own port; the first has this machine's name, because the others connect to it by
+name.
 """
 
 import contextlib
@@ -22,13 +23,13 @@ from tests import runs
 
 SCRIPT = "launch/slurm/train.sbatch"
 FAKES = runs.ROOT / "tests/system/fakes/slurm"
-JOB_S = 120  # from submission to the end, of a job that plays
-NODES = (platform.node(), f"{platform.node()}-2")  # Slurm takes them in the order of their names
+JOB_S = 120  # from submission to the end, for a job that does not train
+NODES = (platform.node(), f"{platform.node()}-2")  # Slurm allocates them in the order of their names
 KILL_WAIT_S = 10  # from a SIGTERM to the SIGKILL
 START_S, END_S = 60, 60
 ENDS = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
 PATH = f"{os.environ['PATH']}:/usr/sbin"
-# cred_expire is also how long a job that is queued again has to wait; 5 is the least.
+# cred_expire is also how long a requeued job has to wait, in seconds; 5 is the minimum.
 CONFIG = """
 ClusterName=test
 SlurmctldHost=localhost
@@ -60,7 +61,7 @@ PartitionName=urgent Nodes=ALL PriorityTier=2
 
 
 def missing() -> str:
-    """Why there can be no cluster; empty if there can."""
+    """Why a cluster cannot run here; empty if it can."""
     commands = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "squeue", "scancel", "sinfo")
     absent = [name for name in commands if not shutil.which(name, path=PATH)]
     if absent:
@@ -74,8 +75,8 @@ def missing() -> str:
 
 @contextlib.contextmanager
 def running() -> Iterator[dict[str, str]]:
-    """Starts it; the variables with which Slurm's commands find it. Nothing of it is left afterwards."""
-    with tempfile.TemporaryDirectory(prefix="slurm") as name:  # short, for the path of a socket
+    """Starts the cluster and yields the variables with which Slurm's commands find it. Leaves nothing behind."""
+    with tempfile.TemporaryDirectory(prefix="slurm") as name:  # short, because the path of a socket has to be
         folder = pathlib.Path(name)
         environment = {"SLURM_CONF": str(configure(folder)), "PATH": PATH}
         with daemons(folder, environment) as start:
@@ -96,8 +97,8 @@ def running() -> Iterator[dict[str, str]]:
 
 
 def configure(folder: pathlib.Path) -> pathlib.Path:
-    """Makes what the daemons want to find; slurm.conf."""
-    folder.chmod(0o755)  # munged wants to be reached by all
+    """Creates the files that the daemons need; returns the path of slurm.conf."""
+    folder.chmod(0o755)  # munged requires a folder that all users can enter
     for name in ("munge", "state", *NODES):
         (folder / name).mkdir()
     (folder / "munge/key-file").write_bytes(os.urandom(1024))
@@ -109,12 +110,12 @@ def configure(folder: pathlib.Path) -> pathlib.Path:
 
 @contextlib.contextmanager
 def daemons(folder: pathlib.Path, environment: dict[str, str]) -> Iterator[Callable[..., None]]:
-    """Gives what starts one, with its log in the folder; they end in the other order."""
+    """Yields a function that starts a daemon, with its log in the folder; stops them in reverse order."""
     started: list[subprocess.Popen] = []
 
     def start(*argv: str) -> None:
         with (folder / f"{len(started)}.{argv[0]}.log").open("w") as log:
-            end = supervise.end_with_parent()  # should nobody get to the end of this function
+            end = supervise.end_with_parent()  # in case this process dies before it stops them
             environ = os.environ | environment
             started.append(subprocess.Popen(argv, env=environ, stdout=log, stderr=log, cwd=folder, preexec_fn=end))
 
@@ -135,7 +136,7 @@ def daemons(folder: pathlib.Path, environment: dict[str, str]) -> Iterator[Calla
 
 
 def ask(environment: dict[str, str], *argv: str) -> str:
-    """What a command of Slurm prints."""
+    """What one of Slurm's commands prints."""
     answer = subprocess.run(argv, env=os.environ | environment, capture_output=True, text=True, timeout=START_S)
     return answer.stdout.strip()
 
@@ -148,7 +149,7 @@ def until(true: Callable[[], bool], within_s: float) -> None:
 
 
 class Fake:
-    """The stand-ins: sbatch is the controller, too, and leaves when the job does."""
+    """The fakes: sbatch is also the controller, and exits when the job does."""
 
     kill_wait_s = 15
 
@@ -161,7 +162,7 @@ class Fake:
         return runs.exit_code(process) if process.poll() is not None else -1
 
     def preempt(self, job: str) -> None:
-        """Without grace: the job is ended, and queued again."""
+        """Requeues the job: it gets SIGTERM at once, without a warning before, and is started again."""
         self.do("scontrol", "requeue", job)
 
     def do(self, *argv: str) -> None:
@@ -181,13 +182,13 @@ class Real(Fake):
     def end(self, process: subprocess.Popen, job: str) -> int:
         shown = ask(self.environment, "scontrol", "show", "job", job)
         state, code = (shown.partition(f"{what}=")[2].split()[0] for what in ("JobState", "ExitCode"))
-        if state not in ENDS:  # between the others there are short ones: SIGNALING, CONFIGURING, REQUEUED
+        if state not in ENDS:  # not a final state; some are brief: SIGNALING, CONFIGURING, REQUEUED
             return -1
         code, number = map(int, code.split(":"))
         return code or (128 + number if number else 0)
 
     def preempt(self, job: str) -> None:
-        """By a job of a partition that goes before."""
+        """Runs a job in a partition of higher priority."""
         argv = ["srun", "--partition=urgent", "--nodes=2", "sleep", "1"]
         subprocess.run(argv, env=os.environ | self.environment, check=True, timeout=60, capture_output=True)
 
@@ -203,7 +204,7 @@ class Job:
         self.id = self.process.stdout.readline().strip()
 
     def leaves(self, code: int, within_s: float = JOB_S) -> str:
-        """Its log, when it has come to its end with this code."""
+        """Waits until the job ends, which must be with this code; returns its log."""
         self.until(lambda: self.cluster.end(self.process, self.id) >= 0, within_s)
         left = self.cluster.end(self.process, self.id)
         assert left == code, f"exit code {left}, expected {code}:\n{self.log()}"
@@ -219,7 +220,7 @@ class Job:
             time.sleep(0.1)
 
     def end(self) -> None:
-        """Nothing of it is left, whatever happened."""
+        """Cancels the job if it has not ended, and waits for its end."""
         if self.cluster.end(self.process, self.id) < 0:
             self.cluster.do("scancel", self.id)
             self.until(lambda: self.cluster.end(self.process, self.id) >= 0, 60)
