@@ -62,13 +62,14 @@ def main() -> int:
 
 def page(plan: Any) -> str:
     """The plan for a reader."""
+    from trainer import sharding
     from trainer.planning.plan import ASSUMPTIONS
     from trainer.reporting import flops
 
     config, model = plan.config, plan.config.model
     slices = f"{plan.num_slices} x " if plan.num_slices > 1 else ""
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
-    rows = config.global_batch_size // config.grad_accum_steps // (plan.mesh["data"] * plan.mesh["fsdp"])
+    rows = config.global_batch_size // config.grad_accum_steps // sharding.batch_shards(plan.mesh)
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     lines = [
         f"{slices}{plan.topology}: {plan.devices} devices, mesh {mesh}",

@@ -17,7 +17,7 @@ def microbatch_rows(config: Config, batch_sharding: jax.sharding.NamedSharding) 
     """Rows of a batch: those of a microbatch of training, so that an evaluation needs no more memory than a step,
     rounded up to what the devices divide, because padded rows do not count."""
     rows = config.global_batch_size // config.grad_accum_steps
-    shards = sharding.batch_shards(batch_sharding.mesh)
+    shards = sharding.batch_shards(batch_sharding.mesh.shape)
     return -(-rows // shards) * shards
 
 

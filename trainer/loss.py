@@ -126,4 +126,4 @@ class _Shard:
         return carry, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], of_chunks)
 
     def over_tokens(self, sums):
-        return jax.tree.map(lambda s: self.collectives.psum(s, "fsdp", "context"), sums)
+        return jax.tree.map(lambda s: self.collectives.psum(s, *sharding.TOKEN_AXES), sums)

@@ -1,6 +1,7 @@
 """The mesh, and the one table that maps the model's logical axes to it."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,10 +14,12 @@ from trainer.errors import ConfigError
 
 MESH_AXES = MeshConfig.AXES
 
+BATCH_AXES: tuple[str, ...] = ("data", "fsdp")
+EMBED_AXES: tuple[str, ...] = ("fsdp", "context")
 RULES: dict[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
+    "batch": BATCH_AXES,
     "seq": "context",
-    "embed": ("fsdp", "context"),  # of parameters; that of an activation is named None, since fsdp splits its batch
+    "embed": EMBED_AXES,  # of parameters; that of an activation is named None, since fsdp splits its batch
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -24,10 +27,13 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "position": None,
     "layers": None,
 }
-# Of the code of a step, which works on one replica of the model: of the axis `data` it knows nothing (see by_replica).
-REPLICA_RULES = RULES | {"batch": "fsdp"}
-# Of the optimizer's state with mesh.shard_optimizer: replicas share it, each updating its part of the parameters.
-ZERO1_RULES = RULES | {"embed": ("fsdp", "context", "data")}
+# For the code of a step, which works on one replica of the model and knows nothing of the axis `data` (see by_replica).
+REPLICA_BATCH_AXES = tuple(axis for axis in BATCH_AXES if axis != "data")
+REPLICA_RULES = RULES | {"batch": REPLICA_BATCH_AXES}
+# For the optimizer's state with mesh.shard_optimizer: replicas share it, each updating its shard of the parameters.
+ZERO1_RULES = RULES | {"embed": (*EMBED_AXES, "data")}
+# The axes that shard the tokens of a replica, over which sums over tokens go.
+TOKEN_AXES = (*REPLICA_BATCH_AXES, "context")
 
 
 def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
@@ -102,12 +108,12 @@ def inference_mesh(config: Config) -> Mesh:
     try:
         return make_mesh(config)
     except ConfigError:
-        return mesh_of({"data": jax.device_count(), "fsdp": 1, "context": 1, "tensor": 1}, jax.devices())
+        return mesh_of(dict.fromkeys(MESH_AXES, 1) | {"data": jax.device_count()}, jax.devices())
 
 
-def batch_shards(mesh: Mesh | AbstractMesh) -> int:
-    """Equal parts that the rows of a batch are split into."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+def batch_shards(sizes: Mapping[str, int]) -> int:
+    """Equal shards of the rows of a batch, on a mesh with these sizes of its axes."""
+    return math.prod(sizes[axis] for axis in BATCH_AXES)
 
 
 def spec(axes: tuple[str | None, ...], rules: dict = RULES) -> PartitionSpec:

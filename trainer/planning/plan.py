@@ -212,7 +212,7 @@ def kept_activations(program: Program, device: jax.Device) -> int:
         mlp_dim=model.mlp_size // tensor,
     )  # fmt: skip
     seq_len = config.data.seq_len // mesh["context"]
-    rows = config.global_batch_size // config.grad_accum_steps // (mesh["data"] * mesh["fsdp"])
+    rows = config.global_batch_size // config.grad_accum_steps // sharding.batch_shards(mesh)
     one = dataclasses.replace(
         config, model=local, data=dataclasses.replace(config.data, seq_len=seq_len), grad_accum_steps=1,
         global_batch_size=rows, mesh=MeshConfig(data=1),
@@ -242,7 +242,7 @@ def traffic(program: Program) -> float:
     state = 2 * _bytes_of_shards((program.params, program.state.opt_state)) + _bytes_of_shards(program.params)
     passes = 3 if model.remat in ("full", "offload", "dots") else 2
     weights = flops.matmul_params(config) / mesh["tensor"] * itemsize * passes * config.grad_accum_steps
-    tokens = config.tokens_per_step / (mesh["data"] * mesh["fsdp"] * mesh["context"])
+    tokens = config.tokens_per_step / (sharding.batch_shards(mesh) * mesh["context"])
     activations = tokens * model.num_layers * _widths(model, mesh["tensor"]) * itemsize * 2 * passes
     logits = 3 * 4 * tokens * model.padded_vocab_size / mesh["tensor"]
     return state + weights + activations + logits
@@ -260,7 +260,7 @@ def largest_batch(failed: Plan, topology: Topology, attempts: int = 3) -> Plan |
 
     What grows with the batch grows in proportion to it, so that the first guess is near.
     """
-    config, parts = failed.config, failed.mesh["data"] * failed.mesh["fsdp"] * failed.config.grad_accum_steps
+    config, parts = failed.config, sharding.batch_shards(failed.mesh) * failed.config.grad_accum_steps
     rows = config.global_batch_size // parts
     fixed = sum(failed.memory[part] for part in ("parameters", "optimizer", "gradients"))
     guess = min(rows - 1, int(rows * (failed.usable - fixed) / max(failed.peak - fixed, 1)))

@@ -37,7 +37,7 @@ def log_summary(config: Config, program: Program, windows: MixedWindows, data: S
     if share > REPLICATED_SHARE_ALLOWED:
         log.warning("WARNING   %.0f %% of the parameters are whole on every device", 100 * share)
     batch, accum = config.global_batch_size, config.grad_accum_steps
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = sharding.batch_shards(mesh.shape)
     log.info(
         "batch     %d sequences x %d tokens = %s a step (%d part(s) of %d on each of %d batch shards)",
         batch, config.data.seq_len, f"{config.tokens_per_step:,}", accum, batch // accum // rows, rows,
