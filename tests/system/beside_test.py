@@ -1,4 +1,4 @@
-"""The scripts of launch/tpu/ beside each other, and beside people: who may act, what is said, what is kept."""
+"""The scripts of launch/tpu/ beside each other and other users: who may act, what is reported, what is kept."""
 
 import os
 import pathlib
@@ -24,14 +24,14 @@ def cloud(tmp_path):
 
 @pytest.fixture
 def machines(cloud):
-    """Made and set up by hand."""
+    """Machines that were created and set up by hand."""
     for script in ("create", "wait", "setup"):
         cloud.run(script)
     return cloud
 
 
 def of_others(cloud: Cloud, second: int = 0) -> None:
-    """From now on NAME is a machine that others have made."""
+    """From now on, NAME is a machine that others have made."""
     created = f"2026-11-29T23:59:{second:02}.000000001Z"
     cloud.put("run", state="ACTIVE", next=[], nodes=["run"], type="v6e-16", labels={}, created=created)
 
@@ -40,7 +40,7 @@ def of_others(cloud: Cloud, second: int = 0) -> None:
 
 
 def test_adopting_is_for_what_is_there(cloud):
-    """And for nothing that has its name later."""
+    """--adopt takes over what is there now, and nothing that has the name later."""
     of_others(cloud)
     with babysitting(cloud, "--adopt", *waiting(cloud)) as babysitter:
         of_others(cloud, 1)
@@ -58,7 +58,7 @@ def test_nothing_is_adopted_that_is_not_there(cloud):
 
 
 def test_a_name_that_is_another_machine_by_now(machines):
-    """The answer to the first deletion is lost, and it was carried out."""
+    """The first deletion is carried out, but its answer is lost."""
     machines.script(faults=[{"match": "resources delete", "lost": True, "hang": 1, "stderr": "ERROR: UNAVAILABLE"}])
     process = machines.start("delete")
     runs.wait_until(lambda: not machines.resources, process)
@@ -77,7 +77,7 @@ def test_hours_are_those_of_this_command(machines, hours):
 
 
 def test_a_run_that_vanishes(cloud):
-    """It is begun again, and not for ever."""
+    """It is started again, but not forever."""
     with babysitting(cloud) as babysitter:
         for life in (1, 2, 3):
             runs.wait_until(lambda life=life: starts(cloud) == life, babysitter)
@@ -102,7 +102,7 @@ def test_nobody_acts_beside_a_babysitter(cloud, script):
 
 
 def test_its_reader_goes_away(cloud):
-    """The run goes on, and the log tells of it."""
+    """The run continues, and the log records it."""
     with babysitting(cloud) as babysitter:
         babysitter.stdout.close()
         rounds(cloud, 2, babysitter)
@@ -112,7 +112,7 @@ def test_its_reader_goes_away(cloud):
 
 
 def test_nodes_of_another_name_are_not_adopted(cloud):
-    """Nobody could ask them."""
+    """The scripts could not reach them."""
     of_others(cloud)
     cloud.change("run", nodes=["mine"])
     assert "are called 'mine', and only those called run" in cloud.run("babysit", "--adopt", *waiting(cloud), code=2)
@@ -120,7 +120,7 @@ def test_nodes_of_another_name_are_not_adopted(cloud):
 
 
 def test_a_script_that_acts_keeps_a_babysitter_away(machines):
-    """What has just been started is not stopped."""
+    """A command that has just been started is not stopped."""
     machines.script(workers=1, faults=[{"match": "worker.sh start", "hang": 3, "lost": True, "code": 0}])
     process = machines.start("run", *waiting(machines)[1:])
     runs.wait_until(lambda: not machines.has_faults(), process)
@@ -141,7 +141,7 @@ def test_a_script_that_acts_keeps_a_babysitter_away(machines):
     ["x@1.2.3.4: Permission denied (publickey).", "ssh: connect to host x port 22: Network is unreachable", "x", ""],
 )
 def test_an_ssh_that_is_broken_here(cloud, why):
-    """It says nothing about the workers, which are not replaced. After the hours it is said that they cost."""
+    """It says nothing about the workers, which are not replaced. After --max_hours the babysitter ends."""
     with babysitting(cloud, "--max_hours=0.002", *waiting(cloud), MESHLM_LOST_S="1") as babysitter:
         cloud.script(workers=1, faults=[{"match": "worker status", "code": 255, "stderr": why, "times": 10**6}])
         out = runs.finish(babysitter, 42)
@@ -149,14 +149,14 @@ def test_an_ssh_that_is_broken_here(cloud, why):
 
 
 def test_what_runs_was_never_seen(machines):
-    """After the hours what it is is still not known: it may be another's, and is left."""
+    """After --max_hours it is still not known what runs: it may be another user's, and is left as it is."""
     machines.script(workers=1, faults=[{"match": "worker status", "code": 0, "times": 10**6}])
     out = machines.run("babysit", "--max_hours=0.0001", *waiting(machines), code=42, MESHLM_LOST_S="1")
     assert "GOES ON COSTING" in out and machines.resources and not machines.done("worker.sh stop")
 
 
 def test_silence_ends_with_an_answer(cloud):
-    """And what was silent before does not count for the machines that come after."""
+    """Two silences with an answer between them do not add up."""
     silent = {"match": "worker status", "code": 255, "stderr": "ssh: connect to host x port 22: Connection timed out"}
     cloud.script(workers=1, faults=[{**silent, "times": 6}])
     with babysitting(cloud, MESHLM_LOST_S="4") as babysitter:
@@ -169,7 +169,7 @@ def test_silence_ends_with_an_answer(cloud):
 
 
 def test_scripts_that_are_gone(cloud, tmp_path):
-    """A clone that is moved away is not a life that has ended."""
+    """A clone that is moved away does not count as the end of an attempt."""
     cloud.code = runs.clone(tmp_path / "clone")
     with babysitting(cloud, MESHLM_LOST_S="9") as babysitter:
         setup = cloud.code / "launch/tpu/setup.sh"
@@ -200,7 +200,7 @@ def test_an_answer_that_is_not_one_is_no_success(machines, lost, script, match):
 
 
 def test_as_many_slices_as_were_made(cloud):
-    """Whatever the settings say by now; and workers do not get fewer."""
+    """Settings that differ by now are refused, and so is an answer with fewer workers than before."""
     cloud.script(workers=2)
     cloud.run("create", "--slices=2")
     cloud.run("wait", "--slices=2")
@@ -214,7 +214,7 @@ def test_as_many_slices_as_were_made(cloud):
 
 
 def test_requests_that_fail(cloud):
-    """Their reason is said; five in a row are the end."""
+    """Their reason is reported; after five in a row the babysitter ends."""
     cloud.script(workers=1, states=["FAILED"])
     with runs.ending(cloud.start("babysit", *waiting(cloud))) as (babysitter,):
         runs.wait_until(lambda: bool(cloud.resources), babysitter)
@@ -225,7 +225,7 @@ def test_requests_that_fail(cloud):
 
 
 def test_another_type_is_asked_for_anew(cloud):
-    """Its first request ends at what is wrong with it, whatever was asked for before."""
+    """An error in its first request ends the babysitter, whatever was requested before."""
     with babysitting(cloud) as babysitter:
         babysitter.send_signal(signal.SIGTERM)
         runs.finish(babysitter, 42)
@@ -264,7 +264,7 @@ def test_a_signal_while_the_workers_are_asked_for(cloud):
 
 
 def test_what_a_dead_babysitter_has_begun(cloud):
-    """A start that has no connection yet is not tried again when nobody is left who wants it."""
+    """A start that has no connection yet is not retried once the babysitter that wants it is dead."""
     cloud.script(workers=1, faults=[{"match": "worker.sh start", "code": 255, "hang": 2, "times": 3}])
     with runs.ending(cloud.start("babysit", *waiting(cloud))) as (babysitter,):
         runs.wait_until(lambda: starts(cloud) == 1, babysitter)
@@ -286,7 +286,7 @@ def test_a_setup_by_hand_ends_nothing(machines):
 
 
 def test_a_setup_removes_what_it_has_brought(machines):
-    """And nothing else: datasets and mounts stay."""
+    """It removes nothing else: datasets and mounts stay."""
     home = machines.folder / "workers/run.0/meshlm"
     for name in ("datasets/mine", "launch/old.py"):
         (home / name).parent.mkdir(exist_ok=True)
@@ -296,7 +296,7 @@ def test_a_setup_removes_what_it_has_brought(machines):
 
 
 def test_a_supervisor_that_dies(machines):
-    """Its trainer still saves: it is waited for."""
+    """Its trainer is still saving, so stop.sh waits for it."""
     saved = machines.folder / "saved"
     saves = f"trap 'sleep 4; touch {saved}; exit 42' TERM; while :; do sleep 0.1; done"
     argv = ["--", "sh", "-c", saves, "--workdir=bucket/runs/x"]
@@ -321,7 +321,7 @@ def test_logs_outlive_the_machines(cloud, code):
 
 @pytest.mark.parametrize("name", ["GIT_DIR", "CDPATH", "POSIXLY_CORRECT", "symlink"])
 def test_the_code_is_that_of_these_scripts(machines, tmp_path, name):
-    """Whatever clone the variables of the shell name."""
+    """Variables of the shell that name another clone have no effect."""
     other = tmp_path / "other"
     (other / "launch").mkdir(parents=True)
     subprocess.run(["git", "init", "-q", other], check=True)
@@ -343,7 +343,7 @@ def test_codes_that_no_restart_mends(cloud, code):
 
 
 def test_a_mistake_that_was_mended(cloud):
-    """With --keep the machines are still there, and so is how the last life has ended."""
+    """With --keep, the machines are still there, and so is the exit code of the last attempt."""
     end(cloud, 2)
     cloud.run("babysit", "--keep", *waiting(cloud), code=2)
     end(cloud)
@@ -352,7 +352,7 @@ def test_a_mistake_that_was_mended(cloud):
 
 
 def test_nothing_costs_yet(cloud):
-    """Then it is not said to."""
+    """Then the babysitter does not say that it costs."""
     cloud.script(workers=1, states=["PROVISIONING"] * 99)
     with runs.ending(cloud.start("babysit", *waiting(cloud))) as (babysitter,):
         rounds(cloud, 3, babysitter)
@@ -408,7 +408,7 @@ def test_a_mistake_is_one_line(cloud, script, words, environment, says):
 
 
 def test_flags_in_a_turkish_locale(cloud):
-    """Whose capital of i is another letter."""
+    """In it, the capital of i is another letter."""
     made = ["localedef", "--inputfile=tr_TR", "--charmap=UTF-8", cloud.folder / "tr_TR.UTF-8"]
     if not shutil.which("localedef") or subprocess.run(made, capture_output=True).returncode > 1:
         pytest.skip("the sources of locales are not here")

@@ -1,9 +1,9 @@
-"""Tiny runs whose calls on files fail at random: nothing that was saved is lost, and the same command goes on.
+"""Tiny runs whose file operations fail at random: no saved step is lost, and the same command resumes the run.
 
   python -m tests.system.fault_injection_test --runs=500 --seed=1
 
-fault_injector.c, preloaded, makes open, read, write, rename, fsync, unlink fail, wait, or do less than they were
-asked, for files of the run alone. All runs are forks of one process that has loaded the libraries.
+fault_injector.c, preloaded, makes open, read, write, rename, fsync and unlink fail, wait, or do less than requested,
+only for files of the run. All runs are forks of one process that has loaded the libraries.
 """
 
 import argparse
@@ -53,9 +53,10 @@ LIMIT_S = 300
 
 @dataclasses.dataclass
 class Plan:
-    """What is broken: of the calls of `only`, counted from 0, `count` from `first` on, each with `chance` in 1000.
+    """Which calls break: of the operations in the bits of `only`, counted from 0, `count` from `first` on, each with a
+    probability of `chance` in 1000.
 
-    error 0 is one that the call may have; a delay, or doing less than was asked, takes its place.
+    error 0 stands for any error that the call may return; delay_ms and shorten (do less than requested) replace it.
     """
 
     seed: int
@@ -92,7 +93,7 @@ def random_plan(seed: int) -> Plan:
     elif how < 0.6:
         plan.error = getattr(errno, rng.choice(ERRORS))
         if plan.error == errno.EINTR:
-            plan.count = min(plan.count, 5)  # who is interrupted tries again, for ever
+            plan.count = min(plan.count, 5)  # Python retries an interrupted call, forever
     return plan
 
 
@@ -100,7 +101,7 @@ def random_plan(seed: int) -> Plan:
 
 
 class Forks:
-    """Runs commands as forks of a process that has loaded what takes seconds to load."""
+    """Runs commands as forks of a process that has imported what takes seconds to import."""
 
     def __init__(self, library: pathlib.Path):
         environment = runs.environment(LD_PRELOAD=str(library), INJECTOR=str(library))
@@ -110,7 +111,7 @@ class Forks:
         )
 
     def run(self, argv: list[str], out: pathlib.Path, plan: Plan | None = None, folder: str = "") -> int:
-        """The exit code, 128 + n for signal n; what was printed is in `out`, the calls broken beside it."""
+        """Returns the exit code, 128 + n for signal n. The output is in `out`, the broken calls in a file beside it."""
         assert self._process.stdin is not None and self._process.stdout is not None
         arm = {**dataclasses.asdict(plan), "folder": folder} if plan else None
         self._process.stdin.write(json.dumps({"argv": argv, "out": str(out), "arm": arm}) + "\n")
@@ -184,7 +185,7 @@ def _become(job: dict, library: ctypes.CDLL) -> None:
 
 
 class World:
-    """The undisturbed run, and what a broken one is compared with."""
+    """The undisturbed run that broken ones are compared with, and its first half, from which some of them start."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
@@ -204,7 +205,7 @@ class World:
         return runs.command(run, self.data, **{**FIELDS, "optimizer__decay_steps": STEPS, **fields})[2:]
 
     def broken(self, seed: int) -> tuple[list[str], str]:
-        """What is wrong after a run that was broken, and a line about it."""
+        """Breaks a run. Returns what is wrong afterwards, and a line that describes the run."""
         rng = random.Random(seed)
         run = self.folder / f"run{seed}"
         if rng.random() < 0.6:
@@ -246,7 +247,7 @@ class World:
 
 
 def healthy(run: pathlib.Path, folder: str = "checkpoints") -> list[int]:
-    """The steps there that are whole: all was written before Orbax gave them their name."""
+    """The complete steps there: all their files were written before Orbax gave them their final name."""
     found = []
     for path in (run / folder).glob("*"):
         name = path.name.split(".")[0]

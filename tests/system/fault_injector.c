@@ -1,7 +1,8 @@
-/* Preloaded: makes calls on files under one folder fail, wait, or do less than they were asked (tests/system/fault_injection_test.py).
+/* Preloaded: makes calls on files under one folder fail, wait, or do less than requested
+   (tests/system/fault_injection_test.py).
 
-   injector_arm() begins; until then, and for all other files, calls pass. Every call under the folder is counted, and
-   the n-th, and those after it as long as the plan says, are broken.
+   injector_arm() starts it; before that, and for all other files, calls pass through. The calls of the chosen
+   operations under the folder are counted; of `count` calls from number `first` on, each is broken with a probability.
 */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -25,11 +26,11 @@ enum { OPEN = 1, READ = 2, WRITE = 4, RENAME = 8, FSYNC = 16, UNLINK = 32 };
 
 static struct {
   int armed, only;       /* only: bits of the operations to break */
-  char folder[PATH_MAX]; /* without links, no slash at its end */
-  long first, count;     /* the calls to break, counted from 0; of them each with `chance` in 1000 */
-  int chance, error;     /* error 0: one of those that the call may have */
-  int delay_ms, shorten; /* wait up to so long; do less */
-  int kill;              /* the process, with SIGKILL, in place of an error */
+  char folder[PATH_MAX]; /* symlinks resolved, no trailing slash */
+  long first, count;     /* the calls to break, counted from 0; each with a probability of `chance` in 1000 */
+  int chance, error;     /* error 0: a random one of those that the call may return */
+  int delay_ms, shorten; /* wait up to this long; do less than requested */
+  int kill;              /* send SIGKILL to the process instead of returning an error */
   int log;
 } plan;
 static long calls;
@@ -82,7 +83,7 @@ static const int ERRORS[][5] = {
     {EIO, ESTALE, EACCES, EBUSY, ETIMEDOUT},   /* UNLINK */
 };
 
-/* The error to give; 0: none; -1: do less. */
+/* The error to return; 0: none; -1: do less than requested. */
 static int broken(int operation, const char *name, int fd, const char *path) {
   if (!(plan.only & operation)) return 0;
   pthread_mutex_lock(&lock);

@@ -1,4 +1,4 @@
-"""Whole runs in real processes: resume bit for bit, signals, exit codes, sampling, evaluation."""
+"""Complete runs in real processes: resume bit for bit, signals, exit codes, sampling, evaluation."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, data):
-    """A run with dropout, so that random numbers are part of what must come back."""
+    """A run with dropout, so that a resume has to restore random numbers, too."""
     run = tmp_path_factory.mktemp("runs") / "whole"
     out = runs.train(run, data, num_train_steps=STEPS, model__dropout=0.1)
     return run, out
@@ -73,7 +73,7 @@ def test_killed_three_times_the_losses_are_the_same_bit_for_bit(tmp_path, data, 
 
 
 def test_a_stop_at_an_evaluation_step_owes_the_evaluation(tmp_path, data, uninterrupted):
-    """Every step evaluates here, so whichever is the last before the stop, its row must come after the restart."""
+    """Every step evaluates here, so whichever is the last before the stop, its evaluation must follow the restart."""
     run = tmp_path / "run"
     argv = runs.command(run, data, num_train_steps=STEPS, eval__every_steps=1)
     process = runs.start(argv)
@@ -103,7 +103,7 @@ def test_a_signal_saves_and_leaves_with_42(tmp_path, data, uninterrupted, number
     assert runs.losses(run) == runs.losses(uninterrupted[0])
 
 
-@pytest.mark.parametrize("supervised", [False, True], ids=["alone", "supervised"])
+@pytest.mark.parametrize("supervised", [False, True], ids=["trainer", "supervised"])
 @pytest.mark.parametrize("console", ["pipe", "terminal"])
 def test_a_console_that_is_closed_ends_no_run_and_hides_no_signal(tmp_path, data, console, supervised):
     run = tmp_path / "run"
@@ -111,7 +111,7 @@ def test_a_console_that_is_closed_ends_no_run_and_hides_no_signal(tmp_path, data
     if supervised:
         argv = [sys.executable, "-m", "launch.supervise", "--", *argv]
     reader, writer = os.pipe() if console == "pipe" else os.openpty()
-    buffered = runs.environment(PYTHONUNBUFFERED="")  # as users have it: what nobody reads is still there at the end
+    buffered = runs.environment(PYTHONUNBUFFERED="")  # as for users: unread output is still in the buffer at the end
     process = subprocess.Popen(argv, cwd=runs.ROOT, env=buffered, stdout=writer, stderr=writer)
     os.close(writer)
     with runs.ending(process):
@@ -142,7 +142,7 @@ def test_a_second_interrupt_leaves_at_once(tmp_path, data):
     run = tmp_path / "run"
     process = runs.start(runs.command(run, data, num_train_steps=100_000, eval__every_steps=1, eval__num_windows=0))
     runs.wait_for_rows(run, process, count=3)
-    # Both while a step or an evaluation is under way, faster than one can end.
+    # Both signals come during one step or evaluation, faster than it can end.
     process.send_signal(signal.SIGINT)
     while "Stopping after this step" not in (process.stdout.readline() or "Stopping after this step"):
         pass
@@ -210,7 +210,7 @@ def test_damaged_data_is_found_before_the_first_step(tmp_path, data):
 
 
 def test_compiled_programs_lie_beside_the_run(tmp_path, data):
-    """Where a new machine finds them; a mistake leaves none."""
+    """A new machine finds them there; a mistake leaves none."""
 
     def train(name: str, code: int = 0, **fields) -> set[str]:
         argv = ["env", "-u", "JAX_COMPILATION_CACHE_DIR", *runs.command(tmp_path / "runs" / name, data, **fields)]
@@ -263,7 +263,7 @@ def test_a_kernel_that_this_machine_cannot_run_is_found_before_anything_is_writt
 
 
 def with_fault(argv: list[str], code: str) -> subprocess.Popen:
-    """The command of `python -m MODULE`, after `code` has put a fault into what it calls."""
+    """Starts the command of `python -m MODULE` after `code` has injected a fault into what it calls."""
     python, _, module, *flags = argv
     return runs.start(
         [python, "-c", f"from launch import cli; import {module} as it; {code}; cli.run(it.main)", *flags]
@@ -271,7 +271,7 @@ def with_fault(argv: list[str], code: str) -> subprocess.Popen:
 
 
 def test_too_little_memory_is_one_line_and_ends_restarts_where_they_cannot_help(tmp_path, data):
-    """After a step it may have been chance, and the next life tries; before one, it would be the same again."""
+    """After a step it may have been chance, so a restart tries again; before the first step it would fail again."""
     argv = runs.command(tmp_path / "run", data, num_train_steps=4)
     code = "import jax, trainer.loop as loop; loop.evaluate = lambda *a, **k: exec(\"raise jax.errors.JaxRuntimeError('"
     code += "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 393.2GiB.')\", {'jax': jax})"

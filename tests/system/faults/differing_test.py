@@ -1,4 +1,4 @@
-"""What a run is continued with, and by whom: another tokenizer, other devices, another batch, a second job, hosts."""
+"""Runs that resume with something else: another tokenizer, other devices, another batch, a second job, other hosts."""
 
 import contextlib
 import itertools
@@ -35,14 +35,14 @@ def one_line(out: str) -> str:
 
 
 def test_another_tokenizer(tmp_path, data, whole):
-    """Fault 19: the tokens would mean something else. (Another dataset: train_test.)"""
+    """Fault 19: it is refused, because the tokens would mean something else. (Another dataset: train_test.)"""
     source = tmp_path / "corpus.txt"
     source.write_text(runs.text())
     prepare(tmp_path / "bytes", source=str(source), tokenizer="byte")
     before = (whole / "config.json").read_bytes()
     line = one_line(runs.train(whole, tmp_path / "bytes", num_train_steps=STEPS, code=2))
     assert "config.model.vocab_size: 19 -> " in line
-    # As many tokens, and other ones for the same text.
+    # A vocabulary of the same size, but other tokens for the same text.
     (tmp_path / "swapped.txt").write_text(runs.text().replace("m", "M"))
     prepare(tmp_path / "swapped", source=str(tmp_path / "swapped.txt"), tokenizer="char")
     run = shutil.copytree(whole, tmp_path / "run")
@@ -69,7 +69,7 @@ def test_other_devices(tmp_path, data, whole):
 
 
 def test_another_batch_goes_on_with_the_next_sample(tmp_path, data):
-    """Fault 20: without learning a loss tells which samples a step had. One of 16 has those of two of 8."""
+    """Fault 20: without learning, a loss shows which samples a step had: a step of 16 has those of two steps of 8."""
     fields = {"optimizer__peak_lr": 1e-30, "optimizer__end_lr": 0.0, "checkpoint__keep_last": 10}
     whole = tmp_path / "whole"
     runs.train(whole, data, num_train_steps=STEPS, **fields)
@@ -96,7 +96,7 @@ def test_another_batch_goes_on_with_the_next_sample(tmp_path, data):
     ],
 )  # fmt: skip
 def test_what_does_not_divide(tmp_path, data, fields, expected):
-    """Fault 21: before anything is compiled or written."""
+    """Fault 21: it is refused before anything is compiled or written."""
     started = time.monotonic()
     out = runs.train(tmp_path / "run", data, devices=4, code=2, **fields)
     assert expected in one_line(out)
@@ -107,8 +107,8 @@ def test_what_does_not_divide(tmp_path, data, fields, expected):
 
 
 def test_a_run_that_is_taken_over(tmp_path, data):
-    """Fault 22: refused with host and pid; --steal_lock makes the first leave, and the run is one run all the same. The
-    lock of a job that was killed is free at once."""
+    """Fault 22: a second job is refused with host and pid; --steal_lock makes the first exit, and the losses are still
+    those of one run. The lock of a killed job is free at once."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     runs.train(whole, data, **SLOW)
     first = runs.start(runs.command(run, data, **SLOW | {"checkpoint__every_steps": 20}))
@@ -142,7 +142,7 @@ def copy_of_the_code(folder: pathlib.Path) -> pathlib.Path:
 
 
 def gang_that_differs(run, data, cwd: dict[int, pathlib.Path] | None = None, **environment: str) -> list[str]:
-    """What both processes print; the second has its own environment, and each may have its folder."""
+    """What both processes print. Only the second gets `environment`; each may have its own working directory."""
     return gang_in(cwd or {}, run, data, code=2, **environment)
 
 
@@ -163,7 +163,7 @@ def commands_of_gang(run, data) -> list[list[str]]:
 
 
 def assert_refused_at_the_door(folders: dict[int, pathlib.Path], run: pathlib.Path, data) -> None:
-    """Process 1 ends with 2 and both say why. Process 0 waits for one that comes from the right folder."""
+    """Process 1 exits with 2 and both say why. Process 0 keeps waiting for one from the right folder."""
     first, second = gang = start_gang(folders, run, data)
     with runs.ending(*gang):
         said = f"is to train --workdir={(folders[1] / run).resolve()}, and process 0 at localhost:"
@@ -174,7 +174,7 @@ def assert_refused_at_the_door(folders: dict[int, pathlib.Path], run: pathlib.Pa
 
 
 def test_other_code(tmp_path, data):
-    """Fault 24: even a comment, for nobody can tell what else is old."""
+    """Fault 24: even another comment is refused, because it shows that the code may be outdated elsewhere, too."""
     code = copy_of_the_code(tmp_path / "code")
     with (code / "trainer/step.py").open("a") as file:
         file.write("# newer\n")
@@ -194,14 +194,14 @@ def test_another_version_of_a_library(tmp_path, data):
 
 
 def test_another_precision(tmp_path, data):
-    """Fault 24: the same code and versions, and a variable that makes other arithmetic of them."""
+    """Fault 24: the same code and versions, but a variable that changes their arithmetic."""
     out = gang_that_differs(tmp_path / "run", data, JAX_DEFAULT_MATMUL_PRECISION="highest")
     assert all("(process 1) has another setting: jax_default_matmul_precision: " in text for text in out)
     assert not (tmp_path / "run").exists()
 
 
 def test_another_step(tmp_path, data):
-    """Fault 24: a library of the same version that somebody has changed on one host."""
+    """Fault 24: a library of the same version that was modified on one host."""
     (tmp_path / "sitecustomize.py").write_text(
         "import jax\nplain = jax.nn.silu\njax.nn.silu = lambda x: plain(2 * x) / 2\n"
     )
@@ -211,7 +211,7 @@ def test_another_step(tmp_path, data):
 
 
 def folders_of_hosts(tmp_path: pathlib.Path, monkeypatch) -> dict[int, pathlib.Path]:
-    """Where each of two processes is started, as on a host of its own."""
+    """A working directory for each of two processes, as if each were on its own host."""
     folders = {i: tmp_path / f"host{i}" for i in range(2)}
     for folder in folders.values():
         folder.mkdir()
@@ -221,10 +221,10 @@ def folders_of_hosts(tmp_path: pathlib.Path, monkeypatch) -> dict[int, pathlib.P
 
 
 def test_a_run_directory_that_is_not_shared(tmp_path, data):
-    """Fault 24: checkpoints of one part on each host could never be put together again. One path, and behind it a disk
-    of its own for each process."""
+    """Fault 24: a checkpoint with one part on each host could never be restored. The path is the same, but each process
+    has its own disk there."""
     if os.geteuid():
-        pytest.skip("only root mounts a folder for one process alone")
+        pytest.skip("only root can mount a folder for a single process")
     gang, run = [], tmp_path / "runs/run"
     run.parent.mkdir()
     for i, argv in enumerate(commands_of_gang(run, data)):
@@ -236,13 +236,14 @@ def test_a_run_directory_that_is_not_shared(tmp_path, data):
 
 
 def test_a_run_directory_in_the_current_folder(tmp_path, data, monkeypatch):
-    """Fault 24: each process is started somewhere else."""
+    """Fault 24: each process is started in another folder."""
     assert_refused_at_the_door(folders_of_hosts(tmp_path, monkeypatch), pathlib.Path("run"), data)
 
 
 @pytest.mark.parametrize("how", ["links", "mounts"])
 def test_a_run_directory_under_two_names(tmp_path, data, how, monkeypatch):
-    """By links of their own they find the same; mounted in two places it is refused, as Orbax would fail each save."""
+    """Symlinks of each host to one folder work; one folder mounted in two places is refused, because Orbax would fail
+    each save."""
     (tmp_path / "shared").mkdir()
     folders = folders_of_hosts(tmp_path, monkeypatch)
     if how == "links":

@@ -1,4 +1,4 @@
-"""Runs that go wrong, in real processes: a stretch of noise in the data, and a learning rate that makes NaN."""
+"""Runs that diverge, in real processes: a stretch of noise in the data, and a learning rate that leads to NaN."""
 
 import math
 import re
@@ -28,9 +28,9 @@ NAN = {"optimizer__peak_lr": 1e18, "optimizer__warmup_steps": 0, "optimizer__cli
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Tokens in a fixed order, but for noise in the samples of step BAD. The windows around it see none of it."""
+    """Tokens in a fixed order, except for noise in the samples of step BAD, none of it in adjacent windows."""
     folder = tmp_path_factory.mktemp("data")
-    places = np.arange(60_000, dtype="<u2")  # tells where in the file the samples of a step lie
+    places = np.arange(60_000, dtype="<u2")  # each token is its own offset, so a window shows where it is
     places.tofile(folder / "train.bin")
     sources = open_sources(DataConfig(path=str(folder / "train.bin"), seq_len=SEQ_LEN), 1 << 16)
     windows = loader.MixedWindows(sources.files("train"), sources.stages, seq_len=SEQ_LEN, seed=0, packings={})
@@ -44,7 +44,7 @@ def data(tmp_path_factory):
 
 
 def everything(run) -> list[dict]:
-    """The rows but for what depends on the clock."""
+    """The rows without timings and memory."""
     return [{k: v for k, v in row.items() if not k.startswith(("perf/", "memory/"))} for row in runs.rows(run)]
 
 
@@ -58,7 +58,7 @@ def losses_after(run, step: int) -> list[float]:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory, data):
-    """With spikes ignored: what the policies have to be better than."""
+    """A run that ignores spikes; the policies have to do better."""
     run = tmp_path_factory.mktemp("runs") / "plain"
     runs.train(run, data, **FIELDS)
     train = {row["step"]: row["train/loss"] for row in runs.rows(run) if "train/loss" in row}
@@ -68,7 +68,7 @@ def plain(tmp_path_factory, data):
 
 
 def test_skip(tmp_path, data, plain):
-    """Fault 17: the update of the bad batch is left out, with a row that says so, and the run is better for it."""
+    """Fault 17: the update of the bad batch is skipped, a row says so, and the loss after it is lower than without."""
     run = tmp_path / "run"
     out = runs.train(run, data, **FIELDS, divergence__spike="skip")
     (line,) = [line for line in out.splitlines() if "its update was left out" in line]
@@ -80,7 +80,7 @@ def test_skip(tmp_path, data, plain):
 
 
 def test_stop(tmp_path, data):
-    """Fault 17: 4, and the state after the bad step is not saved."""
+    """Fault 17: the run exits with 4, and the state after the bad step is not saved."""
     run = tmp_path / "run"
     out = runs.train(run, data, **FIELDS, divergence__spike="stop", checkpoint__every_steps=5, code=4)
     assert f"error: step {BAD} stands out" in out.splitlines()[-1] and "Traceback" not in out
@@ -88,8 +88,8 @@ def test_stop(tmp_path, data):
 
 
 def test_rollback_and_killed_after_it(tmp_path, data):
-    """Fault 17: back to step 40, and on without the samples up to the bad one. Killed before and after the next save,
-    it goes back again, to the same metrics bit for bit."""
+    """Fault 17: the run rolls back to step 40, and continues with the samples after the bad step. Killed before and
+    after the next save, it ends with the same metrics bit for bit."""
     fields = {**FIELDS, "divergence__spike": "rollback"}
     whole, run = tmp_path / "whole", tmp_path / "killed"
     out = runs.train(whole, data, **fields)
@@ -109,7 +109,7 @@ def test_rollback_and_killed_after_it(tmp_path, data):
 
 
 def test_a_stop_does_not_change_where_a_run_goes_back_to(tmp_path, data):
-    """Without saves by time: that of the stop at 42 is no place to go back to, nor does it push another out."""
+    """Without timed saves: the save of the stop at 42 is not a rollback target, nor does it displace one."""
     fields = {
         **FIELDS,
         "divergence__spike": "rollback",
@@ -126,7 +126,7 @@ def test_a_stop_does_not_change_where_a_run_goes_back_to(tmp_path, data):
 
 
 def test_rollback_in_a_gang(tmp_path, data):
-    """Fault 17: all go back to the same step."""
+    """Fault 17: all processes roll back to the same step."""
     fields = {**FIELDS, "divergence__spike": "rollback", "mesh__data": 2, "eval__every_steps": 20}
     out = runs.finish_gang(runs.start_gang(tmp_path / "run", data, **fields))
     assert all("back to step 40" in text for text in out)
@@ -135,7 +135,7 @@ def test_rollback_in_a_gang(tmp_path, data):
 
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_nan_for_good(tmp_path, data, policy):
-    """Fault 17: where every way leads to NaN, skipping and going back end with 4, and nothing bad is saved."""
+    """Fault 17: if every path leads to NaN, skip and rollback end with 4, and no bad state is saved."""
     run = tmp_path / "run"
     fields = {**FIELDS, **NAN, "divergence__not_finite": policy, "divergence__max_in_a_row": 2}
     out = runs.train(run, data, **fields, checkpoint__every_steps=1, code=4)

@@ -1,6 +1,6 @@
-"""What the tests of faults share: a run that does not end by itself, and the one nobody interrupts that it must equal.
+"""What the tests of faults share: a run that does not end by itself, and the uninterrupted run that it must equal.
 
-One process with two devices or two with one each: the losses are the same, bit for bit.
+One process with two devices and two processes with one each have the same losses, bit for bit.
 """
 
 import pathlib
@@ -9,9 +9,9 @@ import subprocess
 from tests import runs
 
 STEPS = 200
-WHOLE_STEPS = 60  # of the run that comes to its end, on one device
+WHOLE_STEPS = 60  # of the uninterrupted run on one device
 CRASHED = range(128, 160)  # by a signal; JAX aborts (134) when a peer is gone
-# Steps of some milliseconds, so that a fault strikes well before the last of those to compare with.
+# Steps take a few milliseconds, so that a fault strikes well before the last step that is compared.
 FIELDS = {
     "num_train_steps": 100_000,
     "optimizer__decay_steps": STEPS,
@@ -42,19 +42,19 @@ def saving(run: pathlib.Path) -> bool:
 
 
 def compiles(run: pathlib.Path, process: int = 0) -> bool:
-    """Whether a process has come to where it compiles the train step: the start-up page is out."""
+    """Whether a process has begun to compile the train step: its start-up page is out."""
     log = run / f"log.{process}.txt"
     return log.exists() and "untrained" in log.read_text()
 
 
 def trained(run: pathlib.Path) -> list[tuple]:
-    """What each step left in the log; validation is left out, as it falls on other steps."""
+    """The logged metrics of each step, without validation, which falls on other steps."""
     kept = ("step", "tokens", "train/loss", "train/grad_norm", "train/param_norm", "train/lr")
     return [tuple(row[k] for k in kept) for row in runs.rows(run) if "train/loss" in row]
 
 
 def goes_on(run: pathlib.Path, data: pathlib.Path, reference: pathlib.Path, *flags: str, size: int = 2, **more) -> None:
-    """The same command goes on from the newest checkpoint, and nothing shows that it was ever interrupted."""
+    """The same command resumes from the newest checkpoint, and nothing shows that the run was interrupted."""
     step = saved(run)[-1]
     more["num_train_steps"] = step + 5
     if size == 2:

@@ -1,5 +1,5 @@
-"""Four hosts with addresses of their own on one switch, started as GPU nodes are: launch/gpu/run.sh on each, which is
-told who it is. No GPU is needed for that."""
+"""Four hosts with their own addresses on one switch, started as GPU nodes are: by launch/gpu/run.sh on each, with the
+number of the node. No GPU is needed for that."""
 
 import contextlib
 import os
@@ -22,12 +22,12 @@ HOSTS = 4
 STEPS = 60
 FIELDS = {"num_train_steps": STEPS, "mesh__data": HOSTS, "watchdog__min_s": 5.0, "watchdog__factor": 1.0}
 LIMITS = ("--heartbeat_timeout_s=10", "--start_timeout_s=120")
-WITHIN_S = 300  # four processes on however few cores, twice
+WITHIN_S = 300  # for four processes on few cores, twice
 
 
 @contextlib.contextmanager
 def switched():
-    """Network namespaces with a link to a switch each: (their names, their addresses)."""
+    """Network namespaces that are each linked to one switch: (their names, their addresses)."""
     if os.geteuid() or shutil.which("ip") is None:
         pytest.skip("needs root and iproute2")
     switch = f"meshlm{os.getpid()}"
@@ -45,7 +45,7 @@ def switched():
             ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
             ip("-n", name, "link", "set", "eth0", "up")
             ip("-n", name, "link", "set", "lo", "up")
-            folder = pathlib.Path("/etc/netns", name)  # `ip netns exec` puts what is there over /etc
+            folder = pathlib.Path("/etc/netns", name)  # `ip netns exec` mounts these files over /etc
             folder.mkdir(parents=True)
             (folder / "hosts").write_text(f"127.0.0.1 localhost\n{address} {platform.node()}\n")
         yield names, addresses
@@ -56,7 +56,7 @@ def switched():
 
 
 def start(run: pathlib.Path, data: pathlib.Path, names: list[str], addresses: list[str]) -> list[subprocess.Popen]:
-    """The command of the documentation on every host."""
+    """Starts the documented command on every host."""
     gang, command = [], runs.command(run, data, *LIMITS, **interrupted.FIELDS | FIELDS)
     for i, name in enumerate(names):
         place = (f"--nodes={HOSTS}", f"--node={i}", f"--coordinator={addresses[0]}:1234", "--skip_check")
@@ -65,13 +65,13 @@ def start(run: pathlib.Path, data: pathlib.Path, names: list[str], addresses: li
 
 
 def ended(run: pathlib.Path) -> list[int]:
-    """How many lives of each host's trainer have ended."""
+    """How many attempts of each host's trainer have ended."""
     names = ["lives.jsonl", *(f"lives.{i}.jsonl" for i in range(1, HOSTS))]
     return [len(restarts.read_lives(run / name)) if (run / name).exists() else 0 for name in names]
 
 
 def test_one_host_is_cut_off(tmp_path, data):
-    """Fault 2: all leave, their supervisors wait for the missing one, and with its link all go on, bit for bit."""
+    """Fault 2: all trainers exit, their supervisors wait for the missing host, and with a new link all resume."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     with switched() as (names, addresses):
         with runs.ending(*start(whole, data, names, addresses)) as gang:

@@ -1,4 +1,4 @@
-"""Processes that do not find each other, count differently, lose the link between them or live in another hour."""
+"""Processes that do not find each other, differ in their number or their clocks, or lose the link between them."""
 
 import contextlib
 import os
@@ -16,9 +16,9 @@ from tests.system.faults import interrupted
 pytestmark = pytest.mark.slow
 
 LIMIT = "--start_timeout_s=5"
-WITHIN_S = 25  # the limit, and the start of Python and JAX on a busy machine
+WITHIN_S = 25  # the limit, plus the start of Python and JAX on a busy machine
 GONE = {42, *interrupted.CRASHED}
-# An hour later, for everything in Python; what is left out must not matter either.
+# Sets the clock of Python code an hour ahead; other code keeps the real one, which must not matter either.
 LATER = """
 import datetime, time
 now, now_ns = time.time, time.time_ns
@@ -33,19 +33,19 @@ datetime.datetime = Later
 
 
 def alone(run, data, address: str, process: int = 1, **more) -> subprocess.Popen:
-    """One of two processes; the other is not started."""
+    """Starts one of two processes; the other is not started."""
     flags = (f"--coordinator_address={address}", "--num_processes=2", f"--process_id={process}", LIMIT)
     return runs.start([*more.pop("before", []), *runs.command(run, data, *flags, **interrupted.FIELDS)], **more)
 
 
 @contextlib.contextmanager
 def linked():
-    """Two network namespaces with a link between them: (commands that run inside each, addresses)."""
+    """Two network namespaces with a link between them: (their names, their addresses)."""
     if os.geteuid() or shutil.which("ip") is None:
         pytest.skip("needs root and iproute2")
     names = [f"meshlm{os.getpid()}{side}" for side in "ab"]
     addresses = ["10.77.0.1", "10.77.0.2"]
-    hosts = [f"/etc/netns/{name}" for name in names]  # `ip netns exec` puts what is there over /etc
+    hosts = [f"/etc/netns/{name}" for name in names]  # `ip netns exec` mounts these files over /etc
     try:
         for name in names:
             if ip("netns", "add", name, check=False):
@@ -77,9 +77,9 @@ def inside(name: str) -> list[str]:
 # Finding each other
 
 
-@pytest.mark.parametrize("host, reason", [("localhost", "Connection refused"), ("nobody.invalid", "not known")])
+@pytest.mark.parametrize("host, reason", [("localhost", "Connection refused"), ("missing.invalid", "not known")])
 def test_no_coordinator(tmp_path, data, host, reason):
-    """Fault 23: nobody listens there, or there is no such host: one line with the address, within the limit."""
+    """Fault 23: nothing listens there, or there is no such host: one line with the address, within the limit."""
     address = f"{host}:{runs.free_port()}"
     out = runs.finish(alone(tmp_path / "run", data, address), code=42, within_s=WITHIN_S)
     assert f"error: no coordinator at {address} after 5 s: " in out.splitlines()[-1] and reason in out
@@ -88,7 +88,7 @@ def test_no_coordinator(tmp_path, data, host, reason):
 
 
 def test_a_network_that_swallows_packets(tmp_path, data):
-    """Fault 23: a firewall that answers nothing is no reason to wait longer than the limit."""
+    """Fault 23: a process does not wait longer than the limit if a firewall drops its packets."""
     with linked() as (names, _):
         ip("-n", names[0], "neighbour", "add", "10.77.0.9", "lladdr", "02:00:00:00:00:09", "dev", names[0])
         process = alone(tmp_path / "run", data, "10.77.0.9:1234", before=inside(names[0]))
@@ -97,7 +97,7 @@ def test_a_network_that_swallows_packets(tmp_path, data):
 
 
 def test_a_worker_that_does_not_come(tmp_path, data):
-    """Fault 23: process 0 says for whom it waits; JAX would abort (134) without a word."""
+    """Fault 23: process 0 says that not all have come; JAX would abort silently (134)."""
     address = f"localhost:{runs.free_port()}"
     out = runs.finish(alone(tmp_path / "run", data, address, process=0), code=42, within_s=WITHIN_S)
     assert "error: not all 2 processes" in out.splitlines()[-1] and address in out and "start the missing" in out
@@ -105,7 +105,7 @@ def test_a_worker_that_does_not_come(tmp_path, data):
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_sigterm_while_waiting_for_the_others(tmp_path, data, process):
-    """Fault 23, and 6: there is nothing to save; the main thread may be in C++ for minutes."""
+    """Faults 23 and 6: there is nothing to save; the main thread may be in C++ for minutes."""
     flags = (f"--coordinator_address=localhost:{runs.free_port()}", "--num_processes=2", f"--process_id={process}")
     argv = runs.command(tmp_path / "run", data, *flags, "--start_timeout_s=8", **interrupted.FIELDS)
     with runs.ending(runs.start(argv)) as (waiting,):
@@ -117,10 +117,10 @@ def test_sigterm_while_waiting_for_the_others(tmp_path, data, process):
 @pytest.mark.parametrize(
     "counts, code, message",
     [((2, 3), 2, r"\(process 1\) has another number of processes: --num_processes: 3 there, 2 on"),
-     ((3, 2), 42, r"error: (not all|process 0 at .* is gone: |no coordinator)")],  # by whose limit is over
+     ((3, 2), 42, r"error: (not all|process 0 at .* is gone: |no coordinator)")],  # depends on whose limit ends first
 )  # fmt: skip
 def test_another_number_of_processes(tmp_path, data, counts, code, message):
-    """Fault 23: JAX would go by the coordinator's number; both leave, and each says what is wrong, or missing."""
+    """Fault 23: JAX would use the coordinator's number; both exit, and each says what is wrong or missing."""
     address = f"--coordinator_address=localhost:{runs.free_port()}"
     gang = []
     for i, count in enumerate(counts):
@@ -132,7 +132,7 @@ def test_another_number_of_processes(tmp_path, data, counts, code, message):
 
 
 def test_strangers_on_the_port_of_a_run(tmp_path, data):
-    """Fault 23: a second run, and a process that is there already, leave with a line; the run notices nothing.
+    """Fault 23: a second run, and a process that has joined already, exit with one line; the run is not disturbed.
 
     JAX would end the run: "unexpectedly tried to connect with a different incarnation".
     """
@@ -150,7 +150,7 @@ def test_strangers_on_the_port_of_a_run(tmp_path, data):
 
 
 def test_a_proxy_that_does_not_know_the_way(tmp_path, data):
-    """Fault 23: gRPC would ask the proxy for the coordinator, and wait for ever."""
+    """Fault 23: gRPC would ask the proxy for the coordinator, and wait forever."""
     proxy = {name: "http://proxy.invalid:3128" for name in ("http_proxy", "https_proxy", "grpc_proxy")}
     fields = {"num_train_steps": 2, "environments": {0: proxy, 1: proxy}}
     out = runs.finish_gang(interrupted.start_gang(tmp_path / "run", data, **fields))
@@ -161,7 +161,7 @@ def test_a_proxy_that_does_not_know_the_way(tmp_path, data):
 
 
 def test_clocks_an_hour_apart(tmp_path, data, reference):
-    """Fault 25: when to save is decided by one process, so that saves by time are the same on all."""
+    """Fault 25: one process decides when to save, so that timed saves are the same on all."""
     run, later = tmp_path / "run", tmp_path / "later"
     later.mkdir()
     (later / "sitecustomize.py").write_text(LATER)
@@ -174,7 +174,7 @@ def test_clocks_an_hour_apart(tmp_path, data, reference):
 
 
 def test_the_link_between_two_hosts_is_cut(tmp_path, data, reference):
-    """Fault 2, with addresses of their own: each takes the other for dead, leaves, and both go on with a new link."""
+    """Fault 2, on hosts with their own addresses: each takes the other for dead and exits; then both resume."""
     run = tmp_path / "run"
     limits = {"watchdog__min_s": 3.0, "watchdog__factor": 1.0}
     with linked() as (names, addresses):

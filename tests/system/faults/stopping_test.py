@@ -1,4 +1,5 @@
-"""Signals at bad moments, in real processes: whatever is under way, it leaves with 42 and goes on bit for bit."""
+"""Signals at bad moments, in real processes: a stop exits with 42, a second interrupt with 130, and the run resumes
+bit for bit."""
 
 import signal
 import time
@@ -10,12 +11,12 @@ from tests.system.faults import interrupted
 
 pytestmark = pytest.mark.slow
 
-SOON_S = 15  # from a signal to the end; a second or two where nothing else runs
-STUCK = ("--start_timeout_s=100", "--heartbeat_timeout_s=100")  # nothing but what is tested ends the process
+SOON_S = 15  # from a signal to the end; a second or two on an idle machine
+STUCK = ("--start_timeout_s=100", "--heartbeat_timeout_s=100")  # only what is tested ends the process
 
 
 def test_sigterm_during_a_save(tmp_path, data, reference):
-    """Fault 6: the save under way is finished, then the step that was reached is saved, too."""
+    """Fault 6: the save in progress is finished, then the current step is saved, too."""
     run = tmp_path / "run"
     with runs.ending(interrupted.start_one(run, data)) as (process,):
         runs.wait_until(lambda: interrupted.saving(run), process)
@@ -27,7 +28,7 @@ def test_sigterm_during_a_save(tmp_path, data, reference):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_sigterm_during_an_evaluation(tmp_path, data, reference, size):
-    """Fault 6: a long evaluation is cut short, and owed to the next start."""
+    """Fault 6: a long evaluation is cut short, and done after the restart."""
     run = tmp_path / "run"
     fields = {"eval__every_steps": 10, "eval__num_windows": 0}
     start = interrupted.start_gang if size == 2 else lambda *a, **k: [interrupted.start_one(*a, **k)]
@@ -44,7 +45,7 @@ def test_sigterm_during_an_evaluation(tmp_path, data, reference, size):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_sigterm_during_compilation(tmp_path, data, reference, size):
-    """Fault 6: nothing is trained yet, so it leaves at once, although the main thread is in the compiler."""
+    """Fault 6: nothing is trained yet, so the process exits at once, although the main thread is in the compiler."""
     run = tmp_path / "run"
     start = interrupted.start_gang if size == 2 else lambda *a, **k: [interrupted.start_one(*a, **k)]
     cold = f"--compilation_cache={tmp_path / 'cache'}"
@@ -61,12 +62,12 @@ def test_sigterm_during_compilation(tmp_path, data, reference, size):
 
 
 def test_a_process_that_cannot_stop_leaves_by_the_deadline(tmp_path, data, reference):
-    """Fault 6: its peer hangs, and with it the collective; the machine may be taken away any moment."""
+    """Fault 6: its peer hangs, and with it the collective; the machine may be preempted at any moment."""
     run = tmp_path / "run"
     with runs.ending(*interrupted.start_gang(run, data, *STUCK, watchdog__stop_s=2)) as gang:
         runs.wait_until(lambda: bool(interrupted.saved(run)), *gang)
         gang[1].send_signal(signal.SIGSTOP)
-        time.sleep(0.5)  # the other comes to the collective
+        time.sleep(0.5)  # until the other process is in the collective
         gang[0].send_signal(signal.SIGTERM)
         out = runs.finish(gang[0], code=42, within_s=SOON_S)
     assert "not stopped 2 s after being asked to" in out and "Thread 0x" in out
@@ -74,7 +75,7 @@ def test_a_process_that_cannot_stop_leaves_by_the_deadline(tmp_path, data, refer
 
 
 def test_a_second_interrupt_where_the_first_cannot_work(tmp_path, data, reference):
-    """Fault 7: 130 at once while the main thread waits for a peer in C++; the checkpoint before is whole."""
+    """Fault 7: it exits with 130 at once, although the main thread waits for a peer in C++; the last save is intact."""
     run = tmp_path / "run"
     with runs.ending(*interrupted.start_gang(run, data, *STUCK)) as gang:
         runs.wait_until(lambda: bool(interrupted.saved(run)), *gang)
@@ -88,11 +89,11 @@ def test_a_second_interrupt_where_the_first_cannot_work(tmp_path, data, referenc
 
 
 def test_a_second_interrupt_during_a_save(tmp_path, data, reference):
-    """Fault 7: what is half written is no checkpoint; the run goes on from the one before."""
+    """Fault 7: a half-written step is not a checkpoint; the run resumes from the one before."""
     run = tmp_path / "run"
     with runs.ending(interrupted.start_one(run, data)) as (process,):
         runs.wait_until(lambda: interrupted.saving(run), process)
-        while process.poll() is None:  # again and again: two that come at one time count as one
+        while process.poll() is None:  # repeatedly: signals that are pending together count as one
             process.send_signal(signal.SIGINT)
             time.sleep(0.005)
         runs.finish(process, code=130, within_s=2)
@@ -100,7 +101,7 @@ def test_a_second_interrupt_during_a_save(tmp_path, data, reference):
 
 
 def test_a_second_interrupt_during_compilation(tmp_path, data):
-    """Fault 7: the first would leave at once, if the peer were not stopped; the second does not wait for it."""
+    """Fault 7: the first would end it at once, if its peer were not stopped; the second does not wait for the peer."""
     run = tmp_path / "run"
     cold = f"--compilation_cache={tmp_path / 'cache'}"
     with runs.ending(*interrupted.start_gang(run, data, *STUCK, cold, model__scan_layers=False)) as gang:

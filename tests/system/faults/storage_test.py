@@ -17,7 +17,7 @@ from tests.system.faults import interrupted
 from tests.system.faults.interrupted import WHOLE_STEPS as STEPS
 
 pytestmark = pytest.mark.slow
-# An evaluation of the whole split after each step takes most of the time: faults have time to be made.
+# An evaluation of the full split after each step takes most of the time, which leaves time to inject faults.
 SLOW = {"num_train_steps": 150, "eval__every_steps": 1, "eval__num_windows": 0, "checkpoint__every_steps": 50}
 
 
@@ -30,7 +30,7 @@ def slow_whole(tmp_path_factory, data):
 
 @contextlib.contextmanager
 def disk(folder: pathlib.Path, megabytes: float, options: str = ""):
-    """A disk of its own at `folder`."""
+    """Mounts a small disk at `folder`."""
     if os.geteuid():
         pytest.skip("only root mounts a small disk")
     with runs.mounted(folder, "-t", "tmpfs", "-o", f"size={int(megabytes * 1024)}k{options}", "tmpfs"):
@@ -38,7 +38,7 @@ def disk(folder: pathlib.Path, megabytes: float, options: str = ""):
 
 
 def fill(folder: pathlib.Path) -> pathlib.Path:
-    """Takes all the room that is left; to be deleted."""
+    """Fills the disk with a file, which is returned: deleting it makes room again."""
     ballast = folder / "ballast"
     with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
@@ -51,7 +51,7 @@ def steps(run: pathlib.Path) -> list[int]:
 
 
 def copies(mirror: pathlib.Path) -> list[int]:
-    """tensorstore leaves empty folders behind."""
+    """The complete steps of a mirror. (tensorstore leaves empty folders behind.)"""
     return sorted(int(path.parent.name) for path in mirror.glob("checkpoints/*/_CHECKPOINT_METADATA"))
 
 
@@ -60,7 +60,7 @@ def quarantined(run: pathlib.Path) -> list[int]:
 
 
 def wait_for_line(process: subprocess.Popen, text: str) -> str:
-    """What was printed up to and with a line that has `text`."""
+    """The output up to and including the first line that contains `text`."""
     out = ""
     for line in process.stdout:
         out += line
@@ -124,7 +124,7 @@ def test_validation_data_that_is_missing(tmp_path, data, how):
 
 
 def test_full_in_mid_run(tmp_path, data, slow_whole):
-    """Fault 12: an alarm, the old step is intact, and soon after there is room a save succeeds, before the next is due.
+    """Fault 12: an alarm; the old step is intact, and soon after there is space a save succeeds, before one is due.
 
     Rows that could not be written are not lost, and TensorBoard does not hang.
     """
@@ -138,7 +138,7 @@ def test_full_in_mid_run(tmp_path, data, slow_whole):
             assert "checkpoint at step 100 FAILED, training goes on" in out
             assert steps(run) == [50]
             out += wait_for_line(process, "val/loss") + wait_for_line(process, "val/loss")  # and the loop has seen it
-            process.send_signal(signal.SIGSTOP)  # else it may be done before it is time to try again
+            process.send_signal(signal.SIGSTOP)  # otherwise the run may end before it is time to retry
             ballast.unlink()
             time.sleep(10.5)
             process.send_signal(signal.SIGCONT)
@@ -153,7 +153,7 @@ def test_full_in_mid_run(tmp_path, data, slow_whole):
 
 @pytest.mark.parametrize("who", [0, 1])
 def test_full_for_one_of_two_processes(tmp_path, data, reference, who):
-    """Fault 12: the other waits for what the first has given up. Steps go on, and so do saves after the wait."""
+    """Fault 12: the other waits for a save that the first has given up. Training continues, and later so do saves."""
     run = tmp_path / "run"
     gang = interrupted.start_gang(run, data, checkpoint__every_steps=20)
     with runs.ending(*gang):
@@ -172,7 +172,7 @@ def test_full_for_one_of_two_processes(tmp_path, data, reference, who):
 
 
 def test_full_at_the_last_save(tmp_path, data, slow_whole):
-    """Fault 12: without its last state a run has not succeeded; the same command goes on when there is room."""
+    """Fault 12: a run without its last state has not succeeded; the same command resumes it when there is space."""
     with disk(tmp_path / "disk", 6) as mounted:
         run = mounted / "run"
         argv = runs.command(run, data, **SLOW)
@@ -181,7 +181,7 @@ def test_full_at_the_last_save(tmp_path, data, slow_whole):
             runs.wait_until(lambda: (run / "checkpoints/100").exists(), process)
             ballast = fill(mounted)
             out = runs.finish(process, 3)
-        (line,) = [line for line in out.splitlines() if line.startswith("error: ")]  # among what Orbax's threads say
+        (line,) = [line for line in out.splitlines() if line.startswith("error: ")]  # among what Orbax's threads print
         assert "step 150 could not be written; make room in" in line and "from step 100" in line
         assert steps(run) == [50, 100]
         assert runs.finish(runs.start(argv), 2).count("\n") == 1  # still full
@@ -191,7 +191,7 @@ def test_full_at_the_last_save(tmp_path, data, slow_whole):
 
 
 def test_full_at_the_start(tmp_path, data):
-    """Fault 12: one line, and 2: another --workdir or room is needed."""
+    """Fault 12: one line and exit code 2, because another --workdir or more space is needed."""
     with disk(tmp_path / "disk", 1) as mounted:
         fill(mounted)
         out = runs.train(mounted / "run", data, num_train_steps=9, code=2)
@@ -219,7 +219,7 @@ def cut(path: pathlib.Path) -> None:
 
 
 def test_a_flipped_bit(tmp_path, data, whole):
-    """Fault 14: one step back, and the end is the same bit for bit."""
+    """Fault 14: the run resumes from the checkpoint before, and ends the same bit for bit."""
     run = shutil.copytree(whole, tmp_path / "run")
     flip_a_bit_in_the_parameters(run / "checkpoints/60")
     out = runs.train(run, data, num_train_steps=STEPS)
@@ -229,7 +229,7 @@ def test_a_flipped_bit(tmp_path, data, whole):
 
 
 def test_partial_steps_in_every_way(tmp_path, data, whole):
-    """Fault 15: one after another is quarantined with its reason, and the newest that is whole is used."""
+    """Fault 15: one after another is quarantined with its reason, and the newest complete one is used."""
     run = shutil.copytree(whole, tmp_path / "run")
     at = run / "checkpoints"
     (at / "80").mkdir()
@@ -247,7 +247,7 @@ def test_partial_steps_in_every_way(tmp_path, data, whole):
 
 
 def test_every_step_bad(tmp_path, data, whole):
-    """Fault 16: never a silent fresh start, the second time neither."""
+    """Fault 16: there is never a silent fresh start, not even the second time."""
     run = shutil.copytree(whole, tmp_path / "run")
     for step in (run / "checkpoints").iterdir():
         flip_a_bit_in_the_parameters(step)
@@ -258,7 +258,7 @@ def test_every_step_bad(tmp_path, data, whole):
 
 @pytest.mark.parametrize("damage", ["flip", "cut"])
 def test_damage_that_one_of_two_processes_sees(tmp_path, data, gang_run, damage):
-    """Faults 14 and 15: each reads its own part; the other must neither wait for it nor restore another step."""
+    """Faults 14 and 15: each reads its own shard; the other must neither wait for it nor restore another step."""
     run = shutil.copytree(gang_run, tmp_path / "run")
     path = largest_of(run / "checkpoints/20/params/ocdbt.process_1", "d/*")
     if damage == "cut":
@@ -285,7 +285,8 @@ def gang_run(tmp_path_factory, data):
 
 
 def train_in_two(run: pathlib.Path, data: pathlib.Path, mirror: str, **environment: str) -> int:
-    """Stops after the step that is returned, and goes on to the end: copies of both steps are waited for."""
+    """Stops a run after the step that is returned, then resumes it to its end; both wait for the copy of their last
+    step."""
     argv = runs.command(run, data, **SLOW, checkpoint__mirror=mirror)
     process = runs.start(argv, **environment)
     with runs.ending(process):
@@ -299,7 +300,7 @@ def train_in_two(run: pathlib.Path, data: pathlib.Path, mirror: str, **environme
 
 @pytest.fixture(scope="module")
 def mirrored(tmp_path_factory, data, slow_whole):
-    """The run, its mirror, and the last two steps in both."""
+    """A folder with a run and its mirror, which have the same two steps, and the first of these steps."""
     folder = tmp_path_factory.mktemp("mirrored")
     stopped = train_in_two(folder / "run", data, folder / "mirror")
     assert copies(folder / "mirror") == steps(folder / "run") == [stopped, 150]
@@ -308,7 +309,7 @@ def mirrored(tmp_path_factory, data, slow_whole):
 
 
 def test_checkpoints_come_back_from_the_mirror(tmp_path, data, slow_whole, mirrored):
-    """Faults 14 to 16: nothing here can be used, and the newest copy neither; the copy before it can."""
+    """Faults 14 to 16: no local checkpoint is usable, nor is the newest copy; the copy before it is."""
     folder, stopped = mirrored
     shutil.copytree(folder, tmp_path / "here")
     run, mirror = tmp_path / "here/run", tmp_path / "here/mirror"
@@ -319,13 +320,13 @@ def test_checkpoints_come_back_from_the_mirror(tmp_path, data, slow_whole, mirro
     assert f"fetched   step {stopped}" in out and f"Resuming after step {stopped}." in out
     assert quarantined(run) == [stopped, 150, 150]
     assert runs.losses(run) == runs.losses(slow_whole)
-    shutil.rmtree(run / "checkpoints")  # the copy of the last step was made anew, and is whole
+    shutil.rmtree(run / "checkpoints")  # the last step was copied again, and is intact
     assert "already has its 150 steps" in runs.train(run, data, **SLOW, checkpoint__mirror=mirror)
 
 
 @pytest.mark.parametrize("how", ["full", "gone"])
 def test_a_mirror_that_fails_does_not_disturb_the_run(tmp_path, data, slow_whole, how):
-    """Fault 12, in the second place: an alarm, and nothing else."""
+    """Fault 12, in the mirror: an alarm, and nothing else."""
     with disk(tmp_path / "disk", 0.6) if how == "full" else contextlib.nullcontext(tmp_path) as at:
         mirror = at / "mirror"
         process = runs.start(runs.command(tmp_path / "run", data, **SLOW, checkpoint__mirror=mirror))
@@ -334,7 +335,7 @@ def test_a_mirror_that_fails_does_not_disturb_the_run(tmp_path, data, slow_whole
                 runs.wait_until(lambda: (mirror / "config.json").exists(), process)
                 shutil.rmtree(mirror)
                 mirror.write_text("no folder any more")
-                process.send_signal(signal.SIGSTOP)  # until its lock's next sign of life is due
+                process.send_signal(signal.SIGSTOP)  # until the next heartbeat of its lock is due
                 time.sleep(10.5)
                 process.send_signal(signal.SIGCONT)
             out = runs.finish(process)
@@ -344,7 +345,7 @@ def test_a_mirror_that_fails_does_not_disturb_the_run(tmp_path, data, slow_whole
 
 
 def test_the_mirror_of_another_run_is_refused(tmp_path, data, mirrored):
-    """Else this run would go on from the other's checkpoints, or delete them."""
+    """Otherwise this run would resume from the other's checkpoints, or delete them."""
     mirror = mirrored[0] / "mirror"
     before = copies(mirror)
     out = runs.train(tmp_path / "run", data, seed=1, checkpoint__mirror=mirror, code=2)
@@ -354,7 +355,7 @@ def test_the_mirror_of_another_run_is_refused(tmp_path, data, mirrored):
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
 def test_a_mirror_in_an_object_store(tmp_path, data, slow_whole, scheme):
-    """The run directory is lost with its machine; the mirror has all that is needed."""
+    """The local checkpoints are lost with their machine; the mirror has all that is needed."""
     run, at, mirror = tmp_path / "run", "some/run/checkpoints", f"{scheme}://bucket/some/run"
     with object_store.running() as store:
         stopped = train_in_two(run, data, mirror, **store.environment)
