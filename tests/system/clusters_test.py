@@ -1,4 +1,4 @@
-"""docs/clusters.md: each command of ours that it names is one, and its links lead somewhere."""
+"""docs/clusters.md: each of our commands in it is valid, and its links lead somewhere."""
 
 import os
 import re
@@ -15,7 +15,7 @@ PLACES = {"PROJECT": "p", "ZONE": "us-east5-b", "CLUSTER": "c", "IMAGE": "i", "N
 
 
 def commands() -> list[str]:
-    """Lines of code blocks, and what stands in tables, that start one of our scripts."""
+    """Lines of code blocks, and inline code, that start one of our scripts."""
     text = PAGE.read_text()
     lines = [line for block in re.findall(r"^```\n(.*?)^```", text, re.M | re.S) for line in block.splitlines()]
     lines += re.findall(r"`([^`]*launch/[^`]*)`", text)
@@ -27,7 +27,7 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the page's reader is: a clone, with settings in tpu.env and xpk.env."""
+    """The clone of the page's reader, with settings in tpu.env and xpk.env."""
     made = tmp_path_factory.mktemp("clone")
     for name in ("tpu", "xpk"):
         text = (runs.ROOT / f"launch/{name}/example.env").read_text()

@@ -1,4 +1,4 @@
-"""The Dockerfile without Docker: its instructions are carried out here, one by one, so far as that says something."""
+"""The Dockerfile without Docker: its instructions are carried out here, one by one, as far as that is meaningful."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def copies() -> list[tuple[list[str], str]]:
 
 
 def command(*words: str) -> list[str]:
-    """What a container runs: the entry point, which is a list, and so has no shell around it, and the words."""
+    """What a container runs: the entry point, which is a list, so that no shell is involved, and the words."""
     (entry,) = those("ENTRYPOINT")
     return [*json.loads(entry), *words]
 
@@ -43,7 +43,7 @@ def image(tmp_path_factory):
     folder = tmp_path_factory.mktemp("meshlm")
     for sources, target in copies():
         for source in map(runs.ROOT.joinpath, sources):
-            if source.is_dir():  # its content, as COPY has it
+            if source.is_dir():  # its contents, as COPY does
                 shutil.copytree(
                     source, folder / target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
                 )
@@ -64,7 +64,7 @@ def test_only_what_is_copied_is_sent_to_the_builder():
 
 
 def test_packages_come_before_the_code():
-    """Else each change of the code would install them again."""
+    """Otherwise each change of the code would install them again."""
     steps = [f"{name} {rest}" for name, rest in instructions()]
     install = next(i for i, step in enumerate(steps) if "pip install" in step)
     code = [i for i, step in enumerate(steps) if re.fullmatch(r"COPY (\w+) \1", step)]
@@ -80,7 +80,7 @@ def test_an_extra_that_is_none(extra, code):
 
 
 def test_the_image_has_all_that_the_commands_import(image):
-    """Help is printed once everything has been imported; absl leaves with 1 after it."""
+    """Help is printed after everything has been imported; absl then exits with 1."""
     (default,) = map(json.loads, those("CMD"))
     for words in (
         default,
@@ -100,7 +100,7 @@ def test_a_linter_finds_nothing():
 
 @pytest.mark.slow
 def test_sigterm_reaches_the_trainer(image, tmp_path):
-    """From the code in the image and through its entry point; the same command goes on."""
+    """It starts from the image's code and through its entry point; the same command resumes."""
     data, run = runs.dataset(tmp_path), tmp_path / "run"
     words = command("python", *runs.command(run, data, num_train_steps=100_000, optimizer__decay_steps=200)[1:])
     process = subprocess.Popen(
@@ -118,7 +118,7 @@ def test_sigterm_reaches_the_trainer(image, tmp_path):
 
 @pytest.mark.slow
 def test_the_code_is_found_from_any_folder(image, tmp_path):
-    """It is copied after its installation, and the container may be started elsewhere."""
+    """It is copied after the installation, and the container may be started in another folder."""
     install(tmp_path, sys.executable, "--no-deps", EXTRA="tpu")
     shutil.copytree(image, tmp_path / "meshlm", dirs_exist_ok=True)
     code = "import configs, data, launch, model, trainer.errors; print(launch.__doc__, trainer.errors.__file__)"
@@ -145,7 +145,7 @@ def test_the_packages_can_be_had(tmp_path, extra, package):
 
 
 def install(folder: pathlib.Path, python: str, *flags: str, **environment: str) -> None:
-    """The step for the packages as it stands, with these flags for pip: in folder/meshlm, by folder/python."""
+    """Runs the Dockerfile's step that installs packages, with these pip flags: in folder/meshlm, by folder/python."""
     subprocess.run([python, "-m", "venv", folder / "python"], check=True, timeout=120)
     (folder / "meshlm").mkdir()
     for source in copies()[0][0]:

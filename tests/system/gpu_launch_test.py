@@ -1,5 +1,5 @@
-"""launch/gpu/: what the check says of machines with GPUs, from recorded answers of nvidia-smi and a libcuda that gives
-the driver's; settings that the installed XLA knows; what run.sh starts."""
+"""launch/gpu/: what the check reports about machines with GPUs, from recorded answers of nvidia-smi and a fake libcuda;
+settings that the installed XLA knows; what run.sh starts."""
 
 import importlib.metadata
 import os
@@ -141,7 +141,7 @@ def machine(
 
 
 def check(environment: dict[str, str], code: int) -> list[str]:
-    """The lines that it prints: results first, then errors."""
+    """Runs the check. Returns the lines that it prints: results first, then errors."""
     argv = [sys.executable, "-m", "launch.gpu_check"]
     done = subprocess.run(argv, cwd=runs.ROOT, env=environment, capture_output=True, text=True, timeout=SOON_S)
     assert done.returncode == code, done
@@ -189,7 +189,7 @@ def test_what_would_not_work(tmp_path, libcuda, fields, message):
     lines = check(machine(tmp_path, libcuda=libcuda, **fields), 2)
     assert any(line.startswith("error: ") and message in line for line in lines), lines
     assert not any("ready" in line for line in lines)
-    if fields.get("version") != "0.9.1":  # both wheels
+    if fields.get("version") != "0.9.1":  # of which each wheel has an error
         assert len(lines) == 1
 
 
@@ -341,7 +341,7 @@ def test_one_process_for_each_gpu(tmp_path, visible, gpus):
 
 
 def test_jax_takes_the_device_it_is_given():
-    """By JAX_LOCAL_DEVICE_IDS, as the other GPUs must stay visible to NCCL."""
+    """JAX_LOCAL_DEVICE_IDS names it, because the other GPUs must stay visible to NCCL."""
     code = """
 import jax, sys
 from jax._src import xla_bridge
@@ -373,7 +373,7 @@ def test_mistakes(tmp_path, words, fields, message):
 
 @pytest.mark.slow
 def test_a_training_with_one_process_for_each_device(tmp_path):
-    """No GPU, but all else: two are counted, two processes start, find each other and train."""
+    """Everything except a GPU: two are counted, two processes start, find each other and train."""
     data, run = runs.dataset(tmp_path), tmp_path / "run"
     environment = machine(tmp_path, gpus=2) | {"JAX_PLATFORMS": "cpu"}
     argv = runs.command(run, data, **interrupted.FIELDS | {"num_train_steps": 5})

@@ -1,4 +1,4 @@
-"""launch/local/run.sh: the processes of a run side by side, stopped, killed and started again, as on a pod."""
+"""launch/local/run.sh: the processes of a run side by side, stopped, killed and restarted, as on a pod."""
 
 import json
 import os
@@ -22,7 +22,7 @@ SOON_S = 60
 
 
 def script(*words: str, **environment: str) -> subprocess.CompletedProcess:
-    """run.sh to its end, without training anything."""
+    """Runs run.sh to its end, without any training."""
     variables = {**os.environ, **environment}
     return subprocess.run(
         [SCRIPT, *words], cwd=runs.ROOT, env=variables, capture_output=True, text=True, timeout=SOON_S
@@ -33,7 +33,7 @@ def script(*words: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_scripts_of_a_clone_that_git_gives_the_ends_of_lines_of_windows(tmp_path):
-    """Each would end at its first line: "bash\\r: No such file"."""
+    """With them, each script would fail at its first line: "bash\\r: No such file"."""
     source = tmp_path / "source"
     source.mkdir()
     for name in (".gitattributes", "Makefile"):
@@ -81,7 +81,7 @@ def test_mistakes(words, message):
 
 
 def test_a_python_without_our_packages(tmp_path):
-    """As that of the system is, where the environment was not activated."""
+    """The system's Python lacks them, if the environment was not activated."""
     bare = tmp_path / "python3"
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
     bare.chmod(0o755)
@@ -130,7 +130,7 @@ def test_one_process_needs_no_coordinator():
 
 
 def gang(*commands: list[str]) -> subprocess.Popen:
-    """In a process group of its own, as a terminal would have it."""
+    """Starts the commands in one process group, as a terminal would."""
     lines = [shlex.join(command) for command in commands]
     argv = [sys.executable, "-m", "launch.gang", *lines]
     pipe, both = subprocess.PIPE, subprocess.STDOUT
@@ -142,7 +142,7 @@ def bash(text: str) -> list[str]:
 
 
 def listening(folder: pathlib.Path, name: str, then: str = "") -> list[str]:
-    """Says which signals come; `then` at a SIGTERM. Ends after a minute by itself."""
+    """A command that prints which signals it gets, runs `then` at a SIGTERM, and ends by itself after a minute."""
     traps = "".join(f"trap 'echo {s}' {s}; " for s in ("INT", "USR1", "QUIT")) + f"trap 'echo TERM; {then}' TERM; "
     return bash(f"{traps} touch {folder}/{name}; for ((i = 0; i < 1200; i++)); do sleep 0.05; done")
 
@@ -173,19 +173,19 @@ def test_a_command_that_is_none():
 
 
 def test_each_signal_comes_to_all_as_often_as_it_was_sent(tmp_path):
-    """A Ctrl-C is for the whole process group of the terminal, and must come once all the same: twice means at once."""
+    """A terminal's whole process group gets a Ctrl-C, which must still arrive only once: twice means exit at once."""
     with runs.ending(gang(*(listening(tmp_path, name, "exit 42") for name in "ab"))) as (process,):
         runs.wait_until(lambda: all((tmp_path / name).exists() for name in "ab"), process)
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGUSR1, signal.SIGQUIT, signal.SIGTERM):
             os.killpg(process.pid, number)
-            time.sleep(0.3)  # two of a kind that wait at a time are one
+            time.sleep(0.3)  # two pending signals of a kind are one
         out = runs.finish(process, 42, SOON_S)
     for i in range(2):
         own = [line.split()[1] for line in out.splitlines() if line.startswith(f"[{i}]")]
         assert own == ["INT", "INT", "USR1", "QUIT", "TERM"]
 
 
-@pytest.mark.slow  # it waits
+@pytest.mark.slow  # it waits 10 s
 def test_what_is_left_over_is_told_to_stop(tmp_path):
     with runs.ending(gang(bash("exit 3"), listening(tmp_path, "a", "exit 42"))) as (process,):
         out = runs.finish(process, 3, 10 + SOON_S)
@@ -193,18 +193,18 @@ def test_what_is_left_over_is_told_to_stop(tmp_path):
 
 
 def test_killed_it_leaves_nobody_behind(tmp_path):
-    """Nobody can pass a signal on then. What it started is told to stop, and can still say and write what it does."""
+    """Then no process can pass a signal on: the commands get a SIGTERM, and can still print and write files."""
     saves = f"sleep 0.5; echo saved; touch {tmp_path}/saved; exit 42"
     process = gang(listening(tmp_path, "a", saves))
     with runs.ending(process):
         runs.wait_until(lambda: (tmp_path / "a").exists(), process)
         process.kill()
-        out = runs.finish(process, 137, SOON_S)  # to the end of all that hold its output
+        out = runs.finish(process, 137, SOON_S)  # until all that hold its output have ended
     assert (tmp_path / "saved").exists() and out.splitlines() == ["[0] TERM", "[0] saved"]
 
 
 def test_a_reader_that_is_gone_stops_nothing(tmp_path):
-    """As after `| head`, or in a terminal that was closed."""
+    """The reader is gone after `| head`, or when a terminal is closed."""
     saves = f"for ((i = 0; i < 9; i++)); do echo saving; sleep 0.05; done && touch {tmp_path}/saved; exit 42"
     with runs.ending(gang(listening(tmp_path, "a", saves))) as (process,):
         runs.wait_until(lambda: (tmp_path / "a").exists(), process)
@@ -240,7 +240,7 @@ def alive(pid: int) -> bool:
 
 
 def codes(run: pathlib.Path) -> list[list[int]]:
-    """Of the lives of each process. (On a busy machine JAX may give up connecting the two, which costs a life.)"""
+    """The exit codes of each process's attempts. (On a busy machine JAX may fail to connect them, which costs one.)"""
     return [[life.code for life in restarts.read_lives(run / name)] for name in ("lives.jsonl", "lives.1.jsonl")]
 
 
@@ -283,7 +283,7 @@ def test_stopped_all_save_the_same_step(tmp_path, data, whole):
 
 @pytest.mark.slow
 def test_one_killed_the_supervisors_start_all_again(tmp_path, data, whole):
-    """Process 0 has the coordinator: its port is taken again a moment after its death."""
+    """Process 0 hosts the coordinator, whose port is used again a moment after its death."""
     run = tmp_path / "run"
     with runs.ending(start(run, data)) as (process,):
         runs.wait_until(lambda: bool(interrupted.saved(run)), process)

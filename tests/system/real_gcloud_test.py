@@ -1,6 +1,6 @@
-"""The fakes of gcloud held against the installed one, which asks a small server here in place of Google's.
+"""The fakes of gcloud compared with the installed one, which asks a small local server instead of Google's.
 
-Its waits are left out (sitecustomize), and what it says is compared word by word but for addresses.
+Its waits are skipped (sitecustomize), and its messages are compared word by word, except for addresses.
 """
 
 import http.server
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(not MESSAGES.exists(), reason="no Google Cloud C
 
 
 class Service(http.server.ThreadingHTTPServer):
-    """Queued resources as JSON, by the API of Google; `says`, when it is set, is its answer to all."""
+    """Queued resources as JSON, by Google's API; `says`, if it is set, is the answer to everything except the login."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Request)
@@ -113,7 +113,7 @@ class Request(http.server.BaseHTTPRequestHandler):
             self.send_response(code)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(text)))
-            self.send_header("Connection", "close")  # else the next request may come on the one that is being closed
+            self.send_header("Connection", "close")  # otherwise a request may come on a connection that is being closed
             self.end_headers()
             self.wfile.write(text)
 
@@ -121,7 +121,7 @@ class Request(http.server.BaseHTTPRequestHandler):
 
 
 class Gcloud:
-    """The installed one, logged in as me@x.org."""
+    """The installed gcloud, logged in as me@x.org."""
 
     def __init__(self, folder: pathlib.Path, service: Service):
         self.folder, self.service = folder, service
@@ -155,7 +155,7 @@ def gcloud(tmp_path_factory) -> Iterator[Gcloud]:
 
 
 def plain(text: str) -> str:
-    """Without addresses, the hints after a crash, and what depends on this server."""
+    """The text without addresses, the hints after a crash, and what depends on this server."""
     text = re.sub(r"http://127.0.0.1:\d+/v2/\S*?(?=[?])", babysitter_cloud.URL, text)
     text = re.sub(r"url: /v2/\S+", "url: /v2", text)
     text = re.sub(r"<\{.*'status'", "<{'content-type': 'application/json', 'status'", text)
@@ -168,7 +168,7 @@ def plain(text: str) -> str:
     return re.sub(r"^ERROR: \(gcloud\S+\) ", "", text).strip()
 
 
-# What the service answers, or which addresses are wrong, for a failure of the model.
+# For each failure of the model: what the service answers, or which addresses are wrong.
 FAILURES = {
     503: trouble(503, "UNAVAILABLE", "The service is currently unavailable."),
     500: trouble(500, "INTERNAL", "Internal error encountered."),
@@ -192,7 +192,7 @@ FAILURES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("sign", FAILURES, ids=str)
 def test_failures_of_the_model(gcloud, sign):
-    """Each is one of the installed gcloud's, word by word; none is left out."""
+    """Each equals a message of the installed gcloud, word by word; none is left out."""
     modelled = [said for said in babysitter_cloud.LOST + babysitter_cloud.REFUSED if isinstance(said, str)]
     assert len(modelled) == len(FAILURES)
     gcloud.service.says, environment = FAILURES[sign], {}
@@ -228,7 +228,7 @@ def test_states():
 
 @pytest.mark.slow
 def test_the_fake_says_what_the_real_one_says(gcloud, tmp_path):
-    """One after the other, to a cloud that is empty at first: codes, results and messages."""
+    """The same calls, to a cloud that is empty at first, have the same exit codes, results and messages."""
     queued, machine = ["compute", "tpus", "queued-resources"], ["compute", "tpus", "tpu-vm"]
     script = (runs.ROOT / "launch/tpu/cloud.sh").read_text()
     fields = re.search(r"^FIELDS='(.*)'", script, re.MULTILINE)[1]
@@ -274,7 +274,7 @@ for error in (ssh.CommandError("/usr/bin/ssh", return_code=255), exceptions.SSHK
 
 
 def test_what_ssh_says():
-    """Of a broken connection, and of an agent with another key, which gcloud refuses for several workers at once."""
+    """About a broken connection, and an agent with another key, which gcloud refuses for several workers at once."""
     done = subprocess.run([sys.executable, "-c", EXCEPTIONS, SDK], text=True, capture_output=True, timeout=60)
     broken, agent = done.stdout.splitlines()
     assert broken == "255 [/usr/bin/ssh] exited with return code [255]."

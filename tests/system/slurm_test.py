@@ -1,6 +1,6 @@
-"""launch/slurm/train.sbatch: the same tests with stand-ins for Slurm's commands (fakes/slurm) and with Slurm.
+"""launch/slurm/train.sbatch: the same tests with fakes of Slurm's commands (fakes/slurm) and with real Slurm.
 
-What runs in the job is a script that plays lives, or, where losses are compared, launch.train.
+The job runs a script that plays attempts or, if losses are compared, launch.train.
 """
 
 import itertools
@@ -20,9 +20,9 @@ from tests.system.faults import interrupted
 from tests.system.slurm_cluster import SCRIPT, Fake, Job, Real
 from trainer.reliability import restarts
 
-# --workdir=RUN --played=LIVES: plays the life with the number of restarts. "save": the step that process 0 commits,
-# "row": the last it did, "codes": how each process leaves; -n by signal n, "wait" after a SIGTERM, with a save and 42;
-# "slow": 3 s later.
+# --workdir=RUN --played=ATTEMPTS: plays the attempt whose index is the number of restarts. "save": the step that
+# process 0 commits; "row": the last step that it took; "codes": how each process exits: a code; -n: by signal n;
+# "wait": after a SIGTERM, with a save and 42; "slow": the same 3 s later; "deaf": not at a SIGTERM.
 PLAYER = """
 import json, os, pathlib, signal, sys, time
 flags = dict(word[2:].split("=", 1) for word in sys.argv[1:] if word.startswith("--"))
@@ -97,7 +97,7 @@ def submit(request, tmp_path):
 
 @pytest.fixture
 def player(tmp_path):
-    """The command that plays lives in RUN = tmp_path/run."""
+    """The command that plays attempts in RUN = tmp_path/run."""
     (tmp_path / "player.py").write_text(PLAYER)
 
     def command(*played: dict, **flags: str) -> list[str]:
@@ -119,7 +119,7 @@ only_fake = pytest.mark.parametrize("submit", ["fake"], indirect=True)
 
 @pytest.fixture
 def writer(tmp_path):
-    """The command that writes its words, and what is left of Slurm's variables, to RUN/../<process>.json."""
+    """The command that writes its arguments and its environment to RUN/../<process>.json."""
     (tmp_path / "writer.py").write_text(WRITER)
 
     def command(*words: str) -> list[str]:
@@ -133,7 +133,7 @@ def written(folder: pathlib.Path) -> list[dict]:
 
 
 def test_words_arrive_unchanged(tmp_path, submit, writer):
-    """One process a node: flags say which it is, and JAX is not told of one device (SLURM_LOCALID)."""
+    """One process per node: flags give its number, and JAX does not see SLURM_LOCALID, i.e. takes all devices."""
     words = [
         "two words",
         "",
@@ -201,7 +201,7 @@ IN_APPTAINER = ["apptainer", "exec", "--nv", "--bind", f"{ROOT}:{ROOT}", "--pwd"
     ids=["plain", "cpus", "pyxis", "apptainer"],
 )
 def test_calls(tmp_path, submit, writer, options, extra, to_srun, before):
-    """Each command of Slurm with all its words."""
+    """Each call of Slurm's commands, with all its arguments."""
     command = writer("a b")
     submit(*options, command=command, **extra).leaves(0)
     calls = [json.loads(line) for line in (tmp_path / "slurm/calls.jsonl").read_text().splitlines()]
@@ -223,7 +223,7 @@ def test_calls(tmp_path, submit, writer, options, extra, to_srun, before):
 
 @only_fake
 def test_settings_for_gpus(tmp_path, submit, writer):
-    """Those of launch/gpu/env.sh, where the job has any; what is set where sbatch is called wins."""
+    """Those of launch/gpu/env.sh, if the job has GPUs; variables that sbatch was called with take precedence."""
     argv = ["bash", "-c", "source launch/gpu/env.sh && env --null"]
     shown = subprocess.run(argv, cwd=runs.ROOT, env=runs.environment(), capture_output=True, text=True, timeout=30)
     settings = dict(word.partition("=")[::2] for word in shown.stdout.split("\0") if word)
@@ -239,7 +239,7 @@ def test_settings_for_gpus(tmp_path, submit, writer):
     [
         ([], {}, ["no command", "sbatch launch/slurm/train.sbatch python -m launch.train"]),
         (["python", "-m", "launch.train"], {}, ["no --workdir"]),
-        (["true", "--workdir=~nobody-at-all/x"], {}, ["who is not known"]),
+        (["true", "--workdir=~no-such-user/x"], {}, ["who is not known"]),
         (["python", "-m", "launch.supervise", "--", "true", "--workdir=x"], {}, ["leave launch.supervise out"]),
         (["true", "--workdir", "x"], {"MESHLM_CONTAINER": "docker"}, ["docker must be pyxis or apptainer"]),
         (["true", "--workdir=x"], {"MESHLM_CONTAINER": "pyxis"}, ["needs an image; set MESHLM_IMAGE"]),
@@ -266,7 +266,7 @@ def test_started_by_hand_or_elsewhere(cwd, part):
 
 
 def test_what_is_queued_again(tmp_path, submit, player):
-    """42, 1, and what signals leave, on all processes or one, while each life saves; until the run is done."""
+    """Codes 42, 1 and deaths by signal, of all processes or one, if each attempt saves; until the run is done."""
     kill, abort, term = -signal.SIGKILL, -signal.SIGABRT, -signal.SIGTERM
     ended = [[42, term], [1, 1], [abort, 42], [kill, kill], [0, kill], [0, 0]]
     played = [{"codes": codes, "save": 10 * (i + 1), "row": 10 * (i + 1) + i} for i, codes in enumerate(ended)]
@@ -292,14 +292,14 @@ def test_what_is_queued_again(tmp_path, submit, player):
     ids=str,
 )
 def test_what_is_not(tmp_path, submit, player, codes, code):
-    """What one process says of the data or the configuration counts, although srun leaves with the highest code."""
+    """One process's code for wrong data or a wrong configuration counts, although srun exits with the highest code."""
     log = submit("--nodes=2", command=player({"codes": codes, "save": 10}, {"codes": [0, 0]})).leaves(code)
     assert f"Life 1 ended with {code}; checkpoint at step 10, 0 before.\n" in log and "queued" not in log
     assert [life.code for life in journal(tmp_path)] == [code]
 
 
 def test_three_fruitless_lives_are_the_end(tmp_path, submit, player):
-    """Counted from the last new checkpoint, and anew for another job; also where the run never came to be."""
+    """They are counted from the last new checkpoint, and from zero for another job; also if the run never existed."""
     crash = {"codes": [1, 1]}
     played = [crash, crash, {"codes": [42, 42], "save": 10}, crash, crash, {"codes": [-6, -6]}]
     log = submit("--nodes=2", command=player(*played)).leaves(134, within_s=300)
@@ -312,7 +312,7 @@ def test_three_fruitless_lives_are_the_end(tmp_path, submit, player):
 
 
 def test_a_mistake_leaves_nothing_behind(tmp_path, submit, player):
-    """A command that cannot be started is not started again, nor one that refused a folder that is no run."""
+    """A command that cannot be started is not started again, and nothing is written to a folder that is not a run."""
     (tmp_path / "run").mkdir()
     log = submit(command=["no-such-command", f"--workdir={tmp_path / 'run'}"]).leaves(127)
     assert "no-such-command: not found" in log and "Life 1 ended with 127" in log
@@ -321,7 +321,7 @@ def test_a_mistake_leaves_nothing_behind(tmp_path, submit, player):
 
 @only_fake
 def test_damaged_rows_of_lives_are_left_as_they_are(tmp_path, submit, player):
-    """A row that was cut short when a node died: the next begins a line of its own."""
+    """A row was cut short when a node died; the next one starts on a new line."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run/lives.jsonl").write_text('{"life": 4, "start": "2')
     submit(command=player({"codes": [42], "save": 10}, {"codes": [0]})).leaves(0)
@@ -331,8 +331,8 @@ def test_damaged_rows_of_lives_are_left_as_they_are(tmp_path, submit, player):
 # Signals
 
 
-# What a life that Slurm ends may have as its code where its tasks leave with 42: srun, which is ended too, is sometimes
-# gone before it has heard of them. The job is started again after any of these.
+# Exit codes of an attempt that Slurm ends, while its tasks exit with 42: srun, which is ended too, is sometimes gone
+# before it hears of them. The job is started again after any of these.
 TOLD = (42, 137, 143)
 
 
@@ -342,7 +342,7 @@ def starts(tmp_path: pathlib.Path, count: int, processes: int = 2):
 
 
 def test_a_signal_to_the_tasks(tmp_path, submit, player):
-    """As ahead of the time limit, or of a preemption with grace: saved, 42, and queued again by the script."""
+    """As before the time limit or a preemption with a grace period: a save, 42, and the script requeues the job."""
     job = submit("--nodes=2", command=player({"codes": ["wait", "wait"], "save": 10}, {"codes": [0, 0]}))
     job.until(starts(tmp_path, 1))
     submit.cluster.do("scancel", "--signal=TERM", job.id)
@@ -352,7 +352,7 @@ def test_a_signal_to_the_tasks(tmp_path, submit, player):
 
 
 def test_a_preemption(tmp_path, submit, player):
-    """Without grace: all is ended by Slurm, which also queues it again. The trainers have KillWait seconds."""
+    """Without a grace period: Slurm ends everything and requeues the job. The trainers have KillWait seconds."""
     job = submit("--nodes=2", command=player({"codes": ["wait", "wait"], "save": 10}, {"codes": [0, 0]}))
     job.until(starts(tmp_path, 1))
     submit.cluster.preempt(job.id)
@@ -366,7 +366,7 @@ def test_a_preemption(tmp_path, submit, player):
 
 @only_fake
 def test_lives_without_a_row(tmp_path, submit, player):
-    """They ended with their node. What failed in a job before does not count for a job that has got on since."""
+    """They died with their node. Failures in an earlier job do not count for a job that has progressed since."""
     (tmp_path / "run").mkdir()
     row = dict.fromkeys(("start", "end"), "2026-01-01T00:00:00+00:00") | {"waited": 0, "seconds": 0}
     row |= {"cause": "exit code 1", "code": 1, "first_step": 5, "last_step": 5, "lost_steps": 0}
@@ -380,7 +380,7 @@ def test_lives_without_a_row(tmp_path, submit, player):
 
 @only_fake
 def test_a_second_signal(tmp_path, submit, player):
-    """While the tasks save: the script waits until they are gone."""
+    """It comes while the tasks save: the script waits until they are gone."""
     job = submit(command=player({"codes": ["slow"], "save": 10}))
     job.until(starts(tmp_path, 1, processes=1))
     for _ in range(2):
@@ -392,7 +392,7 @@ def test_a_second_signal(tmp_path, submit, player):
 
 @only_fake
 def test_a_run_below_the_home(tmp_path, submit, player):
-    """~ is what the trainer takes it for: each life's checkpoint is found."""
+    """~ means what it means to the trainer: each attempt's checkpoint is found."""
     played = [{"codes": [42], "save": step} for step in (10, 20, 30)] + [{"codes": [0]}]
     command = [word.replace(f"--workdir={tmp_path}", "--workdir=~") for word in player(*played)]
     script = tmp_path / "player.py"
@@ -404,7 +404,7 @@ def test_a_run_below_the_home(tmp_path, submit, player):
 
 @only_fake
 def test_the_signal_comes_while_the_life_is_written(tmp_path, submit, player):
-    """A subshell has no traps, and would end by it: the row had no step."""
+    """A subshell has no traps and would die of it; then the row had no step."""
     (tmp_path / "bin").mkdir()
     stand_in = tmp_path / "bin/basename"
     signal_first = "[ \"${1##*/}\" != 10 ] || { trap '' TERM && kill -TERM 0; }"
@@ -417,7 +417,7 @@ def test_the_signal_comes_while_the_life_is_written(tmp_path, submit, player):
 
 
 def test_scancel_is_the_end(tmp_path, submit, player):
-    """The trainers save, within KillWait seconds, and nothing starts them again."""
+    """The trainers save within KillWait seconds, and nothing starts them again."""
     job = submit("--nodes=2", command=player({"codes": ["wait", "wait"], "save": 10}, {"codes": [0, 0]}))
     job.until(starts(tmp_path, 1))
     submit.cluster.do("scancel", job.id)
@@ -429,7 +429,7 @@ def test_scancel_is_the_end(tmp_path, submit, player):
 
 
 def test_a_job_that_may_not_be_queued_again(tmp_path, submit, player):
-    """It ends for good with all the time for a save; what Slurm says is in the log, and how to go on."""
+    """It ends for good, with the full time for a save; the log has Slurm's message and says how to resume."""
     job = submit("--nodes=2", command=player({"codes": ["wait", "wait"], "save": 10}, {"codes": [0, 0]}))
     job.until(starts(tmp_path, 1))
     submit.cluster.do("scontrol", "update", f"JobId={job.id}", "Requeue=0")
@@ -440,7 +440,7 @@ def test_a_job_that_may_not_be_queued_again(tmp_path, submit, player):
 
 
 def test_the_time_limit(tmp_path, submit, player):
-    """The signal comes ahead of it (stand-in: 120 s, as the script asks), and the next life has all the time again."""
+    """The signal comes before it (fake: 120 s, as the script requests); the next attempt has the full time again."""
     times = {"fake": ["--time=2:03"], "real": ["--time=1", "--signal=TERM@20"]}[submit.cluster.name]
     job = submit("--nodes=2", *times, command=player({"codes": ["wait", "wait"], "save": 10}, {"codes": [0, 0]}))
     log = job.leaves(0, within_s=240)
@@ -448,7 +448,7 @@ def test_the_time_limit(tmp_path, submit, player):
 
 
 def test_a_time_limit_that_was_too_near(tmp_path, submit, player):
-    """What does not leave ahead of it is killed, and the job would be at its end; but the run is not."""
+    """Processes that have not exited by then are killed, which would end the job, but the script requeues it."""
     times = {"fake": ["--time=0:04", "--signal=TERM@2"], "real": ["--time=1", "--signal=TERM@20"]}[submit.cluster.name]
     job = submit("--nodes=2", *times, command=player({"codes": ["deaf", "deaf"]}, {"codes": [0, 0], "save": 10}))
     log = job.leaves(0, within_s=300)
@@ -481,7 +481,7 @@ distributed.shutdown()
     ("options", "visible"), [(["--nodes=2"], ["all", "all"]), (["--nodes=1", "--ntasks-per-node=2"], ["0", "1"])]
 )
 def test_devices_that_jax_takes(tmp_path, submit, options, visible):
-    """All of the node for its one process; else that of its number."""
+    """All of a node's devices for a single process; otherwise the one with the process's number."""
     submit(*options, command=[sys.executable, "-c", JOIN, f"--workdir={tmp_path / 'run'}"]).leaves(0)
     assert written(tmp_path) == [[2, i, visible[i]] for i in range(2)]
 
@@ -497,7 +497,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory, data):
-    """A run that nothing happens to."""
+    """An uninterrupted run."""
     run = tmp_path_factory.mktemp("runs") / "whole"
     runs.finish(interrupted.start_one(run, data, **FIELDS))
     return run
@@ -505,9 +505,8 @@ def whole(tmp_path_factory, data):
 
 @pytest.mark.slow
 def test_the_same_run(tmp_path, submit, data, whole):
-    """Two nodes; a preemption, a signal ahead of the time limit, a process that is killed: one submission, and the
-    losses are those of a run that nothing happened to, bit for bit. (Minutes: so with stand-ins only if there is no
-    Slurm.)"""
+    """Two nodes; a preemption, a signal as before the time limit, a killed process: one submission, and the losses are
+    those of an uninterrupted run, bit for bit. (It takes minutes, so it uses the fakes only if there is no Slurm.)"""
     if submit.cluster.name == "fake" and not slurm_cluster.missing():
         pytest.skip("Slurm is here")
     run = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""The supervisor with real children: small scripts that save, die and leave as told, and no JAX anywhere."""
+"""The supervisor with real children: small scripts that save, die and exit as instructed, and no JAX anywhere."""
 
 import json
 import os
@@ -15,8 +15,9 @@ from tests import runs
 from trainer.reliability import restarts
 
 TIMEOUT_S = 20
-# CHILD RUN LIVES: plays the next entry of LIVES. "save": a committed step, "step": of a row, "end": an exit code, a
-# signal's name, or "wait" for signals, each noted in RUN/signals; the exit code then comes from "codes", one a signal.
+# CHILD --workdir=RUN ATTEMPTS: plays the next entry of ATTEMPTS. "save": a step to commit; "step": the step of a row;
+# "end": an exit code, a signal's name, or "wait" for signals, each of which is noted in RUN/signals; "codes" then has
+# an exit code for each signal, or None to stay.
 CHILD = """
 import json, os, pathlib, signal, sys, time
 run, played = pathlib.Path(sys.argv[1].partition("=")[2]), json.loads(sys.argv[2])
@@ -53,7 +54,7 @@ os._exit(life["end"])
 
 
 class Supervised:
-    """A supervisor on a run in `folder` whose lives are `played`; the last of them is played again and again."""
+    """A supervisor of a run in `folder` whose attempts are `played`; the last of them is played again and again."""
 
     def __init__(self, folder: pathlib.Path, *played: dict, flags: tuple[str, ...] = ("--backoff_s=0.01",), **env: str):
         self.run = folder / "run"
@@ -179,7 +180,7 @@ def test_waits_have_a_limit(tmp_path):
 def test_a_signal_is_passed_on_once_and_ends_it(tmp_path, name):
     supervised = Supervised(tmp_path, {"end": "wait", "codes": [42]})
     supervised.until("ready")
-    os.killpg(supervised.process.pid, signal.Signals[name])  # as a terminal does: everybody in the group gets it
+    os.killpg(supervised.process.pid, signal.Signals[name])  # as a terminal does: the whole group gets it
     supervised.leaves(42)
     assert supervised.words("signals") == [name]
     assert [life.cause for life in supervised.lives()] == ["stopped (42)"]
@@ -188,7 +189,7 @@ def test_a_signal_is_passed_on_once_and_ends_it(tmp_path, name):
 
 
 def test_nohup_is_heeded(tmp_path):
-    """A terminal that is closed is no reason to stop, then; SIGTERM is."""
+    """Then the run does not stop when a terminal is closed, but does at SIGTERM."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts it
     try:
         supervised = Supervised(tmp_path, {"end": "wait", "codes": [42]})
@@ -248,11 +249,11 @@ def test_a_killed_supervisor_stops_its_child(tmp_path):
     supervised = Supervised(tmp_path, {"end": "wait", "codes": [42]})
     supervised.until("ready")
     supervised.process.kill()
-    supervised.leaves(-signal.SIGKILL)  # and with it all that has its pipes: the child
+    supervised.leaves(-signal.SIGKILL)  # waits for all that hold its pipes, i.e. also the child
     assert supervised.words("signals") == ["SIGTERM"]
 
 
-# The file of lives
+# lives.jsonl
 
 
 def test_a_second_supervisor_goes_on_with_the_file(tmp_path):
@@ -266,7 +267,7 @@ def test_a_second_supervisor_goes_on_with_the_file(tmp_path):
     assert [(life.life, life.cause) for life in again.lives()] == [(1, "stopped (42)"), (2, "exit code 3"), (3, "done")]
     assert [life.waited > 0 for life in again.lives()] == [False, True, False]
     assert len(path.read_text().splitlines()) == 3
-    assert "done" in out and "exit code 3" not in out and "lives 3" in out  # its own lives, then all of them
+    assert "done" in out and "exit code 3" not in out and "lives 3" in out  # its own attempts, then all of them
 
 
 def test_supervision_goes_on_when_the_file_cannot_be_written(tmp_path):
@@ -276,7 +277,7 @@ def test_supervision_goes_on_when_the_file_cannot_be_written(tmp_path):
 
 
 def test_a_missing_run_is_left_missing(tmp_path):
-    """A command that dies before it has made its run finds no files of the supervisor there."""
+    """If a command dies before it creates its run, the supervisor writes no files there."""
     argv = [sys.executable, "-m", "launch.supervise", "--backoff_s=0", f"--workdir={tmp_path / 'run'}", "--", "false"]
     assert subprocess.run(argv, cwd=runs.ROOT, capture_output=True, timeout=TIMEOUT_S).returncode == 1
     assert not (tmp_path / "run").exists()
@@ -298,7 +299,7 @@ def test_each_process_has_its_own_file(tmp_path, environment, process):
 
 
 def test_a_process_that_is_told_its_number(tmp_path):
-    """On TPU VMs nothing in the environment says it."""
+    """On TPU VMs the environment does not have it."""
     supervised = Supervised(tmp_path, {"end": 0}, flags=("--process=5",), TPU_WORKER_ID="2")
     supervised.leaves(0)
     assert len(supervised.lives(".5")) == 1

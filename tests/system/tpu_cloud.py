@@ -1,4 +1,4 @@
-"""A cloud that is a folder (tests/system/fakes/cloud/gcloud), and the scripts of launch/tpu/ that talk to it."""
+"""A fake cloud in a folder (tests/system/fakes/cloud/gcloud), and the scripts of launch/tpu/ that talk to it."""
 
 import contextlib
 import fcntl
@@ -41,14 +41,14 @@ class Cloud:
             (self.folder / "script.json").write_text(json.dumps(what))
 
     def has_faults(self) -> bool:
-        """Whether some are still to come."""
+        """Whether any faults are still to come."""
         with self.locked():
             script = json.loads((self.folder / "script.json").read_text())
         return any(fault.get("times", 1) for fault in script["faults"])
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """No gcloud reads or writes meanwhile."""
+        """Keeps gcloud from reading and writing meanwhile."""
         with (self.folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
@@ -72,7 +72,7 @@ class Cloud:
             return runs.finish(process, code, within_s=120)
 
     def owner(self) -> str:
-        """Who is asking: what the label of its resources has to be."""
+        """The owner, which the label of its resources has to name."""
         return (self.folder / "state/meshlm/tpu/p.us-east5-b.run/owner").read_text()
 
     @property
@@ -86,7 +86,7 @@ class Cloud:
         return sum(all(word in " ".join(call) for word in words) for call in self.calls)
 
     def put(self, name: str, **what) -> None:
-        """A queued resource that others have made, in place of any of this name."""
+        """Adds a queued resource that others have made, in place of any with this name."""
         with self.locked():
             cloud = self.resources
             cloud[name] = {"place": "projects/p/locations/us-east5-b", **what}
@@ -105,7 +105,7 @@ class Cloud:
         return json.loads(path.read_text()) if path.exists() else {}
 
     def preempt(self) -> None:
-        """The machines are taken away: all that runs on them dies, and their disks are gone."""
+        """Takes the machines away: all that runs on them dies, and their disks are gone."""
         with self.locked():
             cloud = self.resources
             for found in cloud.values():
@@ -115,7 +115,7 @@ class Cloud:
         shutil.rmtree(self.folder / "workers", ignore_errors=True)
 
     def reboot(self) -> None:
-        """The machines are started again: nothing runs there, and nothing is mounted; the disks are as they were."""
+        """Restarts the machines: nothing runs there, and nothing is mounted; the disks are as they were."""
         self.kill_workers()
         for home in (self.folder / "workers").iterdir():
             for path in (home / "meshlm/bucket", home / "meshlm/runs"):
@@ -124,7 +124,7 @@ class Cloud:
                     path.mkdir()
 
     def kill_workers(self) -> None:
-        """All processes whose home is one of the workers'."""
+        """Kills all processes whose HOME is a worker's."""
         for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
             try:
                 ours = f"HOME={self.folder / 'workers'}/".encode() in path.read_bytes()
@@ -142,7 +142,7 @@ def running(folder: pathlib.Path) -> Iterator[Cloud]:
     made.kill_workers()
 
 
-# A worker's Python that has neither JAX nor the supervisor to wait for.
+# A fake Python for workers, without JAX and the supervisor, which take time to start.
 PYTHON = f"""#!/bin/sh
 case "$1 $2" in
 "- ") echo "python 3 jax 0 devices 1 of 1" ;;
@@ -158,7 +158,7 @@ esac
 
 @contextlib.contextmanager
 def light(folder: pathlib.Path) -> Iterator[Cloud]:
-    """A cloud with one worker, which only waits."""
+    """A cloud with one worker, whose Python is the fake one above."""
     with running(folder) as made:
         made.script(workers=1)
         python = folder / "python"
@@ -169,7 +169,7 @@ def light(folder: pathlib.Path) -> Iterator[Cloud]:
 
 
 def waiting(cloud: Cloud, *more: str, workdir: str = "bucket/runs/x") -> list[str]:
-    """A command that waits for the file `done`, and leaves with the code in it; its words for the babysitter."""
+    """The babysitter's arguments for a command that waits for the file `done` and exits with the code in it."""
     script = (
         f"{'; '.join([*more, ''])}until [ -s {cloud.folder}/done ]; do sleep 0.1; done; exit $(cat {cloud.folder}/done)"
     )
@@ -189,7 +189,7 @@ def babysitting(cloud: Cloud, *argv: str, **environment: str) -> Iterator[subpro
 
 
 def rounds(cloud: Cloud, count: int, babysitter: subprocess.Popen) -> None:
-    """Waits until the babysitter has asked for NAME so many times more."""
+    """Waits until the babysitter has asked for NAME this many times more."""
     before = cloud.done("queued-resources describe")
     runs.wait_until(lambda: cloud.done("queued-resources describe") >= before + count, babysitter)
 
@@ -199,7 +199,7 @@ def starts(cloud: Cloud) -> int:
 
 
 def checkpoint(cloud: Cloud, step: int) -> None:
-    """The run has got on: lives without a new checkpoint are counted."""
+    """Adds a checkpoint, i.e. progress: attempts without a new one are counted."""
     folder = cloud.folder / f"buckets/b/runs/x/checkpoints/{step}"
     folder.mkdir(parents=True)
     (folder / "_CHECKPOINT_METADATA").touch()

@@ -1,4 +1,4 @@
-"""The scripts of launch/tpu/ against a cloud that is a folder (fakes/cloud/gcloud): arguments, states, ends."""
+"""The scripts of launch/tpu/ against a fake cloud in a folder (fakes/cloud/gcloud): arguments, states, exit codes."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def cloud(tmp_path):
 
 
 def without_gcloud(folder: pathlib.Path) -> str:
-    """A PATH with all that is on the real one, but for a real gcloud."""
+    """A PATH with all the commands of /usr/bin and /bin, except gcloud."""
     folder.mkdir()
     for path in (path for place in ("/usr/bin", "/bin") for path in pathlib.Path(place).iterdir()):
         if path.name != "gcloud" and not (folder / path.name).exists():
@@ -42,7 +42,7 @@ def last_line(out: str) -> str:
     return out.splitlines()[-1]
 
 
-# What gcloud is told
+# Calls of gcloud
 
 
 def test_create(cloud):
@@ -73,13 +73,13 @@ def test_create_several_reserved_slices(cloud):
 
 
 def test_a_shell_on_the_first_of_many_slices(cloud):
-    """Nobody reads the names of the others, which may not end the script."""
+    """The names of the others are not read, which must not end the script (SIGPIPE)."""
     first = "gcloud compute tpus tpu-vm ssh run-0 --worker=0 --project=p --zone=us-east5-b\n"
     assert cloud.run("ssh", "--slices=5000", "--dry_run") == first
 
 
 def test_arguments_arrive_unchanged(cloud):
-    """Through this shell, gcloud's ssh and the worker's shell."""
+    """They pass through this shell, gcloud's ssh and the worker's shell."""
     cloud.run("create")
     cloud.run("wait")
     argv = [sys.executable, "-c", "import json, sys; print(json.dumps(sys.argv[1:]))", *ODD]
@@ -88,7 +88,7 @@ def test_arguments_arrive_unchanged(cloud):
 
 
 def test_a_dry_run_of_everything_needs_no_cloud(cloud):
-    """What a spot run would do, command by command, before a cent is spent."""
+    """It shows what a spot run would do, command by command, before it costs anything."""
     argv = ["python", "-m", "launch.train", "--workdir=bucket/runs/x", "--config.sample.prompt=two words"]
     out = cloud.run("babysit", "--dry_run", "--", *argv, PATH=without_gcloud(cloud.folder / "bin"))
     lines = [shlex.split(line) for line in out.splitlines() if line.startswith("gcloud")]
@@ -107,7 +107,7 @@ def test_a_dry_run_of_everything_needs_no_cloud(cloud):
 
 @pytest.fixture(scope="module")
 def real_gcloud(tmp_path_factory):
-    """Asks the real gcloud whether it can read a command line; without an account it then goes no further."""
+    """Checks that the real gcloud can parse a command line; without an account it then stops."""
     if shutil.which("gcloud") is None:
         pytest.skip("no gcloud here to parse the command lines")
     environment = {**os.environ, "CLOUDSDK_CONFIG": str(tmp_path_factory.mktemp("gcloud"))}
@@ -174,7 +174,7 @@ def test_status_names_what_is_billing(cloud):
 
 
 def test_status_where_the_workers_are_not_known(cloud):
-    """What they said before is not shown for what they say now."""
+    """Their earlier answers are not shown as their current ones."""
     cloud.run("create")
     cloud.run("wait")
     cloud.run("ssh", "--", "echo", "before")
@@ -185,7 +185,7 @@ def test_status_where_the_workers_are_not_known(cloud):
 
 
 def test_a_babysitter_for_whom_the_workers_are_not_known(cloud):
-    """For a while; the run goes on meanwhile."""
+    """They are not known for a while; meanwhile the run continues."""
     done = cloud.folder / "done"
     argv = ["sh", "-c", f"until [ -e {done} ]; do sleep 0.1; done", "--workdir=bucket/runs/x"]
     with runs.ending(cloud.start("babysit", "--poll_s=0.2", "--", *argv)) as (babysitter,):
@@ -223,7 +223,7 @@ def test_the_cloud_says_no(cloud, what):
 
 @pytest.mark.parametrize("script", ["setup", "run", "logs", "ssh", "stop"])
 def test_before_there_are_machines(cloud, script):
-    """Or after they were taken away, or in another zone."""
+    """It is the same after they were taken away, or in another zone."""
     out = cloud.run(script, "--", "python", "--workdir=bucket/x", code=2)
     (line,) = [line for line in out.splitlines() if not line.startswith("code of ")]
     assert "launch/tpu/create.sh" in line and not [call for call in cloud.calls if call[3] == "ssh"]
@@ -272,7 +272,7 @@ def test_numbers_that_are_none(cloud, script, word, says):
 
 
 def test_a_terminal_does_not_say_how_many_lines(cloud):
-    """bash sets LINES where it has one."""
+    """bash sets LINES if it has a terminal."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(ours, (50, 80))
     argv = cloud.command("logs", "--dry_run", "--lines=7")
@@ -332,7 +332,7 @@ def test_workers_that_fail_are_named(cloud):
 
 
 def test_the_code_that_is_copied(cloud, tmp_path):
-    """The commit with what has changed in tracked files. One that only looks changed, as after a touch, has not."""
+    """It is the commit plus changes to tracked files. A file that only looks changed, as after a touch, has none."""
     cloud.code, copied = runs.clone(tmp_path / "clone"), cloud.folder / "workers/run.1/meshlm"
     cloud.run("create")
     cloud.run("wait")
@@ -348,7 +348,7 @@ def test_the_code_that_is_copied(cloud, tmp_path):
 
 
 def test_a_shared_folder(cloud):
-    """NFS is runs/ on each worker, what another has written is seen at once, and it outlives the code there."""
+    """NFS is mounted at runs/ on each worker, shows at once what another has written, and outlives the code there."""
     cloud.run("create")
     cloud.run("wait")
     for _ in range(2):
@@ -369,7 +369,7 @@ def test_a_shared_folder_that_is_not_there(cloud):
 
 
 def test_a_command_that_cannot_be_stopped(cloud):
-    """Nothing of it is left, or the next one finds the TPU taken."""
+    """Nothing of it may be left, or the next command finds the TPU in use."""
     cloud.run("create")
     cloud.run("wait")
     cloud.run("setup")
@@ -383,7 +383,7 @@ def test_a_command_that_cannot_be_stopped(cloud):
 
 
 def test_a_machine_that_was_started_again(cloud):
-    """What ran is gone, whatever has its process number now."""
+    """The command that ran is gone, whatever process has its pid now."""
     cloud.run("create")
     cloud.run("wait")
     cloud.run("setup")
@@ -397,7 +397,7 @@ def test_a_machine_that_was_started_again(cloud):
 
 
 def test_half_of_the_workers_are_not_set_up(cloud):
-    """The others are named by their absence, and the same command again mends it."""
+    """They are named, the others are not, and the same command again mends it."""
     cloud.script(
         workers=4, faults=[{"match": f"ssh run --worker={i}", "code": 1, "stderr": "No space left"} for i in (1, 3)]
     )
@@ -445,7 +445,7 @@ def newest(cloud: Cloud) -> int:
 
 @pytest.mark.slow
 def test_a_babysitter_and_three_preemptions(cloud, tmp_path):
-    """The machines are taken away at random moments, and once the babysitter dies too; the losses show none of it."""
+    """The machines are preempted at random moments, and once the babysitter dies, too; the losses show none of it."""
     data = runs.dataset(cloud.folder / "buckets/b")
     runs.finish_gang(runs.start_gang(tmp_path / "whole", data, **TRAIN))
     cloud.script(states=["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"])
@@ -466,14 +466,14 @@ def test_a_babysitter_and_three_preemptions(cloud, tmp_path):
         runs.kill(babysitters)
     assert "done at step 60" in out and last_line(out) == "run is deleted"
     assert out.count("deleting") + out.count("is deleted") >= 2
-    assert cloud.resources == {}, "nothing goes on costing"
+    assert cloud.resources == {}, "nothing keeps costing"
     assert runs.losses(cloud.folder / "buckets/b/runs/x") == runs.losses(tmp_path / "whole")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("fields", "code"), [({"model__num_heads": 7}, 2), ({"num_train_steps": 10}, 0)])
 def test_a_babysitter_knows_when_to_end(cloud, fields, code):
-    """At a mistake, which a restart does not mend, as at the end of the run; the machines are deleted."""
+    """It ends at an error that a restart does not mend, and at the end of the run; the machines are deleted."""
     runs.dataset(cloud.folder / "buckets/b")
     out = cloud.run("babysit", "--poll_s=0.5", "--", *training(cloud, **fields), code=code)
     assert "which a restart does not mend" in out if code else "done at step 10" in out
@@ -483,7 +483,7 @@ def test_a_babysitter_knows_when_to_end(cloud, fields, code):
 
 @pytest.mark.slow
 def test_a_babysitter_gives_up(cloud):
-    """After three lives without a checkpoint; the supervisors on the workers have tried before."""
+    """It does so after three attempts without a checkpoint; in each, the workers' supervisors have retried."""
     argv = ["sh", "-c", "exit 1", "--workdir=bucket/runs/x"]
     out = cloud.run("babysit", "--poll_s=0.2", "--", *argv, code=1)
     assert "3 lives without a new checkpoint" in out and cloud.resources == {}
@@ -508,7 +508,7 @@ def test_the_hours_of_a_babysitter(cloud):
 
 @pytest.mark.slow
 def test_start_stop_and_start_again(cloud):
-    """By hand: run, status, logs, stop; the same command goes on."""
+    """By hand: run, status, logs, stop; the same command resumes the run."""
     runs.dataset(cloud.folder / "buckets/b")
     cloud.run("create")
     cloud.run("wait")
@@ -520,7 +520,7 @@ def test_start_stop_and_start_again(cloud):
         time.sleep(0.1)
     out = cloud.run("status")
     assert re.search(r"run.0 running [1-9]", out) and re.search(r"run.1 running [1-9]", out)
-    cloud.run("run", "--", *argv)  # what ran is stopped first, or there would be two on one run
+    cloud.run("run", "--", *argv)  # the first command is stopped, or two would train one run
     assert "Resuming after step" in cloud.run("logs", "--lines=200") or newest(cloud)
     cloud.run("stop")
     assert "exited 42" in cloud.run("status")

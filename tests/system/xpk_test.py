@@ -1,6 +1,6 @@
-"""The workload for GKE: what xpk is told, what a container makes of it, and the manifest of the real xpk package.
+"""The workload for GKE: xpk's arguments, what a container makes of them, and the manifest of the real xpk package.
 
-The real one is asked where there is a Python that has it: .venv-xpk/bin/python, or what MESHLM_XPK_PYTHON names.
+The tests of the real package need a Python that has it: .venv-xpk/bin/python, or the one that MESHLM_XPK_PYTHON names.
 """
 
 import os
@@ -47,7 +47,7 @@ STOPS_WITH_42 = (
 def run(
     folder: pathlib.Path, *words: str, code: int = 0, path: str = "", **environment: str
 ) -> subprocess.CompletedProcess:
-    """launch/xpk/run.sh in a folder, with the fake xpk."""
+    """Runs launch/xpk/run.sh in a folder, with the fake xpk."""
     env = {
         **os.environ,
         "PATH": path or f"{FAKES}:{os.environ['PATH']}",
@@ -72,12 +72,12 @@ def told(folder: pathlib.Path) -> list[str]:
 
 
 def create(folder: pathlib.Path, *command: str) -> list[str]:
-    """What the real xpk would be started with."""
+    """The command line that would start the real xpk."""
     return shlex.split(run(folder, "--name=run", "--dry_run", "--", *command).stdout)
 
 
 def kubernetes(text: str, variables: dict[str, str]) -> str:
-    """What Kubernetes makes of a container's command: $(NAME) of the container's variables, and $$ for a $."""
+    """Expands a container's command as Kubernetes does: $(NAME) from the container's variables, and $$ to $."""
     return re.sub(
         r"\$(\$|\((\w+)\))",
         lambda m: "$" if m[1] == "$" else variables.get(m[2], m[0]),
@@ -85,7 +85,7 @@ def kubernetes(text: str, variables: dict[str, str]) -> str:
     )
 
 
-# What xpk is told
+# The arguments of xpk
 
 
 def test_arguments(folder):
@@ -111,7 +111,7 @@ def test_a_dry_run_runs_nothing(folder):
 
 @pytest.mark.parametrize("word", ODD)
 def test_the_command_is_one_plain_line(folder, word):
-    """As it stands in a YAML block, and Kubernetes must have nothing to replace."""
+    """It has to fit into a YAML block, and Kubernetes must have nothing to replace in it."""
     command = create(folder, *TRAIN, word)[-1].removeprefix("--command=")
     assert command.isascii() and command.isprintable()
     assert kubernetes(command, {"HOME": "/elsewhere"}) == command
@@ -132,7 +132,7 @@ def say_words(folder: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_sigterm_reaches_the_command(folder):
-    """Kubernetes sends it to the container's bash, which passes it on and leaves with the command's code."""
+    """Kubernetes sends it to the container's bash, which passes it on and exits with the command's code."""
     run(folder, "--name=run", "--", sys.executable, "-c", STOPS_WITH_42, "--workdir=/runs/a")
     command = told(folder)[-1].removeprefix("--command=")
     container = runs.start(["bash", "-c", CONTAINER.replace("COMMAND", command)])
@@ -218,7 +218,7 @@ def manifest(xpk: pathlib.Path, folder: pathlib.Path, words: list[str]) -> dict:
 
 
 def test_the_real_package(folder, real_xpk):
-    """Its parser takes our flags, and its manifest has what we promise."""
+    """Its parser accepts our flags, and its manifest has what we promise."""
     words = create(folder, str(folder / "say"), "--workdir=/runs/a", *ODD)
     spec = manifest(real_xpk, folder, words)["spec"]
     job = spec["replicatedJobs"][0]["template"]["spec"]
@@ -238,7 +238,7 @@ def test_the_real_package(folder, real_xpk):
 
 
 def test_the_real_package_fails_as_the_fake(folder, real_xpk):
-    """When there is no such cluster, which it asks gcloud."""
+    """They fail if there is no such cluster, for which the real one asks gcloud."""
     (folder / "bin").mkdir()
     (folder / "bin/gcloud").write_text("#!/bin/sh\nexit 1\n")
     (folder / "bin/gcloud").chmod(0o755)
@@ -259,7 +259,7 @@ def test_the_real_package_knows_the_types_we_name(folder, real_xpk):
         assert manifest(real_xpk, folder, words)["kind"] == "JobSet"
 
 
-# Read by a Python that has xpk: each line of the input is a command, and must be one that its parser takes.
+# Run by a Python that has xpk: each line of the input is a command, which its parser must accept.
 PARSE = """
 import argparse, shlex, sys
 from xpk.parser.core import set_parser

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# By BASH_ENV in each script of a history (tests/system/babysitter_histories_test.py): gcloud and other small programs as
-# functions, because a history calls them some hundred times. All that gcloud is told is passed on to the test, which has
-# the model of the cloud; 124 stands for an answer that does not come in time.
+# Sourced by each script of a history, by BASH_ENV (tests/system/babysitter_histories_test.py): gcloud and other small
+# programs as functions, because a history calls them some hundred times. Each call of gcloud is passed on to the test,
+# which has the model of the cloud; 124 stands for an answer that does not come in time.
 timeout() { # --kill-after=S LIMIT COMMAND...
   if [[ $3 == gcloud ]]; then "${@:3}"; else command timeout "$@"; fi
 }
@@ -12,7 +12,7 @@ gcloud() {
     IFS= read -r -d '' code <&"$place" && IFS= read -r -d '' output <&"$place" &&
     IFS= read -r -d '' errors <&"$place" || true
   exec {place}>&-
-  printf '%s' "$errors" >&2 # in this order: gcloud says that it connects, and then the worker speaks
+  printf '%s' "$errors" >&2 # in this order: gcloud says that it connects, then comes the worker's output
   printf '%s' "$output"
   return "${code:-1}"
 }

@@ -30,7 +30,7 @@ NAN = {"optimizer__peak_lr": 1e18, "optimizer__warmup_steps": 0, "optimizer__cli
 def data(tmp_path_factory):
     """Tokens in a fixed order, except for noise in the samples of step BAD, none of it in adjacent windows."""
     folder = tmp_path_factory.mktemp("data")
-    places = np.arange(60_000, dtype="<u2")  # each token is its own offset, so a window shows where it is
+    places = np.arange(60_000, dtype="<u2")  # each token is its own offset, so a window shows its place
     places.tofile(folder / "train.bin")
     sources = open_sources(DataConfig(path=str(folder / "train.bin"), seq_len=SEQ_LEN), 1 << 16)
     windows = loader.MixedWindows(sources.files("train"), sources.stages, seq_len=SEQ_LEN, seed=0, packings={})

@@ -59,7 +59,7 @@ def test_one_killed_under_supervisors(tmp_path, data, reference):
 
 
 def test_one_stands_still(tmp_path, data, reference):
-    """Fault 8: the other says where it is stuck, and exits; the stopped one exits too, once it continues."""
+    """Fault 8: the other reports what it is stuck in, and exits; the stopped one exits too, once it continues."""
     run, before = tmp_path / "run", 0
     limits = {"watchdog__min_s": 2.0, "watchdog__factor": 1.0}
     for victim in (1, 0):

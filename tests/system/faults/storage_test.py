@@ -276,7 +276,7 @@ def test_damage_that_one_of_two_processes_sees(tmp_path, data, gang_run, damage)
 
 @pytest.fixture(scope="module")
 def gang_run(tmp_path_factory, data):
-    run = tmp_path_factory.mktemp("runs") / "gang"
+    run = tmp_path_factory.mktemp("runs") / "two"
     runs.finish_gang(runs.start_gang(run, data, num_train_steps=20, mesh__fsdp=2))
     return run
 

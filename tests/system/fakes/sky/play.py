@@ -2,10 +2,10 @@
 
     $FAKE_SKY/calls.jsonl       its arguments
     $FAKE_SKY/hosts/N.I/        the home of host I of the N-th machines, and their output in N.I.log.txt
-    $FAKE_SKY/states.txt        what has become of the job so far, a line each
-    $FAKE_SKY/preempt           made by a test: the machines are taken away, with so many seconds of notice
+    $FAKE_SKY/states.txt        the states of the job so far, a line each
+    $FAKE_SKY/preempt           made by a test: the machines are taken away, with this many seconds of notice
 
-With scripts and exit codes it does what SkyPilot 0.14 does (log_lib.py, task_codegen.py, recovery_strategy.py there):
+It treats scripts and exit codes as SkyPilot 0.14 does (log_lib.py, task_codegen.py, recovery_strategy.py there):
 the first host that fails ends the others, whose code is then 137; a code in recover_on_exit_codes brings new machines.
 """
 
@@ -56,7 +56,7 @@ class Host:
             )
 
     def end(self) -> None:
-        """As SkyPilot ends what it has started: SIGTERM to each process, and later SIGKILL."""
+        """Ends the script as SkyPilot does: SIGTERM to each process, and later SIGKILL."""
         pids = tree(self.process.pid)
         kill(pids, signal.SIGTERM)
         deadline = time.monotonic() + GRACE_S
@@ -73,7 +73,7 @@ def kill(pids: list[int], number: int) -> None:
 
 
 def tree(pid: int) -> list[int]:
-    """A process and all that come from it."""
+    """A process and all its descendants."""
     try:
         children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
@@ -89,7 +89,7 @@ def is_alive(pid: int) -> bool:
 
 
 def take_away(hosts: list[Host], notice_s: float) -> None:
-    """As a cloud does it: SIGTERM to every process of a machine that is shut down, then nothing is there any more."""
+    """Removes the hosts as a cloud does: SIGTERM to every process of a machine that is shut down, then it is gone."""
     pids = [pid for host in hosts for pid in tree(host.process.pid)]
     if notice_s:
         kill(pids, signal.SIGTERM)
@@ -101,7 +101,7 @@ def take_away(hosts: list[Host], notice_s: float) -> None:
 
 
 def wait(hosts: list[Host]) -> list[int] | None:
-    """Exit codes once all have ended, or one has failed and the others were ended; None when they are taken away."""
+    """Exit codes, when all have ended, or one has failed and the others were ended; None if they are taken away."""
     while True:
         if (STATE / "preempt").exists():
             take_away(hosts, float((STATE / "preempt").read_text()))

@@ -1,4 +1,4 @@
-"""The real SkyPilot up to where it would ask the cloud: `sky WORDS...` is parsed, and its job is printed as JSON.
+"""The real SkyPilot up to the point where it would call the cloud: `sky WORDS...` is parsed, its job printed as JSON.
 
 Run by a Python that has skypilot. The job has the script that SkyPilot would run on the second of two hosts, and says
 whether it would be started again after each list of exit codes in $CODES.

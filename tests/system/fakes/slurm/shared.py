@@ -1,6 +1,6 @@
-"""What the stand-ins for Slurm's commands share: a folder ($FAKE_SLURM) with a log of calls and the state of one job.
+"""What the fakes of Slurm's commands share: a folder ($FAKE_SLURM) with a log of calls and the state of one job.
 
-They behave as Slurm 22.05 was seen to; slurm_test.py runs the same tests with both.
+They behave as Slurm 22.05 was observed to; slurm_test.py runs the same tests with both.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ def say(name: str, value: object = "") -> None:
 
 
 def said(name: str) -> str | None:
-    """What was said about `name`; None where nothing was."""
+    """What was said about `name`; None if nothing was."""
     path = FOLDER / name
     return path.read_text() if path.exists() else None
 
@@ -57,7 +57,7 @@ def options(words: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def end_job() -> None:
-    """As slurmd does: the script with all that belongs to it, and the tasks."""
+    """Sends SIGTERM as slurmd does: to the script, all that belongs to it, and the tasks."""
     if batch := said("batch"):
         send(signal.SIGTERM, batch, group=True)
     send(signal.SIGTERM, *tasks())
