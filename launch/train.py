@@ -224,7 +224,7 @@ def enter(
         if place:
             of_copy = functools.partial(identity.check, config=config, data=data, where=place)
             step, strict = (newest or {}).get("step"), not ALLOW_CONFIG_CHANGE.value
-            mirror = Mirror(place, run / "checkpoints", config, of_copy, newest=step, strict=strict)
+            mirror = Mirror(place, run / "checkpoints", config, check=of_copy, newest=step, strict=strict)
         run_directory.record(run, config, data, sys.argv, environment.numbers())
         return mirror
 

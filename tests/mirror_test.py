@@ -135,13 +135,13 @@ def test_a_copy_of_another_run_changes_nothing(tmp_path):
         raise ConfigError(f"not this one: {meta['samples']}")
 
     meta = {"samples": 7}
-    Mirror(str(tmp_path), tmp_path, Config(), refuse)  # nothing to compare yet
+    Mirror(str(tmp_path), tmp_path, Config(), check=refuse)  # nothing to compare yet
     (tmp_path / "config.json").write_text(before := to_json(Config()).replace("\n", " "))
     (tmp_path / "checkpoints/5").mkdir(parents=True)
     text = json.dumps({"custom_metadata": meta | {"digest": identity.digest(meta)}})
     (tmp_path / "checkpoints/5" / METADATA_FILE).write_text(text)
     with pytest.raises(ConfigError, match="not this one: 7"):
-        Mirror(str(tmp_path), tmp_path, Config(), refuse)
+        Mirror(str(tmp_path), tmp_path, Config(), check=refuse)
     assert (tmp_path / "config.json").read_text() == before
 
 
@@ -168,7 +168,7 @@ def test_a_copy_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
     for times, code in ((1, 2), (2, 42)):
         busy[:] = [True] * times
         with pytest.raises(UserError) as e:
-            Mirror(str(tmp_path), tmp_path, Config(), refuse)
+            Mirror(str(tmp_path), tmp_path, Config(), check=refuse)
         assert e.value.exit_code == code and (tmp_path / "config.json").read_text() == before
 
 

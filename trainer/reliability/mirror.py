@@ -73,6 +73,7 @@ class Mirror:
         location: str,
         source: pathlib.Path,
         config: Config,
+        *,
         check: Callable[[dict[str, Any]], None] = lambda meta: None,
         newest: int | None = None,
         strict: bool = False,
