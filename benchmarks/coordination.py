@@ -26,11 +26,15 @@ FIELDS = {f"config.section.field{i}": "a value of some length" for i in range(12
 EVENTS: dict[str, Callable[[Processes], Any]] = {
     "all train the same (check_same)": lambda p: p.check_same("setting", FIELDS),
     "one differs (check_same)": lambda p: p.check_same("setting", FIELDS | {"seed": p.index // (p.size - 1)}),
-    "one error for all (together)": lambda p: p.together("data", lambda: None),
-    "process 0 chooses (choose)": lambda p: p.choose("newest checkpoint", lambda: 1000),
+    "one error for all (run_on_all)": lambda p: p.run_on_all("data", lambda: None),
+    "process 0 chooses (broadcast_from_0)": lambda p: p.broadcast_from_0("newest checkpoint", lambda: 1000),
     "before and after a save (all_agree)": lambda p: p.all_agree("saved", True),
-    "one reports a problem (exchange)": lambda p: p.exchange("read", "a file is cut" if p.index == 1 else ""),
-    "all report different problems (exchange)": lambda p: p.exchange("read", f"host {p.index:04}: a file is cut"),
+    "one reports a problem (distinct_values)": lambda p: p.distinct_values(
+        "read", "a file is cut" if p.index == 1 else ""
+    ),
+    "all report different problems (distinct_values)": lambda p: p.distinct_values(
+        "read", f"host {p.index:04}: a file is cut"
+    ),
     "speeds of all hosts (gather)": lambda p: p.gather("speeds", '{"probe_ms": 1.234, "data_wait_s": 0.01}'),
     "a save or stop is asked for (request)": lambda p: ask(p),
 }
@@ -46,7 +50,7 @@ def ask(process: Processes) -> None:
 def simulate(size: int) -> dict[str, tuple[int, int, int]]:
     """Calls, bytes and most keys at a time of each event, with all that went before it removed."""
     gang, costs = Gang(size, timeout_s=600), {}
-    gang.all(lambda p: p.listen(lambda: None, lambda: None, lambda error: None))
+    gang.all(lambda p: p.listen_for_requests(lambda: None, lambda: None, lambda error: None))
     store = gang.store
     for name, event in EVENTS.items():
         calls, sent, store.most_keys = store.calls, store.sent, 0
@@ -96,7 +100,7 @@ def child(port: str, index: int, peer: socket.socket) -> None:
 
     jax.distributed.initialize(f"localhost:{port}", 2, index)
     processes = Processes(600)
-    processes.listen(lambda: None, lambda: None, lambda error: None)
+    processes.listen_for_requests(lambda: None, lambda: None, lambda error: None)
 
     def step(goes_on: bool = True) -> tuple[bool, bool]:
         peer.sendall(b"+" if goes_on else b".")
@@ -114,7 +118,7 @@ def child(port: str, index: int, peer: socket.socket) -> None:
     else:
         while step()[1]:
             pass
-    processes.part()
+    processes.exit_barrier()
     os._exit(0)
 
 

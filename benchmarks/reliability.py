@@ -172,7 +172,7 @@ def goodput(folder: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
     time.sleep(30)
     supervisor.send_signal(signal.SIGTERM)
     supervisor.wait(120)
-    found = restarts.read_lives(run / "lives.jsonl")
+    found = restarts.read_attempts(run / "lives.jsonl")
     print(*restarts.table(found), sep="\n", file=sys.stderr)
     return {
         "goodput under a kill every two minutes": f"{100 * found[-1].goodput:.1f} % over {len(found)} lives",

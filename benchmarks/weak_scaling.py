@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
         )
         p = plan.make(config, machine)
 
-        def sent(*axes: str, p: plan.Plan = p) -> float:
+        def sent(*axes: str, p: plan.StepPlan = p) -> float:
             return sum(r.sent for r in p.collectives if r.axes == axes) / GIB
 
         state = sum(p.memory[part] for part in ("parameters", "optimizer", "gradients")) / GIB

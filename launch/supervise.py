@@ -65,8 +65,8 @@ def main(*command: str) -> int:
 
 def supervise(command: Sequence[str], run: pathlib.Path, process: int) -> int:
     """Lives, until one ends the run or too many bring it no further; returns the exit code."""
-    signals, journal = Signals(), restarts.Journal(run, process)
-    earlier = len(journal.lives)
+    signals, journal = Signals(), restarts.RestartLog(run, process)
+    earlier = len(journal.attempts)
     best, first_wait = restarts.newest_step(run), min(BACKOFF_S.value, MAX_BACKOFF_S.value)
     fruitless, wait = -1, first_wait  # restarts since the last progress; the first life is no restart
     while True:
@@ -80,7 +80,7 @@ def supervise(command: Sequence[str], run: pathlib.Path, process: int) -> int:
         if life.last_step > best:
             best, fruitless, wait = life.last_step, 0, first_wait
         if fruitless == MAX_RESTARTS.value:
-            codes = ", ".join(str(life.code) for life in journal.lives[-fruitless:])
+            codes = ", ".join(str(life.code) for life in journal.attempts[-fruitless:])
             log.error(
                 "error: %d restarts in a row without a new checkpoint, exit codes %s; giving up; see %s and %s",
                 *(fruitless, codes, run / f"log.{process}.txt", journal.path),
@@ -97,8 +97,8 @@ def supervise(command: Sequence[str], run: pathlib.Path, process: int) -> int:
             code = cli.STOPPED
             break
         wait = min(2 * wait, MAX_BACKOFF_S.value)
-    if life.last_step or len(journal.lives) > earlier + 1:  # a mistake answered at once needs no table
-        for line in restarts.table(journal.lives, since=earlier):
+    if life.last_step or len(journal.attempts) > earlier + 1:  # a mistake answered at once needs no table
+        for line in restarts.table(journal.attempts, since=earlier):
             log.info("%s", line)
     return code
 

@@ -93,15 +93,17 @@ def main() -> int:
         *gang, run=WORKDIR.value, timeout_s=START_TIMEOUT.value, heartbeat_s=HEARTBEAT_TIMEOUT.value
     )
     processes, locks = Processes(START_TIMEOUT.value), list[RunLock]()
-    processes.hear(failed=lambda error: leave_with(error, processes, locks, after_s=FAILED_S if error.process else 0))
+    processes.listen_for_errors(
+        lambda error: leave_with(error, processes, locks, after_s=FAILED_S if error.process else 0)
+    )
     try:
         processes.check_same("number of processes", {"--num_processes": told})
-        config = processes.together("configuration", lambda: config or prepare(run))
+        config = processes.run_on_all("configuration", lambda: config or prepare(run))
         runtime.use_compilation_cache(run, COMPILATION_CACHE.value)
         finished = train(run, config, processes, locks, listening)
     except BaseException as e:
-        processes.tell(e)
-        processes.part(e)
+        processes.report_error(e)
+        processes.exit_barrier(e)
         raise
     distributed.shutdown()
     listening.close()
@@ -130,10 +132,10 @@ def train(
         data, mirror = enter(run, config, processes, locks)
         dog = watchdog.Watchdog(run, config.watchdog, processes.index, of=processes.size)
         processes.watched_by(lambda: dog.phase(watchdog.WAITING))
-        processes.listen(
-            asked=lambda: give_up(config.watchdog.stop_s),
-            too_early=lambda: leave_at_once(processes, locks),
-            deaf=lambda error: leave_deaf(error, processes, locks),
+        processes.listen_for_requests(
+            on_stop=lambda: give_up(config.watchdog.stop_s),
+            on_early_stop=lambda: leave_at_once(processes, locks),
+            on_disconnect=lambda error: leave_deaf(error, processes, locks),
         )
         listening.connect(lambda: processes.request(STOP))
         trainer = Trainer(config, run, data, processes, dog, mirror=mirror)
@@ -145,7 +147,7 @@ def train(
             raise out_of_memory(e, stepped=trainer is not None and trainer.has_stepped) from e
         if processes.size == 1:
             raise
-        if (told := processes.told(within_s=TOLD_S)) is not None:
+        if (told := processes.remote_error(within_s=TOLD_S)) is not None:
             raise told from None
         logging.exception("meshlm: a collective failed")
         reason = " ".join(str(e).split())[:200]
@@ -192,25 +194,23 @@ def enter(
     # Before anything is written: a refused gang leaves no run behind. Axes, devices, batch and model must divide, and a
     # kernel be found; the answer should not wait for the rest.
     processes.check_same("setting", distributed.identity(config))
-    placed = processes.together("mesh", lambda: MeshPartitioner(config, sharding.make_mesh(config)))
+    placed = processes.run_on_all("mesh", lambda: MeshPartitioner(config, sharding.make_mesh(config)))
     xla_options.use_precision(config.model.dtype, placed.mesh)  # before what holds is recorded
-    data = processes.together("data", lambda: sources.open_sources(config.data, config.model.vocab_size))
+    data = processes.run_on_all("data", lambda: sources.open_sources(config.data, config.model.vocab_size))
     tokenizer = data.speaker.manifest.tokenizer_sha256
     processes.check_same("dataset", {"tokens and order": data.fingerprint(), "tokenizer": tokenizer})
-    processes.together("prompt", lambda: sampling.prompt_of(config, data.load_tokenizer()))
+    processes.run_on_all("prompt", lambda: sampling.prompt_of(config, data.load_tokenizer()))
 
     def lost(message: str) -> None:
         """The run is another job's now: nothing more may be written to it."""
         error = ConfigError(message)
         cli.log.error("error: %s", error)
         threading.Timer(TOLD_S, os._exit, [error.exit_code]).start()
-        processes.tell(error)
-        processes.part()
+        processes.report_error(error)
+        processes.exit_barrier()
         os._exit(error.exit_code)
 
     def take() -> Mirror | None:
-        if processes.index:
-            return None
         locks.append(RunLock(run, steal=STEAL_LOCK.value, on_lost=lost))
         if place := config.checkpoint.mirror:
             flag = "--config.checkpoint.mirror"  # a place for copies that vanishes must not end the run
@@ -228,23 +228,23 @@ def enter(
         run_directory.record(run, config, data, sys.argv, environment.numbers())
         return mirror
 
-    mirror = processes.together("run directory", take)
+    mirror = processes.run_on_process_0("run directory", take)
     # Every process must find there what process 0 has just written.
-    seen = processes.together("shared run directory", lambda: run_directory.recorded(run))
+    seen = processes.run_on_all("shared run directory", lambda: run_directory.recorded(run))
     # And under the same name, or Orbax would refuse each save.
     where = {"environment.json": seen, "path": str(run.resolve())}
     processes.check_same("run directory (it must be shared by all)", where)
     if processes.index:
         cli.quiet_console()
     log = run / f"log.{processes.index}.txt"
-    processes.together("log", lambda: reading.writing(lambda: cli.log_to_file(log), log))
+    processes.run_on_all("log", lambda: reading.writing(lambda: cli.log_to_file(log), log))
     return data, mirror
 
 
 def leave_at_once(processes: Processes, locks: list[RunLock]) -> None:
     """Told to stop before the first step was done: there is nothing to save, and a compilation may take minutes."""
     cli.log.info("Stopped before the first step was done; the same command goes on from here.")
-    processes.part()
+    processes.exit_barrier()
     for lock in locks:
         lock.release()
     os._exit(cli.STOPPED)
@@ -258,7 +258,7 @@ def leave_with(error: UserError, processes: Processes, locks: list[RunLock], aft
     """
     time.sleep(after_s)
     cli.log.error("error: %s", error)
-    processes.part(error)
+    processes.exit_barrier(error)
     for lock in locks:
         lock.release()
     os._exit(error.exit_code)
@@ -266,14 +266,14 @@ def leave_with(error: UserError, processes: Processes, locks: list[RunLock], aft
 
 def leave_deaf(error: UserError, processes: Processes, locks: list[RunLock]) -> None:
     """Requests to stop and to save would come to nothing from now on."""
-    processes.tell(error)
+    processes.report_error(error)
     leave_with(error, processes, locks, after_s=FAILED_S)
 
 
 def give_up(after_s: float) -> None:
     """A process that was told to stop and is stuck must still leave, before the machine is taken away."""
     time.sleep(after_s)
-    threading.Timer(watchdog.LAST_WORDS_S, os._exit, [cli.STOPPED]).start()  # should the log be what is stuck
+    threading.Timer(watchdog.DUMP_LIMIT_S, os._exit, [cli.STOPPED]).start()  # should the log be what is stuck
     cli.log.error("error: not stopped %.0f s after being asked to; leaving. Where it is stands on stderr", after_s)
     faulthandler.dump_traceback()
     os._exit(cli.STOPPED)

@@ -131,7 +131,7 @@ def test_the_best_stays_when_metrics_are_lost_and_of_each_number_of_windows(tmp_
     assert checkpoints.wait() and checkpoints.steps() == [1, 2, 4, 7]
     checkpoints = Checkpoints(tmp_path, keep)
     _, meta = checkpoints.restore_newest(program)
-    checkpoints.evaluated({row["step"]: row for row in meta["evaluations"]})
+    checkpoints.set_evaluations({row["step"]: row for row in meta["evaluations"]})
     checkpoints.save(8, state, {"samples": 0})
     assert checkpoints.wait() and checkpoints.steps() == [1, 2, 4, 8]
 
@@ -186,7 +186,7 @@ def test_when_all_steps_lack_parts_nothing_is_moved(tmp_path, program, state, lo
     save(tmp_path, state, 5, 10)
     for part in tmp_path.glob(f"checkpoints/*/{lost}"):
         part.rename(tmp_path / f"{lost}.{part.parent.name}")
-    with pytest.raises(CheckpointError, match="10, 5 lack parts; nothing was moved"):
+    with pytest.raises(CheckpointError, match="10, 5 are incomplete; nothing was moved"):
         Checkpoints(tmp_path, KEEP_ALL).restore_newest(program)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["10", "5"] and not (tmp_path / "quarantine").exists()
 
@@ -309,7 +309,7 @@ def test_the_limit_of_a_save_learns(tmp_path, state, monkeypatch):
                 raise TimeoutError("timed out")
 
     monkeypatch.setattr(ocp, "save_checkpointables_async", lambda *_, **__: Slow())
-    monkeypatch.setattr(checkpoints, "_look", lambda step: {})
+    monkeypatch.setattr(checkpoints, "_check_commit", lambda step: {})
     for step in range(1, 10):
         checkpoints.save(step, state, {"samples": 0})
         if checkpoints.wait():
@@ -638,7 +638,7 @@ def test_copies_of_a_run_that_was_lost_stay_as_its_steps_would(tmp_path, program
         checkpoints = mirrored(tmp_path / "run", keep)
         _, meta = checkpoints.restore_newest(program)
         assert meta["step"] == (7 if last == 9 else 9)
-        checkpoints.evaluated({row["step"]: row for row in meta["evaluations"]})
+        checkpoints.set_evaluations({row["step"]: row for row in meta["evaluations"]})
         save_both(checkpoints, state, last)
         assert whole_in(tmp_path / "mirror/checkpoints") == [3, 4, last]
     with monkeypatch.context() as patched:  # nothing goes while it cannot be seen what there is
@@ -880,7 +880,7 @@ def test_a_step_that_the_mirror_lacks_is_copied_at_the_next_start(copied, progra
     shutil.rmtree(copied / "mirror/checkpoints/6")
     checkpoints = mirrored(copied / "run")
     step = step_of(checkpoints, program)
-    checkpoints.evaluated({})
+    checkpoints.set_evaluations({})
     checkpoints.copy_missing(step)
     checkpoints.mirror.wait()
     assert whole_in(copied / "mirror/checkpoints") == [2, 4, 6]

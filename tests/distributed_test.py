@@ -59,31 +59,31 @@ def test_a_lone_process_stays_one(monkeypatch, variables):
 TOLD = """
 import sys, types
 from launch import distributed, train
-from trainer import processes
+from trainer.reliability import coordination
 from trainer.errors import ConfigError, Stopped
 
 class Two:
     def __init__(self, *_):
         self.said = []
         made.append(self)
-    def hear(self, **_): ...
+    def listen_for_errors(self, _): ...
     def check_same(self, *_):
         raise error
-    def tell(self, error):
+    def report_error(self, error):
         self.said.append(error)
-    def part(self, error):
+    def exit_barrier(self, error):
         self.said.append("parts")
 
 for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID", "START_TIMEOUT", "HEARTBEAT_TIMEOUT"):
     setattr(train, name, types.SimpleNamespace(value=None))
 train.WORKDIR = types.SimpleNamespace(value=sys.argv[1])
 for module, name in (
-    (train.signals, "Signals"), (train.allocator, "tune_allocator"), (train.watchdog, "dump_on_quit"),
+    (train.signals, "Signals"), (train.malloc, "tune_allocator"), (train.watchdog, "dump_on_quit"),
     (train.runtime, "use_gpu_memory"), (train.runtime, "seems_alone"), (train.environment, "load_jax"),
     (distributed, "initialize"),
 ):
     setattr(module, name, lambda *_, **__: None)
-processes.Processes = Two
+coordination.Processes = Two
 for error in (Stopped("a peer is gone"), ConfigError("no such folder"), KeyError("x")):
     made = []
     try:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests import step_test
 from trainer import sharding
 from trainer.config import Config, DivergenceConfig
-from trainer.reliability.divergence import STD_FLOOR, init_guard, judge
+from trainer.reliability.divergence import STD_FLOOR, detect, init_guard
 from trainer.state import Program, TrainState
 from trainer.step import make_train_step
 
@@ -25,9 +25,9 @@ NAMES = {"train/loss", "train/grad_norm", "train/param_norm", "train/lr"}
 JUDGED = {"train/skipped", "train/loss_z", "train/grad_norm_z", "train/bad_in_a_row"}
 
 
-def run_of_judge(config: DivergenceConfig, series) -> list[tuple[dict, bool, dict]]:
-    """What judge() returns for each (loss, grad_norm), on the host."""
-    step, guard, out = jax.jit(functools.partial(judge, config)), init_guard(config), []
+def run_of_detect(config: DivergenceConfig, series) -> list[tuple[dict, bool, dict]]:
+    """What detect() returns for each (loss, grad_norm), on the host."""
+    step, guard, out = jax.jit(functools.partial(detect, config)), init_guard(config), []
     for loss, grad_norm in series:
         guard, bad, metrics = step(guard, jnp.float32(loss), jnp.float32(grad_norm))
         out.append(jax.device_get((guard, bool(bad), metrics)))
@@ -49,7 +49,7 @@ def test_statistics_against_their_definition():
     series = np.stack([losses, norms], axis=1).astype(np.float32)
 
     history, weights, skipped = np.empty((0, 2)), np.empty(0), []
-    out = run_of_judge(DivergenceConfig(not_finite="skip", spike="skip", window=window), series)
+    out = run_of_detect(DivergenceConfig(not_finite="skip", spike="skip", window=window), series)
     for i, (row, (guard, bad, metrics)) in enumerate(zip(series.astype(float), out, strict=True)):
         x, z = np.array([row[0], math.log(row[1])]), np.zeros(2)
         if np.isfinite(x).all() and len(history) >= window:
@@ -69,15 +69,15 @@ def test_statistics_against_their_definition():
 
 def test_nothing_is_a_spike_before_the_window_is_full():
     config = DivergenceConfig(spike="stop", window=WINDOW)
-    assert [bad for _, bad, _ in run_of_judge(config, [(2, 1)] * (WINDOW - 1) + [(99, 1)])] == [False] * WINDOW
-    assert [bad for _, bad, _ in run_of_judge(config, [(2, 1)] * WINDOW + [(99, 1)])] == [False] * WINDOW + [True]
+    assert [bad for _, bad, _ in run_of_detect(config, [(2, 1)] * (WINDOW - 1) + [(99, 1)])] == [False] * WINDOW
+    assert [bad for _, bad, _ in run_of_detect(config, [(2, 1)] * WINDOW + [(99, 1)])] == [False] * WINDOW + [True]
 
 
 def test_a_flat_loss_may_wiggle():
     config, flat = DivergenceConfig(spike="stop", window=WINDOW), [(2, 1)] * 2 * WINDOW
-    assert not run_of_judge(config, [*flat, (2.01, 1.01)])[-1][1]
-    assert run_of_judge(config, [*flat, (2.1, 1)])[-1][1] and run_of_judge(config, [*flat, (2, 1.1)])[-1][1]
-    assert not run_of_judge(config, [*flat, (0.5, 0.01)])[-1][1]  # down is no spike
+    assert not run_of_detect(config, [*flat, (2.01, 1.01)])[-1][1]
+    assert run_of_detect(config, [*flat, (2.1, 1)])[-1][1] and run_of_detect(config, [*flat, (2, 1.1)])[-1][1]
+    assert not run_of_detect(config, [*flat, (0.5, 0.01)])[-1][1]  # down is no spike
 
 
 @pytest.mark.parametrize("not_finite", DivergenceConfig.POLICIES)
@@ -87,13 +87,13 @@ def test_what_is_bad_under_each_policy(not_finite, spike):
     if (not_finite, spike) in [("stop", "ignore"), ("rollback", "ignore")]:
         assert init_guard(config) == {}
         return
-    out = run_of_judge(config, [(2, 1)] * WINDOW + [(math.nan, 1), (2, math.inf), (99, 1)])
+    out = run_of_detect(config, [(2, 1)] * WINDOW + [(math.nan, 1), (2, math.inf), (99, 1)])
     assert [bad for _, bad, _ in out[WINDOW:]] == [True, True, spike != "ignore"]
     assert out[-1][2]["train/loss_z"] == pytest.approx(97 / STD_FLOOR)
 
 
 ANY = DivergenceConfig(not_finite="skip", spike="skip", window=3, spike_z=4.0)
-judge_any = jax.jit(functools.partial(judge, ANY))
+detect_any = jax.jit(functools.partial(detect, ANY))
 value = st.floats(width=32)
 
 
@@ -103,7 +103,7 @@ def test_any_series(series):
     before = {k: v.item() for k, v in init_guard(ANY).items()}
     in_a_row = 0
     for loss, grad_norm in series:
-        guard, bad, metrics = jax.device_get(judge_any(before, np.float32(loss), np.float32(grad_norm)))
+        guard, bad, metrics = jax.device_get(detect_any(before, np.float32(loss), np.float32(grad_norm)))
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         assert np.isfinite([*guard.values(), *metrics.values()]).all()
         assert bad or finite

@@ -49,7 +49,7 @@ def test_the_same_run_goes_on(config, data, meta):
 
 def test_another_tokenizer_is_refused_and_one_may_be_added(config, data, meta):
     another = tokenizers.ByteTokenizer()
-    for tokenizer, said in ((another, "another one is here"), (None, "none is named here")):
+    for tokenizer, said in ((another, "but this one is"), (None, "none is named here")):
         with pytest.raises(ConfigError, match=said):
             identity.check(meta, config, other(data, tokenizer), "run")
     meta["tokenizer_sha256"] = None

@@ -60,7 +60,7 @@ def make(tmp_path, data, monkeypatch):
         place = config.checkpoint.mirror
         mirror = loop.Mirror(place, run / "checkpoints", config) if place else None
         trainer = loop.Trainer(config, run, found, Processes(), dog, mirror=mirror)
-        trainer.processes.listen(asked=lambda: None, too_early=lambda: None, deaf=lambda error: None)
+        trainer.processes.listen_for_requests(lambda: None, lambda: None, lambda error: None)
         return trainer
 
     return make
@@ -263,11 +263,11 @@ def test_all_wait_for_the_last_copy_and_nobody_does_in_an_evaluation(make, monke
     """Process 0 alone waited for its mirror; the others were in the evaluation, and looked stuck."""
     did: list[str] = []
 
-    def together(self, what, function):
+    def run_on_process_0(self, what, function):
         did.append(what)
         return function()
 
-    monkeypatch.setattr(Processes, "together", together)
+    monkeypatch.setattr(Processes, "run_on_process_0", run_on_process_0)
     monkeypatch.setattr(loop.Mirror, "wait", lambda self: did.append("waited"))
     real = loop.evaluate
     monkeypatch.setattr(loop, "evaluate", lambda *rest, **named: did.append("evaluated") or real(*rest, **named))

@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer.errors import Stopped
 from trainer.reliability.coordination import Processes
-from trainer.reliability.rounds import Taken
+from trainer.reliability.rounds import KeyTaken
 
 
 class MemoryStore:
@@ -33,7 +33,7 @@ class MemoryStore:
         with self._lock:
             self._count(key, value)
             if key in self.values:
-                raise Taken(key)
+                raise KeyTaken(key)
             self.values[key] = value
             folder, _, name = key.rpartition("/")
             self._folders[folder][name] = value

@@ -309,7 +309,7 @@ def test_headers_of_recipes_are_those_of_the_recorded_plans(name):
 
 
 def test_the_roofline_is_the_slowest_part():
-    p = plan.Plan(
+    p = plan.StepPlan(
         from_dict({"num_train_steps": 3600}), "v5e:2x2", 1, 4, {}, "xla", 10, 100, 50, {}, [], model_flops=3e12,
         hardware_flops=4e12, seconds={"compute": 2.0, "memory": 1.0, "fast network, fsdp": 4.0}, compile_s=0.0,
     )  # fmt: skip

@@ -46,24 +46,24 @@ def folder(tmp_path_factory):
 def test_an_error_of_the_operating_system_is_never_damage(folder, code, in_words, wraps):
     text = f"NOT_FOUND: Error reading local file \"x\": {os.strerror(code)} [os_error_code='{code}']"
     error = ValueError(text) if in_words else OSError(code, os.strerror(code), "x")
-    found = reading.judged(folder, wrapped(error, wraps))
+    found = reading.diagnose(folder, wrapped(error, wraps))
     assert type(found) is Unreadable and os.strerror(code) in str(found)
     assert found.exit_code == (3 if code in (*reading.FORBIDDEN, *reading.NOT_A_FILE) else 42)
 
 
 @given(st.sampled_from(WRONG), st.lists(st.booleans(), max_size=4))
 def test_what_was_read_and_is_wrong_is_damage(folder, error, wraps):
-    assert type(reading.judged(folder, wrapped(error, wraps))) is Damaged
+    assert type(reading.diagnose(folder, wrapped(error, wraps))) is Damaged
 
 
 @given(st.sampled_from([KeyError("x"), TypeError("y"), ValueError("trees differ"), OSError("z"), RuntimeError()]))
 def test_anything_else_proves_nothing(folder, error):
-    assert type(reading.judged(folder, error)) is Suspect
+    assert type(reading.diagnose(folder, error)) is Suspect
 
 
 def test_what_seems_to_be_missing_and_may_not_be_looked_at_is_not_damage(tmp_path):
     """Orbax asks whether files exist, and takes every error for no. A mount that is gone has no folder at all."""
-    found = reading.judged(tmp_path / "gone", WRONG[3])
+    found = reading.diagnose(tmp_path / "gone", WRONG[3])
     assert type(found) is Unreadable and str(tmp_path / "gone") in str(found)
 
 

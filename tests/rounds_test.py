@@ -11,15 +11,15 @@ from data.errors import DataError
 from tests.memory_store import Gang
 from trainer.errors import CheckpointError, ConfigError, Stopped
 from trainer.reliability import coordination, rounds
-from trainer.reliability.coordination import SAVE, STOP, Elsewhere, Processes
+from trainer.reliability.coordination import SAVE, STOP, Processes, RemoteError
 
 
 def listen(gang: Gang, **called) -> None:
     def nothing(*_) -> None:
         pass
 
-    functions = {name: called.get(name, nothing) for name in ("asked", "too_early", "deaf")}
-    gang.all(lambda p: p.listen(**functions))
+    functions = {name: called.get(name, nothing) for name in ("on_stop", "on_early_stop", "on_disconnect")}
+    gang.all(lambda p: p.listen_for_requests(**functions))
 
 
 def ticks_until(process: Processes, event: str, within_s: float = 20) -> int:
@@ -39,13 +39,16 @@ def ticks_until(process: Processes, event: str, within_s: float = 20) -> int:
 @pytest.mark.parametrize("size", [1, 2, 7])
 def test_each_agreement(size):
     gang = Gang(size)
-    assert gang.all(lambda p: p.exchange("values", str(p.index % 3))) == [["0", "1", "2"][:size]] * size
+    assert gang.all(lambda p: p.distinct_values("values", str(p.index % 3))) == [["0", "1", "2"][:size]] * size
     gathered = gang.all(lambda p: p.gather("indices", str(p.index)))
     assert gathered == [[str(i) for i in range(size)]] + [[]] * (size - 1)
     assert gang.all(lambda p: p.all_agree("ready", True)) == [True] * size
     assert gang.all(lambda p: p.all_agree("ready", p.index < size - 1)) == [False] * size
-    assert gang.all(lambda p: p.choose("step", lambda: {"step": 7, "of": p.index})) == [{"step": 7, "of": 0}] * size
-    assert gang.all(lambda p: p.together("file", lambda: p.index)) == list(range(size))
+    assert (
+        gang.all(lambda p: p.broadcast_from_0("step", lambda: {"step": 7, "of": p.index}))
+        == [{"step": 7, "of": 0}] * size
+    )
+    assert gang.all(lambda p: p.run_on_all("file", lambda: p.index)) == list(range(size))
     assert gang.all(lambda p: p.check_same("setting", {"a": 1, "b": [2]})) == [None] * size
 
 
@@ -67,10 +70,10 @@ def test_an_error_of_one_is_one_of_all():
             raise DataError("a shard is cut")
         return p.index
 
-    first, second, third = gang.all(lambda p: p.together("data", lambda: open_it(p)))
+    first, second, third = gang.all(lambda p: p.run_on_all("data", lambda: open_it(p)))
     assert isinstance(second, DataError) and str(second) == "a shard is cut"
     for error in (first, third):
-        assert isinstance(error, Elsewhere) and error.exit_code == 3 and "(process 1): a shard is cut" in str(error)
+        assert isinstance(error, RemoteError) and error.exit_code == 3 and "(process 1): a shard is cut" in str(error)
 
     def none(_: list) -> None:
         raise CheckpointError("there is none")
@@ -85,44 +88,44 @@ def test_those_who_do_not_come_are_named_within_the_limit():
     errors = gang.all(lambda p: p.all_agree("start", True), only=[0, 2, 39])
     for error in errors:
         assert error.exit_code == 42 and "(process 1), " in str(error) and "(process 3)" in str(error)
-        assert "and 27 more did not come to 'start' within 0 s" in str(error).replace("within 1 s", "within 0 s")
+        assert "and 27 more did not reach 'start' within 0 s" in str(error).replace("within 1 s", "within 0 s")
     assert time.monotonic() - started < 10
     late = gang.all(lambda p: p.all_agree("start", True), only=[1])
     assert isinstance(late[0], Stopped)
 
 
 def test_a_process_0_that_does_not_come(monkeypatch):
-    monkeypatch.setattr(rounds, "ALSO_S", 0.1)
+    monkeypatch.setattr(rounds, "ANSWER_GRACE_S", 0.1)
     (error,) = Gang(2, timeout_s=0.1).all(lambda p: p.all_agree("start", True), only=[1])
-    assert error.exit_code == 42 and "process 0 did not come to 'start'" in str(error)
+    assert error.exit_code == 42 and "process 0 did not reach 'start'" in str(error)
 
 
 @pytest.mark.parametrize("late", [0, 1, 3])
 def test_an_agreement_that_ends_ends_for_all(monkeypatch, late):
     """Process 0 went on alone with what it found when it came, and those who came late heard nothing."""
-    monkeypatch.setattr(rounds, "ALSO_S", 0.1)
+    monkeypatch.setattr(rounds, "ANSWER_GRACE_S", 0.1)
     gang, heard = Gang(4, timeout_s=0.2), []
-    gang.all(lambda p: p.hear(lambda error: heard.append((p.index, error))))
+    gang.all(lambda p: p.listen_for_errors(lambda error: heard.append((p.index, error))))
 
     def agree(p: Processes) -> None:
         try:
             p.all_agree("start", True)
         except Stopped as e:
-            p.tell(e)
+            p.report_error(e)
             raise
 
     ended = gang.all(agree, only=[i for i in range(4) if i != late])
     assert all(isinstance(e, Stopped) and f"process {late}" in str(e) for e in ended), ended
-    told = gang.processes[late].told(5.0)
-    assert told is not None and told.exit_code == 42 and "did not come to 'start'" in str(told)
+    told = gang.processes[late].remote_error(5.0)
+    assert told is not None and told.exit_code == 42 and "did not reach 'start'" in str(told)
     assert late in [index for index, _ in heard]
 
 
 @pytest.mark.parametrize("late", [0, 1, 2])
 def test_once_watchdogs_watch_nobody_is_too_late(monkeypatch, late):
     """Another process may save, or fetch a copy, for hours; while it waits, a process is not the one that is stuck."""
-    monkeypatch.setattr(rounds, "ALSO_S", 0.0)
-    monkeypatch.setattr(rounds, "TELL_S", 0.1)
+    monkeypatch.setattr(rounds, "ANSWER_GRACE_S", 0.0)
+    monkeypatch.setattr(rounds, "WARN_AFTER_S", 0.1)
     gang, waiting = Gang(3, timeout_s=0.1), [threading.Event() for _ in range(3)]
 
     @contextlib.contextmanager
@@ -149,11 +152,11 @@ def test_once_watchdogs_watch_nobody_is_too_late(monkeypatch, late):
 @pytest.mark.parametrize("failing", [0, 2])
 def test_an_error_that_ends_one_is_told_to_all(failing):
     gang, heard = Gang(3), []
-    gang.all(lambda p: p.hear(lambda error: heard.append((p.index, error))))
-    gang.processes[failing].tell(DataError("token 300 is outside of the vocabulary"))
-    gang.processes[1].tell(RuntimeError("too late, all hear of one alone"))
+    gang.all(lambda p: p.listen_for_errors(lambda error: heard.append((p.index, error))))
+    gang.processes[failing].report_error(DataError("token 300 is outside of the vocabulary"))
+    gang.processes[1].report_error(RuntimeError("too late, all hear of one alone"))
     for p in gang.processes:
-        told = p.told(5.0 if p.index != failing else 0.0)
+        told = p.remote_error(5.0 if p.index != failing else 0.0)
         if p.index == failing:
             assert told is None
         else:
@@ -164,25 +167,25 @@ def test_an_error_that_ends_one_is_told_to_all(failing):
 
 
 def test_process_0_waits_for_nobody_who_may_be_gone(monkeypatch):
-    monkeypatch.setattr(coordination, "PARTING_LIMIT_S", 1.0)
-    monkeypatch.setattr(coordination, "PARTING_S", 0.0)
+    monkeypatch.setattr(coordination, "EXIT_BARRIER_S", 1.0)
+    monkeypatch.setattr(coordination, "EXIT_DELAY_S", 0.0)
     first = Gang(3).processes[0]
-    for error, waits in ((Stopped("a peer is gone"), False), (Elsewhere("so says a peer", 42), False),
+    for error, waits in ((Stopped("a peer is gone"), False), (RemoteError("so says a peer", 42), False),
                          (DataError("a shard is cut"), True), (None, True)):  # fmt: skip
         started = time.monotonic()
-        first.part(error)
+        first.exit_barrier(error)
         assert (time.monotonic() - started >= 1.0) == waits
 
 
 def test_a_crash_is_told_with_its_type_and_what_all_know_is_not():
     gang = Gang(2)
-    gang.all(lambda p: p.hear(lambda _: None))
+    gang.all(lambda p: p.listen_for_errors(lambda _: None))
     errors = gang.all(lambda p: p.check_same("setting", {"a": p.index}))
     for p, error in zip(gang.processes, errors, strict=True):
-        p.tell(error)
-    assert gang.processes[0].told(0.05) is None and gang.processes[1].told(0.05) is None
-    gang.processes[1].tell(KeyError("name"))
-    told = gang.processes[0].told(5.0)
+        p.report_error(error)
+    assert gang.processes[0].remote_error(0.05) is None and gang.processes[1].remote_error(0.05) is None
+    gang.processes[1].report_error(KeyError("name"))
+    told = gang.processes[0].remote_error(5.0)
     assert told is not None and told.exit_code == 1 and "KeyError: 'name'; see its log" in str(told)
 
 
@@ -209,11 +212,11 @@ def test_events_are_taken_up_at_one_tick_by_all_whoever_asks():
 
 def test_a_process_that_stands_still_longer_than_any_limit_makes_nobody_deaf(caplog, monkeypatch):
     """After one agreement that took too long, no request was heard any more: no saves by time, no SIGTERM."""
-    monkeypatch.setattr(rounds, "TELL_S", 0.2)
+    monkeypatch.setattr(rounds, "WARN_AFTER_S", 0.2)
     gang = Gang(3, timeout_s=0.1)
     deaf: list[object] = []
-    listen(gang, deaf=deaf.append)
-    with gang.processes[1]._paused:  # as if the whole process were stopped
+    listen(gang, on_disconnect=deaf.append)
+    with gang.processes[1]._tick_lock:  # as if the whole process were stopped
         gang.processes[0].request(SAVE)
         time.sleep(0.8)
     assert len(set(gang.all(lambda p: ticks_until(p, SAVE)))) == 1
@@ -227,7 +230,7 @@ def test_a_process_that_stands_still_longer_than_any_limit_makes_nobody_deaf(cap
 
 def test_who_cannot_hear_any_more_says_so():
     gang, deaf = Gang(2), []
-    listen(gang, deaf=deaf.append)
+    listen(gang, on_disconnect=deaf.append)
     gang.store.end()
     wait_until(lambda: len(deaf) == 2)
     assert [error.exit_code for error in deaf] == [42, 42]
@@ -252,7 +255,9 @@ def test_the_last_of_many_requests_costs_what_the_first_did_and_none_leaves_a_ke
 # What it costs
 
 
-@pytest.mark.parametrize("what", ["check_same", "all_agree", "exchange", "all differ", "together", "choose", "event"])
+@pytest.mark.parametrize(
+    "what", ["check_same", "all_agree", "distinct_values", "all differ", "run_on_all", "broadcast_from_0", "event"]
+)
 def test_bytes_and_keys_grow_no_faster_than_the_processes(what):
     costs = [costs_of(what, size) for size in (8, 64)]
     (_, sent, keys), (more_calls, more_sent, more_keys) = costs
@@ -270,10 +275,10 @@ def costs_of(what: str, size: int) -> tuple[int, int, int]:
     functions = {
         "check_same": lambda p: p.check_same("setting", fields),
         "all_agree": lambda p: p.all_agree("saved", True),
-        "exchange": lambda p: p.exchange("read step 10", "damaged" if p.index == 3 else ""),
-        "all differ": lambda p: p.exchange("restored step 10", f"host {p.index:02}: a file is cut"),
-        "together": lambda p: p.together("data", lambda: None),
-        "choose": lambda p: p.choose("newest checkpoint", lambda: 10),
+        "distinct_values": lambda p: p.distinct_values("read step 10", "damaged" if p.index == 3 else ""),
+        "all differ": lambda p: p.distinct_values("restored step 10", f"host {p.index:02}: a file is cut"),
+        "run_on_all": lambda p: p.run_on_all("data", lambda: None),
+        "broadcast_from_0": lambda p: p.broadcast_from_0("newest checkpoint", lambda: 10),
         "event": lambda p: (p.index == 0 and p.request(SAVE)) or ticks_until(p, SAVE),
     }
     gang.all(functions[what])
@@ -291,7 +296,7 @@ def test_a_difference_costs_the_details_of_two():
     fields = {f"config.field{i}": "x" * 30 for i in range(100)}
     before = gang.store.sent
     errors = gang.all(lambda p: p.check_same("setting", fields | {"last": p.index // 20}))
-    assert all(isinstance(error, ConfigError | Elsewhere) for error in errors)
+    assert all(isinstance(error, ConfigError | RemoteError) for error in errors)
     # Process 0 reads its own without the store; the other's is sent once and read twice at most, with the rest.
     assert gang.store.sent - before < 4 * len(str(fields)) + 32 * 2 * 400
 

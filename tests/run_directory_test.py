@@ -236,5 +236,5 @@ def test_a_config_that_is_lost_is_in_the_newest_checkpoint(tmp_path, config, mon
     monkeypatch.setattr(run_directory.identity, "newest_meta", lambda checkpoints: meta)
     assert run_directory.read_config(tmp_path) == config
     assert run_directory.check_changes(tmp_path, config, allow=False).seed == config.seed
-    with pytest.raises(ConfigError, match="begun with another configuration"):
+    with pytest.raises(ConfigError, match="started with another configuration"):
         run_directory.check_changes(tmp_path, dataclasses.replace(config, seed=config.seed + 1), allow=False)

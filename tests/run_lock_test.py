@@ -36,7 +36,7 @@ REFUSED = (
 # argv: location, host to pretend ('' for ours), steal. Takes on a line from stdin, gives back on the next one.
 CHILD = f"""
 import dataclasses, logging, sys
-from trainer import run_lock
+from trainer.reliability import run_lock
 from trainer.errors import ConfigError
 location, host, steal = sys.argv[1:]
 logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")

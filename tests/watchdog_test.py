@@ -16,12 +16,12 @@ import pytest
 from tests.runs import ROOT
 from trainer.config import WatchdogConfig
 from trainer.reliability import watchdog
-from trainer.reliability.watchdog import LOOK_S, MEDIAN_STEPS, SAVING, WAITING, Pace, Watchdog
+from trainer.reliability.watchdog import CHECK_S, MEDIAN_STEPS, SAVING, WAITING, Pace, Watchdog
 
 LATE_S = 2.0  # later than the limit, and a crowded machine's start-up
 PRELUDE = """
 import ctypes, logging, pathlib, sys, threading, time
-from trainer import watchdog
+from trainer.reliability import watchdog
 from trainer.config import WatchdogConfig
 run = pathlib.Path(sys.argv[1])
 log = logging.getLogger("meshlm")
@@ -88,7 +88,7 @@ def test_a_stall_prints_where_and_leaves_with_42(tmp_path, how):
 def test_last_words_that_hang_are_cut_short(tmp_path):
     """The main thread is stuck in writing to the log: the error line never gets its lock."""
     code = """
-    watchdog.LAST_WORDS_S = 0.3
+    watchdog.DUMP_LIMIT_S = 0.3
     start(min_s=0.5)
     log.handlers[0].acquire()
     time.sleep(60)
@@ -176,7 +176,7 @@ def test_heartbeat_says_where_the_process_is(tmp_path, monkeypatch):
     assert (beat["step"], beat["pid"]) == (7, os.getpid()) and 0 <= beat["seconds"] < 5
     assert beat["time"].endswith("+00:00")
     before = path.stat().st_mtime_ns
-    time.sleep(1.2 * LOOK_S)
+    time.sleep(1.2 * CHECK_S)
     assert path.stat().st_mtime_ns == before  # not at every look
     wait_for(lambda: path.stat().st_mtime_ns > before)
     dog.close()
@@ -227,7 +227,7 @@ def test_a_run_directory_that_cannot_be_written_to_stops_nothing(tmp_path, what,
         codes.append(code)
         left.set()
 
-    dog = Watchdog(run, WatchdogConfig(min_s=0.5), 0, leave)
+    dog = Watchdog(run, WatchdogConfig(min_s=0.5), 0, leave=leave)
     dog.step(1)
     time.sleep(0.01)
     dog.step(2)
@@ -240,7 +240,7 @@ def test_a_run_directory_that_cannot_be_written_to_stops_nothing(tmp_path, what,
 
 def test_no_limit_is_too_long_for_the_timer(tmp_path):
     dog = Watchdog(tmp_path, WatchdogConfig(slow_s=float("inf")), 0)
-    time.sleep(1.5 * LOOK_S)
+    time.sleep(1.5 * CHECK_S)
     assert all(t.is_alive() for t in dog._threads)
     dog.close()
 
@@ -314,7 +314,7 @@ def test_a_step_after_a_slow_phase_does_not_count(pace, clock):
 def looks(pace: Pace, clock: Clock, *seconds: float) -> float:
     for value in seconds:
         clock.now += value
-        stuck_s = pace.look()[1]
+        stuck_s = pace.check()[1]
     return stuck_s
 
 
@@ -327,15 +327,15 @@ def test_time_stuck_begins_at_the_last_sign_of_life(pace, clock):
     pace.phase("saving")
     assert looks(pace, clock, 1.0) == 1
     pace.tick()
-    assert pace.look() == (("saving", 1, clock.now, False), 0)
+    assert pace.check() == (("saving", 1, clock.now, False), 0)
 
 
 def test_time_in_which_nobody_looked_does_not_count(pace, clock):
     steps(pace, clock, 1, 1)
     assert looks(pace, clock, 1.0, 1.0) == 2
-    assert looks(pace, clock, 3600.0) == 2 + 2 * LOOK_S
+    assert looks(pace, clock, 3600.0) == 2 + 2 * CHECK_S
     assert looks(pace, clock, 1.0) == 5
     pace.step(3)
-    assert looks(pace, clock, 3600.0) == 2 * LOOK_S
+    assert looks(pace, clock, 3600.0) == 2 * CHECK_S
     # A thread that is always late still finds a stall.
-    assert looks(pace, clock, *[5.0] * 10) == 2 * LOOK_S * 11
+    assert looks(pace, clock, *[5.0] * 10) == 2 * CHECK_S * 11

@@ -306,7 +306,7 @@ class Trainer:
             done = {EVALUATION: step in self.checkpoints.val_losses, SAMPLE: metrics.was_sampled(self.run_dir, step)}
             return [action for action in self._due_after(step) if not done[action]]
 
-        return frozenset(self.processes.choose("pending actions", find))
+        return frozenset(self.processes.broadcast_from_0("pending actions", find))
 
     def _save_is_due(self, step: int) -> bool:
         config = self.config.checkpoint
@@ -319,11 +319,11 @@ class Trainer:
         """The state of the newest checkpoint, or of the one that `choose` returns of their steps, or a new one."""
         restored = self.checkpoints.restore_newest(self.program, choose)
         if restored is None:
-            self.checkpoints.evaluated({})
+            self.checkpoints.set_evaluations({})
             return self.program.init(), Cursor(0, 0)
         state, meta = restored
         identity.check(meta, self.config, self.data, self.run_dir)  # again: this one may come from the mirror
-        self.checkpoints.evaluated(metrics.evaluations(self.run_dir, meta["step"], meta.get("evaluations", ())))
+        self.checkpoints.set_evaluations(metrics.evaluations(self.run_dir, meta["step"], meta.get("evaluations", ())))
         return state, Cursor(meta["step"], meta["samples"])
 
     def _restore_good(self, bad: BadStep, choose: Callable[[list[int]], int | None]) -> tuple[TrainState, Cursor]:
@@ -392,13 +392,13 @@ class Trainer:
     def _diverged(self, bad: BadStep, more: str = "") -> Diverged:
         """The error that ends the run. The checkpoint that it names has a finite loss; later ones are set aside."""
         at = bad.cursor.step
-        steps = self.processes.choose("checkpoints", self.checkpoints.steps)
+        steps = self.processes.broadcast_from_0("checkpoints", self.checkpoints.steps)
         fate = "its checkpoint was set aside" if at in steps else "it was not saved"
         if steps and steps[-1] > self.last_good_step:
             state, _ = self._restore_good(bad, lambda steps: max((s for s in steps if s < at), default=None))
             del state
             self.checkpoints.discard_after(at - 1)
-            steps = self.processes.choose("checkpoints", self.checkpoints.steps)
+            steps = self.processes.broadcast_from_0("checkpoints", self.checkpoints.steps)
         good = f"the last good checkpoint is step {steps[-1]}" if steps else "and there is no checkpoint yet"
         return Diverged(
             f"{bad.verdict.reason}; {more + '; ' if more else ''}{fate}, {good}; lower config.optimizer.peak_lr or "
@@ -430,8 +430,13 @@ class Trainer:
 
     def _wait_for_copies(self) -> None:
         """All processes wait here: if they waited in the collective of an evaluation, they would look stuck."""
+
+        def wait() -> None:
+            if self.mirror is not None:
+                self.mirror.wait()
+
         if self.config.checkpoint.mirror:
-            self.processes.together("copied", lambda: self.mirror.wait() if self.mirror is not None else None)
+            self.processes.run_on_process_0("copied", wait)
 
     def _is_saved(self, step: int) -> bool:
         """Whether `step` is committed, the same answer on all processes.
@@ -440,7 +445,7 @@ class Trainer:
         """
         if self.processes.all_agree("saved", self.checkpoints.wait()):
             return True
-        return self.processes.choose("is there", lambda: step in self.checkpoints.steps())
+        return self.processes.broadcast_from_0("is there", lambda: step in self.checkpoints.steps())
 
     def _is_last(self, step: int) -> bool:
         return step == self.config.num_train_steps or self._stopping

@@ -35,7 +35,7 @@ def make_train_step(program: Program):
         grad_norm, guard = optax.tree.norm(grads), state.guard
         judged: dict[str, Array] = {}
         if guard:
-            guard, bad, judged = divergence.judge(config.divergence, guard, loss, grad_norm)
+            guard, bad, judged = divergence.detect(config.divergence, guard, loss, grad_norm)
             # The step still counts: its batch is used up, and the schedule advances.
             params, opt_state = jax.tree.map(
                 lambda before, after: jnp.where(bad, before, after),

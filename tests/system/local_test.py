@@ -241,7 +241,7 @@ def alive(pid: int) -> bool:
 
 def codes(run: pathlib.Path) -> list[list[int]]:
     """The exit codes of each process's attempts. (On a busy machine JAX may fail to connect them, which costs one.)"""
-    return [[life.code for life in restarts.read_lives(run / name)] for name in ("lives.jsonl", "lives.1.jsonl")]
+    return [[life.code for life in restarts.read_attempts(run / name)] for name in ("lives.jsonl", "lives.1.jsonl")]
 
 
 def last_codes(run: pathlib.Path) -> list[int]:

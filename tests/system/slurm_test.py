@@ -107,8 +107,8 @@ def player(tmp_path):
     return command
 
 
-def journal(folder: pathlib.Path) -> list[restarts.Life]:
-    return restarts.read_lives(folder / "run/lives.jsonl")
+def journal(folder: pathlib.Path) -> list[restarts.Attempt]:
+    return restarts.read_attempts(folder / "run/lives.jsonl")
 
 
 only_fake = pytest.mark.parametrize("submit", ["fake"], indirect=True)

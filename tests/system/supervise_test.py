@@ -88,8 +88,8 @@ class Supervised:
     def words(self, name: str) -> list[str]:
         return (self.run / name).read_text().splitlines()
 
-    def lives(self, process: str = "") -> list[restarts.Life]:
-        return restarts.read_lives(self.run / f"lives{process}.jsonl")
+    def lives(self, process: str = "") -> list[restarts.Attempt]:
+        return restarts.read_attempts(self.run / f"lives{process}.jsonl")
 
 
 def until(true) -> None:

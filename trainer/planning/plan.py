@@ -34,7 +34,7 @@ ASSUMPTIONS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """Bytes and FLOPs are of one device, seconds of one step.
 
     Attributes:
@@ -124,7 +124,7 @@ def peaks_beside(program: Program, usable: int) -> dict[str, int]:
     return peaks
 
 
-def make(config: Config, topology: Topology) -> Plan:
+def make(config: Config, topology: Topology) -> StepPlan:
     """Compiles the real step for `topology` and reads it.
 
     Args:
@@ -160,7 +160,7 @@ def make(config: Config, topology: Topology) -> Plan:
         network, bandwidth = ("slow", chip.slow) if row.crosses_slices else ("fast", chip.fast)
         name = f"{network} network, {axes_of(row)}"
         seconds[name] = seconds.get(name, 0.0) + row.sent / bandwidth
-    return Plan(
+    return StepPlan(
         config, topology.name, topology.num_slices, program.mesh.size, dict(program.mesh.shape),
         program.partitioner.kernel, program.num_params, chip.memory, peak, memory, rows, model_flops, hardware_flops,
         seconds, compile_s, beside,
@@ -255,7 +255,7 @@ def _widths(model: ModelConfig, tensor: int) -> float:
     return 4 * model.embed_dim + (heads + hidden) / tensor
 
 
-def largest_batch(failed: Plan, topology: Topology, attempts: int = 3) -> Plan | None:
+def largest_batch(failed: StepPlan, topology: Topology, attempts: int = 3) -> StepPlan | None:
     """The plan with the largest batch that fits, searched from one that does not; None: none found.
 
     What grows with the batch grows in proportion to it, so that the first guess is near.

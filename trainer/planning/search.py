@@ -24,7 +24,7 @@ ROOM = 0.9  # of a device's memory that counted parts may take, the rest being f
 
 def search(
     config: Config, topology: Topology, compile_at_most: int, progress: Callable[[str], None]
-) -> list[plan.Plan]:
+) -> list[plan.StepPlan]:
     """Plans that fit, fastest first. The batch of a step stays what it is; in how many parts is tried, too."""
     best: dict[tuple, tuple[float, int, Config]] = {}  # for each mesh and policy that with most sequences at a time
     for candidate in candidates(config, topology):
@@ -36,7 +36,7 @@ def search(
             )
     weighed = sorted(best.values(), key=lambda entry: entry[:2])
     progress(f"{len(weighed)} meshes and policies may fit {topology.name}; compiling the best {compile_at_most}")
-    plans: list[plan.Plan] = []
+    plans: list[plan.StepPlan] = []
     for _, _, candidate in weighed[:compile_at_most]:
         found = plan.make(candidate, topology)
         verdict = f"{found.peak / 2**30:.1f} GiB" + ("" if found.fits else ", does not fit")
@@ -109,7 +109,7 @@ def params_of_a_device(program: Program) -> int:
     return sum(math.prod(p.sharding.shard_shape(p.shape)) for p in jax.tree.leaves(program.params))
 
 
-def table(plans: list[plan.Plan]) -> str:
+def table(plans: list[plan.StepPlan]) -> str:
     """Markdown, fastest first."""
     lines = [
         "| data x fsdp x context x tensor | remat | rows a device | grad_accum_steps | GiB | "

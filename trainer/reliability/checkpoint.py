@@ -1,12 +1,13 @@
-"""Checkpoints: asynchronous Orbax saves in RUN/checkpoints/<finished steps>, verified when they come back.
+"""Checkpoints: asynchronous Orbax saves in RUN/checkpoints/<finished steps>, verified when they are restored.
 
-Orbax (v1) writes and commits the arrays; what it does not promise is added here. A flipped byte restores without an
-error, so each leaf has a checksum. A directory with a number for a name counts as a step, so a step that lacks its
-parts is moved to RUN/quarantine. Another dtype is silently cast, so they are compared. What save() is given has a
-digest: a flipped bit in the number of samples would go on with other data. A commit is looked at before it counts.
-Damage has to be proved (reading.py), and what is damaged is moved away only when another step was restored.
-A failed save is reported when it fails. What stays is decided here (retention.py), for Orbax's own manager
-remembers failed steps, refuses to go back, and deletes while the loop waits.
+Orbax (v1) writes and commits the arrays; this module adds what Orbax does not promise:
+- A flipped byte restores without an error, so each leaf has a checksum, and the metadata has a digest.
+- Orbax takes any directory whose name is a number for a step, so incomplete ones are moved to RUN/quarantine.
+- Orbax casts another dtype silently, so dtypes and shapes are compared.
+- A commit is read back before it counts, and a failed save is reported when it fails.
+- Damage has to be proved (reading.py), and a damaged step is moved away only after another one was restored.
+- retention.py decides which steps are kept: Orbax's own manager remembers failed steps, refuses to go back to an
+  earlier step, and deletes while the loop waits.
 """
 
 import asyncio
@@ -42,31 +43,33 @@ from trainer.reliability.restarts import METADATA_FILE
 from trainer.state import Program, TrainState
 
 log = logging.getLogger("meshlm")
-logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tracebacks of Orbax's tasks; their errors reach us anyway
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # hides tracebacks of Orbax's tasks, whose errors are raised
 
 ITEMS = ("params", "opt_state")
 DELETING = ".deleting"
-ASIDE = ".set_aside"  # of steps that are whole, but that the run does not go on from
-FETCHED = ".fetched"  # of copies from the mirror that have not been restored yet
-# A host that cannot write makes the others wait, and no save begins meanwhile: for the first while nobody knows how
-# long a save takes; then for the others, or for so many times the one before. Slow storage must not make every save too
-# late: the limit grows with what is written, and doubles after each save that came to it.
+ASIDE = ".set_aside"  # suffix of steps that are intact, but that the run must not resume from
+FETCHED = ".fetched"  # suffix of copies from the mirror that were not restored yet
+# Timeout of an async save: a host that cannot write makes the others wait, and meanwhile no other save can start. The
+# first save gets SAVE_TIMEOUT_S, since its duration is unknown; later ones get max(LATER_TIMEOUT_S, TIMEOUT_FACTOR x
+# the previous save). So that slow storage does not make every save fail, the timeout is at least what SLOWEST_BYTES_S
+# takes, and doubles after each save that reached it.
 SAVE_TIMEOUT_S, LATER_TIMEOUT_S, TIMEOUT_FACTOR = 300, 60, 10
-SLOWEST_BYTES_S, LONGEST_TIMEOUT_S = 50e6, 6 * 3600  # of one process
-PATIENCE_S, AFTER_FAILURE_S = 30, 1  # with the save before, where a later one will do as well
+SLOWEST_BYTES_S, LONGEST_TIMEOUT_S = 50e6, 6 * 3600  # bytes/s of one process
+# How long to wait for the previous save before skipping this one, and if the previous one has failed somewhere.
+PATIENCE_S, AFTER_FAILURE_S = 30, 1
 
 
 @jax.jit
 def _checksums(tree: Any) -> Array:
-    """For each leaf the sum, modulo 2**32, of its bit pattern: any single flipped bit changes it.
+    """The sum of the bit patterns of each leaf modulo 2**32, uint32 [leaves]: any single flipped bit changes it.
 
-    Each device sums what it holds, and the sums are added: no leaf is gathered.
+    Each device sums its shard, and the sums are added: no leaf is gathered.
     """
 
     def one(x: Array) -> Array:
         bits = jax.lax.bitcast_convert_type(x, {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[x.dtype.itemsize])
         sums = bits.astype(jnp.uint32)
-        for _ in range(sums.ndim):  # one axis at a time, the last one last: ten times as fast with XLA's CPU code
+        for _ in range(sums.ndim):  # one axis at a time, the last one last: ten times as fast on XLA's CPU backend
             sums = jax.lax.optimization_barrier(jnp.sum(sums, axis=0, dtype=jnp.uint32))
         return sums
 
@@ -78,12 +81,12 @@ def checksums(tree: Any) -> list[int]:
 
 
 class LiteralPath(gpath.PosixGPath):
-    """A path for Orbax in which no character is a pattern, and no folder means an object store.
+    """A path for Orbax in which no character starts a pattern, and no folder name means an object store.
 
-    Orbax finds what it has written with glob(), for which a [ in the name of any folder above begins a pattern.
+    Orbax finds what it has written with glob(), and a [ in the name of any parent folder would start a pattern.
     """
 
-    _uri_scheme = None  # /gs and /s3 are folders
+    _uri_scheme = None  # /gs and /s3 are ordinary folders
 
     def glob(self, pattern: str) -> Iterator["LiteralPath"]:
         for path in pathlib.Path(self).glob(pattern):
@@ -94,90 +97,92 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-      run: the run directory.
-      config: what to keep. None opens them for reading only: nothing is written, moved or deleted.
-      processes: all that save; None: this one alone.
-      mirror: receives copies, and gives back what is lost here.
+      run_dir: the run directory.
+      config: what to keep. None opens the checkpoints for reading: nothing is written, moved or deleted.
+      processes: all that save; None: only this one.
+      mirror: receives copies of the steps, and returns those that are lost here.
+
+    Attributes:
+      val_losses: val/loss of the steps that were evaluated; the caller fills it.
+      val_windows: eval.num_windows of these losses, by step; None or missing if not known. The caller fills it.
+      failed: whether the last save failed.
     """
 
     def __init__(
         self,
-        run: pathlib.Path,
+        run_dir: pathlib.Path,
         config: CheckpointConfig | None = None,
         processes: Processes | None = None,
         mirror: Mirror | None = None,
     ):
-        self.directory, self.quarantine = run / "checkpoints", run / "quarantine"
-        self.saved = run / "saved_step"  # tells a run that has lost its checkpoints from one that never saved
-        self.val_losses: dict[int, float] = {}  # of steps that were evaluated; the caller fills both
-        self.val_windows: dict[int, int | None] = {}  # eval.num_windows of that; None or missing: not known
-        # Of a folder on another disk; there no rename leads to RUN/quarantine.
-        self.quarantine_there = self.directory / "quarantine"
-        self.config, self.processes, self.mirror = config, processes or Processes(), mirror
-        self._watcher: threading.Thread | None = None
-        self._save_s, self._limit_s, self._timeouts = 0.0, float(SAVE_TIMEOUT_S), 0
+        self.directory = run_dir / "checkpoints"
+        self.quarantine = run_dir / "quarantine"
+        self.quarantine_there = self.directory / "quarantine"  # used if checkpoints/ is on another disk
+        self.saved_step_file = run_dir / "saved_step"  # shows that checkpoints existed if all are lost
+        self.config = config
+        self.processes = processes or Processes()
+        self.mirror = mirror
+        self.val_losses: dict[int, float] = {}
+        self.val_windows: dict[int, int | None] = {}
         self.failed = False
+        self._watcher: threading.Thread | None = None  # waits for the save in flight
+        self._save_s = 0.0  # how long the last save took
+        self._limit_s = float(SAVE_TIMEOUT_S)
+        self._timeouts = 0  # saves in a row that reached their limit
         if config is None:
             if not reading.patiently(self._is_folder, self.directory):
-                raise CheckpointError(f"{run} has no checkpoints/ folder; train first, or name the run with --workdir")
+                raise CheckpointError(
+                    f"{run_dir} has no checkpoints/ folder; train first, or name the run with --workdir"
+                )
             return
-        self._on_process_0("checkpoints", self._clean_up)
+        self._change_files("checkpoints", self._clean_up)
 
-    def _on_process_0(self, what: str, function: Callable[[], None]) -> None:
-        """Runs it there, while the others wait; again where files cannot be read or written just now."""
-
-        def act() -> None:
-            if self.processes.index == 0:
-                reading.writing(function, self.directory)
-
-        self.processes.together(what, act)
+    def _change_files(self, what: str, function: Callable[[], None]) -> None:
+        """Runs `function` on process 0; again if files cannot be read or written just now. The others wait."""
+        self.processes.run_on_process_0(what, lambda: reading.writing(function, self.directory))
 
     def _clean_up(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        usable = self._steps()
-        if usable:  # if all lack parts, something else is wrong
-            self._move_broken()
-        for path in self.directory.iterdir():  # when no such step is in the way of a copy any more
+        if self._steps():  # if all steps are incomplete, something else is wrong
+            self._move_incomplete()
+        for path in self.directory.iterdir():  # after incomplete steps have made room for copies of their numbers
             if identity.STEP.fullmatch(path.name):
                 continue
-            if path.name.endswith(FETCHED) and self._is_whole(path) and not reading.is_there(path.with_suffix("")):
-                path.rename(path.with_suffix(""))  # the start that fetched it ended too early; a restore verifies it
+            if path.name.endswith(FETCHED) and self._is_complete(path) and not reading.is_there(path.with_suffix("")):
+                path.rename(path.with_suffix(""))  # the process that fetched it died; the restore verifies it
             elif path.name.endswith((DELETING, FETCHED)) or ".orbax-checkpoint-tmp" in path.name:
                 _remove(path)
 
-    def _move_broken(self) -> None:
-        """Steps that lack parts go to quarantine: they would be in the way of saves and copies of their numbers."""
+    def _move_incomplete(self) -> None:
+        """Moves incomplete steps to quarantine: they would block saves and copies of the same numbers."""
         for path in self.directory.iterdir():
-            if identity.STEP.fullmatch(path.name) and not self._is_whole(path):
-                self._move_to_quarantine(path, "it lacks parts")
+            if identity.STEP.fullmatch(path.name) and not self._is_complete(path):
+                self._move_to_quarantine(path, "it is incomplete")
 
     # Writing
 
     def warm_up(self, state: TrainState) -> None:
-        """Compiles what save() runs: the first would seem slow, and saves by time become rarer where they are slow."""
+        """Compiles what save() runs. Otherwise the first save would seem slow, and slow timed saves are spaced out."""
         _arrays(_items(state))
 
-    def save(
-        self,
-        step: int,
-        state: TrainState,
-        meta: dict[str, Any],
-        last: bool = True,
-    ) -> float:
-        """Starts a save of `state` after `step` finished steps and returns the seconds the caller was held up.
+    def save(self, step: int, state: TrainState, meta: dict[str, Any], *, last: bool = True) -> float:
+        """Starts a save of `state` after `step` finished steps; returns the seconds for which it stalled the caller.
 
-        When it returns, the arrays are copied and the state may be donated. One save runs at a time: a second waits for
-        the first, for minutes where it is the `last`, and is left out, as one that failed, where that one is then still
-        under way on any process. (One that fails on some makes Orbax wait on the others, for minutes.)
+        When it returns, the arrays are copied, and the state may be donated. Only one save runs at a time. A second one
+        waits for the first, for minutes if it is the `last`. If the first is then still in flight on any process, the
+        second is skipped, and counts as failed. (When a save fails on some processes, Orbax waits on the others.)
+
+        Args:
+          meta: JSON values that restore_newest() returns with the state.
         """
         start = time.perf_counter()
         free, committed = self._prepare(step, last)
         if not free:
             self.failed = True
-            log.error("checkpoint at step %d LEFT OUT: the one before it is still being written, or failing", step)
+            log.error("checkpoint at step %d SKIPPED: the previous one is still being written, or failing", step)
             return time.perf_counter() - start
         if self.failed:
-            self._clear_partial()  # again: its other threads may have written on
+            self._clear_partial()  # once more: other threads of the failed save may have written since
         self.failed = False
         items = _items(state)
         arrays = _arrays(items)
@@ -199,36 +204,37 @@ class Checkpoints:
         self._watcher.start()
         return time.perf_counter() - start
 
-    def evaluated(self, rows: dict[int, dict[str, Any]]) -> None:
-        """Takes the evaluations of a run that goes on: rows of metrics.jsonl with a finite val/loss, by step."""
+    def set_evaluations(self, rows: dict[int, dict[str, Any]]) -> None:
+        """Sets the evaluations of a run that is resumed: rows of metrics.jsonl with a finite val/loss, by step."""
         self.val_losses = {step: row["val/loss"] for step, row in rows.items()}
         windows = {step: row.get("val/windows") for step, row in rows.items()}
         self.val_windows = {step: n if type(n) is int else None for step, n in windows.items()}
 
     def _evaluations(self) -> list[dict[str, Any]]:
-        """The same of the steps that may still be there, for when metrics.jsonl is lost, with the run or alone.
+        """Rows for the metadata, in case metrics.jsonl is lost: the evaluations of steps that may still exist.
 
-        On process 0, whose metadata is written.
+        [] except on process 0, whose metadata is written.
         """
         if self.processes.index:
             return []
-        there = set(self.val_losses)
-        with _later():
-            there &= {*self._steps(), *(self.mirror.copies if self.mirror is not None else ())}
+        steps = set(self.val_losses)
+        with _postponed():
+            steps &= {*self._steps(), *(self.mirror.copies if self.mirror is not None else ())}
         return [
             {"step": step, "val/loss": self.val_losses[step], "val/windows": self.val_windows.get(step)}
-            for step in sorted(there)
+            for step in sorted(steps)
         ]
 
     @property
     def limit_s(self) -> float:
-        """That the save under way, or the last one, may take."""
+        """How long the save in flight, or the last one, may take."""
         return self._limit_s
 
     def _limit(self, items: dict[str, Any]) -> float:
-        """Seconds that a save of this may take, the same on all processes.
+        """Seconds that a save of `items` may take, the same on all processes.
 
-        One that cannot write fails at once, and makes the others come to their limit: slow is what all find slow.
+        A process that cannot write fails at once, and then the others reach their limit. So a save counts as slow only
+        if it was slow on all.
         """
 
         def of_all(values: list[tuple[float, int]]) -> tuple[float, int]:
@@ -240,48 +246,48 @@ class Checkpoints:
         return min(max(known, own_bytes / SLOWEST_BYTES_S) * 2**self._timeouts, LONGEST_TIMEOUT_S)
 
     def _prepare(self, step: int, last: bool) -> tuple[bool, str | None]:
-        """Whether the save before is over on all processes, and the digest of the arrays already committed as `step`.
+        """Whether the previous save has ended on all processes, and the digest of the arrays committed as `step`.
 
-        Where a save has failed on one process, the others wait for it in vain.
+        If a save has failed on one process, it will not end soon on the others, so the wait is short.
         """
-        free, failed, committed = self._ask(f"before step {step}", step)
+        free, failed, committed = self._save_status(f"before step {step}", step)
         if not free:
             self.wait(self._limit_s if last else AFTER_FAILURE_S if failed else PATIENCE_S)
-            free, _, committed = self._ask(f"save of step {step}", step)
+            free, _, committed = self._save_status(f"save of step {step}", step)
         return free, committed
 
-    def _ask(self, name: str, step: int) -> tuple[bool, bool, str | None]:
-        """Whether none is busy, whether one has failed, and what process 0 sees of the step."""
-        there = self._committed(step) if self.processes.index == 0 and not self.busy else None
-        mine = json.dumps([self.busy, self.failed, there])
-        everyone = [json.loads(answer) for answer in self.processes.exchange(name, mine)]
+    def _save_status(self, name: str, step: int) -> tuple[bool, bool, str | None]:
+        """Whether no process is busy, whether one has failed, and what process 0 has committed as `step`."""
+        committed = self._committed(step) if self.processes.index == 0 and not self.busy else None
+        mine = json.dumps([self.busy, self.failed, committed])
+        everyone = [json.loads(answer) for answer in self.processes.distinct_values(name, mine)]
         return not any(busy for busy, _, _ in everyone), any(failed for _, failed, _ in everyone), everyone[0][2]
 
     def _committed(self, step: int) -> str | None:
-        """The digest of the arrays of a step that is whole."""
+        """The digest of the arrays of a complete step; None if there is none."""
         if not os.path.exists(self.directory / str(step)):
             return None
         try:
-            return identity.digest(self._look(step)["arrays"])
+            return identity.digest(self._check_commit(step)["arrays"])
         except CheckpointError:
             return None
 
-    def _look(self, step: int) -> dict[str, Any]:
-        """The meta of a step of which all parts can be found. Raises Damaged, Suspect, Unreadable."""
+    def _check_commit(self, step: int) -> dict[str, Any]:
+        """The meta of a step, after a check that all its arrays exist. Raises Damaged, Suspect, Unreadable."""
 
-        def look() -> dict[str, Any]:
+        def check() -> dict[str, Any]:
             meta = self.meta(step)
             self._check_found(self._path(step), meta, meta["arrays"])
             return meta
 
-        return reading.patiently(look, self.directory)
+        return reading.patiently(check, self.directory)
 
     def _watch(self, step: int, response: Any) -> None:
         start = time.perf_counter()
         try:
             response.result()
             if self.processes.index == 0:
-                self._look(step)
+                self._check_commit(step)
         except Damaged as e:
             self._report_failure(step, e)
             with contextlib.suppress(OSError):
@@ -291,32 +297,33 @@ class Checkpoints:
             self._timeouts += time.perf_counter() - start >= 0.9 * self._limit_s
             self._report_failure(step, e)
             return
-        self._save_s, self._timeouts = time.perf_counter() - start, 0
+        self._save_s = time.perf_counter() - start
+        self._timeouts = 0
         if self.processes.index == 0:
             with contextlib.suppress(OSError):  # it is written again after the next save
-                files.write_durably(self.saved, b"%d\n" % step)
+                files.write_durably(self.saved_step_file, b"%d\n" % step)
         self._offer(step)
         self.delete_old()
 
     def _offer(self, step: int) -> None:
         if self.processes.index == 0 and self.mirror is not None:
-            with _later():
+            with _postponed():
                 here = set(self._steps())
                 self.mirror.offer(step, lambda copies: self._kept(here) | self._kept(here | copies))
 
     def copy_missing(self, step: int) -> None:
-        """Copies the restored `step` if the mirror, which may be new or was full, lacks it. After `evaluated`."""
+        """Copies the restored `step` if the mirror, which may be new or was full, lacks it. After `set_evaluations`."""
         if self.mirror is not None and step not in self.mirror.known:
             self._offer(step)
 
     def _report_failure(self, step: int, error: Exception) -> None:
         self.failed = True
         reason = " ".join(str(error).split())[:300]
-        log.error("checkpoint at step %d FAILED, training goes on, the one before it is intact: %s", step, reason)
+        log.error("checkpoint at step %d FAILED, training continues, the previous one is intact: %s", step, reason)
         self._clear_partial()
 
     def _clear_partial(self) -> None:
-        """What a failed save left takes room that the next one may need."""
+        """Removes what a failed save has left: it takes space that the next one may need."""
         if self.processes.index == 0:
             with contextlib.suppress(OSError):  # it is cleared again before the next save
                 for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
@@ -330,28 +337,28 @@ class Checkpoints:
 
     @property
     def busy(self) -> bool:
-        """Whether a save is under way."""
+        """Whether a save is in flight."""
         return self._watcher is not None and self._watcher.is_alive()
 
     def _kept(self, steps: set[int]) -> set[int]:
-        """Those of them that are to stay."""
+        """Those of `steps` that should stay."""
         assert self.config is not None
         return retention.kept({step: self.val_losses.get(step) for step in steps}, self.config, self.val_windows)
 
     def delete_old(self) -> None:
-        """Deletes what need not stay, on process 0, unless a save is under way, which does so when it is over.
+        """Deletes steps that need not stay, on process 0. A save in flight does this itself when it has ended.
 
-        Renamed first: a step half deleted must not look like one.
+        A step is renamed first: half deleted, it must not look like a step.
         """
         if self.processes.index or (self.busy and threading.current_thread() is not self._watcher):
             return
         copying = {self.mirror.copying} if self.mirror is not None else set()
-        doomed: set[int] = set()
-        with _later():
+        unwanted: set[int] = set()
+        with _postponed():
             steps = set(self._steps())
-            doomed = steps - self._kept(steps) - copying
-        for step in doomed:
-            with _later():  # one that cannot be deleted keeps no other
+            unwanted = steps - self._kept(steps) - copying
+        for step in unwanted:
+            with _postponed():  # if one cannot be deleted, the others still are
                 away = self.directory / f"{step}{DELETING}"
                 (self.directory / str(step)).rename(away)
                 _remove(away)
@@ -359,7 +366,7 @@ class Checkpoints:
     # Reading
 
     def _path(self, step: int, suffix: str = "") -> LiteralPath:
-        """By whatever links each process gets there: Orbax compares them."""
+        """The folder of a step with symlinks resolved: Orbax compares paths across processes."""
         return LiteralPath((self.directory / f"{step}{suffix}").resolve())
 
     def steps(self) -> list[int]:
@@ -367,24 +374,26 @@ class Checkpoints:
         return reading.patiently(self._steps, self.directory)
 
     def _steps(self) -> list[int]:
-        return sorted(
-            int(p.name) for p in self.directory.iterdir() if identity.STEP.fullmatch(p.name) and self._is_whole(p)
-        )
+        folders = [path for path in self.directory.iterdir() if identity.STEP.fullmatch(path.name)]
+        return sorted(int(path.name) for path in folders if self._is_complete(path))
 
     def _is_folder(self) -> bool:
         return reading.is_there(self.directory) and self.directory.is_dir()
 
-    def _is_whole(self, path: pathlib.Path) -> bool:
-        """Raises OSError for a link that leads nowhere: a part on a disk that is not mounted is not missing."""
+    def _is_complete(self, path: pathlib.Path) -> bool:
+        """Whether a step's folder has all its parts.
+
+        Raises OSError for a broken symlink: a part on a disk that is not mounted is not missing.
+        """
         for part in (path, path / METADATA_FILE, *(path / item for item in ITEMS)):
             if not reading.is_there(part):
                 if part.is_symlink():
-                    raise OSError(errno.ESTALE, f"it leads to {part.readlink()}, which is not there", str(part))
+                    raise OSError(errno.ESTALE, f"it is a link to {part.readlink()}, which is not there", str(part))
                 return False
         return True
 
     def meta(self, step: int, suffix: str = "") -> dict[str, Any]:
-        """What save() was given, with `step` and `arrays`: by item and leaf, [kind, checksum].
+        """The meta that was passed to save(), and `step` and `arrays`: by item and leaf, [kind, checksum].
 
         Raises Damaged, Unreadable.
         """
@@ -397,59 +406,62 @@ class Checkpoints:
     def restore_newest(
         self, program: Program, choose: Callable[[list[int]], int | None] | None = None
     ) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest state that is whole and unchanged, on the program's mesh, and its meta; None for a fresh run.
+        """The newest state that is complete and undamaged, on the program's mesh, and its meta; None for a new run.
 
-        With `choose`, that which it takes of the steps there are, ascending; None if it takes none.
+        Process 0 chooses the step, and all processes verify it. If it fails on any, another one is chosen. When that
+        one was restored, those that failed are moved to quarantine with a message; so nothing is moved if all fail.
+        A copy from the mirror takes its place in the run after it was restored.
 
-        Process 0 chooses the step, all verify it. When one fails anywhere, another is chosen; when that one is
-        restored, those that failed are moved to quarantine with a message. So nothing moves when all fail. A copy from
-        the mirror takes its place in the run when it was restored.
+        Args:
+          choose: returns one of the existing steps, which are ascending, or None for a new run; None: the newest.
 
         Raises:
-          CheckpointError: there were checkpoints, but none can be used. Starting afresh would hide the loss.
+          CheckpointError: there were checkpoints, but none is usable. A new run would hide the loss.
           Unreadable: files cannot be read here and now.
           ConfigError: a checkpoint is of another model.
         """
-        failed: dict[tuple[int, str], str] = {}  # by step and suffix: here, and the copy
-        while (found := self.processes.choose("newest checkpoint", lambda: self._next(failed, choose))) is not None:
+        failed: dict[tuple[int, str], str] = {}  # by step and suffix: "" for a step here, FETCHED for a copy
+        next_step = functools.partial(self._next_step, failed, choose)
+        while (found := self.processes.broadcast_from_0("newest checkpoint", next_step)) is not None:
             (step, suffix), result, problem = found, None, ""
             try:
                 result = self.restore(program, step, suffix)
             except (Damaged, Suspect) as e:
                 problem = str(e)
-            problems = [answer for answer in self.processes.exchange(f"restored step {step}", problem) if answer]
-            if not problems:
-                self._on_process_0("quarantine", functools.partial(self._settle, failed, step, suffix))
+            answers = self.processes.distinct_values(f"restored step {step}", problem)
+            problem = next(filter(None, answers), "")
+            if not problem:
+                self._change_files("quarantine", functools.partial(self._finish_restore, failed, step, suffix))
                 return result
-            log.error("%s", problems[0])
-            failed[step, suffix] = problems[0]
+            log.error("%s", problem)
+            failed[step, suffix] = problem
         return None
 
-    def _next(
+    def _next_step(
         self, failed: dict[tuple[int, str], str], choose: Callable[[list[int]], int | None] | None
     ) -> tuple[int, str] | None:
-        """Of the steps that have not failed, here or from the mirror, the newest or what `choose` takes; its suffix.
+        """The newest step that has not failed, or the one that `choose` returns, and its suffix; fetches a copy.
 
-        The mirror is always asked: a run that begins again, or goes on from an older step, deletes copies in the end.
+        The mirror is always asked: a run that starts again, or resumes from an older step, deletes copies in the end.
         """
         here = [step for step in self.steps() if (step, "") not in failed]
-        take = choose or max
+        choose = choose or max
         known = self.mirror.known if self.mirror is not None else set()
-        best = take(sorted({*here, *(step for step in known if (step, FETCHED) not in failed)})) if here else None
-        offered = self._offered(needless=best in here)
+        best = choose(sorted({*here, *(step for step in known if (step, FETCHED) not in failed)})) if here else None
+        offered = self._steps_in_mirror(optional=best in here)
         copies = [step for step in offered if (step, FETCHED) not in failed]
         while here or copies:
-            if (found := take(sorted({*here, *copies}))) is None:
+            if (found := choose(sorted({*here, *copies}))) is None:
                 break
             if found in here:
                 return found, ""
             assert self.mirror is not None
             copy, problem = self.directory / f"{found}{FETCHED}", "cannot be fetched"
-            _remove(copy)  # of an attempt before
+            _remove(copy)  # left by an earlier attempt
             if self.mirror.fetch(found, FETCHED):
-                if reading.patiently(functools.partial(self._is_whole, copy), copy):
+                if reading.patiently(functools.partial(self._is_complete, copy), copy):
                     return found, FETCHED
-                problem = "lacks parts"
+                problem = "is incomplete"
             failed[found, FETCHED] = f"the copy of step {found} in the mirror {problem}"
             copies.remove(found)
         if failed:
@@ -462,7 +474,7 @@ class Checkpoints:
         return None
 
     def _check_lost(self) -> None:
-        """Where no step is left. Raises CheckpointError if there were some, OSError."""
+        """Called if no step is left. Raises CheckpointError if there were some, OSError."""
         if reading.is_there(self.quarantine) or reading.is_there(self.quarantine_there):
             raise CheckpointError(
                 f"no usable checkpoint in {self.directory}, and some in quarantine; put one back, restore one from a "
@@ -472,61 +484,68 @@ class Checkpoints:
         lost = "restore it from a backup, mount its disk, or start over with another --workdir"
         if broken := sorted(name for name in names if identity.STEP.fullmatch(name)):
             raise CheckpointError(
-                f"no usable checkpoint in {self.directory}: {', '.join(broken)} lack parts; nothing was moved; {lost}"
+                f"no usable checkpoint in {self.directory}: {', '.join(broken)} are incomplete; nothing was moved; "
+                f"{lost}"
             )
-        saved = self.saved.read_text().strip() if reading.is_there(self.saved) else ""
+        saved = self.saved_step_file.read_text().strip() if reading.is_there(self.saved_step_file) else ""
         if saved and f"{saved}{ASIDE}" not in names:
-            raise CheckpointError(f"this run has saved checkpoints, and none is left in {self.directory}; {lost}")
+            raise CheckpointError(f"this run has saved checkpoints, but none is left in {self.directory}; {lost}")
         if any(name.endswith(ASIDE) for name in names):
-            log.warning("No checkpoint with a finite loss is left in %s; the run begins again", self.directory)
+            log.warning("No checkpoint with a finite loss is left in %s; the run starts again", self.directory)
 
-    def _offered(self, needless: bool) -> list[int]:
-        """What the mirror has; nothing, with a line, if that cannot be told and is `needless`: the step to restore is
-        here. Raises CheckpointError, Unreadable."""
+    def _steps_in_mirror(self, optional: bool) -> list[int]:
+        """The steps of which the mirror has copies.
+
+        If it cannot be read: [] and a warning if they are `optional`, because the step to restore is in the run; else
+        raises CheckpointError, Unreadable.
+        """
         if self.mirror is None:
             return []
-        if self.mirror.busy:  # it may delete meanwhile what is offered here
+        if self.mirror.busy:  # it may be deleting one of them
             self.mirror.wait()
         try:
             return reading.patiently(self.mirror.steps, self.directory)
         except CheckpointError as e:
-            if not needless:
+            if not optional:
                 raise
             log.warning("%s", e)
             return []
 
-    def _settle(self, failed: dict[tuple[int, str], str], step: int, suffix: str) -> None:
-        """When `step` was restored: those that failed go to quarantine, and a copy to its place. May be done again."""
-        self._move_broken()
-        for (other, how), reason in failed.items():
-            path = self.directory / f"{other}{how}"
-            if how and self._is_in_quarantine(path.name):
-                _remove(path)  # the mirror still has it: each start would bring one more
+    def _finish_restore(self, failed: dict[tuple[int, str], str], step: int, suffix: str) -> None:
+        """After `step` was restored: moves those that failed to quarantine, and a copy to its place. Idempotent."""
+        self._move_incomplete()
+        for (other, other_suffix), reason in failed.items():
+            path = self.directory / f"{other}{other_suffix}"
+            if other_suffix and self._is_in_quarantine(path.name):
+                _remove(path)  # the mirror still has it, and each start would add one more
             elif reading.is_there(path):
                 self._move_to_quarantine(path, reason)
-        copy, place = self.directory / f"{step}{FETCHED}", self.directory / str(step)
-        if suffix and reading.is_there(copy):  # else it was moved by the attempt before
-            copy.rename(place)
+        copy = self.directory / f"{step}{FETCHED}"
+        if suffix and reading.is_there(copy):  # else an earlier try has moved it
+            copy.rename(self.directory / str(step))
 
     def _is_in_quarantine(self, name: str) -> bool:
         folders = [folder for folder in (self.quarantine, self.quarantine_there) if reading.is_there(folder)]
         return any(path.name.startswith(f"{name}.") for folder in folders for path in folder.iterdir())
 
     def restore(self, program: Program, step: int, suffix: str = "") -> tuple[TrainState, dict[str, Any]]:
-        """The whole state of one step, whose folder is <step><suffix>. Raises CheckpointError, ConfigError."""
+        """The full state of one step, whose folder is <step><suffix>. Raises CheckpointError, ConfigError."""
         items, meta = self._load(step, _items(program.state), suffix)
         at = jax.device_put(np.int32(step), program.replicated)
-        # The statistics of a guard that was switched on since begin here.
+        # If the guard was switched on after this step was saved, its statistics start here.
         guard = items.get("guard") or program.init_guard()
         return TrainState(at, items["params"], items["opt_state"], guard), meta
 
     def restore_params(self, program: Program, step: int) -> tuple[dict, dict[str, Any]]:
-        """The parameters alone: for sampling and evaluation. Raises CheckpointError, ConfigError."""
+        """Only the parameters: for sampling and evaluation. Raises CheckpointError, ConfigError."""
         items, meta = self._load(step, {"params": program.state.params})
         return items["params"], meta
 
     def _load(self, step: int, abstract: dict[str, Any], suffix: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
-        """Without the guard where none was saved. An error of one process is one of all."""
+        """The items of a step, and its meta. Omits the guard if it was not saved.
+
+        An error on any process is raised on all.
+        """
         path, problem = self._path(step, suffix), None
         items: dict[str, Any] = {}
         meta: dict[str, Any] = {}
@@ -534,10 +553,10 @@ class Checkpoints:
             items, meta = reading.patiently(lambda: self._read(step, abstract, suffix), path)
         except (Damaged, Suspect, Unreadable) as e:
             problem = [type(e).__name__, str(e), e.exit_code]
-        # The sums are made by all together, so none may begin where one has nothing to sum.
-        answers = [json.loads(answer) for answer in self.processes.exchange(f"read step {step}", json.dumps(problem))]
-        problems = {kind: (reason, exit_code) for kind, reason, exit_code in filter(None, reversed(answers))}
-        if Unreadable.__name__ in problems:  # first: where one cannot read, the others' words prove less
+        # Checksums are a collective: start only if every process has loaded its shards.
+        answers = map(json.loads, self.processes.distinct_values(f"read step {step}", json.dumps(problem)))
+        problems = {kind: (reason, exit_code) for kind, reason, exit_code in filter(None, reversed(list(answers)))}
+        if Unreadable.__name__ in problems:  # first: if one process cannot read, what others find proves less
             raise Unreadable(*problems[Unreadable.__name__])
         for kind in (Damaged, Suspect):
             if kind.__name__ in problems:
@@ -549,74 +568,72 @@ class Checkpoints:
         return items, meta
 
     def _read(self, step: int, abstract: dict[str, Any], suffix: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """By this process for itself: Orbax's barriers would leave the others waiting for one that cannot read."""
+        """Each process reads by itself: in Orbax's barriers the others would wait for one that cannot read."""
         path = self._path(step, suffix)
-        if not self._is_whole(
-            self.directory / f"{step}{suffix}"
-        ):  # process 0 chose it: this one has an older view, or none
+        # Process 0 chose the step. If it is incomplete here, this host has an older view of the file system, or none.
+        if not self._is_complete(self.directory / f"{step}{suffix}"):
             raise Unreadable(
-                f"{path} is not seen, or not whole, on {platform.node()}; nothing was moved", Stopped.exit_code
+                f"{path} is missing or incomplete on {platform.node()}; nothing was moved", Stopped.exit_code
             )
         meta = self.meta(step, suffix)
         abstract = {name: item for name, item in abstract.items() if name != "guard" or name in meta["arrays"]}
         _check_wanted(path, meta["arrays"], abstract)
         self._check_found(path, meta, abstract)
         try:
-            with self._alone():
+            with self._single_process():
                 return asyncio.run(_load_items(path, abstract)), meta
-        except (MemoryError, jax.errors.JaxRuntimeError):  # not of the files
+        except (MemoryError, jax.errors.JaxRuntimeError):  # they say nothing about the files
             raise
-        except Exception as e:  # whatever a damaged file makes the reader raise
-            raise reading.judged(path, e) from None
+        except Exception as e:  # a damaged file makes the reader raise many types
+            raise reading.diagnose(path, e) from None
 
-    def _alone(self) -> ocp.Context:
-        alone = ocp.Context()
-        alone.multiprocessing.primary_host = self.processes.index
-        alone.multiprocessing.active_processes = {self.processes.index}
-        return alone
+    def _single_process(self) -> ocp.Context:
+        context = ocp.Context()
+        context.multiprocessing.primary_host = self.processes.index
+        context.multiprocessing.active_processes = {self.processes.index}
+        return context
 
     def _check_found(self, path: LiteralPath, meta: dict[str, Any], names: Iterable[str]) -> None:
-        """Compares what Orbax finds of the items `names` with what was saved: it would cast a dtype without a word.
+        """Compares what Orbax finds of the items `names` with what was saved: it would cast a dtype silently.
 
         Raises Damaged, Suspect, Unreadable.
         """
         try:
-            with self._alone():
-                # Not checkpointables_metadata, which says None of what it cannot read.
+            with self._single_process():
+                # checkpointables_metadata would return None for an item that it cannot read.
                 handler = ocp.handlers.PyTreeHandler()
                 found = {name: asyncio.run(handler.metadata(path / name)) for name in names}
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as e:
-            raise reading.judged(path, e) from None
+            raise reading.diagnose(path, e) from None
         for name, item in found.items():
             if _leaves(item) != _kinds(meta["arrays"][name]):
                 raise Damaged(f"checkpoint {path} is damaged: the arrays of {name} are not those that were saved")
 
     def discard_after(self, step: int) -> None:
-        """Sets steps above `step` aside, and discards all copies above it, for a run that goes back behind them."""
+        """Sets the steps after `step` aside and deletes their copies, for a run that rolls back past them."""
 
         def later() -> list[int]:
-            there = {*self.steps(), *(self.mirror.copies if self.mirror is not None else ())}
-            return sorted(s for s in there if s > step)
+            existing = {*self.steps(), *(self.mirror.copies if self.mirror is not None else ())}
+            return sorted(s for s in existing if s > step)
 
-        steps = self.processes.choose(f"after step {step}", later)
-        self.set_aside(steps, f"the run goes back to before step {step + 1}")
+        steps = self.processes.broadcast_from_0(f"after step {step}", later)
+        self.set_aside(steps, f"the run is rolled back to before step {step + 1}")
 
     def set_aside(self, steps: list[int], reason: str) -> None:
-        """Renames steps to <step>.set_aside: they are whole, but the run does not go on from them, nor from copies.
+        """Renames steps to <step>.set_aside: they are intact, but the run must not resume from them or their copies.
 
-        A step of the same number that was set aside before is deleted, so that a run that goes back again and again
-        does not fill its disk.
+        A step of the same number that was set aside before is deleted, so that many rollbacks do not fill the disk.
         """
 
         def move() -> None:
-            if self.mirror is not None:  # first: whatever happens in between, the run does not come back to them
+            if self.mirror is not None:  # first: if this process dies in between, the run does not return to them
                 self.mirror.list_unwanted(steps)
             for step in steps:
                 target = self.directory / f"{step}{ASIDE}"
                 if not reading.is_there(self.directory / str(step)):
-                    continue  # by the attempt before, or there is only a copy
+                    continue  # an earlier try has moved it, or there is only a copy
                 _remove(target)
                 (self.directory / str(step)).rename(target)
                 log.warning("%s; %s is now %s", reason, self.directory / str(step), target.name)
@@ -625,7 +642,7 @@ class Checkpoints:
                 self.mirror.delete_unwanted()
 
         if steps:
-            self._on_process_0(f"setting aside {steps}", move)
+            self._change_files(f"setting aside {steps}", move)
 
     def _move_to_quarantine(self, path: pathlib.Path, reason: str) -> None:
         name = f"{path.name}.{time.strftime('%Y%m%dT%H%M%S')}.{time.monotonic_ns() % 1000:03d}"
@@ -641,8 +658,8 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def _later() -> Iterator[None]:
-    """Leaves for another time what cannot be done now: while it cannot be seen what is there, nothing is deleted."""
+def _postponed() -> Iterator[None]:
+    """Postpones deletions, with a warning, if the file system fails: nothing is deleted while it cannot be read."""
     try:
         yield
     except OSError as e:
@@ -655,7 +672,7 @@ def _renamed(path: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
 
 
 def _remove(path: pathlib.Path) -> None:
-    """As far as that is possible. Of a link the link: what it leads to is not the run's."""
+    """Removes as much as possible. Of a symlink only the link: its target does not belong to the run."""
     if path.is_symlink():
         path.unlink()
     else:
@@ -663,13 +680,13 @@ def _remove(path: pathlib.Path) -> None:
 
 
 async def _load_items(path: LiteralPath, abstract: dict[str, Any]) -> dict[str, Any]:
-    """As ocp.load_checkpointables, which counts its calls: a process that tried again would then save alone."""
+    """As ocp.load_checkpointables, which counts its calls: after a retry on one process, saves would not match."""
     handler = ocp.handlers.PyTreeHandler()
     return {name: await (await handler.load(path / name, item)) for name, item in abstract.items()}
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    """What is saved, by name; the step is in the metadata."""
+    """The items of a checkpoint by name; the step is in the metadata."""
     items = {"params": state.params, "opt_state": state.opt_state}
     return items | {"guard": state.guard} if state.guard else items
 
@@ -683,14 +700,14 @@ def _arrays(items: dict[str, Any]) -> dict[str, dict[str, list]]:
 
 
 def _check_wanted(path: pathlib.PurePath, saved: dict[str, dict[str, Any]], abstract: dict[str, Any]) -> None:
-    """Raises ConfigError for leaves of another name, shape or dtype: the checkpoint is of another model."""
+    """Raises ConfigError if leaves have another name, shape or dtype: the checkpoint is of another model."""
     for name, wanted in abstract.items():
         there, here = _kinds(saved[name]), _leaves(wanted)
         if differing := [leaf for leaf in there | here if there.get(leaf) != here.get(leaf)]:
             leaf = differing[0]
             raise ConfigError(
-                f"checkpoint {path} is of another model: {name}.{leaf} is {there.get(leaf, 'not there')} there and "
-                f"{here.get(leaf, 'not there')} here ({len(differing)} such); undo the change, or use another --workdir"
+                f"checkpoint {path} is of another model: {name}.{leaf} is {there.get(leaf, 'missing')} there and "
+                f"{here.get(leaf, 'missing')} here ({len(differing)} such); undo the change, or use another --workdir"
             )
 
 
@@ -705,7 +722,7 @@ def _leaves(tree: Any) -> dict[str, str]:
 
 
 def choose_step(checkpoints: Checkpoints, step: int | None) -> int:
-    """`step`, or the newest; CheckpointError names the steps there are."""
+    """`step`, or the newest if it is None. Raises CheckpointError, which names the existing steps."""
     steps = checkpoints.steps()
     if not steps:
         raise CheckpointError(f"{checkpoints.directory} holds no finished checkpoint yet")

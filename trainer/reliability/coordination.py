@@ -1,8 +1,8 @@
-"""The processes of a run, agreeing through process 0 (trainer/reliability/rounds.py): no device takes part.
+"""How the processes of a run agree, through process 0 (trainer/reliability/rounds.py): no device takes part.
 
-What they agree on: that all are about to train the same thing (`check_same`, `together`), what process 0 has chosen
-(`choose`), after which step something happens that any of them asked for (`request`, `tick`), and with which error all
-end when one does (`tell`, `hear`).
+They agree on whether all are about to train the same thing (`check_same`, `run_on_all`), on what process 0 has found
+(`broadcast_from_0`), on the step after which a request of any process is taken up (`request`, `tick`), and on the error
+with which all exit when one does (`report_error`, `listen_for_errors`).
 """
 
 import contextlib
@@ -21,36 +21,39 @@ import jax
 
 from data.errors import UserError
 from trainer.errors import ConfigError, Stopped
-from trainer.reliability.rounds import PREFIX, Rounds, ServiceStore, Store, Taken, wait_for
+from trainer.reliability.rounds import PREFIX, KeyTaken, Rounds, ServiceStore, Store, wait_for
 
 log = logging.getLogger("meshlm")
 T = TypeVar("T")
 TIMEOUT_S = 300.0
-PARTING_S, PARTING_LIMIT_S = 0.5, 10.0  # from a process's last word to its end; for all to say it
-LONGEST_MESSAGE = 4000  # of an error that all are told
-MOST_KINDS = 10  # of values that all are told
+EXIT_BARRIER_S = 10.0  # how long process 0 waits for the others in exit_barrier()
+EXIT_DELAY_S = 0.5  # how long it then stays, so that they can exit
+LONGEST_MESSAGE = 4000  # characters of an error that is sent to all
+MOST_VALUES = 10  # that distinct_values() sends to all
 STOP, SAVE, END = "stop", "save", "end"
 
 
-class Elsewhere(UserError):
-    """An error of another process, which ends this one, too. `process` is its number where one alone had it."""
+class RemoteError(UserError):
+    """An error of another process, which ends this one, too. `process` is its number if only that one raised it."""
 
     def __init__(self, message: str, exit_code: int, process: int | None = None):
         super().__init__(message)
-        self.exit_code, self.process = exit_code, process
+        self.exit_code = exit_code
+        self.process = process
 
 
 class Processes:
-    """Every method but `request`, `tell` and `told` is called by all processes, in the same order.
+    """All processes call every method except `request`, `report_error` and `remote_error`, in the same order.
 
     Args:
-      timeout_s: limit of an agreement until `watched_by`. One that comes to it tells all, so that none goes on alone.
+      timeout_s: limit of an agreement until `watched_by` is called. The process that reaches it reports that to all, so
+        that none trains without the others.
       index, size: of this process; None: as JAX counts.
-      store: where they meet.
+      store: the store that all share; None: that of JAX's coordination service.
 
     Attributes:
       index, size: of this process.
-      hosts: the name of each process's host, on process 0; elsewhere empty.
+      hosts: the name of each process's host, on process 0; empty on others.
     """
 
     def __init__(
@@ -67,42 +70,51 @@ class Processes:
         self._waiting: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._store = store or ServiceStore()
         self._agreements = Rounds(self._store, "agreements", self.index, self.size)
-        self._known: UserError | None = None  # an error that all have
-        self._told: Elsewhere | None = None
-        self._hears = threading.Event()
-        self._ear: threading.Thread | None = None
+        # Errors
+        self._known_error: UserError | None = None  # all processes have it already
+        self._remote_error: RemoteError | None = None
+        self._has_remote_error = threading.Event()
+        self._error_listener: threading.Thread | None = None
+        # Events
+        self._on_stop: Callable[[], None] = lambda: None
+        self._on_early_stop: Callable[[], None] = lambda: None
+        self._on_disconnect: Callable[[UserError], None] = lambda error: None
+        self._tick_rounds = Rounds(self._store, "ticks", self.index, self.size)
         self._ticks = 0
-        self._due: dict[int, set[str]] = {}
-        self._paused = threading.Lock()  # held while a tick is being agreed on: the loop waits in tick()
-        self._event, self._placing = 0, threading.Lock()  # which event the listener is at; held while one is placed
+        self._due: dict[int, set[str]] = {}  # events by the tick at which they are taken up
+        self._tick_lock = threading.Lock()  # held while all agree on a tick: the loop waits in tick()
+        self._event = 0  # number of the event that the listener waits for
+        self._event_lock = threading.Lock()  # held while a request is placed: the listener does not advance meanwhile
         self._listener: threading.Thread | None = None
         self._stopping = False
         self.hosts: list[str] = []
         self.hosts = self.gather("hosts", platform.node())
 
     def watched_by(self, waiting: Callable[[], AbstractContextManager[Any]]) -> None:
-        """From here on agreements have no limit: a peer may be saving, or fetching a copy, for hours.
+        """From now on agreements have no limit, because a peer may save, or fetch a copy, for hours.
 
-        One that is stuck is ended by its own watchdog, and when one is gone JAX's heartbeat ends all. Called by all.
+        The watchdog of a process ends it if it is stuck, and JAX's heartbeat ends all if one has died.
 
         Args:
-          waiting: is entered while this process waits for others.
+          waiting: makes a context that is entered while this process waits for others.
         """
-        self.timeout_s, self._waiting = None, waiting
+        self.timeout_s = None
+        self._waiting = waiting
 
     # Values
 
     def decide(self, name: str, value: Any, decision: Callable[[list[Any]], T]) -> T:
-        """What `decision` makes of the values of all, on process 0, which alone calls it; its UserError ends all. JSON.
+        """What `decision`, called on process 0 only, returns for the values of all. Both are sent as JSON.
 
-        Raises Stopped, on those that are there, when one does not come in time; `tell` tells the others.
+        Raises:
+          UserError: `decision` raised it; all processes exit with its code.
+          Stopped: a process did not take part in time. Those that did raise this; `report_error` informs the others.
         """
-
         raised: list[UserError] = []
 
         def answer(texts: Sequence[str | None]) -> str:
             if missing := [i for i, text in enumerate(texts) if text is None]:
-                return json.dumps({"missing": self._did_not_come(name, missing)})
+                return json.dumps({"missing": self._missing(name, missing)})
             try:
                 return json.dumps({"decided": decision([json.loads(text) for text in texts if text is not None])})
             except UserError as e:
@@ -111,20 +123,20 @@ class Processes:
 
         text = json.dumps(value)
         try:
-            said = json.loads(self._hold(text, answer))
-        except TimeoutError:  # all others are to hear of it
-            raise Stopped(self._did_not_come(name, [0])) from None
-        if "decided" in said:
-            return said["decided"]
-        if "missing" in said:
-            stopped = Stopped(said["missing"])
-            self._known = stopped if self.index else None  # process 0 tells those who did not come
+            found = json.loads(self._hold(text, answer))
+        except TimeoutError:  # the others do not know it yet
+            raise Stopped(self._missing(name, [0])) from None
+        if "decided" in found:
+            return found["decided"]
+        if "missing" in found:
+            stopped = Stopped(found["missing"])
+            self._known_error = stopped if self.index else None  # process 0 reports it to those that were missing
             raise stopped
-        code, message = said["error"]
-        self._known = (
-            raised[0] if raised else Stopped(message) if code == Stopped.exit_code else Elsewhere(message, code)
+        code, message = found["error"]
+        self._known_error = (
+            raised[0] if raised else Stopped(message) if code == Stopped.exit_code else RemoteError(message, code)
         )
-        raise self._known
+        raise self._known_error
 
     def _hold(self, text: str, answer: Callable[[Sequence[str | None]], str]) -> str:
         if self.size == 1:
@@ -132,46 +144,46 @@ class Processes:
         with self._waiting():
             return self._agreements.hold(text, answer, self.timeout_s)
 
-    def _did_not_come(self, name: str, missing: list[int]) -> str:
+    def _missing(self, name: str, missing: list[int]) -> str:
         shown = ", ".join(map(self._named, missing[:10])) + (f" and {len(missing) - 10} more" * (len(missing) > 10))
         return (
-            f"process(es) {shown} did not come to {name!r} within {self.timeout_s:.0f} s; see their logs, and start "
+            f"process(es) {shown} did not reach {name!r} within {self.timeout_s:.0f} s; see their logs, and start "
             "all processes again, with a larger --start_timeout_s if they need longer"
         )
 
     def gather(self, name: str, value: str) -> list[str]:
-        """The value of each process, on process 0; elsewhere nothing."""
+        """The value of each process, on process 0; [] on others."""
         values: list[str] = []
         self.decide(name, value, values.extend)
         return values
 
-    def exchange(self, name: str, value: str) -> list[str]:
-        """The different values, each once, that of process 0 first, then by process; of many kinds the first ten.
+    def distinct_values(self, name: str, value: str) -> list[str]:
+        """The distinct values of all: that of process 0 first, then by process; the first MOST_VALUES of them.
 
-        However many processes report a different problem each, what one of them hears stays short.
+        Even if many processes report a different problem each, the answer stays short.
         """
-        return self.decide(name, value, lambda values: list(dict.fromkeys(values))[:MOST_KINDS])
+        return self.decide(name, value, lambda values: list(dict.fromkeys(values))[:MOST_VALUES])
 
     def all_agree(self, name: str, yes: bool) -> bool:
-        """Whether every process says yes."""
+        """Whether `yes` is True on every process."""
         return self.decide(name, yes, all)
 
     def check_same(self, what: str, fields: dict[str, Any]) -> None:
-        """Raises an error on every process, naming hosts and fields, when `fields` are not the same on all.
+        """Raises ConfigError on every process, naming hosts and fields, if `fields` are not the same on all.
 
-        A hash is compared; the fields themselves are sent by process 0 and the first that differs from it, if one does.
+        Hashes are compared. If one differs, process 0 and the first process that differs send the fields themselves.
         """
         text = json.dumps(fields, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
 
-        def differing(digests: list[str]) -> int | None:
+        def first_different(digests: list[str]) -> int | None:
             return next((i for i, theirs in enumerate(digests) if theirs != digests[0]), None)
 
         def refuse(texts: list[str]) -> None:
             i = next(i for i, theirs in enumerate(texts) if theirs and i)
             raise ConfigError(self._difference(what, i, json.loads(texts[0]), json.loads(texts[i])))
 
-        other = self.decide(what, digest, differing)
+        other = self.decide(what, digest, first_different)
         if other is not None:
             self.decide(f"{what}, in full", text if self.index in (0, other) else "", refuse)
 
@@ -184,13 +196,13 @@ class Processes:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         return f"{self._named(i)} has another {what}: {shown}{more}; give all the same flags, files and versions"
 
-    def together(self, what: str, function: Callable[[], T]) -> T:
-        """What `function` returns; a UserError of one process ends all, with its exit code."""
+    def run_on_all(self, what: str, function: Callable[[], T]) -> T:
+        """What `function` returns on this process. A UserError of any process ends all, with its exit code."""
         value, error = None, None
         try:
             value = function()
         except UserError as e:
-            error = self._known = e
+            error = self._known_error = e
 
         def first(outcomes: list[list[Any] | None]) -> list[Any] | None:
             failed = ((i, outcome) for i, outcome in enumerate(outcomes) if outcome)
@@ -200,20 +212,18 @@ class Processes:
         if error:
             raise error
         if failed:
-            self._known = Elsewhere(*failed)
-            raise self._known
+            self._known_error = RemoteError(*failed)
+            raise self._known_error
         return value  # type: ignore[return-value]
 
-    def choose(self, what: str, function: Callable[[], T]) -> T:
-        """What `function` returns on process 0, which alone calls it; JSON. Its UserError ends all."""
-        chosen: list[T] = []
+    def run_on_process_0(self, what: str, function: Callable[[], T]) -> T | None:
+        """What `function` returns on process 0; None on others, which wait for it. Its UserError ends all."""
+        return self.run_on_all(what, lambda: function() if self.index == 0 else None)
 
-        def on_process_0() -> None:
-            if self.index == 0:
-                chosen.append(function())
-
-        self.together(what, on_process_0)
-        return self.decide(f"{what}, chosen", None, lambda _: chosen[0])
+    def broadcast_from_0(self, what: str, function: Callable[[], T]) -> T:
+        """What `function`, called on process 0 only, returns, sent to all as JSON. Its UserError ends all."""
+        value = self.run_on_process_0(what, function)
+        return self.decide(f"{what}, chosen", None, lambda _: value)  # type: ignore[return-value]
 
     def _named(self, process: int) -> str:
         name = f"process {process}"
@@ -221,151 +231,156 @@ class Processes:
 
     # Errors
 
-    def hear(self, failed: Callable[[Elsewhere], None]) -> None:
-        """Begins to hear of errors of others. `failed` is called once at most, on a thread of its own."""
+    def listen_for_errors(self, on_error: Callable[[RemoteError], None]) -> None:
+        """Starts to listen for errors of other processes. `on_error` is called once at most, on its own thread."""
 
         def wait() -> None:
             if text := wait_for(self._store, f"{PREFIX}/error"):
                 process, message, code = json.loads(text)
-                if process != self.index and not isinstance(self._known, Stopped):  # else it is leaving already
-                    self._told = Elsewhere(message, code, process)
-                    self._hears.set()
-                    failed(self._told)
+                if process != self.index and not isinstance(self._known_error, Stopped):  # else it is exiting already
+                    self._remote_error = RemoteError(message, code, process)
+                    self._has_remote_error.set()
+                    on_error(self._remote_error)
 
-        def hear() -> None:
+        def listen() -> None:
             with contextlib.suppress(Stopped):  # the service is gone; the listener, or JAX itself, ends the process
                 wait()
 
         if self.size > 1:
-            self._ear = threading.Thread(target=hear, name="errors of others", daemon=True)
-            self._ear.start()
+            self._error_listener = threading.Thread(target=listen, name="errors of others", daemon=True)
+            self._error_listener.start()
 
-    def tell(self, error: BaseException) -> None:
-        """Tells the others of an error that ends this process, so that all end with its code and message."""
-        if self.size == 1 or error in (self._known, self._told):
+    def report_error(self, error: BaseException) -> None:
+        """Sends an error that ends this process to the others, so that all exit with its code and message."""
+        if self.size == 1 or error in (self._known_error, self._remote_error):
             return
         code = error.exit_code if isinstance(error, UserError) else 1
         text = " ".join(str(error).split())[:LONGEST_MESSAGE]
         text = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}; see its log"
-        said = [self.index, f"on {platform.node()} (process {self.index}): {text}", code]
-        with contextlib.suppress(Stopped, Taken):  # nobody hears it any more; another was first
-            self._store.set(f"{PREFIX}/error", json.dumps(said))
+        report = [self.index, f"on {platform.node()} (process {self.index}): {text}", code]
+        with contextlib.suppress(Stopped, KeyTaken):  # no process listens any more; another process was first
+            self._store.set(f"{PREFIX}/error", json.dumps(report))
 
-    def told(self, within_s: float) -> Elsewhere | None:
-        """The error of another process that ends this one; None where none is heard of in so many seconds."""
-        self._hears.wait(within_s)
-        return self._told
+    def remote_error(self, within_s: float) -> RemoteError | None:
+        """The error of another process that ends this one; None if none arrives within `within_s` seconds."""
+        self._has_remote_error.wait(within_s)
+        return self._remote_error
 
     # Events
 
-    def listen(
-        self, asked: Callable[[], None], too_early: Callable[[], None], deaf: Callable[[UserError], None]
+    def listen_for_requests(
+        self,
+        on_stop: Callable[[], None],
+        on_early_stop: Callable[[], None],
+        on_disconnect: Callable[[UserError], None],
     ) -> None:
-        """Begins to hear of requests. The functions are called once at most, on threads of their own.
+        """Starts to listen for requests. The functions are called once at most, on threads of their own.
 
         Args:
-          asked: as soon as this process hears that all should stop; they may never come to agree on when.
-          too_early: when all have agreed, and none has ticked yet.
-          deaf: when this process cannot hear of requests any more; must end it.
+          on_stop: as soon as this process hears that all should stop. They may never come to agree on a step.
+          on_early_stop: when all have agreed to stop, and no process has called tick() yet.
+          on_disconnect: when this process can no longer hear requests; must end it.
         """
-        self._asked, self._too_early, self._deaf = asked, too_early, deaf
-        self._requests = Rounds(self._store, "ticks", self.index, self.size)
+        self._on_stop = on_stop
+        self._on_early_stop = on_early_stop
+        self._on_disconnect = on_disconnect
         if self.size > 1:
             self._listener = threading.Thread(target=self._listen, name="requests", daemon=True)
             self._listener.start()
 
     def request(self, event: str) -> None:
         """Asks that tick() return `event` on all processes, at the same tick. From any thread of any process."""
-        self._heard(event)
+        self._note(event)
         if self.size == 1:
-            with self._paused:
-                started = self._agree(event, self._ticks)
-            self._agreed(event, started)
+            with self._tick_lock:
+                started = self._schedule(event, self._ticks)
+            self._scheduled(event, started)
             return
-        # The first place that is still free, from where the listener is: it does not go on meanwhile, so that what is
-        # before it, and removed, is not taken for free.
-        with self._placing:
+        # The first free number, counted from where the listener is. The listener does not advance meanwhile: it would
+        # remove events that are done, and their numbers would seem free.
+        with self._event_lock:
             for k in itertools.count(self._event):
-                with contextlib.suppress(Taken):
+                with contextlib.suppress(KeyTaken):
                     return self._store.set(f"{PREFIX}/events/{k}", event)
 
     def tick(self) -> set[str]:
-        """The events that all have agreed to take up now. Called after every step and every piece of an evaluation."""
-        with self._paused:
+        """The events that all take up now, as agreed. Called after every step and every batch of an evaluation."""
+        with self._tick_lock:
             self._ticks += 1
             return self._due.pop(self._ticks, set())
 
     def close(self) -> None:
-        """No more events and no errors of others; called by all once the loop has ended."""
+        """Ends events and errors of others. All processes call it when the loop has ended."""
         if self._listener is not None:
             if self.index == 0:
                 self.request(END)
             with self._waiting():
                 self._listener.join(self.timeout_s)
-        if self._ear is not None:
+        if self._error_listener is not None:
             if self.index == 0:
-                with contextlib.suppress(Taken):
+                with contextlib.suppress(KeyTaken):
                     self._store.set(f"{PREFIX}/error", "")
             with self._waiting():
-                self._ear.join(self.timeout_s)
+                self._error_listener.join(self.timeout_s)
 
-    def part(self, error: BaseException | None = None) -> None:
-        """Before os._exit, on all that end for the same reason. Process 0, whose service the others need, goes last.
+    def exit_barrier(self, error: BaseException | None = None) -> None:
+        """Barrier before os._exit, for processes that exit for the same reason.
 
-        With an `error` that says to start again, a process may be gone, so that none is waited for.
-        jax.distributed.shutdown would take the service away from under a main thread that is busy, and wait for one
-        that ends for another reason.
+        Process 0 hosts the coordination service, so it exits last. If `error` means that all should be started again,
+        a process may have died, and process 0 waits for none. (jax.distributed.shutdown would end the service while
+        another main thread is busy, and would wait for a process that exits for another reason.)
         """
         if self.size == 1:
             return
-        gone = isinstance(error, Stopped | Elsewhere) and error.exit_code == Stopped.exit_code
-        deadline = time.monotonic() + (0 if gone else PARTING_LIMIT_S)
-        with contextlib.suppress(Stopped, TimeoutError, Taken):
+        gone = isinstance(error, Stopped | RemoteError) and error.exit_code == Stopped.exit_code
+        deadline = time.monotonic() + (0 if gone else EXIT_BARRIER_S)
+        with contextlib.suppress(Stopped, TimeoutError, KeyTaken):
             if self.index:
-                return self._store.set(f"{PREFIX}/parted/{self.index}", "")
+                return self._store.set(f"{PREFIX}/exits/{self.index}", "")
             for i in range(1, self.size):
-                self._store.get(f"{PREFIX}/parted/{i}", max(deadline - time.monotonic(), 0.001))
+                self._store.get(f"{PREFIX}/exits/{i}", max(deadline - time.monotonic(), 0.001))
         if self.index == 0:
-            time.sleep(PARTING_S)
+            time.sleep(EXIT_DELAY_S)
 
     def _listen(self) -> None:
         try:
             while (event := wait_for(self._store, f"{PREFIX}/events/{self._event}")) != END:
-                self._take_up(event)
+                self._agree_on_tick(event)
         except Stopped as e:
-            self._deaf(e)
+            self._on_disconnect(e)
         except BaseException as e:
-            self._deaf(Stopped(f"requests to stop and to save are not heard any more: {e!r}"))
+            self._on_disconnect(Stopped(f"requests to stop and to save are not heard any more: {e!r}"))
             raise
 
-    def _take_up(self, event: str) -> None:
-        """As JAX's preemption service does it: all loops are held, and the tick after the furthest is taken.
+    def _agree_on_tick(self, event: str) -> None:
+        """As in JAX's preemption service, all loops are held, and the event is due at the tick after the furthest.
 
-        There is no limit: a loop that is held for too long is a step that takes too long, for which there is the
-        watchdog. A limit of its own would be passed on some processes and not on others.
+        There is no limit. A loop that is held for too long is a step that takes too long, which the watchdog ends; a
+        limit here would expire on some processes and not on others.
         """
-        self._heard(event)
-        with self._paused:
-            furthest = self._requests.hold(str(self._ticks), lambda ticks: str(max(int(t) for t in ticks if t)))
-            started = self._agree(event, int(furthest))
-        self._agreed(event, started)
-        if self.index == 0 and self._event:  # all who have come to this one are past the one before
+        self._note(event)
+        with self._tick_lock:
+            furthest = self._tick_rounds.hold(str(self._ticks), lambda ticks: str(max(int(t) for t in ticks if t)))
+            started = self._schedule(event, int(furthest))
+        self._scheduled(event, started)
+        if self.index == 0 and self._event:  # every process that takes part in this one is past the one before
             self._store.remove(f"{PREFIX}/events/{self._event - 1}")
-        with self._placing:
+        with self._event_lock:
             self._event += 1
 
-    def _agree(self, event: str, furthest: int) -> bool:
+    def _schedule(self, event: str, furthest: int) -> bool:
+        """Makes the event due; returns whether a process has called tick() already."""
         self._due.setdefault(furthest + 1, set()).add(event)
         return furthest > 0
 
-    def _heard(self, event: str) -> None:
+    def _note(self, event: str) -> None:
         if event == STOP and not self._stopping:
             self._stopping = True
-            threading.Thread(target=self._asked, name="asked to stop", daemon=True).start()
+            threading.Thread(target=self._on_stop, name="asked to stop", daemon=True).start()
 
-    def _agreed(self, event: str, started: bool) -> None:
+    def _scheduled(self, event: str, started: bool) -> None:
         if event == STOP and not started:
-            threading.Thread(target=self._too_early, name="stopped too early", daemon=True).start()
+            threading.Thread(target=self._on_early_stop, name="stopped too early", daemon=True).start()
 
 
 def _shown(value: Any) -> str:

@@ -1,8 +1,8 @@
-"""Which steps go wrong, decided on the device so that a bad update is never applied; the loop acts on the metrics.
+"""Detects bad steps on the device, so that a bad update is never applied; the loop acts on the metrics.
 
-The guard is part of the training state: a flat dict of scalars, the same on every device. It has the mean and variance
-of the loss and of the logarithm of the gradient norm over the good steps, and remembers `window` of them: the plain
-mean and variance of the first `window` (Welford, 1962), then exponential ones, so that no start value has to fade.
+The guard is part of the training state: a flat dict of scalars, the same on every device. It has the running mean and
+variance, over good steps, of the loss and of the logarithm of the gradient norm. For the first `window` steps these are
+the plain mean and variance (Welford, 1962), then exponential ones, so that no start value has to fade.
 """
 
 import math
@@ -13,11 +13,10 @@ from jax import Array
 
 from trainer.config import DivergenceConfig
 
-# Both values are logarithms (the loss is that of the perplexity), so one floor serves: steps that agree to a hundredth
-# are flat, and what then rises by less than spike_z hundredths is rounding or chance, whatever multiple it is.
+# Floor of the standard deviation. Both quantities are in log space (the loss is log perplexity), so one value suits
+# both: when training is very flat, a rise below spike_z x 0.01 is noise.
 STD_FLOOR = 0.01
-# A larger loss counts as this one: its square is still finite in float32.
-LARGEST = 1e18
+LARGEST = 1e18  # larger losses are clipped to this: its square is still finite in float32
 
 
 CONTINUE, SKIP, ROLLBACK, STOP = "continue", "skip", "rollback", "stop"  # the last three: values of config.divergence
@@ -31,14 +30,14 @@ class Verdict(NamedTuple):
 
 
 def needs_guard(config: DivergenceConfig) -> bool:
-    """Whether steps are judged on the device. If not, one that is not finite stops the run: that needs no guard."""
+    """Whether bad steps are detected on the device. Without, a step that is not finite stops the run or rolls back."""
     return config.spike != "ignore" or config.not_finite == "skip"
 
 
 def init_guard(config: DivergenceConfig) -> dict[str, Array]:
-    """The guard before the first step: float32 and int32 scalars; {} where none is needed.
+    """The guard before the first step: float32 and int32 scalars; {} if none is needed.
 
-    The same whatever the config that needs one, so that a checkpoint fits any of its values.
+    Its structure does not depend on the other values of `config`, so that a checkpoint fits any of them.
     """
     if not needs_guard(config):
         return {}
@@ -46,23 +45,23 @@ def init_guard(config: DivergenceConfig) -> dict[str, Array]:
     return counts | {f"{of}_{what}": jnp.zeros(()) for of in ("loss", "grad_norm") for what in ("mean", "var")}
 
 
-def judge(
+def detect(
     config: DivergenceConfig, guard: dict[str, Array], loss: Array, grad_norm: Array
 ) -> tuple[dict[str, Array], Array, dict[str, Array]]:
     """The guard after a step, whether the step is bad (bool), and metrics.
 
-    Bad is what is not finite, whatever is to happen then, and with config.spike what stands out by more than spike_z
-    standard deviations. It does not enter the statistics.
+    A step is bad if its loss or gradient norm is not finite, or, unless config.spike is "ignore", more than spike_z
+    standard deviations above the mean. Bad steps do not enter the statistics.
 
     Args:
-      loss: nats a token, float32.
+      loss: nats per token, float32.
       grad_norm: before clipping, float32.
 
     Returns metrics:
-      train/skipped: 1.0 where the step is bad.
-      train/loss_z, train/grad_norm_z: standard deviations above the mean; 0 where there are none to tell: before
-        `window` good steps, and in a step that is not finite.
-      train/bad_in_a_row: int32, bad steps up to and with this one.
+      train/skipped: 1.0 if the step is bad.
+      train/loss_z, train/grad_norm_z: standard deviations above the mean; 0 if not known: before `window` good steps,
+        and for a step that is not finite.
+      train/bad_in_a_row: int32, consecutive bad steps, this one included.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     known = finite & (guard["good"] >= config.window)
@@ -101,7 +100,7 @@ def verdict(config: DivergenceConfig, values: dict[str, float]) -> Verdict:
     loss, grad, param = (values[f"train/{name}"] for name in ("loss", "grad_norm", "param_norm"))
     if not all(map(math.isfinite, (loss, grad, param))):
         reason = f"is not finite: loss {loss:.4g}, gradient norm {grad:.4g}, parameter norm {param:.4g}"
-        # Parameters that are not finite are there to stay.
+        # Parameters that are not finite stay so, whatever is skipped.
         action = config.not_finite if math.isfinite(param) else action_for_state(config)
     elif values.get("train/skipped"):
         z = ", ".join(f"{name} {values[f'train/{name}_z']:.1f}" for name in ("loss", "grad_norm"))

@@ -1,7 +1,7 @@
-"""What a run is, as its checkpoints know it: its data, its tokenizer, its model.
+"""The identity of a run, as its checkpoints record it: data, tokenizer and configuration.
 
-A start compares it with the newest checkpoint before it changes any file of the run. No JAX: the meta of a checkpoint
-is a JSON file.
+A start is compared with the newest checkpoint before it changes any file of the run. No JAX is needed: the meta of a
+checkpoint is a JSON file.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ def digest(value: dict[str, Any]) -> str:
 
 
 def meta_from(raw: bytes) -> dict[str, Any]:
-    """The meta in Orbax's metadata of a step. Raises ValueError when it is not what was saved."""
+    """The meta of a step from Orbax's metadata file. Raises ValueError if it is not what was saved."""
     try:
         meta = json.loads(raw.decode())["custom_metadata"]
         if meta.pop("digest") != digest(meta):
@@ -36,7 +36,7 @@ def meta_from(raw: bytes) -> dict[str, Any]:
 
 
 def read_meta(folder: pathlib.Path) -> dict[str, Any]:
-    """The meta of the step in `folder`, under whatever name. Raises Damaged, Unreadable."""
+    """The meta of the step in `folder`, whose name does not matter. Raises Damaged, Unreadable."""
     path = folder / METADATA_FILE
     try:
         return meta_from(path.read_bytes())
@@ -49,7 +49,7 @@ def read_meta(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def newest_meta(checkpoints: pathlib.Path) -> dict[str, Any] | None:
-    """Of the newest step whose meta is whole; None where there is none. Raises Unreadable."""
+    """The meta of the newest step that has an undamaged one; None if there is none. Raises Unreadable."""
 
     def find() -> dict[str, Any] | None:
         if not reading.is_there(checkpoints):
@@ -58,7 +58,7 @@ def newest_meta(checkpoints: pathlib.Path) -> dict[str, Any] | None:
         for step in sorted(names, reverse=True):
             try:
                 return read_meta(checkpoints / str(step))
-            except Damaged:  # it is found, and said, when it is restored
+            except Damaged:  # the restore finds and reports it
                 continue
         return None
 
@@ -66,10 +66,10 @@ def newest_meta(checkpoints: pathlib.Path) -> dict[str, Any] | None:
 
 
 def check(meta: dict[str, Any], config: Config, data: sources.Sources, where: object) -> None:
-    """Raises ConfigError or DataError if a checkpoint in `where` is of another run than `config` and `data`."""
+    """Raises ConfigError or DataError if a checkpoint in `where` does not fit `config` and `data`."""
     if meta["data_fingerprint"] != data.fingerprint():
         raise ConfigError(
-            f"{where} was trained on another dataset (fingerprint {meta['data_fingerprint']}) than the one at "
+            f"{where} was trained on another dataset (fingerprint {meta['data_fingerprint']}) than "
             f"{config.data.path} ({data.fingerprint()}); name that one, or another --workdir"
         )
     check_tokenizer(meta, data.load_tokenizer(), where)
@@ -84,19 +84,19 @@ def check(meta: dict[str, Any], config: Config, data: sources.Sources, where: ob
 
 
 def check_tokenizer(meta: dict[str, Any], tokenizer: tokenizers.Tokenizer | None, where: object) -> None:
-    """Raises ConfigError for another tokenizer than the checkpoint's. A run may get one that had none."""
-    trained_with = meta.get("tokenizer_sha256")  # None also in checkpoints of earlier versions, which do not say
+    """Raises ConfigError if the tokenizer is not the checkpoint's. A run without one may get one later."""
+    trained_with = meta.get("tokenizer_sha256")  # None also in checkpoints of earlier versions, which lack it
     if trained_with is None or (found := tokenizer_sha256(tokenizer)) == trained_with:
         return
-    here = f"another one is here ({found[:12]}…)" if found else "none is named here"
+    here = f"this one is {found[:12]}…" if found else "none is named here"
     raise ConfigError(
-        f"{where} was trained with the tokenizer {trained_with[:12]}…, and {here}; name that one with "
+        f"{where} was trained with the tokenizer {trained_with[:12]}…, but {here}; name that one with "
         "--config.data.tokenizer_path, or choose another --workdir"
     )
 
 
 def tokenizer_sha256(tokenizer: tokenizers.Tokenizer | None) -> str | None:
-    """Of all that it is, also of its own file."""
+    """Hash of the tokenizer's content and of its own file, if it has one."""
     if tokenizer is None:
         return None
     content, file = tokenizer.to_json(), tokenizer.file()

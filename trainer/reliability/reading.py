@@ -1,7 +1,7 @@
-"""What an error of reading proves: that a file is damaged, or only that it cannot be read here and now.
+"""What a read error proves: that a file is damaged, or only that it cannot be read here and now.
 
-Damaged is what was read and is wrong: a checksum, a digest, a length, a file that is not there. An error of the
-operating system (EIO, ESTALE, EMFILE, EACCES, …) says nothing about the file, whatever a library makes of it.
+A file is damaged if what was read is wrong: a checksum, a digest, a length, a missing file. An error of the operating
+system (EIO, ESTALE, EMFILE, EACCES, …) proves nothing about the file, whatever type a library gives it.
 """
 
 import errno
@@ -16,11 +16,11 @@ from typing import TypeVar
 from trainer.errors import CheckpointError, ConfigError, Stopped
 
 T = TypeVar("T")
-PAUSES_S = (0.5, 2.0, 8.0)  # before reading is tried again
+PAUSES_S = (0.5, 2.0, 8.0)  # before retries
 MISSING = (errno.ENOENT, errno.ENOTDIR)
 FORBIDDEN = (errno.EACCES, errno.EPERM)
 NOT_A_FILE = (errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
-# Trying again does not help with these when something is written.
+# Errors of writing for which a retry does not help.
 LASTING = (
     *MISSING,
     *FORBIDDEN,
@@ -31,9 +31,10 @@ LASTING = (
     errno.EEXIST,
     errno.EINVAL,
 )
-WRONG = re.compile(r"\b(DATA_LOSS|OUT_OF_RANGE|NOT_FOUND)\b")  # tensorstore's words for cut, changed and missing files
-OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # and for an error of the operating system
-# And for those of an object store, of which others may pass; INVALID_ARGUMENT it does not say.
+# TensorStore's words for truncated, changed and missing files, and for an error of the operating system.
+WRONG = re.compile(r"\b(DATA_LOSS|OUT_OF_RANGE|NOT_FOUND)\b")
+OS_ERROR = re.compile(r"os_error_code='(\d+)'")
+# Its words for errors of an object store: those that last, and those that may pass.
 STORE_LASTING = re.compile(r"\b(PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND|FAILED_PRECONDITION|UNIMPLEMENTED)\b")
 STORE_PASSING = re.compile(
     r"\b(ABORTED|UNAVAILABLE|DEADLINE_EXCEEDED|CANCELLED|RESOURCE_EXHAUSTED|INTERNAL|UNKNOWN)\b|no answer within"
@@ -41,15 +42,15 @@ STORE_PASSING = re.compile(
 
 
 class Damaged(CheckpointError):
-    """What was read is provably not what was written."""
+    """What was read is not what was written."""
 
 
 class Suspect(CheckpointError):
-    """The reader fails for a reason that proves nothing: damage, or another version of a library."""
+    """The reader failed, and the reason is not proved: damage, or another version of a library."""
 
 
 class Unreadable(CheckpointError):
-    """The operating system refuses. Unless it denies access, or there is no file, the same command may work (42)."""
+    """The operating system refused to read. Exits with 42, since the same command may work later, unless it lasts."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
@@ -62,15 +63,15 @@ def cannot_read(error: OSError, path: os.PathLike[str]) -> Unreadable:
     return Unreadable(f"{error.filename or path} cannot be read: {error.strerror or error}; nothing was moved", code)
 
 
-def judged(path: os.PathLike[str], error: BaseException) -> Damaged | Suspect | Unreadable:
-    """What `error`, raised while the files below `path` were read, proves about them."""
+def diagnose(path: os.PathLike[str], error: BaseException) -> Damaged | Suspect | Unreadable:
+    """What `error`, raised by a reader of the files below `path`, proves about them."""
     chain = list(_chain(error))
     for e in chain:
         code = _os_code(e)
         if code is not None and code not in MISSING:
             return cannot_read(OSError(code, os.strerror(code)), path)
     reason = " ".join(f"{type(chain[-1]).__name__}: {chain[-1]}".split())[:300]
-    try:  # Orbax takes a file that it may not look at for one that is not there
+    try:  # Orbax reports a file that it has no permission for as missing
         _read_a_byte_of_each_file(path)
     except OSError as e:
         return cannot_read(e, path)
@@ -81,7 +82,7 @@ def judged(path: os.PathLike[str], error: BaseException) -> Damaged | Suspect | 
 
 
 def patiently(function: Callable[[], T], path: os.PathLike[str]) -> T:
-    """What `function` returns. It is called again when it cannot read, and once when it finds something wrong.
+    """What `function` returns. It is retried if it cannot read, and once if it finds damage.
 
     Raises Damaged, Suspect, Unreadable.
     """
@@ -103,7 +104,7 @@ def patiently(function: Callable[[], T], path: os.PathLike[str]) -> T:
 
 
 def passes(error: BaseException) -> bool:
-    """Whether the same may succeed later: by the error's number, or by the words of an object store's client."""
+    """Whether a retry may succeed later, by the error's number or by the message of an object store's client."""
     code, text = _os_code(error), str(error)
     if code is not None:
         return code not in LASTING
@@ -113,7 +114,7 @@ def passes(error: BaseException) -> bool:
 
 
 def again(function: Callable[[], T], errors: tuple[type[Exception], ...] = (OSError,)) -> T:
-    """What `function`, which may be called again, returns. It is when one of `errors` is raised that may pass."""
+    """What `function` returns. It is retried if it raises one of `errors` that may pass."""
     for pause_s in PAUSES_S:
         try:
             return function()
@@ -125,27 +126,29 @@ def again(function: Callable[[], T], errors: tuple[type[Exception], ...] = (OSEr
 
 
 def writing(function: Callable[[], T], path: os.PathLike[str], what: str = "cannot use") -> T:
-    """What `function`, which may be called again, returns. It writes files, or reads some that are no checkpoint's.
+    """What `function` returns. It writes files, or reads files other than those of checkpoints; it may be retried.
 
     Args:
-      path: where an error does not name its file.
-      what: begins the message; the file follows.
+      path: named in the message if the error does not have a file name.
+      what: start of the message; the file follows.
 
     Raises:
-      ConfigError: that cannot be done there.
-      Unreadable: not here and now.
+      ConfigError: the error lasts.
+      Unreadable: the error may pass.
     """
     try:
         return again(function)
     except OSError as e:
         file, reason = e.filename or path, e.strerror or e
         if passes(e):
-            raise Unreadable(f"{what} {file} just now: {reason}; the same command goes on", Stopped.exit_code) from None
-        raise ConfigError(f"{what} {file}: {reason}; mend that, or name another --workdir") from None
+            raise Unreadable(
+                f"{what} {file} just now: {reason}; the same command resumes later", Stopped.exit_code
+            ) from None
+        raise ConfigError(f"{what} {file}: {reason}; fix that, or name another --workdir") from None
 
 
 def is_there(path: pathlib.Path) -> bool:
-    """As exists(), which says False of what it may not look at in some versions of Python. Raises OSError."""
+    """As exists(), which in some versions of Python is False if permission is denied. Raises OSError."""
     try:
         path.stat()
     except OSError as e:

@@ -1,8 +1,8 @@
-"""The lives of a run: one row for each time its command was started, and how much of their time was of use.
+"""The restart log of a run: one row for each attempt, that is, each start of its command; and the goodput of all.
 
     RUN/lives.jsonl (of process 0), RUN/lives.<process>.jsonl
 
-launch/supervise.py writes them. No JAX and no Orbax here: a supervisor has to start, and go on, without either.
+launch/supervise.py writes them. This module imports neither JAX nor Orbax: a supervisor has to work without them.
 """
 
 import bisect
@@ -19,27 +19,27 @@ from collections.abc import Sequence
 from typing import Any
 
 from data.storage import files
+from trainer.errors import Stopped
 from trainer.reliability import reading
 
 log = logging.getLogger("meshlm")
 
-DONE, STOPPED = 0, 42
-METADATA_FILE = "_CHECKPOINT_METADATA"  # Orbax's, in each step of checkpoints/; written last
+METADATA_FILE = "_CHECKPOINT_METADATA"  # Orbax writes it last into the folder of a step
 STEP_TIME, COMPILE_TIME = "perf/step_time_s", "perf/compile_s"
-MOST_SHOWN = 20
+MOST_SHOWN = 20  # rows of the table
 
 
 @dataclasses.dataclass(frozen=True)
-class Life:
-    """One row.
+class Attempt:
+    """One start of the command, and one row of the log. The names of the fields are those of the file.
 
     Attributes:
-      life: from 1, through all supervisors of the run.
-      waited: seconds between the life before and this one; 0 for the first one of a supervisor.
-      code: exit code; 128 + n for a death by signal n.
+      life: number of the attempt, from 1, counted over all supervisors of the run.
+      waited: seconds between the previous attempt and this one; 0 for the first one of a supervisor.
+      code: exit code; 128 + n if signal n killed the process.
       first_step, last_step: newest committed step before and after.
-      lost_steps: steps this life did past last_step, as far as metrics.jsonl has rows of them.
-      goodput: of all lives up to this one, where that is known.
+      lost_steps: steps that this attempt did past last_step, as far as metrics.jsonl has rows for them.
+      goodput: of all attempts up to this one; None if it is not known.
     """
 
     life: int
@@ -58,24 +58,24 @@ class Life:
 KINDS = {int: ("life", "code", "first_step", "last_step", "lost_steps"), float: ("waited", "seconds")}
 
 
-def newest_step(run: pathlib.Path) -> int:
-    """The newest committed step of a run; 0 when there is none, or none can be seen."""
+def newest_step(run_dir: pathlib.Path) -> int:
+    """The newest committed step of a run; 0 if there is none, or if that cannot be read."""
     try:
-        return newest_committed(run)
+        return newest_committed(run_dir)
     except OSError:
         return 0
 
 
-def newest_committed(run: pathlib.Path) -> int:
-    """The newest committed step of a run; 0 when there is none. Raises OSError."""
-    if not reading.is_there(run / "checkpoints"):
+def newest_committed(run_dir: pathlib.Path) -> int:
+    """The newest committed step of a run; 0 if there is none. Raises OSError."""
+    if not reading.is_there(run_dir / "checkpoints"):
         return 0
-    steps = [p for p in (run / "checkpoints").iterdir() if p.name.isascii() and p.name.isdigit()]
+    steps = [p for p in (run_dir / "checkpoints").iterdir() if p.name.isascii() and p.name.isdigit()]
     return max((int(p.name) for p in steps if reading.is_there(p / METADATA_FILE)), default=0)
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file; a file that cannot be read has none."""
+    """The rows of a .jsonl file; [] if it cannot be read."""
     try:
         return rows_in(path.read_bytes())
     except OSError:
@@ -83,9 +83,9 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def rows_in(raw: bytes) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file's bytes; lines that are torn or damaged are left out."""
+    """The rows in the content of a .jsonl file; malformed lines are skipped."""
     rows = []
-    for line in raw.split(b"\n")[:-1]:  # what comes after the last line feed is a torn line
+    for line in raw.split(b"\n")[:-1]:  # after the last line feed there is a torn line, or nothing
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -95,14 +95,14 @@ def rows_in(raw: bytes) -> list[dict[str, Any]]:
     return rows
 
 
-def read_lives(path: pathlib.Path) -> list[Life]:
-    """The lives in a file. Rows that are none are left out, and a row that was written twice counts once."""
-    names = [field.name for field in dataclasses.fields(Life)]
+def read_attempts(path: pathlib.Path) -> list[Attempt]:
+    """The attempts in a file. Malformed rows are skipped, and a row that was written twice counts once."""
+    names = [field.name for field in dataclasses.fields(Attempt)]
     rows: list[dict[str, Any]] = [{name: row.get(name) for name in names} for row in read_rows(path)]
-    return list(dict.fromkeys(Life(**row) for row in rows if _is_life(row)))
+    return list(dict.fromkeys(Attempt(**row) for row in rows if _is_attempt(row)))
 
 
-def _is_life(row: dict[str, Any]) -> bool:
+def _is_attempt(row: dict[str, Any]) -> bool:
     return (
         all(_is_count(row[name]) for name in KINDS[int])
         and all(_is_seconds(row[name]) for name in KINDS[float])
@@ -119,16 +119,16 @@ def _is_seconds(value: object) -> bool:
     return type(value) in (int, float) and 0 <= value < 1e18  # type: ignore[operator]
 
 
-def goodput(rows: Sequence[dict[str, Any]], lives: Sequence[Life]) -> float | None:
-    """Time of the steps that were kept, over the time of all lives and the waits between them; None if there is none.
+def goodput(rows: Sequence[dict[str, Any]], attempts: Sequence[Attempt]) -> float | None:
+    """Time of the steps that were kept / time of all attempts and the waits between them; None if that is 0.
 
     Args:
-      rows: of metrics.jsonl. A row's step time stands for the steps since the row before; steps after the last row
-        have none, and do not count. Nor does a row of nothing but a first step, which is mostly compilation: the next
-        one stands for both.
-      lives: in their order. Steps that belong to none of them, or were lost again, do not count.
+      rows: of metrics.jsonl. A row's step time is that of the steps since the row before. Steps after the last row
+        have no time, and do not count. A row of the first step only is skipped, because it is mostly compilation: the
+        next row counts for both.
+      attempts: in their order. Steps that belong to none of them, or were lost later, do not count.
     """
-    wall = sum(life.seconds + life.waited for life in lives)
+    wall = sum(attempt.seconds + attempt.waited for attempt in attempts)
     if not wall:
         return None
     times = {row["step"]: row[STEP_TIME] for row in rows if _has_step_time(row)} | {0: 0.0}
@@ -141,9 +141,9 @@ def goodput(rows: Sequence[dict[str, Any]], lives: Sequence[Life]) -> float | No
         i = bisect.bisect_left(steps, step)
         return times_up_to[i] - (steps[i] - step) * times[steps[i]] if i < len(steps) else times_up_to[-1]
 
-    useful, counted, kept = 0.0, 0, lives[-1].last_step
-    for life in lives:
-        first, last = max(life.first_step, counted), min(life.last_step, kept)
+    useful, counted, kept = 0.0, 0, attempts[-1].last_step
+    for attempt in attempts:
+        first, last = max(attempt.first_step, counted), min(attempt.last_step, kept)
         if first < last:
             useful += up_to(last) - up_to(first)
             counted = last
@@ -155,60 +155,71 @@ def _has_step_time(row: dict[str, Any]) -> bool:
     return _is_count(row.get("step")) and _is_seconds(seconds) and seconds != row.get(COMPILE_TIME)
 
 
-class Journal:
-    """The file of lives, and the one under way.
+class RestartLog:
+    """The attempts of a run, in their file; and the one that is running, from begin() to end().
 
-    Nothing is written before the run has its config.json: the trainer refuses a folder that has something in it and is
-    no run. Rows that could not be written yet are kept for the next time.
+    Nothing is written before the run has its config.json, because the trainer refuses a folder that is not empty and
+    not a run. Rows that cannot be written are kept, and written with the next one.
     """
 
-    def __init__(self, run: pathlib.Path, process: int = 0):
-        self.run, self.metrics = run, run / "metrics.jsonl"
-        self.path = run / (f"lives.{process}.jsonl" if process else "lives.jsonl")
-        self.lives = read_lives(self.path)
-        self._unwritten: list[Life] = []
-        self._ended = math.inf
+    def __init__(self, run_dir: pathlib.Path, process: int = 0):
+        self.run_dir = run_dir
+        self.metrics = run_dir / "metrics.jsonl"
+        self.path = run_dir / (f"lives.{process}.jsonl" if process else "lives.jsonl")
+        self.attempts = read_attempts(self.path)
+        self._unwritten: list[Attempt] = []
+        self._start = ""
+        self._start_s = 0.0
+        self._end_s = math.inf
+        self._first_step = 0
+        self._metrics_before: tuple[int, ...] | None = None
 
     def begin(self) -> None:
-        """A life begins."""
-        self._start, self._began = _now(), time.monotonic()
-        self._first_step, self._metrics_before = newest_step(self.run), _version(self.metrics)
+        """An attempt starts."""
+        self._start = _now()
+        self._start_s = time.monotonic()
+        self._first_step = newest_step(self.run_dir)
+        self._metrics_before = _version(self.metrics)
 
-    def end(self, returncode: int) -> Life:
-        """It ended with `returncode`, that of subprocess: -n for a death by signal n. Writes its row."""
-        now, last_step, rows = time.monotonic(), newest_step(self.run), read_rows(self.metrics)
+    def end(self, returncode: int) -> Attempt:
+        """The attempt has ended; writes its row.
+
+        Args:
+          returncode: as of subprocess: -n if signal n killed the process.
+        """
+        now, last_step, rows = time.monotonic(), newest_step(self.run_dir), read_rows(self.metrics)
         reached = max((row["step"] for row in rows if _is_count(row.get("step"))), default=0)
-        if _version(self.metrics) == self._metrics_before:  # rows past the last step are those of a life before
+        if _version(self.metrics) == self._metrics_before:  # rows past the last step are those of an earlier attempt
             reached = 0
-        life = Life(
-            life=max((earlier.life for earlier in self.lives), default=0) + 1,
+        attempt = Attempt(
+            life=max((earlier.life for earlier in self.attempts), default=0) + 1,
             start=self._start,
             end=_now(),
-            waited=round(max(self._began - self._ended, 0.0), 3),
-            seconds=round(now - self._began, 3),
+            waited=round(max(self._start_s - self._end_s, 0.0), 3),
+            seconds=round(now - self._start_s, 3),
             cause=cause(returncode),
             code=returncode if returncode >= 0 else 128 - returncode,
             first_step=self._first_step,
             last_step=last_step,
             lost_steps=max(reached - last_step, 0),
         )
-        life = dataclasses.replace(life, goodput=goodput(rows, [*self.lives, life]))
-        self._ended = now
-        self.lives.append(life)
-        self._unwritten.append(life)
-        if (self.run / "config.json").exists():
+        attempt = dataclasses.replace(attempt, goodput=goodput(rows, [*self.attempts, attempt]))
+        self._end_s = now
+        self.attempts.append(attempt)
+        self._unwritten.append(attempt)
+        if (self.run_dir / "config.json").exists():
             self._write()
-        return life
+        return attempt
 
     def _write(self) -> None:
         try:
             with self.path.open("a+b") as f:
                 f.seek(0)
                 f.truncate(f.read().rfind(b"\n") + 1)  # a torn line, if there is one
-                f.writelines(json.dumps(dataclasses.asdict(life)).encode() + b"\n" for life in self._unwritten)
+                f.writelines(json.dumps(dataclasses.asdict(row)).encode() + b"\n" for row in self._unwritten)
                 files.close_durably(f)
         except OSError as e:
-            log.warning("%s cannot be written (%s); its rows are kept for the next time", self.path, e.strerror)
+            log.warning("%s cannot be written (%s); its rows are kept until the next one", self.path, e.strerror)
             return
         self._unwritten.clear()
 
@@ -218,7 +229,7 @@ def _now() -> str:
 
 
 def _version(path: pathlib.Path) -> tuple[int, ...] | None:
-    """What changes when somebody writes to a file."""
+    """What changes when a file is written to; None if it cannot be read."""
     try:
         found = path.stat()
     except OSError:
@@ -232,17 +243,18 @@ def cause(returncode: int) -> str:
             return f"signal {signal.Signals(-returncode).name}"
         except ValueError:  # real-time signals have no name
             return f"signal {-returncode}"
-    return {DONE: "done", STOPPED: f"stopped ({STOPPED})"}.get(returncode, f"exit code {returncode}")
+    stopped = Stopped.exit_code
+    return {0: "done", stopped: f"stopped ({stopped})"}.get(returncode, f"exit code {returncode}")
 
 
-def table(lives: Sequence[Life], since: int = 0) -> list[str]:
-    """Lines for people: the lives from number `since` in the list on, then one for all of them."""
+def table(attempts: Sequence[Attempt], since: int = 0) -> list[str]:
+    """Lines for people: a table of attempts[since:], MOST_SHOWN at most, then one line about all of them."""
     lines = ["life  cause             steps                 lost   seconds    waited"]
-    for life in lives[since:][-MOST_SHOWN:]:
-        steps = f"{life.first_step} to {life.last_step}"
-        numbers = f"{life.lost_steps:>6,}{life.seconds:>10,.1f}{life.waited:>10,.1f}"
-        lines.append(f"{life.life:>4}  {life.cause:<16}  {steps:<20}{numbers}")
-    share = lives[-1].goodput
-    lost = sum(life.lost_steps for life in lives)
+    for attempt in attempts[since:][-MOST_SHOWN:]:
+        steps = f"{attempt.first_step} to {attempt.last_step}"
+        numbers = f"{attempt.lost_steps:>6,}{attempt.seconds:>10,.1f}{attempt.waited:>10,.1f}"
+        lines.append(f"{attempt.life:>4}  {attempt.cause:<16}  {steps:<20}{numbers}")
+    share = attempts[-1].goodput
+    lost = sum(attempt.lost_steps for attempt in attempts)
     known = f"goodput {100 * share:.1f} %" if share is not None else "goodput not known"
-    return [*lines, f"lives {len(lives)}, steps lost {lost:,}, {known}"]
+    return [*lines, f"lives {len(attempts)}, steps lost {lost:,}, {known}"]

@@ -1,4 +1,4 @@
-"""Which checkpoints stay, and when the next is due by time. Pure; process 0 decides for all."""
+"""Which checkpoints are kept, and when the next timed save is due. Pure; process 0 decides for all."""
 
 import collections
 import math
@@ -8,13 +8,13 @@ from types import MappingProxyType
 
 from trainer.config import CheckpointConfig
 
-RETRY_S = 10.0  # after a save that failed; doubled with each that fails again
-STALLS = 5  # that are remembered; one slow save is none of a slow disk
-RAREST = 3  # times every_minutes: what a preemption without warning may cost, however slow saves are
+RETRY_S = 10.0  # after a failed save; doubled with each further failure
+STALLS = 5  # saves whose median stall counts: a single slow save does not mean that the disk is slow
+LONGEST_INTERVAL = 3  # x every_minutes: what a preemption without warning may cost, even if saves are slow
 
 
 def planned(step: int, config: CheckpointConfig) -> bool:
-    """Whether a run that nobody stops has this step, too. If saves are also made by time, none is told from another."""
+    """Whether a run that is not stopped has this step, too. With timed saves any step may be one of its steps."""
     every = [n for n in (config.every_steps, config.keep_every_steps) if n]
     return bool(config.every_minutes) or not every or any(step % n == 0 for n in every)
 
@@ -24,12 +24,12 @@ def kept(
     config: CheckpointConfig,
     windows: Mapping[int, int | None] = MappingProxyType({}),
 ) -> set[int]:
-    """The steps to keep: the last ones (of those that are planned; and the newest), the permanent ones, the best ones.
+    """The steps to keep: the last planned ones, the newest, the permanent ones and the best ones.
 
     Args:
-      steps: committed steps, with the val/loss of those that were evaluated; one that is not finite is never the best.
-      windows: over how many the loss of a step was measured. Losses over the same number are compared with each other
-        only, and of each number the best stay; steps that are not named are of one more.
+      steps: committed steps with their val/loss, None if not evaluated. A loss that is not finite is never the best.
+      windows: eval.num_windows of the losses, by step; steps that are missing share one more value. Only losses over
+        the same number of windows are compared, and the best ones of each number are kept.
     """
     ordered = sorted(steps)
     keep = {*[step for step in ordered if planned(step, config)][-config.keep_last :], *ordered[-1:]}
@@ -43,16 +43,21 @@ def kept(
 
 
 class SaveClock:
-    """When a save by time is due: after every_minutes, later if saves are slow, sooner if the last one failed.
+    """When a timed save is due: after every_minutes, later if saves are slow, sooner if the last one failed.
 
-    Times are of one monotonic clock, in seconds.
+    `now` is always that of one monotonic clock, in seconds.
+
+    Attributes:
+      last: when the last save was started, or the run.
+      saving: whether a save was started whose end was not reported yet.
+      stalls: seconds for which the last saves stalled the loop.
     """
 
     def __init__(self, config: CheckpointConfig, now: float):
         self.config = config
         self.last = now
         self.stalls: collections.deque[float] = collections.deque(maxlen=STALLS)
-        self.saving = False  # a save was started, and its end was not reported yet
+        self.saving = False
         self._requested = False
         self._retry_at: float | None = None
         self._retry_s = RETRY_S
@@ -62,7 +67,7 @@ class SaveClock:
         """Long enough that the usual stall is at most config.max_share of it, within limits."""
         wanted_s = 60 * self.config.every_minutes
         usual_s = statistics.median(self.stalls) if self.stalls else 0.0
-        return min(max(wanted_s, usual_s / self.config.max_share), RAREST * wanted_s)
+        return min(max(wanted_s, usual_s / self.config.max_share), LONGEST_INTERVAL * wanted_s)
 
     def request(self, now: float) -> bool:
         """True if a save is due and was not requested before."""

@@ -1,7 +1,7 @@
-"""What agreements are made of: a value of each process goes to process 0, whose answer goes to all.
+"""Rounds of agreement: a value of each process goes to process 0, whose answer goes to all.
 
 A round costs one key and two messages for each process, whatever the values are, and its keys are removed in the next
-one. Values lie in the key-value store of JAX's coordination service, which process 0 keeps: no device takes part.
+round. The key-value store of JAX's coordination service, which process 0 hosts, has the values: no device takes part.
 """
 
 import itertools
@@ -14,30 +14,31 @@ from trainer.errors import Stopped
 
 log = logging.getLogger("meshlm")
 PREFIX = "meshlm"
-# A call that timed out stays in JAX's service, some 15 kB, until its key is set: so few of them.
-FOREVER_S = 1e6  # of a wait without a limit
-TELL_S = 60.0  # then process 0 says whom it waits for, and again after twice as long
-ALSO_S = 30.0  # that the answer of process 0 may take beyond the values it waits for
+# Limit of one call in a wait without a limit. A call that timed out stays in JAX's service, about 15 kB, until its key
+# is set; with this limit there are few.
+FOREVER_S = 1e6
+WARN_AFTER_S = 60.0  # process 0 then logs whom it waits for, and again after twice as long
+ANSWER_GRACE_S = 30.0  # how much longer than for the values processes wait for the answer of process 0
 
 
-class Taken(Exception):
-    """Of Store.set: somebody has set this key before."""
+class KeyTaken(Exception):
+    """Store.set: the key was set before."""
 
 
 class Store(Protocol):
-    """Keys and values that all processes share. Each call may raise Stopped, when the store is gone."""
+    """Keys and values that all processes share. Each call may raise Stopped, if the store is gone."""
 
-    def set(self, key: str, value: str) -> None: ...  # raises Taken
+    def set(self, key: str, value: str) -> None: ...  # raises KeyTaken
 
     def get(self, key: str, timeout_s: float) -> str: ...  # waits until the key is set; raises TimeoutError
 
-    def below(self, folder: str) -> dict[str, str]: ...  # what is set of folder/NAME now, by name
+    def below(self, folder: str) -> dict[str, str]: ...  # the keys folder/NAME that are set now, by NAME
 
-    def remove(self, key: str) -> None: ...  # and all below it
+    def remove(self, key: str) -> None: ...  # the key, and all keys below it
 
 
 class ServiceStore:
-    """That of JAX's coordination service."""
+    """The key-value store of JAX's coordination service."""
 
     def set(self, key: str, value: str) -> None:
         self._call("key_value_set", key, value)
@@ -53,21 +54,21 @@ class ServiceStore:
 
     def _call(self, method: str, key: str, *arguments: Any) -> Any:
         import jax
-        from jax._src import distributed  # the service has no public door
+        from jax._src import distributed  # there is no public API for the service
 
         try:
             return getattr(distributed.global_state.client, method)(key, *arguments)
         except jax.errors.JaxRuntimeError as e:
             reason = " ".join(str(e).split())[:200]
         if "ALREADY_EXISTS" in reason:
-            raise Taken(key)
+            raise KeyTaken(key)
         if "DEADLINE_EXCEEDED" in reason:
             raise TimeoutError(key)
         raise Stopped(f"process 0, through which all agree, cannot be reached: {reason}; see its log, start all again")
 
 
 def wait_for(store: Store, key: str) -> str:
-    """The value of a key, however long it takes: another watches over that (trainer/reliability/watchdog.py)."""
+    """The value of a key, however long it takes; the watchdogs limit the wait (trainer/reliability/watchdog.py)."""
     while True:
         try:
             return store.get(key, FOREVER_S)
@@ -76,16 +77,21 @@ def wait_for(store: Store, key: str) -> str:
 
 
 class Rounds:
-    """Rounds of one name, held by all processes in the same order, each by one thread at a time."""
+    """Rounds of one name. All processes hold them in the same order, each on one thread at a time."""
 
     def __init__(self, store: Store, name: str, index: int, size: int):
-        self._store, self._name, self._index, self._size = store, name, index, size
+        self._store = store
+        self._name = name
+        self._index = index
+        self._size = size
         self._count = itertools.count()
 
     def hold(self, value: str, answer: Callable[[Sequence[str | None]], str], limit_s: float | None = None) -> str:
-        """The answer of process 0, which alone calls `answer`, on all values; None for one that did not come in time.
+        """What `answer`, called on process 0 only, returns for the values of all processes.
 
-        Without a limit it waits for all. Raises TimeoutError where process 0 does not answer within the limit.
+        A value is None if it did not arrive within `limit_s`; without a limit, all are waited for.
+
+        Raises TimeoutError if process 0 does not answer within the limit.
         """
         n = next(self._count)
         here = f"{PREFIX}/{self._name}/{n}"
@@ -93,18 +99,18 @@ class Rounds:
             self._store.set(f"{here}/values/{self._index}", value)
             if limit_s is None:
                 return wait_for(self._store, f"{here}/answer")
-            return self._store.get(f"{here}/answer", limit_s + ALSO_S)
+            return self._store.get(f"{here}/answer", limit_s + ANSWER_GRACE_S)
         values = [value, *self._others(f"{here}/values", limit_s)]
         text = answer(values)
         self._store.set(f"{here}/answer", text)
-        if n and None not in values:  # all who have come to this round have read the answer of the one before
+        if n and None not in values:  # every process in this round has read the answer of the one before
             self._store.remove(f"{PREFIX}/{self._name}/{n - 1}")
         return text
 
     def _others(self, folder: str, limit_s: float | None) -> list[str | None]:
         """The values of processes 1 to N - 1.
 
-        One is waited for, then all are taken that have come; after 1, 2, 4, … waits, so that this is N log N at worst.
+        Waits for single keys; after 1, 2, 4, … waits it lists all keys that are set by then: N log N at worst.
         """
         end = None if limit_s is None else time.monotonic() + limit_s
         found: dict[str, str | None] = {}
@@ -119,7 +125,8 @@ class Rounds:
         return [found[str(i)] for i in range(1, self._size)]
 
     def _wait(self, folder: str, name: str, end: float | None) -> str | None:
-        start, wait_s = time.monotonic(), TELL_S
+        start = time.monotonic()
+        wait_s = WARN_AFTER_S
         while True:
             left_s = wait_s if end is None else end - time.monotonic()
             try:

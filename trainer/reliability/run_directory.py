@@ -1,9 +1,9 @@
-"""The run directory: resolved configuration, comparison with the one it began with, lock, and what is recorded once.
+"""The run directory: the resolved configuration, its comparison with the run's own, and what a start records.
 
     RUN/config.json  command.txt  environment.json  tokenizer/  metrics.jsonl  tensorboard/  samples.jsonl
     RUN/log.<process>.txt  checkpoints/<step>/
 
-No heavy imports: all of this is checked before JAX is loaded, so that a mistake is answered at once.
+No heavy imports: all of this is checked before JAX is loaded, so that a mistake is reported at once.
 """
 
 import dataclasses
@@ -32,17 +32,17 @@ from trainer.errors import ConfigError
 from trainer.reliability import identity, reading, restarts
 
 log = logging.getLogger("meshlm")
-# What a first start that was killed may leave without config.json.
+# Prefixes of files that a first start may have left if it was killed before it wrote config.json.
 BEFORE_A_RUN = (".lock", "config.json.writing", "lives.")
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "ml-collections")
 
 
 def resolve(config: Config) -> Config:
-    """`config` with what the dataset decides filled in: vocabulary and longest context.
+    """`config` with the values that depend on the dataset filled in: vocabulary, longest context, end of text.
 
     Raises:
-      DataError: the dataset is not there (the message has the command that prepares it) or cannot be used.
-      ConfigError: the config contradicts it.
+      DataError: the dataset does not exist (the message has the command that prepares it) or cannot be used.
+      ConfigError: `config` contradicts the dataset.
     """
     if not config.data.path:
         raise ConfigError("config.data.path is not set; name a dataset folder made by python -m launch.prepare")
@@ -61,7 +61,7 @@ def resolve(config: Config) -> Config:
     vocab_size = found.vocab_size
     if not vocab_size:
         raise ConfigError(
-            f"config.model.vocab_size is not set, and {config.data.path} does not say it; set it (the largest id seen "
+            f"config.model.vocab_size is not set, and {config.data.path} does not have it; set it (the largest id seen "
             f"is {found.largest_id}), or name the tokenizer with config.data.tokenizer_path"
         )
     if model.vocab_size not in (0, vocab_size):
@@ -83,7 +83,7 @@ def resolve(config: Config) -> Config:
         data = dataclasses.replace(data, eos_id=eos_id)
     if data.mask_documents and not 0 <= data.eos_id < model.vocab_size:
         raise ConfigError(
-            f"config.data.mask_documents needs the token that ends a document: {data.path} names none; set "
+            f"config.data.mask_documents needs the token that ends a document: {data.path} has none; set "
             f"config.data.eos_id to a token below {model.vocab_size}"
         )
     if data.mask_documents:
@@ -91,127 +91,138 @@ def resolve(config: Config) -> Config:
     return dataclasses.replace(config, model=model, data=data)
 
 
-def read_config(run: pathlib.Path) -> Config:
-    """The configuration of an existing run: config.json, or if that is lost, what its newest checkpoint recorded.
+def read_config(run_dir: pathlib.Path) -> Config:
+    """The configuration of an existing run: config.json, or if that is lost, the copy in its newest checkpoint.
 
     Raises ConfigError, Unreadable.
     """
-    check_links(run)
-    path = run / "config.json"
+    check_links(run_dir)
+    path = run_dir / "config.json"
     try:
         if (text := _text(path)) is not None:
             return from_dict(json.loads(text), recorded=True)
-        problem = f"{run} is not a run directory: it has no config.json; name one with --workdir"
+        problem = f"{run_dir} is not a run directory: it has no config.json; name one with --workdir"
     except (ValueError, RecursionError) as e:
-        problem = f"{path} is damaged ({e}), and no checkpoint has another; choose another --workdir"
-    if (meta := identity.newest_meta(run / "checkpoints")) is None:
+        problem = f"{path} is damaged ({e}), and no checkpoint has a copy; choose another --workdir"
+    if (meta := identity.newest_meta(run_dir / "checkpoints")) is None:
         raise ConfigError(problem)
-    log.warning("%s is lost or damaged; the newest checkpoint has the configuration, too", path)
+    log.warning("%s is lost or damaged; using the copy in the newest checkpoint", path)
     return from_dict(meta["config"], recorded=True)
 
 
-def check_links(run: pathlib.Path) -> None:
-    """Raises ConfigError for a link on the way to the run or its checkpoints that leads nowhere, as to a lost disk.
+def check_links(run_dir: pathlib.Path) -> None:
+    """Checks the symlinks on the path of the run and of its checkpoints: one may lead to a disk that is not mounted.
 
-    Raises Unreadable, too.
+    Raises:
+      ConfigError: a link is broken.
+      Unreadable: that cannot be read just now.
     """
-    for path in (*run.absolute().parents, run, run / "checkpoints"):
+    for path in (*run_dir.absolute().parents, run_dir, run_dir / "checkpoints"):
         if os.path.islink(path) and not reading.writing(functools.partial(reading.is_there, path), path):
             raise ConfigError(
                 f"{path} is a link to {os.readlink(path)}, which cannot be reached; bring that back, or remove the link"
             )
 
 
-def check_changes(run: pathlib.Path, config: Config, allow: bool) -> Config:
-    """Compares with the configuration the run began with; ConfigError with a diff where it may not go on.
+def check_changes(run_dir: pathlib.Path, config: Config, allow: bool) -> Config:
+    """Compares `config` with the configuration of the run in `run_dir`, if there is one.
 
-    Returns `config` with the length of its schedule fixed: that of the run's beginning, unless another one is named.
+    Returns `config` with the length of its schedule fixed: the one that the run started with, unless `config` sets it.
 
-    Raises Unreadable, too.
+    Args:
+      allow: accept changes that need --allow_config_change.
+
+    Raises:
+      ConfigError: the run cannot be resumed with `config`; the message names the fields that differ.
+      Unreadable: the run directory cannot be read just now.
     """
-    check_links(run)
-    not_usable = f"--workdir={run} cannot be used:"
-    if not reading.writing(lambda: _is_run(run), run, not_usable):
+    check_links(run_dir)
+    not_usable = f"--workdir={run_dir} cannot be used:"
+    if not reading.writing(lambda: _is_run(run_dir), run_dir, not_usable):
         return schedule.fixed(config)
-    before = schedule.fixed(read_config(run))
+    before = schedule.fixed(read_config(run_dir))
     config = schedule.fixed(config, before)
     found = changes(before, config)
-    step = reading.writing(lambda: restarts.newest_committed(run), run, not_usable)
+    step = reading.writing(lambda: restarts.newest_committed(run_dir), run_dir, not_usable)
     old, new = (schedule.learning_rate(c.optimizer, c.num_train_steps, step) for c in (before, config))
     if step and not math.isclose(old, new, rel_tol=1e-6):
         found["flag"].append(f"the learning rate of step {step + 1}: {old:.4g} -> {new:.4g}")
     if found["refused"]:
         raise ConfigError(
-            f"{run} was begun with another configuration; {'; '.join(found['refused'])}; "
+            f"{run_dir} was started with another configuration; {'; '.join(found['refused'])}; "
             "undo the change or choose another --workdir"
         )
     if found["flag"] and not allow:
         raise ConfigError(
-            f"{run} was begun with other settings; {'; '.join(found['flag'])}; "
-            "undo the change, or pass --allow_config_change to go on with it"
+            f"{run_dir} was started with other settings; {'; '.join(found['flag'])}; "
+            "undo the change, or pass --allow_config_change to resume with it"
         )
     for line in found["harmless"] + found["flag"]:
         log.info("changed   %s", line)
     return config
 
 
-def check_mirror(run: pathlib.Path, mirror: str) -> None:
-    """Raises ConfigError for copies in the run itself: what takes the one takes the other."""
+def check_mirror(run_dir: pathlib.Path, mirror: str) -> None:
+    """Raises ConfigError for a mirror in the run directory: both would be lost together."""
     if mirror and not remote.is_remote(mirror):
-        place, own = pathlib.Path(mirror).resolve(), run.resolve()
+        place, own = pathlib.Path(mirror).resolve(), run_dir.resolve()
         if own in (place, *place.parents):
             raise ConfigError(
-                f"config.checkpoint.mirror = {mirror} is in the run directory {run} itself; name a folder elsewhere, "
-                "or gs://… or s3://…"
+                f"config.checkpoint.mirror = {mirror} is in the run directory {run_dir} itself; name a folder "
+                "elsewhere, or gs://… or s3://…"
             )
 
 
-def _is_run(run: pathlib.Path) -> bool:
-    """False if nothing is there yet. Raises ConfigError for something else, OSError."""
-    if reading.is_there(run / "config.json") or identity.newest_meta(run / "checkpoints") is not None:
+def _is_run(run_dir: pathlib.Path) -> bool:
+    """Whether `run_dir` has a run; False if it is missing or empty. Raises ConfigError for other files, OSError."""
+    if reading.is_there(run_dir / "config.json") or identity.newest_meta(run_dir / "checkpoints") is not None:
         return True
-    if reading.is_there(run) and not all(p.name.startswith(BEFORE_A_RUN) for p in run.iterdir()):
-        raise ConfigError(f"{run} exists, is not empty and is not a run directory; choose another --workdir")
+    if reading.is_there(run_dir) and not all(p.name.startswith(BEFORE_A_RUN) for p in run_dir.iterdir()):
+        raise ConfigError(f"{run_dir} exists, is not empty and is not a run directory; choose another --workdir")
     return False
 
 
 def record(
-    run: pathlib.Path,
+    run_dir: pathlib.Path,
     config: Config,
     data: sources.Sources,
     argv: list[str],
     numbers: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Writes config.json, tokenizer/ (if there is one) and environment.json, and adds the command to command.txt.
+    """Writes config.json, tokenizer/ (if there is one) and environment.json, and appends the command to command.txt.
 
     Args:
-      numbers: what numbers depend on beside the configuration.
+      numbers: settings besides the configuration that losses depend on, for environment.json.
 
-    Raises ConfigError, Unreadable where that fails.
+    Raises ConfigError, Unreadable if that fails.
     """
-    reading.writing(lambda: _record(run, config, data, argv, numbers), run, f"cannot write to --workdir={run}:")
+    reading.writing(
+        lambda: _record(run_dir, config, data, argv, numbers), run_dir, f"cannot write to --workdir={run_dir}:"
+    )
 
 
-def recorded(run: pathlib.Path) -> str:
-    """What the last start of the run left there; to be compared between processes. Raises ConfigError, Unreadable."""
-    text = _text(run / "environment.json")
+def recorded(run_dir: pathlib.Path) -> str:
+    """environment.json as the last start wrote it, to compare between processes. Raises ConfigError, Unreadable."""
+    text = _text(run_dir / "environment.json")
     if text is None:
-        raise ConfigError(f"--workdir={run} is not the same folder for all processes; name one on a shared file system")
+        raise ConfigError(
+            f"--workdir={run_dir} is not the same folder for all processes; name one on a shared file system"
+        )
     return text
 
 
 def _text(path: pathlib.Path) -> str | None:
-    """Of a file that may be missing: None. Raises ConfigError, Unreadable."""
+    """The content of a file; None if it is missing. Raises ConfigError, Unreadable."""
     return reading.writing(lambda: path.read_text() if reading.is_there(path) else None, path, "cannot read")
 
 
 def _record(
-    run: pathlib.Path, config: Config, data: sources.Sources, argv: list[str], numbers: Mapping[str, Any]
+    run_dir: pathlib.Path, config: Config, data: sources.Sources, argv: list[str], numbers: Mapping[str, Any]
 ) -> None:
-    files.write_durably(run / "config.json", to_json(config).encode())
+    files.write_durably(run_dir / "config.json", to_json(config).encode())
     tokenizer = data.load_tokenizer()
-    if tokenizer is not None and not _has_tokenizer(run, tokenizer):
-        tokenizers.save(tokenizer, run / "tokenizer")
+    if tokenizer is not None and not _has_tokenizer(run_dir, tokenizer):
+        tokenizers.save(tokenizer, run_dir / "tokenizer")
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     environment = {
         "time": now,
@@ -222,22 +233,24 @@ def _record(
         "numbers": dict(numbers),
         **_commit(),
     }
-    files.write_durably(run / "environment.json", (json.dumps(environment, indent=1) + "\n").encode())
-    with (run / "command.txt").open("a", encoding="utf-8", errors="backslashreplace") as f:  # last: it is tried again
+    files.write_durably(run_dir / "environment.json", (json.dumps(environment, indent=1) + "\n").encode())
+    with (run_dir / "command.txt").open(
+        "a", encoding="utf-8", errors="backslashreplace"
+    ) as f:  # last, because a retry repeats all of this
         f.write(f"{now} {shlex.join(argv)}\n")
 
 
-def _has_tokenizer(run: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> bool:
+def _has_tokenizer(run_dir: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> bool:
     try:
-        there = tokenizers.load(run / "tokenizer")
+        there = tokenizers.load(run_dir / "tokenizer")
     except DataError:  # not there, or damaged
         return False
     return identity.tokenizer_sha256(there) == identity.tokenizer_sha256(tokenizer)
 
 
 def _commit() -> dict[str, str | None]:
-    """The commit of this code, with '+' when files were changed since; None, and why, outside a git checkout."""
-    # In a container the checkout is often another user's, which git refuses; but it is the code that runs already.
+    """The commit of this code, with '+' if files were changed since; None, and why, outside of a git checkout."""
+    # In a container the checkout often belongs to another user, which git refuses; but this code is running already.
     git = ["git", "-C", str(pathlib.Path(__file__).parent), "-c", "safe.directory=*"]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)

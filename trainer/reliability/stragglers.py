@@ -1,7 +1,7 @@
-"""Which host is slow. In a synchronous run all have the same step time, so this compares what each can measure alone.
+"""Which host is slow. In a synchronous run all have the same step time, so each measures what depends on itself only.
 
-That is: the time in which a process held up the step itself, and a probe, a computation that no other device shares.
-How the values get from process to process is not known here.
+That is the time for which a process itself delayed the steps, and a probe: a computation on a single device. This
+module does not send the values; trainer/loop.py gathers them.
 """
 
 import functools
@@ -15,10 +15,10 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-PROBES = 3  # the median of them counts
+PROBES = 3  # measurements, of which the median counts
 SHOWN = 3  # slow hosts named for each measure
 
-# Measure: what it is called, its unit, and the value below which differences are no news.
+# For each measure its name in messages, its unit, and a floor below which differences do not matter.
 MEASURES = {
     "probe_ms": ("probe", "ms", 0.5),
     "data_wait_s": ("waiting for data", "s", 1.0),  # seconds since the last report
@@ -29,18 +29,18 @@ MEASURES = {
 def measure_probe() -> float:
     """Milliseconds that some matrix products take on this process's slowest device; the devices run one by one.
 
-    Waits for what they have to do before. A CPU is shared with all that runs on the machine, this program's own threads
-    included, and a value of it twice as high as the last means nothing. The first call compiles: a second or so.
+    Waits until the devices are idle. A CPU is shared with everything that runs on the machine, this program's own
+    threads included, so a value twice as high as the last one means nothing there. The first call compiles, ~1 s.
     """
     return max(_probe_ms(device) for device in jax.local_devices())
 
 
 def _probe_ms(device: jax.Device) -> float:
-    # A mesh of its own: under that of the run, which the trainer sets for good, a single device is refused.
+    # JAX refuses a single device under the mesh of the run, which the trainer has set.
     with jax.set_mesh(Mesh(np.array([device]), ("probe",))):
         size, products = (128, 64) if device.platform == "cpu" else (2048, 64)
         run = _products(size, products, jnp.float32 if device.platform == "cpu" else jnp.bfloat16)
-        run(1 / size).block_until_ready()  # compiles at first; later waits until the device is free
+        run(1 / size).block_until_ready()  # the first call compiles; later ones wait until the device is idle
         times = []
         for _ in range(PROBES):
             start = time.perf_counter()
@@ -51,9 +51,9 @@ def _probe_ms(device: jax.Device) -> float:
 
 @functools.cache
 def _products(size: int, products: int, dtype: jnp.dtype) -> Callable[[float], Array]:
-    """A matrix of 1 / size is its own square: the values stay as they are, and no product can be left out.
+    """The probe. A matrix of 1 / size is its own square, so values stay the same, and no product can be skipped.
 
-    It is made on the device, which holds three of them, 24 MiB at most, for as long as the probe runs.
+    It is made on the device, which holds three of them, 24 MiB at most, while the probe runs.
     """
 
     def probe(value: Array) -> Array:
@@ -66,15 +66,14 @@ def _products(size: int, products: int, dtype: jnp.dtype) -> Callable[[float], A
 def report(
     values: Mapping[int, tuple[str, Mapping[str, float]]], threshold: float = 1.5
 ) -> tuple[dict[str, float], list[str]]:
-    """The metrics perf/slowest_<measure>_ratio, and a line for each host that is slow; of one process nothing.
+    """The metrics perf/slowest_<measure>_ratio, and a line for each slow host; nothing if there is one process.
 
-    A process is compared with the median of the others. With itself among them the ratio of two processes could never
-    reach 2, however slow one is. Values below a measure's floor count as the floor, so that 0.1 ms of waiting for data
-    is not ten times 0.01 ms.
+    A process is compared with the median of the others: if it were included, the ratio of two processes could never
+    reach 2. Values below a measure's floor count as the floor: 0.1 ms of waiting for data is not ten times 0.01 ms.
 
     Args:
-      values: by process, the name of its host and its MEASURES; one that a process lacks is left out.
-      threshold: from which ratio on a host is slow.
+      values: by process, the name of its host and its MEASURES; missing ones are skipped.
+      threshold: ratio from which a host is slow.
     """
     ratios: dict[str, float] = {}
     lines: list[str] = []

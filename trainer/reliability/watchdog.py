@@ -1,7 +1,7 @@
-"""Notices a run that is stuck, says where, and leaves with 42, so that its peers and its launcher notice too.
+"""Detects a run that is stuck, logs where, and exits with 42, so that its peers and its launcher notice, too.
 
-Nothing here imports JAX: what is watched may be JAX. The thread that watches touches no file before it has found a
-stall, as a hung file system is one of the things it is for; heartbeats, RUN/heartbeat.<process>.json, have their own.
+This module does not import JAX, because JAX may be what is stuck. The watching thread uses no file before it has found
+a stall, because a hung file system is one of the causes. Another thread writes RUN/heartbeat.<process>.json.
 """
 
 import collections
@@ -21,64 +21,65 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from trainer.config import WatchdogConfig
+from trainer.errors import Stopped
 
 log = logging.getLogger("meshlm")
 
-STOPPED = 42  # as in launch/cli.py: stopped, and resumable by the same command
 STDERR = 2  # sys.stderr may be wrapped, or locked by the thread that is stuck
-LOOK_S = 1.0
-# Between heartbeats of a process; but all processes write so many a second at most, each a new file and a rename on a
-# file system that they share.
-HEARTBEAT_S, HEARTBEATS_A_SECOND = 5.0, 100
-LAST_WORDS_S = 10.0  # to write where it is stuck; then it leaves without
+CHECK_S = 1.0  # between two checks
+HEARTBEAT_S = 5.0  # between two heartbeats of a process
+HEARTBEATS_A_SECOND = 100  # of all processes at most: each is a new file and a rename on a shared file system
+DUMP_LIMIT_S = 10.0  # for writing where it is stuck; then the process exits without that
 LONGEST_TIMER_S = 7 * 86400.0  # faulthandler refuses far longer ones, such as inf
-MEDIAN_STEPS = 100
+MEDIAN_STEPS = 100  # steps whose median time sets the limit of a step
 SAVING, WAITING = "saving", "waiting for other processes"
 
 
 class Mark(NamedTuple):
-    """The last sign of life. Replaced as a whole, so that another thread never sees half of one."""
+    """The last progress of the main thread. It is replaced as a whole, so that other threads see no half of one."""
 
     phase: str
     step: int
     at: float  # seconds of the clock
-    counts: bool  # whether the time from here to the next step() is that of a step
+    counts: bool  # whether the time from here to the next step() is the time of a step
 
 
 class Pace:
-    """Where a run is, how long it may stay there, and how long it has. `clock` gives seconds.
+    """The phase of a run, its time limit, and how long there was no progress. `clock` returns seconds.
 
     Attributes:
-      save_limit_s: how long a save may take; trainer/reliability/checkpoint.py ends it then.
+      save_limit_s: returns how long a save may take; trainer/reliability/checkpoint.py ends it then.
     """
 
     def __init__(self, config: WatchdogConfig, clock: Callable[[], float] = time.monotonic):
-        self._config, self._clock = config, clock
+        self._config = config
+        self._clock = clock
         self.save_limit_s: Callable[[], float] = lambda: 0.0
         self._step_s: collections.deque[float] = collections.deque(maxlen=MEDIAN_STEPS)
-        self._mark = self._seen = Mark("starting", 0, clock(), False)
-        self._looked_at, self._stuck_s = clock(), 0.0
+        self._mark = Mark("starting", 0, clock(), False)
+        # Of the last check: the mark, the time, and for how long there was no progress.
+        self._checked_mark = self._mark
+        self._checked_at = clock()
+        self._stuck_s = 0.0
 
     def step(self, n: int) -> None:
-        """Step n is finished; whatever the phase was, it is "training" from here."""
+        """Step n is finished; the phase is "training" from here."""
         now, mark = self._clock(), self._mark
         if mark.counts:
             self._step_s.append(now - mark.at)
         self._mark = Mark("training", n, now, True)
 
     def tick(self) -> None:
-        """Something that is no step has come along: a batch of an evaluation, a file of a checkpoint."""
+        """Progress other than a train step: a batch of an evaluation, a file of a checkpoint."""
         self._mark = self._mark._replace(at=self._clock(), counts=False)
 
     def phase(self, name: str) -> contextlib.ExitStack:
-        """From here on the run does `name`; "training" has the limit of a step, others config.slow_s.
+        """Starts phase `name`. In a with statement, the previous phase is restored at the end.
 
-        SAVING may take what a save may, beside that. WAITING has twice the longest limit of a peer: what is stuck there
-        is found there first, and ends all.
-
-        Used in a with statement, the phase before it comes back at the end.
+        Limits: "training" that of a step, others config.slow_s. SAVING may take as long as a save in addition. WAITING
+        has twice the longest limit of a peer, so that a stuck peer is found there first, and ends all.
         """
-        back = contextlib.ExitStack()  # dropped where nobody enters it
+        back = contextlib.ExitStack()  # has no effect unless it is entered
         back.callback(self._enter, self._mark.phase)
         self._enter(name)
         return back
@@ -87,7 +88,10 @@ class Pace:
         self._mark = Mark(name, self._mark.step, self._clock(), False)
 
     def limit_s(self, phase: str, counts: bool = True) -> float:
-        """Of a whole step; of the first one after another phase it is the other's, in which a peer may still be."""
+        """Time limit for `phase`; `counts` as in Mark.
+
+        The first step after another phase gets the limit of other phases: a peer may still be in that phase.
+        """
         step_s = self._step_s.copy()
         if phase == SAVING:
             return self._config.slow_s + self.save_limit_s()
@@ -97,47 +101,53 @@ class Pace:
             return self._config.slow_s
         return max(self._config.min_s, self._config.factor * statistics.median(step_s))
 
-    def look(self) -> tuple[Mark, float]:
-        """The last sign of life, and the seconds since then. To be called every LOOK_S, by one thread.
+    def check(self) -> tuple[Mark, float]:
+        """The last mark, and for how many seconds there was no progress. One thread calls it every CHECK_S.
 
-        Time in which this thread did not run either (Ctrl-Z, a laptop that slept) counts as two looks at most. It is
-        left out rather than taken for a sign of life: on a crowded machine, late now and then, a stall is still found.
+        Time in which this thread did not run either (Ctrl-Z, a laptop that slept) counts as two checks at most. It is
+        left out rather than taken for progress: on a busy machine, where checks are late, a stall is still found.
         """
         mark, now = self._mark, self._clock()
-        before = self._stuck_s if mark is self._seen else 0.0
-        self._stuck_s = before + min(now - max(mark.at, self._looked_at), 2 * LOOK_S)
-        self._seen, self._looked_at = mark, now
+        before = self._stuck_s if mark is self._checked_mark else 0.0
+        self._stuck_s = before + min(now - max(mark.at, self._checked_at), 2 * CHECK_S)
+        self._checked_mark = mark
+        self._checked_at = now
         return mark, self._stuck_s
 
 
 class Watchdog(Pace):
     """Watches this process from its construction to close().
 
-    Args:
-      run: where heartbeat and log lie; need not exist, and what cannot be written there is left out.
-      config: the limits.
-      process, of: number of this process, for the names of its files, and of all.
-      leave: called with 42 after a stall, by a thread; must end the process.
+    A main thread that is stuck and holds the GIL stops these threads as well. For that case there is faulthandler's
+    timer, which does not need the GIL: it prints the stacks and exits with 1 (it has no other code), not 42. It cannot
+    distinguish a stuck process from one that was suspended and continued, so it waits 2 * config.slow_s in any phase.
 
-    A main thread that is stuck and holds the GIL stops the threads here as well. For that there is faulthandler's
-    timer, which needs no GIL: it prints the stacks and leaves with 1 (it has no other code), not 42. It cannot tell a
-    stuck process from one that was stopped and goes on, so it waits for 2 * config.slow_s whatever the phase.
+    Args:
+      run_dir: folder of heartbeat and log. It need not exist, and what cannot be written there is left out.
+      config: the limits.
+      process: number of this process, for the names of its files.
+      of: number of processes.
+      leave: called with 42 after a stall, by a thread; must end the process.
     """
 
     def __init__(
         self,
-        run: pathlib.Path,
+        run_dir: pathlib.Path,
         config: WatchdogConfig,
         process: int,
+        *,
         leave: Callable[[int], None] = os._exit,
         of: int = 1,
     ):
         super().__init__(config)
         self._every_s = max(HEARTBEAT_S, of / HEARTBEATS_A_SECOND)
-        self._first_s = self._every_s * (process % of) / of  # not all at once
-        self._heartbeat, self._log = run / f"heartbeat.{process}.json", run / f"log.{process}.txt"
-        self._leave, self._host = leave, socket.gethostname()
-        self._closed, self._writing = threading.Event(), threading.Lock()
+        self._first_s = self._every_s * (process % of) / of  # processes do not write at the same time
+        self._heartbeat = run_dir / f"heartbeat.{process}.json"
+        self._log = run_dir / f"log.{process}.txt"
+        self._leave = leave
+        self._host = socket.gethostname()
+        self._closed = threading.Event()
+        self._writing = threading.Lock()
         self._threads = [threading.Thread(target=t, name=t.__name__, daemon=True) for t in (self._watch, self._beat)]
         for thread in self._threads:
             thread.start()
@@ -146,30 +156,30 @@ class Watchdog(Pace):
         """Ends watching; the last heartbeat says "ended"."""
         self._closed.set()
         for thread in self._threads:
-            thread.join(LAST_WORDS_S)  # a heartbeat may hang in its file system; that is no reason to stay
+            thread.join(DUMP_LIMIT_S)  # a heartbeat may hang in its file system
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        while not self._closed.wait(LOOK_S):
+        while not self._closed.wait(CHECK_S):
             timer_s = min(2 * self._config.slow_s, LONGEST_TIMER_S)
             faulthandler.dump_traceback_later(timer_s, exit=True, file=STDERR)  # instead of the one set before
-            mark, stuck_s = self.look()
+            mark, stuck_s = self.check()
             limit_s = self.limit_s(mark.phase, mark.counts)
             if stuck_s > limit_s:
                 self._stalled(mark, stuck_s, limit_s)
                 return
 
     def _stalled(self, mark: Mark, stuck_s: float, limit_s: float) -> None:
-        # The last words may hang like the rest: on the file system, a full pipe, or the lock of a log handler.
-        deadline = threading.Timer(LAST_WORDS_S, self._leave, [STOPPED])
+        # Writing this may hang, too: on the file system, a full pipe, or the lock of a log handler.
+        deadline = threading.Timer(DUMP_LIMIT_S, self._leave, [Stopped.exit_code])
         deadline.daemon = True
         try:
             deadline.start()
             self._mark = mark._replace(phase=f"stalled: {mark.phase}")
             log.error(
-                "error: stuck: %s for %.1f s after step %d, and the limit is %.1f s; leaving with %d, to be started "
-                "again. Where each thread is stands on stderr and in %s",
-                *(mark.phase, stuck_s, mark.step, limit_s, STOPPED, self._log),
+                "error: stuck: %s for %.1f s after step %d, and the limit is %.1f s; exiting with %d, to be started "
+                "again. The stacks of all threads are on stderr and in %s",
+                *(mark.phase, stuck_s, mark.step, limit_s, Stopped.exit_code, self._log),
             )
             faulthandler.dump_traceback(STDERR)
             with contextlib.suppress(OSError), self._log.open("ab") as file:
@@ -179,27 +189,27 @@ class Watchdog(Pace):
             self._write_heartbeat(self._mark)
             deadline.cancel()
         finally:
-            self._leave(STOPPED)
+            self._leave(Stopped.exit_code)
 
     def _beat(self) -> None:
         phase, wrote, due = "", -float("inf"), 0.0
         first_s = self._first_s
         while not self._closed.is_set():
             mark, now = self._mark, time.monotonic()
-            # Another phase is written at once, by thousands of processes soon: all come to it at one time.
+            # A new phase is written sooner, but not at once: thousands of processes enter it at the same time.
             if now >= due or (mark.phase != phase and now - wrote >= self._every_s / 5):
                 self._write_heartbeat(mark)
                 phase, wrote, due = mark.phase, now, now + self._every_s + first_s
                 first_s = 0.0
-            self._closed.wait(LOOK_S)
+            self._closed.wait(CHECK_S)
         self._write_heartbeat(self._mark._replace(phase="ended"))
 
     def _write_heartbeat(self, mark: Mark) -> None:
-        """Whole or not at all for who reads it, but not synced: after a power cut nobody asks for it."""
+        """Replaces the file atomically. It is not synced, because it is not needed after a power failure."""
         values = {
             "step": mark.step,
             "phase": mark.phase,
-            "seconds": round(time.monotonic() - mark.at, 1),  # in the phase, or since its last sign of life
+            "seconds": round(time.monotonic() - mark.at, 1),  # in the phase, or since its last progress
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "host": self._host,
             "pid": os.getpid(),
@@ -211,9 +221,9 @@ class Watchdog(Pace):
 
 
 def dump_on_quit(log_path: pathlib.Path | None) -> None:
-    """kill -QUIT, or Ctrl-\\, writes the stacks of all threads and the process goes on, even one that is stuck.
+    """kill -QUIT, or Ctrl-\\, writes the stacks of all threads, even if the process is stuck; it then continues.
 
-    They go to the end of `log_path`; without one, or where it cannot be opened, to stderr.
+    They are appended to `log_path`, or written to stderr if that is None or cannot be opened.
     """
     where = STDERR
     if log_path is not None:

@@ -55,7 +55,7 @@ def test_one_killed_under_supervisors(tmp_path, data, reference):
         os.kill(json.loads((run / "heartbeat.1.json").read_text())["pid"], signal.SIGKILL)
         out = [runs.finish(process, within_s=90) for process in gang]
     assert interrupted.trained(run) == interrupted.trained(reference)[:60]
-    assert all(len(restarts.read_lives(run / name)) <= 3 for name in ("lives.jsonl", "lives.1.jsonl")), out
+    assert all(len(restarts.read_attempts(run / name)) <= 3 for name in ("lives.jsonl", "lives.1.jsonl")), out
 
 
 def test_one_stands_still(tmp_path, data, reference):

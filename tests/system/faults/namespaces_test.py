@@ -67,7 +67,7 @@ def start(run: pathlib.Path, data: pathlib.Path, names: list[str], addresses: li
 def ended(run: pathlib.Path) -> list[int]:
     """How many attempts of each host's trainer have ended."""
     names = ["lives.jsonl", *(f"lives.{i}.jsonl" for i in range(1, HOSTS))]
-    return [len(restarts.read_lives(run / name)) if (run / name).exists() else 0 for name in names]
+    return [len(restarts.read_attempts(run / name)) if (run / name).exists() else 0 for name in names]
 
 
 def test_one_host_is_cut_off(tmp_path, data):

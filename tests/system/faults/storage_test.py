@@ -135,7 +135,7 @@ def test_full_in_mid_run(tmp_path, data, slow_whole):
             runs.wait_until(lambda: (run / "checkpoints/50").exists(), process)
             ballast = fill(mounted)
             out = wait_for_line(process, "FAILED")
-            assert "checkpoint at step 100 FAILED, training goes on" in out
+            assert "checkpoint at step 100 FAILED, training continues" in out
             assert steps(run) == [50]
             out += wait_for_line(process, "val/loss") + wait_for_line(process, "val/loss")  # and the loop has seen it
             process.send_signal(signal.SIGSTOP)  # otherwise the run may end before it is time to retry
@@ -160,7 +160,7 @@ def test_full_for_one_of_two_processes(tmp_path, data, reference, who):
         runs.wait_until(lambda: len(interrupted.saved(run)) > 1, *gang)
         with runs.quota(gang[who]):
             wait_for_line(gang[who], "FAILED")
-            wait_for_line(gang[1 - who], "LEFT OUT")
+            wait_for_line(gang[1 - who], "SKIPPED")
         last, since = interrupted.saved(run)[-1], time.monotonic()
         runs.wait_until(lambda: interrupted.saved(run)[-1] > last, *gang)
         print("until a save succeeds again:", time.monotonic() - since)
