@@ -225,16 +225,22 @@ class PackedWindows(Windows):
         return out
 
     def loss_mask(self, g: np.ndarray) -> np.ndarray:
-        """Padding does not count, nor does the end of text of a document whose text is in another row."""
+        """Padding does not count, nor does the end of text of a document whose text is in another row.
+
+        Text that breaks off at the end of a shard is taught an end of text: the first token of its padding counts.
+        """
         mask = np.empty((len(g), self.seq_len), bool)
         target = np.arange(1, self.seq_len + 1)
-        for here, _, _, lengths, used in self._places(g):
+        for here, shard, starts, lengths, used in self._places(g):
             mask[here] = target[None] < used[:, None]
             first = np.cumsum(lengths) - lengths  # of each piece, in these rows side by side
             row = np.searchsorted(np.cumsum(used), first, side="right")
             place = first - (np.cumsum(used) - used)[row]
             lone = (lengths == 1) & (place > 0)
             mask[here[row[lone]], place[lone] - 1] = False
+            cut = row[(starts + lengths == len(shard)) & (shard[-1] != self.eos_id)]
+            cut = cut[used[cut] <= self.seq_len]
+            mask[here[cut], used[cut] - 1] = True
         return mask
 
     def will_need(self, g: np.ndarray) -> None:
