@@ -12,51 +12,68 @@ from flax import nnx
 from model import kernels
 from model.attention import Attention, empty_cache, rotate
 from model.config import ModelConfig
-from model.partitioner import Placement
+from model.context import Context
+from model.dropout import Dropout
+from model.kernels import AttentionSpec, Mask
+from model.layers import Build
 
 DRAW = np.random.default_rng
 
-attend, rotate = jax.jit(kernels.xla), jax.jit(rotate)
+rotate = jax.jit(rotate)
+
+
+@jax.jit
+def attend(q, k, v, index, segment_ids=None, *, key_segment_ids=None, scale=None, rate=0.0, key=None):
+    """The plain kernel. Without key_segment_ids the keys are of the documents of the queries."""
+    spec = AttentionSpec(scale=q.shape[-1] ** -0.5 if scale is None else scale)
+    mask = Mask(index, segment_ids, segment_ids if key_segment_ids is None else key_segment_ids)
+    return kernels.xla(q, k, v, mask, spec, dropout=Dropout(rate, key))
 
 
 def noise(*shape, seed=0):
     return DRAW(seed).standard_normal(shape).astype(np.float32)
 
 
-def attend_by_hand(q, k, v, positions):
-    """softmax(q k^T / sqrt(d)) v, one head and one query at a time, in float64."""
+def attend_by_hand(q, k, v, index, scale=None):
+    """softmax(scale q k^T) v, one head and one query at a time, in float64; scale 1 / sqrt(d) unless given."""
     out = np.zeros(q.shape)
     share = q.shape[2] // k.shape[2]
+    scale = 1 / np.sqrt(q.shape[3]) if scale is None else scale
     for b in range(q.shape[0]):
         for h in range(q.shape[2]):
-            for t, last in enumerate(positions):
+            for t, last in enumerate(index):
                 visible = slice(0, last + 1)
                 keys, values = (np.asarray(a, np.float64)[b, visible, h // share] for a in (k, v))
-                scores = keys @ np.asarray(q, np.float64)[b, t, h] / np.sqrt(q.shape[3])
+                scores = scale * (keys @ np.asarray(q, np.float64)[b, t, h])
                 out[b, t, h] = reference.softmax(scores) @ values
     return out
 
 
 def test_rotation_of_one_pair_is_by_the_position_in_radians():
     x = jnp.broadcast_to(jnp.asarray([1.0, 0.0]), (1, 4, 1, 2))
-    y = rotate(x, jnp.arange(4), 10_000.0)[0, :, 0]
+    y = rotate(x, jnp.arange(4)[None], 10_000.0)[0, :, 0]
     np.testing.assert_allclose(y, [[np.cos(p), np.sin(p)] for p in range(4)], atol=1e-6)
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 100.0])
-def test_rotation_is_the_complex_one_of_the_halves(theta):
-    """Pairs are (i, i + d/2) as in Hugging Face's Llama, not (2i, 2i + 1): the layout of imported weights."""
-    x, positions = noise(2, 5, 3, 8), np.array([0, 1, 7, 100, 300], np.int32)
+@pytest.mark.parametrize("positions", [[[0, 1, 7, 100, 300]], [[0, 1, 7, 100, 300], [5, 0, 1, 2, 299]]], ids=len)
+def test_rotation_is_the_complex_one_of_the_halves(theta, positions):
+    """Pairs are (i, i + d/2) as in Hugging Face's Llama, not (2i, 2i + 1): the layout of imported weights.
+
+    Positions are those of each row, or of all rows.
+    """
+    x = noise(2, 5, 3, 8)
     y = np.asarray(rotate(jnp.asarray(x), jnp.asarray(positions), theta))
     for b in range(2):
         for h in range(3):
             # float32 angles of up to 300 rad are off by up to 300 · 2^-24 = 2e-5, and their frequencies as much again.
-            np.testing.assert_allclose(y[b, :, h], reference.rotate(x[b, :, h], positions, theta), atol=2e-4)
+            expected = reference.rotate(x[b, :, h], positions[b % len(positions)], theta)
+            np.testing.assert_allclose(y[b, :, h], expected, atol=2e-4)
 
 
 def test_rotated_scores_depend_on_the_distance_alone():
     q, k = (jnp.broadcast_to(jnp.asarray(noise(8, seed=s)), (1, 20, 1, 8)) for s in (1, 2))
-    positions = jnp.arange(20)
+    positions = jnp.arange(20)[None]
     scores = np.einsum("td,sd->ts", *(np.asarray(rotate(x, positions, 10_000.0))[0, :, 0] for x in (q, k)))
     for distance in range(-19, 20):
         diagonal = np.diagonal(scores, distance)
@@ -67,7 +84,7 @@ def test_rotated_scores_depend_on_the_distance_alone():
 def test_rotation_angles_are_float32_whatever_the_dtype():
     """Position 257 is not a bfloat16 number; its angle must not become that of 256 or 258."""
     x = jnp.asarray(noise(1, 1, 1, 8), jnp.bfloat16)
-    y = rotate(x, jnp.asarray([257]), 10_000.0)
+    y = rotate(x, jnp.asarray([[257]]), 10_000.0)
     expected = reference.rotate(np.asarray(x, np.float64)[0, :, 0], [257], 10_000.0)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(y, np.float64)[0, :, 0], expected, rtol=2.0**-8, atol=2e-4)
@@ -87,27 +104,51 @@ def test_attend_is_its_definition(heads, kv_heads):
     np.testing.assert_allclose(y, attend_by_hand(q, k, v, range(7)), atol=2e-6)
 
 
-def test_queries_see_the_keys_up_to_their_position():
-    """Positions need not start at 0 nor follow each other; keys past them may hold anything."""
+@pytest.mark.parametrize("scale", [0.1, 2.0])
+def test_scores_have_the_scale_of_the_spec(scale):
+    q, k, v = noise(1, 5, 2, 4, seed=1), noise(1, 5, 2, 4, seed=2), noise(1, 5, 2, 4, seed=3)
+    y = attend(*map(jnp.asarray, (q, k, v)), jnp.arange(5), scale=scale)
+    np.testing.assert_allclose(y, attend_by_hand(q, k, v, range(5), scale), atol=2e-6)
+
+
+def test_the_scale_of_a_model_is_that_of_its_heads():
+    assert kernels.spec_of(ModelConfig(embed_dim=12, num_heads=4, head_dim=6)) == AttentionSpec(scale=6**-0.5)
+
+
+def test_queries_see_the_keys_up_to_their_index():
+    """Indices need not start at 0 nor follow each other, nor rise; keys past them may hold anything."""
     q, k, v = noise(1, 3, 2, 4, seed=1), noise(1, 9, 2, 4, seed=2), noise(1, 9, 2, 4, seed=3)
-    positions = [0, 3, 6]
-    y = attend(*map(jnp.asarray, (q, k, v)), jnp.asarray(positions))
-    np.testing.assert_allclose(y, attend_by_hand(q, k, v, positions), atol=2e-6)
-    k[:, 7:], v[:, 7:] = 1e4, -1e30
-    np.testing.assert_array_equal(attend(*map(jnp.asarray, (q, k, v)), jnp.asarray(positions)), y)
+    for index in ([0, 3, 6], [6, 0, 3]):
+        y = attend(*map(jnp.asarray, (q, k, v)), jnp.asarray(index))
+        np.testing.assert_allclose(y, attend_by_hand(q, k, v, index), atol=2e-6)
+        beyond = k.copy(), v.copy()
+        beyond[0][:, 7:], beyond[1][:, 7:] = 1e4, -1e30
+        np.testing.assert_array_equal(attend(*map(jnp.asarray, (q, *beyond)), jnp.asarray(index)), y)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2)])
 def test_queries_see_the_keys_of_their_document(heads, kv_heads):
-    """Each row has documents of its own; keys before a document may hold anything."""
+    """Each row has documents of its own, by ids that need not rise."""
     q, k, v = noise(2, 7, heads, 4, seed=1), noise(2, 7, kv_heads, 4, seed=2), noise(2, 7, kv_heads, 4, seed=3)
-    starts = np.array([[0, 0, 2, 2, 2, 5, 5], [0, 1, 2, 2, 2, 2, 2]], np.int32)
-    y = np.asarray(attend(*map(jnp.asarray, (q, k, v)), jnp.arange(7), jnp.asarray(starts)))
+    documents = np.array([[0, 0, 1, 1, 1, 2, 2], [4, 0, 3, 3, 3, 3, 3]], np.int32)
+    y = np.asarray(attend(*map(jnp.asarray, (q, k, v)), jnp.arange(7), jnp.asarray(documents)))
     for b in range(2):
-        for first in np.unique(starts[b]):
-            own = starts[b] == first
+        for document in np.unique(documents[b]):
+            own = documents[b] == document
             alone = attend_by_hand(*(a[b : b + 1, own] for a in (q, k, v)), range(own.sum()))
             np.testing.assert_allclose(y[b, own], alone[0], atol=2e-6)
+
+
+def test_a_shard_of_the_queries_sees_the_keys_of_their_documents():
+    """Queries that are fewer than the keys, in another order, have segment ids of their own."""
+    q, k, v = noise(2, 8, 2, 4, seed=1), noise(2, 8, 2, 4, seed=2), noise(2, 8, 2, 4, seed=3)
+    documents = np.array([[0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 1, 1, 1, 1, 1, 2]], np.int32)
+    whole = np.asarray(attend(*map(jnp.asarray, (q, k, v)), jnp.arange(8), jnp.asarray(documents)))
+    mine = np.array([6, 7, 0, 1])
+    shard = attend(
+        *map(jnp.asarray, (q[:, mine], k, v, mine, documents[:, mine])), key_segment_ids=jnp.asarray(documents)
+    )
+    np.testing.assert_allclose(shard, whole[:, mine], atol=1e-6)
 
 
 def test_scores_and_softmax_of_bfloat16_are_float32():
@@ -128,7 +169,7 @@ def test_dropout_acts_on_the_attention_weights():
     q, k = (jnp.asarray(noise(2, size, heads, size, seed=s)) / 4 for s in (1, 2))
     v = jnp.broadcast_to(jnp.eye(size)[None, :, None], (2, size, heads, size))
     plain, dropped, other = (
-        np.asarray(attend(q, k, v, jnp.arange(size), None, rate, key))
+        np.asarray(attend(q, k, v, jnp.arange(size), rate=rate, key=key))
         for key in (None, jax.random.key(1), jax.random.key(2))
     )
     visible = np.broadcast_to(np.tril(np.ones((size, size), bool))[:, None], plain.shape)
@@ -146,15 +187,14 @@ def test_dropout_acts_on_the_attention_weights():
 
 
 def make_attention(**fields) -> Attention:
-    config = ModelConfig(embed_dim=12, num_heads=4, num_kv_heads=2, head_dim=6, **fields)
-    return Attention(config, nnx.Rngs(params=0), std=0.5, out_std=0.5, stack=None)
+    config = ModelConfig(num_layers=1, embed_dim=12, num_heads=4, num_kv_heads=2, head_dim=6, **fields)
+    return Attention(Build(config, nnx.Rngs(params=0), std=0.6))
 
 
 def apply(attention, x, start=0, cache=None, rate=0.0, key=None):
-    """x [b, t, embed] to the same and the cache; the module takes rows of all sequences merged, [b * t, embed]."""
-    positions = start + jnp.arange(x.shape[1])
-    y, cache = attention(x.reshape(-1, x.shape[-1]), positions, None, cache, rate, key, Placement())
-    return y.reshape(x.shape), cache
+    """x [b, t, embed] to the same and the cache."""
+    index = start + jnp.arange(x.shape[1])
+    return attention(x, Context(index, index[None], dropout=Dropout(rate, key)), cache)
 
 
 def test_attention_drops_weights_only_with_a_key():
@@ -173,8 +213,23 @@ def test_rotary_positions_turn_keys_and_queries_but_not_values(position):
     attention = make_attention(position=position)
     x = jnp.broadcast_to(jnp.asarray(noise(12)), (1, 5, 12))
     y = apply(attention, x)[0]
-    value = np.asarray(attention.value(x, Placement())).reshape(1, 5, 2, 1, 6).repeat(2, axis=3).reshape(1, 5, 24)
-    np.testing.assert_allclose(y, attention.out(jnp.asarray(value), Placement()), atol=1e-6)
+    value = np.asarray(attention.value(x)).reshape(1, 5, 2, 1, 6).repeat(2, axis=3).reshape(1, 5, 24)
+    np.testing.assert_allclose(y, attention.out(jnp.asarray(value)), atol=1e-6)
+
+
+def test_keys_and_queries_turn_by_their_position_and_see_by_their_index():
+    """Two documents side by side are as each is in a row of its own."""
+    attention = make_attention()
+    x, documents = jnp.asarray(noise(1, 8, 12)), jnp.asarray([[0, 0, 0, 1, 1, 1, 1, 1]])
+    index = jnp.arange(8)
+    positions = jnp.asarray([[0, 1, 2, 0, 1, 2, 3, 4]])
+    together, _ = attention(x, Context(index, positions, documents))
+    for own in (slice(0, 3), slice(3, 8)):
+        np.testing.assert_allclose(together[:, own], apply(attention, x[:, own])[0], atol=2e-6)
+    # A gap between the positions of a document, whose indices stay, changes the scores past it.
+    gap, _ = attention(x, Context(index, positions.at[0, 5:].add(3), documents))
+    np.testing.assert_array_equal(gap[:, :5], together[:, :5])
+    assert np.abs(gap[:, 5:] - together[:, 5:]).max() > 1e-3
 
 
 @pytest.mark.parametrize("position", ["rope", "learned"])
@@ -183,7 +238,7 @@ def test_a_cache_gains_the_new_rows_and_keeps_the_others(position):
     x = jnp.asarray(noise(3, 8, 12))
     whole, none = apply(attention, x)
     assert none is None
-    # Rubbish where nothing was written yet.
+    # Garbage in rows that nothing has written yet.
     cache = {name: jnp.asarray(9 * noise(3, 10, 2, 6, seed=i)) for i, name in enumerate(("k", "v"), 1)}
     run = jax.jit(lambda x, start, cache: apply(attention, x, start, cache))
     for start, end in ((0, 4), (4, 7), (7, 8)):

@@ -15,7 +15,7 @@ from trainer.planning import plan
 from trainer.reporting import flops
 
 ROWS = 2
-# Wide enough, and of few wide heads, that what is no product is under two per cent of the work.
+# Wide enough, and of few wide heads, that what is not a product is under two per cent of the work.
 MODELS = {
     "gpt2": {"mlp": "gelu", "norm": "layernorm", "position": "learned"},
     "llama": {"num_kv_heads": 1, "mlp": "swiglu", "tie_embeddings": False},

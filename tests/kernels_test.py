@@ -8,7 +8,8 @@ import pytest
 
 from model import kernels
 from model.config import ModelConfig
-from tests.partitioner_test import document_starts
+from model.kernels import AttentionSpec, Mask
+from tests.partitioner_test import random_documents
 
 GOOD = {  # a configuration that the kernel has nothing against
     "xla": {"platform": "cpu", "dtype": "float32"},
@@ -120,23 +121,27 @@ def test_the_one_it_names_is_taken(kernel):
     assert kernels.choose(config, **around) == (kernel, "as configured")
 
 
-@pytest.mark.parametrize("width", [64, pytest.param(128, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [64, pytest.param(128, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("documents", [False, True])
-def test_splash_is_the_plain_kernel(monkeypatch, width, documents):
-    """Forward and gradients of 4 query heads on 2 key-value heads, in float32; one of the blocks is skipped."""
+def test_splash_is_the_plain_kernel(monkeypatch, size, documents):
+    """Forward and gradients of 4 query heads on 2 key-value heads, in float32; one of the blocks is skipped.
+
+    The scale is not that of the head size, which a kernel might take by itself.
+    """
     monkeypatch.setattr(kernels, "SPLASH_BLOCK", 128)
-    t, draw = 256, np.random.default_rng(0)
-    q, k, v, g = (draw.standard_normal((1, t, n, width)).astype(np.float32) for n in (4, 2, 2, 4))
-    starts = jnp.asarray(document_starts(1, t)) if documents else None
-    places = np.arange(t, dtype=np.int32)
-    kernel = kernels.splash_kernel(places, 4, 1, documents, interpret=True)
+    t, draw, spec = 256, np.random.default_rng(0), AttentionSpec(scale=0.2)
+    q, k, v, g = (draw.standard_normal((1, t, n, size)).astype(np.float32) for n in (4, 2, 2, 4))
+    segment_ids = jnp.asarray(random_documents(1, t)) if documents else None
+    index = np.arange(t, dtype=np.int32)
+    mask = Mask(jnp.asarray(index), segment_ids, segment_ids)
+    kernel = kernels.splash_kernel(index, 4, context=1, documents=documents, interpret=True)
 
     def both(attend):
         y, pull = jax.vjp(attend, *map(jnp.asarray, (q, k, v)))
         return y, *pull(jnp.asarray(g))
 
-    expected = jax.jit(lambda: both(lambda q, k, v: kernels.xla(q, k, v, places, starts)))()
-    actual = jax.jit(lambda: both(lambda q, k, v: kernels.splash(kernel, q, k, v, starts, starts)))()
+    expected = jax.jit(lambda: both(lambda q, k, v: kernels.xla(q, k, v, mask, spec)))()
+    actual = jax.jit(lambda: both(lambda q, k, v: kernels.splash(kernel, q, k, v, mask, spec=spec)))()
     for a, b in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max())
 
@@ -144,9 +149,26 @@ def test_splash_is_the_plain_kernel(monkeypatch, width, documents):
 @pytest.mark.parametrize("seq_len", [128, 384, 640, 768, 1024, 1152])
 def test_splash_takes_every_length_that_it_does_not_refuse(seq_len):
     assert refusal("splash", seq_len=seq_len) == ""
-    kernel = kernels.splash_kernel(np.arange(seq_len, dtype=np.int32), 1, 1, False, interpret=True)
+    index = np.arange(seq_len, dtype=np.int32)
+    kernel = kernels.splash_kernel(index, 1, context=1, documents=False, interpret=True)
     x = jax.ShapeDtypeStruct((1, seq_len, 1, 64), jnp.float32)
-    both = jax.eval_shape(
-        jax.grad(lambda q, k, v: kernels.splash(kernel, q, k, v, None, None).sum(), (0, 1, 2)), x, x, x
-    )
-    assert [leaf.shape for leaf in both] == [x.shape] * 3
+
+    def summed(q, k, v):
+        return kernels.splash(kernel, q, k, v, Mask(jnp.asarray(index)), spec=AttentionSpec(scale=0.125)).sum()
+
+    gradients = jax.eval_shape(jax.grad(summed, (0, 1, 2)), x, x, x)
+    assert [leaf.shape for leaf in gradients] == [x.shape] * 3
+
+
+@pytest.mark.parametrize("index", [[0, 1, 2, 3], [2, 3], [3, 0, 1, 2]])
+@pytest.mark.parametrize("documents", [None, [[0, 0, 1, 1], [0, 1, 2, 2]], [[0, 0, 0, 0], [7, 0, 0, 3]]])
+def test_a_mask_shows_a_query_the_keys_up_to_its_own_of_its_document(index, documents):
+    keys = None if documents is None else np.array(documents, np.int32)
+    queries = None if keys is None else keys[:, index]
+    visible = Mask(jnp.asarray(index), queries, keys).visible(4)
+    for row in range(1 if keys is None else 2):
+        for t, at in enumerate(index):
+            for s in range(4):
+                same = keys is None or keys[row, at] == keys[row, s]
+                assert bool(visible[row, t, s]) == (s <= at and same)
+    assert visible.shape == (1 if keys is None else 2, len(index), 4)

@@ -64,8 +64,6 @@ def by_definition(tied: bool, z_loss: float = Z_LOSS):
 def evaluate(here: Program, tied: bool, dtype: str = "float32", times: float = 1.0):
     """(objective, loss) undifferentiated, the same with gradients, and those to x and table."""
     x, table, targets, weights = arguments(tied)
-    if not here.placement.splits_sequence:
-        x = x.reshape(-1, EMBED)
     loss = make_loss(here)
 
     @jax.jit
@@ -80,7 +78,7 @@ def evaluate(here: Program, tied: bool, dtype: str = "float32", times: float = 1
     with jax.set_mesh(here.mesh):
         plain, values, (dx, dtable) = run(jnp.asarray(x, dtype), table, targets, weights)
     assert dx.dtype == dtype and dtable.dtype == np.float32
-    return [*map(float, plain)], [*map(float, values)], np.asarray(dx, np.float64).reshape(ROWS, LENGTH, EMBED), dtable
+    return [*map(float, plain)], [*map(float, values)], np.asarray(dx, np.float64), dtable
 
 
 def assert_close(actual, expected, rtol):
@@ -123,7 +121,7 @@ def test_bfloat16_is_rounded_in_the_gradients_alone(mesh):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradients_are_those_of_autodiff(tied):
-    """Of the plain loss, which nobody differentiated by hand."""
+    """Of the plain loss, without gradients that are written by hand."""
     x, table, targets, weights = arguments(tied)
 
     @jax.jit
@@ -159,12 +157,12 @@ def test_the_loss_is_for_reading():
     here = program("one", chunk=8)
     loss = make_loss(here)
     with jax.set_mesh(here.mesh):
-        grads = jax.jit(jax.grad(lambda x, t: loss(x, t, targets, weights)[1], (0, 1)))(x.reshape(-1, EMBED), table)
+        grads = jax.jit(jax.grad(lambda x, t: loss(x, t, targets, weights)[1], (0, 1)))(x, table)
     assert not any(np.asarray(g).any() for g in grads)
 
 
 def test_large_logits_do_not_overflow():
-    """exp(200) is no float32."""
+    """exp(200) is not a float32 number."""
     here = program("fsdp x context x tensor", chunk=7)
     x, table, targets, weights = arguments(True)
     with jax.set_mesh(here.mesh):
@@ -186,7 +184,11 @@ def test_large_logits_do_not_overflow():
 )  # fmt: skip
 def test_chunks_are_equal_and_as_few_as_the_largest_size_allows(tokens, most, chunks, size):
     """Also of a prime number of tokens; logits are [chunk, vocabulary]."""
-    x, targets, weights = np.zeros((tokens, EMBED), np.float32), np.zeros((1, tokens), np.int32), np.ones((1, tokens))
+    x, targets, weights = (
+        np.zeros((1, tokens, EMBED), np.float32),
+        np.zeros((1, tokens), np.int32),
+        np.ones((1, tokens)),
+    )
     loss = make_loss(program("one", chunk=most))
     jaxpr = jax.make_jaxpr(loss)(x, arguments(True)[1], targets, weights.astype(np.float32))
     shapes = shapes_of(jaxpr.jaxpr)

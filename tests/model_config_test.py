@@ -59,7 +59,7 @@ def test_validation_also_runs_when_a_field_is_replaced():
     "fields",
     [
         {"embed_dim": 100, "num_heads": 3, "head_dim": 32},  # heads need not fill embed_dim once head_dim is set
-        {"embed_dim": 12, "num_heads": 4, "position": "learned"},  # an odd head_dim matters to rope alone
+        {"embed_dim": 12, "num_heads": 4, "position": "learned"},  # an odd head_dim matters only to rope
         {"num_heads": 8, "num_kv_heads": 1},
         {"num_heads": 8, "num_kv_heads": 8},
         {"dropout": 0.0, "dropout_end": 0.0},
@@ -96,7 +96,7 @@ def test_head_size_is_the_share_of_embed_dim_unless_set():
         (128, "gelu", 77, 77),
     ],
 )
-def test_hidden_dim_rule(embed_dim, mlp, mlp_dim, expected):
+def test_the_size_of_the_mlp(embed_dim, mlp, mlp_dim, expected):
     config = ModelConfig(embed_dim=embed_dim, num_heads=1, mlp=mlp, mlp_dim=mlp_dim, position="learned")
     assert config.mlp_size == expected
     assert config.gated == (mlp in ("swiglu", "geglu", "glu"))

@@ -1,4 +1,4 @@
-"""Attention on a mesh, the order of a sequence's parts, and what is said about them."""
+"""Attention on a mesh, the order of a sequence's shards, and what the start-up page says about them."""
 
 import functools
 import logging
@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from model import kernels
+from model.context import Context
+from model.kernels import AttentionSpec
 from tests.step_test import config
 from trainer import sharding
 from trainer.errors import ConfigError
-from trainer.parallel.partitioner import MeshPlacement, balanced_order
+from trainer.parallel.partitioner import MeshPartitioner, zigzag_order
 from trainer.reporting import startup
 from trainer.state import Program
 
@@ -29,82 +31,100 @@ def mesh_of(**axes: int):
 SHAPES = [(4, 1), (8, 2), (32, 2), (32, 4), (32, 8), (256, 4), (48, 3)]
 
 
-@pytest.mark.parametrize(("seq_len", "parts"), SHAPES)
-def test_shards_have_equal_work(seq_len, parts):
-    """Each position once; the causal mask gives each shard the same number of keys to look at, to the last one."""
-    order = balanced_order(seq_len, parts)
+@pytest.mark.parametrize(("seq_len", "shards"), SHAPES)
+def test_shards_have_equal_work(seq_len, shards):
+    """Each index once; the causal mask gives each shard the same number of keys to look at, to the last one."""
+    order = zigzag_order(seq_len, shards)
     assert order.dtype == np.int32 and sorted(order) == list(range(seq_len))
-    shards = order.reshape(parts, -1)
-    assert {int((shard + 1).sum()) for shard in shards} == {seq_len * (seq_len + 1) // 2 // parts}
-    piece = seq_len // (2 * parts)
-    for i, shard in enumerate(shards):
-        late = 2 * parts - 1 - i
-        assert shard.tolist() == [*range(i * piece, (i + 1) * piece), *range(late * piece, (late + 1) * piece)]
+    of_shards = order.reshape(shards, -1)
+    assert {int((shard + 1).sum()) for shard in of_shards} == {seq_len * (seq_len + 1) // 2 // shards}
+    block = seq_len // (2 * shards)
+    for i, shard in enumerate(of_shards):
+        late = 2 * shards - 1 - i
+        assert shard.tolist() == [*range(i * block, (i + 1) * block), *range(late * block, (late + 1) * block)]
 
 
-def test_the_order_of_a_placement_is_for_its_context_axis():
-    assert MeshPlacement(config(), mesh_of(fsdp=8)).order is None
-    placement = MeshPlacement(config(), mesh_of(fsdp=2, context=4))
-    np.testing.assert_array_equal(placement.order, balanced_order(32, 4))
-    assert placement.splits_sequence and placement.regathers
+def test_the_order_of_a_partitioner_is_for_its_context_axis():
+    whole = MeshPartitioner(config(), mesh_of(fsdp=8))
+    assert whole.order is None and not whole.context_parallel and whole.gathers_params
+    split = MeshPartitioner(config(), mesh_of(fsdp=2, context=4))
+    np.testing.assert_array_equal(split.order, zigzag_order(32, 4))
+    assert split.context_parallel and split.gathers_params
+
+
+def test_a_partitioner_gathers_as_its_mesh_says_or_as_its_caller_says():
+    """A plan compiles the step of one device with what the mesh gathers (trainer/planning/plan.py)."""
+    assert not MeshPartitioner(config(), mesh_of(data=4, tensor=2)).gathers_params
+    assert not MeshPartitioner(config(), mesh_of(fsdp=8), gathers_params=False).gathers_params
+    assert MeshPartitioner(config(), mesh_of(data=8), gathers_params=True).gathers_params
+
+
+def test_batch_and_sequence_are_one_axis_unless_the_sequence_is_split():
+    x = jnp.zeros((4, 8, 3))
+    assert MeshPartitioner(config(), mesh_of(fsdp=8)).flatten(x).shape == (32, 3)
+    assert MeshPartitioner(config(), mesh_of(context=2)).flatten(x).shape == (4, 8, 3)
 
 
 # Attention
 
 
-def document_starts(rows: int, length: int) -> np.ndarray:
-    """Documents of lengths of their own in each row, some of one token."""
-    starts = np.zeros((rows, length), np.int32)
-    for i, row in enumerate(starts):
+SCALE = 0.37  # not that of any head size, which a kernel might take by itself
+
+
+def random_documents(rows: int, length: int) -> np.ndarray:
+    """Segment ids: documents of lengths of their own in each row, some of one token."""
+    ids = np.zeros((rows, length), np.int32)
+    for i, row in enumerate(ids):
         for border in np.random.default_rng(i).permutation(length)[: length // 6]:
-            row[border:] = np.maximum(row[border:], border)
-    return starts
+            row[border:] += 1
+    return ids
 
 
-def by_definition(q, k, v, starts, g):
-    """softmax(q k^T / sqrt(d)) v, and the gradients of its product with g to q, k and v, in float64."""
-    b, t, h, d = q.shape
+def by_definition(q, k, v, segment_ids, g):
+    """softmax(SCALE q k^T) v, and the gradients of its product with g to q, k and v, in float64."""
+    b, t, h, _ = q.shape
     share = h // k.shape[2]
     y, dq, dk, dv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     for row in range(b):
-        visible = np.tril(np.ones((t, t), bool)) & (np.arange(t) >= starts[row, :, None])
+        visible = np.tril(np.ones((t, t), bool)) & (segment_ids[row] == segment_ids[row, :, None])
         for head in range(h):
             kv = head // share
-            scores = np.where(visible, q[row, :, head] @ k[row, :, kv].T / np.sqrt(d), -np.inf)
+            scores = np.where(visible, SCALE * q[row, :, head] @ k[row, :, kv].T, -np.inf)
             p = np.exp(scores - scores.max(-1, keepdims=True))
             p /= p.sum(-1, keepdims=True)
             y[row, :, head] = p @ v[row, :, kv]
             dv[row, :, kv] += p.T @ g[row, :, head]
             dp = g[row, :, head] @ v[row, :, kv].T
-            ds = p * (dp - (dp * p).sum(-1, keepdims=True)) / np.sqrt(d)
+            ds = SCALE * p * (dp - (dp * p).sum(-1, keepdims=True))
             dq[row, :, head] = ds @ k[row, :, kv]
             dk[row, :, kv] += ds.T @ q[row, :, head]
     return y, dq, dk, dv
 
 
 @functools.cache
-def problem(heads: int, kv_heads: int, length: int, width: int, documents: bool):
-    """(q, k, v, starts or None, g) and the answer, in float64 and in the order of positions."""
+def problem(heads: int, kv_heads: int, length: int, *, size: int, documents: bool):
+    """(q, k, v, segment_ids or None, g) and the answer, in float64 and in the order of the rows."""
     draw = np.random.default_rng(0)
-    q, k, v, g = (draw.standard_normal((2, length, n, width)) for n in (heads, kv_heads, kv_heads, heads))
-    starts = document_starts(2, length) if documents else None
-    return (q, k, v, starts, g), by_definition(q, k, v, np.zeros((2, length), int) if starts is None else starts, g)
+    q, k, v, g = (draw.standard_normal((2, length, n, size)) for n in (heads, kv_heads, kv_heads, heads))
+    ids = random_documents(2, length) if documents else None
+    return (q, k, v, ids, g), by_definition(q, k, v, np.zeros((2, length), int) if ids is None else ids, g)
 
 
-def on_mesh(placement: MeshPlacement, q, k, v, starts, g):
-    """The result and gradients of the placement's attention: given and returned in the order of positions."""
-    order = np.arange(q.shape[1]) if placement.order is None else placement.order
+def on_mesh(partitioner: MeshPartitioner, q, k, v, segment_ids, g):
+    """The result and gradients of the partitioner's attention: given and returned in the order of the rows."""
+    order = np.arange(q.shape[1]) if partitioner.order is None else partitioner.order
     q, k, v, g = (jnp.asarray(x[:, order]) for x in (q, k, v, g))
-    starts = None if starts is None else jnp.asarray(starts[:, order])
+    segment_ids = None if segment_ids is None else jnp.asarray(segment_ids[:, order])
 
     @jax.jit
-    def run(q, k, v, starts, g):
-        places = jnp.asarray(order, jnp.int32)
-        y, pull = jax.vjp(lambda q, k, v: placement.attend(q, k, v, places, starts, 0.0, None), q, k, v)
+    def run(q, k, v, segment_ids, g):
+        index = jnp.asarray(order, jnp.int32)
+        ctx = Context(index, index[None], segment_ids)
+        y, pull = jax.vjp(lambda q, k, v: partitioner.attention(q, k, v, ctx, AttentionSpec(SCALE)), q, k, v)
         return y, *pull(g)
 
-    with jax.set_mesh(placement.mesh):
-        return [np.asarray(x)[:, np.argsort(order)] for x in run(q, k, v, starts, g)]
+    with jax.set_mesh(partitioner.mesh):
+        return [np.asarray(x)[:, np.argsort(order)] for x in run(q, k, v, segment_ids, g)]
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -120,15 +140,15 @@ def on_mesh(placement: MeshPlacement, q, k, v, starts, g):
 )
 def test_attention_on_a_split_sequence_is_its_definition(axes, kv_heads, documents):
     """To 1e-12 in float64: nothing is left out, counted twice or out of order."""
-    given, expected = problem(4, kv_heads, 32, 6, documents)
+    given, expected = problem(4, kv_heads, 32, size=6, documents=documents)
     cfg = config(model={"num_kv_heads": kv_heads}, data={"seq_len": 32, "mask_documents": documents, "eos_id": 0})
     with jax.enable_x64(True):
-        for actual, right in zip(on_mesh(MeshPlacement(cfg, mesh_of(**axes)), *given), expected, strict=True):
+        for actual, right in zip(on_mesh(MeshPartitioner(cfg, mesh_of(**axes)), *given), expected, strict=True):
             assert actual.dtype == np.float64
             np.testing.assert_allclose(actual, right, rtol=0, atol=1e-12)
 
 
-class Interpreted(MeshPlacement):
+class Interpreted(MeshPartitioner):
     """The TPU's kernel on CPUs."""
 
     def __init__(self, *args):
@@ -139,9 +159,9 @@ class Interpreted(MeshPlacement):
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("axes", [{"context": 2}, {"context": 2, "tensor": 2, "fsdp": 2}], ids=str)
 def test_splash_on_a_split_sequence(monkeypatch, axes, documents):
-    """Its masks follow the order of the parts: forward and gradients to float32's accuracy."""
+    """Its masks follow the order of the shards: forward and gradients to float32's accuracy."""
     monkeypatch.setattr(kernels, "splash_kernel", functools.partial(kernels.splash_kernel, interpret=True))
-    given, expected = problem(4, 2, 256, 64, documents)
+    given, expected = problem(4, 2, 256, size=64, documents=documents)
     given = [None if x is None else x.astype(np.float32) if x.dtype == np.float64 else x for x in given]
     cfg = config(
         data={"seq_len": 256, "mask_documents": documents, "eos_id": 0}, model={"max_seq_len": 256, "head_dim": 64}
@@ -155,12 +175,12 @@ def test_splash_on_a_split_sequence(monkeypatch, axes, documents):
 
 def test_a_kernel_that_refuses_is_an_error_of_the_configuration():
     with pytest.raises(ConfigError) as e:
-        MeshPlacement(config(model={"attention": "cudnn"}), mesh_of(data=8))
+        MeshPartitioner(config(model={"attention": "cudnn"}), mesh_of(data=8))
     assert str(e.value).startswith("config.model.attention is 'cudnn', which refuses: ")
     assert "NVIDIA GPUs, and this is cpu" in str(e.value) and "auto" in str(e.value) and "\n" not in str(e.value)
     with pytest.raises(ConfigError, match=r"^config.model.attention: no kernel .* dropout .*mesh.context to 1$"):
-        MeshPlacement(config(model={"dropout": 0.1}), mesh_of(context=8))
-    assert MeshPlacement(config(model={"dropout": 0.1}), mesh_of(data=8)).kernel == "xla"
+        MeshPartitioner(config(model={"dropout": 0.1}), mesh_of(context=8))
+    assert MeshPartitioner(config(model={"dropout": 0.1}), mesh_of(data=8)).kernel == "xla"
 
 
 @pytest.mark.parametrize(("attention", "said"), [("auto", "xla (the best on cpu)"), ("xla", "xla (as configured)")])

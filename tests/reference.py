@@ -1,7 +1,7 @@
 """The transformer once more, in plain NumPy and float64, written from the papers' definitions: slow and easy to check.
 
-Shares no code with the model package. Reads the shapes of the parameters where it can, so that a derived number (the
-width of a head, the hidden width) that is wrong in the model does not come out equally wrong here.
+Shares no code with the model package. It reads the shapes of the parameters if it can, so that a derived number (the
+size of a head, of the mlp) that is wrong in the model does not come out equally wrong here.
 """
 
 import numpy as np

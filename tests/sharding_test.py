@@ -105,7 +105,7 @@ def test_nothing_large_is_left_whole(name):
 
 
 def test_the_share_counts_what_the_rules_do_not_split():
-    """On a mesh of tensor alone, embed is whole: norms and nothing else."""
+    """On a mesh of only tensor, embed is whole: norms and nothing else."""
     mesh = sharding.mesh_of({"data": 1, "fsdp": 1, "context": 1, "tensor": 8}, jax.devices())
     program = Program(config(model={"num_heads": 8, "num_kv_heads": 8}), mesh)
     share = sharding.replicated_share(program.params, mesh)

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from model.config import ModelConfig
+from model.partitioner import Partitioner
 from model.transformer import Transformer
 
 VOCAB, CONTEXT = 50, 16  # the vocabulary is padded to 64
@@ -35,9 +36,13 @@ CONFIGS = {
 every_config = {"argvalues": CONFIGS.values(), "ids": CONFIGS.keys()}  # of pytest.mark.parametrize
 
 
-def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, dict[tuple[str, ...], nnx.Param]]:
+def abstract(
+    config: ModelConfig, partitioner: Partitioner | None = None
+) -> tuple[nnx.GraphDef, dict[tuple[str, ...], nnx.Param]]:
     """Graph definition, and the parameters by path, with shapes in place of arrays."""
-    graph, variables = nnx.split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(params=0))), nnx.Param)
+    graph, variables = nnx.split(
+        nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(params=0), partitioner)), nnx.Param
+    )
     return graph, dict(nnx.to_flat_state(variables))
 
 
@@ -58,8 +63,8 @@ def random_params(config: ModelConfig, seed: int = 0) -> dict:
     return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(leaves))
 
 
-def applier(config: ModelConfig) -> Callable[[dict], Transformer]:
-    graph = abstract(config)[0]
+def applier(config: ModelConfig, partitioner: Partitioner | None = None) -> Callable[[dict], Transformer]:
+    graph = abstract(config, partitioner)[0]
     return lambda params: nnx.merge(graph, params)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,17 @@ import pytest
 import reference
 import tiny_models
 from flax import nnx, traverse_util
-from tiny_models import CONFIGS, every_config
+from tiny_models import CONFIGS, CONTEXT, every_config
 
+from model import kernels
 from model.attention import empty_cache
 from model.config import ModelConfig
 from model.dropout import dropout_rate
-from model.partitioner import Placement
-from model.transformer import INIT_STD, Transformer
+from model.kernels import Mask
+from model.layers import INIT_STD
+from model.partitioner import Partitioner
+from model.transformer import Transformer
+from trainer.parallel.partitioner import zigzag_order
 
 # Rounding of float32 (6e-8) over sums of up to 100 terms and a few layers, at logits of up to 10: about 1e-5 at worst.
 LOGITS_ATOL = 2e-5
@@ -89,7 +94,7 @@ def test_gradients_are_the_slopes_of_the_reference(config):
             slope = (loss_at(path, leaf + h * direction) - loss_at(path, leaf - h * direction)) / (2 * h)
             # float32 was off by up to 3e-7 when this was written.
             np.testing.assert_allclose((g * direction).sum(), slope, rtol=2e-5, atol=5e-7, err_msg="/".join(path))
-        # Every parameter matters, but for one: adding the same to all keys leaves the softmax as it is, unless rope
+        # Every parameter matters, except one: adding the same to all keys leaves the softmax as it is, unless rope
         # turns it.
         if path[-2:] != ("key", "bias") or config.position == "rope":
             assert np.abs(g).max() > 1e-4, path
@@ -152,6 +157,20 @@ def test_scan_compiles_one_layer_and_unroll_all():
 
     assert while_loops(CONFIGS["llama"]) == 1
     assert while_loops(dataclasses.replace(CONFIGS["llama"], scan_layers=False)) == 0
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_profile_says_which_part_of_the_model_an_operation_is_of(remat):
+    """By named scopes in the lowered program: q, k, v, out and two products of attention, and three of the mlp."""
+    config = dataclasses.replace(CONFIGS["llama"], remat=remat)
+    params, tokens = tiny_models.make(config)[1], tiny_models.random_tokens(config, 1)
+    text = tiny_models.jitted_forward(config).lower(params, tokens).as_text(debug_info=True)
+    names = dict(re.findall(r'^(#loc\d+) = loc\("([^"]*)"', text, re.MULTILINE))
+    products = [names[loc] for loc in re.findall(r"stablehlo\.dot_general.*loc\((#loc\d+)\)$", text, re.MULTILINE)]
+    for scope, count in {"attention": 6, "mlp": 3}.items():
+        assert len([name for name in products if scope in name.split("/")]) == count
+    assert len(products) == 10  # with the head
+    assert {"embedding", "norm"} <= {scope for name in names.values() for scope in name.split("/")}
 
 
 @pytest.mark.parametrize("config", **every_config)
@@ -274,7 +293,7 @@ def test_bfloat16_stays_close_to_float32(name):
     assert logits.dtype == jnp.float32
     for variable in tiny_models.abstract(half)[1].values():
         assert variable.get_value().dtype == jnp.float32
-    # What rounding the parameters alone costs, in float64. The model also rounds both sides of a product's activations,
+    # What rounding only the parameters costs, in float64. The model also rounds both sides of a product's activations,
     # and each rounding is as likely up as down: three times as many add up to sqrt(3) times the error, 3 with reserve.
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     unavoidable = reference.forward(rounded, config, tokens) - reference.forward(params, config, tokens)
@@ -318,22 +337,68 @@ def test_no_logit_depends_on_a_later_token(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_documents_of_a_row_are_as_if_each_were_alone(name):
-    """Rotary and learned positions: every document's logits are those of the reference for it alone."""
+def test_documents_of_a_row_are_as_if_each_had_a_row_of_its_own(name):
+    """Rotary and learned positions, other documents in each row: logits are those of the reference for one document."""
     config = CONFIGS[name]
     params = tiny_models.make(config)[1]
-    tokens = tiny_models.random_tokens(config, 2, config.max_seq_len)
-    starts = np.zeros_like(tokens, np.int32)
-    for row, borders in enumerate(([3, 4, 9], [6])):
-        for border in borders:
-            starts[row, border:] = border
+    tokens, documents = tiny_models.random_tokens(config, 2), documents_of([3, 4, 9], [6])
     with jax.default_matmul_precision("highest"):
-        logits, _ = tiny_models.applier(config)(params)(tokens, document_starts=jnp.asarray(starts))
+        logits = tiny_models.jitted_forward(config)(params, tokens, **documents)
     for row in range(2):
-        for first in np.unique(starts[row]):
-            own = starts[row] == first
+        for document in np.unique(documents["segment_ids"][row]):
+            own = documents["segment_ids"][row] == document
             alone = reference.forward(params, config, tokens[row : row + 1, own])
             np.testing.assert_allclose(logits[row, own, : config.vocab_size], alone[0], rtol=0, atol=LOGITS_ATOL)
+
+
+def documents_of(*borders: list[int]) -> dict[str, np.ndarray]:
+    """positions and segment_ids of rows of CONTEXT tokens in which documents begin at 0 and at these places."""
+    positions = np.zeros((len(borders), CONTEXT), np.int32)
+    segment_ids = np.zeros_like(positions)
+    for row, begins in enumerate(borders):
+        for document, (first, stop) in enumerate(itertools.pairwise([0, *begins, CONTEXT])):
+            positions[row, first:stop] = range(stop - first)
+            segment_ids[row, first:stop] = document
+    return {"positions": positions, "segment_ids": segment_ids}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("documents", [False, True])
+def test_tokens_in_another_order_have_the_same_logits_at_their_index(name, documents):
+    """The order of a sequence that is split over devices, and any other."""
+    config = CONFIGS[name]
+    forward, params = tiny_models.jitted_forward(config), tiny_models.make(config)[1]
+    tokens = tiny_models.random_tokens(config, 2)
+    arrays = documents_of([3, 4, 9], [6]) if documents else {}
+    in_order = np.asarray(forward(params, tokens, **arrays))
+    for order in (zigzag_order(CONTEXT, 2), zigzag_order(CONTEXT, 4), np.random.default_rng(0).permutation(CONTEXT)):
+        moved = InOrder(order)
+        apply = tiny_models.applier(config, moved)
+
+        @jax.jit
+        def run(params, tokens, index, arrays, apply=apply):
+            return apply(params)(tokens, index=index, **arrays)[0]
+
+        of_order = {name: array[:, order] for name, array in arrays.items()}
+        logits = run(params, tokens[:, order], np.asarray(order, np.int32), of_order)
+        np.testing.assert_allclose(logits[..., :50], in_order[:, order, :50], rtol=0, atol=LOGITS_ATOL)
+        assert np.abs(in_order[:, order, :50] - in_order[..., :50]).max() > 0.1
+        assert moved.calls
+
+
+class InOrder(Partitioner):
+    """Computes attention among tokens that lie in `order`, as MeshPartitioner does: keys are put in their order."""
+
+    def __init__(self, order):
+        self.order = order
+        self.calls = 0
+
+    def attention(self, q, k, v, ctx, spec):
+        self.calls += 1
+        back = np.argsort(self.order)
+        ids = ctx.segment_ids
+        mask = Mask(ctx.index, ids, None if ids is None else ids[:, back])
+        return kernels.xla(q, k[:, back], v[:, back], mask, spec, dropout=ctx.dropout)
 
 
 def test_a_cache_and_several_documents_are_refused():
@@ -341,7 +406,7 @@ def test_a_cache_and_several_documents_are_refused():
     tokens = tiny_models.random_tokens(config, 1, 4)
     with pytest.raises(ValueError, match="one document a row"):
         tiny_models.applier(config)(tiny_models.make(config)[1])(
-            tokens, document_starts=jnp.zeros_like(tokens), cache=empty_cache(config, 1, 8)
+            tokens, segment_ids=jnp.zeros_like(tokens), cache=empty_cache(config, 1, 8)
         )
 
 
@@ -356,12 +421,15 @@ def test_rows_of_a_batch_do_not_see_each_other():
 
 @pytest.mark.parametrize("config", [CONFIGS["llama"], CONFIGS["gpt2"]], ids=["llama", "gpt2"])
 def test_prefill_and_decoding_with_a_cache_give_the_logits_of_a_full_pass(config):
-    """The prompt with rubbish after it, then a chunk of three, then single tokens, each at its own start."""
+    """The prompt with padding after it, then a chunk of three, then single tokens, each at its own start."""
     apply, params = tiny_models.make(config)
     tokens = tiny_models.random_tokens(config, 4)
     full = np.asarray(tiny_models.jitted_forward(config)(params, tokens))[..., : config.vocab_size]
 
-    run = jax.jit(lambda params, tokens, start, cache: apply(params)(tokens, start=start, cache=cache))
+    @jax.jit
+    def run(params, tokens, start, cache):
+        index = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        return apply(params)(tokens, index=index, cache=cache)
 
     buffer = tokens.copy()
     buffer[:, 5:] = 7
@@ -378,13 +446,13 @@ def test_prefill_and_decoding_with_a_cache_give_the_logits_of_a_full_pass(config
     assert start == config.max_seq_len
 
 
-def test_only_one_place_gives_its_row_of_all_logits():
+def test_the_logits_of_one_place_are_those_of_all_places():
     config = CONFIGS["llama"]
     forward, params = tiny_models.jitted_forward(config), tiny_models.make(config)[1]
     tokens = tiny_models.random_tokens(config, 4)
     full = forward(params, tokens)
     for place in (0, 6, config.max_seq_len - 1):
-        one = forward(params, tokens, only=np.int32(place))
+        one = forward(params, tokens, logits_at=np.int32(place))
         assert one.shape == (4, 1, 64)
         np.testing.assert_allclose(one[:, 0, :50], full[:, place, :50], rtol=0, atol=LOGITS_ATOL)
         assert (one[..., 50:] == -np.inf).all()
@@ -450,43 +518,74 @@ def test_activations_are_placed_by_the_names_of_their_axes(config):
         "batch": 3, "seq": 7, "heads": config.num_heads, "kv_heads": config.kv_heads, "vocab": config.padded_vocab_size,
         "mlp": config.mlp_size,
     }  # fmt: skip
-    merged = sizes | {"batch": 3 * 7}  # of the residual stream [b * t, embed]
 
-    class Checking(Placement):
-        def __init__(self, splits_sequence):
-            self.splits_sequence = splits_sequence
+    class Checking(Partitioner):
+        def __init__(self, context_parallel):
+            self.context_parallel = context_parallel
 
         def constrain(self, x, axes):
             assert len(axes) == x.ndim
-            one_axis = x.ndim == 2 and not self.splits_sequence
             for axis, size in zip(axes, x.shape, strict=True):
-                assert axis is None or (merged if one_axis else sizes)[axis] == size, (axes, x.shape)
+                assert axis is None or sizes[axis] == size, (axes, x.shape)
+            assert axes[:2] == ("batch", "seq")
             seen.update(axes)
             return x
 
-    apply, params = tiny_models.make(config)
-    for splits_sequence in (False, True):
+        def linear(self, x, w, b, axes):
+            # Batch and sequence are one axis of a product with a weight, unless the sequence is split.
+            assert x.shape[:-1] == ((3, 7) if self.context_parallel else (3 * 7,))
+            return super().linear(x, w, b, axes)
+
+    params = tiny_models.make(config)[1]
+    for context_parallel in (False, True):
         seen.clear()
-        placement = Checking(splits_sequence)
-        jax.eval_shape(lambda p=placement: apply(params)(np.zeros((3, 7), np.int32), placement=p))
+        apply = tiny_models.applier(config, Checking(context_parallel))
+        jax.eval_shape(lambda apply=apply: apply(params)(np.zeros((3, 7), np.int32)))
         assert seen == {*sizes, None}
 
 
-def test_the_placed_activation_is_the_one_that_is_used():
+@pytest.mark.parametrize("config", **every_config)
+def test_every_parameter_is_gathered_or_looked_up_under_its_own_axes(config):
+    """A parameter that is used as it lies would be a shard of itself on a mesh."""
+    used: list[tuple] = []
+
+    class Recording(Partitioner):
+        def gather_param(self, w, axes, dtype):
+            used.append((axes, w.shape))
+            return super().gather_param(w, axes, dtype)
+
+        def embed(self, table, ids, axes, dtype):
+            used.append((axes, table.shape))
+            return super().embed(table, ids, axes, dtype)
+
+    apply = tiny_models.applier(dataclasses.replace(config, scan_layers=True), Recording())
+    jax.eval_shape(lambda: apply(tiny_models.make(config)[1])(np.zeros((3, 7), np.int32)))
+    expected = []
+    for variable in tiny_models.abstract(config)[1].values():
+        axes, shape = variable.get_metadata("axes"), variable.get_value().shape
+        in_stack = axes[0] == "layers"
+        expected.append((axes[in_stack:], shape[in_stack:]))
+    if config.tie_embeddings:
+        expected.append((("vocab", "embed"), (config.padded_vocab_size, config.embed_dim)))  # the output table, too
+    assert sorted(used) == sorted(expected)
+
+
+def test_the_constrained_activation_is_the_one_that_is_used():
     """A constraint that is computed but not assigned would place nothing."""
     config = CONFIGS["llama"]
-    apply, params = tiny_models.make(config)
+    params = tiny_models.make(config)[1]
     tokens = tiny_models.random_tokens(config, 3, 7)
     calls: list[tuple] = []
 
-    class Altering(Placement):
+    class Altering(Partitioner):
         def __init__(self, alter):
             self.alter = alter
 
         def constrain(self, x, axes):
             return self.alter(x, axes)
 
-    jax.eval_shape(lambda: apply(params)(tokens, placement=Altering(lambda x, axes: (calls.append(axes), x)[1])))
+    recording = Altering(lambda x, axes: (calls.append(axes), x)[1])
+    jax.eval_shape(lambda: tiny_models.applier(config, recording)(params)(tokens))
     assert len(calls) == 8  # embedding, q, k, v, the stream after each sub-layer, mlp, logits
 
     @jax.jit
@@ -494,7 +593,7 @@ def test_the_placed_activation_is_the_one_that_is_used():
         """The call with this number returns zeros."""
         count = itertools.count()
         altering = Altering(lambda x, axes: jnp.where(next(count) == chosen, 0, x))
-        return apply(params)(tokens, placement=altering)[0]
+        return tiny_models.applier(config, altering)(params)(tokens)[0]
 
     plain = np.asarray(with_zero_at(params, -1))[..., : config.vocab_size]
     for chosen in range(len(calls)):
@@ -510,7 +609,7 @@ def test_logits_are_as_exact_in_bfloat16_as_those_of_the_loss(name):
     model = tiny_models.applier(config)(params)
     logits, _ = model(tokens)
     hidden, table = model.hidden(tokens)[0], model.output_table().astype(jnp.bfloat16)
-    subscripts = "ne,ve->nv" if model.output_axes[0] == "vocab" else "ne,ev->nv"
-    exact = np.einsum(subscripts, *(np.asarray(x, np.float64) for x in (hidden, table)))[:, : config.vocab_size]
-    found = np.asarray(logits).reshape(-1, logits.shape[-1])[:, : config.vocab_size]
+    subscripts = "bte,ve->btv" if model.output_axes[0] == "vocab" else "bte,ev->btv"
+    exact = np.einsum(subscripts, *(np.asarray(x, np.float64) for x in (hidden, table)))[..., : config.vocab_size]
+    found = np.asarray(logits)[..., : config.vocab_size]
     np.testing.assert_allclose(found, exact, atol=1e-4 * np.abs(exact).max())

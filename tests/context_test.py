@@ -1,0 +1,152 @@
+"""What layers report beside their result reaches the caller, and a reported loss has a gradient."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+from flax import nnx
+from tiny_models import CONFIGS
+
+from model import transformer
+from model.attention import empty_cache
+from model.config import ModelConfig
+from model.context import Aux, Context
+from model.dropout import Dropout
+from model.transformer import Block
+
+
+class Reporting(Block):
+    """A block that reports as a layer of experts would: a statistic, and a loss that depends on its parameters."""
+
+    def __call__(self, x, ctx, cache=None):
+        y, cache = super().__call__(x, ctx, cache)
+        ctx.report_metric("mean_square", jnp.square(y).mean())
+        ctx.report_metric("largest", jnp.abs(y).max())
+        ctx.report_loss("mean_fourth", (y**4).mean())
+        return y, cache
+
+
+VARIANTS = [
+    {"scan_layers": True}, {"scan_layers": False}, {"scan_layers": True, "remat": "full"},
+    {"scan_layers": False, "remat": "full"}, {"scan_layers": True, "remat": "dots"},
+]  # fmt: skip
+BASE = dataclasses.replace(CONFIGS["one_kv_head"], dropout=0.2)  # of three layers
+RATE, KEY = 0.2, jax.random.key(5)
+
+
+def hidden(config: ModelConfig, params: dict, tokens: np.ndarray):
+    """(hidden states, reports)."""
+    apply = tiny_models.applier(config)
+    x, aux, _ = apply(params).hidden(jnp.asarray(tokens), dropout_rate=RATE, dropout_key=KEY)
+    return x, aux
+
+
+def layer_by_layer(config: ModelConfig, params: dict, tokens: np.ndarray) -> list:
+    """The stream after each layer of a model that reports nothing, by a loop in Python."""
+    model = tiny_models.applier(dataclasses.replace(config, remat="none"))(params)
+    graph, stacked = nnx.split(model.layers)
+    index = jnp.arange(tokens.shape[1])
+    of_embedding, of_layers = Dropout(RATE, KEY).split(2)
+    x = of_embedding(model.embedding[...][tokens])
+    found = []
+    for i, key in enumerate(jax.random.split(of_layers.key, config.num_layers)):
+        layer = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
+        x, _ = layer(x, Context(index, index[None], dropout=Dropout(RATE, key)))
+        found.append(x)
+    return found
+
+
+@functools.cache
+def expected():
+    """(params, tokens, the streams, the sum over layers of the reported loss, its gradient)."""
+    params, tokens = tiny_models.random_params(BASE), tiny_models.random_tokens(BASE, 2)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss(params):
+        streams = layer_by_layer(BASE, params, tokens)
+        return sum((y**4).mean() for y in streams), streams
+
+    (total, streams), gradient = loss(params)
+    return params, tokens, [np.asarray(y, np.float64) for y in streams], float(total), gradient
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+def test_reports_are_the_mean_of_metrics_and_the_sum_of_losses_over_layers(monkeypatch, fields):
+    """Whether the layers are scanned or unrolled, and whether the backward pass computes them again."""
+    params, tokens, streams, total, gradient = expected()
+    monkeypatch.setattr(transformer, "Block", Reporting)
+    config = dataclasses.replace(BASE, **fields)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss(params):
+        aux = hidden(config, params, tokens)[1]
+        return aux.losses["mean_fourth"], aux
+
+    (found, aux), grads = loss(params)
+    assert aux.metrics.keys() == {"mean_square", "largest"} and aux.losses.keys() == {"mean_fourth"}
+    assert all(value.shape == () and value.dtype == jnp.float32 for value in jax.tree.leaves(aux))
+    assert float(aux.metrics["mean_square"]) == pytest.approx(np.mean([(y**2).mean() for y in streams]), rel=1e-5)
+    assert float(aux.metrics["largest"]) == pytest.approx(np.mean([np.abs(y).max() for y in streams]), rel=1e-5)
+    assert float(found) == pytest.approx(total, rel=1e-5)
+    # The layers differ, or a mean could be the value of one of them.
+    assert np.ptp([(y**2).mean() for y in streams]) > 0.1 * (streams[0] ** 2).mean()
+    for (path, g), right in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(gradient), strict=True):
+        largest = np.abs(right).max()
+        np.testing.assert_allclose(g, right, rtol=0, atol=1e-5 * largest, err_msg=jax.tree_util.keystr(path))
+    kernel = np.asarray(grads["layers"]["mlp"]["up"]["kernel"])
+    assert (np.abs(kernel).max(axis=(1, 2)) > 0).all()  # it flows into every layer
+
+
+def test_a_reported_metric_has_no_gradient_and_changes_no_result(monkeypatch):
+    params, tokens, streams, _, _ = expected()
+    monkeypatch.setattr(transformer, "Block", Reporting)
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def metric(params):
+        x, aux = hidden(BASE, params, tokens)
+        return aux.metrics["mean_square"], x
+
+    grads, x = metric(params)
+    assert not any(np.asarray(g).any() for g in jax.tree.leaves(grads))
+    norm = np.asarray(tiny_models.applier(BASE)(params).norm(jnp.asarray(streams[-1], jnp.float32)))
+    np.testing.assert_allclose(x, norm, rtol=0, atol=2e-5)
+
+
+def test_reports_of_bfloat16_are_float32(monkeypatch):
+    monkeypatch.setattr(transformer, "Block", Reporting)
+    config = dataclasses.replace(BASE, dtype="bfloat16")
+    params, tokens = tiny_models.random_params(config), tiny_models.random_tokens(config, 2)
+    aux = jax.eval_shape(lambda: hidden(config, params, tokens)[1])
+    assert [value.dtype for value in jax.tree.leaves(aux)] == [jnp.float32] * 3
+
+
+def test_reports_with_a_cache_are_those_without(monkeypatch):
+    monkeypatch.setattr(transformer, "Block", Reporting)
+    params, tokens = tiny_models.make(BASE)[1], tiny_models.random_tokens(BASE, 2)
+    model = tiny_models.applier(BASE)(params)
+    _, plain, _ = model.hidden(tokens)
+    _, cached, _ = model.hidden(tokens, cache=empty_cache(BASE, 2, BASE.max_seq_len))
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(cached), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_without_reports_there_are_none():
+    params, tokens = tiny_models.make(BASE)[1], tiny_models.random_tokens(BASE, 2)
+    assert hidden(BASE, params, tokens)[1] == Aux({}, {})
+
+
+def test_parts_of_a_layer_report_to_the_layer_and_other_layers_do_not():
+    index = jnp.arange(3)
+    ctx = Context(index, index[None])
+    one, other = ctx.of_layer(None), ctx.of_layer(None)
+    one.with_dropout(Dropout(0.5, KEY)).report_metric("x", jnp.float32(1))
+    other.report_loss("x", jnp.float32(2))
+    assert (one.aux, other.aux, ctx.aux) == (Aux({}, {"x": 1}), Aux({"x": 2}, {}), Aux({}, {}))
+    assert Context(index, index[None]).aux == Aux({}, {})
