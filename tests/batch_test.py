@@ -1,7 +1,10 @@
 """A batch, its documents against a loop in plain Python, and what a run does not need is not there."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import make_dataset
 import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
@@ -9,7 +12,6 @@ from jax.sharding import SingleDeviceSharding
 from data import batch, loader, packing
 from data.batch import Batch
 from data.token_files import formats
-from tests.packing_test import EOS, T, lengths_like_text, write
 
 END = 9
 
@@ -118,18 +120,21 @@ def test_the_loss_mask_of_packed_rows_leaves_out_an_end_after_an_end(tmp_path, s
     Documents have lengths around that of a row, and shards end anywhere in them.
     """
     draw = np.random.default_rng(seed)
-    of_borders = [1, 1, T, T + 1, T + 2, 2 * (T + 1) + 1] * 4
-    lengths = draw.permutation([*lengths_like_text(300, seed), *of_borders]).tolist()
-    write(tmp_path, lengths, *sorted(draw.integers(1, sum(lengths), 4).tolist()), ends=ends)
-    packing.pack(tmp_path, T)
-    manifest = formats.read_manifest(tmp_path)
-    windows = loader.PackedWindows(
-        formats.TokenFiles(tmp_path, manifest, "train"), packing.read_index(tmp_path, manifest, T), seed=seed
-    )
+    lengths = draw.permutation([*draw.geometric(0.06, 300), *[1, 1, 16, 17, 18, 35] * 4])
+    tokens = np.full(lengths.sum(), 5)
+    borders = np.cumsum([0, *lengths])
+    tokens[borders[1 : None if ends else -1] - 1] = END
+    manifest = make_dataset.write(tmp_path, np.split(tokens, np.sort(draw.integers(1, len(tokens), 4))))
+    split = dataclasses.replace(manifest.splits["train"], documents=len(lengths))
+    manifest = dataclasses.replace(manifest, eos_id=END, splits={"train": split})
+    (tmp_path / formats.MANIFEST).write_text(manifest.to_json())
+    (tmp_path / "train.documents.bin").write_bytes(borders[:-1].astype("<u8").tobytes())
+    index, _ = packing.pack(tmp_path, 16)
+    windows = loader.PackedWindows(formats.TokenFiles(tmp_path, manifest, "train"), index, seed=seed)
     g = draw.permutation(2 * windows.num_windows)  # of two epochs, across shards
     rows = windows.rows(g)
     mask = windows.loss_mask(g)
-    assert mask.dtype == bool and mask.shape == (len(g), T)
-    by_rule = (rows[:, :-1] != EOS) | (rows[:, 1:] != EOS)
+    assert mask.dtype == bool and mask.shape == (len(g), 16)
+    by_rule = (rows[:, :-1] != END) | (rows[:, 1:] != END)
     np.testing.assert_array_equal(mask, by_rule)
     assert 0 < (~mask).sum() < mask.size / 2

@@ -46,7 +46,7 @@ def arguments(tied: bool) -> tuple[np.ndarray, ...]:
 
 @functools.cache
 def by_definition(tied: bool, z_loss: float = Z_LOSS):
-    """Objective, loss and the gradients of the objective to x and table, in float64."""
+    """The total loss, the cross-entropy, and the gradients of the first to x and table, in float64."""
     x, table, targets, weights = (
         np.asarray(a, np.int64 if a.dtype == np.int32 else np.float64) for a in arguments(tied)
     )
@@ -62,15 +62,15 @@ def by_definition(tied: bool, z_loss: float = Z_LOSS):
 
 
 def evaluate(here: Program, tied: bool, dtype: str = "float32", times: float = 1.0):
-    """(objective, loss) undifferentiated, the same with gradients, and those to x and table."""
+    """(total loss, cross-entropy) without gradients, the same with them, and the gradients to x and table."""
     x, table, targets, weights = arguments(tied)
     loss = make_loss(here)
 
     @jax.jit
     def run(x, table, targets, weights):
         def scaled(x, table):
-            objective, loss_ = loss(x, table, targets, weights)
-            return times * objective, (objective, loss_)
+            total, loss_ = loss(x, table, targets, weights)
+            return times * total, (total, loss_)
 
         (_, values), gradients = jax.value_and_grad(scaled, argnums=(0, 1), has_aux=True)(x, table)
         return loss(x, table, targets, weights), values, gradients
@@ -90,8 +90,8 @@ def assert_close(actual, expected, rtol):
 def test_every_size_of_chunk_gives_the_loss_and_gradients_of_its_definition(chunk):
     """160 tokens on one device: 1 and 8 divide them, 3 and 7 do not, and the last chunk is filled up."""
     plain, values, dx, dtable = evaluate(program("one", chunk=chunk), tied=True)
-    objective, loss, expected_dx, expected_dtable = by_definition(True)
-    assert plain == values == pytest.approx([objective, loss], rel=1e-6)
+    total, loss, expected_dx, expected_dtable = by_definition(True)
+    assert plain == values == pytest.approx([total, loss], rel=1e-6)
     assert_close(dx, expected_dx, 2e-6)
     assert_close(dtable, expected_dtable, 2e-6)
     assert not dtable[VOCAB:].any() and not dx[:, ::4].any() and not dx[0].any()
@@ -102,8 +102,8 @@ def test_every_size_of_chunk_gives_the_loss_and_gradients_of_its_definition(chun
 def test_every_mesh_gives_the_loss_and_gradients_of_its_definition(mesh, tied):
     """With tensor 8, all columns of the last shard pad the vocabulary."""
     plain, values, dx, dtable = evaluate(program(mesh, tied=tied, chunk=7), tied)
-    objective, loss, expected_dx, expected_dtable = by_definition(tied)
-    assert plain == values == pytest.approx([objective, loss], rel=1e-6)
+    total, loss, expected_dx, expected_dtable = by_definition(tied)
+    assert plain == values == pytest.approx([total, loss], rel=1e-6)
     assert_close(dx, expected_dx, 2e-6)
     assert_close(dtable, expected_dtable, 2e-6)
 
@@ -112,8 +112,8 @@ def test_every_mesh_gives_the_loss_and_gradients_of_its_definition(mesh, tied):
 def test_bfloat16_is_rounded_in_the_gradients_alone(mesh):
     """Products of bfloat16 are exact in float32, where all sums are; logits' gradients and dx are rounded once."""
     plain, values, dx, dtable = evaluate(program(mesh, tied=False, chunk=8), False, "bfloat16")
-    objective, loss, expected_dx, expected_dtable = by_definition(False)
-    assert plain == values == pytest.approx([objective, loss], rel=1e-5)
+    total, loss, expected_dx, expected_dtable = by_definition(False)
+    assert plain == values == pytest.approx([total, loss], rel=1e-5)
     # Two roundings of 2^-9 at most each, as likely up as down; the table's gradient has but the first.
     assert_close(dx, expected_dx, 2.0**-8)
     assert_close(dtable, expected_dtable, 2.0**-9)
@@ -138,21 +138,21 @@ def test_gradients_are_those_of_autodiff(tied):
     assert_close(dtable, expected_dtable, 2e-6)
 
 
-def test_without_z_loss_the_objective_is_the_loss():
+def test_without_z_loss_the_total_loss_is_the_cross_entropy():
     plain, values, dx, _ = evaluate(program("one", z_loss=0.0, chunk=8), True)
     assert plain == values and values[0] == values[1]
     assert_close(dx, by_definition(True, 0.0)[2], 2e-6)
 
 
-def test_the_gradient_is_that_of_the_objective_times_what_is_made_of_it():
+def test_the_gradient_is_that_of_the_total_loss_times_what_is_made_of_it():
     _, _, dx, dtable = evaluate(program("data x fsdp", chunk=7), True, times=-3.0)
     _, _, expected_dx, expected_dtable = by_definition(True)
     assert_close(dx, -3 * expected_dx, 2e-6)
     assert_close(dtable, -3 * expected_dtable, 2e-6)
 
 
-def test_the_loss_is_for_reading():
-    """It has no gradient: what is trained on is the objective."""
+def test_the_cross_entropy_is_for_reading():
+    """It has no gradient: the total loss is trained on."""
     x, table, targets, weights = arguments(True)
     here = program("one", chunk=8)
     loss = make_loss(here)
@@ -166,13 +166,13 @@ def test_large_logits_do_not_overflow():
     here = program("fsdp x context x tensor", chunk=7)
     x, table, targets, weights = arguments(True)
     with jax.set_mesh(here.mesh):
-        objective, loss = jax.jit(make_loss(here))(x, 100 * table, targets, weights)
+        total, loss = jax.jit(make_loss(here))(x, 100 * table, targets, weights)
     logits = x.astype(np.float64) @ (100 * table.astype(np.float64)[:VOCAB]).T
     assert logits.max() > 200
     top = logits.max(-1)
     log_z = top + np.log(np.exp(logits - top[..., None]).sum(-1))
     expected = (weights * (log_z - np.take_along_axis(logits, targets[..., None], -1)[..., 0])).sum()
-    assert float(loss) == pytest.approx(expected, rel=1e-6) and np.isfinite(float(objective))
+    assert float(loss) == pytest.approx(expected, rel=1e-6) and np.isfinite(float(total))
 
 
 @pytest.mark.parametrize(
