@@ -186,7 +186,7 @@ def enter(
     """
     from data import sources
     from launch import distributed
-    from trainer import sampling, sharding, xla_options
+    from trainer import optimizer, sampling, sharding, xla_options
     from trainer.parallel.partitioner import MeshPartitioner
     from trainer.reliability import identity
     from trainer.reliability.mirror import Mirror
@@ -195,6 +195,7 @@ def enter(
     # kernel be found; the answer should not wait for the rest.
     processes.check_same("setting", distributed.identity(config))
     placed = processes.run_on_all("mesh", lambda: MeshPartitioner(config, sharding.make_mesh(config)))
+    processes.run_on_all("optimizer", lambda: optimizer.chosen(config.optimizer))
     xla_options.use_precision(config.model.dtype, placed.mesh)  # before what holds is recorded
     data = processes.run_on_all("data", lambda: sources.open_sources(config.data, config.model.vocab_size))
     tokenizer = data.speaker.manifest.tokenizer_sha256

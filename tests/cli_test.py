@@ -112,7 +112,8 @@ def test_a_recipe_in_a_folder_with_a_colon(tmp_path):
 
 
 def test_mistakes_that_need_the_devices(tmp_path):
-    """A batch that does not divide by the eight devices there are; an axis that does not."""
+    """A batch that does not divide by the eight devices there are; an axis that does not. The name of an optimizer is
+    checked beside them."""
     data = runs.dataset(tmp_path)
     argv = runs.command(tmp_path / "run", data)[2:]
     assert_one_line(
@@ -120,6 +121,7 @@ def test_mistakes_that_need_the_devices(tmp_path):
     )
     too_many = ("--config.mesh.fsdp=16", "--config.global_batch_size=16")
     assert_one_line(call(*argv, *too_many), 2, "mesh.fsdp = 16", "8 devices")
+    assert_one_line(call(*argv, "--config.optimizer.name=adamv"), 2, "optimizer.name is 'adamv'", "one of adamw")
     assert_one_line(call(*argv, "--num_processes=2"), 2, "--coordinator_address", "--process_id")
     assert not (tmp_path / "run").exists()
 

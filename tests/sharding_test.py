@@ -3,12 +3,16 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
+import optax
 import pytest
+from flax import traverse_util
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.step_test import MESHES, config, mesh_of
-from trainer import sharding
-from trainer.config import Config, MeshConfig, from_dict
+from trainer import optimizer, sharding
+from trainer.config import Config, MeshConfig, OptimizerConfig, from_dict
 from trainer.errors import ConfigError
 from trainer.state import Program
 
@@ -118,6 +122,104 @@ def test_optimizer_state_is_split_like_the_parameters():
     shardings = {leaf.sharding.spec for leaf in jax.tree.leaves(program.state.opt_state) if leaf.ndim >= 2}
     assert P() not in shardings
     assert {leaf.sharding.spec for leaf in jax.tree.leaves(program.params) if leaf.ndim >= 2} == shardings
+
+
+# Two matrices of one shape that are split in different ways, and one whose path is the end of another's.
+PARAMETERS = {
+    "kernel": ((8, 8), P("fsdp", None)),
+    "up/kernel": ((8, 8), P("fsdp", "tensor")),
+    "down/kernel": ((8, 8), P("tensor", "fsdp")),
+    "stack/norm/scale": ((2, 8), P(None, "fsdp")),
+    "stack/mlp/kernel": ((2, 8, 16), P(None, "fsdp", "tensor")),
+    "stack/mlp/bias": ((2, 16), P(None, "tensor")),
+}
+MATRICES = {name: "kernel" in name for name in PARAMETERS}
+
+
+def nested(values: dict) -> dict:
+    return traverse_util.unflatten_dict({tuple(name.split("/")): value for name, value in values.items()})
+
+
+def labelled(yes: str, no: str) -> dict:
+    return nested({name: yes if is_matrix else no for name, is_matrix in MATRICES.items()})
+
+
+def kept_by_parameter(params: dict) -> dict:
+    """Moments below the parameter's name, not above it."""
+    return jax.tree.map(lambda p: {"m": jnp.zeros_like(p), "seen": jnp.zeros((), jnp.int32)}, params)
+
+
+def muon_dimensions(params: dict) -> dict:
+    of = {name: optax.contrib.MuonDimensionNumbers(-2, -1) if matrix else None for name, matrix in MATRICES.items()}
+    return nested(of)
+
+
+TRANSFORMATIONS = {
+    "adam": (optax.scale_by_adam(), ["mu", "nu"]),
+    "masked": (optax.masked(optax.scale_by_adam(), nested(MATRICES)), ["mu", "nu"]),
+    "partition": (
+        optax.partition({"a": optax.scale_by_lion(), "b": optax.scale_by_adam()}, labelled("a", "b")), ["mu", "nu"],
+    ),
+    "chain": (
+        optax.chain(optax.ema(0.9), optax.clip_by_global_norm(1.0), optax.apply_if_finite(optax.trace(0.9), 3)),
+        ["ema", "trace"],
+    ),
+    "muon": (optax.contrib.muon(1e-3, muon_weight_dimension_numbers=muon_dimensions), ["mu", "nu"]),
+    "by parameter": (optax.GradientTransformation(kept_by_parameter, None), ["m"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_a_moment_is_split_as_its_parameter(name):
+    transformation, moments = TRANSFORMATIONS[name]
+    mesh = mesh_of("mixed")
+    params = nested({name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, (shape, _) in PARAMETERS.items()})
+    shardings = nested({name: NamedSharding(mesh, spec) for name, (_, spec) in PARAMETERS.items()})
+    state = jax.eval_shape(transformation.init, params)
+    found = sharding.of_optimizer_state(state, params, shardings, NamedSharding(mesh, P()))
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    seen = set()
+    for path, where in jax.tree_util.tree_leaves_with_path(found):
+        keys = jax.tree_util.keystr(path, simple=True, separator="/")
+        of = next((p for p in sorted(PARAMETERS, key=len, reverse=True) if p in keys), None)
+        kept = next((m for m in moments if m in keys.split("/")), None)
+        assert where.spec == (PARAMETERS[of][1] if kept else P()), keys
+        seen |= {(kept, of)} if kept else set()
+    both = {(moment, p) for moment in moments for p in PARAMETERS}
+    matrices = {(moment, p) for moment, p in both if MATRICES[p]}
+    expected = {"masked": matrices, "partition": {("mu", p) for p in PARAMETERS} | (both - matrices)}
+    expected["muon"] = expected["partition"]
+    assert seen == expected.get(name, both)
+
+
+def test_a_factored_moment_is_not_split():
+    """Its shape is not its parameter's, even if it is that of a parameter with a shorter name."""
+    mesh = mesh_of("mixed")
+    params = {
+        "scale": jax.ShapeDtypeStruct((8,), jnp.float32),
+        "up": {"scale": jax.ShapeDtypeStruct((8, 16), jnp.float32)},
+    }
+    split = {"scale": NamedSharding(mesh, P("fsdp")), "up": {"scale": NamedSharding(mesh, P("fsdp", "tensor"))}}
+    state = jax.eval_shape(optax.scale_by_factored_rms(min_dim_size_to_factor=8).init, params)
+    assert {state.v_row["up"]["scale"].shape, state.v_col["up"]["scale"].shape} == {(8,), (16,)}
+    found = sharding.of_optimizer_state(state, params, split, NamedSharding(mesh, P()))
+    assert found.v_row["up"]["scale"].spec == found.v_col["up"]["scale"].spec == P()
+    assert found.v["scale"].spec == P("fsdp") and found.v["up"]["scale"].spec == P()
+
+
+def muon(c: OptimizerConfig) -> optax.GradientTransformation:
+    def dimensions(params: dict) -> dict:
+        return jax.tree.map(lambda p: optax.contrib.MuonDimensionNumbers(1, 2) if p.ndim == 3 else None, params)
+
+    return optax.contrib.muon(1.0, muon_weight_dimension_numbers=dimensions)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_no_large_moment_of_a_partition_is_replicated(monkeypatch, name):
+    monkeypatch.setitem(optimizer.OPTIMIZERS, "muon", muon)
+    program = Program(config(optimizer={"name": "muon"}), mesh_of(name))
+    assert len(jax.tree.leaves(program.state.opt_state)) > len(jax.tree.leaves(program.params))
+    assert sharding.replicated_share(program.state.opt_state, program.mesh) <= 0.01
 
 
 def test_inference_falls_back_to_replicas():

@@ -139,6 +139,17 @@ def test_changes_at_a_resume(change, kind):
     assert line.startswith(f"config.{name}: ") and line.endswith(f"-> {value!r}")
 
 
+def test_the_optimizer_cannot_change_at_a_resume():
+    """Another one cannot read the state. A run of an earlier version, which did not name it, has AdamW."""
+    fields = dataclasses.asdict(Config())
+    del fields["optimizer"]["name"]
+    before = from_dict(fields, recorded=True)
+    assert changes(before, Config()) == {"harmless": [], "flag": [], "refused": []}
+    found = changes(before, from_dict({"optimizer": {"name": "another", "peak_lr": 0.5}}))
+    assert found["refused"] == ["config.optimizer.name: 'adamw' -> 'another'"]
+    assert found["flag"] == ["config.optimizer.peak_lr: 0.001 -> 0.5"] and not found["harmless"]
+
+
 def test_the_type_of_the_moments_cannot_change_at_a_resume():
     """Although the rest of the section may: what was saved is of the other type."""
     found = changes(Config(), from_dict({"optimizer": {"moments_dtype": "bfloat16", "b2": 0.95}}))

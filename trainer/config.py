@@ -21,8 +21,10 @@ def _require(ok: bool, message: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter, 2019) after clipping by global norm, with a warm-up and a schedule."""
+    """An optimizer after clipping by global norm, with decoupled weight decay, a warm-up and a schedule."""
 
+    # In the table of trainer/optimizer.py, which checks it. adamw: Loshchilov and Hutter, 2019. A run keeps its own.
+    name: str = "adamw"
     peak_lr: float = 1e-3
     end_lr: float = 1e-4  # at the end of cosine, linear and wsd
     schedule: str = "cosine"  # after the warm-up: cosine, linear, constant, wsd (warm-up, stable, decay)
@@ -344,7 +346,8 @@ NEEDS_FLAG = (
     "model.dropout_scale", "model.dtype",
 )  # fmt: skip
 
-STRUCTURE = ("optimizer.moments_dtype",)  # of what is saved, although the rest of its section may change
+# The structure of what is saved, although the rest of the section may change.
+STRUCTURE = ("optimizer.name", "optimizer.moments_dtype")
 
 
 def changes(old: Config, new: Config) -> dict[str, list[str]]:

@@ -13,6 +13,8 @@ from trainer.config import Config, MeshConfig, check_divisible
 from trainer.errors import ConfigError
 
 MESH_AXES = MeshConfig.AXES
+# The axes that may shard parameters. Along `data` each device has its own replica of them.
+PARAMETER_AXES = tuple(axis for axis in MESH_AXES if axis != "data")
 
 BATCH_AXES: tuple[str, ...] = ("data", "fsdp")
 EMBED_AXES: tuple[str, ...] = ("fsdp", "context")
@@ -155,10 +157,37 @@ def mesh_here(mesh: Mesh) -> Mesh | AbstractMesh:
     return mesh if here.empty else here
 
 
-def replicated_share(params: dict, mesh: Mesh) -> float:
-    """Share of the parameters that every device holds whole although the mesh has axes to split them."""
-    if mesh.size == mesh.shape["data"]:
+def of_optimizer_state(state: Any, params: dict, shardings: dict, other: NamedSharding) -> Any:
+    """Shardings of an optimizer's state, a tree like `state`: a moment is sharded as its parameter's moments are to be.
+
+    Optax keeps moments in copies of the parameters' tree, of which optax.masked and optax.partition leave out some. So
+    the parameter of an array is the one whose path is the longest part of the array's own path.
+
+    Args:
+      state, params: abstract trees.
+      shardings: of the moments of each parameter, a tree like `params`.
+      other: of arrays that belong to no parameter, such as a count of steps, or that do not have the shape of theirs,
+        such as a factored moment. replicated_share tells whether they are large.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    of_path = {path: (p.shape, where) for (path, p), where in zip(leaves, jax.tree.leaves(shardings), strict=True)}
+
+    def of_array(path: tuple, array: jax.ShapeDtypeStruct) -> NamedSharding:
+        parts = (path[i:j] for j in range(len(path), 0, -1) for i in range(j))  # the last of equally long ones first
+        parameter = max((part for part in parts if part in of_path), key=len, default=())
+        shape, where = of_path.get(parameter, (None, other))
+        return where if shape == array.shape else other
+
+    return jax.tree_util.tree_map_with_path(of_array, state)
+
+
+def replicated_share(tree: Any, mesh: Mesh, *, of: Any = None, axes: tuple[str, ...] = PARAMETER_AXES) -> float:
+    """The numbers in `tree` that every device holds although `axes` of the mesh could split them.
+
+    Args:
+      of: the tree of whose numbers they are a share; None: `tree`.
+    """
+    if all(mesh.shape[axis] == 1 for axis in axes):
         return 0.0
-    leaves = jax.tree.leaves(params)
-    whole = sum(p.size for p in leaves if p.sharding.is_fully_replicated)
-    return whole / sum(p.size for p in leaves)
+    replicated = sum(x.size for x in jax.tree.leaves(tree) if x.sharding.is_fully_replicated)
+    return replicated / sum(x.size for x in jax.tree.leaves(tree if of is None else of))

@@ -55,8 +55,8 @@ class Program:
         flat = nnx.to_flat_state(variables)
         self.axes = traverse_util.unflatten_dict({path: v.get_metadata("axes") for path, v in flat})
         self.output_axes = abstract.output_axes
-        self.optimizer = optimizer.make_optimizer(config.optimizer, self.axes)
         self.schedule = optimizer.make_schedule(config.optimizer, config.num_train_steps)
+        self.optimizer = optimizer.make_optimizer(config.optimizer, self.schedule, self.axes)
 
         self.replicated = sharding.named(mesh)
 
@@ -67,7 +67,7 @@ class Program:
         param_shardings = by(sharding.RULES)
         self.moments = by(sharding.ZERO1_RULES) if config.mesh.shard_optimizer else param_shardings
         shapes = jax.eval_shape(lambda: self._init(jax.random.key(0)))
-        opt_shardings = _like_params(shapes.opt_state, shapes.params, self.moments, self.replicated)
+        opt_shardings = sharding.of_optimizer_state(shapes.opt_state, shapes.params, self.moments, self.replicated)
         guard_shardings = dict.fromkeys(shapes.guard, self.replicated)
         shardings = TrainState(self.replicated, param_shardings, opt_shardings, guard_shardings)
         self.state: TrainState = jax.tree.map(
@@ -122,13 +122,3 @@ class Program:
     def model_of_compiler(self, params: dict) -> Transformer:
         """The same model as plain array code, which the compiler lays out on the mesh: for generation."""
         return nnx.merge(self._whole_graph, params)
-
-
-def _like_params(tree: Any, params: dict, values: dict, other: Any) -> Any:
-    """`tree` with each subtree shaped like `params` replaced by `values`, and each other leaf by `other`."""
-    structure: Any = jax.tree.structure(params)
-
-    def is_params(node: Any) -> bool:
-        return bool(structure == jax.tree.structure(node))
-
-    return jax.tree.map(lambda node: values if is_params(node) else other, tree, is_leaf=is_params)

@@ -29,9 +29,8 @@ def make_train_step(program: Program):
         loss, reported, grads = gradient(state.params, batch, key, state.step)
         # With mesh.shard_optimizer each replica sums, and then updates, its own shard.
         grads = jax.lax.with_sharding_constraint(grads, program.moments)
-        updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
-        lr = program.schedule(state.step)
-        params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
+        updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params, step=state.step)
+        params = optax.apply_updates(state.params, updates)
         grad_norm, guard = optax.tree.norm(grads), state.guard
         judged: dict[str, Array] = {}
         if guard:
@@ -46,7 +45,7 @@ def make_train_step(program: Program):
             "train/loss": loss,
             "train/grad_norm": grad_norm,
             "train/param_norm": optax.tree.norm(params),
-            "train/lr": lr,
+            "train/lr": program.schedule(state.step),
             **{f"train/{name}": value for name, value in reported.items()},
         }
         return TrainState(state.step + 1, params, opt_state, guard), metrics | judged

@@ -14,7 +14,7 @@ from trainer.config import Config
 from trainer.state import Program
 
 log = logging.getLogger("meshlm")
-# Parameters held whole by every device although the mesh could split them; more than this share is a mistake.
+# Of the parameters, or of the optimizer's state, replicated although the mesh could split them: more is a mistake.
 REPLICATED_SHARE_ALLOWED = 0.02
 
 
@@ -33,9 +33,8 @@ def log_summary(config: Config, program: Program, windows: MixedWindows, data: S
     log.info("attention %s (%s)", program.partitioner.kernel, program.partitioner.reason)
     for line in parameter_table(program):
         log.info("          %s", line)
-    share = sharding.replicated_share(program.params, mesh)
-    if share > REPLICATED_SHARE_ALLOWED:
-        log.warning("WARNING   %.0f %% of the parameters are whole on every device", 100 * share)
+    for line in replicated(program):
+        log.warning("WARNING   %s", line)
     batch, accum = config.global_batch_size, config.grad_accum_steps
     rows = sharding.batch_shards(mesh.shape)
     log.info(
@@ -72,6 +71,22 @@ def _in_place(dataset: Dataset) -> str:
     others = len(external.others(dataset.path, dataset.foreign_files))
     left_out = f", {others} other entries of the folder left out" if others else ""
     return f"; {kind}, read in place: {files} file(s) to train on, {held_out} to validate on{left_out}"
+
+
+def replicated(program: Program) -> list[str]:
+    """A line for the parameters, and one for the optimizer's state, if every device holds too much of them.
+
+    The optimizer's state counts as a share of the whole training state: a factored one is replicated, but small.
+    """
+    mesh, params, opt_state = program.mesh, program.params, program.state.opt_state
+    axes = sharding.MESH_AXES if program.config.mesh.shard_optimizer else sharding.PARAMETER_AXES
+    parameters = sharding.replicated_share(params, mesh)
+    optimizer = sharding.replicated_share(opt_state, mesh, of=(params, opt_state), axes=axes)
+    shares = (
+        (parameters, "the parameters are whole on every device"),
+        (optimizer, "the training state is optimizer state, whole on every device"),
+    )
+    return [f"{100 * share:.0f} % of {what}" for share, what in shares if share > REPLICATED_SHARE_ALLOWED]
 
 
 def parameter_table(program: Program) -> list[str]:
