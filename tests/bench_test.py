@@ -1,4 +1,4 @@
-"""launch.bench: a row with all its fields from a tiny recipe, a peer beside it, and one line where it cannot be."""
+"""launch.bench: a row with all its fields from a tiny recipe, a peer beside it, and one line if it cannot run."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ TINY = {
     "model.vocab_size": 300,
 }  # fmt: skip
 ROUNDS, STEPS = 2, 2
-TORCH_PYTHON = os.environ.get("TORCH_PYTHON", sys.executable)  # a Python that has torch, where this one does not
+TORCH_PYTHON = os.environ.get("TORCH_PYTHON", sys.executable)  # a Python that has torch, if this one does not
 
 
 def call(*argv: str, devices: int = 1, **fields) -> subprocess.CompletedProcess:
@@ -68,7 +68,7 @@ def test_rates_agree_with_each_other_and_no_mfu_is_guessed():
         row["tokens_per_s_per_device"] * flops.flops_per_token(config) / 1e12
     )
     assert row["compile_s"] > 0 and row["peak_memory_gib"] > 0 and row["last_loss"] < row["first_loss"]
-    assert "mfu" not in row  # of a CPU there is no known peak
+    assert "mfu" not in row  # the peak of a CPU is not known
 
 
 def test_a_profile_and_the_program_it_is_of(tmp_path):
@@ -91,7 +91,7 @@ def test_peer_takes_turns(mlp):
         row["peer"] == "GPT-2 blocks" if mlp == "gelu" else row["peer"].startswith("GPT-2 blocks of the nearest size")
     )
     assert row["ratio"] == pytest.approx(row["tokens_per_s_per_device"] / row["peer_tokens_per_s"])
-    if mlp == "gelu":  # the same parameters, but for ids that pad the vocabulary
+    if mlp == "gelu":  # the same parameters, except for ids that pad the vocabulary
         assert row["peer_num_params"] == row["num_params"] + 20 * 32
 
 

@@ -1,4 +1,4 @@
-"""Commands as a person starts them, many a second: a process that has loaded what they share forks for each."""
+"""Runs commands as a user would, many per second: a process that has imported what they share forks for each."""
 
 import dataclasses
 import importlib
@@ -33,7 +33,7 @@ class Ended:
 
 
 class Border:
-    """Starts commands in `folder`, which is also the home; their console has ASCII alone. Close it in the end."""
+    """Runs commands in `folder`, which is also their HOME; their console takes only ASCII. Close it in the end."""
 
     def __init__(self, folder: pathlib.Path):
         environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(folder), "PYTHONIOENCODING": "ascii:strict"}

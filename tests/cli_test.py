@@ -112,8 +112,8 @@ def test_a_recipe_in_a_folder_with_a_colon(tmp_path):
 
 
 def test_mistakes_that_need_the_devices(tmp_path):
-    """A batch that does not divide by the eight devices there are; an axis that does not. The name of an optimizer is
-    checked beside them."""
+    """A batch that does not divide by the eight devices; an axis that is larger than they are. The name of an optimizer
+    is checked beside them."""
     data = runs.dataset(tmp_path)
     argv = runs.command(tmp_path / "run", data)[2:]
     assert_one_line(
@@ -146,7 +146,7 @@ SHADOWS = ("configs", "data", "json", "logging", "model", "random", "trainer", "
 
 @pytest.mark.parametrize("how", ["python -m", "meshlm", "python -m, PYTHONPATH with an empty part"])
 def test_files_of_the_current_folder_are_not_taken_for_ours(tmp_path, how):
-    """nanoGPT's folder has a model.py; there every command ended in a traceback."""
+    """nanoGPT's folder has a model.py; every command started there ended in a traceback."""
     (tmp_path / "here").mkdir()
     for name in SHADOWS:
         (tmp_path / f"here/{name}.py").write_text("raise SystemExit('the wrong file')")
@@ -181,12 +181,12 @@ def test_prepare_says_what_it_made_and_does_it_once(tmp_path):
     assert call(*argv, "--tokenizer=byte", "--overwrite").returncode == 0
 
 
-# The border: whatever a person or another program hands over ends in one line.
+# The border: whatever a user or another program passes in, errors are one line.
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> pathlib.Path:
-    """A folder of good and bad things, with names that are hard to print."""
+    """A folder of good and bad files, with names that are hard to print."""
     home = tmp_path_factory.mktemp("home")
     records = "".join(json.dumps({"text": f"{i} 中文 caf\u00e9"}, ensure_ascii=False) + "\n" for i in range(50))
     (home / "records.jsonl").write_text(records, encoding="utf-8")
@@ -372,7 +372,7 @@ def assert_one_error(ended: Ended, code: int, *parts: str) -> None:
 
 
 def test_the_home_is_meant_by_a_tilde(border, home):
-    """The shell leaves it in --out=~/x; in a folder that is called so nobody would look, and `rm -rf ~` removes it."""
+    """The shell does not expand it in --out=~/x. No one looks in a folder called ~, and `rm -rf ~` removes the home."""
     assert border("launch.prepare", "--source=~/text.txt", "--tokenizer=byte", "--out=~/at/home").code == 0
     for argv in (
         ("launch.inspect", "~/at/home", "--seq_len=8"),
@@ -403,7 +403,7 @@ def test_the_home_in_fields_of_the_configuration(monkeypatch):
 
 
 def test_any_character_is_printed_on_any_console(border):
-    """Here it has ASCII alone, and strictly."""
+    """This one takes only ASCII, strictly."""
     shown = border("launch.inspect", "set", "--seq_len=8")
     assert shown.code == 0 and "\\u4e2d\\u6587" in shown.out
     assert border("launch.tokenizer", "decode", "--tokenizer=byte", "228 184 173").out == "\\u4e2d\n"
@@ -433,7 +433,7 @@ def test_a_word_that_is_not_an_id(word, border):
 
 
 def test_messages_are_not_among_json(border, home):
-    """Two names of one file: a warning, and stdout is still one object."""
+    """Two names of one file give a warning, and stdout is still one JSON object."""
     (home / "twice").mkdir()
     (home / "twice/a.bin").write_bytes(bytes([7, 0, 9, 0]) * 250)
     (home / "twice/b.bin").symlink_to("a.bin")
@@ -456,13 +456,13 @@ def interrupted(argv: list[str], ready, by=signal.SIGINT, **options) -> tuple[in
     while not ready():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    os.killpg(process.pid, by)  # as a terminal or a cluster does, to all of it
+    os.killpg(process.pid, by)  # the whole group, as a terminal or a cluster does
     out, err = process.communicate(timeout=60)
     return process.returncode, out, err
 
 
 def test_ctrl_c_is_one_line(tmp_path):
-    """In the middle of what is read, and of the work of several processes; the same command goes on."""
+    """It comes while standard input is read, and while several processes work."""
     argv = ["launch.prepare", "--source=-", f"--out={tmp_path / 'a'}"]
     code, _, err = interrupted(argv, ready=lambda: list(tmp_path.glob(".meshlm-stdin-*")))
     assert code == 130 and len(err.strip().splitlines()) == 1 and not list(tmp_path.glob(".meshlm-stdin-*")), err
@@ -505,7 +505,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("program", [TRAINING] * 4 + [REMOVING])
 def test_ctrl_c_while_a_library_works_on_a_thread_or_an_object_is_removed(tmp_path, program):
-    """Python aborted (-6) in four of ten such trainings; and it printed a traceback for the object, and went on."""
+    """Python aborted (-6) in four of ten such trainings; for the object it printed a traceback and continued."""
     argv = [sys.executable, "-c", program]
     ended = subprocess.run(argv, cwd=runs.ROOT, stderr=subprocess.PIPE, text=True, timeout=60)
     assert (ended.returncode, ended.stderr.strip()) == (130, launch.INTERRUPTED_LINE)

@@ -44,7 +44,7 @@ CUTS = st.lists(st.integers(0, 1 << 16), max_size=3)
 
 
 def compressed(raw: bytes, cuts: list[int]) -> dict[str, bytes]:
-    """`raw` as it is, and in members of gzip and frames of zstd, with frames between them that are to be skipped."""
+    """`raw` as it is, as members of gzip, and as frames of zstd with skippable frames between them."""
     edges = sorted({0, len(raw), *(at % (len(raw) + 1) for at in cuts)})
     parts = [raw[a:b] for a, b in itertools.pairwise(edges)] or [b""]
     skipped = struct.pack("<II", 0x184D2A50, 5) + b"skip!"
@@ -57,7 +57,7 @@ def compressed(raw: bytes, cuts: list[int]) -> dict[str, bytes]:
 
 
 def read(path: pathlib.Path, sizes, **reading) -> tuple[list[documents.Piece], problems.Problems]:
-    """All pieces; the problems as a merge of the units' files has them."""
+    """All pieces, and the problems as merged from the units' files."""
     unit, search, block = sizes
     small = {"UNIT_BYTES": unit, "LINE_SEARCH_BYTES": search, "BLOCK_BYTES": block, "ZSTD_BYTES": block}
     found, merged = [], problems.Problems()
@@ -116,7 +116,7 @@ def test_text_is_read_whole_and_cut_at_the_same_places_however_it_is_compressed(
 
 
 def names(line: bytes) -> list[str]:
-    """Of an object, in order."""
+    """The names in a JSON object, in order."""
     return [name for name, _ in json.loads(line.decode("utf-8", "replace"), object_pairs_hook=list, parse_int=len)]
 
 
@@ -172,7 +172,7 @@ TYPES = ["string", "large_string", "string_view", "binary", "large_binary", "dic
 
 
 def parquet_column(values: list, kind: str) -> pyarrow.Array:
-    """Strings that are not checked, as other writers make them."""
+    """Strings whose encoding is not checked, as other writers make them."""
     column = pyarrow.array(values, pyarrow.large_binary() if kind.startswith("large") else pyarrow.binary())
     if kind.endswith("string"):
         return column.view(kind)

@@ -1,4 +1,4 @@
-"""Bad input is named by file and place, counted, and never swallowed; what can be read is read whole."""
+"""Bad input is named by file and place, counted, and never swallowed; what can be read is read completely."""
 
 import gzip
 import itertools
@@ -96,7 +96,7 @@ def test_any_spelling_of_a_key_is_that_key(key, tmp_path):
 
 
 def test_records_of_any_depth_are_read_or_broken(tmp_path):
-    """The second look at a line, for a key given twice, goes a little less deep than the first."""
+    """The second parser of a line, which finds duplicate keys, goes a little less deep than the first."""
     for depth in range(960, 1010):
         value = "[" * depth + "{}" + "]" * depth
         (tmp_path / "a.jsonl").write_bytes(lines(f'{{"text": "a", "m": {{"text": {value}}}}}'.encode(), LAST))
@@ -156,7 +156,7 @@ def test_invalid_utf8_is_replaced_and_counted_or_named_with_its_offset(tmp_path)
     path.write_bytes("gut \ufffd é ".encode() + b"\xe9 \xff\xfe end")
     texts, problems = read(path)
     assert texts == ["gut \ufffd é \ufffd \ufffd\ufffd end"]
-    assert problems.counts == {"invalid UTF-8, now U+FFFD": 3}  # the one that was there is no damage
+    assert problems.counts == {"invalid UTF-8, now U+FFFD": 3}  # the one in the input is not damage
     with pytest.raises(DataError, match=r"0xe9 at offset 11.*--invalid_utf8=replace"):
         read(path, invalid_utf8="error")
     assert read(path, raw=True)[0] == [path.read_bytes()]
@@ -169,7 +169,7 @@ def test_invalid_utf8_is_replaced_and_counted_or_named_with_its_offset(tmp_path)
 
 
 def test_invalid_utf8_is_counted_by_characters_and_stops_everything_when_asked_to(tmp_path):
-    """In records of any kind, too; halves of surrogate pairs are no UTF-8 either."""
+    """This includes records of any kind; halves of surrogate pairs are not UTF-8 either."""
     bad = [b"\xe9 \xf0\x9f\x98 \xff\xfe", b"\xed\xa0\x80", b"\\ud83d \\ud83d", b"\xe9\\udc00"]
     for raw, times in zip(bad, (4, 3, 2, 2), strict=True):
         (tmp_path / "a.jsonl").write_bytes(lines(GOOD, b'{"text": "' + raw + b'"}', GOOD))
@@ -218,7 +218,7 @@ def test_offsets_count_through_a_file_that_is_cut(tmp_path, monkeypatch):
 
 
 def test_halves_of_surrogate_pairs(tmp_path):
-    """JSON may hold a half; nothing else can encode it. Whole pairs are what they stand for."""
+    """JSON may hold a half, which nothing else can encode. Complete pairs are decoded."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(b'{"text": "a\\ud83d b"}', b'{"text": "\\ud83d\\ude00"}'))
     texts, problems = read(path)
@@ -290,7 +290,7 @@ def test_characters_across_the_blocks_of_a_compressed_file(tmp_path, monkeypatch
     monkeypatch.setattr(documents, "UNIT_BYTES", 7)
     path = tmp_path / "a.txt.gz"
     text = "aé東\U0001f600" * 50
-    path.write_bytes(gzip.compress(text.encode() + b"\xe6\x9d"))  # and one that never ends
+    path.write_bytes(gzip.compress(text.encode() + b"\xe6\x9d"))  # and an incomplete one
     texts, problems = read(path)
     assert texts == [text + "\ufffd"] and problems.counts == {"invalid UTF-8, now U+FFFD": 1}
 
@@ -328,7 +328,7 @@ def test_the_line_of_an_error_is_counted_from_the_beginning_of_the_file(tmp_path
         read(path)
     with pytest.raises(DataError, match=f"{path} line 71 is not UTF-8"):
         read(path, invalid_utf8="error")
-    # A part that is read alone, as for an excerpt, says from where on it has counted.
+    # A part that is read by itself, as for a tokenizer's sample, says where its count begins.
     stretch = plan(path)[-1][0]
     problems = documents.Problems()
     list(documents.read(stretch, documents.Reading(**SKIP), problems))
@@ -345,7 +345,7 @@ def test_problems_cost_no_reading_from_the_beginning(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus.File, "open", lambda file: opened.append(file) or file.path.open("rb"))
     monkeypatch.setattr(documents, "_exact", None)
     assert read(path, **SKIP)[1].counts == {"broken JSON": 2000}
-    assert len(opened) == 1 + len(plan(path))  # by the plan; of each unit once
+    assert len(opened) == 1 + len(plan(path))  # once for the plan, and once for each unit
 
 
 def test_a_text_without_newlines_is_cut_between_characters(tmp_path, monkeypatch):
@@ -442,7 +442,7 @@ def test_parquet_of_several_such_columns_or_without_rows(tmp_path):
 
 @pytest.mark.parametrize("split", ["last", "file", "document"])
 def test_texts_and_records_together_are_bytes_for_the_byte_tokenizer(split, tmp_path):
-    """All of them, in the order of the files; the validation split is a tenth of them, or whole ones of them."""
+    """All of them, in the order of the files; the validation split is a tenth of them, or some complete ones."""
     source = tmp_path / "source"
     source.mkdir()
     texts = [f"täxt {i} " * 9 for i in range(60)]

@@ -1,4 +1,4 @@
-"""Where processes meet before JAX does: who is let in, who is refused, and what else may be listening there."""
+"""Where processes meet before JAX starts: which are let in, which are refused, and what else may listen there."""
 
 import contextlib
 import http.server
@@ -33,12 +33,12 @@ def release(locks: list[socket.socket]) -> None:
 
 
 def visitor(process: int, run: str = "/runs/a", pid: int = 1) -> Visitor:
-    """Each call another process, except with the same pid."""
+    """Another process for each pid."""
     return Visitor.myself(process, run)._replace(pid=1000 * process + pid)
 
 
 def knocking(port: int, *visitors: Visitor, within_s: float = 10.0):
-    """Each on a thread; what each ends with."""
+    """Lets each visitor knock on a thread. Returns the threads, and what each visitor ends with."""
     ended: dict[int, object] = {}
 
     def knock(i: int) -> None:
@@ -55,7 +55,7 @@ def knocking(port: int, *visitors: Visitor, within_s: float = 10.0):
 
 
 def opened(size: int, *visitors: Visitor, run: str = "/runs/a") -> tuple[list[str], dict[int, object]]:
-    """Whom process 0 refuses, and with what all end."""
+    """What process 0 says about visitors that it refuses, and what each visitor ends with."""
     port = runs.free_port()
     threads, ended = knocking(port, *visitors)
     with contextlib.closing(Door(f"localhost:{port}", port, size, run)) as entrance:
@@ -96,7 +96,7 @@ def test_who_does_not_belong_is_refused_and_the_others_are_not(stranger, said):
         for thread in (waiting, *first):
             thread.join()
     assert len(refused) == 1 and said in refused[0]
-    kind = Stopped if "second" in said else ConfigError  # the first may be gone without a word, with its machine
+    kind = Stopped if "second" in said else ConfigError  # the first may be gone silently, with its machine
     assert isinstance(ended[1], kind) and said in str(ended[1]) and "pid " in str(ended[1])
     assert ended[0] is None and ended[2] is None
 
@@ -121,7 +121,7 @@ def test_who_went_away_may_come_again():
 
 
 def spoken(port: int, who: Visitor) -> socket.socket:
-    """A connection over which `who` has introduced itself, and which says nothing more, not even that it is gone."""
+    """A connection over which `who` has introduced itself, and sends nothing more, not even that it is gone."""
     connection = socket.create_connection(("localhost", port))
     assert connection.recv(100) == door.GREETING
     connection.sendall(json.dumps(who._asdict()).encode() + b"\n")
@@ -129,7 +129,7 @@ def spoken(port: int, who: Visitor) -> socket.socket:
 
 
 def test_who_comes_again_takes_its_place():
-    """Its connection was lost without a word on the way, and process 0 still counts on it."""
+    """Its connection was lost silently, and process 0 still counts it."""
     port = runs.free_port()
     with contextlib.closing(Door(f"localhost:{port}", port, 3, "/runs/a")) as entrance:
         refused: list[str] = []
@@ -138,7 +138,7 @@ def test_who_comes_again_takes_its_place():
         with spoken(port, visitor(1)) as lost:
             runs.wait_until(lambda: entrance.missing == [2])
             threads, ended = knocking(port, visitor(1))
-            runs.wait_until(lambda: lost.recv(100) == b"")  # it was put out
+            runs.wait_until(lambda: lost.recv(100) == b"")  # it was closed
             more, ended_2 = knocking(port, visitor(2))
             for thread in (waiting, *threads, *more):
                 thread.join()
@@ -146,7 +146,7 @@ def test_who_comes_again_takes_its_place():
 
 
 def test_what_a_closed_connection_still_said_is_not_heard():
-    """Two speak at one time, and the first of them makes process 0 close the other."""
+    """Two send at the same time; when process 0 reads the later one, it closes the other."""
     port = runs.free_port()
     with contextlib.closing(Door(f"localhost:{port}", port, 3, "/runs/a")) as entrance:
         lost, again = (socket.create_connection(("localhost", port)) for _ in range(2))
@@ -162,7 +162,7 @@ def test_what_a_closed_connection_still_said_is_not_heard():
 
 
 def test_a_machine_that_is_gone_is_noticed():
-    """Without a word from it: the kernel asks."""
+    """It sends nothing: the kernel probes it (keep-alive)."""
     port, asked = runs.free_port(), socket.SO_KEEPALIVE
     with contextlib.closing(Door(f"localhost:{port}", port, 3, "/runs/a")) as entrance:
         waiting = threading.Thread(target=lambda: list(entrance.wait()), daemon=True)
@@ -180,18 +180,18 @@ def test_a_machine_that_is_gone_is_noticed():
 
 @pytest.mark.parametrize("option", ["SO_KEEPALIVE", "TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"])
 def test_what_a_kernel_does_not_know_keeps_nobody_out(option, monkeypatch):
-    """gVisor and WSL1 refuse some of the options that find a machine which is gone."""
+    """gVisor and WSL1 refuse some of the options that detect a machine that is gone."""
     monkeypatch.setattr(socket, option, 9999)
     port = runs.free_port()
     entrance = Door(f"localhost:{port}", port, 2, "/runs/a")
     with contextlib.closing(entrance), socket.create_connection(("localhost", port), timeout=1.0) as connection:
         entrance._accept()
         assert connection.recv(100) == door.GREETING
-        door._keep_alive(connection)  # nor does one stay out by itself
+        door._keep_alive(connection)  # nor does a visitor fail by itself
 
 
 def test_the_second_of_a_number_comes_in_when_the_first_is_found_to_be_gone(monkeypatch):
-    """Its machine died without a word, and is replaced before the kernel of process 0 knows."""
+    """Its machine died silently, and is replaced before the kernel of process 0 notices."""
     monkeypatch.setattr(door, "GONE_S", 10.0)
     assert door.KEEP_ALIVE["TCP_KEEPIDLE"] + door.KEEP_ALIVE["TCP_KEEPINTVL"] * door.KEEP_ALIVE["TCP_KEEPCNT"] < GONE_S
     port, refused = runs.free_port(), []
@@ -201,7 +201,7 @@ def test_the_second_of_a_number_comes_in_when_the_first_is_found_to_be_gone(monk
         with spoken(port, visitor(1)):
             runs.wait_until(lambda: entrance.missing == [2])
             threads, ended = knocking(port, visitor(1, pid=2))
-            time.sleep(1.2)  # it has come three times
+            time.sleep(1.2)  # it has knocked three times
             assert not ended
         runs.wait_until(lambda: len(entrance._here) == 1 and entrance._here[1][1] == visitor(1, pid=2))
         more, ended_2 = knocking(port, visitor(2))
@@ -222,7 +222,7 @@ def test_one_folder_by_any_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("ends", [True, False])
 def test_the_earlier_life_of_process_0_is_waited_for(ends, tmp_path):
-    """It may still save. That its port is not free is no mistake of the settings."""
+    """It may still be saving. That its port is not free is not a mistake in the settings."""
     port, reasons = runs.free_port(), []
     earlier = [*door._held(door._names(port, str(tmp_path))), socket.create_server(("", port))]
     if ends:
@@ -239,7 +239,7 @@ def test_the_earlier_life_of_process_0_is_waited_for(ends, tmp_path):
 
 @contextlib.contextmanager
 def descriptors(left: int):
-    """So many may still be opened."""
+    """Lets this process open only `left` more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = (fd for fd in range(soft) if not os.path.exists(f"/proc/self/fd/{fd}"))
     most = max((fd + 1 for fd in itertools.islice(free, left)), default=0)
@@ -252,7 +252,7 @@ def descriptors(left: int):
 
 @pytest.mark.parametrize("left", [0, 3])
 def test_without_descriptors_it_does_not_spin(left, monkeypatch):
-    """What says nothing makes room. Where nothing can, it says so once, and tries again now and then."""
+    """Silent connections are closed to make room. If there are none, it says so once, and retries now and then."""
     monkeypatch.setattr(door, "_allow_files", lambda size: None)
     port, said, tried = runs.free_port(), [], []
     real = Door._make_room
@@ -270,9 +270,9 @@ def test_without_descriptors_it_does_not_spin(left, monkeypatch):
         assert not waiting.is_alive() and len(said) == (left == 0), said
 
 
-@pytest.mark.parametrize("then", ["nobody", "another"])
+@pytest.mark.parametrize("then", ["nothing", "another"])
 def test_a_process_0_that_goes_away_is_what_is_missing(then):
-    """Not the others; nor is the port another run's."""
+    """The error names process 0 and not the others, and does not take the port for another run's."""
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
         threads, ended = knocking(port, visitor(1), within_s=2.0)
@@ -284,7 +284,7 @@ def test_a_process_0_that_goes_away_is_what_is_missing(then):
         while then == "another" and threads[0].is_alive():
             with contextlib.suppress(TimeoutError), server.accept()[0] as connection:
                 connection.sendall(b"\x00\x00\x18\x04")
-        if then == "nobody":
+        if then == "nothing":
             server.close()
         threads[0].join(10)
     assert isinstance(ended[0], Stopped) and f"process 0 at localhost:{port} is gone: " in str(ended[0]), ended
@@ -338,7 +338,7 @@ def test_a_port_that_another_program_has():
 
 @pytest.mark.parametrize("said", [b"", b"\x00\x00\x18\x04", door.GREETING[:-1]])
 def test_who_says_half_a_line_and_then_nothing_is_not_waited_for(said):
-    """As the service of a run that has begun does, until it has a connection's first words."""
+    """The service of a run that has begun behaves like this until a connection sends its first bytes."""
     with socket.create_server(("localhost", 0)) as server:
         threads, ended = knocking(server.getsockname()[1], visitor(1), within_s=0.5)
         connection, _ = server.accept()

@@ -1,4 +1,4 @@
-"""What the environment says to JAX and XLA: one line where it would make another run of a configuration, or none."""
+"""Variables of JAX and XLA: one line if they would change what a configuration computes, or make it fail."""
 
 import json
 import subprocess
@@ -15,8 +15,8 @@ from trainer.errors import ConfigError, Stopped
 
 @pytest.fixture(autouse=True)
 def no_fork(monkeypatch):
-    """With threads of JAX a fork is warned of; what XLA says to its flags is seen in processes of their own."""
-    jax.devices()  # they are all there, whichever test is the first
+    """Python warns of a fork beside JAX's threads; tests in other processes see how XLA responds to its flags."""
+    jax.devices()  # made before XLA_FLAGS is removed, whichever test is the first
     monkeypatch.delenv("XLA_FLAGS")
 
 
@@ -91,7 +91,7 @@ FAST, EIGEN = "--xla_cpu_enable_fast_math", "--xla_cpu_multi_thread_eigen"
 )
 @pytest.mark.parametrize("name", ["XLA_FLAGS", "LIBTPU_INIT_ARGS"])
 def test_flags_are_compared_by_what_they_do(monkeypatch, tmp_path, name, one, other, same):
-    jax.devices()  # so that nothing but the comparison reads the variables
+    jax.devices()  # so that only the comparison reads the variables
     monkeypatch.setattr(distributed, "code_version", str)
 
     def identity(value: str) -> dict:
@@ -110,7 +110,7 @@ def test_flags_are_compared_by_what_they_do(monkeypatch, tmp_path, name, one, ot
 
 @pytest.mark.parametrize(("name", "differs"), [("XLA_FLAGS", True), ("LIBTPU_INIT_ARGS", False), ("NCCL_ALGO", False)])
 def test_only_a_file_of_xla_flags_is_read_and_what_it_holds_is_recorded(monkeypatch, tmp_path, name, differs):
-    """A file of another content is another choice; a file that is called as a value is, is none."""
+    """Other contents of the file are another setting; a file that only has the name of a value does not count."""
     jax.devices()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(name, "Ring")
@@ -180,7 +180,7 @@ def test_a_peer_that_is_missing_is_no_wrong_variable(monkeypatch, error, kind, s
 
 
 def test_a_signal_to_the_reader_of_xla_flags_is_not_ours():
-    """Ctrl-C goes to both; heard twice, it would leave without a save, with 130."""
+    """Both get a Ctrl-C; if it counted twice, the run would exit without a save, with 130."""
     script = """
 import os, signal, sys
 from jaxlib import _jax
@@ -238,7 +238,7 @@ def test_an_option_that_this_jax_does_not_have_is_not_asked_for(monkeypatch):
     ids=str,
 )
 def test_one_line_before_anything_is_written(tmp_path, data, variables, said):
-    """Each was a traceback, or a crash, with exit code 1, after which a supervisor starts it again."""
+    """Each was a traceback or a crash with exit code 1, after which a supervisor restarts the run."""
     argv = runs.command(tmp_path / "run", data)
     ended = subprocess.run(
         argv, cwd=runs.ROOT, env=runs.environment() | variables, capture_output=True, text=True, timeout=60

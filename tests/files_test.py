@@ -1,4 +1,4 @@
-"""Files appear whole, and locks hold, whoever else writes there and whenever somebody is killed."""
+"""Files appear complete, and locks hold, whatever else writes there and whenever a process is killed."""
 
 import errno
 import json
@@ -37,7 +37,7 @@ for _ in range(100):
 
 
 def test_a_lock_that_is_removed_each_time_holds(tmp_path):
-    """Four processes count together; who waits for a file that its owner removes does not have the lock."""
+    """Four processes count together; one that waits for a file that its owner removes does not get the lock."""
     (tmp_path / "count").write_text("0")
     adding = [start(ADD, tmp_path / "count") for _ in range(4)]
     for process in adding:
@@ -128,7 +128,7 @@ PACK = "import sys; from launch import cli, pack; cli.run(pack.main, arguments=1
 
 
 def test_hosts_that_pack_one_folder_at_once(tmp_path):
-    """The others wait for the first, and find its index; where it is killed, one of them makes it. Nothing is left."""
+    """The others wait for the first; when it is killed, one of them writes the index, and the others find it."""
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(50)))
     dataset = tmp_path / "set"
     pipeline.prepare(dataset, source=str(tmp_path / "in.jsonl"), tokenizer="byte")

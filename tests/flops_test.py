@@ -1,4 +1,4 @@
-"""The analytic FLOPs are those that XLA counts in the compiled program, and the figures that others publish."""
+"""The analytic FLOPs are those that XLA counts in the compiled program, and agree with published figures."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from trainer.planning import plan
 from trainer.reporting import flops
 
 ROWS = 2
-# Wide enough, and of few wide heads, that what is not a product is under two per cent of the work.
+# Wide enough, with few wide heads, that everything except matrix products is under 2 % of the work.
 MODELS = {
     "gpt2": {"mlp": "gelu", "norm": "layernorm", "position": "learned"},
     "llama": {"num_kv_heads": 1, "mlp": "swiglu", "tie_embeddings": False},
@@ -30,7 +30,7 @@ def config(**model) -> Config:
 
 
 def xla_flops_per_token(config: Config, *, backward: bool = True) -> float:
-    """What XLA counts in the compiled loss of one device, or in its gradient."""
+    """What XLA counts in the compiled loss on one device, or in its gradient, per token."""
     apply, variables = tiny_models.applier(config.model), tiny_models.abstract(config.model)[1]
     params = traverse_util.unflatten_dict({path: v.get_value() for path, v in variables.items()})
     tokens = jax.ShapeDtypeStruct((ROWS, config.data.seq_len + 1), jnp.int32)
@@ -44,7 +44,7 @@ def xla_flops_per_token(config: Config, *, backward: bool = True) -> float:
 
 
 def xla_flops_of_step(config: Config) -> float:
-    """What XLA counts in the whole train step on a mesh of one device, a token."""
+    """What XLA counts in the full train step on a mesh of one device, per token."""
     compiled = plan.lower(config, jax.devices()[:1])[1].compile()
     return compiled.cost_analysis()["flops"] / config.tokens_per_step
 
@@ -59,7 +59,7 @@ def test_forward_and_backward_are_what_xla_counts(model):
 
 @pytest.mark.parametrize("remat", ["attention", "dots", "full"])
 def test_recomputation_is_what_xla_counts(remat):
-    """In a compiled loop over the layers, whose body XLA counts once: an unrolled one lets it undo a recomputation."""
+    """The layers are a compiled loop, whose body XLA counts once: if unrolled, XLA may undo the recomputation."""
     of, without = (config(scan_layers=True, remat=r, num_heads=1, head_dim=512) for r in (remat, "none"))
     counted = xla_flops_of_step(of) - xla_flops_of_step(without)
     expected = (flops.hardware_flops_per_token(of) - flops.flops_per_token(of)) / of.model.num_layers
@@ -73,7 +73,7 @@ def test_recomputation_is_never_model_flops():
     assert hardware["none"] == flops.flops_per_token(counts["none"])
     assert hardware["none"] < hardware["attention"] < hardware["dots"] < hardware["full"] == hardware["offload"]
     flash = {remat: flops.hardware_flops_per_token(of, flash=True) for remat, of in counts.items()}
-    # Seven products in place of six, each half as large.
+    # Seven products instead of six, each half as large.
     attention = flops.attention_flops_per_token(config())
     assert flash["none"] == hardware["none"] - 2.5 * attention and flash["attention"] == flash["none"] + attention
 
@@ -85,9 +85,9 @@ GPT2 = {
 
 
 def test_published_figures_of_gpt2_124m():
-    """MFLOP a token at T = 1024: nanoGPT's 854.8 (N = 123.59 M) and llm.c's 803.3 (its N has positions and biases).
+    """MFLOP per token at T = 1024: nanoGPT's 854.8 (N = 123.59 M) and llm.c's 803.3 (its N has positions and biases).
 
-    GPT-2's vocabulary of 50257 has the 50304 rows that nanoGPT gives it.
+    GPT-2's vocabulary of 50257 is padded to 50304 rows, as nanoGPT does.
     """
     of = config(**GPT2, vocab_size=50257)
     assert flops.nanogpt_flops_per_token(of, 123_590_000 + 1024 * 768) == pytest.approx(854.8e6, rel=1e-4)

@@ -60,7 +60,7 @@ def damage(raw: bytes, random: np.random.Generator) -> bytes:
 
 
 def check(run: pathlib.Path, program: Program, state) -> bool:
-    """Whether it could be restored; then it is exact."""
+    """Whether it could be restored, in which case it must be exact."""
     try:
         restored, meta = Checkpoints(run).restore(program, 7)
     except (CheckpointError, ConfigError) as e:
@@ -73,7 +73,7 @@ def check(run: pathlib.Path, program: Program, state) -> bool:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_a_damaged_file_of_a_checkpoint(tmp_path, program, state, saved, seed):
-    """Faults 14 and 15: any file, any damage. A file that nobody needs, such as commit_success.txt, may be anything."""
+    """Faults 14 and 15: any file, any damage. Files that are not needed, as commit_success.txt, may be anything."""
     random = np.random.default_rng(seed)
     run = shutil.copytree(saved, tmp_path / "run")
     files = sorted(path for path in (run / "checkpoints/7").rglob("*") if path.is_file())
@@ -86,7 +86,7 @@ def test_a_damaged_file_of_a_checkpoint(tmp_path, program, state, saved, seed):
 
 
 def test_a_flipped_bit_anywhere_in_what_save_was_given(tmp_path, program, saved):
-    """Fault 14: a run that goes on with another number of samples would train on other data without a word."""
+    """Fault 14: a run that resumed with another number of samples would silently train on other data."""
     random, changed = np.random.default_rng(0), 0
     checkpoints = Checkpoints(shutil.copytree(saved, tmp_path / "run"))
     path = tmp_path / "run/checkpoints/7" / METADATA_FILE
@@ -105,7 +105,7 @@ def test_a_flipped_bit_anywhere_in_what_save_was_given(tmp_path, program, saved)
 
 @pytest.mark.parametrize("part", ["params/_METADATA", "opt_state/_METADATA"])
 def test_damaged_shapes_are_damage_and_not_another_model(tmp_path, program, saved, part):
-    """Fault 14: as another model it would be an error of the user, and the step before would not be tried."""
+    """Fault 14: taken for another model, it would be a user's error, and the step before would not be tried."""
     run = shutil.copytree(saved, tmp_path / "run")
     path = run / "checkpoints/7" / part
     text = path.read_text()
@@ -116,7 +116,7 @@ def test_damaged_shapes_are_damage_and_not_another_model(tmp_path, program, save
 
 
 def test_names_that_are_no_steps(tmp_path, program, state):
-    """int() reads digits of all languages, and 007."""
+    """int() accepts the digits of all scripts, and 007."""
     checkpoints = Checkpoints(tmp_path, KEEP_ALL)
     checkpoints.save(7, state, META)
     assert checkpoints.wait()
@@ -175,7 +175,7 @@ def test_any_value_in_any_field(tmp_path, field, value):
 @quickly
 @given(st.sampled_from(FIELDS), st.text(max_size=8))
 def test_any_text_as_a_field_on_the_command_line(field, text):
-    """What --config.FIELD=TEXT is checked with before absl sees it."""
+    """The check of --config.FIELD=TEXT before absl sees it."""
     with contextlib.suppress(ConfigError):
         cli._check_type(field, 1.5, text)
         cli._check_type(field, 1, text)
@@ -207,7 +207,7 @@ ROWS = st.one_of(
 @given(st.lists(ROWS, max_size=8), st.booleans())
 @example([b"[" * 100_000], True)
 def test_any_bytes_as_metrics(tmp_path, lines, whole):
-    """Faults 1 and 12: rows up to the step stay byte for byte; whatever is no row goes."""
+    """Faults 1 and 12: rows up to the step stay byte for byte; anything that is not a row is removed."""
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"".join(line + b"\n" for line in lines)[: None if whole else -3])
     evaluations(tmp_path, 3)

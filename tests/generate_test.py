@@ -112,7 +112,7 @@ def generator_of(config: ModelConfig, **sampling) -> Generator:
 
 
 def slow_greedy(config: ModelConfig, params: dict, prompt: np.ndarray, max_new_tokens: int) -> list[int]:
-    """The whole context again for each token, in float64. A full context starts again from its second half."""
+    """Recomputes the context for each token, in float64. A full context starts again from its second half."""
     text, context = list(prompt), list(prompt)
     for _ in range(max_new_tokens):
         if len(context) >= config.max_seq_len:
@@ -130,7 +130,7 @@ GREEDY = {name: CONFIGS[name] for name in ("llama", "gpt2", "one_kv_head", "lear
 
 @pytest.mark.parametrize("config", GREEDY.values(), ids=GREEDY.keys())
 def test_greedy_text_is_that_of_full_passes_without_a_cache(config):
-    """From prompts of one token up to all but one of the context, to the context's last place."""
+    """Prompts have one token up to one less than the context; text goes up to the last position of the context."""
     params, context = tiny_models.make(config)[1], config.max_seq_len
     written = set()
     for n in (1, 2, context // 2 + 1, context - 1):
@@ -140,7 +140,7 @@ def test_greedy_text_is_that_of_full_passes_without_a_cache(config):
         assert rows[0].tolist() == slow_greedy(config, params, prompt, context - n)
         assert rows[1].tolist() == rows[0].tolist()
         written |= set(rows[0].tolist())
-    assert len(written) > 5  # a text of one token would prove little
+    assert len(written) > 5  # repeating one token would prove little
 
 
 @pytest.mark.parametrize("config", GREEDY.values(), ids=GREEDY.keys())
@@ -153,7 +153,7 @@ def test_text_beyond_the_context_restarts_from_its_second_half(config):
 
 
 def test_short_texts_use_a_short_buffer_and_read_the_same():
-    """Buffers of 2 and 8 places, full to the last one."""
+    """Buffers of 2 and 8 positions, which are filled completely."""
     config = CONFIGS["llama"]
     params = tiny_models.make(config)[1]
     for n, new in ((1, 1), (3, 5)):
@@ -188,7 +188,7 @@ def test_top_k_of_1_is_greedy():
     np.testing.assert_array_equal(text, generator_of(config)(params, prompt, **arguments))
 
 
-ROWS = 200  # where many are needed: one compilation for all such tests
+ROWS = 200  # for tests that need many: one compilation for all of them
 
 
 def test_a_row_depends_on_the_seed_and_its_number_alone():
@@ -207,7 +207,7 @@ def test_a_row_depends_on_the_seed_and_its_number_alone():
 
 
 def test_the_start_of_a_text_does_not_depend_on_how_much_is_written():
-    """Within one buffer length: random numbers belong to places of the text, not to steps of the loop."""
+    """Within one buffer length: random numbers belong to positions in the text, not to steps of the loop."""
     config = CONFIGS["llama"]
     params, prompt = tiny_models.make(config)[1], np.array([3, 1, 4])
     generator = generator_of(config, temperature=1.0)
@@ -217,7 +217,7 @@ def test_the_start_of_a_text_does_not_depend_on_how_much_is_written():
 
 def chi_square_p(counts, expected) -> float:
     expected = np.asarray(expected, np.float64)
-    assert expected.min() >= 5  # or the test's distribution does not hold
+    assert expected.min() >= 5  # else the chi-square approximation is not valid
     return stats.chisquare(counts, expected * np.sum(counts) / expected.sum()).pvalue
 
 
@@ -265,8 +265,8 @@ def test_consecutive_tokens_follow_their_joint_distribution():
 def test_uniform_text_has_all_tokens_no_padding_and_no_repetition():
     """With parameters of 0 every token is equally likely, and all draws are independent.
 
-    A random number that is used twice, by two rows or by two places (such as the same one before and after a full
-    context starts again), would show as agreement above that of chance. The padding from 50 to 64 never appears.
+    A random number that is used twice, by two rows or by two positions (such as the same one before and after a full
+    context starts again), would show as more agreement than by chance. The padding from 50 to 64 never appears.
     """
     config = CONFIGS["llama"]
     zeros = jax.tree.map(jnp.zeros_like, tiny_models.make(config)[1])
@@ -290,7 +290,7 @@ def test_what_cannot_be_continued_is_refused():
     params = tiny_models.make(config)[1]
     with pytest.raises(ValueError, match="prompt of 0 tokens"):
         generator_of(config)(params, np.array([], np.int32), rows=1, max_new_tokens=1, seed=0)
-    # JAX would read the nearest row of the embedding instead: another text, and no error.
+    # JAX would silently read the nearest row of the embedding instead, and write another text.
     for wrong in (-1, VOCAB, VOCAB + 20):
         with pytest.raises(ValueError, match=f"token {wrong}; .* 0 to {VOCAB - 1}"):
             generator_of(config)(params, np.array([3, wrong, 4]), rows=1, max_new_tokens=1, seed=0)

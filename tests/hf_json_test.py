@@ -1,4 +1,4 @@
-"""Protects tokenizer.json: the ids of the library that wrote it, tiktoken or not; no document can forge its end."""
+"""tokenizer.json has the ids of the library that wrote it, with or without tiktoken; no document can forge its end."""
 
 import base64
 import itertools
@@ -30,7 +30,7 @@ EOT = "<|endoftext|>"
 
 
 def slow(tokenizer: JsonTokenizer, text: str) -> list[int]:
-    """The ids of the library itself, from the file as it is. For text without the names of special tokens."""
+    """The ids of the library itself, from the file as it is. Only for text without the names of special tokens."""
     return library.Tokenizer.from_str(tokenizer.file()[1].decode()).encode(text, add_special_tokens=False).ids
 
 
@@ -103,7 +103,7 @@ def test_training_time_does_not_grow_with_the_square_of_a_run(run, pattern):
 
 
 def test_only_long_words_are_cut_for_training():
-    """Nothing of a text is lost, and one without such words is trained on as it is."""
+    """No text is lost, and a text without such words is used unchanged."""
     whole = ["", " ", "the fox " * 500, "日本語、" * 900, "1" * 999, "-" * 999 + "\n", "a" * 999 + " " + "b" * 999]
     for text in whole:
         assert list(hf_json._without_long_words(text)) == [text]
@@ -181,7 +181,7 @@ def test_an_id_outside_the_vocabulary_is_refused(trained):
 
 
 def edited(tokenizer: JsonTokenizer, **changes) -> JsonTokenizer:
-    """With fields replaced; those of the model as model__FIELD."""
+    """The tokenizer with fields replaced; those of its model are model__FIELD."""
     spec = json.loads(tokenizer.file()[1])
     for field, value in changes.items():
         (spec["model"] if field.startswith("model__") else spec)[field.removeprefix("model__")] = value
@@ -208,7 +208,7 @@ def test_an_unknown_token_that_bytes_never_need_does_not_matter(trained):
 
 
 def test_dropout_is_left_out(trained):
-    """Else the same corpus would give other tokens each time."""
+    """Otherwise the same corpus would have other tokens each time."""
     assert np.array_equal(edited(trained, model__dropout=0.9).encode(CORPUS[0]), trained.encode(CORPUS[0]))
 
 
@@ -243,11 +243,11 @@ def any_merges(draw, tokens: int) -> list[tuple[str, str]]:
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_any_merges_give_the_ids_of_the_library(data):
-    """Where tiktoken is taken it is right, for merge lists of any kind; elsewhere it is not taken."""
+    """If tiktoken is used, it is right, for merge lists of any kind; otherwise it is not used."""
     merges = any_merges(data.draw, 8)
     spec = json.loads(byte_level_json(merges, "", {}))
     spec["model"]["ignore_merges"] = data.draw(st.booleans())
-    if data.draw(st.booleans()):  # as files converted from ranks are: every way to make a token, in any order of tokens
+    if data.draw(st.booleans()):  # as in files converted from ranks: every way to make a token, in any order of tokens
         tokens = data.draw(st.permutations([a + b for a, b in merges]))
         made = {"a", "b", "c", *tokens}
         spec["model"]["merges"] = [(t[:i], t[i:]) for t in tokens for i in range(1, len(t)) if {t[:i], t[i:]} <= made]
@@ -260,7 +260,7 @@ def test_any_merges_give_the_ids_of_the_library(data):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_merge_lists_that_no_training_makes(seed):
-    """Two merges of one product that lie apart, among others: 2 of 1,000 differed (`c c, c cc, c b, cc c` on cccb)."""
+    """Some have two merges of one product that are apart: 2 of 1,000 differed (`c c, c cc, c b, cc c` on cccb)."""
     rng, fast = random.Random(seed), 0
     for _ in range(250):
         raw, letters = merge_lists.tokenizer_json(rng)
@@ -295,7 +295,7 @@ def test_published_expressions_are_accelerated(pattern):
 
 @pytest.mark.parametrize("pattern", [hf_json.PATTERNS["gpt2"], ranks.PATTERNS["o200k"]])
 def test_every_character_is_cut_alike(pattern):
-    """The Unicode tables of the two libraries are the same. Any two bytes merge, so that the ids show each cut."""
+    """The Unicode tables of the two libraries are the same. Any two bytes merge, so that the ids show each split."""
     pairs = list(itertools.product(BYTE_CHARACTERS, repeat=2))
     random.Random(0).shuffle(pairs)
     tokenizer = JsonTokenizer(byte_level_json(pairs, pattern, {}))
@@ -307,7 +307,7 @@ def test_every_character_is_cut_alike(pattern):
 @pytest.mark.parametrize(
     "pattern",
     [
-        r"^#[^\n]*|\s+|\S+",  # ^ is that of a line in one of the two
+        r"^#[^\n]*|\s+|\S+",  # in one of the two, ^ matches at each line
         r"\p{N}{1,3}+|\s+|[^\s\p{N}]+",  # possessive in one, repeated in the other
         r"\w+|[^\w\s]+|\s+",
         r"(?i:straße)|\s+|\S+",
@@ -318,12 +318,12 @@ def test_every_character_is_cut_alike(pattern):
     ],
 )
 def test_expressions_that_may_mean_another_thing_are_left_to_the_library(pattern):
-    """Whatever they do on the few texts that are compared when a file is read."""
+    """This holds whatever they do on the few texts that are compared when a file is read."""
     assert not JsonTokenizer(byte_level_json([], pattern, {})).accelerated
 
 
 def test_text_that_an_expression_leaves_out_is_kept():
-    """Between two matches the library has a piece, tiktoken nothing; not each such character is in TRICKY."""
+    """Between two matches, the library has a piece and tiktoken nothing; not every such character is in TRICKY."""
     tokenizer = JsonTokenizer(byte_level_json([], r"[^\u0f00]+", {}))
     text = "a\u0f00b"
     assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.encode(text).tolist() == slow(tokenizer, text)
@@ -359,7 +359,7 @@ def of_library(tokenizer: library.Tokenizer, added: list[dict]) -> JsonTokenizer
 
 
 def unigram() -> JsonTokenizer:
-    """As T5's: the end of text is a piece of the model, which would find it in text."""
+    """Like T5's: the end of text is a piece of the model, which would find it in text."""
     pieces = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -2.0), ("▁hello", -1.0), ("▁world", -1.5)]
     tokenizer = library.Tokenizer(models.Unigram([*pieces, *((c, -5.0) for c in "helowrd</s>")], 0, False))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -399,7 +399,7 @@ def test_word_piece_without_its_truncation_and_padding():
 
 
 def test_byte_fallback():
-    """As Llama 2's tokenizer.json: ▁ for spaces, bytes for what is no piece, and <unk> for nothing at all."""
+    """Like Llama 2's tokenizer.json: ▁ for spaces, bytes for what is not a piece, and <unk> for nothing at all."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "h", "i", "hi", "▁hi"]
     merges = [("h", "i"), ("▁", "hi")]
     model = models.BPE(
@@ -457,7 +457,7 @@ def test_added_tokens_that_are_not_special_are_found_in_text():
         [special(2, "ab", special=False), special(3, "<eos>", False)],
     )
     assert tokenizer.encode("aba").tolist() == [2, 0]
-    assert tokenizer.eos_id == 3 and tokenizer.special_tokens == ["<eos>"]  # by its name, and so not from text
+    assert tokenizer.eos_id == 3 and tokenizer.special_tokens == ["<eos>"]  # by its name, so no text can have it
     with pytest.raises(DataError):
         tokenizer.encode("<eos>")
 
@@ -513,4 +513,4 @@ def test_damaged_files_are_refused_or_work(make):
             worked += 1
         except DataError:
             refused += 1
-    assert refused > 90 and worked > 5  # those cut off at least; those with another character in a token
+    assert refused > 90 and worked > 5  # at least those that were cut off; those with another character in a token

@@ -1,5 +1,5 @@
-"""launch -> trainer -> {model, data}, and between their sub-packages: no arrow runs the other way, nothing imports in a
-circle, and checks before JAX stay free of it. All of it at any depth of folders."""
+"""launch -> trainer -> {model, data}, and between their sub-packages: no import goes the other way, there are no
+cycles, and checks that come before JAX do not import it. This holds at any depth of folders."""
 
 import ast
 import fnmatch
@@ -13,8 +13,8 @@ import pytest
 from launch import distributed
 
 ROOT = pathlib.Path(__file__).parent.parent
-# A package, or a sub-package of it, and what else it may import. What stands at the top of data/, model/ and trainer/
-# counts as the package itself: sub-packages may import it and be imported by it, as long as no circle comes of it.
+# A package or sub-package, and what else it may import. Modules at the top of data/, model/ and trainer/ count as the
+# package itself: sub-packages may import them and be imported by them, as long as there is no cycle.
 MAY_IMPORT = {
     "data": {"data.storage", "data.token_files", "data.tokenizers"},
     "data.storage": {"data"},
@@ -31,7 +31,7 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["trainer"].add("trainer.reporting")  # the loop reports
 MAY_IMPORT["launch"] = set(MAY_IMPORT) - {"configs"}
-FORBIDDEN_LIBRARIES = {"absl", "ml_collections"}  # of data, model and trainer: flags are launch's
+FORBIDDEN_LIBRARIES = {"absl", "ml_collections"}  # for data, model and trainer: only launch has flags
 SOURCES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for package in ("configs", "data", "launch", "model", "trainer")
@@ -40,7 +40,7 @@ SOURCES = {
 
 
 def imported(path: pathlib.Path, *, at_import: bool = False) -> set[str]:
-    """The modules that a file imports; `at_import`: only those that it needs to be imported itself."""
+    """The modules that a file imports; with `at_import`, only those that importing it imports."""
     names = set()
     tree = ast.parse(path.read_text())
     for node in tree.body if at_import else ast.walk(tree):
@@ -75,7 +75,7 @@ def test_arrows_run_one_way(package):
 
 
 def test_every_folder_of_sources_is_a_package_of_the_list():
-    """A sub-package that is added must say what it may import."""
+    """A new sub-package must say what it may import."""
     folders = {".".join(path.parent.relative_to(ROOT).parts) for path in SOURCES.values()}
     assert folders == set(MAY_IMPORT)
 
@@ -102,8 +102,8 @@ def test_recipes_are_imported_by_nobody():
 
 
 def test_the_wheel_and_the_version_of_the_code_have_every_sub_package(tmp_path, monkeypatch):
-    """What globs folders works at any depth: a module of a sub-package that is missed would be missing from an
-    installation, or could differ between hosts without a word."""
+    """Code that globs folders works at any depth: a module that it misses would be missing from an installation, or
+    could silently differ between hosts."""
     find = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
     assert not find["namespaces"]
     for folder in {path.parent for path in SOURCES.values()}:
@@ -135,6 +135,6 @@ def test_the_wheel_and_the_version_of_the_code_have_every_sub_package(tmp_path, 
     ],
 )
 def test_what_answers_a_typo_does_not_load_jax(module):
-    """A mistyped field is answered within a second only as long as these leave JAX alone."""
+    """A mistyped field is reported within a second only if these do not import JAX."""
     code = f"import sys, {module}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,5 +1,5 @@
-"""Kernels: which one is chosen, and splash, interpreted, against the plain one. tests/attention_test.py has the plain
-one against its definition, tests/partitioner_test.py all of them on a mesh."""
+"""Kernels: which one is chosen, and splash, interpreted, against the plain one. tests/attention_test.py compares the
+plain one with its definition, tests/partitioner_test.py all of them on a mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from model.config import ModelConfig
 from model.kernels import AttentionSpec, Mask
 from tests.partitioner_test import random_documents
 
-GOOD = {  # a configuration that the kernel has nothing against
+GOOD = {  # a configuration that the kernel accepts
     "xla": {"platform": "cpu", "dtype": "float32"},
     "cudnn": {"platform": "gpu", "dtype": "bfloat16"},
     "splash": {"platform": "tpu", "dtype": "bfloat16"},
@@ -19,7 +19,7 @@ GOOD = {  # a configuration that the kernel has nothing against
 
 
 def situation(**changes) -> tuple[ModelConfig, dict]:
-    """A model of heads of 64 and its surroundings, with these changes."""
+    """A model with heads of size 64 and the conditions it runs under, with these changes."""
     model = {"embed_dim": 256, "num_heads": 4, "attention": "auto"}
     around = {"platform": "cpu", "seq_len": 512, "context": 1, "documents": False, "capability": ""}
     for name, value in changes.items():
@@ -79,7 +79,7 @@ def test_nothing_against_it(kernel, changes):
 )
 def test_refusals(kernel, changes, said):
     assert said in refusal(kernel, **changes)
-    # The one it names refuses; what it says is one line that ends in a way out.
+    # The named kernel refuses, in one line that ends with a way out.
     config, around = situation(**GOOD[kernel] | changes | {"attention": kernel})
     with pytest.raises(
         ValueError, match=f"model.attention is '{kernel}', which refuses: .*; auto chooses another"

@@ -16,7 +16,7 @@ def write(
     vocab_size: int = 60_000,
     dtype: str = "uint16",
 ) -> formats.Manifest:
-    """A dataset with these arrays as its shards. No `val`: no such split."""
+    """Writes a dataset with these arrays as its shards. Without `val` it has no such split."""
     folder.mkdir(parents=True, exist_ok=True)
     splits = {}
     for name, arrays in (("train", train), ("val", val)):
@@ -35,6 +35,6 @@ def write(
 
 
 def counting_shards(*lengths: int) -> list[np.ndarray]:
-    """Shards that count 0, 1, 2, … through all of them: a token says where it lies. Wants dtype uint32 past 65536."""
+    """Shards that count 0, 1, 2, … through all of them: a token is its own offset. Needs dtype uint32 past 65536."""
     ends = np.cumsum([0, *lengths])
     return [np.arange(start, stop) for start, stop in itertools.pairwise(ends)]

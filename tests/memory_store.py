@@ -13,7 +13,7 @@ from trainer.reliability.rounds import KeyTaken
 
 
 class MemoryStore:
-    """As trainer.reliability.rounds.ServiceStore.
+    """Behaves like trainer.reliability.rounds.ServiceStore.
 
     Attributes:
       values: all that is set.
@@ -71,7 +71,7 @@ class MemoryStore:
                 del self._folders[folder][name]
 
     def end(self) -> None:
-        """Process 0 ends; whoever waits hears of it."""
+        """Process 0 ends; all that wait hear of it."""
         self.gone = True
         for event in list(self._waiting.values()):
             event.set()
@@ -88,14 +88,14 @@ class Gang:
 
     def __init__(self, size: int, timeout_s: float = 60.0):
         self.store = MemoryStore()
-        long_s = max(timeout_s, 60.0)  # they meet on a machine with too much to do, too
+        long_s = max(timeout_s, 60.0)  # they must meet on an overloaded machine, too
         made = run_all([lambda i=i: Processes(long_s, index=i, size=size, store=self.store) for i in range(size)])
         self.processes: list[Processes] = made
         for process in self.processes:
             process.timeout_s = timeout_s
 
     def all(self, function: Callable[[Processes], Any], only: Sequence[int] | None = None) -> list[Any]:
-        """What `function` returns or raises on each, called at one time."""
+        """What `function` returns or raises on each process, called at the same time."""
         chosen = [p for p in self.processes if only is None or p.index in only]
         return run_all([lambda p=p: function(p) for p in chosen])
 
@@ -124,7 +124,7 @@ def run_all(functions: Sequence[Callable[[], Any]]) -> list[Any]:
 
 @contextlib.contextmanager
 def small_stacks():
-    """Thousands of threads, each with room for what it does."""
+    """Lets thousands of threads fit into memory."""
     before = threading.stack_size(256 * 1024)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Random byte-level BPE, such as no training would make: for the question whether tiktoken gives the library's ids."""
+"""Random byte-level BPE that no training would make, to test whether tiktoken gives the library's ids."""
 
 import json
 import random

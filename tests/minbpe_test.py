@@ -1,4 +1,4 @@
-"""Protects minbpe's files: the same ids as minbpe's own algorithm, written here again from its description."""
+"""minbpe's files have the ids of minbpe's own algorithm, which is written here again from its description."""
 
 import itertools
 import json
@@ -33,7 +33,7 @@ def merged(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
 
 
 def reference_train(texts: list[str], pattern: str, merges: int) -> list[tuple[int, int]]:
-    """minbpe's train: the commonest pair first."""
+    """minbpe's train: the most common pair first."""
     chunks = [list(c.encode()) for t in texts for c in (regex.findall(pattern, t) if pattern else [t])]
     found = []
     for new in range(256, 256 + merges):
@@ -47,7 +47,7 @@ def reference_train(texts: list[str], pattern: str, merges: int) -> list[tuple[i
 
 
 def reference_encode(text: str, pattern: str, merges: list[tuple[int, int]]) -> list[int]:
-    """minbpe's encode_ordinary: of the pairs there are, the one merged first in training, wherever it is."""
+    """minbpe's encode_ordinary: of the pairs present, it merges the one merged first in training, wherever it is."""
     rank = {pair: 256 + i for i, pair in enumerate(merges)}
     out = []
     for chunk in regex.findall(pattern, text) if pattern else [text]:
@@ -60,7 +60,7 @@ def reference_encode(text: str, pattern: str, merges: list[tuple[int, int]]) -> 
 
 
 def model(pattern: str, merges: list[tuple[int, int]], specials: dict[str, int] | None = None) -> bytes:
-    """As minbpe's save writes it."""
+    """A model file as minbpe's save writes it."""
     lines = ["minbpe v1", pattern, str(len(specials or {})), *(f"{n} {i}" for n, i in (specials or {}).items())]
     return "".join(f"{line}\n" for line in [*lines, *(f"{a} {b}" for a, b in merges)]).encode()
 

@@ -14,7 +14,7 @@ ALPHABET = ("a", "b", ".", "..", "/", "//", "*", "\\", "\0", "\n", "é", "\udce9
 
 
 def test_any_name_has_a_place_below_the_folder_or_is_refused(tmp_path):
-    """Random names from what is dangerous: what is not refused is made there, and nothing beside the folder."""
+    """Random names of dangerous parts: those that are not refused are made below the folder, and nothing beside it."""
     rng = random.Random(0)
     inside = tmp_path / "outer" / "inside"
     made = 0
@@ -44,7 +44,7 @@ def test_a_name_without_a_place_is_refused(name):
 
 
 def test_links_lead_nowhere(tmp_path):
-    """Also one that is put there between two uses."""
+    """This includes a link that appears between two uses."""
     (tmp_path / "elsewhere").mkdir()
     with names.opened(tmp_path / "cache", "a/b/c"):
         pass
@@ -67,7 +67,7 @@ def test_a_file_is_no_folder():
 
 
 def test_patterns_are_those_of_the_file_system(tmp_path):
-    """Random trees and patterns against the standard library's glob, without the links that it follows for ever."""
+    """Random trees and patterns against the standard library's glob, without the links that it follows forever."""
     rng = random.Random(1)
     pieces = ["a", "b", ".h", "a.txt", "b.bin", "[a", "c?d"]
     wild = ["*", "**", "a*", "*.txt", "?", "[ab]", "[!a]*", ".*", "*.*", "a", "b", "[[]a", "c[?]d"]

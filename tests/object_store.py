@@ -1,6 +1,6 @@
 """Object stores on loopback, for the real clients: the parts of S3 and of GCS's JSON API that we need.
 
-Reads whole and in ranges, lists, and writes and deletes under a condition.
+They read objects and ranges, list, and write and delete under conditions.
 """
 
 import contextlib
@@ -16,10 +16,10 @@ class Store(http.server.ThreadingHTTPServer):
 
     Attributes:
       objects: key to content; `put` gives it a new generation.
-      requests: the key of every content that was sent, with the range that was asked for.
-      writes: 'PUT KEY', 'POST KEY' or 'DELETE KEY' of every write that was asked for, with its condition.
+      requests: the key of every content that was sent, with the requested range.
+      writes: 'PUT KEY', 'POST KEY' or 'DELETE KEY' of every requested write, with its condition.
       denied: answer 403 to everything.
-      lose_answers: to this many writes, which are done, answer 503; the client tries them again.
+      lose_answers: answer 503 to this many writes, which are carried out; the client retries them.
       environment: the variables that point the clients here.
     """
 
@@ -52,7 +52,7 @@ class Store(http.server.ThreadingHTTPServer):
 class Handler(http.server.BaseHTTPRequestHandler):
     server: Store
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else every answer takes 40 ms
+    disable_nagle_algorithm = True  # otherwise every answer takes 40 ms
 
     def log_message(self, *args: object) -> None:
         pass
@@ -99,7 +99,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.write(urllib.parse.unquote(path.partition("/o/")[2] if gcs else path.lstrip("/").partition("/")[2]))
 
     def write(self, key: str) -> None:
-        """Writes or deletes under the condition GCS has in the query, S3 in the headers; '0' is 'nothing there'."""
+        """Writes or deletes under a condition, in the query (GCS) or the headers (S3); '0' means: if none exists."""
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         query = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(self.path).query))
         condition = query.get("ifGenerationMatch") or (self.headers.get("If-Match") or "").strip('"')

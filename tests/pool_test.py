@@ -1,4 +1,4 @@
-"""Workers end with their parent, and their end is an error that says how to go on."""
+"""Workers end with their parent, and the end of a worker is an error that says how to continue."""
 
 import os
 import pathlib
@@ -111,7 +111,7 @@ def children(pid: int) -> list[int]:
 
 @pytest.mark.parametrize("after_s", [0.0, 0.05, 0.3, 0.7, 1.5])
 def test_ctrl_c_ends_workers_at_once_and_without_a_word(after_s, tmp_path):
-    """The whole group gets SIGINT, as from a terminal, also while workers start; they would have slept for a minute."""
+    """The whole group gets SIGINT, as from a terminal, even while workers start; they would sleep for a minute."""
     (tmp_path / "interrupted.py").write_text(INTERRUPTED)
     process = subprocess.Popen(
         [sys.executable, tmp_path / "interrupted.py"], env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
@@ -127,7 +127,7 @@ def test_ctrl_c_ends_workers_at_once_and_without_a_word(after_s, tmp_path):
 
 
 def test_ctrl_c_waits_while_a_worker_starts():
-    """Also when another thread hears it: blocking the signal holds it back from this thread only."""
+    """This holds even if another thread gets it: blocking the signal keeps it only from this thread."""
     threading.Thread(target=time.sleep, args=(1,), daemon=True).start()
     begun = False
     with pytest.raises(KeyboardInterrupt):

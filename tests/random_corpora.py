@@ -1,6 +1,6 @@
-"""Random folders of what the world has, each file with what a reader must find in it.
+"""Random folders of files as users have them, each with what a reader must find in it.
 
-The truth of a file is known because it was written here: nothing is recognised, and no code of data/ is used.
+The truth of a file is known because it was written here: nothing is detected, and no code of data/ is used.
 """
 
 import bz2
@@ -56,8 +56,8 @@ class Truth:
     """What a file holds.
 
     kind: 'text' (one document: `raw`), 'records' (`records`; `raw` is the last of them if that is not UTF-8),
-      'refused' (text that is not read, or what is no text), or 'left out'.
-    records: of each the text, None when it has none (an error unless bad records are skipped), '' when it is empty.
+      'refused' (text that is not read, or what is not text), or 'left out'.
+    records: the text of each, None if it has none (an error unless bad records are skipped), '' if it is empty.
     """
 
     kind: str
@@ -71,7 +71,7 @@ class Truth:
 @dataclasses.dataclass
 class Corpus:
     folder: pathlib.Path
-    files: dict[str, Truth]  # by their names relative to the folder, as they are found without links if there is a way
+    files: dict[str, Truth]  # by name relative to the folder, on a path without links if there is one
     left_out: int  # entries that are not read, whatever is in them
     has_loop: bool = False
 
@@ -82,10 +82,10 @@ def text(rng: random.Random, least: int = 0) -> str:
 
 
 def some_bytes(rng: random.Random) -> bytes:
-    """Of a text: UTF-8, perhaps with a few bytes that are not, or a few NULs."""
+    """The bytes of a text: UTF-8, perhaps with a few bytes that are not, or a few NULs."""
     raw = text(rng).encode()
     while any(line.strip().startswith(b"{") and line.strip().endswith(b"}") for line in raw.splitlines()):
-        raw = text(rng).encode()  # it might be a record
+        raw = text(rng).encode()  # it might pass for a record
     if rng.random() < 0.15 and len(raw) >= 200:
         at = rng.randrange(len(raw) + 1)
         raw = raw[:at] + rng.choice((b"\xff", b"\0", b"\xc3", b"\xed\xa0\x80", b"\xf0\x9f")) + raw[at:]
@@ -174,7 +174,7 @@ def parquet(rng: random.Random) -> tuple[bytes, Truth]:
 
 
 def not_ours(rng: random.Random) -> tuple[str, bytes]:
-    """(suffix, content) of what holds text that is not read, or is no text."""
+    """(suffix, content) of a file whose text is not read, or which is not text."""
     body = (text(rng, 50) * 3).encode()
     tar, archive, arrow = io.BytesIO(), io.BytesIO(), io.BytesIO()
     with tarfile.open(fileobj=tar, mode="w") as t:
@@ -223,7 +223,7 @@ def media(rng: random.Random) -> tuple[str, bytes]:
 
 
 def compressed(rng: random.Random, raw: bytes) -> tuple[str, bytes]:
-    """(suffix, content): one or several members or frames, also with a window that zstd does not take by default."""
+    """(suffix, content): several members or frames, perhaps with a window that zstd does not accept by default."""
     cut = rng.randrange(len(raw) + 1)
     if rng.random() < 0.5:
         return ".gz", gzip.compress(raw[:cut]) + gzip.compress(raw[cut:])
@@ -237,7 +237,7 @@ def compressed(rng: random.Random, raw: bytes) -> tuple[str, bytes]:
 
 
 def write(rng: random.Random, root: pathlib.Path) -> Corpus:
-    """A random folder below `root`, beside which lies what links lead to."""
+    """Writes a random folder below `root`, and beside it what links lead to."""
     source, outside = root / "source", root / "outside"
     source.mkdir()
     outside.mkdir()
@@ -270,12 +270,12 @@ def _write_file(rng: random.Random, corpus: Corpus, folder: pathlib.Path, name: 
         else:
             suffix, (raw, truth) = rng.choice((".jsonl", ".ndjson", ".jl")), json_lines(rng)
             if rng.random() < 0.2 and truth.records and truth.records[0] is not None:
-                suffix = ".json"  # as C4 and Dolma are called
+                suffix = ".json"  # as in C4 and Dolma
     else:
         suffix, (raw, truth) = rng.choice(SUFFIXES), plain_text(rng)
     if truth.kind in ("text", "records") and suffix != ".parquet" and rng.random() < 0.25:
         end, raw = compressed(rng, raw)
-        suffix += end if rng.random() < 0.9 else ""  # told by its content
+        suffix += end if rng.random() < 0.9 else ""  # detected by its content
         if rng.random() < 0.05:
             raw, truth.certain = raw[: rng.randrange(1, len(raw))], False
     path = folder / (name + suffix)
@@ -288,7 +288,7 @@ def _write_file(rng: random.Random, corpus: Corpus, folder: pathlib.Path, name: 
 
 
 def _write_other(rng: random.Random, corpus: Corpus, folder: pathlib.Path, name: str, outside: pathlib.Path) -> None:
-    """Links, hidden and special files, datasets: each is left out, or leads to one more file."""
+    """Adds a link, or a hidden, special or empty file: each is left out, or leads to one more file."""
     path, kind = folder / name, rng.randrange(9)
     # A link to a folder that is read, and one to a file outside, give that file two names with links: either is right.
     if path.exists() or (kind == 0 and any(outside.iterdir())) or (kind > 6 and corpus.has_loop):

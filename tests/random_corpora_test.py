@@ -1,5 +1,5 @@
-"""Random folders, prepared, hold what a plain reading of them finds: the same documents in the same order on the right
-side of the split, everything else counted; or the preparation ends with one line.
+"""Datasets of random folders hold what a plain reading of the folders finds: the same documents in the same order on
+the right side of the split, and everything else counted; or the preparation ends with one line.
 
     python -m tests.random_corpora_test --folders=2000 [--seed=0]
 """
@@ -91,7 +91,7 @@ def read(corpus: Corpus, asked: Request) -> Reading:
             raise Refused(f"{name!r} is not UTF-8")
         found = [(name, t) for t in texts if t]
         reading.documents += found
-        if not (raw and (truth.kind == "text" or truth.raw)):  # else nothing is decoded
+        if not (raw and (truth.kind == "text" or truth.raw)):  # otherwise nothing is decoded
             damage += truth.replaced
         if not raw:
             damage += sum(t.count("\0") for _, t in found)
@@ -99,7 +99,7 @@ def read(corpus: Corpus, asked: Request) -> Reading:
     if not taken:
         raise Refused("nothing is left")
     if characters and damage / characters > asked.max_invalid:
-        raise Refused("too much of it is no text")
+        raise Refused("too much of it is not text")
     one_text = len(taken) == 1 and taken[0].kind == "text"
     reading.eos = not one_text
     if asked.split == "auto":
@@ -109,7 +109,7 @@ def read(corpus: Corpus, asked: Request) -> Reading:
 
 
 def splits(corpus: Corpus, reading: Reading, asked: Request, got: dict) -> dict[str, list]:
-    """The documents of both sides; of whole files, the side of each is taken from `got`."""
+    """The documents of both sides; if whole files are split, the side of each is taken from `got`."""
     found: dict[str, list] = {"train": [], "val": []}
     if reading.split == "last":
         cut = int(sum(len(text) for _, text in reading.documents) * (1 - asked.val_fraction))
@@ -130,7 +130,7 @@ def splits(corpus: Corpus, reading: Reading, asked: Request, got: dict) -> dict[
 
 
 def _sides(files: list[list], train: list, val: list) -> list[str] | None:
-    """On which side each file is, if all of both sides are files one after the other."""
+    """The side of each file; None if the two sides are not complete files in order."""
     if not files:
         return None if train or val else []
     texts = files[0]
@@ -155,7 +155,7 @@ def _whole_files(reading: Reading, asked: Request, got: dict, found: dict[str, l
 
 
 def prepared(out: pathlib.Path) -> dict[str, list[str | bytes]]:
-    """The documents of a dataset, as docs/formats.md says they lie there."""
+    """The documents of a dataset, read as docs/formats.md describes it."""
     manifest = json.loads((out / "manifest.json").read_text())
     spec = json.loads((out / "tokenizer/meshlm_tokenizer.json").read_text())
     found: dict[str, list] = {}
@@ -221,7 +221,7 @@ class Killed(BaseException):
 
 
 def killed_and_resumed(rng: random.Random, root: pathlib.Path, corpus: Corpus, asked: Request) -> None:
-    """Ended at a random unit and started again, the dataset has the same bytes."""
+    """If a preparation ends at a random unit and starts again, the dataset has the same bytes."""
     left = rng.randrange(4)
 
     def dying(*args, real=encode.encode):
@@ -247,7 +247,7 @@ def killed_and_resumed(rng: random.Random, root: pathlib.Path, corpus: Corpus, a
 
 
 class tiny_units:
-    """Cuts everywhere: in the middle of files, documents, lines and characters."""
+    """Makes units so small that they are cut everywhere: within files, documents, lines and characters."""
 
     def __init__(self, rng: random.Random):
         self.values = [

@@ -1,7 +1,7 @@
-"""The transformer once more, in plain NumPy and float64, written from the papers' definitions: slow and easy to check.
+"""The transformer again, in plain NumPy and float64, written from the papers' definitions: slow and easy to check.
 
-Shares no code with the model package. It reads the shapes of the parameters if it can, so that a derived number (the
-size of a head, of the mlp) that is wrong in the model does not come out equally wrong here.
+It shares no code with the model package. It reads sizes from the shapes of the parameters if it can, so that a derived
+one (the size of a head or the MLP) that is wrong in the model is not equally wrong here.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ def forward(params: dict, config, tokens: np.ndarray) -> np.ndarray:
 
 
 def forward_and_attention(params: dict, config, tokens: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Also the attention weights of each layer and head, [b, t, s] each."""
+    """`forward`, and the attention weights of each layer and head, [b, t, s] each."""
     params = as_float64(params)
     tokens = np.asarray(tokens)
     x = params["embedding"][tokens]

@@ -1,4 +1,4 @@
-"""Object stores: what is in the cache is what is in the store, fetched once; a run from a store is that from a folder.
+"""Object stores: the cache has what the store has, fetched once; a run from a store equals one from a folder.
 
 The clients are the real ones, the stores speak their protocols on loopback (object_store.py).
 """
@@ -54,7 +54,7 @@ def test_a_folder_is_fetched_once_and_again_where_it_changed(scheme, store):
     assert contents(folder) == {"manifest.json": b"{}", "tokenizer/x.json": b"tokens"}
     assert remote.local(path) == str(folder)
     store.requests.clear()
-    remote.local.cache_clear()  # as a new process
+    remote.local.cache_clear()  # as in a new process
     assert remote.local(path) == str(folder)
     assert store.requests == []
     store.put("data/set/manifest.json", b"{ }")
@@ -125,7 +125,7 @@ def test_what_is_wrong_is_said_in_one_line(scheme, store, tmp_path, monkeypatch)
 
 @schemes
 def test_no_key_writes_or_removes_anything_outside_the_cache(scheme, store, tmp_path):
-    """A path or an object that would lie elsewhere is refused, and what is there stays as it is."""
+    """A path or an object that would be outside is refused, and what is there stays as it is."""
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "thesis.tex").write_text("years of work")
@@ -155,7 +155,7 @@ def test_inspect_writes_nothing_outside_the_cache(store, tmp_path):
 
 @schemes
 def test_a_pattern_is_that_of_a_disk_and_what_is_listed_is_what_is_read(scheme, store):
-    """Whatever another run has fetched before; hidden parts and folders below a match are no files of it."""
+    """This holds whatever another run has fetched; hidden parts and folders below a match do not count."""
     for key in ("t/0.bin", "t/a/1.bin", "t/b/c/2.bin", "t/.h/3.bin", "t/x.bin/4.bin"):
         store.put(key, key.encode())
     remote.local(f"{scheme}://a-bucket/t")
@@ -190,7 +190,7 @@ def test_a_copy_that_is_not_as_it_was_made_is_fetched_again(damage, store):
 
 
 def test_only_copies_are_removed_from_the_cache(store):
-    """Not an index that launch.pack wrote beside them, and not one that replaced a copy."""
+    """An index that launch.pack wrote beside them stays, and so does one that replaced a copy."""
     store.put("set/manifest.json", b"{}")
     store.put("set/train.packed-8.bin", b"old")
     store.put("set/gone.bin", b"x")
@@ -238,7 +238,7 @@ def test_a_link_in_the_cache_leads_nowhere(store, tmp_path):
 
 
 def test_a_disk_that_is_full_is_left_as_it_was(store, monkeypatch):
-    """Nothing stays of what did not fit: it would keep the room that is missing."""
+    """Nothing is left of what did not fit: it would take up the space that is missing."""
     store.put("set/a.bin", b"old")
     folder = pathlib.Path(remote.local("gs://a-bucket/set"))
     store.put("set/a.bin", b"new")
@@ -264,7 +264,7 @@ def test_keys_of_any_characters(store):
 
 @schemes
 def test_files_of_a_dataset_in_a_store_are_never_taken_for_loose_ones(scheme, store, tmp_path):
-    """By what the store has now: a manifest that the cache has kept says nothing."""
+    """What the store has now decides: a manifest that is only in the cache does not count."""
     path = f"{scheme}://a-bucket/sets/dataset"
     for name, content in contents(runs.dataset(tmp_path)).items():
         store.put(f"sets/dataset/{name}", content)
@@ -278,7 +278,7 @@ def test_files_of_a_dataset_in_a_store_are_never_taken_for_loose_ones(scheme, st
 
 
 def test_a_run_from_a_store_is_that_from_the_folder(store, tmp_path):
-    """And a mixture of a store and a folder opens."""
+    """A mixture of a store and a folder opens, too."""
     folder = runs.dataset(tmp_path)
     for name, content in contents(folder).items():
         store.put(f"sets/dataset/{name}", content)

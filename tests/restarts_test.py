@@ -1,4 +1,4 @@
-"""The restart log: whole rows through any cut, and a goodput that is a share whatever the files hold."""
+"""The restart log: complete rows after any cut, and a goodput from 0 to 1 whatever the files hold."""
 
 import json
 import pathlib
@@ -35,7 +35,7 @@ def attempt(first: int, last: int, seconds: float, waited: float = 0.0, number: 
 
 
 def begun(folder: pathlib.Path) -> pathlib.Path:
-    """A folder that the trainer has made a run."""
+    """Makes a folder a run, as the trainer does."""
     (folder / "config.json").touch()
     return folder
 
@@ -150,7 +150,7 @@ def test_lost_steps_are_those_of_this_attempt(tmp_path):
         20,
         10,
     )
-    # It ends before it has cut the rows of the attempt before, which lost them already.
+    # It ends before it has cut the rows of the attempt before, which has lost them already.
     assert ended(log).lost_steps == 0
     log.begin()
     (tmp_path / "metrics.jsonl").unlink()
@@ -211,7 +211,7 @@ def test_a_row_of_compilation_is_no_step_time():
     ends=st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20), st.floats(0, 100), st.floats(0, 100)), min_size=1),
 )
 def test_goodput_of_a_run_is_the_share_of_kept_steps(every, step_time, ends):
-    """Attempts that go `kept` steps further and lose `lost`; overhead and wait besides."""
+    """Attempts that keep `kept` steps and lose `lost`, with overhead and a wait."""
     attempts, at, wall = [], 0, 0.0
     for number, (kept, lost, overhead, waited) in enumerate(ends, start=1):
         seconds = (kept + lost) * step_time + overhead + 1e-3

@@ -1,4 +1,4 @@
-"""A run has one owner: whoever takes it over, however the other one ended, on a disk and in object stores."""
+"""A run has one owner, however it is taken over and however the last owner ended, on disks and in object stores."""
 
 import contextlib
 import dataclasses
@@ -33,7 +33,7 @@ REFUSED = (
     r"^{} is being trained by {} pid {}; wait for it, choose another --workdir, or take it over with --steal_lock$"
 )
 
-# argv: location, host to pretend ('' for ours), steal. Takes on a line from stdin, gives back on the next one.
+# argv: location, host to pretend to be on ('' for ours), steal. A line on stdin: take the run; the next: give it back.
 CHILD = f"""
 import dataclasses, logging, sys
 from trainer.reliability import run_lock
@@ -59,7 +59,7 @@ for line in sys.stdin:
 
 
 class Child:
-    """A process that takes a run when it is told to."""
+    """A process that takes a run on request."""
 
     def __init__(self, location: object, host: str = "", steal: bool = False) -> None:
         argv = [sys.executable, "-c", CHILD, str(location), host, "yes" if steal else ""]
@@ -116,7 +116,7 @@ def take():
 
 @contextlib.contextmanager
 def pretending(host: str = "", **fields):
-    """This process as one on another host, of another boot, ..."""
+    """Makes this process look like one on another host, of another boot, ..."""
     real = run_lock.this_process
     fields |= {"host": host} if host else {}
     run_lock.this_process = lambda: dataclasses.replace(real(), **fields)
@@ -139,7 +139,7 @@ def record(run: pathlib.Path) -> dict:
 
 
 def leave_record(run: pathlib.Path, **fields) -> run_lock.Owner:
-    """The record of an owner that did not give the run back."""
+    """Leaves the record of an owner that did not give the run back."""
     owner = dataclasses.replace(run_lock.this_process(), **fields)
     run.mkdir(exist_ok=True)
     (run / ".lock").write_text(json.dumps({**dataclasses.asdict(owner), "beat": 7, "time": "2026-01-01T00:00:00"}))
@@ -176,7 +176,7 @@ def test_an_owner_that_lives_is_refused_at_once_and_a_released_run_is_free(tmp_p
 
 
 def test_the_record_says_who_and_beats(tmp_path, take):
-    """What takers and people rely on: who it is, a counter that goes up, and nothing else in the directory."""
+    """What other processes and users rely on: who owns it, a counter that increases, and no other file."""
     lock = take(tmp_path)
     first = record(tmp_path)
     assert {k: first[k] for k in ("id", "pid", "host")} == {
@@ -195,7 +195,7 @@ def test_the_record_says_who_and_beats(tmp_path, take):
 
 
 def test_a_killed_owner_of_this_machine_is_replaced_at_once(tmp_path, children, take, warnings):
-    """kill -9, also while nobody has waited for the dead process: the run must go on without a minute's wait."""
+    """kill -9, even while the dead process is a zombie: the run must resume without a minute's wait."""
     child = children(tmp_path)
     child.takes()
     with pytest.raises(ConfigError, match=f"pid {child.process.pid};"):
@@ -211,7 +211,7 @@ def test_a_killed_owner_of_this_machine_is_replaced_at_once(tmp_path, children, 
 
 
 def test_an_owner_that_cannot_be_any_more_is_replaced_at_once(tmp_path, take):
-    """Where the pid is another process's now, nobody should wait."""
+    """If the pid is another process's now, there is nothing to wait for."""
     leave_record(tmp_path, start=1)
     before = time.monotonic()
     take(tmp_path, stale=60)
@@ -230,7 +230,7 @@ def test_an_owner_that_cannot_be_any_more_is_replaced_at_once(tmp_path, take):
     ],
 )
 def test_an_owner_that_cannot_be_seen_is_watched(fields, tmp_path, take, warnings):
-    """A pid that is free here says nothing about another machine or container: taking over at once would make two."""
+    """A pid that is free here says nothing about another machine or container, where the owner may still run."""
     owner = leave_record(tmp_path, pid=ended_pid(), **fields)
     before = time.monotonic()
     take(tmp_path, stale=0.2)
@@ -242,7 +242,7 @@ def test_an_owner_that_cannot_be_seen_is_watched(fields, tmp_path, take, warning
 
 @pytest.mark.parametrize("fields", [{"boot": "another"}, {"boot": "another", "machine": ""}])
 def test_a_clone_that_lives_keeps_its_run(fields, tmp_path, take):
-    """One image, one host name: the run is not taken from under a job that beats."""
+    """One image, one host name: the run is not taken from a job that has a heartbeat."""
     lost = []
     first = take(tmp_path, beat=0.05, lost=lost, **fields)
     with pytest.raises(ConfigError, match="is being trained by"):
@@ -264,7 +264,7 @@ def test_a_copied_record_is_nobodys(tmp_path, take):
 
 
 def test_an_error_that_passes_is_tried_again(tmp_path, take, monkeypatch):
-    """A hiccup of the file system at the start; one that stays can be tried again by the launcher."""
+    """A brief file system error at the start is retried; for one that stays, the launcher may try again."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0, 0.0))
     real, errors = run_lock._open, [OSError(errno.EIO, "x"), OSError(errno.ESTALE, "y")]
     monkeypatch.setattr(run_lock, "_open", lambda *a, **k: real(*a, **k) if not errors else _raise(errors.pop()))
@@ -279,7 +279,7 @@ def _raise(error):
 
 
 def test_an_owner_elsewhere_that_lives_is_refused(tmp_path, children, take):
-    """The same on a shared file system: the beat is what tells."""
+    """The same on a shared file system: its heartbeat shows that it is alive."""
     child = children(tmp_path, "elsewhere")
     child.takes()
     with pytest.raises(ConfigError, match=REFUSED.format(".*", "elsewhere", child.process.pid)):
@@ -288,7 +288,7 @@ def test_an_owner_elsewhere_that_lives_is_refused(tmp_path, children, take):
 
 
 def test_a_stopped_owner_is_replaced_and_finds_out_when_it_goes_on(tmp_path, children, take):
-    """Stopped (a debugger) past the limit: when it goes on, it must not write beside the new one."""
+    """It was stopped (by a debugger) past the limit: when it continues, it must not write beside the new owner."""
     child = children(tmp_path, "elsewhere")
     child.takes()
     child.process.send_signal(signal.SIGSTOP)
@@ -321,7 +321,7 @@ def test_a_taker_that_does_not_look_counts_no_time(tmp_path, take, monkeypatch):
 
 
 def test_one_of_two_racers_wins(tmp_path, children):
-    """Free, left by a dead owner, left by an unknown one: always one winner, and the other one is told of it."""
+    """Whether free, left by a dead owner, or by an unknown one: there is one winner, and the other learns of it."""
     racers = [children(tmp_path), children(tmp_path)]
     for n in range(24):
         run = tmp_path / str(n)
@@ -339,7 +339,7 @@ def test_one_of_two_racers_wins(tmp_path, children):
 
 
 def test_thieves_race_too(tmp_path, take, monkeypatch):
-    """--steal_lock takes from the owner that was seen, not from one that came in between: else both would win."""
+    """--steal_lock takes the run from the owner it saw, not from one that came in between, or both would win."""
     lost, first = [], []
     take(tmp_path, lost=lost)
     write = RunLock._write
@@ -359,7 +359,7 @@ def test_thieves_race_too(tmp_path, take, monkeypatch):
 
 
 def test_steal(tmp_path, children, take, warnings):
-    """A person who knows better takes it at once, from one that lives as well; the victim is told, once."""
+    """A user who knows better takes the run at once, even from a live owner, which learns of it, once."""
     child = children(tmp_path)
     child.takes()
     before = time.monotonic()
@@ -374,7 +374,7 @@ def test_steal(tmp_path, children, take, warnings):
 
 
 def test_a_record_that_was_removed_is_a_loss(tmp_path, take):
-    """Another one may have had the run in between and given it back; to write on would overwrite its work."""
+    """Another owner may have had the run in between and given it back; writing more would overwrite its work."""
     lost = []
     lock = take(tmp_path, lost=lost)
     (tmp_path / ".lock").unlink()
@@ -385,7 +385,7 @@ def test_a_record_that_was_removed_is_a_loss(tmp_path, take):
 
 
 def test_a_record_that_was_removed_is_regained_where_that_is_wanted(tmp_path, take, warnings):
-    """The place may be gone for a while, too; but one that another has taken is lost."""
+    """The folder may be gone for a while, too; but a run that another owner has taken is lost."""
     lost, place = [], tmp_path / "place"
     lock = take(place, lost=lost, regain=True)
     shutil.rmtree(place)
@@ -400,7 +400,7 @@ def test_a_record_that_was_removed_is_regained_where_that_is_wanted(tmp_path, ta
 
 
 def test_release_within_on_lost(tmp_path):
-    """The natural thing to do there must not wait for itself."""
+    """It is the natural thing to do there, and must not deadlock."""
     locks, done = [], []
     locks.append(RunLock(tmp_path, on_lost=lambda m: (locks[0].release(), done.append(m)), heartbeat_s=BEAT_S))
     thief = RunLock(tmp_path, steal=True, on_lost=lambda m: None, heartbeat_s=BEAT_S)
@@ -411,7 +411,7 @@ def test_release_within_on_lost(tmp_path):
 
 @pytest.mark.parametrize("hours", [-1, 1])
 def test_shifted_clocks_change_nothing(hours, tmp_path, take, monkeypatch):
-    """Machines whose clocks differ by an hour, file times that do: neither a theft nor a refusal comes of it."""
+    """Clocks of machines, or times of files, that differ by an hour cause neither a theft nor a refusal."""
     real = datetime.datetime
     lost = []
     owner = take(tmp_path, host="elsewhere", lost=lost)
@@ -457,7 +457,7 @@ DAMAGED = st.one_of(
 @example(b"")
 @example(b"[" * 2000)
 @example(b"x" * 5_000_000)
-@example(b"another-host process 17")  # of the lock before this one
+@example(b"another-host process 17")  # as an earlier version wrote it
 @example(json.dumps({**VALID, "pid": 10**300}).encode())
 def test_a_damaged_record_is_an_unknown_owners(content):
     """Half a record, another program's file: refused or taken over, in bounded time, and never a traceback."""
@@ -476,7 +476,7 @@ def test_a_damaged_record_is_an_unknown_owners(content):
 
 @pytest.mark.parametrize("content", ["{", "[" * 2000, json.dumps({**VALID, "host": "two\nlines"})], ids=range(3))
 def test_a_damaged_record_is_watched_as_well(content, tmp_path, take, warnings):
-    """It may be that of an owner whose file system tears writes: it has its time to write another one."""
+    """Its owner may have a file system that tears writes, and gets the time to write another one."""
     (tmp_path / ".lock").write_text(content)
     before = time.monotonic()
     take(tmp_path, stale=0.2)
@@ -487,7 +487,7 @@ def test_a_damaged_record_is_watched_as_well(content, tmp_path, take, warnings):
 class Owners(RuleBasedStateMachine):
     """Owners on two machines that take, beat, stop beating, steal and give back in any order.
 
-    Whoever took last and has not given back has it; everybody else finds that out with the next heartbeat.
+    The last one that took the run and has not given it back has it; all others find that out at the next heartbeat.
     """
 
     def __init__(self) -> None:
@@ -570,7 +570,7 @@ def mounted(folder: pathlib.Path, options: str):
 
 
 def test_a_place_that_cannot_be_written_is_said_in_one_line(tmp_path, take):
-    """Answered before JAX is loaded, with the flag to correct."""
+    """The error comes before JAX is loaded, and names the flag to correct."""
     (tmp_path / "file").write_text("x")
     (tmp_path / "taken" / ".lock").mkdir(parents=True)
     cases = {
@@ -590,7 +590,7 @@ def test_a_place_that_cannot_be_written_is_said_in_one_line(tmp_path, take):
 
 
 def test_a_read_only_file_system(tmp_path, take):
-    """Root may write everywhere but there."""
+    """Not even root can write there."""
     reason = os.strerror(errno.EROFS)
     with mounted(tmp_path / "disk", "ro,size=64k"):
         for location in (tmp_path / "disk", tmp_path / "disk" / "run"):
@@ -599,7 +599,7 @@ def test_a_read_only_file_system(tmp_path, take):
 
 
 def test_a_full_disk_costs_no_run(tmp_path, take, warnings):
-    """The record is written beside the old one: the run keeps it, warns once, and goes on when there is room."""
+    """The record is written beside the old one: the run keeps it, warns once, and renews it when there is space."""
     run = tmp_path / "disk"
     with mounted(run, "size=64k"):
         lost = []
@@ -623,12 +623,12 @@ def test_a_full_disk_costs_no_run(tmp_path, take, warnings):
 
 
 def test_a_file_system_without_locks(tmp_path, take, warnings, monkeypatch):
-    """Some clusters' have none. Said, and then the best that can be done: the beat still finds two owners."""
+    """Some clusters' have none. A warning says so, and heartbeats still detect two owners."""
     wait, opened = run_lock._wait, []
     open_store = run_lock._open
 
     class NoLocks:
-        """A store that reads alone."""
+        """A store that can only read."""
 
         def __init__(self, store) -> None:
             self.read = store.read
@@ -659,7 +659,7 @@ def test_a_file_system_without_locks(tmp_path, take, warnings, monkeypatch):
 
 
 def test_what_a_process_that_was_killed_while_writing_left(tmp_path, take):
-    """tensorstore writes over it and leaves its end: a record has all there is to read, so that does not matter."""
+    """tensorstore overwrites it and leaves its tail, which does not matter, because a record has a fixed size."""
     for left in (b"", b"{" * 100, b"x" * 5000):
         (tmp_path / ".lock.__lock").write_bytes(left)
         lock = take(tmp_path)
@@ -683,7 +683,7 @@ schemes = pytest.mark.parametrize("scheme", ["gs", "s3"])
 @schemes
 @pytest.mark.parametrize("path", ["", "/runs/mine/"])
 def test_a_run_in_an_object_store(scheme, path, store, take):
-    """Every write is under a condition, which the store keeps: take, refuse, beat, steal, give back."""
+    """Every write is under a condition that the store enforces: take, refuse, beat, steal, give back."""
     location, key = f"{scheme}://a-bucket{path}", f"{path}/.lock".strip("/").replace("//", "/")
     lost = []
     lock = take(location, lost=lost)
@@ -705,7 +705,7 @@ def test_a_run_in_an_object_store(scheme, path, store, take):
 
 @schemes
 def test_who_is_dead_in_an_object_store(scheme, store, take):
-    """The same answers as on a disk, for damaged records of any size as well."""
+    """The answers are those on a disk, also for damaged records of any size."""
     store.put(
         "run/.lock", json.dumps(dataclasses.asdict(dataclasses.replace(run_lock.this_process(), start=1))).encode()
     )
@@ -719,7 +719,7 @@ def test_who_is_dead_in_an_object_store(scheme, store, take):
 
 @schemes
 def test_a_store_that_denies(scheme, store, take, warnings):
-    """While a run goes on a warning, at its start an error that says where to look."""
+    """While a run is in progress, this is a warning; at its start, an error that says where to look."""
     lost = []
     lock = take(f"{scheme}://a-bucket/run", lost=lost)
     store.denied = True
@@ -738,7 +738,7 @@ def test_a_store_that_denies(scheme, store, take, warnings):
 
 @schemes
 def test_an_answer_that_was_lost_is_no_theft(scheme, store, take):
-    """The client asks again for what was done already, and is refused: by our own record, not by another's."""
+    """The client retries what was done already, and is refused because of our own record, not another's."""
     lost = []
     store.lose_answers = int(scheme == "s3")  # when it is taken; at gs:// by a heartbeat
     lock = take(f"{scheme}://a-bucket/run", lost=lost)

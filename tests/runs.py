@@ -51,7 +51,7 @@ def dataset(folder: pathlib.Path) -> pathlib.Path:
 
 
 def clone(folder: pathlib.Path) -> pathlib.Path:
-    """A git clone of its own, with the launchers as they are here."""
+    """Makes a git repository that has the launchers as they are here."""
     shutil.copytree(ROOT / "launch", folder / "launch", ignore=shutil.ignore_patterns("__pycache__"))
     for words in ("init -q", "add launch", "-c user.name=x -c user.email=x commit -q -m x"):
         subprocess.run(["git", *words.split()], cwd=folder, check=True)
@@ -96,7 +96,7 @@ def exit_code(process: subprocess.Popen) -> int:
 
 
 def kill(processes: list[subprocess.Popen]) -> None:
-    """Those that are still there, with the children of supervisors, which have a session of their own."""
+    """Kills those that still run, with the children of supervisors, which have sessions of their own."""
     for process in processes:
         if process.poll() is None:
             children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -118,7 +118,7 @@ def ending(*processes: subprocess.Popen) -> Iterator[list[subprocess.Popen]]:
 
 @contextlib.contextmanager
 def quota(*processes: subprocess.Popen) -> Iterator[None]:
-    """No file of theirs may grow past 4 KiB meanwhile: they write as on a full disk."""
+    """Keeps their files from growing past 4 KiB meanwhile: they write as on a full disk."""
     limit_files(4096, processes)
     try:
         yield
@@ -134,7 +134,7 @@ def limit_files(most: int, processes: Iterable[subprocess.Popen]) -> None:
 
 @contextlib.contextmanager
 def mounted(at: pathlib.Path, *words: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """`mount WORDS AT`, which only root does; the folder is made."""
+    """Creates the folder and runs `mount WORDS AT`, which needs root; unmounts it in the end."""
     at.mkdir()
     subprocess.run(["mount", *words, at], check=True)
     try:
@@ -155,7 +155,7 @@ def start_gang(
     environments: dict[int, dict[str, str]] | None = None,
     **fields,
 ) -> list[subprocess.Popen]:
-    """`size` processes of one run; `before` goes before the command of one, the others are fields and variables."""
+    """Starts `size` processes of one run. For some: words before the command, fields, and environment variables."""
     address = address or f"localhost:{free_port()}"
     gang = []
     for i in range(size):

@@ -1,4 +1,4 @@
-"""The cache of compiled programs: only in a folder where nobody else can put any."""
+"""The compilation cache is used only in a folder that no other user can write to."""
 
 import os
 
@@ -11,7 +11,7 @@ from trainer.errors import ConfigError
 
 @pytest.fixture
 def used(monkeypatch):
-    """The folder that JAX is told, if any."""
+    """The folder that JAX is configured with, if any."""
     told = {"jax_compilation_cache_dir": "what JAX has read from the variable"}
     monkeypatch.setattr(jax.config, "update", lambda name, value: told.update({name: value}))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)

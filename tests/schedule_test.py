@@ -1,4 +1,4 @@
-"""The course of the learning rate: the same with NumPy and JAX, fixed at a run's beginning; what is odd about it."""
+"""The learning rate schedule: the same with NumPy and JAX, fixed when a run begins; warnings if it looks odd."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Protects long texts: the tokens of their parts are those of the whole, whatever the tokenizer does at its ends."""
+"""The tokens of a long text's parts are those of the whole text, whatever the tokenizer does at the ends of a text."""
 
 import gzip
 import random
@@ -33,7 +33,7 @@ BETWEEN = [" ", " ", " ", " ", "  ", "\n", "\n\n", "\n  ", "\t", ". ", "", " \r\
 
 
 def any_text(rng: random.Random, length: int, run: int = 300) -> str:
-    """Words and what may be between them; now and then a run of one character, at most so long."""
+    """Words and what may be between them; now and then a run of one character, at most `run` long."""
     parts: list[str] = []
     size = 0
     while size < length:
@@ -44,7 +44,7 @@ def any_text(rng: random.Random, length: int, run: int = 300) -> str:
 
 
 def cut_in_two(encode, text: str, at: int) -> np.ndarray | None:
-    """The tokens of the two parts of a text, as two processes make them; None if they say that it cannot be."""
+    """The tokens of the two parts of a text, as two processes make them; None if a check refuses the cut."""
     seam = seams.find(encode, text[max(at - seams.WINDOW, 0) : at], text[at : at + seams.WINDOW])
     if seam is None:
         return None
@@ -55,7 +55,7 @@ def cut_in_two(encode, text: str, at: int) -> np.ndarray | None:
 
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_two_parts_have_the_tokens_of_the_whole(family):
-    """Cut after a newline, before white space or anywhere else."""
+    """Cuts come after a newline, before white space or anywhere else."""
     encode, rng, refused = families.make(family).encode, random.Random(family), 0
     for i in range(40):
         text = any_text(rng, rng.choice((20, 500, 6000)))
@@ -101,7 +101,7 @@ def prepared(folder, text: bytes, codec, **request) -> tuple[dict[str, list[int]
 
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_a_prepared_text_has_the_tokens_of_the_whole(family, tiny_units, tmp_path):
-    """In a file of many units, compressed or not, validated at the end or not at all."""
+    """The file has many units, is compressed or not, and has a validation split at its end or none."""
     codec, rng = families.make(family), random.Random(family)
     text = any_text(rng, 20_000, run=40)  # windows are small here
     rows, summary = prepared(tmp_path, text.encode(), codec, val_fraction=0.0)
@@ -117,7 +117,7 @@ def test_a_prepared_text_has_the_tokens_of_the_whole(family, tiny_units, tmp_pat
 
 @pytest.mark.parametrize("offset", [-300, -100, -1, 0, 1, 100, 300])
 def test_no_text_crosses_the_cut_to_validation(offset, tiny_units, tmp_path):
-    """Near the cut between two units there is less to look at."""
+    """Near the cut between two units there is less context."""
     codec = families.make("llama2")
     text = "\n".join(["  the quick  fox "] * 1000)
     text = text[: text.index("\n", 4000) + 1].ljust(4000) + text
@@ -129,7 +129,7 @@ def test_no_text_crosses_the_cut_to_validation(offset, tiny_units, tmp_path):
 
 
 def test_bytes_that_are_no_text_near_a_cut(tiny_units, tmp_path):
-    """Both units see the same there; what is lost is nothing, what is there twice is nothing."""
+    """Both units see the same bytes there; nothing is lost, and nothing is there twice."""
     codec, rng = families.make("sp-bpe"), random.Random(0)
     for i in range(10):
         raw = b"".join(
@@ -153,7 +153,7 @@ def test_a_place_where_no_seam_is_found_is_counted(tiny_units, tmp_path, monkeyp
 
 @pytest.mark.parametrize("family", ["bpe-nfc", "llama2", "unigram", "word-piece", "sp-bpe", "sp-unigram"])
 def test_a_long_text_is_encoded_a_part_at_a_time(family, monkeypatch):
-    """Memory is that of the largest call: 160 bytes for each of its bytes. Only a run without a seam is one call."""
+    """Memory depends on the largest call: 160 bytes for each of its bytes. Only a run without a seam is one call."""
     codec, sizes = families.make(family), []
     monkeypatch.setattr(seams, "PART", 4000)
 
@@ -184,7 +184,7 @@ def test_many_small_texts_are_few_calls():
 
 @pytest.mark.parametrize("cutter", [pre_tokenizers.Split(Regex("[A-Z]{6}"), "isolated"), pre_tokenizers.FixedLength(6)])
 def test_where_equal_ids_prove_nothing(cutter, monkeypatch):
-    """Rows of unknown words, of one word, and of a few that repeat, in text that is cut into sixes from the start."""
+    """Runs of unknown words, of one word, and of a few that repeat, in text that is split into sixes from the start."""
     monkeypatch.setattr(seams, "PART", 3000)
     draw = random.Random(0)
     words = ["<unk>", *{"".join(draw.choices("ACGT", k=6)) for _ in range(3000)}, "AAAAAA", "ACACAC", "CACACA"]

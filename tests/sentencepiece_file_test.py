@@ -1,4 +1,4 @@
-"""Protects SentencePiece models: the ids of the package, bytes of tokens, documents that cannot forge their end."""
+"""SentencePiece models have the package's ids and each token's bytes; documents cannot forge their end."""
 
 import io
 
@@ -27,7 +27,7 @@ def train(**options) -> bytes:
 
 @pytest.fixture(scope="module")
 def raw() -> bytes:
-    """As Llama 2's: byte fallback, text as it is."""
+    """A model like Llama 2's: byte fallback, text as it is."""
     return train(
         vocab_size=340,
         model_type="bpe",

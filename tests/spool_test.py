@@ -1,4 +1,4 @@
-"""Standard input is kept in a file that is there while somebody reads it, and no longer."""
+"""Standard input is kept in a file that exists while a process reads it, and no longer."""
 
 import io
 import os

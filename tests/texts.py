@@ -11,7 +11,7 @@ CORPUS = [
     "def encode(self, text):\n    return [self.table[c] for c in text]\n\n\n",
     "naïve café — 東京 さくら 🚀🚀 hello, hello, hello   world\t\t\r\n",
 ] * 5
-# Words of the corpus between characters of every sort, so that merges and the cuts between them are both met.
+# Words of the corpus between characters of every sort, so that both merges and splits occur.
 PIECES = [
     "the",
     " quick",
@@ -29,7 +29,7 @@ PIECES = [
     "</s>",
 ]
 TEXT = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=5)), max_size=30).map("".join)
-# Without characters that are in no Unicode yet, or only in a new one: the regex package may know more than others.
+# Without unassigned characters, and those of a new Unicode version: the regex package may know more than others.
 OLD_CHARACTERS = st.characters(exclude_categories=("Cs", "Cn"))
 OLD_TEXT = st.lists(st.one_of(st.sampled_from(PIECES), st.text(OLD_CHARACTERS, max_size=5)), max_size=30).map("".join)
 OLD_TRICKY = [*TRICKY, "", "a" * 3000, " " * 3000]

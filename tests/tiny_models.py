@@ -18,7 +18,7 @@ VOCAB, CONTEXT = 50, 16  # the vocabulary is padded to 64
 
 _SHAPE: dict[str, Any] = {"num_layers": 2, "embed_dim": 32, "num_heads": 4, "vocab_size": VOCAB, "max_seq_len": CONTEXT}
 
-# Together these take every choice of ModelConfig that changes the forward pass.
+# Together these cover every choice of ModelConfig that changes the forward pass.
 CONFIGS = {
     "llama": ModelConfig(**_SHAPE, num_kv_heads=2, mlp="swiglu", tie_embeddings=False),
     "gpt2": ModelConfig(**_SHAPE, mlp="gelu", position="learned", norm="layernorm", bias=True, scan_layers=False),
@@ -55,7 +55,7 @@ def random_params(config: ModelConfig, seed: int = 0) -> dict:
         if path[-1] == "scale":
             leaf = 1 + 0.3 * noise
         elif path[-1] == "kernel":
-            # Scores of deviation 1.5^2: attention far from uniform. Sharper, and float32's rounding would be amplified.
+            # Scores of deviation 1.5^2: attention far from uniform. If sharper, it would amplify float32's rounding.
             leaf = noise * (1.5 if path[-2] in ("query", "key") else 1.2) / np.sqrt(shape[-2])
         else:  # biases, embedding, learned positions
             leaf = 0.3 * noise

@@ -1,4 +1,4 @@
-"""Protects the text a tokenizer is trained on: all of a small corpus, parts from everywhere of a large one."""
+"""The text that a tokenizer is trained on: all of a small corpus, parts from everywhere in a large one."""
 
 import gzip
 import itertools
@@ -42,7 +42,7 @@ def test_all_of_what_fits_although_its_files_are_of_any_size(tmp_path, monkeypat
 
 
 def test_a_compressed_file_is_not_read_to_its_end(tmp_path, monkeypatch):
-    """It is one unit, however large; what is taken is counted in bytes of text, of any kind."""
+    """It is one unit, however large; the sample is counted in bytes of text, whatever the kind of file."""
     monkeypatch.setattr(documents, "UNIT_BYTES", 10_000)
     lines = [f"{i} {random.Random(i).random()} wörd\n" for i in range(20_000)]
     text = "".join(lines).encode()
@@ -59,6 +59,6 @@ def test_a_compressed_file_is_not_read_to_its_end(tmp_path, monkeypatch):
         taken = "".join(texts(tmp_path, 100_000)).encode()
         assert 90_000 < len(taken) < 130_000
         if not name.endswith((".jsonl", ".txt")):
-            (tmp_path / name).write_bytes(raw[: len(raw) // 2])  # a damage far behind is not met
+            (tmp_path / name).write_bytes(raw[: len(raw) // 2])  # damage beyond the sample is not read
             assert "".join(texts(tmp_path, 100_000)).encode() == taken
         (tmp_path / name).unlink()

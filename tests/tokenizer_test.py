@@ -1,4 +1,4 @@
-"""Protects launch.tokenizer: what it prints, and that what it writes is read elsewhere."""
+"""launch.tokenizer: what it prints, and that other programs can read what it writes."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Protects text: what is encoded comes back, ids mean the same as in nanoGPT, nothing is dropped without a word."""
+"""Text is decoded as it was encoded, ids mean the same as in nanoGPT, and nothing is dropped silently."""
 
 import ast
 import collections
@@ -173,7 +173,7 @@ def test_a_missing_file_is_a_data_error_that_names_it(tmp_path):
         tokenizers.load(tmp_path / "nowhere")
 
 
-# The door: specs, files, folders
+# What a tokenizer is made from: specs, files, folders
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_a_saved_tokenizer_does_not_lead_out_of_its_folder(trained, tmp_path):
 
 
 def test_without_the_packages(trained, tmp_path, monkeypatch):
-    """char and byte need none; without tiktoken the ids are the same; what needs a package names the extra."""
+    """char and byte need none; without tiktoken the ids are the same; an error for a missing one names the extra."""
     ids = trained.encode(CORPUS[0])
     folder = tokenizers.save(trained, tmp_path / "json").parent
     (tmp_path / "ranks").write_bytes(b"YQ== 0\n")
@@ -365,7 +365,7 @@ class _Exploit:
 
 
 def test_a_pickle_in_place_of_a_tokenizer_is_refused_and_not_run(tmp_path):
-    """nanoGPT's meta.pkl runs whatever it holds; a dataset from somebody else must not."""
+    """nanoGPT's meta.pkl runs whatever code it holds; a dataset from another user must not."""
     touched = tmp_path / "touched"
     (tmp_path / tokenizers.FILE_NAME).write_bytes(pickle.dumps(_Exploit(touched)))
     with pytest.raises(DataError):
@@ -375,7 +375,7 @@ def test_a_pickle_in_place_of_a_tokenizer_is_refused_and_not_run(tmp_path):
 
 
 def test_no_module_of_the_data_package_can_unpickle():
-    """Neither an import of a pickle-like module nor numpy's allow_pickle."""
+    """It has neither an import of a pickle-like module nor numpy's allow_pickle."""
     modules = sorted(pathlib.Path(data.__file__).parent.rglob("*.py"))
     assert len(modules) > 40
     for path in modules:

@@ -1,4 +1,4 @@
-"""topology.py: what machines there are, and, with the extra `plan`, what the compilers make of their names."""
+"""topology.py: which machines it knows and, with the extra `plan`, what the compilers make of their names."""
 
 import importlib.util
 import pathlib
@@ -18,7 +18,7 @@ HAS_CUDA = importlib.util.find_spec("jax_cuda13_plugin") is not None
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """What describe sets is gone after the test."""
+    """After the test, undoes what `describe` sets."""
     for name, value in topology.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
 

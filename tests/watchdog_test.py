@@ -1,4 +1,4 @@
-"""A stuck process says where and leaves with 42; one that was only stopped goes on. In real processes."""
+"""A stuck process prints its stacks and exits with 42; one that was only stopped continues. In real processes."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from trainer.config import WatchdogConfig
 from trainer.reliability import watchdog
 from trainer.reliability.watchdog import CHECK_S, MEDIAN_STEPS, SAVING, WAITING, Pace, Watchdog
 
-LATE_S = 2.0  # later than the limit, and a crowded machine's start-up
+LATE_S = 2.0  # beyond the limit, including start-up on a busy machine
 PRELUDE = """
 import ctypes, logging, pathlib, sys, threading, time
 from trainer.reliability import watchdog
@@ -39,7 +39,7 @@ def start(**limits):
 
 @contextlib.contextmanager
 def script(run: pathlib.Path, code: str):
-    """A process that runs `code`, past its start."""
+    """A process that runs `code`, after its start-up."""
     argv = [sys.executable, "-c", PRELUDE + textwrap.dedent(code), str(run)]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen(argv, cwd=ROOT, text=True, **pipes) as process:
@@ -86,7 +86,7 @@ def test_a_stall_prints_where_and_leaves_with_42(tmp_path, how):
 
 
 def test_last_words_that_hang_are_cut_short(tmp_path):
-    """The main thread is stuck in writing to the log: the error line never gets its lock."""
+    """The main thread is stuck writing to the log, so the error line never gets the log's lock."""
     code = """
     watchdog.DUMP_LIMIT_S = 0.3
     start(min_s=0.5)
@@ -115,7 +115,7 @@ def test_a_stall_that_holds_the_gil_is_ended_by_the_timer(tmp_path):
 
 
 def test_a_pause_of_the_whole_process_is_no_stall(tmp_path):
-    """It lies in the midst of a step that goes on for more than one look after it."""
+    """It falls within a step that lasts for more than one check after it."""
     code = """
     dog = start(min_s=4)
     sys.stdin.readline()
@@ -177,7 +177,7 @@ def test_heartbeat_says_where_the_process_is(tmp_path, monkeypatch):
     assert beat["time"].endswith("+00:00")
     before = path.stat().st_mtime_ns
     time.sleep(1.2 * CHECK_S)
-    assert path.stat().st_mtime_ns == before  # not at every look
+    assert path.stat().st_mtime_ns == before  # not at every check
     wait_for(lambda: path.stat().st_mtime_ns > before)
     dog.close()
     assert heartbeat(tmp_path, 3)["phase"] == "ended"
@@ -245,7 +245,7 @@ def test_no_limit_is_too_long_for_the_timer(tmp_path):
     dog.close()
 
 
-# Limits, by a clock that is set
+# Limits, with a fake clock
 
 
 class Clock:
@@ -275,7 +275,7 @@ def test_limit_of_a_step_is_a_multiple_of_the_median(pace, clock):
     assert pace.limit_s("starting") == pace.limit_s("training") == 1000
     pace.phase("compiling")
     steps(pace, clock, 300)
-    assert pace._mark.phase == "training" and pace.limit_s("training") == 1000  # that one compiled
+    assert pace._mark.phase == "training" and pace.limit_s("training") == 1000  # that step compiled
     steps(pace, clock, 2)
     assert pace.limit_s("training") == 40
     steps(pace, clock, 0.1, 0.1, 500)
@@ -283,13 +283,13 @@ def test_limit_of_a_step_is_a_multiple_of_the_median(pace, clock):
     steps(pace, clock, *[0.1] * MEDIAN_STEPS)
     assert pace.limit_s("training") == 10  # min_s; and the first ones are forgotten
     assert pace.limit_s("evaluating") == 1000
-    assert pace.limit_s("training", counts=False) == 1000  # peers may still be at what came before
+    assert pace.limit_s("training", counts=False) == 1000  # peers may still be in the phase before
 
 
 @pytest.mark.parametrize("limits", [{}, {"slow_s": 1}, {"min_s": 1e5}, {"slow_s": float("inf")}], ids=str)
 @pytest.mark.parametrize("save_s", [0, 300, 6 * 3600])
 def test_nothing_that_is_allowed_elsewhere_ends_a_process(clock, limits, save_s):
-    """A save that its own limit allows was killed by slow_s; one that waits is never found before one that is stuck."""
+    """slow_s killed a save that its own limit allows; a process that waits is never found before one that is stuck."""
     pace = Pace(WatchdogConfig(**limits), clock)
     pace.save_limit_s = lambda: save_s
     steps(pace, clock, 1, 1)

@@ -1,4 +1,4 @@
-"""Precision of products, and what counts as too little memory."""
+"""Precision of matrix products, and what counts as too little memory."""
 
 import types
 
