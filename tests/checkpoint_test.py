@@ -1,4 +1,4 @@
-"""Checkpoints: any mesh to any mesh, retention, and nothing damaged is ever restored without a word."""
+"""Checkpoints: any mesh to any mesh, retention, and nothing damaged is ever restored silently."""
 
 import dataclasses
 import errno
@@ -37,7 +37,7 @@ def program():
 
 @pytest.fixture(scope="module")
 def state(program):
-    """A state of which every leaf is distinct, as after some steps."""
+    """A state whose leaves all differ, as after some steps."""
     noisy = jax.tree.map(
         lambda x: x + jax.random.normal(jax.random.key(x.size), x.shape, x.dtype) if x.ndim else x, program.init()
     )
@@ -100,7 +100,7 @@ def test_retention(tmp_path, state):
 
 
 def test_what_cannot_be_read_for_a_moment_is_not_deleted(tmp_path, state, monkeypatch):
-    """Nothing is deleted while it cannot be seen what is there, and the best step keeps its place."""
+    """Nothing is deleted while steps cannot be read, and the best step stays."""
     keep = CheckpointConfig(keep_last=1, keep_best=1)
     checkpoints = save(tmp_path, state, 1, 2, keep=keep, losses=[1, 9])
     real = pathlib.Path.stat
@@ -141,7 +141,7 @@ def test_nothing_saved_is_a_fresh_run(tmp_path, program):
 
 
 def flip_a_bit_in_the_parameters(step: pathlib.Path) -> None:
-    """In the middle of the largest data file, which Orbax itself restores without an error or fails to decode."""
+    """The bit is in the middle of the largest data file; Orbax itself restores it without an error, or fails to."""
     largest = max(
         (p for p in (step / "params").rglob("*") if p.is_file() and "/d/" in str(p)), key=lambda p: p.stat().st_size
     )
@@ -217,7 +217,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(tmp_path, program
 
 
 def test_nothing_moves_until_another_step_was_restored(tmp_path, program, state):
-    """A word of one process is not enough to take the last one away, nor is a damaged step of another reason."""
+    """If every step seems to be damaged, the cause may be another, so all of them stay."""
     save(tmp_path, state, 5, 10)
     flip_a_bit_in_the_parameters(tmp_path / "checkpoints/10")
     flip_a_bit_in_the_parameters(tmp_path / "checkpoints/5")
@@ -228,7 +228,7 @@ def test_nothing_moves_until_another_step_was_restored(tmp_path, program, state)
 
 @pytest.mark.parametrize("name", ["a [b]", "[x]", "*", "run?", "**", "a]b[c", "[!x]", "{a,b}", "~", "%s", "né \t"])
 def test_a_run_of_any_name(tmp_path, program, state, name):
-    """A library that looks for what it wrote with a pattern found nothing: each checkpoint was empty, with exit 0."""
+    """A library that globs for what it wrote found nothing: each checkpoint was empty, with exit code 0."""
     checkpoints = save(tmp_path / name / "run", state, 5)
     assert checkpoints.steps() == [5]
     assert_same(Checkpoints(tmp_path / name / "run", KEEP_ALL).restore_newest(program)[0], state)
@@ -237,7 +237,7 @@ def test_a_run_of_any_name(tmp_path, program, state, name):
 def test_a_commit_counts_when_what_was_written_can_be_found(tmp_path, state, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("meshlm"), "propagate", True)
     checkpoints = save(tmp_path, state, 5)
-    monkeypatch.setattr(LiteralPath, "glob", lambda path, pattern: iter(()))  # what the brackets did
+    monkeypatch.setattr(LiteralPath, "glob", lambda path, pattern: iter(()))  # as brackets in the name did
     checkpoints.save(10, state, {"samples": 0})
     assert not checkpoints.wait() and "step 10 FAILED" in caplog.text
     assert checkpoints.steps() == [5] and len(list((tmp_path / "quarantine").iterdir())) == 1
@@ -249,7 +249,7 @@ def test_a_commit_counts_when_what_was_written_can_be_found(tmp_path, state, mon
 @pytest.mark.parametrize("code", [errno.ESTALE, errno.EACCES])  # others: reading_test
 @pytest.mark.parametrize("place", ["open", "metadata", "load"])
 def test_what_cannot_be_read_is_not_damaged(tmp_path, program, state, monkeypatch, code, place):
-    """An error that passes is not noticed; one that stays ends the start with its reason, and nothing is moved."""
+    """An error that passes has no effect; one that stays ends the start with its reason, and nothing is moved."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0, 0.0))
     save(tmp_path, state, 5, 10)
     failures = 2
@@ -283,7 +283,7 @@ def test_what_cannot_be_read_is_not_damaged(tmp_path, program, state, monkeypatc
 
 
 def test_a_step_that_is_committed_is_not_saved_again(tmp_path, program, state):
-    """A process that heard late of a failure saves again what is there; what is there of another state stays."""
+    """A process that hears late of a failure saves the same step again; a step of another state stays as it is."""
     checkpoints = save(tmp_path, state, 5)
     before = (tmp_path / "checkpoints/5/_CHECKPOINT_METADATA").read_bytes()
     checkpoints.failed = True
@@ -296,7 +296,7 @@ def test_a_step_that_is_committed_is_not_saved_again(tmp_path, program, state):
 
 
 def test_the_limit_of_a_save_learns(tmp_path, state, monkeypatch):
-    """Storage that needs longer than the limit must not fail every save, for ever."""
+    """Storage that needs longer than the limit must not fail every save forever."""
     monkeypatch.setattr("trainer.reliability.checkpoint.SAVE_TIMEOUT_S", 0.2)
     checkpoints = Checkpoints(tmp_path, KEEP_ALL)
 
@@ -319,7 +319,7 @@ def test_the_limit_of_a_save_learns(tmp_path, state, monkeypatch):
 
 
 def test_one_that_cannot_write_makes_no_save_of_the_others_slower(tmp_path):
-    """It fails at once, and the others come to their limit, which doubled. All have one limit."""
+    """It fails at once, and the others time out, which used to double the limit. All have the same limit."""
     gang, one_gb = Gang(3), {"x": types.SimpleNamespace(nbytes=3 * 10**9)}
     made = gang.all(lambda p: Checkpoints(tmp_path, KEEP_ALL, p))
 
@@ -337,7 +337,7 @@ def test_one_that_cannot_write_makes_no_save_of_the_others_slower(tmp_path):
 
 
 def test_a_run_on_two_disks(tmp_path, program, state, monkeypatch):
-    """checkpoints/ may be a link: what is damaged goes to a quarantine there."""
+    """checkpoints/ may be a link: damaged steps go to a quarantine on the same disk."""
     real = pathlib.Path.rename
 
     def disk(path):
@@ -428,7 +428,7 @@ def test_choosing_a_step(tmp_path, state):
 
 
 def failing_once(monkeypatch, at: str) -> None:
-    """The first rename of a path that ends so fails."""
+    """Makes the first rename of a path with this name fail."""
     rename, failed = pathlib.Path.rename, []
 
     def renamed(path, target):
@@ -441,7 +441,7 @@ def failing_once(monkeypatch, at: str) -> None:
 
 
 def test_setting_aside_is_tried_again_where_it_failed(tmp_path, state, monkeypatch):
-    """What has been set aside before is not deleted by that."""
+    """The retry does not delete what was set aside before."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
     checkpoints = save(tmp_path, state, 2, 4, 6)
     failing_once(monkeypatch, "6")
@@ -458,7 +458,7 @@ def test_a_step_that_cannot_be_deleted_keeps_no_other(tmp_path, state, monkeypat
 
 
 def test_copies_are_discarded_by_name(tmp_path, state, monkeypatch):
-    """Not as all but those that are listed: a listing that fails once is an empty one."""
+    """A list of copies does not decide, because one that fails once is empty."""
     mirror = Mirror(str(tmp_path / "mirror"), tmp_path / "run/checkpoints", config())
     checkpoints = Checkpoints(tmp_path / "run", KEEP_ALL, mirror=mirror)
     for step in (2, 4, 6):
@@ -471,7 +471,7 @@ def test_copies_are_discarded_by_name(tmp_path, state, monkeypatch):
 
 
 def test_steps_that_cannot_be_listed_are_one_line(tmp_path, program, state, monkeypatch):
-    """An error that passes is not noticed; nobody takes it for an empty folder."""
+    """An error that passes has no effect, and one that stays is not taken for an empty folder."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
     checkpoints = save(tmp_path, state, 2, 4)
     real, failures = pathlib.Path.iterdir, 0
@@ -506,7 +506,7 @@ def test_a_chosen_step_is_restored_and_what_is_set_aside_is_no_step(tmp_path, pr
     restored, _ = checkpoints.restore_newest(program, lambda steps: steps[1])
     assert int(restored.step) == 4 and checkpoints.steps() == [2, 4, 6], "nothing was moved"
     assert checkpoints.restore_newest(program, lambda steps: None) is None
-    for _ in range(2):  # again and again: one of each number stays
+    for _ in range(2):  # repeatedly: one of each number stays
         checkpoints.discard_after(2)
         assert checkpoints.steps() == [2] and not checkpoints.quarantine.exists()
         assert sorted(p.name for p in checkpoints.directory.iterdir()) == ["2", "4.set_aside", "6.set_aside"]
@@ -518,7 +518,7 @@ def test_a_chosen_step_is_restored_and_what_is_set_aside_is_no_step(tmp_path, pr
 
 
 def mirrored(run: pathlib.Path, keep: CheckpointConfig = KEEP_ALL) -> Checkpoints:
-    """As a start opens them. The run lies in `run`, its mirror beside it."""
+    """Opens checkpoints as a start does. The run is in `run`, its mirror beside it."""
     mirror = Mirror(str(run.with_name("mirror")), run / "checkpoints", config())
     return Checkpoints(run, keep, mirror=mirror)
 
@@ -549,14 +549,14 @@ def before_6(steps: list[int]) -> int | None:
 
 @pytest.mark.parametrize("choose", [None, before_6])
 @pytest.mark.parametrize(
-    ("here", "there"),  # w: whole, d: damaged, -: not there; of 2, 4 and 6
+    ("here", "there"),  # of steps 2, 4 and 6; w: whole, d: damaged, -: missing
     [("ddw", "www"), ("-dw", "w-w"), ("wdw", "www"), ("--w", "www"), ("w-w", "www"), ("ddd", "dwd"), ("wdd", "ddd"),
      ("---", "wdd"), ("d--", "d--"), ("ddd", "---"), ("w--", "-d-"), ("-d-", "-d-"), ("--d", "-w-")],
 )  # fmt: skip
 def test_what_is_restored_is_the_newest_whole_step_wherever_it_lies(
     tmp_path, program, both, monkeypatch, here, there, choose
 ):
-    """A rollback asks the mirror, too. What is damaged moves when another is restored, and no copy is lost by it."""
+    """A rollback uses the mirror, too. Damaged steps are moved when another is restored, and no copy is lost."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
     for name, found in (("run", here), ("mirror", there)):
         shutil.copytree(both / name, tmp_path / name)
@@ -590,7 +590,7 @@ def test_what_is_restored_is_the_newest_whole_step_wherever_it_lies(
 
 
 def test_a_rollback_without_an_answer_of_the_mirror_begins_nothing_again(tmp_path, program, both, monkeypatch):
-    """A start that cannot see the copies must not go on without them, unless it has what it needs."""
+    """A start that cannot see the copies must not continue without them, unless it has what it needs."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
     for name in ("run", "mirror"):
         shutil.copytree(both / name, tmp_path / name)
@@ -611,7 +611,7 @@ def test_a_rollback_without_an_answer_of_the_mirror_begins_nothing_again(tmp_pat
 
 
 def test_what_proves_nothing_stays_until_its_copy_was_restored(tmp_path, program, both, monkeypatch):
-    """As with another version of a library, which reads neither: each start moved one more to quarantine."""
+    """A library of another version may read no step at all: each start used to move one more to quarantine."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
     for name in ("run", "mirror"):
         shutil.copytree(both / name, tmp_path / name)
@@ -625,7 +625,7 @@ def test_what_proves_nothing_stays_until_its_copy_was_restored(tmp_path, program
 
 
 def test_copies_of_a_run_that_was_lost_stay_as_its_steps_would(tmp_path, program, state, monkeypatch):
-    """The permanent and the best lie only in the mirror then, and metrics.jsonl is lost with the run."""
+    """The permanent and the best steps are then only in the mirror, and metrics.jsonl is lost with the run."""
     keep = CheckpointConfig(keep_last=1, keep_every_steps=4, keep_best=1)
     checkpoints = mirrored(tmp_path / "run", keep)
     for step, loss in ((3, 1.0), (4, 5.0), (5, 4.0), (6, 3.0)):
@@ -641,14 +641,14 @@ def test_copies_of_a_run_that_was_lost_stay_as_its_steps_would(tmp_path, program
         checkpoints.set_evaluations({row["step"]: row for row in meta["evaluations"]})
         save_both(checkpoints, state, last)
         assert whole_in(tmp_path / "mirror/checkpoints") == [3, 4, last]
-    with monkeypatch.context() as patched:  # nothing goes while it cannot be seen what there is
+    with monkeypatch.context() as patched:  # nothing is deleted while the copies cannot be listed
         patched.setattr(checkpoints.mirror, "_list", lambda: (_ for _ in ()).throw(OSError("no network")))
         save_both(checkpoints, state, 11)
     assert whole_in(tmp_path / "mirror/checkpoints") == [3, 4, 10, 11]
 
 
 def test_a_copy_that_should_be_deleted_is_not_offered_and_goes_later(tmp_path, state, monkeypatch):
-    """It would bring a run back to what it went behind."""
+    """It would bring a run back to a state that it has rolled back past."""
     checkpoints = mirrored(tmp_path / "run")
     save_both(checkpoints, state, 2, 4)
     with monkeypatch.context() as patched:
@@ -661,7 +661,7 @@ def test_a_copy_that_should_be_deleted_is_not_offered_and_goes_later(tmp_path, s
 
 @pytest.fixture
 def copied(tmp_path, both, monkeypatch):
-    """The same for one test, which may change it."""
+    """A copy of the run and its mirror for one test, which may change them."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
     for name in ("run", "mirror"):
         shutil.copytree(both / name, tmp_path / name)
@@ -689,7 +689,7 @@ def kill(*_):
 
 
 def test_a_rollback_leaves_no_copy_above_it(copied, program, state):
-    """Also of those that are not here, because the machine was replaced. Nothing brings the run back to them."""
+    """This includes copies of steps that are not here, because the machine was replaced. None can come back."""
     shutil.rmtree(copied / "run")
     checkpoints = mirrored(copied / "run")
     assert step_of(checkpoints, program) == 6
@@ -701,7 +701,7 @@ def test_a_rollback_leaves_no_copy_above_it(copied, program, state):
 
 @pytest.mark.parametrize("how", ["it is busy", "killed after the renames", "killed before them"])
 def test_no_later_life_takes_a_copy_that_the_run_went_behind(copied, program, state, monkeypatch, how):
-    """The list of them is written first, and a step leaves it with its copy: deleted, or made again."""
+    """A list of such copies is written first, and a step leaves it when its copy is deleted or made again."""
     checkpoints = mirrored(copied / "run")
     with monkeypatch.context() as patched:
         if how == "it is busy":
@@ -723,7 +723,7 @@ def test_no_later_life_takes_a_copy_that_the_run_went_behind(copied, program, st
 
 
 def test_a_copy_half_deleted_is_deleted_later(copied, state):
-    """What made it whole goes first, so it is not listed any more."""
+    """The file that marks it as complete goes first, so it is not listed any more."""
     checkpoints = mirrored(copied / "run")
     store = checkpoints.mirror._store
     checkpoints.mirror._store = types.SimpleNamespace(read=store.read, write=store.write, delete_range=busy)
@@ -761,7 +761,7 @@ def test_a_copy_may_be_fetched_again(copied, program):
 
 
 def test_a_mirror_that_vanishes_is_not_an_empty_one(copied, program):
-    """As a folder that is unmounted."""
+    """This happens if its folder is unmounted."""
     for step in (2, 4):
         shutil.rmtree(copied / f"run/checkpoints/{step}")
     checkpoints = mirrored(copied / "run")
@@ -787,7 +787,7 @@ def test_no_copy_is_offered_that_is_being_deleted(copied, program, monkeypatch):
 
 
 def test_one_that_cannot_read_is_heard_before_one_that_finds_something_wrong(tmp_path, program, state, monkeypatch):
-    """A library that fails where descriptors are short proves nothing, and would send a step to quarantine."""
+    """A library that fails for lack of file descriptors proves nothing, but would send a step to quarantine."""
     checkpoints = save(tmp_path, state, 5)
     words = [[Suspect.__name__, "strange", 3], None, [Unreadable.__name__, "no descriptor", 42]]
     monkeypatch.setattr(checkpoints.processes, "exchange", lambda name, mine: [json.dumps(word) for word in words])
@@ -815,7 +815,7 @@ def test_a_copy_takes_the_place_of_a_step_that_lost_parts_meanwhile(copied, prog
 
 
 def test_a_damaged_copy_is_in_quarantine_once(copied, program):
-    """Each start fetches it again, because nothing in the mirror is deleted for that."""
+    """Each start fetches it again, because damage does not delete anything in the mirror."""
     shutil.rmtree(copied / "run/checkpoints/6")
     flip_a_bit_in_the_parameters(copied / "mirror/checkpoints/6")
     for _ in range(3):
@@ -825,7 +825,7 @@ def test_a_damaged_copy_is_in_quarantine_once(copied, program):
 
 
 def test_a_listing_that_fails_once_hides_no_better_step(copied, program, monkeypatch):
-    """A rollback would go further back than it must, and discard the copy that it wanted."""
+    """Otherwise a rollback would go further back than it must, and discard the copy that it needs."""
     shutil.rmtree(copied / "run/checkpoints/4")
     checkpoints = mirrored(copied / "run")
     listed, answers = checkpoints.mirror._list, [busy]
@@ -839,7 +839,7 @@ def test_a_listing_that_fails_once_hides_no_better_step(copied, program, monkeyp
 
 
 def test_folders_that_lack_parts_are_not_in_the_way_of_saves(copied, program, state):
-    """None was moved while none was whole; a copy was restored since."""
+    """None was moved while none was complete; then a copy was restored."""
     for step in (2, 4, 6):
         (copied / f"run/checkpoints/{step}/_CHECKPOINT_METADATA").unlink()
     checkpoints = mirrored(copied / "run")
@@ -862,7 +862,7 @@ def test_an_old_step_that_was_set_aside_does_not_hide_that_checkpoints_are_lost(
 
 
 def test_a_part_on_a_disk_that_is_not_mounted_is_not_missing(copied, program):
-    """Nothing is moved, and nothing older becomes the run."""
+    """Nothing is moved, and the run does not resume from an older step."""
     for name in ("6", "6/params"):
         place, away = copied / "run/checkpoints" / name, copied / "away"
         place.rename(away)
@@ -876,7 +876,7 @@ def test_a_part_on_a_disk_that_is_not_mounted_is_not_missing(copied, program):
 
 
 def test_a_step_that_the_mirror_lacks_is_copied_at_the_next_start(copied, program):
-    """It was full, or is new."""
+    """The mirror was full, or is new."""
     shutil.rmtree(copied / "mirror/checkpoints/6")
     checkpoints = mirrored(copied / "run")
     step = step_of(checkpoints, program)

@@ -6,7 +6,7 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling is most of a test: a run of two processes took 21 s, and 13 s with machine code that is not optimized.
-# Users have optimized code; the newcomer and the soak of CI run that.
+# Users have optimized code, which the newcomer and the soak of CI run.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "meshlm-jax-cache"))
@@ -16,14 +16,14 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-# Started by nohup, or in the background of a script, the tests and all that they start would ignore these.
+# If started by nohup, or in the background of a script, the tests and all that they start would ignore these.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def no_mesh_is_left():
-    """A Trainer sets the mesh of the whole process; a later test in it would compute on that one."""
+    """A Trainer sets the mesh of the process, on which later tests would compute."""
     before = jax.sharding.get_mesh()
     yield
     if jax.sharding.get_mesh() != before:

@@ -30,10 +30,10 @@ def data(tmp_path_factory):
     ids=["data", "fsdp", "two devices each", "tensor"],
 )
 def test_two_processes_train_the_run_of_one(tmp_path, data, devices, mesh):
-    """Same losses on the same number of devices; process 0 alone talks and writes.
+    """The losses are the same on the same number of devices; only process 0 reports.
 
-    Bit for bit with two devices. Four floats have several sums: gloo adds those of four devices in another order than
-    the collectives inside one process do, so there the last bit of a loss may differ.
+    With two devices they are the same bit for bit. With four, gloo adds floats in another order than the collectives
+    within one process do, so the last bit of a loss may differ.
     """
     fields = {"num_train_steps": STEPS, "model__dropout": 0.1, **mesh}
     runs.train(tmp_path / "one", data, devices=2 * devices, **fields)
@@ -48,7 +48,7 @@ def test_two_processes_train_the_run_of_one(tmp_path, data, devices, mesh):
             assert [v for v in a if v is not None] == pytest.approx([v for v in b if v is not None], rel=1e-5)
     assert "Everything is in" in first and "Everything is in" not in second
     assert (tmp_path / "two/log.1.txt").exists()
-    # And one process goes on with what two have saved.
+    # One process resumes from what two have saved.
     fields["num_train_steps"] += 5
     assert f"Resuming after step {STEPS}." in runs.train(tmp_path / "two", data, devices=2 * devices, **fields)
 
@@ -67,7 +67,7 @@ def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path, data):
 
 
 def test_processes_that_differ_in_config_leave_together(tmp_path, data):
-    """Fault 24: they would train different things and, on gloo, sum them without a word."""
+    """Fault 24: they would train different things and, on gloo, silently sum them."""
     other = {1: {"optimizer__peak_lr": 0.5}}
     out = runs.finish_gang(runs.start_gang(tmp_path / "run", data, num_train_steps=STEPS, per_process=other), code=2)
     assert all("(process 1) has another setting: config.optimizer.peak_lr: 0.5 there, 0.001 on" in text for text in out)
@@ -75,7 +75,7 @@ def test_processes_that_differ_in_config_leave_together(tmp_path, data):
 
 
 def test_processes_of_another_environment_leave_together_and_another_life_is_told(tmp_path, data):
-    """Flags of XLA: each process would compile another program, and nobody would say so."""
+    """With other XLA flags, each process would silently compile another program."""
     fast = "--xla_cpu_enable_fast_math=true"
     run, other = tmp_path / "run", {"XLA_FLAGS": f"{runs.environment()['XLA_FLAGS']} {fast}"}
     out = runs.finish_gang(runs.start_gang(run, data, num_train_steps=2, environments={1: other}), code=2)
@@ -103,7 +103,7 @@ def test_processes_that_see_other_files_under_one_path_leave_together(tmp_path, 
 
 
 def test_an_error_of_one_in_training_is_one_of_all(tmp_path, data):
-    """The others met a failed collective and left with 42, to be started again three times."""
+    """The others used to fail in a collective and exit with 42, and were restarted three times."""
     bad = shutil.copytree(data, tmp_path / "bad")
     tokens = np.fromfile(bad / "train-00000.bin", "<u2")
     tokens[len(tokens) // 2] = 25  # in a window that one of the two reads
@@ -117,7 +117,7 @@ def test_an_error_of_one_in_training_is_one_of_all(tmp_path, data):
     out = runs.finish_gang(runs.start_gang(tmp_path / "run", bad, num_train_steps=1000, eval__every_steps=0), code=3)
     lines = [text.splitlines()[-1] for text in out]
     assert all("token id 25 in the train split is outside the vocabulary of 19" in line for line in lines)
-    assert sum("(process " in line for line in lines) == 1, "one had it, and the other was told"
+    assert sum("(process " in line for line in lines) == 1, "one had it, and the other heard of it"
 
 
 def test_divergence_is_found_by_all(tmp_path, data):

@@ -1,4 +1,4 @@
-"""Protects where text comes from: the same documents in the same order anywhere, and errors that say what to do."""
+"""Sources of text: the same documents in the same order anywhere, and errors that say what to do."""
 
 import collections
 import glob
@@ -55,7 +55,7 @@ def test_directory_is_read_to_any_depth_sorted_by_name_without_hidden_and_empty_
 
 
 def test_names_do_not_depend_on_where_the_corpus_lies(tmp_path, monkeypatch):
-    """Splits go by name: the same files elsewhere must give the same validation set, however they are asked for."""
+    """Splits depend on names: the same files elsewhere must give the same validation set, however they are selected."""
     here, there = (write(tmp_path / root, {"a.txt": "1", "s/b.txt": "2"}) for root in ("here", "there/deeper"))
     expected = ["a.txt", "s/b.txt"]
     for source in (here, there, here / "**/*.txt", there / "**/*.txt"):
@@ -107,7 +107,7 @@ ENTRIES = st.lists(
 
 
 def grow(root: str, entries: list[tuple[int, str, str]], loops: bool) -> None:
-    """Makes what `entries` say: each in one of the folders that are there, links to anything that is there or not."""
+    """Makes `entries`: each in one of the existing folders; links lead to anything that exists, or to nothing."""
     folders, files, everything = [root], [], [*([root] if loops else []), f"{root}/nowhere"]
     for number, name, kind in entries:
         path = os.path.join(folders[number % len(folders)], name)
@@ -206,7 +206,7 @@ PARTS = st.sampled_from(["**", "*", "a", "?*", "*.txt", "[ab]*", ".h", ".*", "ca
 @settings(max_examples=150, deadline=None)
 @given(ENTRIES, st.lists(PARTS, min_size=1, max_size=4))
 def test_any_glob_selects_the_files_that_pythons_does_and_each_once(entries, pattern):
-    """Python's takes a file by each of its names, and does not end in loops."""
+    """Python's glob finds a file by each of its names, and does not end in loops."""
     with tempfile.TemporaryDirectory() as folder:
         grow(folder, entries, loops=False)
         pattern = "/".join([*pattern, "*"])
@@ -413,7 +413,7 @@ def assert_says_what_to_fetch(error: DataError, cache: pathlib.Path) -> None:
 def test_no_network_says_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))  # bound and not listening: nobody answers here
+        s.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
         monkeypatch.setattr(corpus, "SHAKESPEARE_URL", f"http://127.0.0.1:{s.getsockname()[1]}/input.txt")
         with pytest.raises(DataError) as e:
             corpus.find("tinyshakespeare", tmp_path / "cache")
@@ -509,7 +509,7 @@ def test_json_and_tokenizers_beside_text_are_left_out_and_counted(tmp_path):
         corpus.find(str(folder / "t.txt"), tmp_path, kind="text", tokenizer=tmp_path / "link")
     with pytest.raises(DataError, match=r"package\.json is one JSON value.*jq -c"):
         corpus.find(str(folder / "package.json"), tmp_path)
-    (folder / "c.jsonl").write_text('{\n "text": "x"\n}\n')  # what is named as records is missed
+    (folder / "c.jsonl").write_text('{\n "text": "x"\n}\n')  # a file that is named as records would be missed
     with pytest.raises(DataError, match=r"c\.jsonl is JSON over several lines.*--bad_records=skip"):
         corpus.find(str(folder), tmp_path)
 
@@ -530,7 +530,7 @@ def test_a_tokenizer_is_not_trained_on_with_itself(tmp_path):
 @pytest.mark.parametrize("name", ["*.txt", "?.txt", "[ab].txt", "d*/a.txt", "a[b].txt"])
 def test_the_name_of_a_file_that_is_a_pattern_of_others_is_refused(tmp_path, name):
     folder = write(tmp_path / "gl", {name: "oops"})
-    (meant,) = corpus.find(f"{folder}/{name}", tmp_path).files  # it alone is no doubt
+    (meant,) = corpus.find(f"{folder}/{name}", tmp_path).files  # as the only match it is unambiguous
     assert meant.path == folder / name
     write(folder, {"a.txt": "1", "b.txt": "2", "ab.txt": "3", "d/a.txt": "4"})
     with pytest.raises(DataError, match=r"as a pattern it selects \d other file\(s\), such as .*; write ") as e:

@@ -37,8 +37,8 @@ def run_of_detect(config: DivergenceConfig, series) -> list[tuple[dict, bool, di
 def test_statistics_against_their_definition():
     """A weighted mean and variance over all good steps, in float64.
 
-    Tolerance: a mean of size 2 to 4 is rounded by half of 2.4e-7 at each of the 50 steps it remembers, 6e-6 in all, of
-    the 0.05 that is the least deviation here: 1.2e-4. The variance has as many roundings of 6e-8 of itself, some six a
+    Tolerance: a mean of 2 to 4 is rounded by half of 2.4e-7 at each of the 50 steps in its window, 6e-6 in all,
+    relative to the smallest deviation here, 0.05: 1.2e-4. The variance is rounded by 6e-8 of itself some six times per
     step: 2e-5.
     """
     window, rng = 50, np.random.default_rng(0)
@@ -77,7 +77,7 @@ def test_a_flat_loss_may_wiggle():
     config, flat = DivergenceConfig(spike="stop", window=WINDOW), [(2, 1)] * 2 * WINDOW
     assert not run_of_detect(config, [*flat, (2.01, 1.01)])[-1][1]
     assert run_of_detect(config, [*flat, (2.1, 1)])[-1][1] and run_of_detect(config, [*flat, (2, 1.1)])[-1][1]
-    assert not run_of_detect(config, [*flat, (0.5, 0.01)])[-1][1]  # down is no spike
+    assert not run_of_detect(config, [*flat, (0.5, 0.01)])[-1][1]  # a drop is not a spike
 
 
 @pytest.mark.parametrize("not_finite", DivergenceConfig.POLICIES)
@@ -118,7 +118,7 @@ def test_any_series(series):
 
 
 def config(name: str) -> Config:
-    """On four devices with ZeRO-1, accumulation and a scan over the layers besides."""
+    """The configuration; on four devices also with ZeRO-1, accumulation and a scan over the layers."""
     several, (data, fsdp) = name == "four", MESHES[name]
     return step_test.config(
         model={"vocab_size": VOCAB, "tie_embeddings": False, "scan_layers": several},
@@ -136,7 +136,7 @@ def program(name: str) -> Program:
 
 @functools.cache
 def initial() -> TrainState:
-    """On the host, with the embedding of POISON; as inputs and outputs have each a table, no other token meets it."""
+    """The state on the host, with POISON's embedding, which no other token uses: the output table is a separate one."""
     state = jax.device_get(program("one").init())
     table = np.array(state.params["embedding"])
     table[POISON] = math.nan
@@ -152,7 +152,7 @@ def compiled(name: str) -> jax.stages.Compiled:
 
 
 def batch(kind: str) -> np.ndarray:
-    """int32 [16, 33]: 'good', the same rows each time; 'random', other tokens; 'poison', good but for one token."""
+    """int32 [16, 33]: 'good', the same rows each time; 'random', other tokens; 'poison', good except for one token."""
     rows = np.tile(np.arange(33) % 7, (16, 1))
     if kind == "random":
         rows = np.random.default_rng(0).integers(0, POISON, rows.shape)
@@ -196,14 +196,14 @@ def test_a_bad_step_is_skipped_and_nothing_but_the_count_of_steps_changes(name):
         assert (before == after) == (i in BAD)
     assert [row["train/bad_in_a_row"] for row in rows[-5:]] == [0, 1, 2, 0, 0]
     assert all(set(row) == NAMES | JUDGED for row in rows)
-    # As they are: what is not finite, and what stands out; neither is in the statistics.
+    # Bad values, not finite or standing out, are reported as they are; they do not enter the statistics.
     assert math.isnan(rows[3]["train/loss"]) and math.isnan(rows[3]["train/grad_norm"])
     assert rows[39]["train/loss"] > rows[38]["train/loss"] + 1 and rows[39]["train/loss_z"] > 8
     assert states[40].guard == states[38].guard | {"bad_in_a_row": 2}
 
 
 def test_training_goes_on_as_if_the_bad_batch_had_not_been():
-    """Bit for bit, statistics included: what is kept of a bad step is that it is over."""
+    """Bit for bit, statistics included: a bad step only advances the number of the step."""
     rows, states = series("one")
     at = dataclasses.replace(states[2], step=np.int32(4))  # the schedule goes by the steps, skipped or not
     again, after = advance("one", at, ["good"] * 2)
@@ -212,7 +212,7 @@ def test_training_goes_on_as_if_the_bad_batch_had_not_been():
 
 
 def test_the_norm_of_the_parameters_is_of_those_that_are_kept():
-    """Without a poisoned embedding, whose norm is NaN."""
+    """There is no poisoned embedding here, because its norm is NaN."""
     state = program("one").init()
     rows, states = advance("one", state, ["good"] * 35 + ["random"])
     assert rows[-1]["train/skipped"] and rows[-1]["train/param_norm"] == rows[-2]["train/param_norm"]
@@ -222,7 +222,7 @@ def test_the_norm_of_the_parameters_is_of_those_that_are_kept():
 
 
 def test_the_same_decisions_on_several_devices():
-    """z: the rounding of a loss, 1e-6 of it, over STD_FLOOR, and room for what training magnifies (1e-5 seen)."""
+    """z may differ by a loss's rounding, 1e-6 of it, over STD_FLOOR, and more as training magnifies it (1e-5 seen)."""
     one, four = series("one")[0], series("four")[0]
     for key in JUDGED - {"train/loss_z", "train/grad_norm_z"}:
         assert [row[key] for row in one] == [row[key] for row in four]

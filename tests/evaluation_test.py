@@ -1,4 +1,4 @@
-"""Evaluation in the parts that training works in: the same loss for any parts and devices, in no more memory."""
+"""Evaluation in microbatches: the same loss for any number of them and any devices, in no more memory than a step."""
 
 import math
 

@@ -39,7 +39,7 @@ TOKENS = [1, 2, 258, 4, 5, 999]
 
 
 def llmc(tokens, magic=20240520, version=1, dtype="<u2") -> bytes:
-    """As write_datafile of llm.c's dev/data/data_common.py."""
+    """A file as write_datafile of llm.c's dev/data/data_common.py writes it."""
     head = struct.pack("<3i", magic, version, len(tokens)) + bytes(253 * 4)
     return head + np.asarray(tokens, dtype).tobytes()
 
@@ -149,7 +149,7 @@ def test_windows_over_files_are_those_over_the_same_shards(tmp_path):
 
 
 def test_files_without_a_token_do_no_harm_beside_others(tmp_path):
-    """As the writers leave them where a worker had no document."""
+    """Writers leave such files if a worker had no document."""
     for name in ("a", "b"):
         megatron(tmp_path, name)
     (tmp_path / "a.bin").write_bytes(b"")
@@ -264,12 +264,12 @@ def test_ids_outside_the_vocabulary_are_found_at_the_start_and_in_a_batch(tmp_pa
     (tmp_path / "x.bin").write_bytes(llmc(TOKENS))
     refused(tmp_path / "x.bin", "token id 999", "x.bin", "vocabulary of 999", vocab_size=999)
     data = open_(tmp_path / "x.bin")
-    (tmp_path / "x.bin").write_bytes(llmc([5000] * 6))  # replaced while a run goes on
+    (tmp_path / "x.bin").write_bytes(llmc([5000] * 6))  # replaced during a run
     with pytest.raises(DataError, match=r"token id 5000 in the train split.*data\.dtype"):
         TokenWindows(data.files("train"), seq_len=2, seed=0).rows(np.arange(2))
 
 
-# What is no token file, whatever its name says
+# What is not a token file, whatever its name says
 
 
 def zipped(make) -> bytes:
@@ -284,7 +284,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2
 
 
 def lit_gpt(ids, dtype="<i4", code=4) -> bytes:
-    """As lit-gpt's PackedDatasetBuilder."""
+    """A file as lit-gpt's PackedDatasetBuilder writes it."""
     return b"LITPKDS" + struct.pack("<QBQ", 1, code, len(ids)) + np.asarray(ids, dtype).tobytes()
 
 
@@ -354,18 +354,18 @@ def test_a_lost_index_is_missed(tmp_path):
 
 
 def test_a_vocabulary_above_uint16_wants_a_type(tmp_path):
-    """However the ids look: here they are all small."""
+    """This holds whatever the ids are: here they are all small."""
     for name in ("x.bin", "x.npy"):
         np.arange(1000, dtype="<u2").tofile(tmp_path / name)
         refused(tmp_path / name, "vocabulary of 100278", "set data.dtype", vocab_size=100_278)
         assert len(tokens_of(open_(tmp_path / name, 100_278, dtype="uint16"))[0]) == 1000
         assert len(tokens_of(open_(tmp_path / name, 1 << 16))[0]) == 1000
-    (tmp_path / "x.bin").write_bytes(llmc(TOKENS))  # says itself what it is
+    (tmp_path / "x.bin").write_bytes(llmc(TOKENS))  # its header says what it is
     assert tokens_of(open_(tmp_path / "x.bin", 100_278)) == [TOKENS]
 
 
 def streams(rng: np.random.Generator, vocab_size: int, count: int) -> dict[str, np.ndarray]:
-    """Ids as those of text are distributed (Zipf), in the order of their frequency and in any other; and evenly."""
+    """Ids distributed as those of text (Zipf), in the order of their frequency and in another one; and evenly."""
     share = 1 / np.arange(1, vocab_size + 1)
     ids = rng.choice(vocab_size, count, p=share / share.sum())
     return {"text": ids, "another order": rng.permutation(vocab_size)[ids], "even": rng.integers(0, vocab_size, count)}
@@ -373,7 +373,7 @@ def streams(rng: np.random.Generator, vocab_size: int, count: int) -> dict[str, 
 
 @pytest.mark.parametrize("vocab_size", [2, 5, 16, 65, 256, 4096, 32_000, 50_257, 65_536])
 def test_sound_uint16_tokens_raise_no_alarm(vocab_size):
-    """In 25,000 such streams there was none."""
+    """There was no false alarm in 25,000 such streams."""
     rng = np.random.default_rng(vocab_size)
     for count in (64, 70, 300, 5000):
         for kind, ids in streams(rng, vocab_size, count).items():
@@ -387,7 +387,7 @@ def test_sound_uint16_tokens_raise_no_alarm(vocab_size):
 @pytest.mark.parametrize("stored", ["<u4", "<i8", ">u4", ">i8"])
 @pytest.mark.parametrize("vocab_size", [65, 256, 4096, 32_000, 50_257, 65_536, 100_278, 151_936])
 def test_wider_and_swapped_tokens_are_noticed(tmp_path, vocab_size, stored, header, odd):
-    """With a header of any even length before them, and odd ids such as -1 among them."""
+    """A header of any even length comes before them, and odd ids such as -1 are among them."""
     rng = np.random.default_rng(odd)
     path = tmp_path / "train.bin"
     for kind, ids in streams(rng, vocab_size, 3000).items():
@@ -418,7 +418,7 @@ def test_two_byte_tokens_of_another_order_or_read_as_wider_ones(tmp_path, vocab_
 
 
 def test_one_file_is_read_once(tmp_path):
-    """Under two names it would train twice, or train and validate."""
+    """Otherwise a file with two names would train twice, or both train and validate."""
     (tmp_path / "train.bin").write_bytes(llmc(TOKENS))
     for link in (os.symlink, os.link):
         for name in ("other.bin", "val.bin"):
@@ -451,7 +451,7 @@ def test_masked_documents_want_their_end_in_the_tokens(tmp_path, monkeypatch):
         for part in ("x.bin, which has 3 documents,", f"holds it {count} times in 46 tokens", "--append-eod", "eos_id"):
             assert part in str(e.value)
     (tmp_path / "x.idx").unlink()
-    (tmp_path / "x.bin").write_bytes(llmc([5, 1, 2] * 5000))  # no documents are named: one end is enough
+    (tmp_path / "x.bin").write_bytes(llmc([5, 1, 2] * 5000))  # without an index of documents, one end is enough
     ends.check([open_(tmp_path / "x.bin")], 5)
     monkeypatch.setattr(fingerprint, "WHOLE_BYTES", 100)
     monkeypatch.setattr(fingerprint, "SAMPLED_BLOCKS", 4)
@@ -491,7 +491,7 @@ def test_files_that_change_while_they_are_opened(tmp_path, monkeypatch):
         with pytest.raises(DataError, match=f"is {len(raw)} bytes, and was 2000"):
             data.files("train")
     IDS.tofile(path)
-    monkeypatch.setattr(external, "check_size", lambda file: path.write_bytes(b"12"))  # in the very moment
+    monkeypatch.setattr(external, "check_size", lambda file: path.write_bytes(b"12"))  # just after the check
     with pytest.raises(DataError, match="became shorter"):
         open_(path)
 
@@ -538,7 +538,7 @@ def test_folders_below_the_glob_may_name_validation_files(tmp_path, word):
     data = open_(tmp_path / "**/*.bin")
     assert {p.relative_to(tmp_path).parts[0] for p in data.files("val").paths} == {word}
     assert len(data.files("val").paths) == len(data.files("train").paths) == 2
-    assert not open_(tmp_path / word / "*.bin").has("val")  # a folder that is named trains
+    assert not open_(tmp_path / word / "*.bin").has("val")  # a folder that is named explicitly trains
 
 
 def test_kinds_and_types_are_not_mixed(tmp_path):
@@ -610,7 +610,7 @@ def test_files_named_as_for_tests_train_and_it_is_said(tmp_path, caplog):
     for name in (*held_out, "train.bin", "val.bin", "latest.bin", "device.bin", "contest/a.bin"):
         (tmp_path / "test" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "test" / name).write_bytes(struct.pack("<6H", *TOKENS))
-    root = tmp_path / "test"  # the folder that was named is meant
+    root = tmp_path / "test"  # the folder was named explicitly
     for path, count in ((f"{root}/**/*.bin", 4), (root, 3), (f"{root}/tes?.bin", 1)):
         caplog.clear()
         open_(path)
@@ -662,7 +662,7 @@ def test_moved_files_are_the_same_data_and_changed_ones_are_not(tmp_path, monkey
 
 
 def test_no_damage_reads_as_other_tokens(tmp_path):
-    """Headers cut, flipped, extended: a DataError, or the right tokens; nothing else is raised, nothing large made."""
+    """Headers cut, flipped, extended: a DataError or the right tokens; nothing else is raised, no large array is made."""
     rng = random.Random(0)
     header = llmc(TOKENS)[:1024]
     path = tmp_path / "f" / "x.bin"
@@ -700,7 +700,7 @@ def test_no_damage_reads_as_other_tokens(tmp_path):
 )
 @settings(deadline=None, max_examples=300)
 def test_any_bytes_are_tokens_to_the_last_one_or_refused(name, head, rest, index, fields):
-    """Whatever a header claims: the tokens are those bytes of the file that no header takes, or there is an error."""
+    """Whatever a header claims, the tokens are all bytes of the file after the header, or there is an error."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / name
         path.write_bytes(raw := head + rest)
@@ -797,7 +797,7 @@ def test_a_run_on_files_is_that_on_the_dataset_bit_for_bit_through_kill_and_move
     assert not any("val/bits_per_byte" in row for row in runs.rows(run))
     assert runs.rows(run, "samples.jsonl") == runs.rows(prepared / "whole", "samples.jsonl")
 
-    # The tokenizer went into the run: sampling needs no other file, evaluating none but the tokens.
+    # The run has the tokenizer: sampling needs no other file, and evaluating only the tokens.
     assert json.loads(tool("sample", run, "--prompt=mesh", "--max_new_tokens=9", "--json"))["text"]
     result = json.loads(tool("evaluate", run, "--json"))
     assert set(result) == {"step", "tokens", "val/loss", "val/perplexity"}

@@ -48,7 +48,7 @@ def llama2() -> JsonTokenizer:
 
 
 def unigram() -> JsonTokenizer:
-    """As T5's: normalised, single spaces, one before each text."""
+    """Like T5's: normalised, single spaces, one before each text."""
     trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=SPECIALS, unk_token="<unk>", show_progress=False)
     before = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(library.Regex(" {2,}"), " ")])
     return of_json(models.Unigram(), trainer, before, pre_tokenizers.Metaspace(), decoders.Metaspace())

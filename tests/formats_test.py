@@ -1,4 +1,4 @@
-"""Protects datasets on disk: what was written is read back, by later versions too, and nothing else passes for it."""
+"""Datasets on disk: what was written is read back, by later versions too, and nothing else passes for it."""
 
 import dataclasses
 import hashlib
@@ -195,7 +195,7 @@ STRANGE = (
 
 
 def replaced(tree, rng):
-    """`tree` with one value, at any depth, that nobody would write there."""
+    """`tree` with one value, at any depth, replaced by a strange one."""
     *parents, last = rng.choice([at for at in leaves(tree) if at])
     node = tree
     for key in parents:
@@ -205,7 +205,7 @@ def replaced(tree, rng):
 
 
 def test_fuzz_of_the_manifest(dataset):
-    """Cut, overwritten, a value replaced: DataError or the same manifest, whatever else there could be raised."""
+    """Cut, overwritten, or with a value replaced, it gives a DataError or the same manifest, and no other error."""
     rng = random.Random(0)
     path = dataset / "manifest.json"
     raw, manifest = path.read_bytes(), formats.read_manifest(dataset)
@@ -237,7 +237,7 @@ def test_a_deeply_nested_manifest_is_an_error(depth, dataset):
 
 
 def test_a_forged_fingerprint_opens_no_file_outside_the_folder(dataset):
-    """Values nobody wrote, with the fingerprint made to fit: what is read has plain names and sound counts."""
+    """Strange values, with a fingerprint that fits: what is read has plain names and sound counts."""
     rng = random.Random(0)
     raw = (dataset / "manifest.json").read_bytes()
     read = refused = 0
@@ -270,7 +270,7 @@ def test_a_shard_is_a_plain_name(name, dataset):
 
 
 def test_a_dataset_is_known_by_its_mark(dataset, tmp_path):
-    """Also cut off or of another version; not a manifest that only names us: --overwrite would remove its folder."""
+    """Even if cut off or of another version; but not a manifest that only names us: --overwrite would delete it."""
     path = dataset / "manifest.json"
     raw = path.read_bytes()
     for ours in (raw, raw[:60], raw.replace(b'"version": 1', b'"version": 9')):

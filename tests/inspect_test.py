@@ -48,7 +48,7 @@ def opened(path, vocab_size=0, **fields):
 
 
 def test_the_batch_is_the_one_a_run_trains_on(text):
-    """Rows 1,000 samples in, several epochs on, as the loader puts them on devices."""
+    """The rows after 1,000 samples, in a later epoch, as the loader puts them on devices."""
     report = json.loads(call(text, "--seq_len=48", "--batch_size=8", "--seed=5", "--sample=1000", "--json").stdout)
     windows = TokenWindows(opened(text).files("train"), seq_len=48, seed=5)
     mesh = jax.make_mesh((8,), ("data",))
@@ -112,7 +112,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_one_line_and_exit_3(name, text, tmp_path, monkeypatch):
-    """Also where a run would not hash at its start, because the dataset is large."""
+    """This holds even if a run would not hash at its start, because the dataset is large."""
     damage, parts = DAMAGES[name]
     shutil.copytree(text, tmp_path / "set")
     damage(tmp_path / "set")
@@ -145,7 +145,7 @@ def check(folder):
 
 
 def test_every_byte_of_every_file_is_checked(tiny, tmp_path):
-    """Of files above 4 KiB (a tokenizer's) every 97th."""
+    """In files above 4 KiB (a tokenizer's), every 97th."""
     check(tiny)
     shutil.copytree(tiny, tmp_path / "set")
     names = sorted(p.relative_to(tiny).as_posix() for p in tiny.rglob("*") if p.is_file())
@@ -173,7 +173,7 @@ def test_every_byte_of_every_file_is_checked(tiny, tmp_path):
 
 
 def as_before(folder):
-    """As an earlier version wrote it: a manifest without hashes of the other files."""
+    """Rewrites a dataset as an earlier version wrote it: its manifest has no hashes of the other files."""
     old = dataclasses.replace(formats.read_manifest(folder), files={})
     (folder / "manifest.json").write_text(old.to_json())
     return old
@@ -198,7 +198,7 @@ def test_offsets_of_earlier_versions_are_compared_with_the_tokens(tiny, tmp_path
 
 
 def test_what_no_window_reads_is_said(tiny, tmp_path):
-    """Shards, token files of other programs and documents alike."""
+    """This holds for shards, token files of other programs, and documents."""
     tokens = np.random.default_rng(0).integers(0, 50_000, 16_000).astype("<u2")
     parts = np.split(tokens, [10_000, *range(10_120, 16_000, 120)])
     make_dataset.write(tmp_path / "set", parts, vocab_size=50_000)
@@ -245,7 +245,7 @@ def test_chunks_do_not_change_what_is_found_and_memory_stays_small(text, tmp_pat
 
 
 def test_an_id_outside_the_vocabulary_is_found_wherever_it_is(tmp_path):
-    """The shard is what the manifest names; it was made wrong."""
+    """The shard agrees with the manifest, but was written wrong."""
     tokens = np.arange(9000) % 100
     tokens[-1] = 100
     make_dataset.write(tmp_path, [tokens], vocab_size=100)

@@ -1,4 +1,4 @@
-"""Protects batches: a pure function of (seed, dataset, samples consumed), the same on every mesh, nothing twice."""
+"""Batches are a pure function of (seed, dataset, samples consumed), the same on every mesh, with nothing twice."""
 
 import hashlib
 import itertools
@@ -35,7 +35,7 @@ def open_split(folder, split: str = "train") -> formats.TokenFiles:
 
 @pytest.fixture
 def dataset(tmp_path):
-    """Train and val of the same counting shards: the token at a place is the number of the place."""
+    """Train and val have the same counting shards: each token is its own offset."""
     shards = make_dataset.counting_shards(*LENGTHS)
     make_dataset.write(tmp_path, shards, shards)
     return tmp_path
@@ -96,7 +96,7 @@ def test_an_epoch_holds_every_window_exactly_once(epoch, dataset):
 
 @pytest.mark.parametrize("seq_len", [1, 2, 5])
 def test_no_length_of_a_shard_reads_past_its_end(seq_len, tmp_path):
-    """The windows are a strided view, which checks no bounds: a wrong count would read foreign memory."""
+    """The windows are a strided view, which checks no bounds: a wrong count would read beyond the file."""
     for length in range(seq_len + 1, 6 * seq_len + 2):
         folder = tmp_path / str(length)
         make_dataset.write(folder, make_dataset.counting_shards(length))
@@ -110,8 +110,8 @@ def test_no_length_of_a_shard_reads_past_its_end(seq_len, tmp_path):
 
 
 def test_every_token_becomes_a_target_in_some_epoch(dataset):
-    """The phase moves, so what one epoch leaves out another reads: all but the first token of a shard and, where its
-    length is no multiple of seq_len, fewer than seq_len at its end."""
+    """The phase moves, so another epoch reads what one leaves out: all except the first token of a shard and, if its
+    length is not a multiple of seq_len, fewer than seq_len at its end."""
     seen = set(windows_of(dataset).rows(np.arange(300 * WINDOWS))[:, 1:].flat)
     for first, length in zip(np.cumsum([0, *LENGTHS]), LENGTHS, strict=False):
         if length > T:
@@ -148,7 +148,7 @@ def test_rows_of_any_samples_in_any_order(dataset):
 
 
 def test_rows_keep_the_type_of_the_files(tmp_path):
-    """Half the bytes to the device; and tokens past 65535 arrive whole."""
+    """uint16 sends half the bytes to the device, and tokens past 65535 arrive intact."""
     make_dataset.write(tmp_path / "16", [np.arange(100)])
     assert windows_of(tmp_path / "16").rows(np.arange(4)).dtype == np.uint16
     make_dataset.write(tmp_path / "32", [np.arange(70_000, 70_100)], vocab_size=80_000, dtype="uint32")
@@ -205,7 +205,7 @@ def test_a_mixture_takes_each_source_in_its_own_order(tmp_path):
         "train/epoch/a": (~of_b).sum() / counts[0],
         "train/epoch/b": of_b.sum() / counts[1],
     }
-    windows.will_need(g)  # advice alone
+    windows.will_need(g)  # only advice
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
@@ -261,7 +261,7 @@ def test_samples_do_not_depend_on_how_they_are_batched(dataset):
 
 
 def test_a_fresh_loader_started_midway_goes_on_with_the_same_batches(dataset):
-    """What a resumed run relies on: nothing but the number of samples consumed."""
+    """A resumed run relies only on the number of samples consumed."""
 
     def make() -> Loader:
         return Loader(windows_of(dataset), global_batch_size=8, sharding=sharding_on(8, 1, 1))
@@ -326,7 +326,7 @@ def test_put_reads_each_row_once_however_many_devices_hold_it(shape, parts):
 
 
 def within(seconds: float, call):
-    """What `call` returns; an error instead of a test run that never ends when it hangs."""
+    """What `call` returns; if it hangs, an error instead of a test run that never ends."""
     result = []
     thread = threading.Thread(target=lambda: result.append(call()), daemon=True)
     thread.start()
@@ -344,7 +344,7 @@ def next_or_error(prefetch: Prefetch):
 
 @pytest.fixture
 def loader_threads():
-    """Asks for the reading threads that this test has started and that still run."""
+    """A function that returns the reading threads that this test has started and that still run."""
     before = threading.enumerate()
     return lambda: [t for t in threading.enumerate() if t.name == "loader" and t not in before]
 
@@ -366,7 +366,7 @@ def test_prefetch_reads_ahead_but_not_without_end():
         return i
 
     prefetch = Prefetch(make, ahead=2)
-    assert all(made.acquire(timeout=60) for _ in range(3))  # nobody has asked for any
+    assert all(made.acquire(timeout=60) for _ in range(3))  # none was requested
     assert not made.acquire(timeout=0.3)
     assert within(60, lambda: next(prefetch)) == 0
     assert made.acquire(timeout=60)  # a taken one is replaced
@@ -421,7 +421,7 @@ def test_close_ends_the_thread_although_the_queue_is_full(taken, loader_threads)
 
 
 def test_close_waits_for_the_read_in_progress(loader_threads):
-    """So that no file is touched, and no device written to, after close has returned."""
+    """No file is touched, and no device written to, after close has returned."""
     reading, go_on, done = threading.Event(), threading.Event(), []
 
     def make(i: int) -> int:
@@ -532,7 +532,7 @@ def test_a_validation_token_outside_the_vocabulary_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("seq_len", [1, 3, 8])
 def test_unreached_counts_what_no_epoch_reads(seq_len, tmp_path):
-    """Against all rows of so many epochs that every phase occurs; a shard of each length up to four windows."""
+    """Compared with all rows of enough epochs for every phase; there is a shard of each length up to four windows."""
     lengths = list(range(4 * seq_len + 3))
     make_dataset.write(tmp_path, make_dataset.counting_shards(*lengths))
     windows = windows_of(tmp_path, seq_len=seq_len)

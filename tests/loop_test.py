@@ -1,4 +1,4 @@
-"""The loop, with faults put into what it calls: what is saved first, what stays pending, where a rollback goes."""
+"""The loop, with faults injected into what it calls: what is saved first, what stays pending, where a rollback goes."""
 
 import logging
 import math
@@ -43,7 +43,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def make(tmp_path, data, monkeypatch):
-    """A Trainer on a run directory, the same one each time, and on one device."""
+    """Makes Trainers on one device, by default on the same run directory each time."""
     real = sharding.make_mesh
     monkeypatch.setattr(sharding, "make_mesh", lambda config: real(config, jax.devices()[:1]))
 
@@ -115,7 +115,7 @@ def test_a_failed_evaluation_or_sample_costs_no_checkpoint_and_stays_pending(mak
 
 @pytest.mark.parametrize("at", [3, 4])
 def test_a_stop_in_an_evaluation_saves_once_and_waits_for_it(make, monkeypatch, at):
-    """After step 3 no save is due, after step 4 one is under way: either is there when the process leaves."""
+    """After step 3 no save is due, after step 4 one is in progress: either step is saved when the process exits."""
     real, often = loop.evaluate, {"eval__every_steps": 1, "eval__num_windows": 64}
 
     def evaluate(*arguments, **named):
@@ -132,7 +132,7 @@ def test_a_stop_in_an_evaluation_saves_once_and_waits_for_it(make, monkeypatch, 
 
 
 def not_finite_at(monkeypatch, at: int, value: float, make, **fields) -> loop.Trainer:
-    """A Trainer whose state after step `at` has no finite loss, whenever it is looked at."""
+    """A Trainer whose state after step `at` has no finite loss, whenever it is evaluated."""
     real, bad = loop.evaluate, []
 
     def evaluate(step_function, params, *rest, **more):
@@ -155,7 +155,7 @@ def test_a_state_without_a_finite_loss_on_held_out_text_is_not_good(make, monkey
             trainer.train()
     assert steps(trainer) == [2, 4] and aside(trainer) == [6]
     assert trainer.checkpoints.val_losses.keys() == {2, 4}
-    trainer = make(divergence__not_finite=policy)  # whatever made it so is mended: the same command goes on
+    trainer = make(divergence__not_finite=policy)  # the cause is mended: the same command resumes
     assert trainer.train() and steps(trainer) == [2, 4, 6, 8]
 
 
@@ -170,7 +170,7 @@ def test_a_rollback_goes_behind_a_state_without_a_finite_loss(make, monkeypatch)
 
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_a_bad_state_that_nothing_evaluated_is_found_before_it_is_called_good(make, policy):
-    """A step's own loss is that of the state before it: the first bad state is saved, and blocks the run no more."""
+    """A step's own loss is that of the state before it: the first bad state is saved, and must not block the run."""
     rare = {"eval__every_steps": 0, "checkpoint__every_steps": 1, "divergence__max_in_a_row": 2}
     assert make(**rare, num_train_steps=4).train()
     trainer = make(**rare, num_train_steps=STEPS, optimizer__peak_lr=1e12, divergence__not_finite=policy)
@@ -182,7 +182,7 @@ def test_a_bad_state_that_nothing_evaluated_is_found_before_it_is_called_good(ma
 
 
 def spiking_at(monkeypatch, at: int) -> None:
-    """The loss of a step is NaN, once."""
+    """Makes the loss of a step NaN, once."""
     real, done = loop.Trainer._report, []
 
     def report(self, cursor, metrics):
@@ -199,7 +199,7 @@ def spiking_at(monkeypatch, at: int) -> None:
     [(7, 0, 6), (7, 2, 4), (7, 1000, 2), (8, 0, 6), (2, 5, 0)],
 )
 def test_a_rollback_has_its_target_before_anything_is_moved(make, monkeypatch, at, rollback_steps, back_to):
-    """The newest that is old enough, else the oldest there is; what lies between is set aside, and is no damage."""
+    """It is the newest that is old enough, else the oldest; later steps are set aside, and are not damage."""
     spiking_at(monkeypatch, at)
     trainer = make(divergence__not_finite="rollback", divergence__rollback_steps=rollback_steps, eval__every_steps=0)
     assert trainer.train()
@@ -211,7 +211,7 @@ def test_a_rollback_has_its_target_before_anything_is_moved(make, monkeypatch, a
 
 @pytest.mark.parametrize("policy", ["stop", "rollback"])
 def test_a_run_whose_older_checkpoints_are_damaged_does_not_begin_again(make, monkeypatch, caplog, policy):
-    """It says both, and leaves everything where it is."""
+    """It reports both, and moves nothing."""
     monkeypatch.setattr(logging.getLogger("meshlm"), "propagate", True)
     monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
     trainer = not_finite_at(monkeypatch, 6, math.nan, make, divergence__not_finite=policy)
@@ -249,7 +249,7 @@ def test_every_wait_for_a_save_is_a_phase_of_the_watchdog(make, monkeypatch):
     def wait(self, limit_s=None):
         phases.append(trainer.watchdog._mark.phase)
         self._limit_s = 3 * trainer.config.watchdog.slow_s
-        assert trainer.watchdog.limit_s("saving") > self._limit_s, "a save that may take so long is no stall"
+        assert trainer.watchdog.limit_s("saving") > self._limit_s, "a save that may take so long is not a stall"
         return real(self, limit_s)
 
     monkeypatch.setattr(Checkpoints, "wait", wait)
@@ -260,7 +260,7 @@ def test_every_wait_for_a_save_is_a_phase_of_the_watchdog(make, monkeypatch):
 
 
 def test_all_wait_for_the_last_copy_and_nobody_does_in_an_evaluation(make, monkeypatch, tmp_path):
-    """Process 0 alone waited for its mirror; the others were in the evaluation, and looked stuck."""
+    """Only process 0 waited for its mirror; the others were in the evaluation, and looked stuck."""
     did: list[str] = []
 
     def run_on_process_0(self, what, function):

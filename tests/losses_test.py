@@ -1,4 +1,4 @@
-"""Protects the count of what a tokenizer loses, and that bits per byte are not flattered by it."""
+"""What a tokenizer loses is counted, and does not make bits per byte look better."""
 
 import dataclasses
 import json
@@ -68,7 +68,7 @@ def test_characters_outside_the_vocabulary(tmp_path):
 
 @pytest.mark.parametrize("codec", ["char", "byte", "bpe:300"])
 def test_what_loses_nothing_is_not_decoded(codec, tmp_path, monkeypatch):
-    """It would cost time, and is known."""
+    """Decoding would cost time, and the result is known."""
     monkeypatch.setattr(losses.Losses, "_compare", None)
     manifest, counts, _ = prepared(tmp_path, codec, [*PLAIN, "☃ e\u0301 \ufffd"])
     assert not counts and manifest.splits["train"].text_bytes > 0 and not manifest.loses_text
@@ -92,7 +92,7 @@ def test_a_newline_that_is_a_special_token_is_counted_as_lost(tmp_path):
 
 
 def test_one_character_in_sixteen_is_compared(monkeypatch):
-    """Of long texts a beginning; the same ones each time."""
+    """For long texts it is the beginning; the same characters are compared each time."""
     calls: list[str] = []
     codec = CharTokenizer("a")
     monkeypatch.setattr(CharTokenizer, "lossless", False)

@@ -51,7 +51,7 @@ def test_rows_are_on_the_disk_before_they_take_the_place_of_the_old_ones(tmp_pat
 
 
 def test_rows_that_cannot_be_begun(tmp_path, monkeypatch):
-    """An error that passes is not noticed; one that stays ends with its own code, also after the first were closed."""
+    """An error that passes has no effect; one that stays ends with its own code, even after the first are closed."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
     writers = opened(tmp_path, 0, tensorboard=True)
     writers.metrics(1, 1, {"train/loss": 1.0})

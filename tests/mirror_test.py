@@ -1,4 +1,4 @@
-"""Copies of checkpoints in a second place: what lies there decides about no other file."""
+"""Copies of checkpoints in a second place: what is there does not affect any other file."""
 
 import dataclasses
 import errno
@@ -22,7 +22,7 @@ from trainer.reliability.restarts import METADATA_FILE
 
 
 def test_keys_that_lie_elsewhere_are_not_fetched(tmp_path, monkeypatch, caplog):
-    """A store has any keys; they would be written over files of this machine."""
+    """A store may have any keys; they would overwrite files of this machine."""
     monkeypatch.setattr(logging.getLogger("meshlm"), "propagate", True)
     monkeypatch.setattr(reading, "PAUSES_S", ())
     (tmp_path / "thesis.tex").write_text("years of work")
@@ -110,7 +110,7 @@ def test_a_mirror_of_this_run_is_taken_again(tmp_path):
 
 
 def test_a_store_that_does_not_answer_is_not_an_empty_one(tmp_path, monkeypatch):
-    """A run that lost its folder must not begin again, and in the end delete the copies."""
+    """A run that lost its folder must not start over, and in the end delete the copies."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
     Mirror(str(tmp_path / "mirror"), tmp_path / "other", Config())
     (tmp_path / "mirror/checkpoints/5").mkdir(parents=True)
@@ -129,7 +129,7 @@ def test_a_store_that_does_not_answer_is_not_an_empty_one(tmp_path, monkeypatch)
 
 
 def test_a_copy_of_another_run_changes_nothing(tmp_path):
-    """The mirror's config.json is written when its newest copy has been compared."""
+    """The mirror's config.json is written only after its newest copy has been compared."""
 
     def refuse(meta):
         raise ConfigError(f"not this one: {meta['samples']}")
@@ -173,7 +173,7 @@ def test_a_copy_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
 
 
 def test_there_and_back(tmp_path, monkeypatch):
-    """Through the real store of a folder, in pieces; a leftover of a copy that was killed is not in the way."""
+    """Copies go through the real store of a folder, in pieces; leftovers of a killed copy are not in the way."""
     monkeypatch.setattr(remote, "BLOCK_BYTES", 3)
     content = {METADATA_FILE: b"{}", "a/b/c": b"leaves", "empty": b"", "d": b"four", "e": b"abc"}
     for name, raw in content.items():
@@ -198,7 +198,7 @@ def test_there_and_back(tmp_path, monkeypatch):
     "text", ["{", "3", '["6"]', '{"a": [[-1], null]}', '{"a": [[true], null]}', '{"a": 3}', "[" * 100_000]
 )
 def test_a_damaged_list_of_unwanted_copies_is_one_line(text, tmp_path):
-    """An empty one in its place would bring back what the run went behind."""
+    """An empty list in its place would bring back what the run has rolled back past."""
     (tmp_path / MIRRORS).write_text(text)
     with pytest.raises(CheckpointError, match="is damaged: it names the copies"):
         Mirror(str(tmp_path / "mirror"), tmp_path / "checkpoints", Config())
@@ -230,7 +230,7 @@ def mount(tmp_path) -> None:
 
 
 def test_nothing_happens_in_a_mirror_that_is_not_mounted(tmp_path, monkeypatch, caplog):
-    """Neither is something copied beside it, nor counted as deleted, nor found empty."""
+    """Nothing is copied beside it or counted as deleted, and it is not taken for empty."""
     monkeypatch.setattr(reading, "PAUSES_S", ())
     monkeypatch.setattr(logging.getLogger("meshlm"), "propagate", True)
     mirror = mirror_of(tmp_path)
@@ -249,7 +249,7 @@ def test_nothing_happens_in_a_mirror_that_is_not_mounted(tmp_path, monkeypatch, 
 
 
 def test_a_life_without_the_mirror_forgets_nothing(tmp_path, caplog, monkeypatch):
-    """What was to be deleted there still is, when it comes back; meanwhile another is begun in its place."""
+    """Copies that were to be deleted still are when it comes back; meanwhile another is begun in its place."""
     monkeypatch.setattr(logging.getLogger("meshlm"), "propagate", True)
     mirror = mirror_of(tmp_path)
     copy(mirror, 2, 4, 6)
@@ -276,7 +276,7 @@ def test_what_is_not_ours_is_no_mirror(tmp_path, name):
 
 
 def test_a_run_that_was_lost_comes_back_with_the_settings_of_its_copies(tmp_path):
-    """There is nothing here to compare them with; nothing to compare is no copy."""
+    """The run here has none to compare; without a copy there is nothing to compare."""
     other = {"optimizer": dataclasses.replace(Config().optimizer, peak_lr=1.0)}
     mirror_of(tmp_path)
     strict = functools.partial(Mirror, str(tmp_path / "mirror"), tmp_path / "lost/checkpoints", strict=True)
@@ -327,7 +327,7 @@ def test_what_a_killed_copy_left_goes(tmp_path, monkeypatch):
     [(OSError(errno.ENOSPC, "full"), 3), (PermissionError(errno.EACCES, "no"), 3), (OSError("no network"), 42)],
 )
 def test_nothing_older_takes_the_place_of_a_copy_that_cannot_be_fetched(tmp_path, monkeypatch, error, code):
-    """Only damage of the copy itself is a reason; and a disk that is full is not filled with the half of it."""
+    """Only damage to the copy itself is a reason; and a full disk is not filled with half of it."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
     copy(mirror_of(tmp_path), 2, 6)
     shutil.rmtree(tmp_path / "run")
@@ -351,14 +351,14 @@ def test_a_copied_run_does_not_take_the_mirror_and_a_moved_one_does(tmp_path):
     shutil.copytree(tmp_path / "mirror", tmp_path / "mirror of the copy")
     Mirror(str(tmp_path / "mirror of the copy"), tmp_path / "copy/checkpoints", Config())
     (tmp_path / "run").rename(tmp_path / "moved")
-    for run in ("moved", "copy"):  # nothing tells them apart now: the first that comes has it
+    for run in ("moved", "copy"):  # nothing tells them apart now: the first one gets it
         (tmp_path / run).rename(tmp_path / "here")
         Mirror(str(tmp_path / "mirror"), tmp_path / "here/checkpoints", Config())
         (tmp_path / "here").rename(tmp_path / run)
 
 
 def test_a_later_copy_of_a_run_with_other_settings_is_not_gone_on_from(tmp_path):
-    """As by a copy of the run on another machine: it would be fetched, and its learning rate with it."""
+    """A copy of the run on another machine may have made it; it would be fetched, and its learning rate with it."""
     copy(mirror_of(tmp_path), 40)
     place, checkpoints = str(tmp_path / "mirror"), tmp_path / "run/checkpoints"
     other = Config(optimizer=OptimizerConfig(peak_lr=0.5))

@@ -1,4 +1,4 @@
-"""Protects the mixture: exact counts, no sample twice or left out, the same from any place on."""
+"""The mixture: exact counts, no sample twice or left out, the same from any sample on."""
 
 import numpy as np
 import pytest
@@ -86,7 +86,7 @@ def test_seeds_give_other_orders():
 
 
 def test_golden_values():
-    """A change here is another mixture for every run that goes on: raise mixture.VERSION."""
+    """A change here is another mixture for every run that resumes: raise mixture.VERSION."""
     source, index = locate(STAGED, 25_000, seed=7)
     at = [0, 1, 2, 3, 4999, 5000, 5001, 20_000, 20_001, 24_999]
     assert source[at].tolist() == [0, 0, 0, 0, 0, 1, 2, 0, 0, 2]

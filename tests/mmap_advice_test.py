@@ -68,7 +68,7 @@ def test_memory_is_bounded_on_files_larger_than_it(tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "CHECK_ROWS", 512)
 
     def read_all() -> tuple[int, int]:
-        """A sum of all rows, and the bytes that were mapped at most after a batch."""
+        """The sum of all rows, and the most bytes that were mapped after a batch."""
         windows = loader.TokenWindows(formats.TokenFiles(tmp_path, manifest, "train"), seq_len=1024, seed=0)
         before, most, total = mmap_advice.mapped_bytes(), 0, 0
         for first in range(0, windows.num_windows - loader.CHECK_ROWS, loader.CHECK_ROWS):

@@ -116,7 +116,7 @@ def test_has_dropout_if_the_rate_is_ever_above_0(dropout, end, expected):
 
 
 def test_it_is_validated_without_loading_jax():
-    """A launcher answers a mistyped field at once, and decides about devices before JAX sees them."""
+    """A launcher reports a mistyped field at once, and decides about devices before JAX sees them."""
     code = "import sys, model.config; sys.exit(str(sorted({'jax', 'flax', 'numpy'} & set(sys.modules))))"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert process.stderr.strip() == "[]"

@@ -1,4 +1,4 @@
-"""Protects the order of samples: every window once an epoch, the same order on every machine and in every version."""
+"""The order of samples: every window once per epoch, the same order on every machine and in every version."""
 
 import hashlib
 import math
@@ -22,7 +22,7 @@ def permutation(n: int, *key: object) -> np.ndarray:
 
 
 def slow_permute(index: int, n: int, *key: object) -> int:
-    """The documented algorithm once more, on Python integers: no numpy, no wrap-around, no vectorised walk."""
+    """The documented algorithm again, on Python integers: no numpy, no wrap-around, no vectorised walk."""
     text = ":".join(map(str, ("feistel-1", *key)))
     stream = b"".join(hashlib.blake2b(t.encode(), digest_size=32).digest() for t in (text, text + ":2"))
     keys = [int.from_bytes(stream[i : i + 8], "little") for i in range(0, 64, 8)]
@@ -66,7 +66,7 @@ def test_any_domain_of_any_seed_is_permuted_without_loss(n, seed, epoch):
     cuts=st.lists(st.integers(0, 50), max_size=5),
 )
 def test_samples_asked_for_in_any_parts_are_those_asked_for_at_once(n, seed, wanted, cuts):
-    """A run that was stopped anywhere, or whose batches became larger, goes on in the same order."""
+    """A run that was stopped anywhere, or whose batches became larger, continues in the same order."""
     index = np.array([i % n for i in wanted])
     whole = order.permute(index, n, seed, "train", 0)
     parts = [
@@ -141,7 +141,7 @@ def test_another_epoch_seed_or_split_is_an_unrelated_order(one, other):
 
 def test_order_looks_random():
     """Over 256 epochs: samples from each sixteenth of the epoch come evenly, but not too evenly, from each sixteenth
-    of the data; neighbours, fixed points and repeats of the last epoch's place are as rare as chance has them."""
+    of the data; neighbours, fixed points and repeats of the last epoch's place are as rare as by chance."""
     n, epochs = 1024, 256
     table = np.zeros((16, 16))
     neighbours = fixed = repeated = 0
@@ -184,7 +184,7 @@ def test_huge_domains_stay_in_range_and_do_not_collide(n):
 
 @pytest.mark.parametrize("n", [5, 16, 65537])
 def test_any_shape_and_integer_type_gives_the_elements_of_the_whole_permutation(n):
-    """Also a scalar, and without a warning of overflow: asking for one sample is the same as asking for all."""
+    """This includes a scalar, without an overflow warning: asking for one sample is the same as asking for all."""
     whole = permutation(n, 9, "train", 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -40,9 +40,9 @@ WIDTH = T + 1
 
 
 def write(folder: pathlib.Path, lengths: list[int], *shards: int, ends: bool = True) -> np.ndarray:
-    """Documents of these lengths, their end-of-text counted, of tokens that say where they lie; returns all tokens.
+    """Writes documents of these lengths (with their end-of-text), whose tokens show their offsets; returns all tokens.
 
-    `shards`: where a shard ends before the last one does. Not `ends`: the last document has no end.
+    `shards`: the ends of all shards except the last. Without `ends`, the last document has no end-of-text.
     """
     tokens = np.arange(2, sum(lengths) + 2)
     borders = np.cumsum([0, *lengths])
@@ -77,7 +77,7 @@ def expected_rows(index: packing.Index, tokens: np.ndarray) -> list[list[int]]:
 
 
 def one_by_one(lengths: np.ndarray, width: int) -> list[int]:
-    """Best-fit-decreasing as it is told: the room left in each row, sorted."""
+    """Best-fit-decreasing as described: the room left in each row, sorted."""
     rooms: list[int] = []
     for length in sorted(lengths.tolist(), reverse=True):
         at = bisect.bisect_left(rooms, length)
@@ -196,7 +196,7 @@ def test_cut_by_windows_counts_what_windows_cut(tmp_path):
 
 
 def test_the_index_is_frozen(tmp_path):
-    """Rows of a run under way: a change here changes packing.VERSION too."""
+    """A run in progress relies on its rows: a change here must change packing.VERSION, too."""
     write(tmp_path, [i * i * 7919 % 41 + 2 for i in range(400)], 1000)
     index, _ = packing.pack(tmp_path, T)
     assert (index.rows, index.pieces, index.sha256[:16]) == (529, 696, "9fd12f2cf89a171f")

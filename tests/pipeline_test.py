@@ -1,4 +1,4 @@
-"""Protects the way from text to dataset: the split, whole documents, and a folder that is complete or not there."""
+"""From text to dataset: the split, complete documents, and a folder that is complete or not there."""
 
 import gzip
 import json
@@ -355,7 +355,7 @@ def texts_of(word: str) -> list[str]:
 
 
 def json_lines(word: str) -> bytes:
-    """Half of them with characters as JSON's escapes."""
+    """JSON lines, half of them with escaped characters."""
     rows = [json.dumps({"n": 1, "text": text}, ensure_ascii=len(text) % 2 == 0) + "\n" for text in texts_of(word)]
     return "".join(rows).encode()
 
@@ -386,7 +386,7 @@ def test_the_result_does_not_depend_on_the_workers(split, tmp_path, monkeypatch)
 
 
 def test_units_cut_anywhere_join_to_the_same_documents(tmp_path, monkeypatch):
-    """Only where text is cut differs with UNIT_BYTES; characters are encoded one by one, so nothing may change."""
+    """UNIT_BYTES changes only where text is cut; characters are encoded one by one, so nothing may change."""
     source = records(tmp_path / "corpus")
     run(tmp_path / "whole", source)
     for size in (64, 300, 1000):
@@ -446,7 +446,7 @@ def test_a_damaged_dataset_is_not_taken_for_a_whole_one(file, tmp_path):
 
 
 def test_two_processes_do_not_prepare_one_dataset(folder, tmp_path):
-    """The second says who is at it, and harms nothing; a dead one's lock is free."""
+    """The second names the first, and harms nothing; the lock of a dead process is free."""
     holder = subprocess.Popen(
         [sys.executable, "-c", KILLED.replace("signal.SIGKILL", "signal.SIGSTOP"), tmp_path / "out", folder],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -476,7 +476,7 @@ cli.run(prepare.main)
     ("limit", "units_done"), [(1000, 0), (1_000_000, 0), (7_000_000, 2)], ids=["tokenizer", "units", "shards"]
 )
 def test_a_disk_that_fills_up_leaves_no_dataset_and_the_same_command_goes_on(limit, units_done, tmp_path):
-    """Writes fail for real: of the tokenizer, of a unit, of the merge. Four texts of 3 MB are two units."""
+    """Real writes fail: of the tokenizer, of a unit, of the merge. Four texts of 3 MB are two units."""
     for name in "abcd":
         (tmp_path / f"{name}.txt").write_text("".join(map(chr, range(32, 1000))) * 1600)
     out = tmp_path / "out"
@@ -530,7 +530,7 @@ def test_what_was_wrong_is_said_at_the_end(tmp_path):
 
 @pytest.mark.parametrize("size", [40, 1 << 20])
 def test_long_texts_are_compared_as_wholes(tmp_path, monkeypatch, size):
-    """Whatever pieces they are read in: two copies, one of which is longer, and one compressed."""
+    """It does not matter in which pieces they are read. There are copies, a compressed one, and a longer text."""
     (tmp_path / "texts").mkdir()
     for name, text in {"a": "word " * 40, "b": "word " * 41, "c": "word " * 40, "d": "word", "e": "word"}.items():
         (tmp_path / f"texts/{name}.txt").write_text(text)
@@ -604,7 +604,7 @@ def test_a_text_that_spells_the_end_of_text_does_not_end_a_document(tmp_path):
 
 
 def test_text_that_names_a_tokenizer_of_another_dataset_is_compared_by_content(file, tmp_path):
-    """char and byte have no file of their own: what they are is compared as well."""
+    """char and byte have no file of their own: their content is compared as well."""
     run(tmp_path / "a", file)
     run(tmp_path / "b", file, str(tmp_path / "a"))
     assert run(tmp_path / "b", file, str(tmp_path / "a")) == formats.read_manifest(tmp_path / "b")
@@ -641,7 +641,7 @@ def test_a_tokenizer_that_changed_before_a_run_goes_on(kind, folder, tmp_path):
 
 
 def change_by_move(path: pathlib.Path) -> None:
-    """As `mv new path`, with the same size and time."""
+    """Replaces a file as `mv new path` does, with the same size and time."""
     stat = path.stat()
     other = path.with_name("other")
     other.write_bytes(path.read_bytes().replace(b" x ", b" y "))

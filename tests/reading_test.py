@@ -1,4 +1,4 @@
-"""What an error of reading proves: damage only when what was read is wrong, whatever a library makes of an error."""
+"""What a read error proves: damage only if what was read is wrong, whatever a library makes of the error."""
 
 import errno
 import json
@@ -29,7 +29,7 @@ WRONG = [
 
 
 def wrapped(error: BaseException, words: list[bool]) -> BaseException:
-    """As libraries do it: one error raised from another, or while it is handled."""
+    """Wraps an error as libraries do: one is raised from another, or while it is handled."""
     for from_it in words:
         outer = RuntimeError("Failed to load checkpointable: params due to incompatible handler")
         outer.__cause__, outer.__context__ = (error, None) if from_it else (None, error)
@@ -69,7 +69,7 @@ def test_what_seems_to_be_missing_and_may_not_be_looked_at_is_not_damage(tmp_pat
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "x"), Unreadable("x", 42), Damaged("x"), Suspect("x")])
 def test_patience(tmp_path, monkeypatch, error):
-    """Reading is tried again; what is wrong is looked at twice."""
+    """Reading is retried; content that is wrong is read twice."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0, 0.0, 0.0))
     tried = []
 
@@ -129,7 +129,7 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
     ],
 )
 def test_the_words_of_a_store_say_whether_an_error_may_pass(words, passes, tmp_path, monkeypatch):
-    """They have no errno. A run and its lock say the same of them: 42, or 2."""
+    """They have no errno. A mirror and a lock end with the same code for them: 42 or 2."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
     tried = []
 

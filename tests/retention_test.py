@@ -52,7 +52,7 @@ def test_what_a_stop_leaves_takes_the_place_of_no_planned_step(every, last, stop
 
 @given(st.dictionaries(st.integers(1, 99), LOSSES), st.dictionaries(st.integers(1, 99), st.integers(0, 2)))
 def test_losses_over_other_windows_are_not_compared(steps, windows):
-    """Of each number of windows the best stays, as if there were no others."""
+    """For each number of windows the best stays, as if there were no others."""
     config = CheckpointConfig(keep_last=1, keep_best=1)
     wanted = set()
     for number in {windows.get(step) for step in steps} | {None}:
@@ -63,7 +63,7 @@ def test_losses_over_other_windows_are_not_compared(steps, windows):
 
 @given(st.dictionaries(st.integers(1, 99), LOSSES), st.integers(1, 5), st.integers(0, 3))
 def test_a_newer_step_never_brings_an_older_one_back(steps, last, best):
-    """What was deleted is gone: keeping is decided again after every save, and must not want it."""
+    """What was deleted is gone: what to keep is decided again after every save, and must not include it."""
     config = CheckpointConfig(keep_last=last, keep_best=best)
     before = kept(steps, config)
     assert kept({step: steps.get(step) for step in before} | {100: None}, config) <= before | {100}
@@ -82,7 +82,7 @@ def test_due_after_the_minutes_and_not_before(minutes, later):
 
 @given(stalls=st.lists(st.floats(0, 1e3), min_size=1), share=st.floats(0.001, 1))
 def test_slow_saves_become_rarer(stalls, share):
-    """The loop is held up for at most this share of the time, up to three times the minutes that were asked for."""
+    """Saves stall the loop for at most this share of the time, unless they are three times the set minutes apart."""
     saves = clock(share=share)
     for stall in stalls:
         saves.started(2000.0, stall)
@@ -115,7 +115,7 @@ def test_a_failed_save_is_tried_again_ever_more_rarely(minutes):
     saves.ended(True, now)
     saves.started(now, 0.0)
     saves.ended(False, now)
-    assert saves.due(now + RETRY_S), "after a success it begins anew"
+    assert saves.due(now + RETRY_S), "after a success the pause is short again"
 
 
 def test_a_save_that_is_due_is_requested_once():

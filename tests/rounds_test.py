@@ -1,4 +1,4 @@
-"""Agreements and their cost: processes are threads, and a store counts. In real processes: coordination_test.py."""
+"""Agreements and their cost: processes are threads, and a store counts calls. Real processes: coordination_test.py."""
 
 import contextlib
 import random
@@ -102,7 +102,7 @@ def test_a_process_0_that_does_not_come(monkeypatch):
 
 @pytest.mark.parametrize("late", [0, 1, 3])
 def test_an_agreement_that_ends_ends_for_all(monkeypatch, late):
-    """Process 0 went on alone with what it found when it came, and those who came late heard nothing."""
+    """Process 0 used to continue by itself with what it had found, and late processes heard nothing."""
     monkeypatch.setattr(rounds, "ANSWER_GRACE_S", 0.1)
     gang, heard = Gang(4, timeout_s=0.2), []
     gang.all(lambda p: p.listen_for_errors(lambda error: heard.append((p.index, error))))
@@ -123,7 +123,7 @@ def test_an_agreement_that_ends_ends_for_all(monkeypatch, late):
 
 @pytest.mark.parametrize("late", [0, 1, 2])
 def test_once_watchdogs_watch_nobody_is_too_late(monkeypatch, late):
-    """Another process may save, or fetch a copy, for hours; while it waits, a process is not the one that is stuck."""
+    """Another process may save, or fetch a copy, for hours; a process that waits for it is not the stuck one."""
     monkeypatch.setattr(rounds, "ANSWER_GRACE_S", 0.0)
     monkeypatch.setattr(rounds, "WARN_AFTER_S", 0.1)
     gang, waiting = Gang(3, timeout_s=0.1), [threading.Event() for _ in range(3)]
@@ -203,7 +203,7 @@ def test_events_are_taken_up_at_one_tick_by_all_whoever_asks():
     gang = Gang(4)
     listen(gang)
     for k in range(20):
-        for p in random.Random(k).sample(gang.processes, 2):  # two ask at one time
+        for p in random.Random(k).sample(gang.processes, 2):  # two ask at the same time
             threading.Thread(target=p.request, args=(SAVE,)).start()
         ticks = gang.all(lambda p: ticks_until(p, SAVE))
         assert len(set(ticks)) == 1, ticks
@@ -211,7 +211,7 @@ def test_events_are_taken_up_at_one_tick_by_all_whoever_asks():
 
 
 def test_a_process_that_stands_still_longer_than_any_limit_makes_nobody_deaf(caplog, monkeypatch):
-    """After one agreement that took too long, no request was heard any more: no saves by time, no SIGTERM."""
+    """After one agreement that took too long, no request was heard any more: no timed saves, no SIGTERM."""
     monkeypatch.setattr(rounds, "WARN_AFTER_S", 0.2)
     gang = Gang(3, timeout_s=0.1)
     deaf: list[object] = []
@@ -262,7 +262,7 @@ def test_bytes_and_keys_grow_no_faster_than_the_processes(what):
     costs = [costs_of(what, size) for size in (8, 64)]
     (_, sent, keys), (more_calls, more_sent, more_keys) = costs
     others = 63 / 7
-    # Some three calls of each process, and more of one that waits long: never as many as there are processes.
+    # About three calls per process, and more for one that waits long: never as many as there are processes.
     assert more_calls < 10 * 64 and more_keys < 1.2 * others * keys, costs
     assert more_sent < 1.5 * others * sent, costs  # what has come is looked at after 1, 2, 4, … waits
 
@@ -302,7 +302,7 @@ def test_a_difference_costs_the_details_of_two():
 
 
 def test_a_wait_without_a_limit_is_few_calls(monkeypatch):
-    """Each that timed out stays in JAX's service until the key is set."""
+    """Each call that timed out stays in JAX's service until the key is set."""
 
     class Empty:
         calls = 0

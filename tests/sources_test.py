@@ -1,4 +1,4 @@
-"""Several sources in one run: one vocabulary, weights that may change, validation of each; the whole path, killed."""
+"""Several sources in one run: one vocabulary, weights that may change, validation of each; all of it, with a kill."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ def llmc(path: pathlib.Path, ids: np.ndarray) -> pathlib.Path:
 
 
 def megatron(path: pathlib.Path, documents: list[np.ndarray]) -> pathlib.Path:
-    """As megatron-core's IndexedDatasetBuilder writes them: a sequence a document, int32."""
+    """Writes documents as megatron-core's IndexedDatasetBuilder does: a sequence per document, int32."""
     path.write_bytes(b"".join(ids.astype("<i4").tobytes() for ids in documents))
     lengths = np.array([len(ids) for ids in documents], "<i4")
     offsets = (np.cumsum([0, *lengths[:-1]]) * 4).astype("<i8")
@@ -116,7 +116,7 @@ def test_fields_that_do_not_fit_the_sources(fields, parts, three):
 
 
 def test_a_file_trains_in_one_source_and_validates_in_none_other(three, tmp_path):
-    """By whatever names: another glob, another folder that is a link, a validation file of another source."""
+    """Its names do not matter: another glob, another folder that is a link, a validation file of another source."""
     (tmp_path / "link").symlink_to(three)
     (tmp_path / "hard_val.bin").hardlink_to(three / "upper_train.bin")
     upper, link = f"{three}/upper_*.bin", tmp_path / "link"

@@ -15,7 +15,7 @@ from trainer.reliability import stragglers
 
 
 def values(**measures: list[float]) -> dict[int, tuple[str, dict[str, float]]]:
-    """Of each measure one value for each process, on hosts w0, w1, …."""
+    """For each measure, one value for each process, on hosts w0, w1, …."""
     count = len(next(iter(measures.values())))
     return {i: (f"w{i}", {name: of[i] for name, of in measures.items()}) for i in range(count)}
 
@@ -86,7 +86,7 @@ def test_the_probe_runs_under_the_mesh_of_a_run_and_compiles_once():
     assert first > 0 and again > 0
 
 
-# Ten times as long as it is, so that it spans several turns of throttled(), and these several of a crowded machine.
+# Ten times as long as usual, so that it spans several turns of throttled(), and these several of a busy machine.
 SCRIPT = """
 import sys
 from trainer import stragglers
@@ -101,7 +101,7 @@ for line in sys.stdin:
 
 @contextlib.contextmanager
 def throttled(process: subprocess.Popen):
-    """The process runs for half of the time."""
+    """Lets the process run for half of the time."""
     done = threading.Event()
 
     def throttle():

@@ -93,7 +93,7 @@ def test_errors_say_what_is_wrong(tree, parts):
     ],
 )
 def test_what_a_run_recorded_is_read_although_it_is_refused_now(tree, tmp_path, monkeypatch):
-    """Ranges are for what is given: a run of an earlier version, its steps and its mirror can be gone on with."""
+    """Ranges are for new values: a run of an earlier version, its steps and its mirror can be resumed."""
     with pytest.raises(ConfigError):
         from_dict(tree)
     recorded = from_dict(tree, recorded=True)
@@ -151,7 +151,7 @@ def test_the_optimizer_cannot_change_at_a_resume():
 
 
 def test_the_type_of_the_moments_cannot_change_at_a_resume():
-    """Although the rest of the section may: what was saved is of the other type."""
+    """The rest of the section may change, but what was saved has the other type."""
     found = changes(Config(), from_dict({"optimizer": {"moments_dtype": "bfloat16", "b2": 0.95}}))
     assert found["refused"] == ["config.optimizer.moments_dtype: 'float32' -> 'bfloat16'"]
     assert found["flag"] == ["config.optimizer.b2: 0.99 -> 0.95"] and not found["harmless"]
