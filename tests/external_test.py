@@ -662,7 +662,7 @@ def test_moved_files_are_the_same_data_and_changed_ones_are_not(tmp_path, monkey
 
 
 def test_no_damage_reads_as_other_tokens(tmp_path):
-    """Headers cut, flipped, extended: a DataError or the right tokens; nothing else is raised, no large array is made."""
+    """Headers cut, flipped, extended: a DataError or the right tokens; no other error, and nothing large is made."""
     rng = random.Random(0)
     header = llmc(TOKENS)[:1024]
     path = tmp_path / "f" / "x.bin"
