@@ -24,7 +24,7 @@ rotate = jax.jit(rotate)
 
 @jax.jit
 def attend(q, k, v, index, segment_ids=None, *, key_segment_ids=None, scale=None, rate=0.0, key=None):
-    """The plain kernel. Without key_segment_ids the keys are of the documents of the queries."""
+    """The plain kernel. Without key_segment_ids the keys have the segment_ids of the queries."""
     spec = AttentionSpec(scale=q.shape[-1] ** -0.5 if scale is None else scale)
     mask = Mask(index, segment_ids, segment_ids if key_segment_ids is None else key_segment_ids)
     return kernels.xla(q, k, v, mask, spec, dropout=Dropout(rate, key))
@@ -128,7 +128,7 @@ def test_queries_see_the_keys_up_to_their_index():
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2)])
 def test_queries_see_the_keys_of_their_document(heads, kv_heads):
-    """Each row has documents of its own, by ids that need not rise."""
+    """Each row has its own documents, with ids that need not increase."""
     q, k, v = noise(2, 7, heads, 4, seed=1), noise(2, 7, kv_heads, 4, seed=2), noise(2, 7, kv_heads, 4, seed=3)
     documents = np.array([[0, 0, 1, 1, 1, 2, 2], [4, 0, 3, 3, 3, 3, 3]], np.int32)
     y = np.asarray(attend(*map(jnp.asarray, (q, k, v)), jnp.arange(7), jnp.asarray(documents)))

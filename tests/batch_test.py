@@ -17,7 +17,7 @@ END = 9
 
 
 def documents_by_loop(rows: list[list[int]], end: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Positions and document numbers, a token at a time: a document ends with, and has, its end."""
+    """Positions and document numbers, one token at a time; a document includes its end."""
     positions, segment_ids = [], []
     for row in rows:
         position, document = 0, 0

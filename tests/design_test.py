@@ -1,4 +1,4 @@
-"""docs/design.md and docs/tour.md point at what exists: files with about so many lines, and lines that read so."""
+"""docs/design.md and docs/tour.md point at what exists: files with about as many lines, and lines with this text."""
 
 import pathlib
 import re

@@ -30,8 +30,8 @@ import pathlib, sys
 from data import files
 path = pathlib.Path(sys.argv[1])
 for _ in range(100):
-    with files.locked(path, wait=True) as alone:
-        assert alone
+    with files.locked(path, wait=True) as held:
+        assert held
         path.write_text(str(int(path.read_text()) + 1))
 """
 

@@ -146,7 +146,7 @@ def test_clones_of_a_tpu_are_one():
 
 
 def test_reduce_scatter_of_a_tpu():
-    """One operation there: a fusion of the compiler's with an all-reduce and the slice of this device."""
+    """It is one operation: a fusion by the compiler, of an all-reduce and the slice of this device."""
     fused = """
     %all-reduce-scatter.7 (q: bf16[64,8]) -> bf16[16,8] {
       %q = bf16[64,8]{1,0} parameter(0)
@@ -180,7 +180,7 @@ SLICED = """
 
 @pytest.mark.parametrize(("size", "other_user", "sliced"), [(16, False, 512), (24, False, 0), (16, True, 0)])
 def test_all_reduce_of_which_each_device_keeps_its_part(size, other_user, sliced):
-    """What the TPU compiler makes of a reduce-scatter over two axes of its network: known by what uses the result."""
+    """What the TPU compiler makes of a reduce-scatter over two axes of its network: recognized by its use."""
     user = "%copy.9 = bf16[64,4]{1,0} negate(%part)" if other_user else ""
     found = one(
         f"""
@@ -381,7 +381,7 @@ LAYERS, EMBED, MLP, VOCAB, SEQ, HEADS = 4, 256, 1024, 2048, 128, 2
 
 def fsdp_step(mesh: Mesh) -> str:
     """The program: a scan over layers with remat, parameters [L, d, f] over fsdp, AdamW, donated; a weight is gathered
-    in bf16 where it is used."""
+    in bf16 for its use."""
 
     def constrain(x, *spec):
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
@@ -457,7 +457,7 @@ def fsdp_rows(name: str, num_slices: int = 1) -> tuple[str, dict]:
     machine = describe(name, num_slices)
     mesh = Mesh(np.array(machine.devices).reshape(num_slices, -1), ("data", "fsdp"))
     text = fsdp_step(mesh)
-    found = [c for c in hlo.collectives(text, dict(mesh.shape), num_slices) if c.bytes > 4096]  # but norms and losses
+    found = [c for c in hlo.collectives(text, dict(mesh.shape), num_slices) if c.bytes > 4096]  # no norms or losses
     assert all(None not in c.trips for c in found)
     return text, {(row.kind, row.axes, row.in_layers): row for row in hlo.summary(found, LAYERS)}
 
@@ -486,7 +486,7 @@ def test_fsdp_on_a_ring_of_tpus():
 @pytest.mark.usefixtures("abroad")
 @pytest.mark.parametrize("name", ["v5p:2x2x4", "v6e:4x4"])
 def test_fsdp_on_a_torus_of_tpus(name):
-    """Over several axes of the network a reduce-scatter becomes an all-reduce; what uses it tells."""
+    """Over several axes of the network a reduce-scatter becomes an all-reduce, which is recognized by its use."""
     _, rows = fsdp_rows(name)
     assert {key: (row.executions, row.bytes) for key, row in rows.items()} == {
         ("all-gather", ("fsdp",), True): (2 * 4 * LAYERS, 2 * 2 * GATHERED),

@@ -33,7 +33,7 @@ def program(mesh: str, **fields) -> Program:
 
 @functools.cache
 def arguments(tied: bool) -> tuple[np.ndarray, ...]:
-    """x [rows, length, embed], table, targets, weights: of every fourth token 0, and none in the first row."""
+    """x [rows, length, embed], table, targets, weights: 0 for every fourth token, and in all of the first row."""
     draw = np.random.default_rng(0)
     x = draw.standard_normal((ROWS, LENGTH, EMBED))
     table = 0.7 * draw.standard_normal((PADDED, EMBED) if tied else (EMBED, PADDED))
@@ -46,7 +46,7 @@ def arguments(tied: bool) -> tuple[np.ndarray, ...]:
 
 @functools.cache
 def by_definition(tied: bool, z_loss: float = Z_LOSS):
-    """The total loss, the cross-entropy, and the gradients of the first to x and table, in float64."""
+    """The total loss, the cross-entropy, and the gradients of the first with respect to x and table, in float64."""
     x, table, targets, weights = (
         np.asarray(a, np.int64 if a.dtype == np.int32 else np.float64) for a in arguments(tied)
     )
@@ -62,7 +62,7 @@ def by_definition(tied: bool, z_loss: float = Z_LOSS):
 
 
 def evaluate(here: Program, tied: bool, dtype: str = "float32", times: float = 1.0):
-    """(total loss, cross-entropy) without gradients, the same with them, and the gradients to x and table."""
+    """(total loss, cross-entropy) without gradients, the same with them, and the gradients for x and table."""
     x, table, targets, weights = arguments(tied)
     loss = make_loss(here)
 
@@ -82,7 +82,7 @@ def evaluate(here: Program, tied: bool, dtype: str = "float32", times: float = 1
 
 
 def assert_close(actual, expected, rtol):
-    """To the norm of all of it: single elements may be near 0."""
+    """Compares the norm of the difference to that of all elements: single ones may be near 0."""
     assert np.linalg.norm(actual - expected) < rtol * np.linalg.norm(expected)
 
 
@@ -114,14 +114,14 @@ def test_bfloat16_is_rounded_in_the_gradients_alone(mesh):
     plain, values, dx, dtable = evaluate(program(mesh, tied=False, chunk=8), False, "bfloat16")
     total, loss, expected_dx, expected_dtable = by_definition(False)
     assert plain == values == pytest.approx([total, loss], rel=1e-5)
-    # Two roundings of 2^-9 at most each, as likely up as down; the table's gradient has but the first.
+    # Two roundings of 2^-9 at most each, as likely up as down; the table's gradient has only the first.
     assert_close(dx, expected_dx, 2.0**-8)
     assert_close(dtable, expected_dtable, 2.0**-9)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradients_are_those_of_autodiff(tied):
-    """Of the plain loss, without gradients that are written by hand."""
+    """They are those of the plain loss, whose gradients are not written by hand."""
     x, table, targets, weights = arguments(tied)
 
     @jax.jit
@@ -152,7 +152,7 @@ def test_the_gradient_is_that_of_the_total_loss_times_what_is_made_of_it():
 
 
 def test_the_cross_entropy_is_for_reading():
-    """It has no gradient: the total loss is trained on."""
+    """It has no gradient: training uses the total loss."""
     x, table, targets, weights = arguments(True)
     here = program("one", chunk=8)
     loss = make_loss(here)
@@ -183,7 +183,7 @@ def test_large_logits_do_not_overflow():
     ],
 )  # fmt: skip
 def test_chunks_are_equal_and_as_few_as_the_largest_size_allows(tokens, most, chunks, size):
-    """Also of a prime number of tokens; logits are [chunk, vocabulary]."""
+    """This includes a prime number of tokens; logits are [chunk, vocabulary]."""
     x, targets, weights = (
         np.zeros((1, tokens, EMBED), np.float32),
         np.zeros((1, tokens), np.int32),

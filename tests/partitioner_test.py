@@ -33,7 +33,7 @@ SHAPES = [(4, 1), (8, 2), (32, 2), (32, 4), (32, 8), (256, 4), (48, 3)]
 
 @pytest.mark.parametrize(("seq_len", "shards"), SHAPES)
 def test_shards_have_equal_work(seq_len, shards):
-    """Each index once; the causal mask gives each shard the same number of keys to look at, to the last one."""
+    """Each index occurs once, and under the causal mask each shard attends to exactly the same number of keys."""
     order = zigzag_order(seq_len, shards)
     assert order.dtype == np.int32 and sorted(order) == list(range(seq_len))
     of_shards = order.reshape(shards, -1)
@@ -72,7 +72,7 @@ SCALE = 0.37  # not that of any head size, which a kernel might take by itself
 
 
 def random_documents(rows: int, length: int) -> np.ndarray:
-    """Segment ids: documents of lengths of their own in each row, some of one token."""
+    """Segment ids: documents of different lengths in each row, some of one token."""
     ids = np.zeros((rows, length), np.int32)
     for i, row in enumerate(ids):
         for border in np.random.default_rng(i).permutation(length)[: length // 6]:
@@ -81,7 +81,7 @@ def random_documents(rows: int, length: int) -> np.ndarray:
 
 
 def by_definition(q, k, v, segment_ids, g):
-    """softmax(SCALE q k^T) v, and the gradients of its product with g to q, k and v, in float64."""
+    """softmax(SCALE q k^T) v, and the gradients of its product with g with respect to q, k and v, in float64."""
     b, t, h, _ = q.shape
     share = h // k.shape[2]
     y, dq, dk, dv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
@@ -149,7 +149,7 @@ def test_attention_on_a_split_sequence_is_its_definition(axes, kv_heads, documen
 
 
 class Interpreted(MeshPartitioner):
-    """The TPU's kernel on CPUs."""
+    """Runs the TPU's kernel on CPUs."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -170,7 +170,7 @@ def test_splash_on_a_split_sequence(monkeypatch, axes, documents):
         np.testing.assert_allclose(actual, right, rtol=0, atol=2e-5 * np.abs(right).max())
 
 
-# What is said
+# Messages
 
 
 def test_a_kernel_that_refuses_is_an_error_of_the_configuration():

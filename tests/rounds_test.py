@@ -154,7 +154,7 @@ def test_an_error_that_ends_one_is_told_to_all(failing):
     gang, heard = Gang(3), []
     gang.all(lambda p: p.listen_for_errors(lambda error: heard.append((p.index, error))))
     gang.processes[failing].report_error(DataError("token 300 is outside of the vocabulary"))
-    gang.processes[1].report_error(RuntimeError("too late, all hear of one alone"))
+    gang.processes[1].report_error(RuntimeError("too late, all hear of only one"))
     for p in gang.processes:
         told = p.remote_error(5.0 if p.index != failing else 0.0)
         if p.index == failing:

@@ -1,4 +1,4 @@
-"""Mesh arithmetic, the rules, and the check against parameters left whole by accident."""
+"""Mesh arithmetic, the rules, and the check against parameters that are replicated by accident."""
 
 import dataclasses
 
@@ -65,7 +65,7 @@ def test_slices_that_do_not_fit(mesh, parts):
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What a TPU tells of itself."""
+    """What JAX knows of a TPU."""
 
     id: int
     slice_index: int
@@ -109,7 +109,7 @@ def test_nothing_large_is_left_whole(name):
 
 
 def test_the_share_counts_what_the_rules_do_not_split():
-    """On a mesh of only tensor, embed is whole: norms and nothing else."""
+    """If a mesh has only the axis tensor, embed is not split: norms are replicated, and nothing else."""
     mesh = sharding.mesh_of({"data": 1, "fsdp": 1, "context": 1, "tensor": 8}, jax.devices())
     program = Program(config(model={"num_heads": 8, "num_kv_heads": 8}), mesh)
     share = sharding.replicated_share(program.params, mesh)

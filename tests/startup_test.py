@@ -1,4 +1,4 @@
-"""The start-up page: what is a mistake on it is a warning."""
+"""The start-up page: mistakes on it are warnings."""
 
 import logging
 import types
@@ -16,7 +16,7 @@ from trainer.state import Program
 
 
 def flattened(params: dict) -> dict:
-    """A moment of all parameters in one vector, whose path says nothing of them."""
+    """A moment of all parameters in one vector, whose path does not name any of them."""
     return {"all": jnp.zeros(sum(p.size for p in jax.tree.leaves(params)))}
 
 

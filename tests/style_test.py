@@ -1,4 +1,4 @@
-"""House rules that can be counted."""
+"""Rules of style that can be counted."""
 
 import ast
 import pathlib

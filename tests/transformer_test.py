@@ -546,7 +546,7 @@ def test_activations_are_placed_by_the_names_of_their_axes(config):
 
 @pytest.mark.parametrize("config", **every_config)
 def test_every_parameter_is_gathered_or_looked_up_under_its_own_axes(config):
-    """A parameter that is used as it lies would be a shard of itself on a mesh."""
+    """A parameter that is used directly would be only a shard of itself on a mesh."""
     used: list[tuple] = []
 
     class Recording(Partitioner):

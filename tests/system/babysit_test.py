@@ -164,7 +164,7 @@ def made_by(cloud: Cloud, mark: str | None = None, **what) -> None:
     cloud.change("run", labels={"meshlm": mark} if mark else {}, **what)
 
 
-@pytest.mark.parametrize("mark", [None, "somebody-else-0123456789ab"])
+@pytest.mark.parametrize("mark", [None, "another-user-0123456789ab"])
 @pytest.mark.parametrize("state", ["ACTIVE", "FAILED"])
 def test_what_others_have_made(cloud, state, mark):
     """A babysitter that finds it, and scripts run by hand, leave it as it is, and say how to adopt it."""

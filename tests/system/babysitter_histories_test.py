@@ -199,7 +199,7 @@ class History:
         ours = [found for found in world.resources.values() if found.by == "us" and found.bills]
         created_beside = "create" in {process.args[0].stem for process in self.beside}
         if ours and code == 0 and not self.keeps and not created_beside:
-            world.violation("0, and ours goes on billing")
+            world.violation("0, and ours keeps billing")
         if "after 1 hours" in self.said(babysitter, "babysit"):
             world.violation("the clock was set, and counted as hours")
         self.check_named(babysitter)
@@ -279,7 +279,7 @@ def test_histories(tmp_path):
 # Deliberate mistakes, by the violation that reveals them: a script and one change of it.
 MISTAKES = {
     "a machine of others": ("cloud.sh", "is_ours() {\n", "is_ours() {\n  return 0\n"),
-    "ours goes on billing": ("babysit.sh", "! tpu delete || return 0", "tpu delete || true; return 0"),
+    "ours keeps billing": ("babysit.sh", "! tpu delete || return 0", "tpu delete || true; return 0"),
 }
 
 

@@ -236,7 +236,7 @@ class World:
             and f"Resuming after step {max(before)}." not in (text := last.read_text())
             and (f"already has its {STEPS} steps" not in text)
         ):
-            wrong.append(f"it did not go on from step {max(before)}")
+            wrong.append(f"it did not resume from step {max(before)}")
         if moved := healthy(run, "quarantine"):
             wrong.append(f"healthy steps are in quarantine: {moved}")
         if not wrong:

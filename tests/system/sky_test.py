@@ -264,10 +264,10 @@ def test_setup(sky):
 
 
 def test_a_shared_folder_that_is_not_there(sky):
-    process = sky.launch("cuda", TRAIN, NFS="nobody:/runs")
+    process = sky.launch("cuda", TRAIN, NFS="absent:/runs")
     with runs.ending(process):
         assert "FAILED_SETUP [2]" in runs.finish(process, 1, within_s=60)
-    assert "error: cannot mount NFS=nobody:/runs; is it SERVER:/EXPORT, in the region" in sky.logs(0)
+    assert "error: cannot mount NFS=absent:/runs; is it SERVER:/EXPORT, in the region" in sky.logs(0)
 
 
 def test_a_bucket_is_asked_for(sky):
