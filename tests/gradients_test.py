@@ -1,4 +1,4 @@
-"""Sums of gradients over devices: of which type, how often in a step, and what the plan says of them."""
+"""Sums of gradients over devices: in which type, how often per step, and what the plan says about them."""
 
 import dataclasses
 import functools
@@ -48,7 +48,7 @@ def tokens() -> np.ndarray:
 
 
 def gradients(here: Program, batches: list[np.ndarray]) -> tuple[list[np.ndarray], list[float]]:
-    """Of each batch the whole gradient, flat in float64, and its norm as the step says it; all at the initial state.
+    """For each batch the full gradient, flat in float64, and its norm as the step reports it; all at the initial state.
 
     The first moment after one step is 1 - b1 of the gradient.
     """
@@ -77,8 +77,8 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.parametrize("axes", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "context": 2}], ids=str)
 def test_a_bfloat16_gradient_of_eight_devices_is_that_of_one(axes):
-    """Up to the rounding of activations, which may go to the other neighbour in another program; the sums round as
-    float32 does, and so does the norm, which clipping has."""
+    """It is, up to the rounding of activations, which may go the other way in another program; sums are rounded as in
+    float32, and so is the norm, which clipping uses."""
     (gradient,), (norm,) = gradients(program(bfloat16_config(ROWS), **axes), [tokens()])
     assert difference(gradient, on_one_device()) < 2.0**-9
     assert norm == pytest.approx(np.linalg.norm(gradient), rel=1e-6)
@@ -117,8 +117,8 @@ def over_data(here: Program) -> list[hlo.Collective]:
     ids=str,
 )
 def test_replicas_sum_their_gradients_once_a_step(mesh):
-    """However many parts the batch has: nothing of a loop crosses `data`, and what does are the parameters of a device
-    (and the loss), each once; with ZeRO-1 their parts once more, updated."""
+    """However many microbatches there are, no loop communicates over `data`: only the gradients of a device (and the
+    loss) do, each once; with ZeRO-1 also its updated shards of the parameters."""
     cfg = config(global_batch_size=64, grad_accum_steps=4, mesh=mesh, model={"dtype": "bfloat16"})
     here = program(cfg, **{k: v for k, v in mesh.items() if k in ONE})
     found = over_data(here)
@@ -130,7 +130,7 @@ def test_replicas_sum_their_gradients_once_a_step(mesh):
 
 
 def test_the_search_counts_what_a_step_sends_between_replicas():
-    """Each parameter twice around the ring, in the type of the sums and whatever the number of parts."""
+    """Each parameter goes twice around the ring, in the type of the sums, whatever the number of microbatches."""
     chip = dataclasses.replace(topology.CHIPS["v5e"], fast=1e-3)  # nothing takes as long as the network
     machine = topology.Topology("v5e:2x4", chip, jax.devices(), 1)
     for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):

@@ -409,7 +409,7 @@ def test_parts_and_meshes_give_the_step_of_the_whole_batch(prepared, tokens, mas
 
 
 def test_what_follows_the_documents_of_a_row_as_padding_changes_no_gradient(prepared, tokens):
-    """A row of padding alone beside others: the step is that of the others."""
+    """Rows of padding beside others: the step is that of the others."""
     cfg = packed_config(prepared, mask_documents=True)
     half = tokens.copy()
     half[8:] = cfg.data.eos_id

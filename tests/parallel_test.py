@@ -59,9 +59,9 @@ MODELS = {
 
 
 def config(name: str, model: str = "llama", remat: str = "none") -> Config:
-    """`name` of MESHES, or 'one' for one device; there the logits of all tokens exist at one time.
+    """`name` of MESHES, or 'one' for one device; there the logits of all tokens exist at the same time.
 
-    Eight heads for a tensor axis of eight: 4 key-value heads for all others, whose shards then are of grouped queries.
+    A tensor axis of eight needs eight key-value heads; all others have 4, so that their shards have grouped queries.
     """
     mesh = {"data": 1} | MESHES.get(name.removesuffix(" of 8 heads"), {})
     eight = mesh.get("tensor") == 8 or name.endswith(" of 8 heads")
@@ -110,7 +110,7 @@ def compiled(name: str, model: str = "llama", remat: str = "none") -> jax.stages
 
 @functools.cache
 def initial(name: str, model: str) -> TrainState:
-    """On the host and without a compilation; tests/step_test.py has that Program.init is the same on any mesh."""
+    """The state on the host, without a compilation; tests/step_test.py checks that it is the same on any mesh."""
     draw = np.random.default_rng(0)
 
     def one(path, leaf):
@@ -226,7 +226,7 @@ def test_a_checkpoint_goes_on_on_another_mesh(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_checkpoint_goes_from_mesh_to_mesh(tmp_path, seed):
-    """Through all meshes, in an order of its own."""
+    """It goes through all meshes, in random order."""
     names = [name for name in MESHES if one_device(name) == "one"]
     names = [str(name) for name in np.random.default_rng(seed).permutation(["one", *names])]
     assert_chain_is_the_run(tmp_path, names, [STEPS * (i + 1) // len(names) for i in range(len(names))])
@@ -237,7 +237,7 @@ def test_a_checkpoint_goes_from_mesh_to_mesh(tmp_path, seed):
 
 @every_mesh
 def test_a_device_holds_its_part_and_no_more(name):
-    """Of matrices 1 / (fsdp context), and 1 / tensor of those that have an axis for it; of moments also 1 / data."""
+    """1 / (fsdp context) of matrices, and 1 / tensor of those with an axis for it; of moments also 1 / data."""
     here = program(name)
     axes = traverse_util.flatten_dict(here.axes)
     sizes, split = here.mesh.shape, here.config.mesh.shard_optimizer
@@ -275,7 +275,7 @@ def shapes_in(hlo: str) -> set[tuple[int, ...]]:
 
 @pytest.mark.parametrize("name", ["one", *FAST])
 def test_logits_exist_a_chunk_at_a_time(name):
-    """No array has an axis of the vocabulary, whole or a device's part of it, and the tokens of a device."""
+    """No array has both the tokens of a device and an axis of the vocabulary, or of a device's shard of it."""
     here = program(name)
     padded, sizes = here.config.model.padded_vocab_size, here.mesh.shape
     vocabulary = {padded, padded // sizes["tensor"]}
@@ -291,13 +291,13 @@ def test_logits_exist_a_chunk_at_a_time(name):
 
 
 def whole_weights(hlo: str) -> set[tuple[int, ...]]:
-    """Arrays that hold the weights of all layers, each whole along embed."""
+    """Arrays that hold the weights of all layers, each complete along embed."""
     return {(2, 32, 48), (2, 48, 32), (2, 32, 16), (2, 16, 32)} & shapes_in(hlo)
 
 
 @pytest.mark.parametrize("model", ["llama", "bfloat16"])
 def test_weights_are_gathered_again_for_the_backward_pass(monkeypatch, model):
-    """Kept from the forward pass, those of all layers would be whole on every device: fsdp would save nothing."""
+    """If kept from the forward pass, those of all layers would be complete on every device: fsdp would save nothing."""
     assert not whole_weights(compiled("fsdp", model).as_text())
     monkeypatch.setattr(transformer, "_remat", lambda config, layer, placement: layer)
     assert whole_weights(compiled.__wrapped__("fsdp", model).as_text())  # the test does see them
@@ -307,7 +307,7 @@ def test_weights_are_gathered_again_for_the_backward_pass(monkeypatch, model):
     "remat", ["attention", "offload", *(pytest.param(remat, marks=pytest.mark.slow) for remat in ("dots", "full"))]
 )
 def test_what_is_recomputed_changes_nothing(remat):
-    """On parameters in parts, where `none` recomputes, too: it gathers weights again."""
+    """The parameters are sharded, so that even `none` recomputes: it gathers weights again."""
     name = "slices of data x fsdp x tensor"
     row, gradient, _ = first_step(name, remat=remat)
     assert row["train/loss"] == pytest.approx(run(name)[0][0]["train/loss"], rel=1e-6)

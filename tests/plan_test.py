@@ -179,7 +179,7 @@ SMALL = ("--config=configs/llama_1b.py", "--config.model.embed_dim=512", "--conf
 @tpu
 @pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_answered_with_the_largest_that_does():
-    """Of one row what the layers keep is 8 GiB, and a device has 15.75: two are refused, and one fits."""
+    """The layers keep 8 GiB per row, and a device has 15.75 GiB: two rows are refused, and one fits."""
     large = ("--config.model.num_layers=256", "--config.data.seq_len=32768", "--config.global_batch_size=16")
     result = by_command(*SMALL, *large, "--topology=v5e:2x4", "--json")
     assert result.returncode == 1, result.stderr
@@ -220,7 +220,7 @@ def test_the_recorded_plan_is_what_is_compiled_now(name, machine):
     assert max(made["beside_bytes"].values()) <= made["peak_bytes"], "a run would end at its first evaluation"
     for part in ("parameters", "optimizer", "gradients", "activations"):
         assert made["memory"][part] == recorded["memory"][part], part
-    if made["jax"] == recorded["jax"]:  # another compiler lays out and overlaps otherwise
+    if made["jax"] == recorded["jax"]:  # another compiler lays out and overlaps differently
         assert made["peak_bytes"] == pytest.approx(recorded["peak_bytes"], rel=0.02)
         assert made["step_s_at_best"] == pytest.approx(recorded["step_s_at_best"], rel=0.02)
 
@@ -299,7 +299,7 @@ def test_recorded_plans_cover_every_recipe_for_accelerators():
 
 @pytest.mark.parametrize("name", plans.VOCAB_SIZES)
 def test_headers_of_recipes_are_those_of_the_recorded_plans(name):
-    """A recipe that changed since: run `make plans`."""
+    """If a recipe has changed since, run `make plans`."""
     recorded = json.loads(plans.FILE.read_text())
     for p in recorded:
         if p["recipe"].split(":")[0] == name:

@@ -1,5 +1,5 @@
-"""The step: accumulation against the large batch, dropout, documents, evaluation. tests/parallel_test.py has that the
-run is the same on every mesh, tests/loss_test.py the loss."""
+"""The step: accumulation against the large batch, dropout, documents, evaluation. tests/parallel_test.py checks that
+the run is the same on every mesh, tests/loss_test.py the loss."""
 
 import dataclasses
 import hashlib
@@ -71,8 +71,8 @@ def test_the_same_batches_on_every_mesh(dataset):
 
 
 def test_initial_parameters_are_the_same_on_every_mesh():
-    """The same random bits; from bits to normal numbers is vector code that jax 0.12 compiles by the shape of a shard,
-    so the last bits may differ (2.7e-7 of the value seen)."""
+    """The random bits are the same; jax 0.12 compiles their conversion to normal numbers by the shape of a shard, so
+    the last bits may differ (2.7e-7 of the value seen)."""
     cfg, trees = config(), []
     for name in MESHES:
         mesh = mesh_of(name)
@@ -110,7 +110,7 @@ def test_dropout_depends_on_seed_and_step_alone(dataset):
 
 @pytest.mark.parametrize("name", ["data", "mixed"])
 def test_dropout_is_the_same_on_every_mesh(dataset, name):
-    """Also in parts: each replica drops what the one device drops in its rows."""
+    """This holds for microbatches, too: each replica drops what the one device drops in its rows."""
     cfg = config(model={"dropout": 0.3}, grad_accum_steps=2)
     one, there = (train(dataset, cfg, mesh_of(where), 2)[0] for where in ("one", name))
     for a, b in zip(one, there, strict=True):
