@@ -137,7 +137,7 @@ def test_the_search_counts_what_a_step_sends_between_replicas():
         for parts in (1, 4):
             cfg = dataclasses.replace(bfloat16_config(64, gradients_dtype=dtype), grad_accum_steps=parts)
             sent = 2 * itemsize * search.params_of_a_device(program(cfg, data=8)) * 7 / 8
-            assert search.weigh(cfg, machine) * chip.fast == pytest.approx(sent)
+            assert search.estimate(cfg, machine) * chip.fast == pytest.approx(sent)
 
 
 def test_sums_are_never_narrower_than_what_is_summed():

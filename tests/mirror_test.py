@@ -70,7 +70,7 @@ def test_keys_that_lie_elsewhere_are_not_fetched(tmp_path, monkeypatch, caplog):
     keys = {MARK: content[MARK]} | {
         f"checkpoints/{name}/{METADATA_FILE}": b"{}" for name in ("7", "²", "-1", "1" * 5000, "x", "08", "")
     }
-    assert mirror.whole() == {7}
+    assert mirror.complete_copies() == {7}
 
 
 def test_only_leftovers_of_copies_are_removed(tmp_path):
@@ -121,7 +121,7 @@ def test_a_store_that_does_not_answer_is_not_an_empty_one(tmp_path, monkeypatch)
         patched.setattr(mirror, "_list", lambda: (_ for _ in ()).throw(OSError("no network")))
         with pytest.raises(CheckpointError, match="no network"):
             checkpoints._next({}, choose=None)
-        assert mirror.whole() == set()
+        assert mirror.complete_copies() == set()
     with monkeypatch.context() as patched:
         patched.setattr(mirror, "_download", lambda *a: (_ for _ in ()).throw(OSError("no network")))
         with pytest.raises(Unreadable, match="no network"):

@@ -124,7 +124,7 @@ class Trainer:
         self.checkpoints = Checkpoints(run_dir, config.checkpoint, processes, mirror)
         watchdog.save_limit_s = lambda: self.checkpoints.limit_s
         if mirror is not None:
-            mirror.alive = watchdog.tick
+            mirror.on_progress = watchdog.tick
         self.save_clock = SaveClock(config.checkpoint, time.monotonic())
         self.writers = metrics.MetricWriters(run_dir, tensorboard=config.metrics.tensorboard)
         self.timer = metrics.StepTimer(config)

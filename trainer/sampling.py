@@ -1,4 +1,4 @@
-"""Samples of a run: its prompt as tokens, and the generator of its model."""
+"""Sampling from the model of a run: its prompt as tokens, and the generator."""
 
 import numpy as np
 
@@ -14,7 +14,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, name: str) -> np.ndarray:
     """The tokens of a prompt, at least one.
 
     Raises:
-      ConfigError: the setting `name` has a character that the tokenizer does not know, or nothing that it keeps.
+      ConfigError: the text, of the setting `name`, has an unknown character, or the tokenizer drops all of it.
     """
     try:
         ids = tokenizer.encode(text)
@@ -26,7 +26,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, name: str) -> np.ndarray:
 
 
 def prompt_of(config: Config, tokenizer: Tokenizer | None) -> np.ndarray | None:
-    """That of the samples of a run; None if it has no tokenizer, and so no samples. Raises ConfigError."""
+    """The tokens of config.sample.prompt; None without a tokenizer, when there are no samples. Raises ConfigError."""
     if tokenizer is None:
         return None
     return encode_prompt(tokenizer, config.sample.prompt, "config.sample.prompt")

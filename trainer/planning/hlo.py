@@ -1,7 +1,7 @@
 """Reads the text of a compiled program (HLO after partitioning and optimization): collectives, loops, shapes, kernels.
 
-It answers what a step sends and keeps, for launch.plan and tests; it needs no JAX and runs nothing. The text is that of
-`jax.stages.Compiled.as_text()`, of TPU, GPU or CPU.
+launch.plan and tests use it to find what a step sends and keeps. It does not need JAX. The text is that of
+`jax.stages.Compiled.as_text()`, for TPU, GPU or CPU.
 """
 
 import collections
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-BITS = {"pred": 8, "token": 0, "bf16": 16, "c64": 64, "c128": 128}  # others have the number in their name: f32, s4
+BITS = {"pred": 8, "token": 0, "bf16": 16, "c64": 64, "c128": 128}  # the names of others end with it: f32, s4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Instruction:
     type: str  # 'bf16[4,8]{1,0}', or a tuple '(f32[2]{0}, f32[])'
     opcode: str
     operands: tuple[str, ...]  # names in the same computation
-    number: int | None  # of an integer constant or a parameter
+    number: int | None  # value of an integer constant, or number of a parameter
     attributes: str  # the rest of its text
 
     def attribute(self, name: str) -> str | None:
-        """The name that an attribute like body=%name gives."""
+        """'name' of an attribute body=%name."""
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
         return found and found[1]
 
@@ -40,7 +40,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """A while loop. `trips` is None where the text does not say; `depth` counts the loops around it."""
+    """A while loop. `trips` is None if the text does not have it; `depth` counts the loops around it."""
 
     name: str
     trips: int | None
@@ -50,19 +50,20 @@ class Loop:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective instruction; `count` says how often a call of the program runs it.
+    """One collective instruction.
 
     Attributes:
       kind: one of KINDS.
-      axes: mesh axes along which the devices of a group differ; () where that cannot be told.
+      axes: mesh axes along which the devices of a group differ; () if not known.
       group_size: devices of a group; 2 for a permute.
-      bytes: of the whole buffer on one device (the larger of operand and result), in one execution; of all arrays that
-        were combined into it.
-      sliced: of an all-reduce, the bytes of arrays of which every device uses nothing but its own part. That is what
-        XLA makes of many a reduce-scatter, on TPUs above all; it is sent like any all-reduce.
-      dtype: 'bf16'; 'bf16+f32' where arrays of several types were combined.
-      trips: of the loops around it, outermost first; None where the text does not tell (counted as 1).
-      crosses_slices: a group has devices of several slices.
+      bytes: of the full buffer on one device (the larger of operand and result), in one execution; the sum over all
+        arrays that were combined.
+      sliced: of an all-reduce, the bytes of arrays of which every device uses only its own shard. XLA makes this of
+        many reduce-scatters, mostly on TPUs; it is sent like any all-reduce.
+      dtype: 'bf16'; 'bf16+f32' if arrays of several dtypes were combined.
+      trips: of the loops around it, outermost first; None if not known (counted as 1).
+      crosses_slices: whether a group has devices of several slices.
+      count: executions in one call of the program.
     """
 
     kind: str
@@ -94,7 +95,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """An array of the program; `materialized` unless it is in a fusion or a reducer, which give it no buffer."""
+    """An array of the program; `materialized` unless it is inside a fusion or a reducer, where it has no buffer."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -107,26 +108,26 @@ class Row:
 
     kind: str
     axes: tuple[str, ...]
-    in_layers: bool  # in a loop of num_layers trips, or one less where the compiler peeled one off
+    in_layers: bool  # in a loop of num_layers trips, or one less if the compiler has peeled one off
     executions: int  # in a step
-    bytes: int  # whole buffers of all executions in a step, on one device
+    bytes: int  # full buffers of all executions in a step, on one device
     sent: int  # by a device in a step
     sliced: int  # see Collective; of all executions
     crosses_slices: bool
 
 
 def collectives(text: str, mesh_axes: dict[str, int], num_slices: int = 1) -> list[Collective]:
-    """The collectives of a program, in the order that it runs them; pieces of one asynchronous collective are one.
+    """The collectives of a program in execution order; the parts of an asynchronous collective count as one.
 
     Device numbers in the text are positions in `mesh.devices.flat` (of the mesh that the program was jitted for), never
-    `Device.id`, so the sizes of the axes are all that is needed. Every branch of a conditional counts as taken.
+    `Device.id`, so the sizes of the axes are sufficient. Every branch of a conditional counts as taken.
 
     Args:
       mesh_axes: name to size, as in dict(mesh.shape).
-      num_slices: the mesh's devices are so many slices, one after the other, as trainer.sharding.mesh_of lays them.
+      num_slices: number of slices of the mesh's devices, one after the other, as in trainer.sharding.mesh_of.
 
     Raises:
-      ValueError: the text is no HLO module.
+      ValueError: the text is not an HLO module.
     """
     program = _Program(text)
     found, seen = [], set()
@@ -138,7 +139,7 @@ def collectives(text: str, mesh_axes: dict[str, int], num_slices: int = 1) -> li
         operands = program.operand_types(computation, instruction)
         channel = re.search(r"\bchannel_id=(\d+)", instruction.attributes)
         if fusion is not None and channel:
-            # The TPU compiler puts a clone into each fusion from the start to the end of an asynchronous collective.
+            # The TPU compiler puts a copy into each fusion between start and end of an asynchronous collective.
             key = (channel[1], kind, path, tuple(operands))
             if key in seen:
                 continue
@@ -165,7 +166,7 @@ def loops(text: str) -> list[Loop]:
 
 
 def shapes(text: str) -> set[Shape]:
-    """The arrays that instructions result in, elements of tuples one by one."""
+    """The arrays that instructions return; elements of tuples are listed separately."""
     program = _Program(text)
     real = {name for name, *_ in program.walk(into_fusions=False)}
     return {
@@ -190,7 +191,7 @@ def custom_calls(text: str) -> collections.Counter[str]:
 
 
 def summary(found: list[Collective], num_layers: int) -> list[Row]:
-    """Collectives added up by kind, axes and place, those that send most first."""
+    """Sums of the collectives by kind, axes and place, those that send most first."""
     rows: dict[tuple, list[Collective]] = {}
     for c in found:
         in_layers = num_layers > 1 and any(trips in (num_layers, num_layers - 1) for trips in c.trips)
@@ -231,7 +232,7 @@ class _Program:
             raise ValueError("the text has no ENTRY computation, so it is not the HLO of a program")
 
     def walk(self, into_fusions: bool = True) -> Iterator[Site]:
-        """(computation, instruction, loops around it, fusion it is in) of all that runs, in its order."""
+        """(computation, instruction, loops around it, fusion that contains it) in execution order."""
         yield from self._walk(self.entry, (), None, into_fusions)
 
     def _walk(
@@ -255,10 +256,10 @@ class _Program:
         return [known[name].type for name in operands if name in known]
 
     def _trips(self, computation: str, loop: Instruction) -> int | None:
-        """Told by the compiler, or (limit - start) of a counter that the condition compares with a constant."""
-        told = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
-        if told:
-            return int(told[1])
+        """As the compiler notes it, or (limit - start) of a counter that the condition compares with a constant."""
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+        if known:
+            return int(known[1])
         condition = loop.attribute("condition") or ""
         comparisons = [i for i in self.computations.get(condition, {}).values() if i.opcode == "compare"]
         if len(comparisons) != 1 or len(comparisons[0].operands) != 2:
@@ -292,7 +293,7 @@ class _Program:
         return None
 
     def sliced_bytes(self, computation: str, instruction: Instruction, devices: int) -> int:
-        """Bytes of the results of which nothing is used but slices, of a number of parts that divides `devices`."""
+        """Bytes of the results of which only slices are used, into a number of parts that divides `devices`."""
         users = self._users(computation)
         if instruction.opcode.endswith("-start"):
             instruction = self.computations[computation][users[instruction.name][0]]  # the type that it is done with
@@ -342,9 +343,9 @@ def _index(element: Instruction) -> int:
 
 
 def _called(instruction: Instruction) -> list[str]:
-    """The computations that run when the instruction does, but for a loop's; not the reducers."""
+    """The computations that the instruction runs, except those of a loop and reducers."""
     if instruction.opcode.endswith(("-done", "-update")):
-        return []  # their start has it
+        return []  # their start instruction has them
     names = [instruction.attribute(a) for a in ("calls", "true_computation", "false_computation")]
     if instruction.opcode == "call":
         names.append(instruction.attribute("to_apply"))
@@ -356,7 +357,7 @@ def _called(instruction: Instruction) -> list[str]:
 def _kind(instruction: Instruction, fusion: Instruction | None) -> str | None:
     kind = instruction.opcode.removesuffix("-start").removeprefix("ragged-")
     if kind == "send":
-        # Between TPU slices the host sends; recv is the other half.
+        # Between TPU slices the host sends; recv is the other half of the pair.
         done = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
         name = done[1].lower().replace("_", "-") if done else ""
         return name if name in KINDS else "collective-permute"
@@ -366,9 +367,9 @@ def _kind(instruction: Instruction, fusion: Instruction | None) -> str | None:
 
 
 def _groups(instruction: Instruction, mesh_axes: dict[str, int]) -> list[list[int]]:
-    """The devices that exchange with each other, in any spelling of HLO; [] where all do, or nothing is said.
+    """The groups of devices that communicate, in any notation of HLO; [] if all do, or there is no information.
 
-    In a program of several TPU slices they may be of the first slice alone, for all do the same.
+    In a program for several TPU slices the groups may be only those of the first slice, because all are alike.
     """
     text = instruction.attributes
     pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", text)
@@ -392,7 +393,7 @@ def _groups(instruction: Instruction, mesh_axes: dict[str, int]) -> list[list[in
 
 
 def _numbers(text: str) -> list[int]:
-    """[0, 1, 2, 5] of '0:2,5'."""
+    """'0:2,5' -> [0, 1, 2, 5]"""
     found: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition(":")
@@ -401,16 +402,17 @@ def _numbers(text: str) -> list[int]:
 
 
 def _iota(shape: str, source: str, order: str | None) -> np.ndarray:
-    """0, 1, 2, … in the shape `source`, transposed by `order`, in the shape `shape`: '4,2', '2,4', '1,0'."""
+    """0, 1, 2, … reshaped to `source`, transposed by `order`, reshaped to `shape`; e.g. '4,2', '2,4', '1,0'."""
     dims = _numbers(source)
     ids = np.arange(math.prod(dims)).reshape(dims)
     return (ids.transpose(_numbers(order)) if order else ids).reshape(_numbers(shape))
 
 
 def _axis_groups(mesh: str, device_ids: str | None, axes: str) -> list[list[int]]:
-    """Of a mesh "'x'=2,'y'=4", of devices "[4,2]T(1,0)" or "3,1,2,0", groups along "'y'", or a part of it: "'y':(1)2".
+    """Groups along "'y'", or a part of it, "'y':(1)2", of a mesh "'x'=2,'y'=4".
 
-    The mesh may be XLA's invention ('axis_0'); only the device numbers that follow from it matter.
+    Its devices are given as "[4,2]T(1,0)" or "3,1,2,0". The axes may be XLA's own ('axis_0'); only the device numbers
+    matter.
     """
     sizes = {name: int(size) for name, size in re.findall(r"'?([\w.\-]+)'?=(\d+)", mesh)}
     ids = np.arange(math.prod(sizes.values()))
@@ -449,7 +451,7 @@ def _span(groups: list[list[int]], mesh_axes: dict[str, int], num_slices: int) -
 
 
 def _arrays(kind: str) -> list[tuple[str, tuple[int, ...]]]:
-    """[('bf16', (4, 8))] of 'bf16[4,8]{1,0}', and the elements of a tuple."""
+    """'bf16[4,8]{1,0}' -> [('bf16', (4, 8))]; of a tuple all elements."""
     found = re.findall(r"\b([a-z][a-z0-9]*)\[([\d,<=]*)\]", kind)
     return [(dtype, tuple(int(d.lstrip("<=")) for d in dims.split(",") if d)) for dtype, dims in found]
 
@@ -463,7 +465,7 @@ def _num_bytes(dtype: str, dims: tuple[int, ...]) -> int:
 
 
 def _statements(text: str) -> Iterator[str]:
-    """Headers of computations and instructions; an instruction may have newlines in it (kernel_metadata of Pallas)."""
+    """Headers of computations, and instructions, which may contain line feeds (kernel_metadata of Pallas)."""
     lines: list[str] = []
     for line in text.splitlines():
         if re.match(r"\s+(ROOT )?%?[\w.\-]+ = ", line) or re.match(r"(ENTRY )?%?[\w.\-]+ \(.*\{$", line):
@@ -489,7 +491,7 @@ def _parse(text: str) -> Instruction:
 
 
 def _closing(text: str) -> int:
-    """Where the text after the parenthesis that it begins with starts."""
+    """The index after the parenthesis that closes the first one."""
     depth = 0
     for found in re.finditer(r"[()]", text):
         depth += 1 if found[0] == "(" else -1

@@ -1,7 +1,7 @@
-"""What a step of a configuration costs on a machine that is not here: compiled for it, read, and set beside its peaks.
+"""What a train step costs on a machine that is not here: it is compiled for that machine, and its HLO is read.
 
-Compiled: whether it fits, the peak of memory, every collective with its bytes and axis. Counted: FLOPs, parameters. The
-step time is a roofline, the least that the machine allows (`ASSUMPTIONS`), not a prediction.
+The compiler tells whether it fits, the peak of memory, and every collective with its bytes and axes; FLOPs and
+parameters are counted. The step time is a roofline, a lower bound (`ASSUMPTIONS`), not a prediction.
 """
 
 import dataclasses
@@ -39,12 +39,12 @@ class StepPlan:
 
     Attributes:
       memory: bytes by part: parameters, optimizer, gradients, activations (kept for the backward pass), temporary (the
-        rest of the peak). Only `peak` is the compiler's; the parts are counted from shapes, activations no further than
-        the peak allows.
-      peak: most bytes at one time in a step; where the compiler gave up because that is more than there are, what it
-        asked for, and no collectives.
-      seconds: the roofline's by what limits: compute, memory, and each network by its axes.
-      beside: most bytes at one time in what runs between steps: evaluation, sampling; {} if a step does not fit.
+        rest of the peak). Only `peak` is the compiler's; the parts are counted from shapes, and activations are limited
+        to what the peak allows.
+      peak: most bytes at one time in a step; if the compiler gave up because there is less memory, what it asked for,
+        and then there are no collectives.
+      seconds: of the roofline, by limit: compute, memory, and each network by its axes.
+      beside: most bytes at one time in evaluation and sampling, which run between steps; {} if a step does not fit.
     """
 
     config: Config
@@ -74,34 +74,34 @@ class StepPlan:
 
     @property
     def sums_dtype(self) -> str:
-        """In which devices sum gradients."""
+        """The dtype in which devices sum gradients."""
         return str(jnp.promote_types(self.config.optimizer.gradients_dtype, self.config.model.dtype))
 
     @property
     def mfu(self) -> float:
-        """At most, by the roofline: model FLOPs over what the peak allows in a step."""
+        """Upper bound by the roofline: model FLOPs / what the peak allows in a step."""
         return self.model_flops / self.hardware_flops * self.seconds["compute"] / self.step_s
 
     @property
     def hours(self) -> float:
-        """Of the whole run at the roofline's step time."""
+        """Of the full run at the roofline's step time."""
         return self.step_s * self.config.num_train_steps / 3600
 
 
 def lower(config: Config, devices: list[jax.Device]) -> tuple[Program, Any]:
-    """The program and its train step, lowered for `devices`, which may be absent. Raises ConfigError as make_mesh."""
+    """The program and its lowered train step for `devices`, which may be absent. Raises ConfigError as make_mesh."""
     program = Program(config, sharding.make_mesh(config, devices))
     seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=program.replicated)
     return program, make_train_step(program).lower(program.state, program.abstract_batch(_dtype(config)), seed)
 
 
 def _dtype(config: Config) -> Any:
-    """Of token files with this vocabulary."""
+    """The dtype of token files with this vocabulary."""
     return jnp.uint16 if config.model.vocab_size <= 1 << 16 else jnp.uint32
 
 
 def lower_beside(program: Program) -> dict[str, Any]:
-    """What a run does between its steps, lowered: evaluation, and sampling from a prompt of one token."""
+    """The lowered programs that run between steps: evaluation, and sampling from a prompt of one token."""
     sample, batch = program.config.sample, sharding.named(program.mesh, "batch")
     rows = microbatch_rows(program.config, batch)
     evaluated = program.abstract_batch(_dtype(program.config), rows, masked=True)
@@ -113,7 +113,7 @@ def lower_beside(program: Program) -> dict[str, Any]:
 
 
 def peaks_beside(program: Program, usable: int) -> dict[str, int]:
-    """Most bytes at one time in each of these, with the optimizer's state, which stays where it is meanwhile."""
+    """Most bytes at one time in each of these, with the optimizer's state, which stays on the devices."""
     kept = _bytes_of_shards((program.state.opt_state, program.state.guard))
     peaks = {}
     for name, lowered in lower_beside(program).items():
@@ -125,13 +125,13 @@ def peaks_beside(program: Program, usable: int) -> dict[str, int]:
 
 
 def make(config: Config, topology: Topology) -> StepPlan:
-    """Compiles the real step for `topology` and reads it.
+    """Compiles the train step for `topology` and reads its HLO.
 
     Args:
       config: resolved: vocab_size and max_seq_len are set.
 
     Raises:
-      ConfigError: the mesh does not fit the devices or the model; the compiler refuses for another reason than memory.
+      ConfigError: the mesh does not fit the devices or the model, or the compiler fails for another reason than memory.
     """
     program, lowered = lower(config, topology.devices)
     chip, start = topology.chip, time.perf_counter()
@@ -147,7 +147,7 @@ def make(config: Config, topology: Topology) -> StepPlan:
     beside = peaks_beside(program, chip.memory) if peak <= chip.memory else {}
     compile_s = time.perf_counter() - start
     memory = memory_by_part(program, topology)
-    # The compiler keeps fewer than autodiff names where it fuses their making into the backward pass.
+    # The compiler keeps fewer activations than autodiff lists, because it fuses some into the backward pass.
     state = sum(memory.values()) - memory["activations"]
     memory["activations"] = min(memory["activations"], max(0, peak - state))
     memory["temporary"] = max(0, peak - sum(memory.values()))
@@ -172,7 +172,7 @@ def axes_of(row: hlo.Row) -> str:
 
 
 def _out_of_memory(error: Exception, usable: int) -> int:
-    """The bytes that the compiler asked for in vain; any other refusal is a ConfigError."""
+    """The bytes that the compiler asked for and that do not exist. Raises ConfigError for any other failure."""
     text = " ".join(str(error).split())
     if "RESOURCE_EXHAUSTED" not in text or "vmem" in text.lower():
         raise ConfigError(f"the compiler refuses this step: {text[:300]}") from error
@@ -201,9 +201,9 @@ def memory_by_part(program: Program, topology: Topology) -> dict[str, int]:
 
 
 def kept_activations(program: Program, device: jax.Device) -> int:
-    """Bytes of a device that the forward pass keeps for the backward pass, parameters not among them.
+    """Bytes of a device that the forward pass keeps for the backward pass, without parameters.
 
-    Those of a one-device model with the heads, feed-forward and sequence of a shard: what jax.vjp closes over.
+    These are what jax.vjp closes over in a one-device model with the heads, feed-forward and sequence of a shard.
     """
     config, mesh = program.config, program.mesh.shape
     model, tensor = config.model, mesh["tensor"]
@@ -231,11 +231,11 @@ def kept_activations(program: Program, device: jax.Device) -> int:
 
 
 def traffic(program: Program) -> float:
-    """Bytes that a step must at least move between a device and its memory, roughly.
+    """A rough lower bound of the bytes that a step moves between a device and its memory.
 
-    The optimizer reads and writes parameters and moments and reads gradients. Each pass over a layer (forward,
-    backward, and forward again under remat) reads its weights, in the type of computation. Each residual stream and
-    each hidden activation is written once and read once a pass.
+    The optimizer reads and writes parameters and moments, and reads gradients. Each pass over a layer (forward,
+    backward, and forward again under remat) reads its weights in the compute dtype. Each residual stream and each
+    hidden activation is written once and read once per pass.
     """
     config, mesh = program.config, program.mesh.shape
     model, itemsize = config.model, jnp.dtype(config.model.dtype).itemsize
@@ -249,16 +249,16 @@ def traffic(program: Program) -> float:
 
 
 def _widths(model: ModelConfig, tensor: int) -> float:
-    """Elements a token writes in a layer: norms and residuals, queries to attention's output, feed-forward."""
+    """Elements that a token writes in a layer: norms and residuals, queries to attention's output, feed-forward."""
     heads = (2 * model.num_heads + 2 * model.kv_heads) * model.head_size
     hidden = (3 if model.gated else 2) * model.mlp_size
     return 4 * model.embed_dim + (heads + hidden) / tensor
 
 
 def largest_batch(failed: StepPlan, topology: Topology, attempts: int = 3) -> StepPlan | None:
-    """The plan with the largest batch that fits, searched from one that does not; None: none found.
+    """The plan with the largest batch that fits, searched from one that does not fit; None if none is found.
 
-    What grows with the batch grows in proportion to it, so that the first guess is near.
+    Memory that depends on the batch is proportional to it, so the first guess is close.
     """
     config, parts = failed.config, sharding.batch_shards(failed.mesh) * failed.config.grad_accum_steps
     rows = config.global_batch_size // parts

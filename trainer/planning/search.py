@@ -1,6 +1,6 @@
-"""Which mesh, remat policy and batch are fastest on a machine: many are weighed by arithmetic, the best are compiled.
+"""Which mesh, remat policy and microbatch are fastest on a machine: many are estimated, and the best are compiled.
 
-The arithmetic only chooses what to compile, and its order; what is returned was compiled and fits.
+The estimate only chooses what is compiled, and in which order; what is returned was compiled and fits.
 """
 
 import dataclasses
@@ -19,35 +19,35 @@ from trainer.reporting import flops
 from trainer.state import Program
 
 REMATS = ("none", "dots", "full")
-ROOM = 0.9  # of a device's memory that counted parts may take, the rest being for what is temporary
+ROOM = 0.9  # share of a device's memory that counted parts may take; the rest is for temporary arrays
 
 
 def search(
     config: Config, topology: Topology, compile_at_most: int, progress: Callable[[str], None]
 ) -> list[plan.StepPlan]:
-    """Plans that fit, fastest first. The batch of a step stays what it is; in how many parts is tried, too."""
-    best: dict[tuple, tuple[float, int, Config]] = {}  # for each mesh and policy that with most sequences at a time
+    """Plans that fit, fastest first. The batch of a step does not change; the number of microbatches may."""
+    best: dict[tuple, tuple[float, int, Config]] = {}  # for each mesh and policy the one with the largest microbatch
     for candidate in candidates(config, topology):
-        seconds = weigh(candidate, topology)
+        seconds = estimate(candidate, topology)
         if seconds is not None:
             key, rows = (candidate.mesh, candidate.model.remat), _rows(candidate)
             best[key] = min(
                 best.get(key, (seconds, -rows, candidate)), (seconds, -rows, candidate), key=lambda e: e[:2]
             )
-    weighed = sorted(best.values(), key=lambda entry: entry[:2])
-    progress(f"{len(weighed)} meshes and policies may fit {topology.name}; compiling the best {compile_at_most}")
+    estimated = sorted(best.values(), key=lambda entry: entry[:2])
+    progress(f"{len(estimated)} meshes and policies may fit {topology.name}; compiling the best {compile_at_most}")
     plans: list[plan.StepPlan] = []
-    for _, _, candidate in weighed[:compile_at_most]:
+    for _, _, candidate in estimated[:compile_at_most]:
         found = plan.make(candidate, topology)
-        verdict = f"{found.peak / 2**30:.1f} GiB" + ("" if found.fits else ", does not fit")
-        progress(f"  {_name(candidate)}: {verdict}, compiled in {found.compile_s:.0f} s")
+        result = f"{found.peak / 2**30:.1f} GiB" + ("" if found.fits else ", does not fit")
+        progress(f"  {_name(candidate)}: {result}, compiled in {found.compile_s:.0f} s")
         if found.fits:
             plans.append(found)
     return sorted(plans, key=lambda p: (p.step_s, p.peak))
 
 
 def candidates(config: Config, topology: Topology) -> Iterator[Config]:
-    """Every mesh that the model allows, powers of two along fsdp and tensor, times remat and parts of the batch."""
+    """Every mesh that the model allows, with powers of two along fsdp and tensor, x remat policies x microbatches."""
     devices, context = len(topology.devices), max(config.mesh.context, 1)
     for tensor in _powers_of_two(topology.chip.host):
         for fsdp in _powers_of_two(devices // topology.num_slices):
@@ -69,8 +69,8 @@ def candidates(config: Config, topology: Topology) -> Iterator[Config]:
                     yield candidate
 
 
-def weigh(config: Config, topology: Topology) -> float | None:
-    """Seconds of a step at best by arithmetic alone; None where it cannot fit."""
+def estimate(config: Config, topology: Topology) -> float | None:
+    """A lower bound of the seconds of a step, by arithmetic only; None if it cannot fit."""
     try:
         program = Program(config, sharding.make_mesh(config, topology.devices))
     except ConfigError:

@@ -1,7 +1,7 @@
 """Devices of a machine that is not here, to compile for (launch.plan).
 
 Nothing runs on them: XLA compiles for a described TPU slice or GPU node on any computer that has the compilers (the
-extra `plan`). No JAX at the top, so that a mistyped name is answered at once.
+extra `plan`). JAX is not imported at the top, so that a mistyped name is reported at once.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 COMPILERS = 'pip install -e ".[plan]"'  # jax[tpu] and jax[cuda13-local]: libtpu and the CUDA plugin without CUDA
 EXAMPLES = {2: "16x16", 3: "4x4x4", 1: "8"}
-FLAT_SHAPES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))  # of v5e and v6e: all there are
-PARTS_OF_A_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))  # of the others; larger slices are made of 4x4x4 cubes
+FLAT_SHAPES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))  # all slices of v5e and v6e
+PARTS_OF_A_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))  # of the others; larger slices consist of 4x4x4 cubes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Topology:
 
     Attributes:
       name: as the user typed it, of one slice: 'v5p:4x4x4', 'h100:8'.
-      devices: of all slices, slice after slice. Those of several TPU slices have a slice_index; GPUs of all nodes say
+      devices: of all slices, slice after slice. Those of several TPU slices have a slice_index; that of GPUs is always
         0, so a mesh over several nodes needs mesh.num_slices.
       num_slices: TPU slices, or nodes of GPUs.
     """
@@ -47,12 +47,12 @@ class Topology:
 def describe(name: str, num_slices: int = 1) -> Topology:
     """The devices of `num_slices` slices like 'v5p:4x4x4' (chips along each axis) or nodes like 'h100:8' (GPUs).
 
-    A v4, v5p or TPU7x slice made of whole 4x4x4 cubes wraps around on every axis, a smaller one on none; v5e and v6e
-    wrap where an axis has the pod's 16 chips. (Not told of the wrap, XLA makes all-reduces of all-gathers.) Twisted
-    tori are not described.
+    A v4, v5p or TPU7x slice of complete 4x4x4 cubes wraps around on every axis, a smaller one on none; v5e and v6e
+    wrap on an axis that has the pod's 16 chips. (Without the wrap XLA would turn all-gathers into all-reduces.) Twisted
+    tori are not supported.
 
     Raises:
-      ConfigError: no such machine, or its compiler is not installed.
+      ConfigError: there is no such machine, or its compiler is not installed.
     """
     family, shape = parse(name, num_slices)
     chip = CHIPS[family]
@@ -68,12 +68,12 @@ def describe(name: str, num_slices: int = 1) -> Topology:
     try:
         devices = topologies.get_topology_desc(asked, chip.platform, **options).devices
     except Exception as e:  # of many types: a missing library, a version that does not fit, an odd shape
-        raise ConfigError(f"topology {name}: the compiler does not take it: {str(e).splitlines()[0]}") from e
+        raise ConfigError(f"topology {name}: the compiler refuses it: {str(e).splitlines()[0]}") from e
     return Topology(name, chip, devices, num_slices)
 
 
 def parse(name: str, num_slices: int = 1) -> tuple[str, tuple[int, ...]]:
-    """('v5p', (4, 4, 4)) of 'v5p:4x4x4'; no JAX is needed. Raises ConfigError where there is no such machine."""
+    """'v5p:4x4x4' -> ('v5p', (4, 4, 4)), without JAX. Raises ConfigError if there is no such machine."""
     family, _, text = name.partition(":")
     if family not in CHIPS:
         known = ", ".join(f"{f}:{EXAMPLES[c.axes]}" for f, c in CHIPS.items())
@@ -112,18 +112,18 @@ def _shown(shapes: tuple[tuple[int, ...], ...]) -> str:
 
 
 ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",  # where arrays of this process live, whatever this computer has
-    "JAX_ENABLE_COMPILATION_CACHE": "0",  # what was compiled for absent devices is written there, and cannot be read
-    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # or the CUDA plugin refuses to load without cuDNN, cuBLAS, …
-    "TPU_SKIP_MDS_QUERY": "1",  # or libtpu asks Google Cloud who it is
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a second plan, or one beside a training run, finds libtpu locked
-    "TPU_WORKER_HOSTNAMES": "localhost",  # these two keep libtpu from complaining
+    "JAX_PLATFORMS": "cpu",  # arrays of this process are on the CPU, even if there is an accelerator
+    "JAX_ENABLE_COMPILATION_CACHE": "0",  # programs for absent devices would be written to it, but cannot be read
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # else the CUDA plugin does not load without cuDNN, cuBLAS, …
+    "TPU_SKIP_MDS_QUERY": "1",  # else libtpu queries Google Cloud's metadata server
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second plan, or one during a training run, finds libtpu locked
+    "TPU_WORKER_HOSTNAMES": "localhost",  # libtpu warns without these two
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
 }
 
 
 def prepare_environment() -> None:
-    """Sets what compiling for absent devices needs. Most of it only works before JAX is imported."""
+    """Sets the variables for compiling for absent devices. Most have no effect after JAX was imported."""
     os.environ.update(ENVIRONMENT)
 
 
@@ -151,12 +151,12 @@ def _tpu_options(chip: Chip, shape: tuple[int, ...], num_slices: int) -> dict[st
     if math.prod(shape) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     if chip.device_kind == "TPU v4":
-        options["chip_config_name"] = "megacore"  # its two cores as one device, as everybody runs it
+        options["chip_config_name"] = "megacore"  # its two cores are one device, as usual
     return options
 
 
-# What cudaGetDeviceProperties says of each card: name, compute capability, multiprocessors, bytes of memory, of L2, of
-# shared memory of a multiprocessor and at most of a block, GHz. XLA tiles, fuses and costs by these.
+# As cudaGetDeviceProperties reports them: name, compute capability, multiprocessors, bytes of memory, of L2, of shared
+# memory of a multiprocessor and at most of a block, GHz. XLA tiles, fuses and estimates costs by these.
 GPUS = {
     "a100": ("NVIDIA A100-SXM4-80GB", 8, 108, 85_097_971_712, 41_943_040, 167_936, 166_912, 1.41),
     "h100": ("NVIDIA H100 80GB HBM3", 9, 132, 84_942_979_072, 52_428_800, 233_472, 232_448, 1.98),

@@ -1,16 +1,15 @@
-"""A second place for checkpoints: a folder, or gs://… or s3://… through tensorstore.
+"""A second place for checkpoints: a folder, or gs://… or s3://… through TensorStore.
 
-    MIRROR/mirror.json           {"id": …, chosen when it is begun; "of": [the run directory it is of, its own place]}
-    MIRROR/config.json           of the run that it belongs to
-    MIRROR/checkpoints/<step>/…  the files of RUN/checkpoints/<step>, Orbax's metadata last: with it a copy is whole
+    MIRROR/mirror.json           {"id": random, set when it is created; "of": [its run directory, its own place]}
+    MIRROR/config.json           the configuration of the run that it belongs to
+    MIRROR/checkpoints/<step>/…  the files of RUN/checkpoints/<step>; Orbax's metadata is copied last and completes it
 
-Nothing is copied to, read from or deleted in a place without that id: an empty folder is what is left when a file
-system is not mounted. Process 0 copies, on a thread, one step at a time; a step that is overtaken while it waits is
-left out.
+Nothing is copied to, read from or deleted in a place without that id, because an unmounted file system leaves an empty
+folder. Process 0 copies, on a thread, one step at a time; a step that is superseded while it waits is skipped.
 
-RUN/mirrors.json names, for each mirror that the run has had, the copies that are to go, and the one under way. It is
-written before anything that relies on it, and a step leaves it only when its copy is known to be deleted: what the run
-went behind is never offered again, in no later life.
+RUN/mirrors.json has, for each mirror that the run has had, the steps whose copies are to be deleted, and the step that
+is being copied. It is written before anything that relies on it, and a step is removed from it only when its copy is
+known to be deleted: after a rollback no later start is offered a copy of a step that was rolled back past.
 """
 
 import errno
@@ -36,10 +35,10 @@ from trainer.reliability.restarts import METADATA_FILE
 
 log = logging.getLogger("meshlm")
 TIMEOUT_S = 600  # for one file
-PIECE_BYTES = 16 << 20  # held in memory
+PIECE_BYTES = 16 << 20  # read at a time
 MARK = "mirror.json"
 MIRRORS = "mirrors.json"  # in the run directory
-OF_A_RUN = ("environment.json", "command.txt")  # files that run directories have, and mirrors have not
+OF_A_RUN = ("environment.json", "command.txt")  # files that run directories have and mirrors do not
 PARTIAL = ".__lock"  # tensorstore's name for a file that is being written
 Keep = Callable[[set[int]], set[int]]
 
@@ -51,21 +50,20 @@ class Mirror:
       location: folder or URL.
       source: RUN/checkpoints.
       config: of the run.
-      check: is called with the meta of the newest copy, before anything is written; raises what keeps the mirror as
-        it is.
-      newest: the run's newest step here. If there is a later copy, or none here, settings that need
-        --allow_config_change must be those of the mirror's config.json, too.
-      strict: whether they must; not with that flag.
+      check: called with the meta of the newest copy before anything is written; raises an error if it does not fit.
+      newest: the newest step in `source`; None if there is none.
+      strict: whether settings that need --allow_config_change must be those of the mirror's config.json if the mirror
+        has a later copy than `newest`; False with that flag.
 
     Attributes:
       copying: the step being copied, or None.
-      copies: the steps of which there were whole copies when that was last seen.
-      alive: is called with each block that is fetched; for a watchdog.
+      copies: the steps with complete copies, as last seen.
+      on_progress: called for each block that is fetched, for a watchdog.
 
     Raises:
       ConfigError: the location cannot be used, or belongs to another run.
       CheckpointError: RUN/mirrors.json is damaged.
-      Unreadable: not just now.
+      Unreadable: the location cannot be used just now.
     """
 
     def __init__(
@@ -78,14 +76,15 @@ class Mirror:
         newest: int | None = None,
         strict: bool = False,
     ):
-        self.location, self.source = location.rstrip("/"), source
+        self.location = location.rstrip("/")
+        self.source = source
         self.copying: int | None = None
         self.copies: set[int] = set()
-        self.alive: Callable[[], None] = lambda: None
+        self.on_progress: Callable[[], None] = lambda: None
         self._waiting: tuple[int, Keep] | None = None
         self._changed = threading.Condition()
         self._list_path = source.parent / MIRRORS
-        self._id = secrets.token_hex(8)  # if none is there
+        self._id = secrets.token_hex(8)  # replaced by the id of the mirror if it exists
         place = self.location if remote.is_remote(location) else str(pathlib.Path(location).resolve())
         self._of = [str(source.parent.resolve()), place]
         self._mirrors = reading.patiently(self._read_mirrors, self._list_path)
@@ -99,19 +98,19 @@ class Mirror:
     def _claim(self, config: Config, check: Callable[[dict[str, Any]], None], newest: int | None, strict: bool) -> None:
         self._store = remote.open_store(self.location)
         (mark, of), recorded = self._read_mark(), self._read("config.json")
-        self.copies = self._whole_copies()
+        self.copies = self._find_copies()
         self._check_run(mark, of)
         copied = self.copies - self._mirrors.get(mark or "", _Copies()).unwanted
         self._check_owner(recorded, config, strict and bool(copied) and (newest is None or max(copied) > newest))
         if mark is None and recorded is None and any(_step_of(key) is not None for key in self._keys("checkpoints/")):
             raise ConfigError(
-                f"config.checkpoint.mirror = {self.location} has checkpoints that are not copies of ours, as it lacks "
+                f"config.checkpoint.mirror = {self.location} has checkpoints that are not copies of a run, as it lacks "
                 f"{MARK} and config.json; name another place"
             )
         if mark is None and self._mirrors:
             log.warning(
-                "%s is not a mirror that this run has had; it is begun anew. If its file system is not mounted, stop "
-                "and mount it", self.location,
+                "%s is not a mirror that this run has had; a new one is created. If its file system is not mounted, "
+                "stop and mount it", self.location,
             )  # fmt: skip
         self._id = mark or self._id
         self._mirrors.setdefault(self._id, _Copies())
@@ -119,7 +118,7 @@ class Mirror:
             raw = self._read(f"checkpoints/{step}/{METADATA_FILE}") or b""
             try:
                 meta = identity.meta_from(raw)
-            except ValueError:  # a damaged copy; it is found when it is restored
+            except ValueError:  # a damaged copy, which the restore would find
                 continue
             check(meta)
             break
@@ -128,10 +127,10 @@ class Mirror:
         self._write(MARK, json.dumps({"id": self._id, "of": self._of}).encode())
         self._write("config.json", to_json(config).encode())
         if (unfinished := self._here.unfinished) is not None:
-            self._record(unwanted={unfinished} - self.copies, unfinished=None)  # that copy was begun and not finished
+            self._record(unwanted={unfinished} - self.copies, unfinished=None)  # that copy was started and not finished
 
     def _check_run(self, mark: str | None, of: Any) -> None:
-        """Raises ConfigError if this run directory was copied, without its mirror, from one that still has it."""
+        """Raises ConfigError if this run directory is a copy of another one, to which the mirror still belongs."""
         if mark not in self._mirrors or of == self._of:
             return
         try:
@@ -139,9 +138,9 @@ class Mirror:
             theirs = pathlib.Path(run) / MIRRORS
             is_theirs = mark in json.loads(theirs.read_bytes()) and not theirs.samefile(self._list_path)
         except (OSError, ValueError, TypeError, RecursionError):
-            return  # it was moved, or an earlier version made the mark
+            return  # the run was moved, or an earlier version wrote the mark
         if place != self._of[1]:
-            return  # the mirror was copied, too
+            return  # the mirror was copied as well
         if is_theirs:
             raise ConfigError(
                 f"config.checkpoint.mirror = {self.location} is the mirror of {run}, of which this run directory is a "
@@ -149,17 +148,17 @@ class Mirror:
             )
 
     def _check_owner(self, recorded: bytes | None, config: Config, strict: bool) -> None:
-        """Raises ConfigError when the place is another's."""
+        """Raises ConfigError if the place belongs to another run, or is a run directory."""
         where = f"config.checkpoint.mirror = {self.location}"
         if any(self._read(name) is not None for name in OF_A_RUN):
-            raise ConfigError(f"{where} is a run directory; name a place for copies alone")
+            raise ConfigError(f"{where} is a run directory; name a place for copies only")
         if recorded is None:
             return
         try:
             of_run = from_dict(json.loads(recorded), recorded=True)
         except (ConfigError, ValueError, RecursionError) as e:
             raise ConfigError(
-                f"{where} has a config.json that this version does not read ({_line(e)}); name another place"
+                f"{where} has a config.json that this version cannot read ({_line(e)}); name another place"
             ) from None
         found = changes(of_run, config)
         if found["refused"]:
@@ -168,14 +167,14 @@ class Mirror:
             )
         if strict and found["flag"]:
             raise ConfigError(
-                f"{where} holds checkpoints of a run with other settings; {'; '.join(found['flag'])}; set them like "
-                "that to resume it, pass --allow_config_change to go on with these, or name another place"
+                f"{where} holds checkpoints of a run with other settings; {'; '.join(found['flag'])}; use those to "
+                "resume it, pass --allow_config_change to resume with these, or name another place"
             )
 
     def _read_mark(self) -> tuple[str | None, Any]:
-        """The id of the mirror that is there (None: there is none), and whose it is, as it says.
+        """The fields "id" and "of" of mirror.json; both None if there is none.
 
-        Raises ConfigError for what is not a mark.
+        Raises ConfigError if it is damaged.
         """
         raw = self._read(MARK)
         if raw is None:
@@ -189,13 +188,13 @@ class Mirror:
         raise ConfigError(f"config.checkpoint.mirror = {self.location} has a damaged {MARK}; name another place")
 
     def _check_there(self) -> None:
-        """Raises OSError, which may pass, if this mirror is not there now."""
+        """Raises OSError, as an error that may pass, if this mirror is not there now."""
         if self._read_mark()[0] != self._id:
             raise OSError(errno.ESTALE, f"its {MARK} is gone; is its file system mounted?")
 
     @staticmethod
     def _clear_leftovers(folder: pathlib.Path, is_ours: bool) -> None:
-        """Of copies that were killed, under the names that tensorstore gives them: the next would end in old bytes."""
+        """Deletes partial files of copies that were killed: TensorStore would write over them without truncation."""
         steps = [path for path in folder.glob("checkpoints/*") if is_ours and _step(path.name) is not None]
         partial = f"*{PARTIAL}"
         for leftover in [folder / f"config.json{PARTIAL}", *(path for step in steps for path in step.rglob(partial))]:
@@ -204,10 +203,10 @@ class Mirror:
     # Copying there
 
     def offer(self, step: int, keep: Keep) -> None:
-        """Copies `step` when the copy under way is done, and deletes the copies of steps that are not to keep.
+        """Copies `step` after the current copy, then deletes copies that need not stay.
 
         Args:
-          keep: says which, of the steps of which there are copies: some may be here alone.
+          keep: returns which of the given steps, those that have copies, should stay.
         """
         with self._changed:
             self._waiting = step, keep
@@ -225,9 +224,9 @@ class Mirror:
                 (self.copying, keep), self._waiting = self._waiting, None
             try:
                 self._copy(self.copying)
-            except Exception as e:  # whatever it is: training goes on, and so do later copies
+            except Exception as e:  # of any type: training and later copies continue
                 log.error("checkpoint at step %d was NOT copied to %s: %s", self.copying, self.location, _line(e))
-                self.copying = None  # what there is of it can go
+                self.copying = None  # what was copied can be deleted
             try:
                 self.clean_up(keep)
             except Exception as e:
@@ -238,7 +237,7 @@ class Mirror:
         self._check_there()
         self._record(unfinished=step)
         try:
-            self._delete(step)  # a copy of other files under this number, from before the run went back
+            self._delete(step)  # an older copy under this number, from before a rollback
             self._record(wanted={step})
             folder = self.source / str(step)
             files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != METADATA_FILE)
@@ -251,7 +250,9 @@ class Mirror:
         self._record(unfinished=None)
 
     def _copy_file(self, path: pathlib.Path, key: str) -> None:
-        if remote.is_remote(self.location):  # its clients take an object whole; Orbax's files have 2 GB at most
+        if remote.is_remote(
+            self.location
+        ):  # its clients need all of an object at once; Orbax's files have 2 GB at most
             self._write(key, path.read_bytes())
             return
         with names.opened(pathlib.Path(self.location), key) as (folder, last):
@@ -263,29 +264,26 @@ class Mirror:
             os.rename(partial, last, src_dir_fd=folder, dst_dir_fd=folder)
 
     def clean_up(self, keep: Keep) -> None:
-        """Deletes the copies of other steps; all stay while it cannot be seen what there is."""
-        there = self.whole() - self._here.unwanted
-        self._record(unwanted=there - keep(there) - {self.copying})
+        """Deletes the copies of other steps; all stay if the mirror cannot be listed."""
+        existing = self.complete_copies() - self._here.unwanted
+        self._record(unwanted=existing - keep(existing) - {self.copying})
         self.delete_unwanted()
 
     def list_unwanted(self, steps: Iterable[int]) -> None:
-        """Puts these steps, whether there are copies or not, on the list; they are not offered. Raises OSError."""
+        """Lists these steps, copied or not, as unwanted: their copies are not offered any more. Raises OSError."""
         self._record(unwanted=set(steps), everywhere=True)
 
     def delete_unwanted(self) -> None:
-        """Deletes the copies on the list by name; later, if it cannot now. Those of others stay.
-
-        Not that which is being copied: it may be listed meanwhile.
-        """
+        """Deletes the copies that are listed as unwanted, except the one being copied; those that fail stay listed."""
         for step in sorted(self._here.unwanted - {self.copying}):
             try:
                 self._delete(step)
-                self._record(wanted={step})  # no copy of it is unwanted any more
+                self._record(wanted={step})  # takes it off the list
             except _ERRORS as e:
                 log.warning("the copy of step %d in %s could not be deleted: %s", step, self.location, _line(e))
 
     def _delete(self, step: int) -> None:
-        """What makes it whole first."""
+        """Deletes a copy, first the file that completes it."""
         self._check_there()
         self._store.write(f"checkpoints/{step}/{METADATA_FILE}", None).result(TIMEOUT_S)
         self._store.delete_range(_range(f"checkpoints/{step}/")).result(TIMEOUT_S)
@@ -297,7 +295,10 @@ class Mirror:
     def _record(
         self, *, unwanted: Iterable[int] = (), wanted: Iterable[int] = (), everywhere: bool = False, **unfinished: Any
     ) -> None:
-        """Changes what is known of the copies in this mirror, or in all that the run has had, first in the file."""
+        """Changes what is known of the copies in this mirror, or `everywhere`, in all that the run has had.
+
+        The file is written first.
+        """
         with self._changed:
             changed = {
                 mirror: copies._replace(unwanted=(copies.unwanted | set(unwanted)) - set(wanted), **unfinished)
@@ -323,56 +324,56 @@ class Mirror:
                 raise ValueError
         except (ValueError, TypeError, AttributeError, RecursionError):
             raise CheckpointError(
-                f"{self._list_path} is damaged: it names the copies that the run does not go on from; restore it, or "
-                "remove it if the run never went back"
+                f"{self._list_path} is damaged: it names the copies that the run must not resume from; restore it, or "
+                "remove it if the run was never rolled back"
             ) from None
         return mirrors
 
     @property
     def busy(self) -> bool:
-        """Whether a copy is under way, or old ones are being deleted."""
+        """Whether a step is being copied, or old copies are being deleted."""
         return self._thread is not None
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> None:
-        """Waits for the copies under way, with a limit."""
+        """Waits until no step is being copied, `timeout_s` at most."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._thread is None, timeout_s):
                 log.error("step %s is not yet copied to %s after %.0f s", self.copying, self.location, timeout_s)
 
-    # And back
+    # Copying back
 
     def steps(self) -> list[int]:
-        """Whole copies, newest first; without those that are to be deleted.
+        """The steps with complete copies, newest first, without those that are listed as unwanted.
 
         Raises CheckpointError, Unreadable.
         """
         try:
             return sorted(self._list() - self._here.unwanted, reverse=True)
         except _ERRORS as e:
-            if not self.copies:  # nor are there any now: nobody else writes there
+            if not self.copies:  # there were none, and nothing else writes there
                 return []
-            reason = f"cannot look into {self.location}: {_line(e)}; start again when it answers"
+            reason = f"cannot list {self.location}: {_line(e)}; start again when it answers"
             raise (Unreadable(reason, Stopped.exit_code) if reading.passes(e) else CheckpointError(reason)) from None
 
-    def whole(self) -> set[int]:
-        """Steps of which all is there; none when that cannot be told."""
+    def complete_copies(self) -> set[int]:
+        """The steps with complete copies; empty, with a warning, if they cannot be listed."""
         try:
             return self._list()
         except _ERRORS as e:
-            log.warning("cannot look into %s: %s", self.location, _line(e))
+            log.warning("cannot list %s: %s", self.location, _line(e))
             return set()
 
     @property
     def known(self) -> set[int]:
-        """Copies that may be offered, as far as is known without looking."""
+        """Steps whose copies can be restored, as last seen."""
         return self.copies - self._here.unwanted
 
     def _list(self) -> set[int]:
         self._check_there()
-        self.copies = self._whole_copies()
+        self.copies = self._find_copies()
         return self.copies
 
-    def _whole_copies(self) -> set[int]:
+    def _find_copies(self) -> set[int]:
         keys = self._keys("checkpoints/")
         return {step for key in keys if key.endswith(f"/{METADATA_FILE}") and (step := _step_of(key)) is not None}
 
@@ -380,9 +381,9 @@ class Mirror:
         return [os.fsdecode(key) for key in self._store.list(_range(prefix)).result(TIMEOUT_S)]
 
     def fetch(self, step: int, suffix: str = "") -> bool:
-        """Copies `step` into the run, as <step><suffix>; False if the copy itself is not what it should be.
+        """Copies `step` into the run, as <step><suffix>; False, with a line in the log, if the copy is damaged.
 
-        Raises Unreadable if anything else prevents it: nothing older may take its place.
+        Raises Unreadable if it cannot be read: then no older step may be used instead.
         """
         partial = self.source / f"{step}.orbax-checkpoint-tmp-mirror"
 
@@ -414,7 +415,7 @@ class Mirror:
                 with os.fdopen(os.open(last, flags, 0o666, dir_fd=folder), "wb") as f:
                     for block in remote.blocks(self._store, os.fsencode(name), f"{self.location}/{name}"):
                         f.write(block.value)
-                        self.alive()
+                        self.on_progress()
                     close_durably(f)
 
     def _read(self, key: str | bytes) -> bytes | None:
@@ -429,19 +430,19 @@ _ERRORS = (OSError, ValueError, RuntimeError, TimeoutError, DataError)
 
 
 class _Copies(NamedTuple):
-    """What a run knows of the copies in one mirror: steps whose copies are to go, and the step being copied."""
+    """What a run knows of the copies in one mirror: steps whose copies are to be deleted, and the one being copied."""
 
     unwanted: frozenset[int] = frozenset()
     unfinished: int | None = None
 
 
 def _step_of(key: str) -> int | None:
-    """Of a key checkpoints/<step>/…."""
+    """The step of a key checkpoints/<step>/…."""
     return _step(key.split("/")[1])
 
 
 def _step(name: str) -> int | None:
-    """The step whose folder is called so."""
+    """The step of a folder's name; None if it is another name."""
     return int(name) if re.fullmatch("0|[1-9][0-9]{0,17}", name) else None
 
 

@@ -1,8 +1,9 @@
 """A run directory belongs to one process at a time, on a local disk, a shared file system, gs:// or s3://.
 
-Its owner's record is the object `.lock` there, written only over the generation that was read (a conditional write of
-tensorstore), with a counter that the owner raises every few seconds. Whoever wants the run and cannot tell whether the
-owner lives watches that counter by its own monotonic clock; the clocks of two machines are never compared.
+The owner's record is the object `.lock` there. It is written only over the generation that was read (TensorStore's
+conditional write), and has a counter that the owner increments every few seconds. A process that wants the run, and
+cannot tell whether the owner is alive, watches that counter by its own monotonic clock: the clocks of two machines are
+never compared.
 """
 
 import dataclasses
@@ -28,21 +29,21 @@ from trainer.reliability import reading
 log = logging.getLogger("meshlm")
 
 KEY = ".lock"
-# Records are padded to this: one bounded read has all of it, whatever follows. What follows may be the end of a longer
-# file that a killed process left half written: tensorstore writes over it without cutting it.
+# Records are padded to this length, so that one bounded read has all of a record. More may follow: if a killed process
+# has left a longer file half written, TensorStore writes over it without truncation.
 RECORD_BYTES = 1024
 TIMEOUT_S = 30  # for one read or write
 
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """A process, as others can recognise it.
+    """A process, with what identifies it to others.
 
     Attributes:
-      machine: /etc/machine-id; two machines may have one host name. '' where there is none.
-      boot: of the machine's kernel, another one after a restart; '' where it cannot be told.
-      namespace: of process ids; a container does not see the processes of another.
-      start: of the process, in ticks since boot; a pid is used again, but not with it.
+      machine: /etc/machine-id, because two machines may have the same host name; '' if there is none.
+      boot: id of the kernel's boot, which changes when the machine restarts; '' if not known.
+      namespace: of process ids, because a container does not see the processes of another one.
+      start: when the process was started, in ticks since boot, because a pid is used again.
     """
 
     id: str
@@ -74,11 +75,11 @@ def this_process() -> Owner:
 
 
 class RunLock:
-    """The run, from construction until release().
+    """The lock of a run, held from construction until release().
 
     Attributes:
-      owner: this process, as the record has it.
-      lost: another process has taken the run over.
+      owner: this process, as in the record.
+      lost: whether another process has taken the run over.
     """
 
     def __init__(
@@ -92,27 +93,30 @@ class RunLock:
         heartbeat_s: float = 10.0,
         stale_s: float = 60.0,
     ) -> None:
-        """Takes the run; waits up to `stale_s` where it cannot tell whether the owner in the record still lives.
+        """Takes the lock; waits up to `stale_s` if it cannot tell whether the owner in the record is still alive.
 
         Args:
-          location: a directory, which is made where it is missing, or gs://BUCKET/PATH or s3://BUCKET/PATH.
-          flag: what names the location, for messages.
-          steal: take it over from whoever has it now.
-          on_lost: called once, in the heartbeat's thread, when another process has taken it over; told by whom.
-          regain: take it again where its record has vanished, as of a folder that was deleted or unmounted. Otherwise
-            that is a loss: another one may have had it in between and given it back.
-          heartbeat_s: between two signs of life; well below everybody's `stale_s`.
+          location: a directory, which is created if it is missing, or gs://BUCKET/PATH or s3://BUCKET/PATH.
+          flag: the flag that sets the location, for messages.
+          steal: take it over from the current owner.
+          on_lost: called once, on the heartbeat's thread, when another process has taken it over; the message says who.
+          regain: take it again if its record has vanished, because the folder was deleted or unmounted. Otherwise the
+            lock is lost then: another process may have had it in between and released it.
+          heartbeat_s: between two increments of the counter; must be well below the `stale_s` of all processes.
 
         Raises:
           ConfigError: another process has it, or the location cannot be written.
-          Stopped: not just now; it was tried again.
+          Stopped: it failed, also when retried, with an error that may pass.
         """
         self.owner = this_process()
-        self._location, self._flag = str(location), flag
-        self._on_lost, self._regain = on_lost, regain
+        self._location = str(location)
+        self._flag = flag
+        self._on_lost = on_lost
+        self._regain = regain
         self._heartbeat_s = heartbeat_s
         self._beat = 0
-        self._lost = self._released = False
+        self._lost = False
+        self._released = False
         self._stop = threading.Event()
         self._begin(steal, stale_s)
         self._thread = threading.Thread(target=self._keep, name="run lock", daemon=True)
@@ -123,7 +127,7 @@ class RunLock:
         return self._lost
 
     def release(self) -> None:
-        """Gives the run back; another's record stays. Never fails: a record left behind is found to be dead."""
+        """Deletes the record if it is ours. Never fails: others find that the owner of a record left behind is dead."""
         if self._released:
             return
         self._released = True
@@ -133,22 +137,22 @@ class RunLock:
         try:
             while True:
                 record, generation = self._read()
-                # S3's client checks the condition of a deletion before it, not with it: what it is asked is ours still.
+                # S3's client checks the condition before a deletion, not with it, so only our own record is deleted.
                 if not self._is_ours(record) or self._write(None, generation):
                     return
         except OSError as e:
-            log.warning("cannot give back the lock of %s: %s", self._location, e.strerror or e)
+            log.warning("cannot release the lock of %s: %s", self._location, e.strerror or e)
 
     def _begin(self, steal: bool, stale_s: float) -> None:
         def begin() -> None:
-            self._store, self._key = _open(self._location)
+            self._store = _open(self._location)
             self._place = _place_of(self._location)
             self._take(steal, stale_s)
 
         try:
             reading.again(begin)
         except OSError as e:
-            hint = "; where access is denied, see docs/data.md" if remote.is_remote(self._location) else ""
+            hint = "; if access is denied, see docs/data.md" if remote.is_remote(self._location) else ""
             reason = f"cannot write to {self._flag}={self._location}: {e.strerror or e}{hint}"
             raise (Stopped if reading.passes(e) else ConfigError)(reason) from None
 
@@ -156,18 +160,18 @@ class RunLock:
         poll_s = min(1.0, stale_s / 20)
         record, generation = first, _ = self._read()
         waited, now = 0.0, time.monotonic()
-        while not self._is_ours(record):  # it is after a write whose answer was lost, too
+        while not self._is_ours(record):  # it is ours also after a write whose answer was lost
             owner = _parse(record)
-            copied = _place(record) not in ("", self._place)  # with the folder: nobody need be here
-            lives = None if copied else _lives(owner, self.owner)
+            copied = _place(record) not in ("", self._place)  # the record came with a copy of the folder
+            alive = None if copied else _is_alive(owner, self.owner)
             name = owner or "an unknown process (its record is damaged)"
             over = None
             if record is not None:
                 if steal and _same_owner(record, first):
                     over = "by --steal_lock"
-                elif lives is False:
+                elif alive is False:
                     over = "which has ended"
-                elif lives or record != first:
+                elif alive or record != first:
                     raise ConfigError(
                         f"{self._location} is being trained by {name}; wait for it, choose another {self._flag}, "
                         "or take it over with --steal_lock"
@@ -178,23 +182,23 @@ class RunLock:
                 if self._write(self._record(), generation):
                     if over:
                         log.warning("the lock of %s is taken over from %s, %s", self._location, name, over)
-                    if record is not None and lives is not False and waited < stale_s:
-                        self._let_it_notice(owner, min(1.5 * self._heartbeat_s, stale_s))
+                    if record is not None and alive is not False and waited < stale_s:
+                        self._wait_for_exit(owner, min(1.5 * self._heartbeat_s, stale_s))
                     return
             else:
                 if not waited:
                     log.info("waiting   for the lock of %s, held by %s; %g s at most", self._location, name, stale_s)
                 time.sleep(poll_s)
-                # Time in which nobody looked (this process stopped, a store that did not answer) is no sign of death.
+                # Time without a read (this process was suspended, the store did not answer) does not prove a death.
                 last, now = now, time.monotonic()
                 waited += min(now - last, 2 * poll_s)
             record, generation = self._read()
 
-    def _let_it_notice(self, owner: Owner | None, limit_s: float) -> None:
-        """Until a robbed owner has had a heartbeat to find out: it must not write beside us."""
-        log.info("waiting   for it to leave; %g s at most", limit_s)
+    def _wait_for_exit(self, owner: Owner | None, limit_s: float) -> None:
+        """Waits until the former owner has ended, or had a heartbeat to notice: both must not write to the run."""
+        log.info("waiting   for it to exit; %g s at most", limit_s)
         deadline = time.monotonic() + limit_s
-        while time.monotonic() < deadline and _lives(owner, self.owner) is not False:
+        while time.monotonic() < deadline and _is_alive(owner, self.owner) is not False:
             time.sleep(min(0.2, limit_s))
 
     def _keep(self) -> None:
@@ -207,7 +211,7 @@ class RunLock:
             except OSError as e:
                 if not failing:
                     why = e.strerror or e
-                    log.warning("cannot renew the lock of %s: %s; the run goes on, trying again", self._location, why)
+                    log.warning("cannot renew the lock of %s: %s; training continues, retrying", self._location, why)
                 failing = True
             else:
                 if failing:
@@ -218,8 +222,8 @@ class RunLock:
         """One heartbeat: whether the run is still ours."""
         self._beat += 1
         while True:
-            # Read first: a write whose answer was lost leaves our record under a generation we do not know, and a
-            # file's generation (inode and time) can come back within a tick of the kernel's clock.
+            # Read first: after a write whose answer was lost our record has a generation that we do not know, and a
+            # file's generation (inode and time) can repeat within a tick of the kernel's clock.
             record, generation = self._read()
             vanished = record is None and self._regain
             if not self._is_ours(record) and not vanished:
@@ -228,7 +232,7 @@ class RunLock:
                 if vanished:
                     log.warning("the lock of %s had vanished; taken again", self._location)
                 return True
-        if self._stop.is_set():  # released while the store kept us waiting
+        if self._stop.is_set():  # released while the store did not answer
             return False
         self._lost = True
         if record is None:
@@ -239,7 +243,7 @@ class RunLock:
         return False
 
     def _record(self) -> bytes:
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")  # for people only
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")  # only for people
         fields = dataclasses.asdict(self.owner) | {"beat": self._beat, "time": now, "place": self._place}
         text = json.dumps(fields)
         return text.encode().ljust(RECORD_BYTES - 1) + b"\n"
@@ -249,41 +253,41 @@ class RunLock:
         return owner is not None and owner.id == self.owner.id
 
     def _read(self) -> tuple[bytes | None, bytes]:
-        """The record, None where there is none, and the generation to write over."""
+        """The record, None if there is none, and the generation to write over."""
         try:
-            found = _wait(self._store.read(self._key, byte_range=slice(0, RECORD_BYTES)))
-        except _OutOfRange:  # shorter, so none of ours
-            found = _wait(self._store.read(self._key))
+            found = _wait(self._store.read(KEY, byte_range=slice(0, RECORD_BYTES)))
+        except _OutOfRange:  # it is shorter than our records
+            found = _wait(self._store.read(KEY))
         return (found.value if found.state == "value" else None), found.stamp.generation
 
     def _write(self, content: bytes | None, generation: bytes) -> bool:
-        """Writes, or deletes, if this generation is still there."""
-        assert generation  # b"" is no condition at all to tensorstore; 'nothing there' is b"\x02"
+        """Writes the record, or deletes it if `content` is None, if it still has this generation; whether it did."""
+        assert generation  # b"" would be unconditional in TensorStore; b"\x02" means that there is no record
         try:
-            return bool(_wait(self._store.write(self._key, content, if_equal=generation)).generation)
+            return bool(_wait(self._store.write(KEY, content, if_equal=generation)).generation)
         except OSError as e:
             if e.errno not in (errno.ENOLCK, errno.ENOSYS):
                 raise
             why = e.strerror
-        log.warning("%s has no file locks (%s); jobs that begin there together find that out late", self._location, why)
-        self._store, _ = _open(self._location, locking="none")
-        return bool(_wait(self._store.write(self._key, content, if_equal=generation)).generation)
+        log.warning("%s has no file locks (%s); jobs that start there together may notice it late", self._location, why)
+        self._store = _open(self._location, locking="none")
+        return bool(_wait(self._store.write(KEY, content, if_equal=generation)).generation)
 
 
-def _open(location: str, locking: str = "os") -> tuple[Any, str]:
-    """The store and the record's key in it; conditions hold only with `locking` by the file system. Raises OSError."""
+def _open(location: str, locking: str = "os") -> Any:
+    """The store of the record. Conditional writes are safe only with `locking` by the file system. Raises OSError."""
     try:
         if remote.is_remote(location):
-            return remote.open_store(location), KEY
+            return remote.open_store(location)
         import tensorstore
 
         folder = pathlib.Path(location)
         folder.mkdir(parents=True, exist_ok=True)
         spec = {"driver": "file", "path": f"{folder.resolve()}/", "context": {"file_io_locking": {"mode": locking}}}
-        return _wait(tensorstore.KvStore.open(spec)), KEY
+        return _wait(tensorstore.KvStore.open(spec))
     except FileExistsError:
         raise NotADirectoryError(errno.ENOTDIR, "Not a directory") from None
-    except (DataError, ValueError, RuntimeError) as e:  # as of a name that cannot be one
+    except (DataError, ValueError, RuntimeError) as e:  # e.g. an invalid name
         raise _as_os_error(e) from None
 
 
@@ -306,7 +310,7 @@ def _wait(future: Any) -> Any:
 
 
 def _as_os_error(error: Exception) -> OSError:
-    """With a number that says whether it may pass, and the store's words."""
+    """An OSError with the store's message and a number by which reading.passes() tells whether it may pass."""
     return OSError(errno.EAGAIN if reading.passes(error) else errno.EINVAL, _first_line(error))
 
 
@@ -315,7 +319,7 @@ def _first_line(e: Exception) -> str:
 
 
 def _parse(record: bytes | None) -> Owner | None:
-    """Whose record it is; None where there is none, or it is damaged."""
+    """The owner in a record; None if there is no record, or it is damaged."""
     try:
         found = json.loads(record or b"")
         owner = Owner(**{field.name: found[field.name] for field in dataclasses.fields(Owner)})
@@ -328,12 +332,12 @@ def _parse(record: bytes | None) -> Owner | None:
 
 
 def _place_of(location: str) -> str:
-    """What tells a folder from a copy of it."""
+    """What distinguishes a folder from a copy of it."""
     return location[:256] if remote.is_remote(location) else f"folder {pathlib.Path(location).stat().st_ino}"
 
 
 def _place(record: bytes | None) -> str:
-    """The place that a record was written for; '' where it does not say."""
+    """The place that a record was written for; '' if it has none."""
     try:
         place = json.loads(record or b"")["place"]
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -346,9 +350,9 @@ def _same_owner(record: bytes, other: bytes | None) -> bool:
     return record == other or (a is not None and b is not None and a.id == b.id)
 
 
-def _lives(owner: Owner | None, me: Owner) -> bool | None:
-    """Whether the process still runs; None where that cannot be told from here."""
-    # Another boot is no restart for certain: machines and containers are made from images, with host name and id.
+def _is_alive(owner: Owner | None, me: Owner) -> bool | None:
+    """Whether the process is still running; None if that cannot be known from here."""
+    # Another boot id does not prove a restart: machines made from one image may share host name and machine id.
     if owner is None or (owner.host, owner.machine, owner.boot) != (me.host, me.machine, me.boot) or not me.boot:
         return None
     if owner.namespace != me.namespace:
@@ -360,13 +364,13 @@ def _lives(owner: Owner | None, me: Owner) -> bool | None:
         os.kill(owner.pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # another user's, and /proc does not show it
+    except OSError:  # it belongs to another user, and /proc hides it
         return None
     return None
 
 
 def _started(pid: int) -> int | None:
-    """When it was started, in ticks since boot; -1 where it has ended and nobody has asked how; None where not seen."""
+    """When a process was started, in ticks since boot; -1 if it is a zombie; None if it is not visible."""
     try:
         state, *rest = pathlib.Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         return -1 if state in "ZX" else int(rest[18])

@@ -1,11 +1,11 @@
-"""The progress line: rewrites itself on a terminal, is a line now and then elsewhere."""
+"""The progress line: it is rewritten in place on a terminal; elsewhere a new line is printed every SECONDS."""
 
 import contextlib
 import logging
 import sys
 import time
 
-SECONDS = 10  # between lines where the console is no terminal
+SECONDS = 10  # between lines if the console is not a terminal
 TERMINAL_SECONDS = 0.2
 
 log = logging.getLogger("meshlm")
@@ -18,7 +18,7 @@ class StatusLine:
         self._shown = False
 
     def show(self, line: str, *, now: bool = False) -> None:
-        """Shows `line` if the last one is old enough, or `now`."""
+        """Shows `line` if enough time has passed since the last one, or if `now`."""
         time_now = time.monotonic()
         if not now and time_now - self._last < (TERMINAL_SECONDS if self.terminal else SECONDS):
             return
@@ -30,14 +30,14 @@ class StatusLine:
             log.info("%s", line)
 
     def clear(self) -> None:
-        """Ends the rewriting line, so that the next message starts on its own."""
+        """Ends the line that is rewritten in place, so that the next message starts on a new one."""
         if self._shown:
             _write("\n")
             self._shown = False
 
 
 def _write(text: str) -> None:
-    with contextlib.suppress(OSError):  # the terminal was closed; the run goes on
+    with contextlib.suppress(OSError):  # the terminal was closed; the run continues
         print(text, end="", flush=True)
 
 

@@ -1,17 +1,17 @@
-"""FLOPs of a train step from the configuration alone, and MFU's formula and peaks. No JAX.
+"""FLOPs of a train step from its configuration only; the formula and the peaks of MFU. No JAX.
 
-A matrix product costs 2 FLOPs for each parameter and token, and its backward pass twice that. Attention multiplies
-queries with keys, and weights with values: 2 products of 2 H Q T FLOPs a token and layer (H heads of width Q, T keys),
-and twice that backward. So, a token, with P the parameters that are in matrix products and L layers:
+A matrix product costs 2 FLOPs per parameter and token, and its backward pass twice that. Attention multiplies queries
+with keys, and weights with values: 2 products of 2 H Q T FLOPs per token and layer (H heads of size Q, T keys), and
+twice that in the backward pass. So, per token, with P the parameters in matrix products and L layers:
 
-    flops_per_token                  6 P + 12 L H Q T     attention counted full: what MFU uses here
-    flops_per_token(causal=True)     6 P +  6 L H Q T     only the keys a query may see (llm.c's)
-    nanogpt_flops_per_token          6 N + 12 L H Q T     N: all parameters but learned positions (nanoGPT's)
-    hardware_flops_per_token         the first, and what model.remat computes again
+    flops_per_token                  6 P + 12 L H Q T     attention counted full: used for MFU here
+    flops_per_token(causal=True)     6 P +  6 L H Q T     only the keys that a query may see (llm.c)
+    nanogpt_flops_per_token          6 N + 12 L H Q T     N: all parameters except learned positions (nanoGPT)
+    hardware_flops_per_token         the first, plus what model.remat recomputes
 
-The first is PaLM's (Chowdhery et al., 2022, appendix B): model FLOPs, whatever the kernel skips and whatever is
-computed twice. Of a GPT-2, P and N differ by norms and biases alone (0.02 %), so figures compare with nanoGPT's.
-Element-wise work, norms, the look-up and the optimizer are not counted: under 2 % at the sizes that matter.
+The first is PaLM's (Chowdhery et al., 2022, appendix B): model FLOPs, whether or not a kernel skips or recomputes some.
+For a GPT-2, P and N differ only by norms and biases (0.02 %), so figures compare with nanoGPT's. Element-wise
+operations, norms, the embedding look-up and the optimizer are not counted: under 2 % at the sizes that matter.
 """
 
 from model.config import ModelConfig
@@ -27,23 +27,23 @@ def attention_params(model: ModelConfig) -> int:
 
 
 def mlp_params(model: ModelConfig) -> int:
-    """Parameters of one layer's feed-forward: up and down, and the gate where there is one."""
+    """Parameters of one layer's feed-forward: up and down, and the gate if it has one."""
     return (3 if model.gated else 2) * model.embed_dim * model.mlp_size
 
 
 def head_params(model: ModelConfig) -> int:
-    """Parameters of the output head, tied or not, with the rows that pad the vocabulary: they are computed, too."""
+    """Parameters of the output head, tied or not, with the rows that pad the vocabulary, which are computed, too."""
     return model.padded_vocab_size * model.embed_dim
 
 
 def matmul_params(config: Config) -> int:
-    """P: the parameters that each token meets in a matrix product. No look-up, norms, biases, positions."""
+    """P: the parameters that are in matrix products: no embedding look-up, norms, biases or positions."""
     model = config.model
     return model.num_layers * (attention_params(model) + mlp_params(model)) + head_params(model)
 
 
 def attention_flops_per_token(config: Config) -> int:
-    """2 L H Q T: one of attention's two products in the forward pass, in all layers, with all T keys."""
+    """2 L H Q T: one of the two products of attention in the forward pass, in all layers, with all T keys."""
     model = config.model
     return 2 * model.num_layers * model.num_heads * model.head_size * config.data.seq_len
 
@@ -54,10 +54,10 @@ def flops_per_token(config: Config, *, causal: bool = False) -> int:
 
 
 def nanogpt_flops_per_token(config: Config, num_params: int) -> int:
-    """6 N + 12 L H Q T as nanoGPT computes it, for figures beside its own.
+    """6 N + 12 L H Q T as nanoGPT computes it, to compare with its figures.
 
     Args:
-      num_params: all of the model's, from which learned positions are taken here.
+      num_params: all parameters of the model; learned positions are subtracted here.
     """
     model = config.model
     if model.position == "learned":
@@ -66,15 +66,15 @@ def nanogpt_flops_per_token(config: Config, num_params: int) -> int:
 
 
 def hardware_flops_per_token(config: Config, *, flash: bool = False) -> int:
-    """What the devices really compute of a token's products: flops_per_token and what model.remat computes again.
+    """FLOPs of a token's products that devices execute: flops_per_token plus what model.remat recomputes.
 
-    none: nothing. attention: the scores (the weighted sum is not needed a second time). dots: scores and weighted sum,
-    for the weight products are kept. full, offload: a layer's forward pass but for its last product, which nothing in
-    the backward pass reads. tests/flops_test.py holds each against XLA's count.
+    That is, for each policy: none: nothing. attention: the scores (the weighted sum is not needed again). dots: scores
+    and weighted sum, because the products with weights are kept. full, offload: a layer's forward pass except its last
+    product, which the backward pass does not need. tests/flops_test.py compares each with XLA's count.
 
     Args:
-      flash: for a kernel (cudnn, splash) that skips the masked half and computes scores again in its own backward
-        pass; remat then runs its forward pass again, whole.
+      flash: for a kernel (cudnn, splash) that skips the masked half and recomputes scores in its own backward pass;
+        remat then repeats its full forward pass.
     """
     model, attention = config.model, attention_flops_per_token(config)
     layer = attention_params(model) + mlp_params(model)
@@ -88,8 +88,8 @@ def hardware_flops_per_token(config: Config, *, flash: bool = False) -> int:
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """bf16 FLOP/s of a jax.Device.device_kind, dense; None where unknown: no MFU is better than a guessed one."""
-    if "PCIe" in device_kind or "NVL" in device_kind:  # of the same names as the SXM cards, and a fifth slower or more
+    """Dense bf16 FLOP/s of a jax.Device.device_kind; None if not known: no MFU is better than a guessed one."""
+    if "PCIe" in device_kind or "NVL" in device_kind:  # named like the SXM cards, but at least a fifth slower
         return None
     chip = chips.chip_of(device_kind)
     return None if chip is None else chip.flops

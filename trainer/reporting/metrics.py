@@ -93,7 +93,7 @@ class MetricWriters:
         self._board: TensorBoardWriter | None = None
 
     def open(self, step: int) -> None:
-        """Opens the files to go on after `step`: rows past it are cut off. Closes them first if they are open.
+        """Opens the files to continue after `step`: rows past it are cut off. Closes them first if they are open.
 
         Raises:
           ConfigError: they cannot be written.

@@ -1,9 +1,13 @@
 """The start-up page: what will be trained, on what data and devices, and which loss to expect."""
 
+import itertools
 import logging
 import math
+from collections.abc import Iterator
+from logging import INFO, WARNING
 
 import jax
+from jax.sharding import Mesh
 
 from data.dataset import Dataset
 from data.loader import MixedWindows
@@ -17,50 +21,68 @@ log = logging.getLogger("meshlm")
 # Of the parameters, or of the optimizer's state, replicated although the mesh could split them: more is a mistake.
 REPLICATED_SHARE_ALLOWED = 0.02
 
+Lines = Iterator[tuple[int, str]]  # log level and text
+
 
 def log_summary(config: Config, program: Program, windows: MixedWindows, data: Sources) -> None:
     """Logs the start-up page."""
-    devices, mesh = jax.devices(), program.mesh
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    lines = itertools.chain(
+        _of_model(config, program),
+        _of_batch(config, program.mesh),
+        _of_data(config, windows, data),
+        _of_schedule(config),
+    )
+    for level, line in lines:
+        log.log(level, "%s", line)
+
+
+def _of_model(config: Config, program: Program) -> Lines:
+    devices, model = jax.devices(), config.model
+    axes = " x ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
     processes = jax.process_count()
-    log.info("devices   %d %s in %d process(es); mesh %s", len(devices), devices[0].device_kind, processes, axes)
-    model = config.model
-    log.info(
-        "model     %s parameters, %s compute%s, layers %s, remat %s",
-        f"{program.num_params:,}", model.dtype, xla_options.precision_shown(),
-        "scanned" if model.scan_layers else "unrolled", model.remat,
-    )  # fmt: skip
-    log.info("attention %s (%s)", program.partitioner.kernel, program.partitioner.reason)
+    yield INFO, f"devices   {len(devices)} {devices[0].device_kind} in {processes} process(es); mesh {axes}"
+    compute = f"{model.dtype} compute{xla_options.precision_shown()}"
+    layers = "scanned" if model.scan_layers else "unrolled"
+    yield INFO, f"model     {program.num_params:,} parameters, {compute}, layers {layers}, remat {model.remat}"
+    yield INFO, f"attention {program.partitioner.kernel} ({program.partitioner.reason})"
     for line in parameter_table(program):
-        log.info("          %s", line)
+        yield INFO, f"          {line}"
     for line in replicated(program):
-        log.warning("WARNING   %s", line)
-    batch, accum = config.global_batch_size, config.grad_accum_steps
-    rows = sharding.batch_shards(mesh.shape)
-    log.info(
-        "batch     %d sequences x %d tokens = %s a step (%d part(s) of %d on each of %d batch shards)",
-        batch, config.data.seq_len, f"{config.tokens_per_step:,}", accum, batch // accum // rows, rows,
-    )  # fmt: skip
-    samples = config.num_train_steps * batch
-    total, seen = samples * config.data.seq_len, windows.mixture.consumed(samples)
-    log.info("data      %d steps = %s tokens", config.num_train_steps, f"{total:,}")
+        yield WARNING, f"WARNING   {line}"
+
+
+def _of_batch(config: Config, mesh: Mesh) -> Lines:
+    accum, shards = config.grad_accum_steps, sharding.batch_shards(mesh.shape)
+    rows = config.global_batch_size // accum // shards
+    yield (
+        INFO,
+        f"batch     {config.global_batch_size} sequences x {config.data.seq_len} tokens = {config.tokens_per_step:,} "
+        f"a step ({accum} microbatch(es) of {rows} on each of {shards} batch shards)",
+    )
+
+
+def _of_data(config: Config, windows: MixedWindows, data: Sources) -> Lines:
+    samples = config.num_train_steps * config.global_batch_size
+    seen = windows.mixture.consumed(samples)  # by source
+    yield INFO, f"data      {config.num_train_steps} steps = {samples * config.data.seq_len:,} tokens"
     for i, dataset in enumerate(data.datasets.values()):
-        log.info(
-            "          %s: %s training tokens, %.1f %% of the samples = %.3g epochs%s",
-            dataset.path, f"{dataset.manifest.splits['train'].tokens:,}", 100 * seen[i] / samples,
-            seen[i] / windows.sources[i].num_windows, _in_place(dataset),
-        )  # fmt: skip
+        tokens, epochs = dataset.manifest.splits["train"].tokens, seen[i] / windows.sources[i].num_windows
+        share = f"{100 * seen[i] / samples:.1f} % of the samples = {epochs:.3g} epochs"
+        yield INFO, f"          {dataset.path}: {tokens:,} training tokens, {share}{_in_place(dataset)}"
         if left_out := str(windows.sources[i].unreached):
-            log.info("          never read of it: %s", left_out)
+            yield INFO, f"          never read: {left_out}"
     if not any(dataset.has("val") for dataset in data.datasets.values()):
-        log.info("          nothing validates: no validation split holds a token to predict")
+        yield INFO, "          no validation: no validation split has a token to predict"
     for index in data.packings.values():
-        log.info("          %s: %.2f %% of the rows are tokens", index.path, 100 * index.utilisation)
+        yield INFO, f"          {index.path}: {100 * index.utilisation:.2f} % of the rows are tokens"
     if not data.tokenizer_path:
-        log.info("          no tokenizer (config.data.tokenizer_path): no samples are written")
+        yield INFO, "          no tokenizer (config.data.tokenizer_path): no samples are written"
+
+
+def _of_schedule(config: Config) -> Lines:
     if found := schedule.oddities(config):
-        log.warning("WARNING   learning rate: %s", "; ".join(found))
-    log.info("loss      untrained ln %d = %.4f", model.vocab_size, math.log(model.vocab_size))
+        yield WARNING, f"WARNING   learning rate: {'; '.join(found)}"
+    yield INFO, f"loss      untrained ln {config.model.vocab_size} = {math.log(config.model.vocab_size):.4f}"
 
 
 def _in_place(dataset: Dataset) -> str:
@@ -69,7 +91,7 @@ def _in_place(dataset: Dataset) -> str:
     files, held_out = (len(dataset.foreign_files.get(split, ())) for split in ("train", "val"))
     kind = f"{dataset.manifest.request['format']} {dataset.manifest.dtype}"
     others = len(external.others(dataset.path, dataset.foreign_files))
-    left_out = f", {others} other entries of the folder left out" if others else ""
+    left_out = f", {others} other entries of the folder are skipped" if others else ""
     return f"; {kind}, read in place: {files} file(s) to train on, {held_out} to validate on{left_out}"
 
 
@@ -90,7 +112,7 @@ def replicated(program: Program) -> list[str]:
 
 
 def parameter_table(program: Program) -> list[str]:
-    """One line for each kind of module: name, shape of its largest array, parameters in all layers."""
+    """A line for each kind of module: name, shape of its largest array, number of parameters in all layers."""
     groups: dict[str, list[jax.ShapeDtypeStruct]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(program.params):
         keys = [str(k.key) for k in path if k.key != "layers"]
