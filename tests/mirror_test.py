@@ -64,7 +64,7 @@ def test_keys_that_lie_elsewhere_are_not_fetched(tmp_path, monkeypatch, caplog):
         assert not (tmp_path / "run/5").exists()
     keys = content
     heard: list[str] = []
-    mirror.alive = lambda: heard.append("a block")
+    mirror.on_progress = lambda: heard.append("a block")
     assert mirror.fetch(5) and (tmp_path / "run/5/a/b").read_bytes() == b"whole" and heard
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
     keys = {MARK: content[MARK]} | {
@@ -120,12 +120,12 @@ def test_a_store_that_does_not_answer_is_not_an_empty_one(tmp_path, monkeypatch)
     with monkeypatch.context() as patched:
         patched.setattr(mirror, "_list", lambda: (_ for _ in ()).throw(OSError("no network")))
         with pytest.raises(CheckpointError, match="no network"):
-            checkpoints._next({}, choose=None)
+            checkpoints._next_step({}, choose=None)
         assert mirror.complete_copies() == set()
     with monkeypatch.context() as patched:
         patched.setattr(mirror, "_download", lambda *a: (_ for _ in ()).throw(OSError("no network")))
         with pytest.raises(Unreadable, match="no network"):
-            checkpoints._next({}, choose=None)
+            checkpoints._next_step({}, choose=None)
 
 
 def test_a_copy_of_another_run_changes_nothing(tmp_path):
@@ -256,7 +256,7 @@ def test_a_life_without_the_mirror_forgets_nothing(tmp_path, caplog, monkeypatch
     mirror.list_unwanted([4, 6])
     unmount(tmp_path)
     other = mirror_of(tmp_path)
-    assert "is begun anew" in caplog.text and other.steps() == []
+    assert "a new one is created" in caplog.text and other.steps() == []
     copy(other, 3, 4)
     other.list_unwanted([3])
     mount(tmp_path)
@@ -339,7 +339,7 @@ def test_nothing_older_takes_the_place_of_a_copy_that_cannot_be_fetched(tmp_path
 
     monkeypatch.setattr(Mirror, "_download", fail)
     with pytest.raises(Unreadable) as e:
-        checkpoints._next({}, choose=None)
+        checkpoints._next_step({}, choose=None)
     assert e.value.exit_code == code and not list((tmp_path / "run/checkpoints").iterdir())
 
 

@@ -73,7 +73,7 @@ def test_no_slices():
 def test_a_mistake_is_answered_without_jax():
     code = """
 import sys
-from trainer import topology
+from trainer.planning import topology
 from trainer.errors import ConfigError
 for name in ("v9:4", "v5e:5x5"):
     try:

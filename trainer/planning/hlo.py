@@ -95,7 +95,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """An array of the program; `materialized` unless it is inside a fusion or a reducer, where it has no buffer."""
+    """An array of the program; `materialized` except in a fusion or reducer, which gives it no buffer."""
 
     dtype: str
     dims: tuple[int, ...]
