@@ -116,7 +116,7 @@ def test_the_scale_of_a_model_is_that_of_its_heads():
 
 
 def test_queries_see_the_keys_up_to_their_index():
-    """Indices need not start at 0 nor follow each other, nor rise; keys past them may hold anything."""
+    """Indices need not start at 0, be consecutive, or increase; keys past them may hold anything."""
     q, k, v = noise(1, 3, 2, 4, seed=1), noise(1, 9, 2, 4, seed=2), noise(1, 9, 2, 4, seed=3)
     for index in ([0, 3, 6], [6, 0, 3]):
         y = attend(*map(jnp.asarray, (q, k, v)), jnp.asarray(index))

@@ -634,7 +634,7 @@ def test_copies_of_a_run_that_was_lost_stay_as_its_steps_would(tmp_path, program
     save_both(checkpoints, state, 7)
     assert whole_in(tmp_path / "mirror/checkpoints") == [3, 4, 7] == checkpoints.steps()
     shutil.rmtree(tmp_path / "run")
-    for last in (9, 10):  # also in the second life after it, of which no checkpoint here knows the best
+    for last in (9, 10):  # also in the second attempt after it, whose checkpoints here do not know the best
         checkpoints = mirrored(tmp_path / "run", keep)
         _, meta = checkpoints.restore_newest(program)
         assert meta["step"] == (7 if last == 9 else 9)
@@ -729,7 +729,7 @@ def test_a_copy_half_deleted_is_deleted_later(copied, state):
     checkpoints.mirror._store = types.SimpleNamespace(read=store.read, write=store.write, delete_range=busy)
     checkpoints.discard_after(2)
     assert list((copied / "mirror/checkpoints/4").rglob("*"))
-    save_both(mirrored(copied / "run"), state, 5)  # in the next life
+    save_both(mirrored(copied / "run"), state, 5)  # in the next attempt
     assert not [path for path in (copied / "mirror/checkpoints/4").rglob("*") if path.is_file()]
 
 
@@ -750,7 +750,7 @@ def test_nothing_older_takes_the_place_of_a_copy_that_cannot_be_fetched_now(copi
 
 
 def test_a_copy_may_be_fetched_again(copied, program):
-    """What one restore has fetched, a later one of the same life may need once more."""
+    """What one restore has fetched, a later one of the same process may need again."""
     shutil.rmtree(copied / "run")
     checkpoints = mirrored(copied / "run")
     assert step_of(checkpoints, program) == 6

@@ -86,7 +86,7 @@ def test_processes_of_another_environment_leave_together_and_another_life_is_tol
 
 
 def test_processes_that_see_other_files_under_one_path_leave_together(tmp_path, data):
-    """Fault 24: the same command on two machines whose disks differ; no stale copy is trained on beside a newer."""
+    """Fault 24: the same command on two machines whose disks differ; a stale copy is not mixed with a newer one."""
     gang, address = [], f"--coordinator_address=localhost:{runs.free_port()}"
     for i in range(2):
         machine = tmp_path / f"machine{i}"

@@ -42,7 +42,7 @@ def test_linear_maps_the_last_axis_and_keeps_the_leading_ones(bias):
 
 
 def test_projections_of_one_input_are_those_of_each_layer():
-    """Of several widths, each with its own kernel and bias, in the order in which they are asked for."""
+    """The layers have several widths, and each its own kernel and bias; the results are in the layers' order."""
     layers = [randomised(Linear(build(), 6, out, ("embed", "mlp"), bias=out > 4)) for out in (5, 4, 7)]
     x = jnp.asarray(noise(2, 3, 6, seed=9))
     together = project(x, *layers)
@@ -134,7 +134,7 @@ def test_mlp_is_its_definition(kind, bias):
 @pytest.mark.parametrize("axes", [("vocab", "embed"), ("embed", "vocab")])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_unembed_is_the_product_with_each_row_of_the_table(axes, dtype):
-    """In float32, of hidden states of any leading axes; from vocab_size on no token is possible."""
+    """It is in float32, for hidden states with any leading axes; from vocab_size on, logits are -inf."""
     x, table = (jnp.asarray(noise(*shape, seed=s), dtype) for s, shape in enumerate([(2, 3, 6), (8, 6)]))
     w = table if axes[0] == "vocab" else table.T
     wide = np.einsum("bte,ve->btv", *(np.asarray(a, np.float64) for a in (x, table)))
@@ -227,7 +227,7 @@ def test_the_parts_of_a_dropout_have_its_rate_and_masks_of_their_own():
 
 
 def test_the_bools_of_a_dropout_are_those_of_its_partitioner():
-    """It is asked for one with the probability of being kept for each element."""
+    """The partitioner is asked for a bool per element, with the probability of keeping it."""
     asked = []
 
     def bernoulli(key, p, shape):

@@ -295,7 +295,7 @@ def test_the_global_batch_is_the_same_on_every_mesh(name, dataset):
         batch = batches.batch(step * 16)
         assert batch.sharding.is_equivalent_to(sharding, 2)
         assert digest(batch) == digest(np.array(slow_batch(dataset, 16, step * 16), np.uint16))
-        for shard in batch.addressable_shards:  # also where the whole is put together from one copy of each part
+        for shard in batch.addressable_shards:  # also if the array is assembled from one copy of each part
             assert np.array_equal(shard.data, np.asarray(batch)[shard.index])
 
 

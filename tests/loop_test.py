@@ -155,7 +155,7 @@ def test_a_state_without_a_finite_loss_on_held_out_text_is_not_good(make, monkey
             trainer.train()
     assert steps(trainer) == [2, 4] and aside(trainer) == [6]
     assert trainer.checkpoints.val_losses.keys() == {2, 4}
-    trainer = make(divergence__not_finite=policy)  # the cause is mended: the same command resumes
+    trainer = make(divergence__not_finite=policy)  # the cause is fixed: the same command resumes
     assert trainer.train() and steps(trainer) == [2, 4, 6, 8]
 
 

@@ -187,7 +187,7 @@ def test_any_lengths_and_shards_are_read_as_they_were_written(lengths, borders, 
 
 
 def test_cut_by_windows_counts_what_windows_cut(tmp_path):
-    """By hand: rows of 5, windows [0, 5), [4, 9), [8, 13): the document at 3 lies in two, that at 8 in one."""
+    """By hand: rows of 5, windows [0, 5), [4, 9), [8, 13): the document at 3 is in two, that at 8 in one."""
     write(tmp_path, [3, 5, 5])
     index, _ = packing.pack(tmp_path, 4)
     assert (index.cut, index.cut_by_windows, index.rows) == (0, 1, 3)

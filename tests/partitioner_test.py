@@ -193,4 +193,4 @@ def test_the_start_up_page_names_the_kernel_and_why(monkeypatch, caplog, attenti
         startup.log_summary(cfg, Program(cfg, mesh_of(fsdp=2, context=2, tensor=2)), windows, data)
     assert f"attention {said}" in caplog.text.replace("  ", " ")
     assert "mesh data 1 x fsdp 2 x context 2 x tensor 2" in caplog.text
-    assert "WARNING" not in caplog.text  # about parameters left whole
+    assert "WARNING" not in caplog.text  # about replicated parameters

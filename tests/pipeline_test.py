@@ -429,7 +429,7 @@ def test_an_unknown_tokenizer_is_an_error_and_not_another_tokenizer(file, tmp_pa
 
 
 def test_a_damaged_dataset_is_not_taken_for_a_whole_one(file, tmp_path):
-    """What the errors advise must help: the same request says what is wrong, and --overwrite mends it."""
+    """What the errors advise must help: the same request says what is wrong, and --overwrite repairs it."""
     out = tmp_path / "set"
     whole = run(out, file)
     shard, tokenizer = out / "train-00000.bin", out / "tokenizer/meshlm_tokenizer.json"

@@ -100,7 +100,7 @@ def test_fsdp_on_a_tpu_gathers_weights_of_one_layer_in_bfloat16():
     assert sum(c.count for c in weights) == 2 * 7 * LAYERS  # seven matrices, forward and backward
     assert sum(c.count * c.bytes for c in weights) == 2 * LAYERS * 2 * LAYER_PARAMS
     assert sum(c.count * c.bytes for c in gathers if c.dtype != "bf16") <= 2 * LAYERS * 2 * 4 * 512  # norms
-    # A gradient is summed only where each device keeps its part, by a reduce-scatter or what stands for one.
+    # Gradients are summed only if each device keeps just its part, by a reduce-scatter or what stands for one.
     scatters = in_layers(collectives, "reduce-scatter")
     sums = [c for c in of_gradients(collectives) if set(c.trips) & {LAYERS, LAYERS - 1}]
     assert all(c.sliced == c.bytes for c in sums)

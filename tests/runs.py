@@ -155,7 +155,7 @@ def start_gang(
     environments: dict[int, dict[str, str]] | None = None,
     **fields,
 ) -> list[subprocess.Popen]:
-    """Starts `size` processes of one run. For some: words before the command, fields, and environment variables."""
+    """Starts `size` processes of one run. By number of the process: what goes before its command, fields, variables."""
     address = address or f"localhost:{free_port()}"
     gang = []
     for i in range(size):

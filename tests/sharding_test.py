@@ -65,7 +65,7 @@ def test_slices_that_do_not_fit(mesh, parts):
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What JAX knows of a TPU."""
+    """What JAX knows about a TPU."""
 
     id: int
     slice_index: int

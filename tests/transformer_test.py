@@ -387,7 +387,7 @@ def test_tokens_in_another_order_have_the_same_logits_at_their_index(name, docum
 
 
 class InOrder(Partitioner):
-    """Computes attention among tokens that lie in `order`, as MeshPartitioner does: keys are put in their order."""
+    """Computes attention among tokens that are in `order`, as MeshPartitioner does: keys are put in their order."""
 
     def __init__(self, order):
         self.order = order

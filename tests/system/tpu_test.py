@@ -397,7 +397,7 @@ def test_a_machine_that_was_started_again(cloud):
 
 
 def test_half_of_the_workers_are_not_set_up(cloud):
-    """They are named, the others are not, and the same command again mends it."""
+    """They are named, the others are not, and the same command, run again, fixes it."""
     cloud.script(
         workers=4, faults=[{"match": f"ssh run --worker={i}", "code": 1, "stderr": "No space left"} for i in (1, 3)]
     )
@@ -473,7 +473,7 @@ def test_a_babysitter_and_three_preemptions(cloud, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("fields", "code"), [({"model__num_heads": 7}, 2), ({"num_train_steps": 10}, 0)])
 def test_a_babysitter_knows_when_to_end(cloud, fields, code):
-    """It ends at an error that a restart does not mend, and at the end of the run; the machines are deleted."""
+    """It ends at an error that a restart does not fix, and at the end of the run; the machines are deleted."""
     runs.dataset(cloud.folder / "buckets/b")
     out = cloud.run("babysit", "--poll_s=0.5", "--", *training(cloud, **fields), code=code)
     assert "which a restart does not mend" in out if code else "done at step 10" in out
