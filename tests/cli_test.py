@@ -476,7 +476,7 @@ def test_ctrl_c_is_one_line(tmp_path):
 
 TRAINING = """
 import os, signal, threading, time
-from data import bpe
+from data.tokenizers import hf_json
 from launch import cli
 class EndsSlowly:
     def __del__(self, sleep=time.sleep):
@@ -485,7 +485,7 @@ cli.kept = EndsSlowly()
 def main():
     threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
     while True:
-        bpe.train_bpe((f"{i} " * (i % 50) for i in range(15000)), 300)
+        hf_json.train_bpe((f"{i} " * (i % 50) for i in range(15000)), 300)
 if __name__ == "__main__":
     cli.run(main)
 """

@@ -262,7 +262,7 @@ def test_what_may_not_be_read_is_an_error_that_names_it(secret, source, tmp_path
         return  # not selected
     closed.chmod(0)
     script = (
-        "import pathlib, sys\nfrom data import corpus\n"
+        "import pathlib, sys\nfrom data.preparation import corpus\n"
         "corpus.is_pipe(sys.argv[1]) or corpus.find(sys.argv[1], pathlib.Path('.'))"
     )
     command = [sys.executable, "-c", script, f"{texts}{source}"]

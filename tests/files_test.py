@@ -27,7 +27,7 @@ def start(code: str, *argv: object) -> subprocess.Popen:
 
 ADD = """
 import pathlib, sys
-from data import files
+from data.storage import files
 path = pathlib.Path(sys.argv[1])
 for _ in range(100):
     with files.locked(path, wait=True) as held:
@@ -48,7 +48,7 @@ def test_a_lock_that_is_removed_each_time_holds(tmp_path):
 
 HOLD = """
 import pathlib, sys, time
-from data import files
+from data.storage import files
 with files.locked(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -55,7 +55,7 @@ def contents(folder: pathlib.Path) -> dict[str, bytes | str]:
 
 KILLED = """
 import functools, itertools, os, pathlib, random, shutil, signal, sys
-from data import documents, merge, output, prepare
+from data.preparation import documents, merge, output, pipeline
 from tests.output_test import contents
 documents.UNIT_BYTES, merge.NOTE_UNITS, merge.SHARD_TOKENS = 40, 2, 70
 os.fsync = lambda handle: None  # what is written outlives a process that is killed
@@ -64,7 +64,7 @@ before, asked = sys.argv[3:5]
 out, kept = place / "out", source.parent / "kept"
 
 def make(tokenizer):
-    prepare.prepare(out, source=str(source), tokenizer=tokenizer, val_fraction=0.3, overwrite=True)
+    pipeline.prepare(out, source=str(source), tokenizer=tokenizer, val_fraction=0.3, overwrite=True)
 
 def in_a_child(function):
     child = os.fork()
@@ -375,8 +375,8 @@ def test_a_dataset_is_found_where_nothing_can_be_written(source, place):
 
 SMALL = """
 import launch
-from data import documents, merge, prepare
-documents.UNIT_BYTES, merge.NOTE_UNITS, merge.SHARD_TOKENS, prepare.INLINE_BYTES = 3000, 3, 30_000, 0
+from data.preparation import documents, merge, pipeline
+documents.UNIT_BYTES, merge.NOTE_UNITS, merge.SHARD_TOKENS, pipeline.INLINE_BYTES = 3000, 3, 30_000, 0
 if __name__ == "__main__":
     from launch import cli, prepare
     cli.run(prepare.main)

@@ -279,7 +279,7 @@ def test_a_file_in_the_way_is_never_replaced(overwrite, file, tmp_path):
 
 KILLED = """
 import os, pathlib, signal, sys
-from data import documents, encode, prepare
+from data.preparation import documents, encode, pipeline
 documents.UNIT_BYTES = 40
 encode_unit, calls = encode.encode, []
 def encode_then_die(*args):
@@ -289,7 +289,7 @@ def encode_then_die(*args):
     return calls[-1]
 encode.encode = encode_then_die
 out, source = map(pathlib.Path, sys.argv[1:])
-prepare.prepare(out, source=str(source), tokenizer="char", val_fraction=0.3, overwrite=True)
+pipeline.prepare(out, source=str(source), tokenizer="char", val_fraction=0.3, overwrite=True)
 """
 
 

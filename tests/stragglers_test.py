@@ -89,7 +89,7 @@ def test_the_probe_runs_under_the_mesh_of_a_run_and_compiles_once():
 # Ten times as long as usual, so that it spans several turns of throttled(), and these several of a busy machine.
 SCRIPT = """
 import sys
-from trainer import stragglers
+from trainer.reliability import stragglers
 made = stragglers._products
 stragglers._products = lambda size, products, dtype: made(size, 10 * products, dtype)
 stragglers.measure_probe()
