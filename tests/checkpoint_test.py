@@ -212,7 +212,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(tmp_path, program
     save(run, state, 5)
     lose(run)
     for _ in range(2):
-        with pytest.raises(CheckpointError, match="has saved checkpoints, and none is left"):
+        with pytest.raises(CheckpointError, match="has saved checkpoints, but none is left"):
             Checkpoints(run, KEEP_ALL).restore_newest(program)
 
 
@@ -465,7 +465,7 @@ def test_copies_are_discarded_by_name(tmp_path, state, monkeypatch):
         checkpoints.save(step, state, {"samples": 0})
         assert checkpoints.wait()
         mirror.wait()
-    monkeypatch.setattr(mirror, "whole", lambda: set())
+    monkeypatch.setattr(mirror, "complete_copies", lambda: set())
     checkpoints.discard_after(4)
     assert mirror._list() == {2, 4}
 
@@ -790,7 +790,9 @@ def test_one_that_cannot_read_is_heard_before_one_that_finds_something_wrong(tmp
     """A library that fails for lack of file descriptors proves nothing, but would send a step to quarantine."""
     checkpoints = save(tmp_path, state, 5)
     words = [[Suspect.__name__, "strange", 3], None, [Unreadable.__name__, "no descriptor", 42]]
-    monkeypatch.setattr(checkpoints.processes, "exchange", lambda name, mine: [json.dumps(word) for word in words])
+    monkeypatch.setattr(
+        checkpoints.processes, "distinct_values", lambda name, mine: [json.dumps(word) for word in words]
+    )
     with pytest.raises(Unreadable, match="no descriptor"):
         checkpoints.restore(program, 5)
 
@@ -867,7 +869,7 @@ def test_a_part_on_a_disk_that_is_not_mounted_is_not_missing(copied, program):
         place, away = copied / "run/checkpoints" / name, copied / "away"
         place.rename(away)
         place.symlink_to(copied / "gone")
-        with pytest.raises(Unreadable, match=r"leads to .*gone, which is not there") as e:
+        with pytest.raises(Unreadable, match=r"is a link to .*gone, which is not there") as e:
             mirrored(copied / "run").restore_newest(program)
         assert e.value.exit_code == 42 and not (copied / "run/quarantine").exists()
         place.unlink()

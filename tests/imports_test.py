@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "trainer.parallel": {"model", "trainer"},
     "trainer.reliability": {"data", "data.storage", "data.token_files", "data.tokenizers", "trainer"},
     "trainer.reporting": {"data", "data.storage", "data.token_files", "model", "trainer", "trainer.reliability"},
-    "trainer.planning": {"model", "trainer", "trainer.reporting"},
+    "trainer.planning": {"data", "model", "trainer", "trainer.parallel", "trainer.reporting"},
     "configs": {"trainer"},  # default.py takes the dataclasses' defaults from there
 }
 MAY_IMPORT["trainer"].add("trainer.reporting")  # the loop reports
