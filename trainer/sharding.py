@@ -50,11 +50,11 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
 
 
 def mesh_of(sizes: dict[str, int], devices: list[jax.Device], num_slices: int = 0) -> Mesh:
-    """Devices laid out so that neighbours in the mesh are neighbours in the network, and slices differ in `data` alone.
+    """Devices laid out so that neighbours in the mesh are neighbours in the network, and slices differ in `data` only.
 
     Args:
       num_slices: groups of devices with a fast network inside each (slices of TPUs, nodes of GPUs), equal parts of
-        `devices` in their order where these do not say which group they are in; 0: what they say.
+        `devices` in their order if these do not say which group they are in; 0: what they say.
 
     Raises:
       ConfigError: `data` is not divisible by the slices.
@@ -106,7 +106,7 @@ def axis_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
 
 
 def inference_mesh(config: Config) -> Mesh:
-    """A mesh for sampling and evaluation: the run's own where it fits this machine, else all devices as replicas."""
+    """A mesh for sampling and evaluation: the run's own if it fits this machine, else all devices as replicas."""
     try:
         return make_mesh(config)
     except ConfigError:
