@@ -76,7 +76,7 @@ class Generator:
     def __call__(self, params, prompt: np.ndarray, *, rows: int, max_new_tokens: int, seed: int) -> np.ndarray:
         """`rows` continuations of one prompt.
 
-        Row i depends on (seed, i) alone, not on how many rows are asked for.
+        Row i depends only on (seed, i), not on how many rows are asked for.
 
         Args:
           prompt: integer [n], n >= 1.
@@ -99,19 +99,20 @@ class Generator:
             upto = min(length, known + wanted - text.shape[1])
             buffer = np.zeros((rows, length), np.int32)
             buffer[:, :known] = text[:, -known:]
-            filled = self._fill(params, buffer, known, upto, keys, text.shape[1] - known)
+            filled = self._fill(params, buffer, known=known, upto=upto, keys=keys, offset=text.shape[1] - known)
             text = np.concatenate([text, np.asarray(filled)[:, known:upto]], axis=1)
         return text[:, len(prompt) :]
 
     def lower(self, params, *, rows: int, wanted: int) -> jax.stages.Lowered:
         """The program for `rows` texts of `wanted` tokens with their prompt; params may be abstract."""
         buffer = jax.ShapeDtypeStruct((rows, self._buffer_length(wanted)), np.int32)
-        return self._fill.lower(params, buffer, 1, 2, jax.eval_shape(lambda: _keys(0, rows)), 0)
+        keys = jax.eval_shape(lambda: _keys(0, rows))
+        return self._fill.lower(params, buffer, known=1, upto=2, keys=keys, offset=0)
 
     def _buffer_length(self, wanted: int) -> int:
         return min(self.context, 1 << (wanted - 1).bit_length())
 
-    def _fill_buffer(self, params, buffer: Array, known: Array, upto: Array, keys: Array, offset: Array) -> Array:
+    def _fill_buffer(self, params, buffer: Array, *, known: Array, upto: Array, keys: Array, offset: Array) -> Array:
         """Fills buffer[:, known:upto]; `offset` is the place of buffer[:, 0] in the whole text, for the keys."""
         model = self._apply(params)
         rows, length = buffer.shape
@@ -123,7 +124,7 @@ class Generator:
             of_token = jax.vmap(lambda key: jax.random.fold_in(key, offset + position))(keys)
             return jax.vmap(jax.random.categorical)(of_token, logits).astype(jnp.int32)
 
-        # Prefill: the whole buffer at once. Entries past `known` are rubbish, but no query sees a key after itself,
+        # Prefill: the whole buffer at once. Entries past `known` are padding, but no query sees a key after itself,
         # and each is overwritten before its position becomes visible.
         logits, cache = model(buffer, cache=empty_cache(self.config, rows, length), logits_at=known - 1)
         buffer = jax.lax.dynamic_update_slice(buffer, choose(logits[:, 0], known)[:, None], (0, known))

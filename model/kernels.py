@@ -148,7 +148,7 @@ def refusal(
     documents: bool,
     capability: str = "",
 ) -> str:
-    """Why `kernel` cannot compute this model's attention, '' where it can.
+    """Why `kernel` cannot compute this model's attention; '' if it can.
 
     Args:
       platform: of the devices, as jax names it: cpu, cuda or gpu, tpu.
