@@ -16,6 +16,10 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+# A missing axis is an error: arrays of other ranks meet only if the code says how. (As an environment variable it would
+# reach the commands that tests start, which refuse it.)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
 # If started by nohup, or in the background of a script, the tests and all that they start would ignore these.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)

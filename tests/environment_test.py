@@ -14,6 +14,15 @@ from trainer.errors import ConfigError, Stopped
 
 
 @pytest.fixture(autouse=True)
+def rank_promotion_of_users():
+    """tests/conftest.py forbids it, which a command would refuse."""
+    before = jax.config.jax_numpy_rank_promotion
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+    yield
+    jax.config.update("jax_numpy_rank_promotion", before)
+
+
+@pytest.fixture(autouse=True)
 def no_fork(monkeypatch):
     """Python warns of a fork beside JAX's threads; tests in other processes see how XLA responds to its flags."""
     jax.devices()  # made before XLA_FLAGS is removed, whichever test is the first

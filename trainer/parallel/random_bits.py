@@ -18,7 +18,7 @@ def bernoulli_rows(key: Array, p: Array | float, shape: tuple[int, ...], first: 
         raise ValueError("dropout on several replicas needs JAX's threefry2x32, its default")
     size = math.prod(shape[1:])
     high, low = _product(jnp.uint32(first) + jnp.arange(shape[0], dtype=jnp.uint32), size)
-    within = jnp.arange(size, dtype=jnp.uint32)
+    within = jnp.arange(size, dtype=jnp.uint32)[None]
     low = low[:, None] + within
     high = high[:, None] + (low < within).astype(jnp.uint32)
     bits = jnp.bitwise_xor(*threefry2x32_p.bind(*jax.random.key_data(key), high, low))
