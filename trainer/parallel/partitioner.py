@@ -146,7 +146,7 @@ class MeshPartitioner(Partitioner):
     def attention(self, q: Array, k: Array, v: Array, ctx: Context, spec: AttentionSpec) -> Array:
         if self.kernel == "xla" and not self.context_parallel:
             # Plain array code is split by the compiler, and its dropout is the same on any mesh. The rate of dropout
-            # is no argument of what is rematerialized, so that a constant stays one.
+            # is not an argument of what is rematerialized, so that a constant stays one.
             attend = super().attention
         else:
             attend = self._attention_by_shard

@@ -11,8 +11,8 @@ from jax.extend.random import threefry2x32_p
 def bernoulli_rows(key: Array, p: Array | float, shape: tuple[int, ...], first: Array | int) -> Array:
     """`jax.random.bernoulli(key, p, (n, *shape[1:]))[first : first + shape[0]]` for any n, by the work of these rows.
 
-    With JAX's threefry (partitionable, as launch/environment.py has it) the bits of an element depend on the key and on
-    its index alone.
+    With JAX's threefry (partitionable, as launch/environment.py has it) the bits of an element depend only on the
+    key and on its index.
     """
     if str(jax.random.key_impl(key)) != "threefry2x32":
         raise ValueError("dropout on several replicas needs JAX's threefry2x32, its default")
