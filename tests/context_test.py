@@ -11,12 +11,17 @@ import tiny_models
 from flax import nnx
 from tiny_models import CONFIGS
 
+from data.batch import from_tokens
 from model import transformer
 from model.attention import empty_cache
 from model.config import ModelConfig
 from model.context import Aux, Context
 from model.dropout import Dropout
 from model.transformer import Block
+from trainer import sharding
+from trainer.config import from_dict
+from trainer.state import Program
+from trainer.step import make_gradient
 
 
 class Reporting(Block):
@@ -150,3 +155,66 @@ def test_parts_of_a_layer_report_to_the_layer_and_other_layers_do_not():
     other.report_loss("x", jnp.float32(2))
     assert (one.aux, other.aux, ctx.aux) == (Aux({}, {"x": 1}), Aux({"x": 2}, {}), Aux({}, {}))
     assert Context(index, index[None]).aux == Aux({}, {})
+
+
+# In a train step
+
+
+MESHES = {  # data, fsdp, context, tensor
+    "one": (1, 1, 1, 1), "mixed": (2, 2, 1, 2), "context": (1, 2, 4, 1),
+}  # fmt: skip
+ROWS, LENGTH = 16, 32
+
+
+def gradient_of(mesh: str, accum: int) -> tuple[float, dict, dict]:
+    """(loss, reports, gradients) of one batch with weights, on a mesh and in microbatches."""
+    model = {"num_layers": 2, "embed_dim": 32, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 24}
+    config = from_dict(
+        {
+            "global_batch_size": ROWS, "grad_accum_steps": accum, "data": {"seq_len": LENGTH},
+            "model": model | {"max_seq_len": LENGTH},
+        }
+    )  # fmt: skip
+    sizes = dict(zip(sharding.MESH_AXES, MESHES[mesh], strict=True))
+    where = sharding.mesh_of(sizes, jax.devices()[: int(np.prod(MESHES[mesh]))])
+    tokens = np.random.default_rng(0).integers(0, 24, (ROWS, LENGTH + 1), dtype=np.uint16)
+    batch = from_tokens(tokens, loss_mask=np.ones((ROWS, LENGTH), bool))
+    with jax.set_mesh(where):
+        program = Program(config, where)
+        # Far from their initial values, at which the streams, and so the reports, are near 0.
+        draw = np.random.default_rng(1)
+        params = jax.tree.map(lambda p: 0.3 * draw.standard_normal(p.shape, np.float32), program.params)
+        run = jax.jit(lambda params, batch: make_gradient(program)(params, batch, None, 0))
+        shardings = jax.tree.map(lambda p: p.sharding, program.params), sharding.named(where, "batch")
+        return jax.device_get(run(*jax.device_put((params, batch), shardings)))
+
+
+@pytest.fixture(scope="module")
+def of_one_device():
+    """Without reports, and with them."""
+    plain = gradient_of("one", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformer, "Block", Reporting)
+        return plain, gradient_of("one", 1)
+
+
+def test_a_step_trains_on_a_reported_loss_and_shows_all_reports(of_one_device):
+    """The cross-entropy that is shown as the loss does not have the reported loss in it."""
+    (loss, nothing, gradients), (with_reports, reported, others) = of_one_device
+    assert nothing == {} and reported.keys() == {"mean_square", "largest", "mean_fourth"}
+    assert with_reports == pytest.approx(loss, rel=1e-6)
+    differences = jax.tree.map(lambda a, b: np.abs(a - b).max() / np.abs(a).max(), gradients, others)
+    assert differences["layers"]["mlp"]["down"]["kernel"] > 0.01
+    assert differences["norm"]["scale"] < 1e-5  # it comes after all layers
+
+
+@pytest.mark.parametrize(("mesh", "accum"), [("one", 4), ("mixed", 2), ("context", 2)])
+def test_reports_of_a_step_are_the_same_in_microbatches_and_on_every_mesh(monkeypatch, of_one_device, mesh, accum):
+    _, (loss, reported, gradients) = of_one_device
+    monkeypatch.setattr(transformer, "Block", Reporting)
+    found_loss, found, found_gradients = gradient_of(mesh, accum)
+    assert found_loss == pytest.approx(loss, rel=1e-5)
+    for name in ("mean_square", "mean_fourth"):  # the largest value of a microbatch is another number
+        assert found[name] == pytest.approx(reported[name], rel=1e-5), name
+    for a, b in zip(jax.tree.leaves(found_gradients), jax.tree.leaves(gradients), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
