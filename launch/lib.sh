@@ -8,26 +8,26 @@ if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
 fi
 
 shopt -u checkwinsize # with it bash sets LINES, which is the flag --lines
-unset CDPATH          # cd would go elsewhere
-unset POSIXLY_CORRECT # wait would know a process once
+unset CDPATH          # else cd may go elsewhere
+unset POSIXLY_CORRECT # with it, wait returns the status of a process only once
 set +o posix
 letter=i
-[[ ${letter^^} == I ]] || export LC_ALL=C.UTF-8 # in Turkish it is another letter, and names of flags are not Turkish
+[[ ${letter^^} == I ]] || export LC_ALL=C.UTF-8 # a Turkish locale uppercases i to another letter, and breaks flag names
 
-say() { printf '%s\n' "$*" >&2 || true; } # stdout is for results; that nobody reads this ends nothing
+say() { printf '%s\n' "$*" >&2 || true; } # stdout is for results; a closed stderr ends nothing
 
-report() { [[ -n ${DRY_RUN:-} ]] || say "$*"; } # what was done
+report() { [[ -n ${DRY_RUN:-} ]] || say "$*"; } # says what was done
 
-fail() { # CODE MESSAGE: in one line, whatever it quotes
+fail() { # CODE MESSAGE: prints one line, whatever it quotes
   say "error: ${2//[[:cntrl:]]/ }"
   exit "$1"
 }
 
-usage() { # the comment at the top of the script that was started
+usage() { # prints the comment at the top of the script that was started
   sed -n '2,/^[^#]/{/^#/!d;s/^# \{0,1\}//;p}' "$0"
 }
 
-# One line that any POSIX shell reads back as the same words, whatever is in them.
+# Prints one line that any POSIX shell reads back as the same words, whatever is in them.
 quote() { # WORD...
   local word line=""
   for word in "$@"; do
@@ -72,7 +72,7 @@ parse_flags() { # NAME... -- ARGUMENT...
       exit 0
       ;;
     --*) ;;
-    *) fail 2 "$1 is no flag; flags are --name=VALUE, and the training command follows --" ;;
+    *) fail 2 "unexpected argument $1; flags are --name=VALUE, and the training command follows --" ;;
     esac
     name=${1#--}
     name=${name%%=*}
@@ -80,7 +80,7 @@ parse_flags() { # NAME... -- ARGUMENT...
       [[ $1 != *=* ]] || fail 2 "--$name takes no value"
       value=1
     elif [[ $name == *\? ]] || ! is_among "$name" "${names[@]}"; then
-      fail 2 "unknown flag --$name; there are $(printf -- '--%s ' "${names[@]%\?}")"
+      fail 2 "unknown flag --$name; the flags are $(printf -- '--%s ' "${names[@]%\?}")"
     elif [[ $1 == *=* ]]; then
       value=${1#*=}
     else
@@ -98,13 +98,13 @@ at_least() { # LEAST FLAG VALUE
   fail 2 "$2=$3 must be a whole number, $1 or more"
 }
 
-# NAME=VALUE a line, # for comments; quotes around a value are left out. Unknown names are mistakes.
+# Reads a NAME=VALUE on each line; # starts a comment, and quotes around a value are stripped. Unknown names are errors.
 load_settings() { # FILE NAME...
   local file=$1 line number=0 name value
   shift
   while IFS= read -r line || [[ -n $line ]]; do
     number=$((number + 1))
-    ((number > 1)) || line=${line#$'\xef\xbb\xbf'} # as some editors begin a file
+    ((number > 1)) || line=${line#$'\xef\xbb\xbf'} # the BOM that some editors write
     line=${line%%[[:space:]]#*}
     [[ -n ${line//[[:space:]]/} && ${line:0:1} != "#" ]] || continue
     name=${line%%=*} value=${line#*=}
@@ -119,7 +119,7 @@ load_settings() { # FILE NAME...
   done <"$file"
 }
 
-# Settings from the file that --env names (--env= is none); without --env from DEFAULT, if it is there.
+# Reads settings from the file that --env names (--env= means none); without --env from DEFAULT, if it exists.
 load_env() { # DEFAULT EXAMPLE NAME... -- ARGUMENT...
   local file=$1 example=$2 names=()
   shift 2
@@ -129,9 +129,9 @@ load_env() { # DEFAULT EXAMPLE NAME... -- ARGUMENT...
   done
   shift
   [[ -f $file ]] || file=""
-  while (($#)) && [[ $1 != -- ]]; do # not those of the training command
+  while (($#)) && [[ $1 != -- ]]; do # ignores the flags of the training command
     case $1 in
-    -h | --help) # also if the file is damaged
+    -h | --help) # works even if the file is damaged
       usage
       exit 0
       ;;
@@ -140,11 +140,11 @@ load_env() { # DEFAULT EXAMPLE NAME... -- ARGUMENT...
     esac
     shift
   done
-  [[ -z $file || -f $file ]] || fail 2 "--env=$file is no file; $example is one to begin with"
+  [[ -z $file || -f $file ]] || fail 2 "--env=$file: no such file; start from $example"
   [[ -z $file ]] || load_settings "$file" "${names[@]}"
 }
 
-# Runs a command that changes something; with --dry_run it is only shown.
+# Runs a command that changes something; with --dry_run only prints it.
 act() { # WORD...
   if [[ -n ${DRY_RUN:-} ]]; then
     printf '%s\n' "$(quote "$@")"
@@ -153,8 +153,8 @@ act() { # WORD...
   fi
 }
 
-# The value of --NAME=VALUE or --NAME VALUE in a command, with one hyphen or two; the last one, as the command itself has
-# it.
+# Prints the value of --NAME=VALUE or --NAME VALUE in a command, with one hyphen or two. The last one counts, as it does
+# for the command itself.
 flag() { # NAME COMMAND...
   local name=$1 value=""
   while shift && (($#)); do
@@ -166,11 +166,11 @@ flag() { # NAME COMMAND...
   printf '%s' "$value"
 }
 
-# The run directory of a training command, as it is written there; all launchers read it here.
+# Prints the run directory of a training command, as written there; all launchers use this function.
 workdir_of() { # COMMAND...
   local run word
   for word in "$@"; do
-    [[ ! $word =~ ^--?flagfile(=|$) ]] || fail 2 "leave $word out: what it says of --workdir is not seen here"
+    [[ ! $word =~ ^--?flagfile(=|$) ]] || fail 2 "leave $word out: a --workdir in it is not seen here"
   done
   run=$(flag workdir "$@")
   [[ -n $run ]] || fail 2 "the command has no --workdir=…; name a folder for the run"
@@ -178,34 +178,34 @@ workdir_of() { # COMMAND...
   printf '%s' "$run"
 }
 
-# Whether PATH is below FOLDER, and stays there: no part of it is empty, . or .., which lead out again.
+# Whether PATH is below FOLDER and stays there: no component is empty, . or .. (which could lead out again).
 is_below() { # FOLDER PATH
   local rest=${2#"$1"/}
   [[ $2 == "$1"/* && "/${rest%/}/" != *//* && "/$rest/" != */./* && "/$rest/" != */../* ]]
 }
 
-# A path with ~ or ~USER at its beginning replaced, as the trainer reads it (launch/cli.py).
+# Prints a path with a leading ~ or ~USER expanded, as the trainer does it (launch/cli.py).
 expanded() { # PATH
   local user=${1%%/*} home
   [[ $1 == "~"* ]] || { printf '%s' "$1" && return; }
   [[ $user =~ ^~([A-Za-z_][A-Za-z0-9._-]*)?$ ]] && eval "home=$user" && [[ $home != "~"* ]] ||
-    fail 2 "$1 begins with the home of a user ${user#"~"} who is not known; ./$user is a folder"
+    fail 2 "$1 begins with the home of an unknown user ${user#"~"}; for a folder of that name, write ./$user"
   printf '%s' "$home${1#"$user"}"
 }
 
-# NFS without the slashes at its end, as findmnt shows it; nothing that mount would read as an option.
+# Strips trailing slashes from NFS, as findmnt shows it, and rejects what mount would read as an option.
 check_nfs() {
   [[ -z $NFS || $NFS =~ ^([A-Za-z0-9][-A-Za-z0-9._]*|\[[0-9A-Fa-f:.]+\]):/[^[:space:]]*$ ]] ||
     fail 2 "NFS=$NFS must be SERVER:/EXPORT, such as 10.0.0.2:/runs"
   while [[ $NFS == *[!:]/ ]]; do NFS=${NFS%/}; done
 }
 
-# What is mounted at FOLDER; nothing if nothing is.
+# Prints what is mounted at FOLDER, if anything.
 mounted_at() { # FOLDER
   findmnt --noheadings --nofsroot --output=SOURCE --mountpoint "$1" | tail -n 1 || true
 }
 
-# What a launcher starts again: stopped, an exception, and what signals leave but for the second Ctrl-C.
+# Whether a launcher restarts after this code: stopped (42), an exception (1), death by a signal except a second Ctrl-C.
 may_restart() { # CODE
   (($1 == 42 || $1 == 1 || $1 >= 128 && $1 != 130))
 }

@@ -1,46 +1,46 @@
 # shellcheck shell=bash
-# Settings of XLA, JAX and NCCL for training on NVIDIA GPUs: the one place for them. Sourced, by launch/gpu/run.sh or by
-# hand before any other command. What the environment has already wins. DETERMINISTIC=1: the same bits each time.
+# Settings of XLA, JAX and NCCL for training on NVIDIA GPUs, all in one place. Sourced by launch/gpu/run.sh, or by hand
+# before any other command. Variables that are already set win. DETERMINISTIC=1: the same bits each time.
 #
-# No step was timed with these, as no GPU was at hand; what compiled programs show stands beside them. XLA ends the
+# No step was timed with these, because no GPU was at hand; the comments say what compiled programs show. XLA ends the
 # process on a flag that it does not know: tests/system/gpu_launch_test.py starts the installed jaxlib with these.
 
-# Collectives are moved beside matrix products, also into the layer before or after. In llama_1b's step for 8 x H100
+# Overlaps collectives with matrix products, also those of the layer before or after. In llama_1b's step for 8 x H100
 # (fsdp 8, 8 sequences of 2048 each, jax 0.12.0.1) 38 of 45 collectives have products between their start and their end,
-# by default 5 of 18; 5.06 GiB at most instead of 5.00; compiled in 32 s instead of 19.
+# by default 5 of 18; the peak is 5.06 GiB instead of 5.00; compilation takes 32 s instead of 19.
 export JAX_OPTIMIZATION_LEVEL=${JAX_OPTIMIZATION_LEVEL:-O1}
 
 if [[ -n ${DETERMINISTIC:-} ]]; then
-  # No scatter or reduction by atomics, whose order differs from run to run; and no kernel chosen by timing it, which
-  # may choose another one after a restart. The step becomes slower (docs/reliability.md).
+  # No scatter or reduction by atomics, whose order differs from run to run, and no autotuning, which may choose another
+  # kernel after a restart. The step becomes slower (docs/reliability.md).
   xla="--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
-  # The user's flags come last: of a flag given twice the last counts. A value without -- names a file of flags.
+  # The user's flags come last, because the last of a repeated flag counts. A value without -- names a file of flags.
   if [[ -z ${XLA_FLAGS:-} || $XLA_FLAGS == *--* ]]; then
     export XLA_FLAGS="$xla${XLA_FLAGS:+ $XLA_FLAGS}"
   else
     printf 'warning: XLA_FLAGS=%s names a file; add to it: %s\n' "$XLA_FLAGS" "$xla" >&2
   fi
   unset xla
-  # A ring adds in the order of its members. NVLink SHARP adds in the switch, in the order of arrival.
+  # A ring adds in the order of its ranks. NVLink SHARP adds in the switch, in the order of arrival.
   export NCCL_ALGO=${NCCL_ALGO:-Ring}
 fi
 
-# Where the CUDA plugin does not work, JAX then ends and says why; else it would train on the CPU, with a warning.
+# If the CUDA plugin does not work, JAX then fails and says why; otherwise it would fall back to the CPU with a warning.
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}
 
-# What NCCL complains about is printed; by default it keeps it to itself. INFO shows which networks and rings it takes.
+# Prints NCCL's warnings, which it hides by default. INFO shows which networks and rings it uses.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
 # Left to defaults, and why:
 #   XLA_PYTHON_CLIENT_MEM_FRACTION     launch.train takes 92 % of each GPU
 #   NCCL_PROTO, NCCL_ALGO, NCCL_NVLS_ENABLE, NCCL_MIN_NCHANNELS
-#                                      NCCL chooses by the topology it finds; a choice by hand is one for one machine
+#                                      NCCL chooses by the topology it finds; a manual choice suits one machine only
 #   NCCL_SOCKET_IFNAME, NCCL_IB_HCA    differ from site to site. Set the first to the network between the nodes, such as
-#                                      eth0, where NCCL takes the wrong one (docker0) and hangs or fails to connect
+#                                      eth0, if NCCL takes the wrong one (docker0) and hangs or fails to connect
 #   CUDA_DEVICE_MAX_CONNECTIONS        1 was faster with older schedulers on Hopper; on Blackwell it is slower
 #   --xla_gpu_enable_latency_hiding_scheduler, --xla_gpu_enable_pipelined_*,
 #   --xla_gpu_enable_while_loop_double_buffering
-#                                      O1 does what they do. The first alone changes nothing in the program above
+#                                      O1 does what they do. Only setting the first changes nothing in the program above
 #   --xla_gpu_*_combine_threshold_bytes
 #                                      XLA has defaults by size; worth trying for one model on one machine, with
 #                                      python -m launch.bench --trace

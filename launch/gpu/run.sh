@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Trains on the GPUs of this machine, or of several, under a supervisor that starts it again after a crash.
+# Trains on the GPUs of this machine, or of several, under a supervisor that restarts after a crash.
 #
 #   launch/gpu/run.sh -- python -m launch.train --config=configs/llama_1b.py --workdir=runs/llama
 #
 #   --per_gpu         one process for each GPU; default: one process with all of them
 #   --nodes=N --node=I --coordinator=HOST:PORT
-#                     N machines, each with such a command; this is number I, from 0, and HOST number 0 (its port open
-#                     to the others; the run directory on a file system of all)
+#                     N machines, each started with this command; this is number I, from 0, and HOST is number 0 (its
+#                     port open to the others; the run directory on a file system that all share)
 #   --deterministic   the same bits after a restart, too; slower
-#   --skip_check      do not look at driver, wheels, memory and links first (launch/gpu_check.py)
+#   --skip_check      do not check driver, wheels, memory and links first (launch/gpu_check.py)
 #   --dry_run         print the settings and commands, run nothing
 #
-# Settings of XLA and NCCL are in launch/gpu/env.sh. The rest is launch/local/run.sh: lines are marked [process] where
-# there are several; Ctrl-C, SIGTERM and SIGUSR1 save and leave with 42, and the same command goes on.
+# Settings of XLA and NCCL are in launch/gpu/env.sh. launch/local/run.sh does the rest: with several processes, lines
+# are prefixed with [process]; Ctrl-C, SIGTERM and SIGUSR1 save and exit with 42, and the same command resumes.
 set -euo pipefail
 HERE=$(dirname "$(readlink -f "$0")")
 # shellcheck source-path=SCRIPTDIR source=../lib.sh
@@ -23,7 +23,7 @@ source "$HERE/../local/command.sh"
 NODES=1 NODE="" COORDINATOR="" PER_GPU="" DETERMINISTIC="" SKIP_CHECK="" DRY_RUN=""
 SETTINGS=(XLA_FLAGS JAX_OPTIMIZATION_LEVEL JAX_PLATFORMS NCCL_DEBUG NCCL_ALGO)
 
-# Sets GPUS. Of CUDA_VISIBLE_DEVICES CUDA takes the names before the first that is not of a GPU, such as -1.
+# Sets GPUS. CUDA reads CUDA_VISIBLE_DEVICES up to the first name that is not a GPU, such as -1.
 count_gpus() {
   local name names
   GPUS=0
@@ -36,7 +36,7 @@ count_gpus() {
     ((GPUS)) || fail 2 "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names no GPU; unset it, or say CUDA_VISIBLE_DEVICES=0,1"
   else
     GPUS=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ') ||
-      fail 2 "nvidia-smi lists no GPU; python -m launch.gpu_check says why, CUDA_VISIBLE_DEVICES=0,1 does without it"
+      fail 2 "nvidia-smi lists no GPU; python -m launch.gpu_check says why; CUDA_VISIBLE_DEVICES=0,1 works without it"
   fi
 }
 
@@ -49,10 +49,10 @@ if [[ -n $DRY_RUN ]]; then
 fi
 [[ -n $SKIP_CHECK ]] || act "$PYTHON" -m launch.gpu_check
 
-GANG=(--processes=1)
+PROCESS_FLAGS=(--processes=1)
 if [[ -n $PER_GPU ]]; then
   count_gpus
-  GANG=("--processes=$GPUS" --per_gpu)
+  PROCESS_FLAGS=("--processes=$GPUS" --per_gpu)
 fi
-GANG+=("--nodes=$NODES" "--node=${NODE:-}" "--coordinator=$COORDINATOR")
-exec "$HERE/../local/run.sh" "${GANG[@]}" ${DRY_RUN:+--dry_run} -- "${COMMAND[@]}"
+PROCESS_FLAGS+=("--nodes=$NODES" "--node=${NODE:-}" "--coordinator=$COORDINATOR")
+exec "$HERE/../local/run.sh" "${PROCESS_FLAGS[@]}" ${DRY_RUN:+--dry_run} -- "${COMMAND[@]}"

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Several processes of one run on this machine, each under a supervisor of its own: tries out what a pod does.
+# Runs several processes of one run on this machine, each under its own supervisor: tries out what a pod does.
 #
 #   launch/local/run.sh --processes=4 -- python -m launch.train --config=configs/tiny.py --workdir=runs/tiny
 #
 #   --processes=N            processes on this machine (2)
-#   --devices_per_process=N  devices that each makes of the CPU, with JAX_PLATFORMS=cpu; default: those that JAX finds
+#   --devices_per_process=N  CPU devices of each process, with JAX_PLATFORMS=cpu; default: those that JAX finds
 #   --nodes=N --node=I --coordinator=HOST:PORT
-#                            N machines, each with such a command; this is number I, from 0, and HOST number 0
-#   --per_gpu                process I has GPU I of the machine alone
+#                            N machines, each started with this command; this is number I, from 0, and HOST is number 0
+#   --per_gpu                process I uses only GPU I of the machine
 #   --dry_run                print the commands, run nothing
 #
-# Lines are marked [process]. Ctrl-C, SIGTERM and SIGUSR1 go to all: they save the same step, and it leaves with 42. The
-# same command goes on. Exit codes are those of docs/reliability.md: 0 when all ended with 0, else the most telling one.
+# Lines are prefixed with [process]. Ctrl-C, SIGTERM and SIGUSR1 go to all: they save the same step, and the script
+# exits with 42. The same command resumes. Exit codes are those of docs/reliability.md: 0 if all exited with 0, else the
+# most telling one.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=../lib.sh
 source "$(dirname "$(readlink -f "$0")")/../lib.sh"
@@ -41,15 +42,15 @@ is_place() { # HOST:PORT
   [[ $1 =~ ^[^[:space:]]+:([1-9][0-9]{0,4})$ ]] && ((BASH_REMATCH[1] < 65536))
 }
 
-# A port that nobody listens at, below those that the kernel gives to outgoing connections: in the seconds between two
-# lives of the gang, when nobody holds it, nothing takes it by chance. So it may stay the same for all of them.
+# Prints a port that no process listens on, below the range of outgoing connections: in the seconds between two
+# attempts, when it is free, no connection takes it by chance. So it can stay the same for all attempts.
 free_port() {
   local port
   while port=$((20000 + RANDOM % 10000)) && (: <"/dev/tcp/localhost/$port") 2>/dev/null; do :; done
   printf '%s' "$port"
 }
 
-# Sets WORDS to the command of the process that is number I on this machine.
+# Sets WORDS to the command of process I on this machine.
 words_of() { # I
   WORDS=()
   [[ -z $PER_GPU ]] || WORDS+=("JAX_LOCAL_DEVICE_IDS=$1")

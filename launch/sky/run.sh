@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs COMMAND on a host of a SkyPilot job, one process a host: `run:` of the yaml files.
+# Runs COMMAND on a host of a SkyPilot job, one process per host: `run:` of the yaml files.
 #   COMMAND='python -m launch.train …' launch/sky/run.sh tpu|cuda
 #
-# launch.supervise mends here what can be mended on these machines: crashes, and peers that died. What is left for
-# SkyPilot is in the exit code: 42 asks for new machines; any other ends the job, and the same command goes on with it.
+# launch.supervise handles what can be handled on these machines: crashes, and peers that died. The exit code tells
+# SkyPilot the rest: 42 asks for new machines; any other ends the job, and the same command resumes the run.
 set -euo pipefail
 CDPATH="" cd "$(dirname "$(readlink -f "$0")")/../.."
 # shellcheck source-path=SCRIPTDIR source=../lib.sh
@@ -14,8 +14,8 @@ PORT=${COORDINATOR_PORT:-8476}
 HOSTS=${SKYPILOT_NUM_NODES:-1} RANK=${SKYPILOT_NODE_RANK:-0} IPS=${SKYPILOT_NODE_IPS:-localhost}
 PATH=$HOME/meshlm-env/bin:$PATH
 
-# Sets WORDS to those of COMMAND, as a shell reads them; patterns for files stay as they are. Outside of quotes there may be
-# nothing that ends a command, or begins another.
+# Sets WORDS to those of COMMAND, as a shell reads them, without expanding file patterns. Outside of quotes nothing may
+# end the command or begin another.
 read_command() {
   local rest=${COMMAND:-} bare="" quoted
   quoted=$'^([^\'"\\\\$]*)(\\\\.|\\$\'([^\'\\\\]|\\\\.)*\'|\\$|\'[^\']*\'|"([^"\\\\]|\\\\.)*")'
@@ -31,14 +31,14 @@ read_command() {
   eval "WORDS=(${COMMAND:-})"
 }
 
-# What is not on a shared folder goes when the machines go.
+# Checks that the run directory outlives the machines: it is on the shared folder, or has a mirror.
 check_run_directory() {
   local run mirror there
   run=$(workdir_of "${WORDS[@]}")
   mirror=$(flag config.checkpoint.mirror "${WORDS[@]}") there=$(mounted_at "$RUNS")
   is_below "$RUNS" "$run" || fail 2 "--workdir=$run must be below $RUNS, as in --workdir=$RUNS/a, without . and .."
-  [[ -z $NFS || $there == "$NFS" ]] || # else the run would begin anew, on this disk or in a folder of others
-    fail 2 "$RUNS is ${there:-not mounted} here, and NFS=$NFS; was the machine started again? Launch the job again"
+  [[ -z $NFS || $there == "$NFS" ]] || # else the run would start from step 0, on this disk or in another folder
+    fail 2 "$RUNS is ${there:-not mounted} here, and NFS=$NFS; was the machine rebooted? Launch the job again"
   [[ -z $there ]] || return 0
   ((HOSTS == 1)) || fail 2 "$HOSTS hosts need one folder for the run; say --env NFS=SERVER:/EXPORT, which becomes $RUNS"
   [[ -n $mirror ]] ||
@@ -47,7 +47,7 @@ check_run_directory() {
 
 supervise() {
   case $ACCELERATOR in
-  tpu) # finds its peers by itself; the number is for the supervisor, which writes a file on each host
+  tpu) # JAX finds the peers by itself; the rank is for the supervisor, which writes its own file on each host
     python -m launch.supervise --process="$RANK" -- "${WORDS[@]}"
     ;;
   cuda)
@@ -62,12 +62,12 @@ check_nfs
 read_command
 check_run_directory
 
-# Signals reach every process of the host; this one has to outlive the save. They tell a stop from a supervisor that
-# gives up, after three restarts without a new checkpoint: new machines would not help it.
-told="" code=0
-trap 'told=1' TERM INT USR1
+# Signals reach every process of the host, and this one has to outlive the save. A signal distinguishes a stop from a
+# supervisor that gives up after three restarts without a new checkpoint, which new machines would not help.
+signalled="" code=0
+trap 'signalled=1' TERM INT USR1
 supervise || code=$?
-if [[ -n $told && ! $code =~ ^(0|2|3|4|130)$ ]]; then
+if [[ -n $signalled && ! $code =~ ^(0|2|3|4|130)$ ]]; then
   code=42
 elif [[ $code == 42 ]]; then
   code=1

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
-# The lives of a run under Slurm: a row of RUN/lives.jsonl for each start of the job, as trainer/reliability/restarts.py reads it (without
-# goodput, for which Python would have to be here). Sourced by train.sbatch, which sets RUN; it alone writes them.
+# The attempts of a run under Slurm: a row of RUN/lives.jsonl for each start of the job, in the format that
+# trainer/reliability/restarts.py reads (without goodput, which would need Python here). Sourced by train.sbatch, which
+# sets RUN and is the only writer.
 
 begin_life() {
   LIVES=$RUN/lives.jsonl
@@ -12,14 +13,14 @@ begin_life() {
 end_life() { # CODE
   local cause="exit code $1" before waited=0 metrics reached=0 end torn=""
   LAST_STEP=$(newest_step)
-  may_restart "$1" || [[ -e $RUN/config.json ]] || return 0 # a mistake leaves nothing behind
+  may_restart "$1" || [[ -e $RUN/config.json ]] || return 0 # a wrong configuration leaves no run directory
   [[ $1 != 0 ]] || cause="done"
   [[ $1 != 42 ]] || cause="stopped (42)"
   end=$(now) before=$(last_row "$LIVES") metrics=$(last_row "$RUN/metrics.jsonl")
   if ((${SLURM_RESTART_COUNT:-0})) && [[ $before =~ \"end\":\ \"([^\"]*) ]]; then
     waited=$(seconds "${BASH_REMATCH[1]}" "$START")
   fi
-  [[ $metrics == "$METRICS" ]] || reached=$(field step "$metrics") # else the row is one of a life before
+  [[ $metrics == "$METRICS" ]] || reached=$(field step "$metrics") # else the row is from an earlier attempt
   mkdir -p "$RUN" || return
   [[ ! -s $LIVES || -z $(tail -c 1 "$LIVES") ]] || torn=$'\n'
   printf '%s{"life": %d, "start": "%s", "end": "%s", "waited": %d, "seconds": %d, "cause": "%s", "code": %d, ' \
@@ -28,8 +29,8 @@ end_life() { # CODE
       "$FIRST_STEP" "$LAST_STEP" $((reached > LAST_STEP ? reached - LAST_STEP : 0)) >>"$LIVES"
 }
 
-# How many lives of this job there were since one brought a new checkpoint. A life that ended with its node has no row; its
-# checkpoint is seen by the next one, and a row too many, of a job before, is older than that.
+# Prints how many attempts of this job have passed since the last new checkpoint. An attempt whose node died has no row;
+# the next attempt sees its checkpoint, and an extra row, of an earlier job, is older than that.
 fruitless() {
   local row first last before="" count=0
   while read -r row; do
@@ -40,7 +41,7 @@ fruitless() {
   printf '%s' "$count"
 }
 
-newest_step() { # committed in RUN; of a checkpoint this file is written last
+newest_step() { # committed in RUN: _CHECKPOINT_METADATA is the last file of a checkpoint to be written
   local path step newest=0
   for path in "$RUN"/checkpoints/*/_CHECKPOINT_METADATA; do
     step=$(basename "$(dirname "$path")")

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Keeps a run going for weeks: makes the machines, sets them up, starts the command, and begins again with new ones when
-# they are taken away. It ends, and deletes the machines,
+# Keeps a run going for weeks: creates the machines, sets them up, starts the command, and starts over with new machines
+# when these are taken away. It ends, and deletes the machines,
 #   with 0          when the run is done,
-#   with its code   when the command must not be started again (all but 42, 1, and 128 and above), or three lives brought
-#                   no new checkpoint,
-#   with 42         after --max_hours, in which it was at work; the run has saved. And after five requests in a row that
+#   with its code   when the command must not be restarted (any code except 42, 1, and 128 and above), or three attempts
+#                   made no new checkpoint,
+#   with 42         after --max_hours of babysitting, when the run has saved; and after five requests in a row that
 #                   brought no machines.
-# With 42 also if the machines are not known to be deleted: the same command goes on with that. It sets up, stops and
-# deletes only what was made from here (label meshlm). What it does not know is no reason to do anything: each act is for
-# what the cloud, and the workers, have said in this very round.
-# Ctrl-C ends only this script: the run goes on, and the same command watches it again.
+# It also ends with 42 if the machines are not known to be deleted: the same command tries that again. It sets up, stops
+# and deletes only what was created from here (label meshlm). It never acts on missing information: each action rests on
+# what the cloud and the workers have said in the same round.
+# Ctrl-C ends only this script: the run continues, and the same command watches it again.
 #   launch/tpu/babysit.sh [--max_hours=N] [--poll_s=30] [--keep] [settings] [--dry_run] -- python -m launch.train …
-#     --keep        leaves the machines at the end; they go on costing
-#     --new_code    from the next life on with the code of now, and not that of the first start of this command
-#     --adopt       takes over NAME, which is there now, and was not made from here
+#     --keep        keeps the machines at the end; they keep billing
+#     --new_code    uses the present code from the next attempt on, not that of the first start of this command
+#     --adopt       takes over the present NAME, which was not created from here
 set -euo pipefail
 HERE=$(dirname "$(readlink -f "$0")")
 # shellcheck source-path=SCRIPTDIR source=tpu.sh
@@ -21,12 +21,12 @@ source "$HERE/tpu.sh"
 # shellcheck source-path=SCRIPTDIR source=lives.sh
 source "$HERE/lives.sh"
 POLL_S=30 MAX_HOURS=0 KEEP="" NEW_CODE="" LIVES=3 REQUESTS=5
-LOST_S=${MESHLM_LOST_S:-900} # a worker that does not answer for so long is not waited for
+LOST_S=${MESHLM_LOST_S:-900} # a worker that has not answered for this long is given up
 begin poll_s max_hours "keep?" "new_code?" "adopt?" -- "$@"
 check_command
-ROUND_S=$((10#${POLL_S%.*} + 300)) # no round counts for more: the clock was set, or this machine has slept
+ROUND_S=$((10#${POLL_S%.*} + 300)) # limit for one round: if it seems longer, the clock was set or this machine slept
 
-# Another script of this folder, with the settings of this one: tpu.env is read once.
+# Runs another script of this folder with the settings of this one: tpu.env is read once.
 tpu() { # NAME ARGUMENT...
   local name words=(--env=) code=0
   for name in "${SETTINGS[@]}"; do words+=("--${name,,}=${!name}"); done
@@ -47,22 +47,22 @@ fi
 take_name
 know_owner
 
-# Of this command, and kept until it is done: its age, in seconds that a babysitter was at work; its best step, lives
-# without a better one; whether a life is under way (begun, or perhaps); what was asked for, and how often since there were
-# machines; and the code of its first start.
+# State of this command, kept until it is done: its age, in seconds of babysitting; its best step, and the attempts
+# without a better one; whether an attempt is in progress (begun, or perhaps); what was requested, and how often since
+# there were last machines; and the code of its first start.
 TOLD=("$BUCKET" "$NFS" "${COMMAND[@]}")
 MINE=$(quote "${TOLD[@]}" | git hash-object --stdin) || fail 2 "git does not work here, as it says above"
 MINE=$STATE/commands/$MINE
 CODE=$MINE/code.tgz
 mkdir -p "$MINE"
 
-# Who reads what is shown, or the terminal, may be gone: all is in the log, and nothing ends because of it.
+# The terminal or the reader of stderr may be gone: the log has everything, and a broken pipe ends nothing.
 trap '' PIPE
 shown=""
 log() { # TEXT
   printf '%s %s\n' "$(date '+%F %T')" "$1" >>"$STATE/babysit.log" || true
 }
-note() { # TEXT: a line in the log, and the one that is shown
+note() { # TEXT: logs it, and shows it as the current status line
   log "$1"
   if [[ -t 2 ]]; then
     printf '\r\e[K%s %s' "$(date +%T)" "$1" >&2 || true
@@ -71,13 +71,13 @@ note() { # TEXT: a line in the log, and the one that is shown
   fi
   shown=$1
 }
-tell() { # TEXT: the same, for good
+tell() { # TEXT: logs it, and prints it on a line that stays
   log "$1"
   [[ ! -t 2 ]] || say ""
   say "$1"
 }
 
-# Time goes on by CLOCK and STEP, that of this round: the clock of the machine, which SECONDS has, may be set.
+# CLOCK counts seconds, and STEP is the part of this round: the machine's clock, which SECONDS follows, may be set.
 CLOCK=0 STEP=0 seconds_before=$SECONDS
 tick() {
   STEP=$((SECONDS - seconds_before))
@@ -90,24 +90,24 @@ tick() {
 # The end
 
 named=""
-known="" # the state of NAME in the last round: ours, NONE, or not known
+known="" # the state of NAME in the last round; empty if it is not known
 
-# Whatever ends this script, what may go on costing is named.
+# Whatever ends this script, it names what may keep billing.
 leave() {
   trap '' "${SIGNALS[@]}"
   end_jobs
   if [[ $known == ACTIVE ]]; then
     named=1
-    tell "$NAME in $ZONE of $PROJECT goes on, and on costing; watch it again with the same command, or end it: launch/tpu/stop.sh, delete.sh"
+    tell "$NAME in $ZONE of $PROJECT keeps running, and billing; watch it again with the same command, or end it: launch/tpu/stop.sh, delete.sh"
   fi
   exit 42
 }
-MAY_BE_THERE="$NAME in $ZONE of $PROJECT may be there, and cost: launch/tpu/status.sh; launch/tpu/delete.sh ends it"
+MAY_BE_THERE="$NAME in $ZONE of $PROJECT may exist, and may be billing: launch/tpu/status.sh; launch/tpu/delete.sh ends it"
 last_words_of_ours() {
   local code=$?
   tidy
   [[ -n $named || $known == NONE && ! -s $MINE/asked ]] || tell "$MAY_BE_THERE"
-  [[ -n $named || $code != 1 ]] || code=42 # not the run's, but that of a disk that is full, or the like
+  [[ -n $named || $code != 1 ]] || code=42 # 1 is not the run's code, but that of a full disk or the like
   exit "$code"
 }
 trap leave "${SIGNALS[@]}"
@@ -121,9 +121,9 @@ finish() { # CODE TEXT
   if [[ -n $KEEP ]]; then
     as_job billing >"$STATE/billing" &
     wait $! || true
-    tell "$NAME in $ZONE of $PROJECT goes on costing, because of --keep; still billing in $ZONE:"$'\n'"$(<"$STATE/billing")"
+    tell "$NAME in $ZONE of $PROJECT keeps billing, because of --keep; still billing in $ZONE:"$'\n'"$(<"$STATE/billing")"
   elif ! delete; then
-    tell "DELETE IT YOURSELF: $NAME in $ZONE of $PROJECT goes on costing (launch/tpu/delete.sh, or the same command again)"
+    tell "DELETE IT YOURSELF: $NAME in $ZONE of $PROJECT keeps billing (launch/tpu/delete.sh, or the same command again)"
     ((code)) || code=42
     kept=1
   elif [[ $known == NONE && -s $MINE/asked ]]; then
@@ -131,12 +131,12 @@ finish() { # CODE TEXT
   fi
   named=1
   rm -f "$MINE"/{age,best,fruitless,asked,requests}
-  [[ -n $kept ]] || rm -f "$MINE/alive" # else the same command resumes the end of this life
+  [[ -n $kept ]] || rm -f "$MINE/alive" # else the same command continues the end of this attempt
   ((code)) || rm -rf "$MINE"
   exit "$code"
 }
 
-# Tried until it is known that nothing of ours is there, LOST_S at most.
+# Tries for up to LOST_S, until it is known that nothing of ours is left.
 delete() {
   local end=$((CLOCK + LOST_S))
   while true; do
@@ -152,7 +152,7 @@ delete() {
 
 # Rounds
 
-# Whether WHAT has failed for LOST_S, three times at least, in each round of which something is known.
+# Whether WHAT has failed for LOST_S and at least three times, counting only rounds about which something is known.
 failing="" failing_s=0 failing_times=0
 too_long() { # WHAT
   if [[ $failing == "$1 $MADE" ]]; then
@@ -163,22 +163,22 @@ too_long() { # WHAT
   ((failing_times >= 3 && failing_s >= LOST_S))
 }
 
-# New machines only when a worker is long gone.
+# Asks for new machines only after a worker has been silent for long.
 lost() {
   note "a worker does not answer; step $(best)"
   too_long silence || return 0
-  ! over || finish 42 "ended after $MAX_HOURS hours, while a worker has not answered for $LOST_S s; the same command goes on from step $(best)"
-  remember "$MINE/alive" begun # also if it never began: what is lost again and again has an end
+  ! over || finish 42 "ended after $MAX_HOURS hours, while a worker has not answered for $LOST_S s; the same command resumes from step $(best)"
+  remember "$MINE/alive" begun # also if it never began, so that machines that are lost repeatedly count as attempts
   replace "a worker has not answered for $LOST_S s"
 }
 
-# Deletes what is dead; the next round asks for new machines.
+# Deletes dead machines; the next round asks for new ones.
 replace() { # WHY
   if [[ -s $MINE/alive ]]; then count_life 42 "$1"; else note "$1: new machines"; fi
   tpu delete || note "$1, and not deleted yet"
 }
 
-# A request that the cloud has given up, as after VALID_FOR, or taken back before it was of use.
+# Handles a request that the cloud has given up, as after VALID_FOR, or whose machines were taken away.
 failed() {
   local why="" requests
   requests=$(recall "$MINE/requests" 0)
@@ -192,20 +192,20 @@ over() {
   awk -v age="$(recall "$MINE/age" 0)" "BEGIN { exit !($MAX_HOURS > 0 && age > 3600 * $MAX_HOURS) }"
 }
 
-# A run that could not be told to save is told so again, as long as a worker may be silent.
+# Asks the run to save; if that fails, it is asked again each round, for LOST_S at most.
 stop_at_the_end() {
-  note "$MAX_HOURS hours are over: the run saves"
+  note "$MAX_HOURS hours have passed: the run saves"
   [[ $NOW != ACTIVE ]] || tpu stop || too_long stopping || return 0
-  finish 42 "ended after $MAX_HOURS hours; the same command goes on from step $(best)"
+  finish 42 "ended after $MAX_HOURS hours; the same command resumes from step $(best)"
 }
 
 check_mine() {
-  is_ours || [[ -n $ADOPT ]] || named=1 # what is another's is no cost of this run
+  is_ours || [[ -n $ADOPT ]] || named=1 # another user's machines are not a cost of this run
   check_ours
   [[ ! $NOW =~ ^(CREATING|ACCEPTED|WAITING_FOR_RESOURCES|PROVISIONING|ACTIVE)$ ]] || check_kind
 }
 
-# The machines are there, and ours. What runs on them may be another's: first is asked what it is.
+# The machines exist and are ours. The command on them may be another's, so it asks first what runs there.
 attend() {
   rm -f "$MINE/requests"
   watch
@@ -214,23 +214,23 @@ attend() {
   unknown)
     note "it is not known what the workers do; step $(best)"
     over && too_long asking || return 0
-    if [[ $(recall "$MINE/seen" "") != "$MADE" ]]; then # what is not known may be another's run
+    if [[ $(recall "$MINE/seen" "") != "$MADE" ]]; then # an unknown command may be another user's run
       named=1
-      fail 42 "$MAX_HOURS hours are over, and it is not known what runs on $NAME, which GOES ON COSTING: launch/tpu/status.sh; delete.sh ends it"
+      fail 42 "$MAX_HOURS hours have passed, and it is not known what runs on $NAME, which KEEPS BILLING: launch/tpu/status.sh; delete.sh ends it"
     fi
-    finish 42 "ended after $MAX_HOURS hours, and the run could not be told to save; the same command goes on from step $(best)"
+    finish 42 "ended after $MAX_HOURS hours, and the run could not be asked to save; the same command resumes from step $(best)"
     ;;
   lost) lost ;;
-  other) fail 2 "$NAME runs another command; launch/tpu/stop.sh ends it, and then the same command; or take another NAME" ;;
+  other) fail 2 "$NAME runs another command; end it with launch/tpu/stop.sh and start again, or take another NAME" ;;
   done) finish 0 "done at step $(best)" ;;
-  *) go_on_with_the_run ;;
+  *) keep_running ;;
   esac
 }
 
-go_on_with_the_run() {
+keep_running() {
   local code=${FOUND#ended }
-  if [[ $FOUND == ended\ * && -s $MINE/alive ]] && ! may_restart "$code"; then # else it has been told, and mended
-    finish "$code" "the command ended with $code, which a restart does not mend"
+  if [[ $FOUND == ended\ * && -s $MINE/alive ]] && ! may_restart "$code"; then # else it was reported before, and fixed
+    finish "$code" "the command ended with $code, which a restart does not fix"
   fi
   if over; then
     stop_at_the_end
@@ -254,25 +254,25 @@ go_on_with_the_run() {
   esac
 }
 
-# The first request ends at what is wrong with the settings; later it is tried again.
+# An error of the first request ends the script, because the settings are wrong; later requests are tried again.
 ask() {
   local code=0 kind="$SLICES x $TYPE, $TIER" before requests
   before=$(recall "$MINE/asked" "") requests=$(recall "$MINE/requests" 0)
   note "asking for $kind"
   ((requests == 0)) || nap $((RETRY_S << requests))
-  [[ $before == "$kind" ]] || remember "$MINE/asked" perhaps # this script may be ended meanwhile
+  [[ $before == "$kind" ]] || remember "$MINE/asked" perhaps # this script may be killed meanwhile
   tpu create || code=$?
   if ((code == 0 || code == 42)); then
     remember "$MINE/asked" "$kind"
     ((code)) || remember "$MINE/requests" $((requests + 1))
   elif [[ $before != "$kind" ]]; then
-    ! look || is_ours || named=1 # there is nothing, or it is another's
+    ! look || is_ours || named=1 # nothing exists, or it belongs to another user
     [[ -z $named ]] || rm -f "$MINE/asked"
     exit "$code"
   fi
 }
 
-go_on() {
+one_round() {
   known=$NOW
   remember "$MINE/age" $(($(recall "$MINE/age" 0) + STEP))
   if [[ -z $NOW ]]; then
@@ -290,14 +290,14 @@ go_on() {
   NONE) ask ;;
   FAILED | SUSPENDED) failed ;;
   CREATING | ACCEPTED | WAITING_FOR_RESOURCES | PROVISIONING | SUSPENDING | DELETING) note "$NAME is $NOW" ;;
-  *) note "$NAME is $NOW, and is waited for, perhaps for ever; launch/tpu/delete.sh ends it" ;;
+  *) note "$NAME is $NOW; waiting, perhaps forever; launch/tpu/delete.sh ends it" ;;
   esac
 }
 
-# What is wrong with the settings or the login ends it now. What --adopt takes is what is there now, and nothing later.
+# Wrong settings or a wrong login end the script now. --adopt takes what exists now, and nothing later.
 look || { [[ -z $ADOPT ]] && is_passing; } || explain "cannot ask for $NAME"
 while true; do
-  go_on
+  one_round
   ADOPT=""
   nap "$POLL_S"
   look || true

@@ -1,15 +1,15 @@
 # shellcheck shell=bash
-# gcloud, for the scripts of launch/tpu/: calls with retries and errors in one line; what is there, whose it is, what it
-# costs. Sourced; runs nothing.
+# gcloud, for the scripts of launch/tpu/: calls with retries and one-line errors; what exists, whose it is, what is
+# billing. Sourced; runs nothing.
 
 ATTEMPTS=5
 RETRY_S=${MESHLM_RETRY_S:-5} # doubled each time
-ASK_S=120 ACT_S=900          # gcloud waits for the end of what it asks for
-OWNER=""                     # by know_owner
+ASK_S=120 ACT_S=900          # limits of queries and of actions: gcloud waits until an action is complete
+OWNER=""                     # set by know_owner
 FIELDS='csv[no-heading](state.state,createTime,tpu.nodeSpec[0].node.acceleratorType.basename(),tpu.nodeSpec[0].multisliceParams.nodeCount,tpu.nodeSpec[0].node.labels.meshlm)'
 
-# `gcloud compute tpus WORD...` here; tried again when the network or the service is at fault. Leaves what it printed
-# in OUTPUT and REASON (stderr). With --dry_run all is only shown, what asks on stderr.
+# Runs `gcloud compute tpus WORD...` for PROJECT and ZONE; retries if the network or the service is at fault. Sets
+# OUTPUT, and REASON from stderr. With --dry_run it only prints the command, queries on stderr.
 cloud() { # WORD...
   local command=(gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE" --quiet)
   local attempt wait_s=$RETRY_S limit_s=$ACT_S code
@@ -29,11 +29,11 @@ cloud() { # WORD...
   done
 }
 
-# Runs a command, LIMIT_S at most. It is waited for in the background, so that a signal is taken up at once; and it does
-# not have the babysitter's lock (9), which would outlive the babysitter with it.
+# Runs a command for LIMIT_S at most. It runs in the background, so that signals are handled at once, and without the
+# babysitter's lock (9), which would otherwise outlive the babysitter.
 answer() { # LIMIT_S COMMAND...
   local said code=0
-  said=$(mktemp -d 2>/dev/null) || { REASON="there is no room for files in ${TMPDIR:-/tmp}" && return 1; }
+  said=$(mktemp -d 2>/dev/null) || { REASON="no file can be made in ${TMPDIR:-/tmp}" && return 1; }
   timeout --kill-after=5 "$@" >"$said/output" 2>"$said/reason" </dev/null 9>&- &
   wait $! || code=$?
   OUTPUT=$(<"$said/output") REASON=""
@@ -43,7 +43,7 @@ answer() { # LIMIT_S COMMAND...
   return "$code"
 }
 
-# What gcloud prints from ERROR: on, in one line; before it are requests and waiting, in it is who is logged in.
+# Prints gcloud's output from ERROR: on, as one line, without the progress messages before it and the account in it.
 error_in() { # FILE
   local text
   text=$(sed -n '/^ERROR: /,$p' "$1")
@@ -56,50 +56,50 @@ nap() { # SECONDS
   wait $!
 }
 
-# The network or the service is at fault, in the words of gcloud 528. A login that has ended is told in the words of a
-# network that fails, too.
+# Whether the network or the service is at fault, in the words of gcloud 528. It reports an expired login in the words
+# of a network failure, too.
 is_passing() {
   [[ ! $REASON =~ invalid_grant|[Rr]eauth ]] || return 1
-  # Statuses of the service; of an operation they are numbers.
+  # Statuses of the service; those of an operation are numbers.
   [[ $REASON =~ UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|ABORTED|CANCELLED|RATE_LIMIT|"per minute"|" 503" ]] ||
     [[ $REASON =~ \"code\":\ (1|4|10|13|14)[,\ ] ]] ||
-    # 5xx, 429 and answers that are cut
+    # 5xx, 429 and truncated answers
     [[ $REASON =~ "network connectivity issues"|\'status\':\ (5|429)|InvalidDataFromServerError|IncompleteRead ]] ||
     [[ $REASON =~ ConnectionError|"Connection "(reset|refused|aborted)|"establish a new connection"|"Max retries"|[Uu]nreachable ]] ||
     [[ $REASON =~ "Failed to resolve"|"name resolution"|"find the server"|"auth tokens"|"timed out"|[Tt]imeout|SSLE|TransportError ]] ||
-    [[ $REASON =~ RemoteDisconnected|"Broken pipe"|"no answer within"|"an answer that is none" ]]
+    [[ $REASON =~ RemoteDisconnected|"Broken pipe"|"no answer within"|"an unexpected answer" ]]
 }
 
-# WHAT itself: a project, a host or a file that is not found says nothing about it.
+# Whether WHAT itself was not found: a missing project, host or file says nothing about it.
 is_absent() { # WHAT, such as queuedResources/NAME
   [[ $REASON =~ NOT_FOUND:.*/"$1"\' ]]
 }
 
-# Ends the script with what to do about gcloud's REASON: with 42 when it may pass.
+# Ends the script and says what to do about gcloud's REASON; with 42 if the error may pass.
 explain() { # WHAT
   local what=$1 todo code=2
   case $REASON in
-  "there is no room"*) todo="make room, or set TMPDIR" ;;
+  "no file can be made"*) todo="free disk space, or set TMPDIR" ;;
   *"auth login"* | *"active account"* | *eauthentication* | *credentials* | *invalid_grant*) todo="log in: gcloud auth login" ;;
   *"not have permission"* | *PERMISSION_DENIED*locations* | *"Permission denied on 'locations"* | *"nvalid zone"* | *"nknown zone"*)
     todo="is ZONE=$ZONE right, and may your account use TPUs in $PROJECT? Zones: gcloud compute tpus locations list"
     ;;
   *PERMISSION_DENIED*) todo="your account needs the role TPU Admin in $PROJECT" ;;
   *uota*) todo="ask for quota of $TYPE ($TIER) in $ZONE, or take another zone or TIER" ;;
-  *RESOURCE_EXHAUSTED* | *"no more capacity"*) todo="there is no room for $TYPE in $ZONE now; take another zone, or TIER=spot with VALID_FOR" ;;
+  *RESOURCE_EXHAUSTED* | *"no more capacity"*) todo="there is no capacity for $TYPE in $ZONE now; take another zone, or TIER=spot with VALID_FOR" ;;
   *ALREADY_EXISTS* | *"already exists"*) todo="NAME=$NAME is in use; take another, or delete that one: launch/tpu/delete.sh" ;;
   *ccelerator*ype*) todo="types in $ZONE: gcloud compute tpus accelerator-types list --zone=$ZONE" ;;
   *untime*ersion*) todo="runtimes in $ZONE: gcloud compute tpus versions list --zone=$ZONE" ;;
-  *NOT_FOUND* | *"not found"*) todo="is it in ZONE=$ZONE, and asked for (launch/tpu/create.sh)? launch/tpu/status.sh shows what is there" ;;
+  *NOT_FOUND* | *"not found"*) todo="is it in ZONE=$ZONE, and created (launch/tpu/create.sh)? launch/tpu/status.sh shows what exists" ;;
   *) todo="see above, or ask gcloud with --verbosity=debug" ;;
   esac
-  ! is_passing || { code=42 && todo="the network or the service is at fault; the same command again"; }
+  ! is_passing || { code=42 && todo="the network or the service is at fault; try again"; }
   fail "$code" "$what: ${REASON:0:240}; $todo"
 }
 
-# What the cloud says of NAME, in one answer: its state in NOW (NONE when it is not there), its time of creation in MADE,
-# its type in KIND, its number of slices in COUNT, and whose it is in MARK. Fails when the answer is not known. What is on
-# its way out may be described by its state and time alone: what has had our mark is known by its time from then on.
+# Asks the cloud about NAME in one query: sets its state in NOW (NONE if it does not exist), creation time in MADE, type
+# in KIND, number of slices in COUNT, and owner in MARK. Fails without a valid answer. A resource that is being deleted
+# may be described only by state and time; one that has had our label before is recognized by its creation time.
 look() {
   local line='^([A-Z_]+),([0-9-]+T[0-9:.]+Z),([a-z0-9-]*),([0-9]*),([a-z0-9_-]*)$'
   NOW="" MADE="" KIND="" COUNT="" MARK=""
@@ -111,7 +111,7 @@ look() {
     [[ -z $KIND ]] || COUNT=${COUNT:-1}
     [[ -z $OWNER || $MARK != "$OWNER" ]] || keep_made
   elif [[ -z $DRY_RUN ]]; then
-    REASON="an answer that is none: '${OUTPUT:0:80}'"
+    REASON="an unexpected answer: '${OUTPUT:0:80}'"
     return 1
   fi
 }
@@ -120,8 +120,8 @@ keep_made() {
   [[ $MADE == "$(recall "$STATE/made" "")" ]] || remember "$STATE/made" "$MADE"
 }
 
-# Sets OWNER: who has STATE, by account, machine and a number of its own. It is the label meshlm of what is created from
-# here, and only what has it, or has had it, is set up, stopped or deleted; or what --adopt has named.
+# Sets OWNER, which identifies STATE by account, machine and a random number. It is the label meshlm of what is created
+# from here. Only what has or had this label is set up, stopped or deleted, or what --adopt took over.
 know_owner() {
   local file=$STATE/owner who
   if [[ ! -e $file ]]; then
@@ -136,10 +136,10 @@ is_ours() {
   [[ -n $OWNER && $MARK == "$OWNER" || -n $MADE && $MADE == "$(recall "$STATE/made" "")" ]]
 }
 
-# What is there is ours, or becomes it by --adopt; else the script ends.
+# Ends the script unless NAME is ours, or becomes ours by --adopt.
 check_ours() {
   [[ -z $ADOPT ]] || is_ours || adopt
-  is_ours || fail 2 "$NAME in $ZONE of $PROJECT was not made from here (label meshlm: ${MARK:-none}), and nothing is done to it; take another NAME, or, if it is yours and nobody else's, take it over: the same command with --adopt"
+  is_ours || fail 2 "$NAME in $ZONE of $PROJECT was not made from here (label meshlm: ${MARK:-none}), so it is left as it is; take another NAME, or, if only you use it, take it over: the same command with --adopt"
 }
 
 adopt() {
@@ -150,26 +150,26 @@ adopt() {
   keep_made
 }
 
-# As was asked for, or the script ends.
+# Ends the script unless NAME has the requested type and number of slices.
 check_kind() {
   [[ -z $KIND || "$COUNT x $KIND" == "$SLICES x $TYPE" ]] ||
     fail 2 "NAME=$NAME is in use, by $COUNT x $KIND; take another for your $SLICES x $TYPE, or delete that one: launch/tpu/delete.sh"
 }
 
-# NAME is there, or the script ends.
+# Ends the script unless NAME exists.
 find_name() {
   look || explain "cannot ask for $NAME"
-  [[ $NOW != NONE ]] || fail 2 "there is no $NAME in $ZONE of $PROJECT; launch/tpu/create.sh asks for it, status.sh shows what is there"
+  [[ $NOW != NONE ]] || fail 2 "there is no $NAME in $ZONE of $PROJECT; launch/tpu/create.sh asks for it, status.sh shows what exists"
 }
 
-# NAME is there, and ours, or the script ends.
+# Ends the script unless NAME exists and is ours.
 need() {
   know_owner
   find_name
   [[ -n $DRY_RUN ]] || check_ours
 }
 
-# What is paid for, or will be: queued resources but for dead ones, and machines but for those that are gone. A line each.
+# Prints what is billing, or will be, one per line: queued resources except dead ones, and machines except those gone.
 billing() {
   cloud queued-resources list --format='csv[no-heading](name.basename(),state.state)' || explain "cannot list queued resources"
   grep -vE ',(FAILED|SUSPENDED)$' <<<"$OUTPUT" | grep . | sed 's/,/ /; s/^/queued resource /' || true

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Deletes NAME with all its machines, and says what still costs in the zone. What is in the bucket stays.
+# Deletes NAME with all its machines, and prints what is still billing in the zone. The bucket is kept.
 #   launch/tpu/delete.sh [--adopt] [settings] [--dry_run]
 #     --adopt    also if it was not made from here
-# 0 when it is gone; 2 when it is not there, or not ours; 42 when it is not known to be gone.
+# Exit codes: 0 if NAME is gone; 2 if it does not exist or is not ours; 42 if it is not known to be gone.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu.sh
 source "$(dirname "$(readlink -f "$0")")/tpu.sh"
@@ -19,14 +19,14 @@ need
   exit
 }
 made=$MADE said=""
-# What has its name may be another's by now: only what was seen a moment ago, and is the same, is deleted.
+# By now another user may have created a NAME: deletes it only if its creation time is still the one seen before.
 for ((attempt = 1; attempt <= ATTEMPTS; attempt++)); do
   [[ $MADE != "$made" ]] || delete || said=": ${REASON:0:240}"
   ((attempt == 1)) || nap "$RETRY_S"
   ! look || [[ $MADE == "$made" ]] || break
 done
-((attempt <= ATTEMPTS)) || fail 42 "$NAME in $ZONE of $PROJECT GOES ON COSTING; it is not known to be deleted$said; the same command again"
+((attempt <= ATTEMPTS)) || fail 42 "$NAME in $ZONE of $PROJECT KEEPS BILLING; it is not known to be deleted$said; try again"
 rm -f "$STATE"/commands/*/asked
 report "$NAME is deleted"
-still=$(billing 2>/dev/null) || still="what is not known: it cannot be listed now; launch/tpu/status.sh"
+still=$(billing 2>/dev/null) || still="not known, because it cannot be listed now; launch/tpu/status.sh"
 [[ -z $still ]] || say "still billing in $ZONE:"$'\n'"$still"

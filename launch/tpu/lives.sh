@@ -1,17 +1,17 @@
 # shellcheck shell=bash
-# The lives of a command on the workers of NAME, for babysit.sh: how one begins, what the workers say of it, how it is
-# counted at its end. Sourced; runs nothing.
+# The attempts of a command on the workers of NAME, for babysit.sh: starts one, asks the workers for its state, counts
+# it at its end. Sourced; runs nothing.
 # shellcheck disable=SC2034,SC2153 # babysit.sh shares its variables
 
-# Counts a life that has ended; too many without a new step are the end.
+# Counts an attempt that has ended; ends the script after too many without a new step.
 count_life() { # CODE HOW
   local fruitless
   fruitless=$(($(recall "$MINE/fruitless" 0) + 1))
   failing=""
   rm -f "$MINE/alive"
   remember "$MINE/fruitless" "$fruitless"
-  note "life ended: $2; step $(best), $fruitless without a new one"
-  ((fruitless < LIVES)) || finish "$1" "$LIVES lives without a new checkpoint; the last words of the workers: $STATE/logs"
+  note "attempt ended: $2; step $(best), $fruitless without a new one"
+  ((fruitless < LIVES)) || finish "$1" "$LIVES attempts without a new checkpoint; the last output of the workers: $STATE/logs"
   last_words
 }
 
@@ -19,7 +19,8 @@ life_ended() { # CODE HOW
   [[ ! -s $MINE/alive ]] || count_life "$@"
 }
 
-# Puts the end of the log of every worker that answers into LOGS, a new folder below STATE/logs; LOGS is empty if none does.
+# Copies the end of the log of each worker that answers to LOGS, a new folder below STATE/logs; LOGS is empty if none
+# does.
 last_words() {
   local worker
   LOGS=""
@@ -37,14 +38,15 @@ best() { recall "$MINE/best" 0; }
 
 seen_step() { # STEP
   local before
-  before=$(best) # not within (( )): a signal may have ended the subshell
+  before=$(best) # not inside (( )), because a signal may have ended the subshell
   (($1 > before)) || return 0
   remember "$MINE/best" "$1"
   remember "$MINE/fruitless" 0
 }
 
-# Sets the machines up, which is little if they are, and starts the command. That this does not succeed ends no life, unless
-# a worker has said so (2), or it has been tried for long; new machines are for those alone that are silent, or taken away.
+# Sets the machines up, which is quick if they were before, and starts the command. A failure of this counts as an
+# attempt only if a worker has reported it (2), or if it has lasted for LOST_S. Only machines that are silent or were
+# taken away are replaced.
 begin_life() {
   local code=0
   note "setting up"
@@ -75,12 +77,12 @@ keep_code() {
   else
     read -r kept code_name <"$CODE.txt" || true
     [[ $(cd "$HERE/../.." && tree) == "$kept" ]] ||
-      note "code of $code_name, as at the first start of this command; here it is another now, which --new_code takes"
+      note "code of $code_name, from the first start of this command; the code here differs: --new_code uses it"
   fi
 }
 
-# What the workers say, in FOUND: running, done, "ended CODE" with the most telling code, none, or other (something else
-# runs there); lost if one of them is silent or gone; unknown when the answer is not known for another reason.
+# Sets FOUND to what the workers report: running, done, "ended CODE" with the most telling code, none, or other (another
+# command runs there); lost if one of them is silent or gone; unknown if it is not known for another reason.
 watch() {
   local worker file status code step worst="" all=" "
   FOUND=unknown

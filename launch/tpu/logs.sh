@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The end of the training log of every worker.
+# Prints the end of the training log of every worker.
 #   launch/tpu/logs.sh [--lines=20] [settings]
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu.sh

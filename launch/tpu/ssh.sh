@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A command on every worker, its output shown by worker; without one, a shell on the first.
+# Runs a command on every worker and prints the output of each; without a command, opens a shell on the first worker.
 #   launch/tpu/ssh.sh [--limit_s=600] [settings] [--dry_run] [-- COMMAND...]
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu.sh
@@ -8,7 +8,7 @@ LIMIT_S=600
 begin limit_s -- "$@"
 
 if ((${#COMMAND[@]} == 0)); then
-  trap - "${SIGNALS[@]}" # they are for the shell there
+  trap - "${SIGNALS[@]}" # signals are for the remote shell
   read -r node < <(nodes)
   act gcloud compute tpus tpu-vm ssh "$node" --worker=0 --project="$PROJECT" --zone="$ZONE" ${INTERNAL_IPS:+--internal-ip}
   exit

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Ends the training command on every worker: it saves first, as at a preemption. The machines stay, and cost.
+# Stops the training command on every worker: it saves first, as at a preemption. The machines stay, and keep billing.
 #   launch/tpu/stop.sh [--adopt] [settings] [--dry_run]
 #     --adopt    also if NAME was not made from here
 set -euo pipefail
@@ -9,9 +9,9 @@ begin "adopt?" -- "$@"
 
 refuse_beside_babysitter
 need
-ask_workers 300 stop || give_up $? "may go on"
-{ ask_workers 60 status && heard "$STATUS"; } || give_up $? "may go on"
+ask_workers 300 stop || give_up $? "may still be running"
+{ ask_workers 60 status && heard "$STATUS"; } || give_up $? "may still be running"
 if [[ -z $DRY_RUN ]] && grep -qE '^running ' "$ANSWERS"/*.txt; then
-  fail 42 "it goes on: $(grep -lE '^running ' "$ANSWERS"/*.txt | wc -l) workers of $NAME have not stopped it; the same again"
+  fail 42 "it still runs: $(grep -lE '^running ' "$ANSWERS"/*.txt | wc -l) workers of $NAME have not stopped it; try again"
 fi
-report "stopped; $NAME goes on costing until launch/tpu/delete.sh"
+report "stopped; $NAME keeps billing until launch/tpu/delete.sh"

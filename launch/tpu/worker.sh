@@ -1,36 +1,36 @@
 #!/usr/bin/env bash
-# What happens on a TPU worker; started there by the other scripts. All of it is in the home directory:
+# Runs on a TPU worker, started by the other scripts. All files are in the home directory:
 #   meshlm/          the snapshot of the code, and in it bucket/, the bucket, and runs/, the shared folder
-#   meshlm-env/      the Python environment; in it is `installed`, a hash of what it was made from
-#   meshlm-busy      is locked by what sets up, starts or stops: one at a time
-#   meshlm-run.before/  the meshlm-run of before the last start or setup
-#   meshlm-names     what the last archive of the code has at its top, and the next setup removes
-#   meshlm-run/      of the training command: lock (held while it runs), group (of its processes), told (what start was
-#                    told), call (by which call of it), code (when it has ended), log.txt
+#   meshlm-env/      the Python environment; its file `installed` has a hash of what it was made from
+#   meshlm-busy      a lock: only one setup, start or stop runs at a time
+#   meshlm-run.before/  the meshlm-run from before the last start or setup
+#   meshlm-names     the top-level names in the last archive of the code, which the next setup removes
+#   meshlm-run/      state of the training command: lock (held while it runs), group (its process group), told (arguments of
+#                    start), call (the id of the call to start), workdir, code (exit code, once it has ended), log.txt
 #
-#   worker.sh setup BUCKET NFS  the environment, bucket and shared folder (or ''); prints versions and devices in a line
-#   worker.sh start BUCKET NFS COMMAND...  with these mounted, or not at all; in the background, under launch.supervise.
-#                               What was started before is ended first
-#   worker.sh status            running, exited CODE or none, and the newest committed step
-#   worker.sh status BUCKET NFS COMMAND...  the same; "other" when something else is running, and none when it has ended
+#   worker.sh setup BUCKET NFS  makes the environment, mounts bucket and shared folder (or ''); prints versions and devices
+#   worker.sh start BUCKET NFS COMMAND...  mounts these or fails; runs in the background, under launch.supervise, after
+#                               stopping the command before
+#   worker.sh status            prints running, exited CODE or none, and the newest committed step
+#   worker.sh status BUCKET NFS COMMAND...  the same; "other" if another command runs, none if another has ended
 #   worker.sh stop              saves and ends it, as a preemption would
-#   worker.sh log [LINES]       the end of its log
+#   worker.sh log [LINES]       prints the end of its log
 set -euo pipefail
 
 RUN=$HOME/meshlm-run
-STOP_S=${MESHLM_STOP_S:-120} # for a save; then it is killed
+STOP_S=${MESHLM_STOP_S:-120} # time for a save; then the command is killed
 CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # shellcheck source-path=SCRIPTDIR source=../lib.sh
 source launch/lib.sh
 export PATH=$HOME/meshlm-env/bin:$HOME/.local/bin:$PATH
 
-# bash does not end at an error within what follows, as its result is asked for: so each step says || return.
+# set -e is off in these functions, because callers test their status: so each step has || return.
 setup() { # BUCKET NFS
   stop
   put_away
   environment >setup.log 2>&1 || {
     tail -n 3 setup.log
-    printf 'the environment could not be made\n'
+    printf 'the environment could not be created\n'
     return 1
   }
   mounts "$1" "$2" || return
@@ -42,7 +42,7 @@ print(f"python {platform.python_version()} jax {jax.__version__} devices {jax.lo
 EOF
 }
 
-# Its log tells how it ended.
+# Keeps the last run directory, because its log shows how the command ended.
 put_away() {
   [[ -d $RUN ]] || return 0
   rm -rf "$RUN.before"
@@ -63,7 +63,7 @@ environment() {
   constraints=.ci/constraints-$(python -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt
   made_from=$(cat "$constraints" pyproject.toml | cksum)
   [[ $(cat "$HOME/meshlm-env/installed" 2>/dev/null) != "$made_from" ]] || return 0
-  # The constraints are for CPUs: the accelerator's own packages are free to be what jax asks for.
+  # The constraints pin jax, jaxlib and libtpu, too.
   python -m pip install --quiet --disable-pip-version-check -c "$constraints" -e ".[tpu,data]" || return
   printf '%s' "$made_from" >"$HOME/meshlm-env/installed"
 }
@@ -79,8 +79,8 @@ new_enough() {
   return 1
 }
 
-# The bucket is bucket/ and the shared folder runs/, or it says why not. Also after the machine was started again, which
-# takes mounts away: a run must not begin anew on the disk of the machine, nor in the folder of another.
+# Mounts the bucket at bucket/ and the shared folder at runs/, or says why it cannot. A reboot removes mounts: a run
+# must then not start from step 0 on the machine's own disk, nor in another folder.
 mounts() { # BUCKET NFS
   mkdir -p bucket runs
   mounted bucket "$1" mount_bucket "gs://$1 could not be mounted; is it there, and may the service account of this TPU write to it?" &&
@@ -99,13 +99,13 @@ mounted() { # FOLDER SOURCE HOW OR
     there=$(mounted_at "$1")
   fi
   [[ $there == "$2" ]] ||
-    fail 2 "$1/ is ${there:-not mounted} here, and the settings say ${2:-that it is not mounted}; launch/tpu/ssh.sh -- sudo umount meshlm/$1 takes it away"
+    fail 2 "$1/ is ${there:-not mounted} here, and the settings say ${2:-that it is not mounted}; launch/tpu/ssh.sh -- sudo umount meshlm/$1 unmounts it"
 }
 
 mount_bucket() { # BUCKET
   command -v gcsfuse >/dev/null || install_gcsfuse || return
-  # A checkpoint is committed by renaming its folder. In a bucket with hierarchical namespace that is one step. Each host
-  # sees at once what another has written (no cache), and what is synced is in the bucket (fsync does nothing to a stream).
+  # A checkpoint is committed by renaming its folder, which is atomic in a bucket with a hierarchical namespace. Without
+  # a cache each host sees at once what another has written; without streaming writes fsync puts a file into the bucket.
   gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --enable-streaming-writes=false --rename-dir-limit=200000 "$1" bucket ||
     return
   : >"bucket/.meshlm-$HOSTNAME" && rm -f "bucket/.meshlm-$HOSTNAME"
@@ -113,7 +113,7 @@ mount_bucket() { # BUCKET
 
 mount_nfs() { # SERVER:/EXPORT
   command -v mount.nfs >/dev/null || { sudo apt-get update -qq && sudo apt-get install -qq -y nfs-common; } || return
-  # lookupcache: what another host has made must be seen at once, as processes tell each other that it is there.
+  # lookupcache: a file made by another host must be visible at once, because processes tell each other that it exists.
   sudo mount -t nfs -o hard,lookupcache=positive "$1" runs || return
   [[ -w runs ]] || sudo chmod 1777 runs
 }
@@ -126,7 +126,7 @@ install_gcsfuse() {
   sudo apt-get update -qq && sudo apt-get install -qq -y gcsfuse
 }
 
-# A second time in one call, because the answer was lost, it does nothing.
+# Does nothing if the same call has started it before (gcloud retries when an answer is lost).
 start() { # BUCKET NFS COMMAND...
   if is_running && [[ -n ${MESHLM_CALL:-} && $(cat "$RUN/call") == "$MESHLM_CALL" ]]; then
     status
@@ -149,7 +149,7 @@ start() { # BUCKET NFS COMMAND...
   status
 }
 
-# The background of start. Signals are for the supervisor, which passes them on; the shell waits for its end.
+# Runs in the background of start. The supervisor handles signals and passes them on; the shell only waits for its end.
 live() { # COMMAND...
   local code=0
   trap : TERM INT USR1
@@ -158,8 +158,8 @@ live() { # COMMAND...
   mv "$RUN/code.new" "$RUN/code"
 }
 
-# Something of it holds the lock, also a trainer that still saves when its supervisor has died. Not by its pid, which is
-# another's after the machine was started again.
+# Whether a process of the command holds the lock, perhaps a trainer that still saves after its supervisor has died. A
+# pid would not do: after a reboot it may belong to another process.
 is_running() {
   [[ -f $RUN/lock ]] && ! flock --nonblock --shared "$RUN/lock" true
 }
@@ -176,7 +176,7 @@ status() { # [BUCKET NFS COMMAND...]
     printf 'running %s\n' "$step"
   elif [[ -f $RUN/code ]]; then
     printf 'exited %s %s\n' "$(<"$RUN/code")" "$step"
-  else # killed, or the machine was started again
+  else # killed, or the machine was rebooted
     printf 'exited 137 %s\n' "$step"
   fi
 }
@@ -202,19 +202,19 @@ stop() {
     sleep 1
   done
   kill -KILL -- "-$group" 2>/dev/null || true
-  for fd in /proc/[0-9]*/fd/9; do # the trainer has a group of its own, and the lock
+  for fd in /proc/[0-9]*/fd/9; do # the trainer has its own process group, but holds the lock
     if [[ $fd -ef $RUN/lock ]]; then kill -KILL "$(cut -d/ -f3 <<<"$fd")" || true; fi
   done
   for ((waited = 0; waited < 10; waited++)); do
     is_running || return 0
     sleep 1
   done
-  fail 2 "what runs here does not end, not even by SIGKILL; launch/tpu/delete.sh, and begin with new machines"
+  fail 2 "the command does not end, not even by SIGKILL; run launch/tpu/delete.sh, and start with new machines"
 }
 
 log() { # [LINES]
   [[ -e $RUN/log.txt ]] ||
-    fail 2 "nothing was started here since it was set up; what ran before: launch/tpu/ssh.sh -- tail meshlm-run.before/log.txt"
+    fail 2 "nothing was started here since setup; the log before: launch/tpu/ssh.sh -- tail meshlm-run.before/log.txt"
   tail -n "${1:-20}" "$RUN/log.txt"
 }
 

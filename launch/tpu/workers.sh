@@ -1,13 +1,13 @@
 # shellcheck shell=bash
-# The workers of NAME, for the scripts of launch/tpu/: something on all of them at once. Sourced; runs nothing.
+# Runs things on all workers of NAME at once, for the scripts of launch/tpu/. Sourced; runs nothing.
 
-AT_ONCE=32                    # connections
-ANSWERS="" FAILED=0 UNKNOWN=0 # of the last call
-BUSY=75                       # of a worker at which another call is at work
+AT_ONCE=32                    # concurrent connections
+ANSWERS="" FAILED=0 UNKNOWN=0 # results of the last call
+BUSY=75                       # exit code of a worker on which another call is active
 # shellcheck disable=SC2034 # read by the scripts
 STATUS='^((running|none|other) |exited ([0-9]{1,3}) )(0|[1-9][0-9]{0,15})$' # what worker.sh says of a run
 
-nodes() { # as many as were made, whatever the settings say by now
+nodes() { # as many as were created, even if the settings have changed
   local i slices=${COUNT:-$SLICES}
   if ((slices == 1)); then
     printf '%s\n' "$NAME"
@@ -16,10 +16,10 @@ nodes() { # as many as were made, whatever the settings say by now
   fi
 }
 
-# A line "NODE WORKER" for each worker. Machines do not get fewer: then the answer is not the whole of it.
+# Prints a line "NODE WORKER" for each worker. The number never shrinks: a shorter answer is incomplete.
 workers() {
   local list known now before=0
-  all_workers >"$ANSWERS/all" || return # not $(): a signal would wait for it
+  all_workers >"$ANSWERS/all" || return # not $(…), which would delay signals
   list=$(<"$ANSWERS/all")
   if [[ -n ${MADE:-} ]]; then
     known=$(recall "$STATE/workers" "")
@@ -44,23 +44,23 @@ all_workers() {
   done
 }
 
-# Words for gcloud, each with a 0 byte at its end. In MESHLM_CALL is what tells this call from others: gcloud may run
-# the words twice when the connection breaks.
+# Prints words for gcloud, NUL-terminated. MESHLM_CALL identifies this call: gcloud may run the words twice if the
+# connection breaks.
 ssh_words() { # NODE WORKER NUMBER WORD...
   printf '%s\0' gcloud compute tpus tpu-vm ssh "$1" --worker="$2" --project="$PROJECT" --zone="$ZONE" --quiet
-  printf '%s\0' --ssh-flag=-oBatchMode=yes # nobody is there to be asked
+  printf '%s\0' --ssh-flag=-oBatchMode=yes # no user can answer a prompt
   [[ -z $INTERNAL_IPS ]] || printf '%s\0' --internal-ip
   printf '%s\0' --command="$(quote env MESHLM_PROCESS="$3" MESHLM_CALL="$CALL" "${@:4}")"
 }
 
-# Not to all in one call: with more than one gcloud refuses an ssh-agent that has another key.
+# Not to all workers in one call: with more than one, gcloud refuses an ssh-agent that has another key.
 scp_words() { # NODE WORKER NUMBER FILE
   printf '%s\0' gcloud compute tpus tpu-vm scp "$4" "$1:meshlm.tgz" --worker="$2" --project="$PROJECT" --zone="$ZONE" --quiet
   printf '%s\0' --scp-flag=-oBatchMode=yes
   [[ -z $INTERNAL_IPS ]] || printf '%s\0' --internal-ip
 }
 
-# Runs the words on one worker, LIMIT_S at most; again when there was no connection (255).
+# Runs the words on one worker for LIMIT_S at most; retries if there was no connection (255).
 on_worker() { # LIMIT_S WORD...
   local code=0
   if [[ -n $DRY_RUN ]]; then
@@ -77,15 +77,16 @@ on_worker() { # LIMIT_S WORD...
   return "$code"
 }
 
-# Runs what WORDS makes for each worker, on all at once. What each printed is in $ANSWERS/NODE.WORKER.txt, a folder of this
-# call alone, and its exit code in CODES; those that failed are named. 1 when some did: FAILED that said so, and UNKNOWN of
-# whom nothing is known. It is another code when the workers are not known, which has been said.
+# Runs what WORDS prints for each worker, on all at once. The output of each is in $ANSWERS/NODE.WORKER.txt, in a new
+# folder for each call, and its exit code in CODES; workers that failed are named. Returns 1 if some failed: FAILED
+# counts those that said so, UNKNOWN those whose state is not known. Another code means that the workers cannot be
+# listed, which has been reported.
 each_worker() { # LIMIT_S WORDS ARGUMENT...
   local limit_s=$1 words=$2 node worker i code list command names=() pids=()
   declare -gA CODES=()
   shift 2
   rm -rf "$ANSWERS"
-  ANSWERS=$(mktemp -d "$STATE/answers.XXXXXXXX" 2>/dev/null) || fail 42 "there is no room for files in $STATE; make room, and try again"
+  ANSWERS=$(mktemp -d "$STATE/answers.XXXXXXXX" 2>/dev/null) || fail 42 "no file can be made in $STATE; free disk space, and try again"
   CALL=${ANSWERS##*.} FAILED=0 UNKNOWN=0
   as_job workers >"$ANSWERS/list" &
   wait "$!" || return
@@ -94,7 +95,7 @@ each_worker() { # LIMIT_S WORDS ARGUMENT...
     mapfile -d '' -t command < <("$words" "$node" "$worker" "${#pids[@]}" "$@")
     as_job on_worker "$limit_s" "${command[@]}" >"$ANSWERS/$node.$worker.txt" 2>&1 &
     pids+=($!) names+=("$node.$worker")
-    # The first connection is waited for when gcloud has no key yet: it makes one.
+    # If gcloud has no ssh key yet, the first connection makes one, so the others wait for it.
     [[ ${#pids[@]} != 1 || -e ${HOME:-}/.ssh/google_compute_engine ]] && ((${#pids[@]} % AT_ONCE)) || wait "${pids[-1]}" || true
   done <<<"$list"
   for i in "${!pids[@]}"; do
@@ -112,12 +113,13 @@ each_worker() { # LIMIT_S WORDS ARGUMENT...
   ((FAILED + UNKNOWN == 0)) || return 1
 }
 
-# The last line of FORM that a worker has said; gcloud has words of its own around it.
+# Prints the last line that matches FORM in a worker's output; gcloud prints lines of its own around it.
 said() { # FORM FILE
   grep -E "$1" "$2" | tail -n 1
 }
 
-# Each worker has to have said a line of FORM: an answer that is empty, or is cut off, is none, whatever its exit code.
+# Whether each worker has printed a line that matches FORM: an empty or truncated answer does not count, whatever its
+# code.
 heard() { # FORM
   local file
   [[ -z $DRY_RUN ]] || return 0
@@ -137,24 +139,24 @@ copy_to_workers() { # LIMIT_S FILE
   each_worker "$1" scp_words "$2"
 }
 
-# A worker does one thing at a time: what is still going on there, from a call that was given up, is waited for.
+# A worker does one thing at a time: this waits until an earlier call that was given up has finished there.
 on_free_workers() { # LIMIT_S WORD...
   on_workers "$1" flock --close --wait=$(($1 / 2)) --conflict-exit-code=$BUSY meshlm-busy "${@:2}"
 }
 
-# worker.sh on all of them; if nothing is set up there it says "none 0".
+# Runs worker.sh on all workers; one that is not set up answers "none 0".
 ask_workers() { # LIMIT_S VERB ARGUMENT...
   # shellcheck disable=SC2016 # for the worker's shell
   on_free_workers "$1" bash -c \
     'if [ -e meshlm/launch/tpu/worker.sh ]; then exec bash meshlm/launch/tpu/worker.sh "$@"; else echo none 0; fi' worker "${@:2}"
 }
 
-# Nothing is known when the connection (255), the time (124, 137) or gcloud itself failed, or another call was at work.
+# Whether the result is not known: the connection failed (255), time ran out (124, 137), gcloud failed, or it was busy.
 is_unknown() { # CODE FILE
   [[ $1 =~ ^(255|124|137|$BUSY)$ ]] || grep -qE '^ERROR: (\(gcloud|gcloud crashed)' "$2"
 }
 
-# The worker itself is silent, or gone. Whatever else ssh says is about this machine, its keys, or the way there.
+# Whether the worker itself is silent or gone. Other errors of ssh concern this machine, its keys, or the network.
 is_silent() { # CODE FILE
   case $1 in
   124 | 137) return 0 ;;
@@ -168,7 +170,7 @@ worker_problem() { # CODE LIMIT_S FILE
   124 | 137) printf 'no answer within %s s' "$2" ;;
   255) printf 'no connection: %s' "$(grep -v '^ERROR: (gcloud' "$3" | grep . | tail -n 1)" ;;
   "$BUSY") printf 'busy with another call' ;;
-  *) printf 'exit code %s: %s (all of it: %s)' "$1" "$(last_line "$3")" "$3" ;;
+  *) printf 'exit code %s: %s (full output: %s)' "$1" "$(last_line "$3")" "$3" ;;
   esac
 }
 
@@ -176,15 +178,15 @@ last_line() { # FILE
   grep -v '^[[:space:]]*$' "$1" | tail -n 1 || true
 }
 
-# Ends the script after each_worker has failed: with 42 when no worker has said so.
+# Ends the script after each_worker has failed; with 42 if no worker itself has reported a failure.
 give_up() { # CODE WHAT
   (($1 == 1)) || exit "$1"
   ((FAILED == 0)) || fail 2 "$FAILED workers of $NAME $2"
   fail 42 "$UNKNOWN workers of $NAME have not answered, and perhaps $2"
 }
 
-# Answers go at the end of the script, unless some failed: then they are read.
+# Removes the answers at the end of the script, unless a worker failed: then the user reads them.
 tidy() {
   [[ -z $ANSWERS ]] || ((FAILED + UNKNOWN)) || rm -rf "$ANSWERS"
-  [[ -z $DRY_RUN ]] || rm -rf "$STATE" # that of find_state
+  [[ -z $DRY_RUN ]] || rm -rf "$STATE" # the temporary one of find_state
 }

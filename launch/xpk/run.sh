@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Starts a training command on TPU slices of a GKE cluster, as a workload of xpk, which starts it again after a
-# preemption or a crash. The same command on the same run directory goes on with it.
+# Starts a training command on TPU slices of a GKE cluster, as a workload of xpk, which restarts it after a preemption
+# or a crash. The same command on the same run directory resumes.
 #   launch/xpk/run.sh --name=run [settings] [--dry_run] -- python -m launch.train --config=… --workdir=/runs/…
 #
 #   settings    those of launch/xpk/example.env, from xpk.env (or --env=FILE) and flags: --cluster=… --type=v6e-16 …
@@ -12,7 +12,7 @@ source "$(dirname "$(readlink -f "$0")")/../lib.sh"
 SETTINGS=(PROJECT ZONE CLUSTER TYPE SLICES IMAGE STORAGE MAX_RESTARTS)
 PROJECT="" ZONE="" CLUSTER="" TYPE="" SLICES=1 IMAGE="" STORAGE="" MAX_RESTARTS=50
 NAME="" DRY_RUN=""
-GRACE_S=120 # from SIGTERM to SIGKILL: for a save. Spot machines may have less
+GRACE_S=120 # from SIGTERM to SIGKILL, for a save. Spot machines may have less
 
 check_settings() {
   local name
@@ -35,11 +35,11 @@ check_command() {
   ((${#COMMAND[@]})) || fail 2 "name the training command after --: -- python -m launch.train --config=… --workdir=/runs/…"
   run=$(workdir_of "${COMMAND[@]}")
   is_below "" "$run" && [[ $run == /*/?* && ! $run =~ ^/(tmp|var|dev|proc|sys|run|root|usr|etc|meshlm)/ ]] ||
-    fail 2 "--workdir=$run is in the container, and goes with it, or has . or .. in it; name a folder on a storage of the cluster: --workdir=/runs/a"
+    fail 2 "--workdir=$run is in the container, and is lost with it, or has . or .. in it; name a folder on a storage of the cluster: --workdir=/runs/a"
 }
 
-# The words for bash on one line, in ASCII: what the YAML around them takes. Kubernetes reads $$ and $(NAME) in it, so no
-# bare $ is left: bash puts a \ before it, and within $'…' its number stands for it.
+# Prints the words for bash on one line, in ASCII, as YAML needs them. Kubernetes expands $$ and $(NAME), so no bare $
+# is left: bash puts a \ before it, and within $'…' it is written as \044.
 one_line() { # WORD...
   local LC_ALL=C word quoted line=""
   for word in "$@"; do
@@ -61,12 +61,13 @@ check_command
 PLACE=("--cluster=$CLUSTER" "--project=$PROJECT" "--zone=$ZONE")
 CREATE=(xpk workload create "--workload=$NAME" "${PLACE[@]}")
 CREATE+=("--tpu-type=$TYPE" "--num-slices=$SLICES" "--docker-image=$IMAGE" ${STORAGE:+"--storage=$STORAGE"})
-# xpk restarts on 42 and 127 to 255 by itself; 1 is a crash in Python. Mistakes (2), data (3) and divergence (4) end it.
+# xpk itself restarts on 42 and 127 to 255; 1 is a crash in Python. Configuration (2), data (3) and divergence (4) end
+# it.
 CREATE+=("--max-restarts=$MAX_RESTARTS" --restart-on-exit-codes=1 "--termination-grace-period-seconds=$GRACE_S")
-# exec: xpk passes SIGTERM to the process that it started, which could be a shell.
+# exec: xpk passes SIGTERM to the process that it started, which would otherwise be a shell.
 CREATE+=("--command=exec $(one_line "${COMMAND[@]}")")
 
-act "${CREATE[@]}" || fail 2 "xpk did not start $NAME, as it says above; what runs all the same: $(quote xpk workload list "${PLACE[@]}")"
+act "${CREATE[@]}" || fail 2 "xpk did not start $NAME; see its error above; to see what runs all the same: $(quote xpk workload list "${PLACE[@]}")"
 report "started. Its state: $(quote xpk workload list "${PLACE[@]}" "--filter-by-job=$NAME")"
 report "its output: kubectl logs -f -l xpk.google.com/workload=$NAME,batch.kubernetes.io/job-completion-index=0"
 report "to end it: $(quote xpk workload delete "--workload=$NAME" "${PLACE[@]}")"

@@ -121,7 +121,7 @@ def test_an_answer_that_is_lost(cloud, what):
         rounds(cloud, 2, babysitter)
         end(cloud)
         out = runs.finish(babysitter)
-    assert (cloud.folder / "lives").read_text() == "x\n" and "life ended" not in out
+    assert (cloud.folder / "lives").read_text() == "x\n" and "attempt ended" not in out
     assert not cloud.resources and cloud.done("queued-resources create") <= 2
 
 
@@ -139,7 +139,7 @@ def test_a_create_of_which_nothing_is_known(cloud):
     assert cloud.run("create", "--name=other") and len(cloud.resources) == 2
     cloud.script(faults=[{"match": "describe third", "stderr": "NOT_FOUND: '/queuedResources/third'"}, lost, silent])
     out = cloud.run("create", "--name=third", code=42)
-    assert "not known whether third was created in us-east5-b of p, WHERE IT MAY COST" in out
+    assert "not known whether third was created in us-east5-b of p; IT MAY BE BILLING" in out
 
 
 @pytest.mark.parametrize("state", ["SUSPENDING", "FAILED"])
@@ -147,7 +147,7 @@ def test_a_create_whose_answer_is_lost_and_what_became_of_it(cloud, state):
     """It is ours, whatever its state is by then."""
     lost = {"match": "queued-resources create", "lost": True, "stderr": "ERROR: (gcloud) DEADLINE_EXCEEDED: x"}
     cloud.script(states=["WAITING_FOR_RESOURCES", state], faults=[lost])
-    assert "run is asked for" in cloud.run("create")
+    assert "run is requested" in cloud.run("create")
     cloud.script(workers=1)
     end(cloud)
     cloud.change("run", next=["SUSPENDED"] if state == "SUSPENDING" else [])
@@ -183,7 +183,7 @@ def test_what_others_have_made(cloud, state, mark):
 def test_ours_and_not_what_was_asked_for(cloud, words):
     cloud.run("create")
     out = cloud.run("babysit", *words, *waiting(cloud), code=2)
-    assert "NAME=run is in use, by 1 x v6e-16" in out and "run in us-east5-b of p may be there, and cost" in out
+    assert "NAME=run is in use, by 1 x v6e-16" in out and "run in us-east5-b of p may exist, and may be billing" in out
     assert cloud.resources and not cloud.done("delete")
 
 
@@ -221,7 +221,7 @@ def test_another_command_on_the_same_machines(cloud):
         babysitter.send_signal(signal.SIGINT)
         runs.finish(babysitter, 42)
     other = [*argv[:-1], "--workdir=bucket/runs/other"]
-    assert "runs another command; launch/tpu/stop.sh ends it" in cloud.run("babysit", *other, code=2)
+    assert "runs another command; end it with launch/tpu/stop.sh" in cloud.run("babysit", *other, code=2)
     assert starts(cloud) == 1 and "running" in cloud.run("status")
     cloud.run("stop")
     end(cloud)
@@ -259,8 +259,8 @@ def test_what_cannot_be_deleted(cloud, why, code):
     end(cloud, code)
     cloud.script(workers=1, faults=[{"match": "resources delete", "stderr": REFUSALS[why], "times": 10**6}])
     out = cloud.run("babysit", *waiting(cloud), code=code or 42, MESHLM_LOST_S="1")
-    assert "DELETE IT YOURSELF: run in us-east5-b of p goes on costing" in out
-    assert "run in us-east5-b of p GOES ON COSTING" in cloud.run("delete", code=42)
+    assert "DELETE IT YOURSELF: run in us-east5-b of p keeps billing" in out
+    assert "run in us-east5-b of p KEEPS BILLING" in cloud.run("delete", code=42)
     assert cloud.done("queued-resources delete") > 5
     cloud.script(workers=1)
     assert "run is deleted" in cloud.run("babysit", *waiting(cloud), code=code)
@@ -282,7 +282,7 @@ def test_what_is_deleted_after_a_while(cloud):
 def test_whatever_ends_it_names_what_bills(cloud, signal_):
     with babysitting(cloud) as babysitter:
         babysitter.send_signal(signal_)
-        assert "run in us-east5-b of p goes on, and on costing" in runs.finish(babysitter, 42, within_s=5)
+        assert "run in us-east5-b of p keeps running, and billing" in runs.finish(babysitter, 42, within_s=5)
 
 
 def test_the_same_command_at_once(cloud):
@@ -449,7 +449,7 @@ LASTING = {
     "Reauthentication is needed. Please run `gcloud auth login` to reauthenticate.": LOG_IN,
     f"PERMISSION_DENIED: Permission 'tpu.x' denied. {ACCOUNT}": "the role TPU Admin in p",
     f"PERMISSION_DENIED: Permission denied on 'locations/u' (or it may not exist). {ACCOUNT}": "ZONE=us-east5-b right",
-    '{\n  "code": 8,\n  "message": "There is no more capacity in the zone"\n}': "there is no room for v6e-16",
+    '{\n  "code": 8,\n  "message": "There is no more capacity in the zone"\n}': "there is no capacity for v6e-16",
 }
 
 

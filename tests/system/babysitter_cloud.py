@@ -500,7 +500,7 @@ class World:
         if not worker.is_set_up and verb in ("start", "stop", "log", "status"):
             return 127, "bash: line 1: meshlm/launch/tpu/worker.sh: No such file or directory\n"
         if verb == "setup" and worker.running and any("a command runs here" in word for word in words):
-            return 2, "a command runs here, which this would end; launch/tpu/stop.sh first\n"
+            return 2, "a command runs here, which setup would end; run launch/tpu/stop.sh first\n"
         if verb == "setup":
             self.check_unharmed(role, found, verb)
             self.end(found, [worker], 42)

@@ -85,7 +85,7 @@ def test_a_run_that_vanishes(cloud):
             cloud.kill_workers()
             shutil.rmtree(cloud.folder / "workers/run.0/meshlm-run")
         out = runs.finish(babysitter, 42)
-    assert "it has vanished" in out and "3 lives without a new checkpoint" in out and not cloud.resources
+    assert "it has vanished" in out and "3 attempts without a new checkpoint" in out and not cloud.resources
 
 
 @pytest.mark.parametrize("script", ["stop", "delete", "setup", "run"])
@@ -152,7 +152,7 @@ def test_what_runs_was_never_seen(machines):
     """After --max_hours it is still not known what runs: it may be another user's, and is left as it is."""
     machines.script(workers=1, faults=[{"match": "worker status", "code": 0, "times": 10**6}])
     out = machines.run("babysit", "--max_hours=0.0001", *waiting(machines), code=42, MESHLM_LOST_S="1")
-    assert "GOES ON COSTING" in out and machines.resources and not machines.done("worker.sh stop")
+    assert "KEEPS BILLING" in out and machines.resources and not machines.done("worker.sh stop")
 
 
 def test_silence_ends_with_an_answer(cloud):
@@ -183,7 +183,7 @@ def test_scripts_that_are_gone(cloud, tmp_path):
         runs.wait_until(lambda: starts(cloud) == 2, babysitter)
         end(cloud)
         out = runs.finish(babysitter)
-    assert out.count("life ended") == 1
+    assert out.count("attempt ended") == 1
 
 
 @pytest.mark.parametrize("lost", [{"code": 0}, {"code": 75}, {"code": 0, "lost": True, "stdout": "runn"}])
@@ -251,7 +251,7 @@ def test_a_signal_to_what_acts(cloud, script, match):
     with runs.ending(process):
         runs.wait_until(lambda: not cloud.has_faults(), process)
         process.send_signal(signal.SIGINT)
-        assert "run in us-east5-b of p may be there, and cost" in runs.finish(process, 42, within_s=10)
+        assert "run in us-east5-b of p may exist, and may be billing" in runs.finish(process, 42, within_s=10)
 
 
 def test_a_signal_while_the_workers_are_asked_for(cloud):
@@ -260,7 +260,7 @@ def test_a_signal_while_the_workers_are_asked_for(cloud):
         cloud.script(workers=1, faults=[{"match": "tpu-vm describe", "hang": 30}])
         runs.wait_until(lambda: not cloud.has_faults(), babysitter)
         babysitter.send_signal(signal.SIGTERM)
-        assert "goes on, and on costing" in runs.finish(babysitter, 42, within_s=10)
+        assert "keeps running, and billing" in runs.finish(babysitter, 42, within_s=10)
 
 
 def test_what_a_dead_babysitter_has_begun(cloud):
@@ -279,7 +279,7 @@ def test_what_a_dead_babysitter_has_begun(cloud):
 
 def test_a_setup_by_hand_ends_nothing(machines):
     machines.run("run", *waiting(machines)[1:])
-    assert "a command runs here, which this would end" in machines.run("setup", code=2)
+    assert "a command runs here, which setup would end" in machines.run("setup", code=2)
     machines.run("stop")
     machines.run("setup")
     assert (machines.folder / "workers/run.0/meshlm-run.before/log.txt").exists()
@@ -358,7 +358,7 @@ def test_nothing_costs_yet(cloud):
         rounds(cloud, 3, babysitter)
         babysitter.send_signal(signal.SIGTERM)
         out = runs.finish(babysitter, 42)
-    assert "goes on costing" not in out and "may be there, and cost" in out
+    assert "keeps billing" not in out and "may exist, and may be billing" in out
 
 
 def empty(folder: pathlib.Path) -> str:
@@ -388,9 +388,9 @@ def empty(folder: pathlib.Path) -> str:
         ("setup", [], {"PATH": ""}, "git is missing"),
         ("babysit", ["--", "true", "--workdir=bucket/x"], {"GIT_CONFIG_GLOBAL": "bad.env"}, "git does not work here"),
         ("create", [], {"HOME": "", "XDG_STATE_HOME": ""}, "HOME is not set"),
-        ("create", [], {"XDG_STATE_HOME": "/proc/x"}, "cannot be written to"),
-        ("create", [], {"TMPDIR": "/nowhere"}, "there is no room for files in /nowhere"),
-        ("create", ["--dry_run"], {"TMPDIR": "/nowhere"}, "there is no room for files in /nowhere"),
+        ("create", [], {"XDG_STATE_HOME": "/proc/x"}, "is not writable"),
+        ("create", [], {"TMPDIR": "/nowhere"}, "no file can be made in /nowhere"),
+        ("create", ["--dry_run"], {"TMPDIR": "/nowhere"}, "no file can be made in /nowhere"),
         ("create", ["--project zone=x"], {}, "unknown flag"),
         ("create", ["--keep?=x"], {}, "unknown flag"),
         ("create", ["--name=a\nb"], {}, "NAME=a b must be"),

@@ -361,7 +361,7 @@ print(xla_bridge.CUDA_VISIBLE_DEVICES.value)
         (["--per_gpu", "--skip_check", "--", *TRAIN], {"failure": (18, MISMATCH)}, "nvidia-smi lists no GPU; "),
         (["--skip_check"], {}, "no command; it follows --"),
         (["--skip_check", "--", "python", "train.py"], {}, "the command after -- must be python -m launch.train"),
-        (["--gpus=8", "--", *TRAIN], {}, "unknown flag --gpus; there are --nodes"),
+        (["--gpus=8", "--", *TRAIN], {}, "unknown flag --gpus; the flags are --nodes"),
         (["--skip_check", "--nodes=2", "--", *TRAIN], {}, "--nodes=2 needs --node=I"),
     ],
 )

@@ -252,7 +252,7 @@ def test_one_line_for_each_mistake(submit, words, extra, parts):
 
 
 @pytest.mark.parametrize(
-    ("cwd", "part"), [(".", "this is no job of Slurm; submit it: sbatch "), ("tests", "submit from")]
+    ("cwd", "part"), [(".", "this is not a Slurm job; submit it: sbatch "), ("tests", "submit from")]
 )
 def test_started_by_hand_or_elsewhere(cwd, part):
     result = subprocess.run(
@@ -281,9 +281,9 @@ def test_what_is_queued_again(tmp_path, submit, player):
     assert all(0 <= life.seconds < 60 and 0 <= life.waited < 60 for life in written) and written[0].waited == 0
     assert written[0].start < written[0].end < written[1].start
     for i, code in enumerate([42, 1, 134, 137, 137]):
-        line = f"Life {i + 1} ended with {code}; checkpoint at step {10 * i + 10}, {10 * i} before. Job {job.id} is"
+        line = f"Attempt {i + 1} ended with {code}; checkpoint at step {10 * i + 10}, {10 * i} before. Job {job.id} is"
         assert f"{line} queued again." in log
-    assert "Life 6 ended with 0; checkpoint at step 60, 50 before." in log
+    assert "Attempt 6 ended with 0; checkpoint at step 60, 50 before." in log
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_what_is_queued_again(tmp_path, submit, player):
 def test_what_is_not(tmp_path, submit, player, codes, code):
     """One process's code for wrong data or a wrong configuration counts, although srun exits with the highest code."""
     log = submit("--nodes=2", command=player({"codes": codes, "save": 10}, {"codes": [0, 0]})).leaves(code)
-    assert f"Life 1 ended with {code}; checkpoint at step 10, 0 before.\n" in log and "queued" not in log
+    assert f"Attempt 1 ended with {code}; checkpoint at step 10, 0 before.\n" in log and "queued" not in log
     assert [life.code for life in journal(tmp_path)] == [code]
 
 
@@ -306,16 +306,16 @@ def test_three_fruitless_lives_are_the_end(tmp_path, submit, player):
     assert [life.code for life in journal(tmp_path)] == [1, 1, 42, 1, 1, 134]
     assert log.count("queued again") == 5
     (line,) = [line for line in log.splitlines() if line.startswith("error: ")]
-    assert "3 lives in a row without a new one; giving up; see " in line and str(tmp_path / "run/lives.jsonl") in line
+    assert "3 attempts in a row without a new one; giving up; see " in line and str(tmp_path / "run/lives.jsonl") in line
     log = submit("--nodes=2", command=player(crash, {"codes": [0, 0]})).leaves(0)
-    assert "Life 7 ended with 1" in log and [life.code for life in journal(tmp_path)][6:] == [1, 0]
+    assert "Attempt 7 ended with 1" in log and [life.code for life in journal(tmp_path)][6:] == [1, 0]
 
 
 def test_a_mistake_leaves_nothing_behind(tmp_path, submit, player):
     """A command that cannot be started is not started again, and nothing is written to a folder that is not a run."""
     (tmp_path / "run").mkdir()
     log = submit(command=["no-such-command", f"--workdir={tmp_path / 'run'}"]).leaves(127)
-    assert "no-such-command: not found" in log and "Life 1 ended with 127" in log
+    assert "no-such-command: not found" in log and "Attempt 1 ended with 127" in log
     assert not list((tmp_path / "run").iterdir())
 
 
@@ -348,7 +348,7 @@ def test_a_signal_to_the_tasks(tmp_path, submit, player):
     submit.cluster.do("scancel", "--signal=TERM", job.id)
     log = job.leaves(0)
     assert "process 0 stops" in log and "process 1 stops" in log
-    assert f"Life 1 ended with 42; checkpoint at step 10, 0 before. Job {job.id} is queued again." in log
+    assert f"Attempt 1 ended with 42; checkpoint at step 10, 0 before. Job {job.id} is queued again." in log
 
 
 def test_a_preemption(tmp_path, submit, player):
@@ -360,7 +360,7 @@ def test_a_preemption(tmp_path, submit, player):
     assert "process 0 stops" in log and "process 1 stops" in log
     first, second = journal(tmp_path)
     assert first.code in TOLD and second.code == 0, log
-    says = f"Life 1 ended with {first.code}; checkpoint at step 10, 0 before. The job was told to end, by scancel"
+    says = f"Attempt 1 ended with {first.code}; checkpoint at step 10, 0 before. The job was asked to end, by scancel"
     assert says in log, log
 
 
@@ -387,7 +387,7 @@ def test_a_second_signal(tmp_path, submit, player):
         os.killpg(int((tmp_path / "slurm/batch").read_text()), signal.SIGTERM)
         time.sleep(0.5)
     submit.cluster.do("scancel", "--signal=TERM", job.id)
-    assert "Life 1 ended with 42; checkpoint at step 10" in job.leaves(42)
+    assert "Attempt 1 ended with 42; checkpoint at step 10" in job.leaves(42)
 
 
 @only_fake
@@ -412,7 +412,7 @@ def test_the_signal_comes_while_the_life_is_written(tmp_path, submit, player):
     stand_in.chmod(0o755)
     submit.cluster.environment["PATH"] = f"{stand_in.parent}:{submit.cluster.environment['PATH']}"
     job = submit(command=player({"codes": [42], "save": 10}))
-    assert "Life 1 ended with 42; checkpoint at step 10, 0 before. The job was told to end" in job.leaves(42)
+    assert "Attempt 1 ended with 42; checkpoint at step 10, 0 before. The job was asked to end" in job.leaves(42)
     assert [life.last_step for life in journal(tmp_path)] == [10]
 
 
@@ -425,7 +425,7 @@ def test_scancel_is_the_end(tmp_path, submit, player):
     job.until(lambda: bool(journal(tmp_path)))
     (life,) = journal(tmp_path)
     assert life.code in TOLD and life.last_step == 10
-    assert "The job was told to end" in job.log() and starts(tmp_path, 1)()
+    assert "The job was asked to end" in job.log() and starts(tmp_path, 1)()
 
 
 def test_a_job_that_may_not_be_queued_again(tmp_path, submit, player):
@@ -435,8 +435,8 @@ def test_a_job_that_may_not_be_queued_again(tmp_path, submit, player):
     submit.cluster.do("scontrol", "update", f"JobId={job.id}", "Requeue=0")
     submit.cluster.do("scancel", "--signal=TERM", job.id)
     *_, slurm, line = job.leaves(42).splitlines()
-    assert "disabled" in slurm and line.startswith("error: Life 1 ended with 42; checkpoint at step 10, 0 before.")
-    assert line.endswith("the same sbatch goes on with the run") and starts(tmp_path, 1)()
+    assert "disabled" in slurm and line.startswith("error: Attempt 1 ended with 42; checkpoint at step 10, 0 before.")
+    assert line.endswith("submit the same again to resume") and starts(tmp_path, 1)()
 
 
 def test_the_time_limit(tmp_path, submit, player):
@@ -444,7 +444,7 @@ def test_the_time_limit(tmp_path, submit, player):
     times = {"fake": ["--time=2:03"], "real": ["--time=1", "--signal=TERM@20"]}[submit.cluster.name]
     job = submit("--nodes=2", *times, command=player({"codes": ["wait", "wait"], "save": 10}, {"codes": [0, 0]}))
     log = job.leaves(0, within_s=240)
-    assert f"Life 1 ended with 42; checkpoint at step 10, 0 before. Job {job.id} is queued again." in log
+    assert f"Attempt 1 ended with 42; checkpoint at step 10, 0 before. Job {job.id} is queued again." in log
 
 
 def test_a_time_limit_that_was_too_near(tmp_path, submit, player):
@@ -452,7 +452,7 @@ def test_a_time_limit_that_was_too_near(tmp_path, submit, player):
     times = {"fake": ["--time=0:04", "--signal=TERM@2"], "real": ["--time=1", "--signal=TERM@20"]}[submit.cluster.name]
     job = submit("--nodes=2", *times, command=player({"codes": ["deaf", "deaf"]}, {"codes": [0, 0], "save": 10}))
     log = job.leaves(0, within_s=300)
-    assert f"Life 1 ended with 137; checkpoint at step 0, 0 before. Job {job.id} is queued again." in log
+    assert f"Attempt 1 ended with 137; checkpoint at step 0, 0 before. Job {job.id} is queued again." in log
     assert [life.code for life in journal(tmp_path)] == [137, 0]
     assert submit.cluster.name == "real" or submit.cluster.calls("squeue") == [
         ["squeue", "--noheader", f"--jobs={job.id}", "--format=%r"]

@@ -51,7 +51,7 @@ def test_create(cloud):
     kind = ["--accelerator-type=v6e-16", "--runtime-version=v2-alpha-tpuv6e"]
     create = ["compute", "tpus", "queued-resources", "create", "run"]
     assert cloud.calls[-1] == [*create, *kind, f"--labels=meshlm={cloud.owner()}", "--node-id=run", "--spot", *place]
-    assert "is there already" in cloud.run("create")
+    assert "run exists already" in cloud.run("create")
     assert sum(call[3] == "create" for call in cloud.calls) == 1
 
 
@@ -151,7 +151,7 @@ def test_wait_for_what_will_not_come(cloud, state):
     cloud.script(states=["WAITING_FOR_RESOURCES", state])
     cloud.run("create")
     assert "delete.sh, then create.sh" in last_line(cloud.run("wait", "--poll_s=0.1", code=42))
-    assert "there, and dead" in last_line(cloud.run("create", code=2))
+    assert "exists, but is dead" in last_line(cloud.run("create", code=2))
     cloud.run("delete")
     assert cloud.resources == {}
 
@@ -245,10 +245,10 @@ def test_what_passes_is_tried_again(cloud):
         (["--slices=two"], "SLICES=two must be a number"),
         (["--tier=cheap"], "TIER=cheap must be"),
         (["--valid_for=6"], "VALID_FOR=6 must be a duration with its unit"),
-        (["--env=nowhere.env"], "--env=nowhere.env is no file"),
-        (["--env", "nowhere.env"], "--env=nowhere.env is no file"),
+        (["--env=nowhere.env"], "--env=nowhere.env: no such file"),
+        (["--env", "nowhere.env"], "--env=nowhere.env: no such file"),
         (["--env=bad.env"], "bad.env, line 2: ZON=x sets none of"),
-        (["zone"], "zone is no flag"),
+        (["zone"], "unexpected argument zone"),
     ],
 )
 def test_settings_that_cannot_be(cloud, words, says):
@@ -476,7 +476,7 @@ def test_a_babysitter_knows_when_to_end(cloud, fields, code):
     """It ends at an error that a restart does not fix, and at the end of the run; the machines are deleted."""
     runs.dataset(cloud.folder / "buckets/b")
     out = cloud.run("babysit", "--poll_s=0.5", "--", *training(cloud, **fields), code=code)
-    assert "which a restart does not mend" in out if code else "done at step 10" in out
+    assert "which a restart does not fix" in out if code else "done at step 10" in out
     assert out.count("error: ") == bool(code), "once, not for each worker"
     assert cloud.resources == {}
 
@@ -486,7 +486,7 @@ def test_a_babysitter_gives_up(cloud):
     """It does so after three attempts without a checkpoint; in each, the workers' supervisors have retried."""
     argv = ["sh", "-c", "exit 1", "--workdir=bucket/runs/x"]
     out = cloud.run("babysit", "--poll_s=0.2", "--", *argv, code=1)
-    assert "3 lives without a new checkpoint" in out and cloud.resources == {}
+    assert "3 attempts without a new checkpoint" in out and cloud.resources == {}
 
 
 @pytest.mark.slow

@@ -158,7 +158,7 @@ def test_sigterm_reaches_the_command(folder):
         (["--name=run", "--", *TRAIN, "--workdir=/tmp/a"], "--workdir=/tmp/a is in the container"),
         (
             ["--name=run", "--", *TRAIN[:-1], "--workdir=runs/a"],
-            "--workdir=runs/a is in the container, and goes with it",
+            "--workdir=runs/a is in the container, and is lost with it",
         ),
         (["--name=Run_1", "--", *TRAIN], "--name=Run_1 must be small letters"),
         (["--", *TRAIN], "--name= must be small letters"),
@@ -166,7 +166,7 @@ def test_sigterm_reaches_the_command(folder):
         (["--name=run", "--max_restarts=-1", "--", *TRAIN], "MAX_RESTARTS=-1 must be a number"),
         (["--name=run", "--cluster=", "--", *TRAIN], "CLUSTER is not set; put it into xpk.env"),
         (["--name=run", "--klaster=c", "--", *TRAIN], "unknown flag --klaster"),
-        (["--name=run", "--env=nowhere.env", "--", *TRAIN], "--env=nowhere.env is no file"),
+        (["--name=run", "--env=nowhere.env", "--", *TRAIN], "--env=nowhere.env: no such file"),
     ],
 )
 def test_mistakes(folder, words, message):
@@ -191,7 +191,7 @@ def test_what_xpk_refuses(folder):
     done = run(folder, "--name=run", "--cluster=none", "--", *TRAIN, code=2)
     assert done.stdout.splitlines()[-1] == "[XPK] XPK failed, error code 1"
     assert done.stderr.splitlines() == [
-        "error: xpk did not start run, as it says above; what runs all the same: "
+        "error: xpk did not start run; see its error above; to see what runs all the same: "
         "xpk workload list --cluster=none --project=p --zone=us-east5-b",
     ]
 
