@@ -1,27 +1,27 @@
-"""Errors a user can cause that do not come from data. See data/errors.py for the root of the family."""
+"""Errors that a user can cause, except those of data; data/errors.py has their base class."""
 
 from data.errors import UserError
 
 
 class ConfigError(UserError):
-    """A flag, a field of the configuration, or a run directory that does not go with it."""
+    """A flag or a field of the configuration is wrong, or does not fit the run directory."""
 
     exit_code = 2
 
 
 class CheckpointError(UserError):
-    """No usable checkpoint where one is needed."""
+    """A checkpoint is needed, and none is usable."""
 
     exit_code = 3
 
 
 class Diverged(UserError):
-    """Loss or gradient is not finite, or out of all proportion, and the policy is to stop."""
+    """Loss or gradient is not finite, or a spike, and config.divergence says to stop."""
 
     exit_code = 4
 
 
 class Stopped(UserError):
-    """The run cannot go on here and now, but the same command can: a peer is missing, a step stalls."""
+    """The run has to stop, but the same command can resume it: a peer is missing, a step stalls."""
 
     exit_code = 42

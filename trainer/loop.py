@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -97,22 +98,23 @@ class Trainer:
         self.data = data
         self.processes = processes
         self.watchdog = watchdog
-        self.mirror = mirror
         mesh = sharding.make_mesh(config)
         jax.set_mesh(mesh)
         self.val_files = data.files("val")
         self.windows = loader.MixedWindows(
             data.files("train"), data.stages, seq_len=config.data.seq_len, seed=config.seed, packings=data.packings
         )
-        self.batch_sharding = sharding.named(mesh, "batch")
+        batch_sharding = sharding.named(mesh, "batch")
         self.loader = loader.Loader(
             self.windows,
             global_batch_size=config.global_batch_size,
-            sharding=self.batch_sharding,
+            sharding=batch_sharding,
             document_end=config.data.document_end,
         )
         self.program = Program(config, mesh)
-        self.eval_step = make_eval_step(self.program)
+        self.evaluate = functools.partial(
+            evaluate, make_eval_step(self.program), config=config, batch_sharding=batch_sharding
+        )
         tokenizer = data.load_tokenizer()
         self.sampler = None if tokenizer is None else sampling.Sampler(self.program, tokenizer)
         self.checkpoint_meta = {
@@ -161,7 +163,7 @@ class Trainer:
             steps = self.config.num_train_steps
             log.info("This run already has its %d steps; for more, pass --config.num_train_steps=N.", steps)
             self._sample(cursor, state.params, record=False)
-            self._wait_for_copies()
+            self.checkpoints.wait_for_copies()
             return True
         if cursor.step:
             log.info("Resuming after step %d.", cursor.step)
@@ -346,14 +348,8 @@ class Trainer:
     def _has_finite_loss(self, params: dict) -> bool:
         """Evaluates a few windows of held-out text, or of training text if none is held out."""
         files = self.val_files or self.data.files("train")
-        result = evaluate(
-            self.eval_step,
-            params,
-            files,
-            self.config,
-            batch_sharding=self.batch_sharding,
-            num_windows=microbatch_rows(self.config, self.batch_sharding),
-        )
+        rows = microbatch_rows(self.config, sharding.named(self.program.mesh, "batch"))
+        result = self.evaluate(params, files, num_windows=rows)
         assert result is not None  # it was not interrupted
         return math.isfinite(result["val/loss"])
 
@@ -426,17 +422,7 @@ class Trainer:
                     f"the checkpoint at step {cursor.step} could not be written; make room in {self.run_dir}, and the "
                     f"same command resumes from {f'step {steps[-1]}' if steps else 'the beginning'}"
                 )
-            self._wait_for_copies()
-
-    def _wait_for_copies(self) -> None:
-        """All processes wait here: if they waited in the collective of an evaluation, they would look stuck."""
-
-        def wait() -> None:
-            if self.mirror is not None:
-                self.mirror.wait()
-
-        if self.config.checkpoint.mirror:
-            self.processes.run_on_process_0("copied", wait)
+            self.checkpoints.wait_for_copies()
 
     def _is_saved(self, step: int) -> bool:
         """Whether `step` is committed, the same answer on all processes.
@@ -499,15 +485,7 @@ class Trainer:
     def _evaluate(self, cursor: Cursor, params: dict) -> float | None:
         """val/loss; None if a stop ended the evaluation early."""
         limit = self.config.eval.num_windows
-        result = evaluate(
-            self.eval_step,
-            params,
-            self.val_files,
-            self.config,
-            batch_sharding=self.batch_sharding,
-            num_windows=limit,
-            interrupted=self._interrupted,
-        )
+        result = self.evaluate(params, self.val_files, num_windows=limit, interrupted=self._interrupted)
         if result is None:
             return None
         self._write_row(cursor, result | {"val/windows": limit})

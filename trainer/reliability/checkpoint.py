@@ -335,6 +335,20 @@ class Checkpoints:
             self._watcher.join(limit_s)
         return not self.failed and not self.busy
 
+    def wait_for_copies(self) -> None:
+        """Waits until the mirror has copied the last save, if there is a mirror.
+
+        All processes wait here: if they waited in the collective of an evaluation, they would look stuck.
+        """
+
+        def wait() -> None:
+            if self.mirror is not None:
+                self.mirror.wait()
+
+        assert self.config is not None
+        if self.config.mirror:
+            self.processes.run_on_process_0("copied", wait)
+
     @property
     def busy(self) -> bool:
         """Whether a save is in flight."""

@@ -81,6 +81,7 @@ class Mirror:
         self.copying: int | None = None
         self.copies: set[int] = set()
         self.on_progress: Callable[[], None] = lambda: None
+        self._store: Any = None
         self._waiting: tuple[int, Keep] | None = None
         self._changed = threading.Condition()
         self._list_path = source.parent / MIRRORS

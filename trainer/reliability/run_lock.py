@@ -114,6 +114,8 @@ class RunLock:
         self._on_lost = on_lost
         self._regain = regain
         self._heartbeat_s = heartbeat_s
+        self._store: Any = None
+        self._place = ""
         self._beat = 0
         self._lost = False
         self._released = False
