@@ -1,9 +1,9 @@
-"""What the environment says to JAX and XLA, checked like a flag: what would train another run, or none, is refused.
+"""Checks environment variables of JAX and XLA like flags: values that would train another run, or none, are refused.
 
-The options that numbers depend on have one value here, so that a run is its configuration. They are recorded in
-environment.json all the same, with what may be chosen on purpose, by a variable: XLA's flags, those of its libraries,
-and the precision of matrix products, which is set in trainer/xla_options.py if nobody has chosen one. What was chosen
-must be the same on all processes; if it is another than in the life before, a line says so.
+Options that affect the numerics have a fixed value here, so that the configuration determines a run. They are recorded
+in environment.json all the same, with the ones that users may set by a variable: flags of XLA and its libraries, and the
+precision of matrix products, for which trainer/xla_options.py has the default. These must be the same on all processes;
+if they differ from the attempt before, a line says so.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import Any
 
 from trainer.errors import ConfigError, Stopped
 
-# Another value makes other numbers of the same configuration.
+# Any other value changes the numerics of the same configuration.
 NUMBERS: dict[str, Any] = {
     "jax_enable_x64": False,
     "jax_default_prng_impl": "threefry2x32",
@@ -27,7 +27,7 @@ NUMBERS: dict[str, Any] = {
     "jax_high_dynamic_range_gumbel": False,
     "jax_softmax_custom_jvp": False,
 }
-# With another value the program does not work, or not as it should.
+# With any other value the program does not work, or not correctly.
 WORKING: dict[str, Any] = {
     "jax_disable_jit": False,
     "jax_no_tracing": False,
@@ -49,16 +49,16 @@ CHOSEN = (
     "jax_memory_fitting_level",
     "jax_cpu_collectives_implementation",
 )
-# Of XLA, and of libraries that it calls: JAX has no options for these.
+# Flags of XLA and of libraries that it calls: JAX has no options for these.
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 VARIABLES = (*FLAGS, "NVIDIA_TF32_OVERRIDE", "NCCL_ALGO", "NCCL_PROTO")
-# Flags that change no number: each process may have files of its own for what XLA writes. (How many devices there are
-# is compared, and shown, by itself.)
+# Flags that do not affect numerics: each process may have its own files for what XLA writes. (The number of devices is
+# compared and shown separately.)
 NEUTRAL = re.compile("dump|_cache_(dir|file)$|^--xla_force_host_platform_device_count$|^--xla_hlo_profile")
 
 
 def load_jax() -> None:
-    """Imports JAX. Raises ConfigError when a variable of the environment is wrong for it, or for us."""
+    """Imports JAX. Raises ConfigError if an environment variable is wrong for it, or for us."""
     try:
         import jax  # noqa: F401
     except ValueError as e:
@@ -74,21 +74,21 @@ def load_jax() -> None:
 
 
 def option_of_jax(name: str, default: Any = None) -> Any:
-    """The value of an option; the default where this version of JAX has none of that name."""
+    """The value of an option; the default if this version of JAX has no option of that name."""
     import jax
 
-    value = getattr(jax.config, name, jax.config.values.get(name, default))  # some are only in the second
+    value = getattr(jax.config, name, jax.config.values.get(name, default))  # some are only in `values`
     return getattr(value, "value", value)
 
 
 def numbers() -> dict[str, Any]:
-    """What the numbers of a run depend on beside its configuration, for environment.json."""
+    """What the numerics of a run depend on besides its configuration, for environment.json."""
     found = {name: _plain(option_of_jax(name)) for name in (*NUMBERS, *CHOSEN)}
     return found | {name: _given(name) for name in VARIABLES}
 
 
 def compared(numbers: dict[str, Any]) -> dict[str, Any]:
-    """The same in a form that is another one only where numbers may be: flags by name, without neutral ones."""
+    """Normalized, so that they differ only if the numerics may: flags sorted by name, without neutral ones."""
     return {name: _flags(str(value)) if name in FLAGS else value for name, value in numbers.items()}
 
 
@@ -97,7 +97,7 @@ def _plain(value: Any) -> Any:
 
 
 def _given(name: str) -> str:
-    """The value of a variable. XLA_FLAGS may name a file of them, which may hold others in the next life."""
+    """The value of a variable. If XLA_FLAGS names a file, its text, which may change until the next attempt."""
     text = os.environ.get(name, "")
     if name == "XLA_FLAGS" and text and not text.lstrip().startswith("-"):
         with contextlib.suppress(OSError, ValueError):  # XLA has read it, but it is gone now
@@ -106,14 +106,14 @@ def _given(name: str) -> str:
 
 
 def _flags(text: str) -> str:
-    """Sorted; of a flag that is given twice the last one, as XLA takes it, and --flag is --flag=true."""
+    """Flags sorted by name; the last of a repeated flag counts, as in XLA, and --flag is --flag=true."""
     words = [word if "=" in word else f"{word}=true" for word in text.split()]
     last = {word.partition("=")[0]: word for word in words}
     return " ".join(word for name, word in sorted(last.items()) if not NEUTRAL.search(name))
 
 
 def changes(run: pathlib.Path) -> str:
-    """In what this life differs from the one before, by environment.json; '' if in nothing, or if that is not known."""
+    """How this attempt differs from the one before, by environment.json; '' if it does not, or if that is not known."""
     try:
         before = compared(json.loads((run / "environment.json").read_text())["numbers"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -124,7 +124,7 @@ def changes(run: pathlib.Path) -> str:
 
 
 def _check_xla_flags() -> None:
-    """XLA ends the process over a wrong flag, with 1, as if it had crashed; so another one reads them first."""
+    """XLA ends the process on a wrong flag, with exit code 1, like a crash; so a child process parses them first."""
     if not os.environ.get("XLA_FLAGS"):
         return
     if wrong := re.search(r"--xla_force_host_platform_device_count=(0+|-\d+)(?!\S)", os.environ["XLA_FLAGS"]):
@@ -132,7 +132,7 @@ def _check_xla_flags() -> None:
     from jaxlib import _jax
 
     read, write = os.pipe()
-    # The child has our pipe for signals (launch/signals.py): a Ctrl-C, which all of a terminal get, would count twice.
+    # The child shares our signal pipe (launch/signals.py): a Ctrl-C, which a terminal sends to both, would count twice.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     if not (child := os.fork()):
         os.dup2(write, 2)
@@ -144,15 +144,15 @@ def _check_xla_flags() -> None:
         words = said.read().decode("utf-8", "backslashreplace")
     if os.waitpid(child, 0)[1]:
         found = re.search(r"^[EF]\d.*?\] (.*)", words, re.MULTILINE)
-        raise ConfigError(f"XLA_FLAGS={os.environ['XLA_FLAGS']}: {found[1] if found else 'XLA does not take them'}")
+        raise ConfigError(f"XLA_FLAGS={os.environ['XLA_FLAGS']}: {found[1] if found else 'XLA rejects them'}")
 
 
-# What a backend says that waited for its peers.
+# Errors of a backend that waited for its peers.
 OF_OTHERS = r"KeyValue\(\)|Barrier|[Cc]oordination ?[Ss]ervice|heartbeat|topolog"
 
 
 def find_devices() -> None:
-    """Raises ConfigError when JAX_PLATFORMS names what is not installed here, Stopped when no device can be had now."""
+    """Raises ConfigError if JAX_PLATFORMS names what is not installed here, Stopped if no device is available now."""
     import jax
 
     try:
@@ -170,4 +170,4 @@ def find_devices() -> None:
                 f"{asked} cannot be used here: {reason or 'it is not installed'}; unset it, or install JAX for it: "
                 'pip install -e ".[cuda]" or ".[tpu]"'
             ) from None
-        raise Stopped(f"no device can be had, with {asked}: {reason}; free it, and start again") from None
+        raise Stopped(f"no device is available, with {asked}: {reason}; free it, and start again") from None

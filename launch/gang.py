@@ -1,11 +1,11 @@
-"""Run the processes of one run on this machine as one command: what launch/local/run.sh becomes.
+"""Run the processes of one run on this machine as one command; launch/local/run.sh execs it.
 
   python -m launch.gang LINE ...
 
-Each LINE is a command, quoted as for a shell. What the commands print is marked with their number, line by line.
-SIGTERM, SIGINT, SIGUSR1 and SIGQUIT are passed on to all, each as often as it comes. A run needs all of its processes:
-when one has ended, those that are left ten seconds later are told to stop. None outlives this process, whatever ends
-it. The exit code is 0 when all ended with 0, else that of the process that says most.
+Each LINE is a command, quoted as for a shell. Its output lines are prefixed with its number. SIGTERM, SIGINT, SIGUSR1,
+SIGHUP and SIGQUIT are passed on to all, each time they arrive. A run needs all of its processes: ten seconds after one
+has ended, the others get a SIGTERM. If this process is killed, they get a SIGTERM, too. The exit code is 0 if all
+exited with 0, else the most telling one.
 """
 
 import logging
@@ -21,19 +21,19 @@ from trainer.errors import ConfigError
 
 log = logging.getLogger("meshlm")
 
-GRACE_S = 10.0  # to end by itself, with a word about why
+GRACE_S = 10.0  # time for the others to end by themselves and say why
 
 
 class Member:
-    """A command of the gang, and the program that marks its lines.
+    """One of the commands, and a program that prefixes its lines.
 
-    The latter is apart so that it outlives a killed gang and, where nobody reads it any more, goes on without printing:
-    a command that cannot write neither says nor does what it should at its end.
+    That is a separate process, so that it outlives this one if it is killed; once nothing reads its output, it only
+    drains the pipe: a command whose writes fail could neither log nor save at its end.
     """
 
     def __init__(self, number: int, command: Sequence[str]):
         self.number = number
-        # In sessions of their own a Ctrl-C on the terminal does not reach them, and then comes once, from here.
+        # In their own sessions a terminal's Ctrl-C does not reach them directly, so it arrives only once, from here.
         mark = ["sh", "-c", 'sed -u "$0" 2>/dev/null || exec cat >/dev/null', f"s/^/[{number}] /"]
         self.printer = subprocess.Popen(mark, stdin=subprocess.PIPE, start_new_session=True)
         assert self.printer.stdin is not None
@@ -69,14 +69,14 @@ def main(*lines: str) -> int:
 
 
 def until_all_have_ended(gang: list[Member], signals: supervise.Signals) -> None:
-    due: float | None = None  # when those that are left are told to stop, and told again
+    due: float | None = None  # when the remaining commands get the next SIGTERM
     while running := [member for member in gang if member.code is None]:
         now = time.monotonic()
         if due is None and len(running) < len(gang):
             due = now + GRACE_S
         if due is not None and now >= due:
             ended = [f"process {member.number} with {member.code}" for member in gang if member not in running]
-            log.info("Ended: %s. Telling the others to stop.", ", ".join(ended))
+            log.info("Ended: %s. Stopping the others.", ", ".join(ended))
             tell(running, signal.SIGTERM)
             due = now + GRACE_S
         for number in signals.read(None if due is None else due - now):
@@ -85,7 +85,7 @@ def until_all_have_ended(gang: list[Member], signals: supervise.Signals) -> None
 
 
 def until_all_is_printed(gang: list[Member], signals: supervise.Signals) -> None:
-    """A killed supervisor leaves a trainer that is still saving; a further signal is not to wait for it."""
+    """A killed supervisor leaves a trainer that is still saving; another stop signal skips the wait for it."""
     while any(member.printer.poll() is None for member in gang):
         if set(signals.read()) & set(supervise.STOPS):
             return
@@ -97,7 +97,7 @@ def tell(members: list[Member], number: int) -> None:
 
 
 def most_telling(codes: Sequence[int]) -> int:
-    """What must not be started again comes first, then a crash, then what the same command goes on from."""
+    """First a code that forbids a restart, then a crash, then 42."""
     final = (2, 3, 4, 130)
     for code in final:
         if code in codes:

@@ -1,9 +1,9 @@
-"""Say what keeps JAX from this machine's GPUs, each in one line, before a training is started on them.
+"""Report what keeps JAX from using this machine's GPUs, one line each, before training is started on them.
 
   python -m launch.gpu_check
 
-Looks at the wheels, the driver, what other programs hold of the memory, and the links between the GPUs; loads no JAX.
-Exit codes: 0 all is well, or only slower than it could be (warnings); 2 it would not work.
+Checks the wheels, the driver, memory taken by other programs, and the links between the GPUs; does not load JAX.
+Exit codes: 0 if all is well, or only slower than it could be (warnings); 2 if it would not work.
 """
 
 import ctypes
@@ -22,18 +22,18 @@ from trainer.errors import ConfigError
 
 log = logging.getLogger("meshlm")
 
-SMI_S = 60  # nvidia-smi takes seconds where the driver is not kept loaded; a hanging GPU holds it for ever
-DRIVERS = {13: 580, 12: 525}  # the oldest that has what CUDA 13 and CUDA 12 need
+SMI_S = 60  # nvidia-smi takes seconds if the driver is not kept loaded; a hanging GPU blocks it forever
+DRIVERS = {13: 580, 12: 525}  # the oldest drivers for CUDA 13 and CUDA 12
 SMI_FAILURES = {
     "version mismatch": "the driver was updated while the old one was loaded; reboot",
     "communicate": "its kernel module is not loaded; reboot after an update of the kernel, or install the driver again",
-    "No devices": "there is no GPU, or this container was given none (docker run --gpus all)",
+    "No devices": "there is no GPU, or this container has none (docker run --gpus all)",
 }
 CUINIT_FAILURES = {
-    100: "it has no GPU for this process; see CUDA_VISIBLE_DEVICES, or start the container with --gpus all",
+    100: "no GPU is visible to this process; see CUDA_VISIBLE_DEVICES, or start the container with --gpus all",
     802: "the GPUs wait for their switches; start the fabric manager (systemctl start nvidia-fabricmanager)",
-    803: "the kernel's part and the library are of different versions; reboot, or start the container again",
-    804: "the CUDA compatibility libraries do not go with this GPU; install a newer driver instead",
+    803: "the kernel module and the library have different versions; reboot, or restart the container",
+    804: "the CUDA compatibility libraries do not support this GPU; install a newer driver instead",
 }
 
 
@@ -87,7 +87,7 @@ def main() -> int:
 
 
 def check_wheels(report: Report) -> int | None:
-    """The CUDA version that the wheels are for, if it can be told."""
+    """The CUDA version that the wheels are for, if there is exactly one."""
     plugins = {cuda: version(f"jax-cuda{cuda}-plugin") for cuda in DRIVERS}
     there = [cuda for cuda, found in plugins.items() if found]
     if not there:
@@ -123,7 +123,7 @@ def check_platforms(report: Report) -> None:
 
 
 def list_gpus() -> list[Gpu]:
-    """Those that nvidia-smi lists, at least one. Raises ConfigError."""
+    """The GPUs that nvidia-smi lists, at least one. Raises ConfigError."""
     fields = "index,uuid,name,driver_version,memory.total,memory.used"
     rows = [row.split(", ") for row in smi(f"--query-gpu={fields}", "--format=csv,noheader,nounits").splitlines()]
     if not rows or any(len(row) != 6 for row in rows):
@@ -182,7 +182,7 @@ def check_driver(report: Report, listed: list[Gpu], cuda: int | None) -> None:
 
 
 def to_be_used(listed: list[Gpu]) -> list[Gpu]:
-    """Without those that CUDA_VISIBLE_DEVICES leaves out."""
+    """The GPUs that CUDA_VISIBLE_DEVICES selects; all if it matches none."""
     setting = os.environ.get("CUDA_VISIBLE_DEVICES")
     if setting is None:
         return listed
@@ -191,11 +191,11 @@ def to_be_used(listed: list[Gpu]) -> list[Gpu]:
     return used or listed
 
 
-# What is slow or short on it
+# Memory and links
 
 
 def check_memory(report: Report, gpus: list[Gpu]) -> None:
-    """JAX takes its share of a GPU at once, and fails where it is not free."""
+    """JAX allocates its share of a GPU at start, and fails if that is not free."""
     setting = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "")
     fraction = float(setting) if re.fullmatch(r"0?\.\d+|1(\.0*)?", setting) else GPU_FRACTION
     taken = [gpu for gpu in gpus if gpu.used_mib > (1 - fraction) * gpu.total_mib]
@@ -230,7 +230,7 @@ def check_links(report: Report, gpus: list[Gpu]) -> None:
 
 
 def read_topology(text: str) -> dict[tuple[str, str], str]:
-    """The link of each two GPUs, by index, from `nvidia-smi topo -m`: NV18, PIX, PHB, NODE, SYS."""
+    """The link between each pair of GPUs, by index, from `nvidia-smi topo -m`: NV18, PIX, PHB, NODE, SYS."""
     lines = [line.split() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
     names = next((words for words in lines if words[:1] == ["GPU0"] and words[1:2] != ["X"]), [])
     links = {}

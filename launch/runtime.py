@@ -1,4 +1,4 @@
-"""Settings of the process that must be made before JAX does any work."""
+"""Process settings that must be made before JAX does any work."""
 
 import logging
 import os
@@ -15,9 +15,9 @@ log = logging.getLogger("meshlm")
 def use_compilation_cache(run: pathlib.Path, folder: str | None = None) -> None:
     """Keeps every compiled program in `folder`, so that a second start takes seconds; '' turns it off.
 
-    By default that is $JAX_COMPILATION_CACHE_DIR, or lies beside the run directory. There the machines of a later life
-    find it, and all processes: JAX lets number 0 alone write. What lies there is run, so a folder in which another user
-    can write is left alone, with a warning.
+    The default is $JAX_COMPILATION_CACHE_DIR, or .xla beside the run directory, where the machines of a later attempt
+    find it, and all processes: JAX lets only process 0 write. Cached programs are executed, so a folder in which another
+    user can write is not used, with a warning.
 
     Raises:
       ConfigError: the folder is in an object store.
@@ -39,7 +39,7 @@ def use_compilation_cache(run: pathlib.Path, folder: str | None = None) -> None:
         return
     if others:
         log.warning("%s is not used for compiled programs: %s; remove it, or chmod go-w what is yours", folder, others)
-    if others or not os.access(folder, os.W_OK):  # another user's run can be sampled from
+    if others or not os.access(folder, os.W_OK):  # not writable if sampling from another user's run
         return
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -47,7 +47,7 @@ def use_compilation_cache(run: pathlib.Path, folder: str | None = None) -> None:
 
 
 def _others_who_write(folder: pathlib.Path) -> str:
-    """Who but this user and root can put files there, in words; '' for nobody."""
+    """Why users other than this one and root can put files there; '' if they cannot."""
     status, above = folder.stat(), folder.parent.stat()
     if status.st_uid not in (os.geteuid(), 0):
         return "it is another user's"
@@ -61,19 +61,19 @@ def _others_who_write(folder: pathlib.Path) -> str:
 def use_gpu_memory() -> None:
     """Lets JAX have most of a GPU's memory, unless the environment says how much. Call it before JAX is loaded.
 
-    Raises ConfigError when what that says is no share of it.
+    Raises ConfigError if that is not a share of it.
     """
     share = os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_FRACTION))
     if not re.fullmatch(r"\d*\.?\d+|\d+\.", share) or not float(share):
         raise ConfigError(
-            f"XLA_PYTHON_CLIENT_MEM_FRACTION={share} is no share of a GPU's memory; {GPU_FRACTION} is usual"
+            f"XLA_PYTHON_CLIENT_MEM_FRACTION={share} is not a share of a GPU's memory; {GPU_FRACTION} is usual"
         )
 
 
-# Where a cluster says which process this is without being asked. (A TPU pod's metadata server has to be asked.)
+# Variables in which a cluster says which process this is. (A TPU pod's metadata server has to be queried instead.)
 RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JOB_COMPLETION_INDEX", "TPU_WORKER_ID")
 
 
 def seems_alone(*flags: object) -> bool:
-    """Whether neither the flags nor the environment speak of other processes."""
+    """Whether neither the flags nor the environment mention other processes."""
     return all(flag is None for flag in flags) and not any(name in os.environ for name in RANKS)

@@ -1,7 +1,7 @@
 """Signals ask for a save and exit code 42; a second Ctrl-C leaves at once with 130.
 
-A thread reads which signal came from a pipe that Python's C handler writes to: that works while the main thread is in
-the compiler, in a collective or in a save, where a handler written in Python would have to wait.
+A thread reads signal numbers from a pipe that Python's C handler writes to. This works while the main thread is in the
+compiler, a collective or a save, when a handler written in Python would have to wait.
 """
 
 import contextlib
@@ -12,14 +12,14 @@ from collections.abc import Callable
 
 from launch import cli
 
-# USR1 is Slurm's warning (sbatch --signal=USR1@120). HUP comes from a terminal that is closed, unless nohup is at work.
+# USR1 is a usual warning from Slurm (sbatch --signal=USR1@120). A closed terminal sends HUP, unless nohup ignores it.
 STOPS: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
     STOPS += (signal.SIGHUP,)
 
 
 class Signals:
-    """Begins to listen. Until `connect`, there is nothing to save, and a signal leaves at once with 42."""
+    """Starts to listen. Until `connect` there is nothing to save, and a signal exits at once with 42."""
 
     def __init__(self) -> None:
         self._stop: Callable[[], None] | None = None
@@ -38,7 +38,7 @@ class Signals:
             self._stop = stop
 
     def close(self) -> None:
-        """There is nothing left to stop. At its end Python takes its handlers back: a signal would be the exit code."""
+        """Ignores signals from now on. At exit Python restores the default handlers, and a signal would kill it."""
         for number in STOPS:
             signal.signal(number, signal.SIG_IGN)
 
@@ -59,15 +59,15 @@ class Signals:
                         _say(b"\nStopped before the first step; there was nothing to save.\n")
                         os._exit(cli.STOPPED)
                 _say(b"\nStopping after this step; saving. Ctrl-C again leaves at once.\n")
-                # Apart, so that a second Ctrl-C is heard while processes agree.
+                # On its own thread, so that a second Ctrl-C is seen while the processes agree on a step.
                 threading.Thread(target=self._stop, name="stop", daemon=True).start()
 
 
 def _say(line: bytes) -> None:
-    """Waits half a second only: a terminal that stands still (Ctrl-S), or a full pipe, keeps nobody from stopping."""
+    """Waits for half a second at most: a paused terminal (Ctrl-S) or a full pipe must not prevent a stop."""
 
     def write() -> None:
-        with contextlib.suppress(OSError):  # it is closed; that is no reason not to stop either
+        with contextlib.suppress(OSError):  # a closed stderr must not prevent a stop either
             os.write(2, line)
 
     writer = threading.Thread(target=write, name="console", daemon=True)

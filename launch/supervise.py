@@ -1,15 +1,15 @@
-"""Keep a training command alive: start it again after a crash or a preemption, from its newest checkpoint.
+"""Keep a training command running: restart it after a crash or a preemption, from its newest checkpoint.
 
   python -m launch.supervise [--flags] -- python -m launch.train --config=configs/tiny.py --workdir=runs/tiny
 
-Started again: exit code 42 (stopped, resumable), 1, 128 and above, and death by a signal. Not: 0, 2, 3, 4, 130 and
-others. Three times in a row without a new checkpoint is the end, too. SIGTERM, SIGINT, SIGUSR1 and SIGHUP are passed on
-to the command, each as often as it comes; after one of them it is not started again. (SIGQUIT, which shows where the
-trainer is, is only passed on.) The exit code is the command's, 128 + n for a death by signal n; 42 when told to stop
-between two lives.
+It restarts after exit code 42 (stopped, resumable), 1, 128 and above, and death by a signal, but not after 0, 2, 3, 4,
+130 and others. After three restarts in a row without a new checkpoint it gives up. SIGTERM, SIGINT, SIGUSR1 and SIGHUP
+are passed on to the command each time they arrive; after one of them it does not restart. (SIGQUIT, which prints where
+the trainer is, is only passed on.) The exit code is the command's, 128 + n for a death by signal n; 42 if stopped
+between two attempts.
 
-Each life is a row of RUN/lives.jsonl. With several processes, each has a supervisor of its own. COMMAND has to be the
-trainer itself, or something that becomes it (exec): signals are for one process.
+Each attempt is a row of RUN/lives.jsonl. With several processes, each has its own supervisor. COMMAND has to be the
+trainer itself, or something that becomes it (exec): signals go to one process only.
 """
 
 import ctypes
@@ -33,22 +33,22 @@ from trainer.reliability import restarts
 
 log = logging.getLogger("meshlm")
 
-WORKDIR = cli.define_run_path("workdir", None, "Run directory, where the command does not have it as --workdir.")
+WORKDIR = cli.define_run_path("workdir", None, "Run directory, if the command has no --workdir.")
 PROCESS = flags.DEFINE_integer(
     "process",
     None,
-    "Which of several processes, from 0, where the command and its environment do not say.",
+    "Which of several processes this is, from 0, if the command and its environment do not say.",
     lower_bound=0,
 )
 MAX_RESTARTS = flags.DEFINE_integer(
     "max_restarts_without_progress", 3, "Restarts in a row without a new committed step.", lower_bound=1
 )
 BACKOFF_S = flags.DEFINE_float(
-    "backoff_s", 1.0, "Wait before a restart; doubled each time without progress.", lower_bound=0
+    "backoff_s", 1.0, "Wait before a restart; doubled after each one without progress.", lower_bound=0
 )
 MAX_BACKOFF_S = flags.DEFINE_float("max_backoff_s", 60.0, "Longest wait.", lower_bound=0)
 
-PASSED_ON = (*STOPS, signal.SIGQUIT)  # Ctrl-\: the trainer writes where it is, and goes on
+PASSED_ON = (*STOPS, signal.SIGQUIT)  # Ctrl-\: the trainer prints the stacks of its threads, and continues
 PR_SET_PDEATHSIG = 1  # Linux: the signal a process gets when its parent dies
 
 
@@ -64,11 +64,11 @@ def main(*command: str) -> int:
 
 
 def supervise(command: Sequence[str], run: pathlib.Path, process: int) -> int:
-    """Lives, until one ends the run or too many bring it no further; returns the exit code."""
+    """Runs attempts until one ends the run or too many make no progress; returns the exit code."""
     signals, journal = Signals(), restarts.RestartLog(run, process)
     earlier = len(journal.attempts)
     best, first_wait = restarts.newest_step(run), min(BACKOFF_S.value, MAX_BACKOFF_S.value)
-    fruitless, wait = -1, first_wait  # restarts since the last progress; the first life is no restart
+    fruitless, wait = -1, first_wait  # restarts since the last progress; the first attempt is not a restart
     while True:
         journal.begin()
         returncode, told_to_stop = _live(command, signals)
@@ -87,29 +87,29 @@ def supervise(command: Sequence[str], run: pathlib.Path, process: int) -> int:
             )
             break
         if sys.stdout.isatty():
-            print()  # a progress line may have been left there
+            print()  # the trainer may have left a progress line there
         log.info(
-            "Life %d ended: %s; checkpoint at step %d, %d steps lost. Starting again in %g s.",
+            "Attempt %d ended: %s; checkpoint at step %d, %d steps lost. Restarting in %g s.",
             *(life.life, life.cause, life.last_step, life.lost_steps, wait),
         )
         if _told_to_stop_within(wait, signals):
-            log.info("Stopped between two lives; the same command goes on from step %d.", life.last_step)
+            log.info("Stopped between two attempts; the same command resumes from step %d.", life.last_step)
             code = cli.STOPPED
             break
         wait = min(2 * wait, MAX_BACKOFF_S.value)
-    if life.last_step or len(journal.attempts) > earlier + 1:  # a mistake answered at once needs no table
+    if life.last_step or len(journal.attempts) > earlier + 1:  # an immediate configuration error needs no table
         for line in restarts.table(journal.attempts, since=earlier):
             log.info("%s", line)
     return code
 
 
 def _may_restart(code: int) -> bool:
-    """42; 1, an uncaught exception; from 128 on, what signals and aborts leave, but for the second Ctrl-C."""
+    """42; 1, an uncaught exception; 128 and above, signals and aborts, except a second Ctrl-C (130)."""
     return code in (1, cli.STOPPED) or (code >= 128 and code != 130)
 
 
 class Signals:
-    """Signals as something to read, one after the other: they interrupt nothing, and none comes at a bad moment."""
+    """Signals as a queue to read from: they interrupt nothing, so none arrives at a bad moment."""
 
     def __init__(self) -> None:
         self._read, write = os.pipe()
@@ -125,10 +125,10 @@ class Signals:
 
 
 def _live(command: Sequence[str], signals: Signals) -> tuple[int, bool]:
-    """Runs the command once and passes signals on; its return code, and whether one of them was to stop it."""
+    """Runs the command once and passes signals on; returns its return code, and whether a signal was to stop it."""
     try:
-        # In a session of its own a Ctrl-C on the terminal does not reach it, and then comes once, from here.
-        # close_fds: a lock of the caller (launch/tpu/worker.sh) is held for as long as the trainer is there.
+        # In its own session a terminal's Ctrl-C does not reach it directly, so it arrives only once, from here.
+        # close_fds=False: a lock of the caller (launch/tpu/worker.sh) is held while the trainer runs.
         child = subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent(), close_fds=False)
     except OSError as e:
         raise ConfigError(f"{command[0]} cannot be started: {e.strerror}") from None
@@ -142,7 +142,7 @@ def _live(command: Sequence[str], signals: Signals) -> tuple[int, bool]:
 
 
 def end_with_parent() -> Callable[[], None]:
-    """What the child calls before it becomes the command: a supervisor that is killed takes it down, with a SIGTERM."""
+    """Returns what the child calls before exec: if the supervisor is killed, the kernel sends it SIGTERM."""
     parent = os.getpid()
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
 
@@ -150,7 +150,7 @@ def end_with_parent() -> Callable[[], None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if prctl is not None:
             prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before that
+        if os.getppid() != parent:  # the parent died before the call
             os.kill(os.getpid(), signal.SIGTERM)
 
     return call
@@ -177,7 +177,7 @@ def _flag(command: Sequence[str], name: str) -> str | None:
 
 
 def _process(command: Sequence[str]) -> int:
-    """Which process of the run the command is, as far as can be told without starting it."""
+    """Which process of the run the command is, as far as is known without starting it."""
     for text in (_flag(command, "process_id"), *map(os.environ.get, runtime.RANKS)):
         if text and text.isdecimal():
             return int(text)

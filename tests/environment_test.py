@@ -222,7 +222,7 @@ print("heard", os.read(read, 10))
 @pytest.mark.parametrize("share", ["abc", "0", "", "-0.5", "nan", "0.9.2"])
 def test_a_share_of_a_gpu_that_is_none(share, monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
-    with pytest.raises(ConfigError, match=f"XLA_PYTHON_CLIENT_MEM_FRACTION={share} is no share"):
+    with pytest.raises(ConfigError, match=f"XLA_PYTHON_CLIENT_MEM_FRACTION={share} is not a share"):
         runtime.use_gpu_memory()
     for good in (".5", "0.92", "1", "1."):
         monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", good)

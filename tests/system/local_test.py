@@ -189,7 +189,7 @@ def test_each_signal_comes_to_all_as_often_as_it_was_sent(tmp_path):
 def test_what_is_left_over_is_told_to_stop(tmp_path):
     with runs.ending(gang(bash("exit 3"), listening(tmp_path, "a", "exit 42"))) as (process,):
         out = runs.finish(process, 3, 10 + SOON_S)
-    assert out.splitlines() == ["Ended: process 0 with 3. Telling the others to stop.", "[1] TERM"]
+    assert out.splitlines() == ["Ended: process 0 with 3. Stopping the others.", "[1] TERM"]
 
 
 def test_killed_it_leaves_nobody_behind(tmp_path):

@@ -164,7 +164,7 @@ def test_progress_resets_count_and_wait(tmp_path):
     out = supervised.leaves(1)
     assert len(supervised.words("starts")) == 7
     waits = [0.05, 0.1, 0.05, 0.1, 0.05, 0.1]
-    assert [float(line.split()[-2]) for line in out.splitlines() if "Starting again in" in line] == waits
+    assert [float(line.split()[-2]) for line in out.splitlines() if "Restarting in" in line] == waits
     assert all(life.waited >= wait for life, wait in zip(supervised.lives()[1:], waits, strict=True))
 
 
@@ -240,7 +240,7 @@ def test_a_signal_between_two_lives_ends_it_at_once(tmp_path, name):
     supervised.process.send_signal(signal.Signals[name])
     out = supervised.leaves(42)
     assert time.monotonic() - start < 5
-    assert "goes on from step 10" in out
+    assert "resumes from step 10" in out
     assert len(supervised.words("starts")) == 1
 
 
