@@ -179,7 +179,7 @@ def test_table(tmp_path):
     for _ in range(30):
         ended(log)
     lines = restarts.table(log.attempts, since=28)
-    assert len(lines) == 4 and lines[-1].startswith("lives 30, steps lost 0, goodput ")
+    assert len(lines) == 4 and lines[-1].startswith("attempts 30, steps lost 0, goodput ")
     assert len(restarts.table(log.attempts)) == restarts.MOST_SHOWN + 2
 
 

@@ -267,7 +267,7 @@ def test_a_second_supervisor_goes_on_with_the_file(tmp_path):
     assert [(life.life, life.cause) for life in again.lives()] == [(1, "stopped (42)"), (2, "exit code 3"), (3, "done")]
     assert [life.waited > 0 for life in again.lives()] == [False, True, False]
     assert len(path.read_text().splitlines()) == 3
-    assert "done" in out and "exit code 3" not in out and "lives 3" in out  # its own attempts, then all of them
+    assert "done" in out and "exit code 3" not in out and "attempts 3" in out  # its own attempts, then all of them
 
 
 def test_supervision_goes_on_when_the_file_cannot_be_written(tmp_path):

@@ -249,12 +249,12 @@ def cause(returncode: int) -> str:
 
 def table(attempts: Sequence[Attempt], since: int = 0) -> list[str]:
     """Lines for people: a table of attempts[since:], MOST_SHOWN at most, then one line about all of them."""
-    lines = ["life  cause             steps                 lost   seconds    waited"]
+    lines = ["attempt  cause             steps                 lost   seconds    waited"]
     for attempt in attempts[since:][-MOST_SHOWN:]:
         steps = f"{attempt.first_step} to {attempt.last_step}"
         numbers = f"{attempt.lost_steps:>6,}{attempt.seconds:>10,.1f}{attempt.waited:>10,.1f}"
-        lines.append(f"{attempt.life:>4}  {attempt.cause:<16}  {steps:<20}{numbers}")
+        lines.append(f"{attempt.life:>7}  {attempt.cause:<16}  {steps:<20}{numbers}")
     share = attempts[-1].goodput
     lost = sum(attempt.lost_steps for attempt in attempts)
     known = f"goodput {100 * share:.1f} %" if share is not None else "goodput not known"
-    return [*lines, f"lives {len(attempts)}, steps lost {lost:,}, {known}"]
+    return [*lines, f"attempts {len(attempts)}, steps lost {lost:,}, {known}"]
