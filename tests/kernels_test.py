@@ -9,7 +9,7 @@ import pytest
 from model import kernels
 from model.config import ModelConfig
 from model.kernels import AttentionSpec, Mask
-from tests.partitioner_test import random_documents
+from tests.tiny_models import random_documents
 
 GOOD = {  # a configuration that the kernel accepts
     "xla": {"platform": "cpu", "dtype": "float32"},

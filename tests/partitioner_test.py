@@ -13,6 +13,7 @@ from model import kernels
 from model.context import Context
 from model.kernels import AttentionSpec
 from tests.step_test import config
+from tests.tiny_models import random_documents
 from trainer import sharding
 from trainer.errors import ConfigError
 from trainer.parallel.partitioner import MeshPartitioner, zigzag_order
@@ -69,15 +70,6 @@ def test_batch_and_sequence_are_one_axis_unless_the_sequence_is_split():
 
 
 SCALE = 0.37  # not that of any head size, which a kernel might take by itself
-
-
-def random_documents(rows: int, length: int) -> np.ndarray:
-    """Segment ids: documents of different lengths in each row, some of one token."""
-    ids = np.zeros((rows, length), np.int32)
-    for i, row in enumerate(ids):
-        for border in np.random.default_rng(i).permutation(length)[: length // 6]:
-            row[border:] += 1
-    return ids
 
 
 def by_definition(q, k, v, segment_ids, g):

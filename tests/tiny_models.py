@@ -84,3 +84,12 @@ def jitted_forward(config: ModelConfig) -> Callable[..., jax.Array]:
 def random_tokens(config: ModelConfig, rows: int, length: int | None = None, seed: int = 0) -> np.ndarray:
     shape = (rows, length or config.max_seq_len)
     return np.random.default_rng(seed).integers(0, config.vocab_size, shape, dtype=np.int32)
+
+
+def random_documents(rows: int, length: int) -> np.ndarray:
+    """Segment ids: documents of different lengths in each row, some of one token."""
+    ids = np.zeros((rows, length), np.int32)
+    for i, row in enumerate(ids):
+        for border in np.random.default_rng(i).permutation(length)[: length // 6]:
+            row[border:] += 1
+    return ids
