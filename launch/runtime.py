@@ -16,8 +16,8 @@ def use_compilation_cache(run: pathlib.Path, folder: str | None = None) -> None:
     """Keeps every compiled program in `folder`, so that a second start takes seconds; '' turns it off.
 
     The default is $JAX_COMPILATION_CACHE_DIR, or .xla beside the run directory, where the machines of a later attempt
-    find it, and all processes: JAX lets only process 0 write. Cached programs are executed, so a folder in which another
-    user can write is not used, with a warning.
+    find it, and all processes: JAX lets only process 0 write. Cached programs are executed, so a folder in which
+    another user can write is not used, with a warning.
 
     Raises:
       ConfigError: the folder is in an object store.

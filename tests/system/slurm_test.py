@@ -306,7 +306,7 @@ def test_three_fruitless_lives_are_the_end(tmp_path, submit, player):
     assert [life.code for life in journal(tmp_path)] == [1, 1, 42, 1, 1, 134]
     assert log.count("queued again") == 5
     (line,) = [line for line in log.splitlines() if line.startswith("error: ")]
-    assert "3 attempts in a row without a new one; giving up; see " in line and str(tmp_path / "run/lives.jsonl") in line
+    assert "3 attempts in a row without a new one; giving up; " in line and str(tmp_path / "run/lives.jsonl") in line
     log = submit("--nodes=2", command=player(crash, {"codes": [0, 0]})).leaves(0)
     assert "Attempt 7 ended with 1" in log and [life.code for life in journal(tmp_path)][6:] == [1, 0]
 
