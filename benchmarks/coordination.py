@@ -1,7 +1,7 @@
-"""What agreements of many processes cost: python -m benchmarks.coordination [--most=4096] [--requests=10000]
+"""What coordination of many processes costs: python -m benchmarks.coordination [--most=4096] [--requests=10000]
 
-Processes are threads with a store in memory that counts calls, bytes and keys: the code is the one that trains, and the
-network is not there. Then two real processes make requests through JAX's service on this machine.
+Processes are threads with an in-memory store that counts calls, bytes and keys: the code is that of training, without
+the network. Then two real processes make requests through JAX's service on this machine.
 """
 
 import json
@@ -18,7 +18,7 @@ from absl import app, flags
 from tests.memory_store import Gang
 from trainer.reliability.coordination import SAVE, Processes
 
-MOST = flags.DEFINE_integer("most", 4096, "Processes of the largest gang.")
+MOST = flags.DEFINE_integer("most", 4096, "Most processes.")
 REQUESTS = flags.DEFINE_integer("requests", 10_000, "Requests of two real processes.")
 CHILD = flags.DEFINE_string("child", None, "Of this program's own: PORT of the service of the two.")
 FIELDS = {f"config.section.field{i}": "a value of some length" for i in range(120)}
@@ -48,7 +48,7 @@ def ask(process: Processes) -> None:
 
 
 def simulate(size: int) -> dict[str, tuple[int, int, int]]:
-    """Calls, bytes and most keys at a time of each event, with all that went before it removed."""
+    """Calls, bytes and the most keys at a time of each event, counted from its start."""
     gang, costs = Gang(size, timeout_s=600), {}
     gang.all(lambda p: p.listen_for_requests(lambda: None, lambda: None, lambda error: None))
     store = gang.store
@@ -93,7 +93,7 @@ def requests_of_two() -> None:
 def child(port: str, index: int, peer: socket.socket) -> None:
     """Process 0 asks for a save, trains until both have agreed on the step, and asks again.
 
-    A step is a byte from each process to the other: as with gradients, none is a step ahead of the other.
+    In a step each process sends the other a byte: as with gradients, neither gets a step ahead.
     """
     import jax
     from jax._src import distributed

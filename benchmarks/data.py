@@ -20,7 +20,7 @@ from absl import app, flags
 from benchmarks.memory import PeakMemory
 from data.storage import malloc
 
-ROUNDS = flags.DEFINE_integer("rounds", 20, "Interleaved rounds; medians are printed.")
+ROUNDS = flags.DEFINE_integer("rounds", 20, "Interleaved rounds; the table has medians.")
 CORPUS_MB = flags.DEFINE_integer("corpus_mb", 200, "Text to prepare; 2000 for the memory goal.")
 TOKENS_MB = flags.DEFINE_integer("tokens_mb", 1024, "Token file to gather from.")
 
@@ -55,7 +55,7 @@ def nanogpt_batch(path: pathlib.Path, rows: int) -> None:
 
 
 def medians(rounds: int, **runs: Callable[[int], object]) -> dict[str, float]:
-    """Median seconds of each, interleaved; a run is given the number of the round."""
+    """Median seconds of each function, interleaved; each is called with the number of the round."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds):
         for name, run in runs.items():
@@ -78,7 +78,7 @@ def gather_rows(path: pathlib.Path, windows: loader.TokenWindows) -> list[tuple[
             peer=lambda i, n=batch: nanogpt_batch(path, n),
         )
         tokens = batch * SEQ_LEN / 1e6
-        rows.append((f"batch {batch}: gather alone", f"{tokens / t['gather']:,.0f} M tokens/s"))
+        rows.append((f"batch {batch}: only gather", f"{tokens / t['gather']:,.0f} M tokens/s"))
         rows.append(
             (
                 f"batch {batch}: order, gather, check of ids",
@@ -95,7 +95,7 @@ def gather_rows(path: pathlib.Path, windows: loader.TokenWindows) -> list[tuple[
 
 
 def cold_rows(path: pathlib.Path, windows: loader.TokenWindows) -> list[tuple[str, str]]:
-    """A few batches of 512 from a file that is not in memory; the naive way is a gather from the mapped file."""
+    """A few batches of 512 from a file that is not in the page cache; the naive way gathers from the mapped file."""
 
     def evict() -> None:
         loader.pages.release(windows.files.shards[0])
@@ -121,7 +121,7 @@ def cold_rows(path: pathlib.Path, windows: loader.TokenWindows) -> list[tuple[st
 
 
 def prepare_rows(folder: pathlib.Path) -> list[tuple[str, str]]:
-    """The real command on JSON lines and on text: source code of the running Python, over and over."""
+    """The real command on JSON lines and on text: the source code of this Python, repeated."""
     texts = [f.path.read_text(encoding="utf-8") for f in corpus.find("python-stdlib", folder).files]
     source, written, number = folder / "corpus", 0, 0
     source.mkdir()
@@ -153,7 +153,7 @@ def _prepare(source: pathlib.Path, out: pathlib.Path) -> list[str]:
 
 
 def packed_rows(dataset: pathlib.Path) -> list[tuple[str, str]]:
-    """Rows of whole documents, from the real command's index, beside windows of the same tokens."""
+    """Rows of packed documents, by the real command's index, beside windows of the same tokens."""
     argv = [sys.executable, "-m", "launch.pack", str(dataset), f"--seq_len={SEQ_LEN}"]
     start = time.perf_counter()
     subprocess.run(argv, cwd=ROOT, check=True, capture_output=True)

@@ -1,11 +1,11 @@
-"""One GPU, one session: are the numbers right, how fast is the step, where does its time go. Prints Markdown tables.
+"""One session on one GPU: are the numerics right, how fast is the step, where does its time go. Prints Markdown tables.
 
   python -m benchmarks.gpu [--sections=numbers,batch,kernels,…] [--minutes=9] [--out=ROWS.jsonl] [--smoke]
 
-`numbers` comes first and ends everything when it fails: attention kernels against the plain one in float32, losses of
-20 steps against the CPU's. Every time is a process of its own (launch.bench), so that one that runs out of memory takes
-none with it. No case is begun after --minutes, so that what was measured is printed before a session ends; --out keeps
-every row. --smoke does all of it in small, on any device. `peer` needs torch, here or in --torch_python.
+`numbers` comes first, and nothing else runs if it fails: attention kernels against the plain one in float32, losses of
+20 steps against the CPU's. Each case is timed in its own process (launch.bench), so that running out of memory ends
+only that case. No case starts after --minutes, so that results are printed before a session ends; --out keeps every row.
+--smoke runs everything at small sizes, on any device. `peer` needs torch, here or in --torch_python.
 """
 
 import bisect
@@ -29,7 +29,7 @@ from absl import app, flags
 ROOT = pathlib.Path(__file__).parent.parent
 CASE_LIMIT_S = 300
 GPT2, LLAMA = "configs/gpt2_124m.py", "configs/llama_1b.py"
-# Of every case of a recipe, and what makes it small for --smoke.
+# Flags of every case of a recipe, and those that make it small for --smoke.
 FIELDS: dict[str, dict[str, Any]] = {
     GPT2: {"model.vocab_size": 50257, "grad_accum_steps": 1, "global_batch_size": 32},
     LLAMA: {"model.vocab_size": 32000, "grad_accum_steps": 1, "global_batch_size": 4, "data.seq_len": 4096},
@@ -73,10 +73,10 @@ def cases() -> Iterator[Case]:
 SECTIONS = ("numbers", *dict.fromkeys(case.section for case in cases()), "loop", "profile")
 SELECTED = flags.DEFINE_list("sections", list(SECTIONS), f"Some of {', '.join(SECTIONS)}.")
 MINUTES = flags.DEFINE_float("minutes", 9.0, "No case is begun after this.")
-OUT = flags.DEFINE_string("out", None, "File that every row is added to, as JSON.")
+OUT = flags.DEFINE_string("out", None, "File to which every row is appended, as JSON.")
 TORCH_PYTHON = flags.DEFINE_string("torch_python", sys.executable, "A Python that has torch.")
 ON_SMOKE = flags.DEFINE_bool("smoke", False, "Everything in small, on any device.")
-HERE = flags.DEFINE_bool("here", False, "Check the numbers in this process (it then holds the GPU), and nothing else.")
+HERE = flags.DEFINE_bool("here", False, "Only check the numerics, in this process (which then holds the GPU).")
 
 
 # Numbers
@@ -182,7 +182,7 @@ def losses(device: Any, dtype: str) -> list[float]:
 
 
 def fields_of(recipe: str, fields: dict[str, Any]) -> list[str]:
-    """Flags of a case. In small, the recipe's sizes give way and a GPU's kernel to what there is."""
+    """Flags of a case. With --smoke small sizes replace the recipe's, and the available kernel replaces a GPU's."""
     values = FIELDS[recipe] | fields
     if ON_SMOKE.value:
         values |= SMOKE_OF[recipe] | {"model.attention": "auto"}
@@ -190,7 +190,7 @@ def fields_of(recipe: str, fields: dict[str, Any]) -> list[str]:
 
 
 def bench(case: Case, *arguments: str, **environment: str) -> dict[str, Any]:
-    """launch.bench's row, with section and label; or with `error`, its last line."""
+    """launch.bench's row with section and label, or with `error`, its last line."""
     length = ("--rounds=2", "--steps=2", "--warmup=1") if ON_SMOKE.value else ("--rounds=3", "--steps=10", "--warmup=5")
     torch = ("--torch_python=" + TORCH_PYTHON.value,)
     argv = [*fields_of(case.recipe, case.fields), *length, *torch, *case.arguments, *arguments]
@@ -239,7 +239,7 @@ def table(section: str, rows: list[dict[str, Any]]) -> None:
 
 
 def loop() -> dict[str, Any]:
-    """launch.train on random tokens beside the bare step: what Python, metrics, data and saves cost. Seconds a step."""
+    """launch.train on random tokens beside the bare step: what Python, metrics, data and saves cost, in s per step."""
     import numpy as np
 
     steps, save = (12, 6) if ON_SMOKE.value else (120, 40)
@@ -295,7 +295,7 @@ def print_loop(row: dict[str, Any]) -> None:
 
 def profile() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        # Kernels inside a captured graph do not say which operation they are of.
+        # Kernels inside a captured graph do not name their operation.
         xla_flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer=".strip()
         case = Case("profile", "GPT-2 124M, no CUDA graphs", GPT2, {})
         row = bench(case, f"--trace={folder}", XLA_FLAGS=xla_flags)
@@ -332,7 +332,7 @@ Event = tuple[float, float, str, str]  # start, end, operation of the program, n
 
 
 def device_lines(path: pathlib.Path) -> Iterator[list[Event]]:
-    """Events of each stream of each GPU, or of each thread of a CPU, that are of a program's operations."""
+    """Events of a program's operations, for each stream of each GPU or each thread of a CPU."""
     import jax
 
     for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
@@ -350,7 +350,7 @@ def device_lines(path: pathlib.Path) -> Iterator[list[Event]]:
 
 
 def own_times(events: list[Event]) -> Iterator[tuple[Event, float]]:
-    """Each event with its time less that of those inside it: a loop holds the operations of its body."""
+    """Each event with its self time, without the events inside it: a loop contains the operations of its body."""
     events = sorted(events, key=lambda e: (e[0], -e[1]))
     starts = [e[0] for e in events]
     for i, event in enumerate(events):
@@ -366,14 +366,14 @@ FUSED_ATTENTION = re.compile(r"fmha|flash|sdpa", re.IGNORECASE)
 
 
 def category_of_kernel(name: str) -> str:
-    """Of a kernel that names no operation."""
+    """The category of a kernel that names no operation."""
     if FUSED_ATTENTION.search(name):
         return "attention"
     return "weight products" if PRODUCT.search(name) else "not attributed"
 
 
 def categories(hlo: str) -> dict[str, str]:
-    """From each operation of a compiled program to what it is for, by this project's files that it was traced in."""
+    """Maps each operation of a compiled program to a category, by the files of this project in which it was traced."""
     files_of = stack_files(hlo)
     found = {}
     for name, rest in re.findall(r"^\s*(?:ROOT )?%(\S+) = (.*)$", hlo, re.MULTILINE):
@@ -383,7 +383,7 @@ def categories(hlo: str) -> dict[str, str]:
         op_name = re.search(r'op_name="([^"]*)"', rest)
         opcode = re.search(r"(?:^|\s)([a-z][\w-]*)\(", rest)
         called = re.findall(r'(?:custom_call_target="|calls=%)([^",]*)', rest)
-        what = " ".join([name, opcode[1] if opcode else "", *called])  # not the operands, whose names say nothing of it
+        what = " ".join([name, opcode[1] if opcode else "", *called])  # not the operands, whose names are irrelevant
         if FUSED_ATTENTION.search(what) or "kernels.py" in files:
             found[name] = "attention"
         elif "loss.py" in files:
@@ -441,7 +441,7 @@ def main(argv: list[str]) -> None:
     if "numbers" in SELECTED.value:
         small = ["--smoke"] if ON_SMOKE.value else []
         if subprocess.run([sys.executable, "-m", "benchmarks.gpu", "--here", *small], cwd=ROOT).returncode:
-            sys.exit("error: the numbers are off, so no time is taken")
+            sys.exit("error: the numerics are off, so nothing is timed")
     rows: list[dict[str, Any]] = []
 
     def take(measure: Callable[[], dict[str, Any]]) -> None:
@@ -465,7 +465,7 @@ def main(argv: list[str]) -> None:
             take(measure)
     report(rows)
     if left_out:
-        print(f"\n{left_out} case(s) were not begun within {MINUTES.value} minutes.")
+        print(f"\n{left_out} case(s) did not start within {MINUTES.value} minutes.")
     # What does not fit a device is a finding; a loss that is wrong is a failure.
     sys.exit(any("exit 4" in row.get("error", "") for row in rows))
 
@@ -473,7 +473,7 @@ def main(argv: list[str]) -> None:
 def report(rows: list[dict[str, Any]]) -> None:
     about = next((row for row in rows if "device" in row), None)
     if about:
-        small = "IN SMALL, sizes are not those of the labels, times mean nothing: " if ON_SMOKE.value else ""
+        small = "SMOKE TEST, sizes are not those of the labels, times mean nothing: " if ON_SMOKE.value else ""
         print(f"\n{small}{about['device']}, jax {about['jax']}, {about['dtype']}, MFU by {about['flops_formula']}")
     by_section: dict[str, list[dict[str, Any]]] = {}
     for row in rows:

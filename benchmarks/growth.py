@@ -1,10 +1,10 @@
-"""Time and memory of a preparation against the size of what is hard about its input. Prints a Markdown table.
+"""Time and memory of a preparation against the size of an input that is hard in one way. Prints a Markdown table.
 
   python -m benchmarks.growth [--only=lines,run] [--gb=10]
 
-Each row is the real command on inputs of 1, 10 and 100 sizes. Slopes are of the last factor of ten, in logarithms: 1 is
-linear; the time of a start is taken off. With --gb a text of that size with a problem every 7,000 lines is prepared in
-turns with the same text without, and the seconds of processors are compared beside those of the clock.
+Each row is the real command on inputs of 1, 10 and 100 times a size. Slopes are log-log, over the last factor of ten: 1
+is linear; start-up time is subtracted. With --gb a text of that size with a problem every 7,000 lines is prepared,
+interleaved with the same text without problems, and CPU time is compared as well as wall time.
 """
 
 import base64
@@ -25,8 +25,8 @@ from absl import app, flags
 from benchmarks.memory import PeakMemory
 
 ONLY = flags.DEFINE_list("only", [], "Rows to run; all when empty.")
-GB = flags.DEFINE_float("gb", 0, "Only the comparison of clean and problematic lines, of so much text.")
-ROUNDS = flags.DEFINE_integer("rounds", 2, "Of that comparison, interleaved; medians are printed.")
+GB = flags.DEFINE_float("gb", 0, "Only compare clean and problematic lines, with this much text.")
+ROUNDS = flags.DEFINE_integer("rounds", 2, "Interleaved rounds of that comparison; medians are printed.")
 
 ROOT = pathlib.Path(__file__).parent.parent
 EVERY = 7000  # lines
@@ -42,7 +42,7 @@ Write = Callable[[pathlib.Path, int], list[str]]  # writes the input of a size a
 
 
 def lines(path: pathlib.Path, megabytes: int, problems: bool = True) -> list[str]:
-    """JSON lines with an empty document every so often: each is counted, and some are named by their line."""
+    """JSON lines with an empty document at intervals: each is counted, and some are reported by line number."""
     block = LINE * (EVERY - 1) + (EMPTY if problems else LINE)
     with path.with_suffix(".jsonl").open("w") as f:
         for _ in range(max(1, megabytes * 1_000_000 // len(block))):
@@ -94,7 +94,7 @@ def one_line(path: pathlib.Path, megabytes: int) -> list[str]:
 
 
 def packed(path: pathlib.Path, megabytes: int) -> list[str]:
-    """One compressed file, from which a tokenizer is trained: more than is trained on need not be unpacked."""
+    """One compressed file on which a tokenizer is trained: only the part for training needs to be decompressed."""
     with path.with_suffix(".txt.zst").open("wb") as f, zstandard.ZstdCompressor().stream_writer(f) as writer:
         for i in range(megabytes * 10):
             writer.write("".join(f"line {i * 4000 + j} of a text\n" for j in range(4000)).encode())
@@ -157,7 +157,7 @@ def grown(name: str, write: Write, size: int, started: float) -> str:
 
 
 def compared(gigabytes: float) -> None:
-    """Clean and problematic lines in turns."""
+    """Clean and problematic lines, interleaved."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "input"
         clock: dict[bool, list[float]] = {False: [], True: []}

@@ -1,9 +1,9 @@
-"""Long texts without a place to cut: time of tokenizers against size. Prints one Markdown table.
+"""Long texts without a place to split: time of tokenizers against size. Prints one Markdown table.
 
   python -m benchmarks.long_texts [--small=40000] [--factor=100]
 
-A row is a tokenizer, a column a kind of text; a cell holds the seconds of processor time of the large one and the slope
-of time over size on logarithmic scales: 1 is linear, 2 quadratic. `train` is byte-level BPE of 512 tokens.
+A row is a tokenizer, a column a kind of text; a cell has the CPU seconds for the large text and the log-log slope of
+time over size: 1 is linear, 2 quadratic. `train` trains a byte-level BPE of 512 tokens.
 """
 
 import base64
@@ -18,7 +18,7 @@ from data.tokenizers.hf_json import train_bpe
 from tests import families
 
 SMALL = flags.DEFINE_integer("small", 40_000, "Characters of the small text.")
-FACTOR = flags.DEFINE_integer("factor", 100, "How many times as long the large one is.")
+FACTOR = flags.DEFINE_integer("factor", 100, "Ratio of the long to the short text.")
 
 TEXTS: dict[str, Callable[[random.Random, int], str]] = {
     "one letter": lambda rng, n: "a" * n,
@@ -30,7 +30,7 @@ TEXTS: dict[str, Callable[[random.Random, int], str]] = {
 
 
 def seconds(run: Callable[[str], object], text: str, times: int) -> float:
-    """The least processor time of some runs: of all threads, whatever else the machine does."""
+    """The least CPU time of a few runs, over all threads, so that other load on the machine matters little."""
     found = []
     for _ in range(times):
         start = time.process_time()

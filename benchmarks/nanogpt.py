@@ -1,10 +1,10 @@
-"""The train step beside nanoGPT's, and beside what the machine's matrix products reach at best: one run, interleaved.
+"""The train step beside nanoGPT's and the machine's best matrix product rate: one run, interleaved.
 
   python -m benchmarks.nanogpt --nanogpt=CLONE --torch_python=PYTHON_WITH_TORCH [--size=large] [--rounds=10]
 
 small: 4 layers, 4 heads, 128 wide, T = 64, batch 12; large: 6, 6, 384, T = 256, batch 8; no dropout. In float32 nanoGPT
 runs its own model and AdamW, eagerly and by torch.compile, without its data loading; ours runs with its loader. FLOPs
-are 6 N + 12 L H Q T a token for each (N without positions).
+are 6 N + 12 L H Q T per token for each (N without positions).
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ for steps in sys.stdin:
 
 
 class Peer:
-    """nanoGPT in a process of its own, which waits while others are timed."""
+    """nanoGPT in its own process, which waits while others are timed."""
 
     def __init__(self, config: Config, compile: bool) -> None:
         model = config.model
@@ -84,7 +84,7 @@ class Peer:
 
 
 def products(size: int = 2048) -> Callable[[int], float]:
-    """Seconds of one float32 product of two [size, size] matrices, the mean of a few."""
+    """Seconds of one float32 product of two [size, size] matrices, as the mean of a few."""
     a = jnp.ones((size, size))
     product = jax.jit(jnp.matmul)
 

@@ -2,8 +2,8 @@
 
   python -m benchmarks.newcomer --source=tinyshakespeare
 
-Every row is real processes of the real commands. Prints a table; docs/performance.md has the peers beside it.
-Installation is timed apart: rm -rf .venv; time make .venv/.installed; du -sm .venv; .venv/bin/pip list | wc -l.
+Every row runs the real commands as processes. Prints a table; docs/performance.md has the peers beside it.
+Installation is timed separately: rm -rf .venv; time make .venv/.installed; du -sm .venv; .venv/bin/pip list | wc -l.
 """
 
 import json
@@ -53,7 +53,7 @@ def until(folder: pathlib.Path, run: str, count: int) -> tuple[subprocess.Popen,
 
 
 def answer(*argv: str) -> str:
-    """What a mistake is answered with: seconds, lines, exit code."""
+    """The response to a wrong command: seconds, lines, exit code."""
     start = time.perf_counter()
     result = call(*argv)
     seconds = time.perf_counter() - start

@@ -1,13 +1,12 @@
-"""A plain GPT in PyTorch, to be timed beside the train step: what a careful reader of GPT-2's paper would write.
+"""A plain GPT in PyTorch, timed beside the train step: what a careful reader of GPT-2's paper would write.
 
   PYTHON_WITH_TORCH benchmarks/peer.py '{"num_layers": 4, …}'
 
-Needs nothing of this project, so any Python with torch runs it. It answers each number of steps on stdin with one line
-of JSON, and waits: rounds can then take turns with those of another program. launch/bench.py starts it.
+Imports nothing from this project, so any Python with torch runs it. For each number of steps on stdin it prints one
+line of JSON and waits, so that rounds can alternate with those of another program. launch/bench.py starts it.
 
 Pre-norm blocks with LayerNorm, GELU and learned positions, PyTorch's fused attention and AdamW, bfloat16 by autocast
-with float32 parameters, gradient accumulation and clipping; random tokens made once, no waiting for the device
-between steps.
+with float32 parameters, gradient accumulation and clipping; random tokens made once, no device sync between steps.
 """
 
 import contextlib
@@ -127,7 +126,7 @@ class Peer:
         return total
 
     def run(self, steps: int) -> dict[str, float]:
-        """Seconds a step, the device awaited at the end alone; the last loss."""
+        """Seconds per step, with one device sync at the end; the last loss."""
         start = time.perf_counter()
         for _ in range(steps):
             loss = self.step()

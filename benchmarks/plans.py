@@ -1,10 +1,10 @@
-"""Compiles every recipe for the machines it is for; writes docs/plans.json, the recipes' headers and a table.
+"""Compiles every recipe for its machines; writes docs/plans.json, the recipes' headers and a table.
 
   python -m benchmarks.plans [--only=llama_1b]
 
-`make plans` runs it. Each plan is made by a process of its own, launch.plan's, a minute or more on two CPU cores.
-tests/configs_test.py holds headers and recipes against docs/plans.json, tests/plan_test.py small machines against
-what is compiled then.
+`make plans` runs it. Each plan is made by its own process of launch.plan, in a minute or more on two CPU cores.
+tests/configs_test.py compares headers and recipes with docs/plans.json, and tests/plan_test.py compares plans of small
+machines with fresh compilations.
 """
 
 import dataclasses
@@ -52,12 +52,12 @@ def recipe(name: str) -> Config:
     return from_dict((module.get_config(variant) if variant else module.get_config()).to_dict())
 
 
-# Sections that change nothing in what is compiled.
+# Sections that do not affect what is compiled.
 NOT_COMPILED = ("checkpoint", "watchdog", "metrics")
 
 
 def digest(name: str) -> str:
-    """Of what a plan was made from: it is out of date when this is another."""
+    """Digest of what a plan was made from: if it differs, the plan is out of date."""
     config = {k: v for k, v in dataclasses.asdict(recipe(name)).items() if k not in NOT_COMPILED}
     return hashlib.sha256(json.dumps(config).encode()).hexdigest()[:16]
 
@@ -72,7 +72,7 @@ def command(name: str, machine: str, slices: int) -> list[str]:
 
 
 def make(name: str, machine: str, slices: int) -> dict[str, Any]:
-    """The plan as launch.plan's JSON, with what it was made from."""
+    """The plan as launch.plan's JSON, with the digest of what it was made from."""
     argv = [sys.executable, "-m", *command(name, machine, slices), "--json"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     if done.returncode not in (0, 1):

@@ -1,9 +1,9 @@
-"""What stopping, dying, saving and restoring cost; docs/reliability.md has the table.
+"""What stops, crashes, saves and restores cost; docs/reliability.md has the table.
 
   python -m benchmarks.reliability [--kill_minutes=8] [--only=save,stall]
 
-Two processes on loopback for what takes two; one process and a model of 10 M parameters, of which a checkpoint has
-120 MB, for what a save costs. Seconds are those of this machine; ratios are taken within one run.
+Uses two processes on loopback if a case needs two; one process and a model of 10 M parameters, whose checkpoints have
+120 MB, for the cost of a save. Seconds are those of this machine; ratios are taken within one run.
 """
 
 import json
@@ -82,7 +82,7 @@ def signals(folder: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
 
 
 def slow_host(folder: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
-    """One of two processes is stopped for half of the time, by turns of a tenth of a second."""
+    """One of two processes is paused for half of the time, a tenth of a second at a time."""
     every = 50
     gang = start(folder / "slow", data, 2, watchdog__straggler_every_steps=every, checkpoint__every_steps=0)
     output, began, step = folder / "slow.0.txt", time.monotonic(), runs.rows(folder / "slow")[-1]["step"]
@@ -120,7 +120,7 @@ def save_and_restore(folder: pathlib.Path) -> dict[str, str]:
         stall = checkpoints.save(step, state, {"samples": 0})
         assert checkpoints.wait()
         whole = time.perf_counter() - began
-        time.sleep(0.5)  # for what is deleted; a save's own sums come before its writes
+        time.sleep(0.5)  # waits for deletions; a save computes its checksums before it writes
         began = time.perf_counter()
         checksums(items)
         times.append((stall, whole, time.perf_counter() - began))
@@ -139,7 +139,7 @@ def save_and_restore(folder: pathlib.Path) -> dict[str, str]:
 
 
 def stall(folder: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
-    """A save every minute, for three minutes of a model whose step takes a good part of a second."""
+    """A save every minute for three minutes, of a model whose step takes a large part of a second."""
     run = folder / "stall"
     fields = {k.replace(".", "__"): v for k, v in LARGER.items()}
     gang = start(run, data, 1, **fields, checkpoint__every_steps=0, checkpoint__every_minutes=1.0)
@@ -157,7 +157,7 @@ def stall(folder: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
 
 
 def goodput(folder: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
-    """The supervisor starts the run again after each kill; saves by time, every half minute."""
+    """The supervisor restarts the run after each kill; timed saves, every half minute."""
     run = folder / "kills"
     fields = {k.replace(".", "__"): v for k, v in LARGER.items()}
     values = {"num_train_steps": 1_000_000, "checkpoint__every_steps": 0, "checkpoint__every_minutes": 0.5} | fields

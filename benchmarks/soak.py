@@ -1,12 +1,12 @@
-"""Breaks a run of two processes over and over, then compares it with one that nothing happened to.
+"""Breaks a run of two processes over and over, then compares it with an undisturbed one.
 
   python -m benchmarks.soak --minutes=10 --seed=0
 
 Faults come at random moments: SIGKILL, SIGSTOP and signals to one or all processes, kills in the middle of a save, a
-disk that takes no more bytes, flipped bits and missing files in the newest checkpoint, a second job on the same run. At
-each restart the two devices belong to two processes or to one. What must hold: every life ends in time, with a code
-that says "start me again"; the losses of every step are those of the undisturbed run, bit for bit. Prints a table; exit
-code 1 where something did not hold. The undisturbed run comes on top of the minutes: as long as the steps took.
+full disk, flipped bits and missing files in the newest checkpoint, a second job on the same run. At each restart the
+two devices belong to two processes or to one. What must hold: every attempt ends in time, with a code that allows a
+restart; the losses of every step are those of the undisturbed run, bit for bit. Prints a table; exit code 1 if
+something did not hold. The undisturbed run takes extra time, as long as the same steps.
 """
 
 import collections
@@ -50,7 +50,7 @@ FIELDS = {
     "watchdog.slow_s": 180,
     "watchdog.stop_s": 30,
 }
-GOES_ON = {42, -signal.SIGKILL, -signal.SIGABRT}  # codes after which the same command is to be started again
+GOES_ON = {42, -signal.SIGKILL, -signal.SIGABRT}  # codes that allow a restart
 
 
 @dataclasses.dataclass
@@ -161,7 +161,7 @@ def ask_to_stop(life: Life, dice: random.Random) -> None:
 
 
 def freeze_one(life: Life, dice: random.Random) -> None:
-    """The others must leave by themselves; then the frozen one goes on and must notice."""
+    """The others must exit by themselves; then the frozen one continues and must notice."""
     frozen = dice.choice(life.gang)
     frozen.send_signal(signal.SIGSTOP)
     for process in life.gang:
@@ -170,7 +170,7 @@ def freeze_one(life: Life, dice: random.Random) -> None:
                 process.wait(LEAVE_S)
             except subprocess.TimeoutExpired:
                 raise Broken("the others did not notice a frozen process", life) from None
-    if len(life.gang) == 1:  # nobody else: it just goes on
+    if len(life.gang) == 1:  # there are no others: it just continues
         time.sleep(2)
     frozen.send_signal(signal.SIGCONT)
     if len(life.gang) == 1:
@@ -178,7 +178,7 @@ def freeze_one(life: Life, dice: random.Random) -> None:
 
 
 def full_disk(life: Life, dice: random.Random) -> None:
-    """Saves fail for a while, and the run goes on."""
+    """Saves fail for a while, and the run continues."""
     before = last_step(life.run)
     with runs.quota(*life.gang):
         time.sleep(dice.uniform(1, 3))
@@ -200,7 +200,7 @@ def second_job(life: Life, dice: random.Random) -> None:
 
 
 def newest_of_two(life: Life, dice: random.Random) -> pathlib.Path:
-    """The newest checkpoint of a life that has ended. There is one before it: without, the run must not go on (3)."""
+    """Ends the attempt once it has two checkpoints; returns the newest. With no older one a restart exits with 3."""
     deadline = time.monotonic() + START_S
     while len(committed(life.run)) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -300,12 +300,12 @@ def differing(run: pathlib.Path, reference: pathlib.Path) -> tuple[int, list[str
 
 
 def is_compared(row: tuple, last: int) -> bool:
-    """All but the validation after the last step: the undisturbed run ends there; the other, told to stop, owes it."""
+    """All rows except the validation after the last step, which only the undisturbed run has done."""
     return row[-1] is None or row[0] < last
 
 
 def main(argv: list[str]) -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))  # by an exception, so that no process is left
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))  # an exception, so that no process is left
     scratch = pathlib.Path(tempfile.mkdtemp(prefix="soak"))
     data, dice, start = runs.dataset(scratch), random.Random(SEED.value), time.monotonic()
     run, reference = scratch / "run", scratch / "reference"

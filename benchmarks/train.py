@@ -2,7 +2,7 @@
 
   python -m benchmarks.train [--steps=30]
 
-Step times are medians of interleaved rounds, so that a machine whose speed drifts changes all rows alike. The start-up
+Step times are medians of interleaved rounds, so that drifts of the machine's speed affect all rows alike. The start-up
 rows are real processes: the time from the command to the first finished step, with an empty and with a filled
 compilation cache.
 """
@@ -75,7 +75,7 @@ class Stepper:
 
 
 def loader_tokens_per_s(folder: pathlib.Path, seq_len: int = 1024, rows: int = 512) -> float:
-    """Tokens gathered a second from 1 GiB of uint16, warm: host memory to host memory, order included."""
+    """Tokens gathered per second from 1 GiB of uint16, warm: host memory to host memory, including the order."""
     path = folder / "big-00000.bin"
     np.random.default_rng(0).integers(0, 1 << 16, size=1 << 29, dtype=np.uint16).tofile(path)
     shard = formats.Shard(path.name, 1 << 29, "")

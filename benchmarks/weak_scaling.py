@@ -1,9 +1,9 @@
-"""Weak scaling on paper: one model, the same work for each chip, from 8 chips to 4,096. Prints a Markdown table.
+"""Weak scaling on paper: one model, the same work per chip, from 8 to 4,096 chips. Prints a Markdown table.
 
   python -m benchmarks.weak_scaling [--config=configs/llama_8b.py] [--rows=2] [--sizes=2x2x2,4x4x4,8x8x8,16x16x16]
 
-Each size is compiled, a minute or two on two CPU cores: bytes and memory are the compiler's, times the roofline's. The
-parameters are split over at most --max_fsdp chips; further chips are replicas of those.
+Each size is compiled, which takes a minute or two on two CPU cores: bytes and memory are the compiler's, times the
+roofline's. Parameters are sharded over at most --max_fsdp chips; further chips are replicas.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ CONFIG = flags.DEFINE_string("config", "llama_8b", "Recipe.")
 FAMILY = flags.DEFINE_string("family", "v5p", "Chip.")
 SIZES = flags.DEFINE_list("sizes", ["2x2x2", "4x4x4", "8x8x8", "16x16x16"], "Slices.")
 ROWS = flags.DEFINE_integer("rows", 2, "Sequences of a chip in a step.")
-MAX_FSDP = flags.DEFINE_integer("max_fsdp", 512, "Most chips that the parameters are split over.")
+MAX_FSDP = flags.DEFINE_integer("max_fsdp", 512, "Most chips over which the parameters are sharded.")
 GIB = 2**30
 COLUMNS = (
     "chips", "mesh", "peak GiB", "parameters + optimizer + gradients GiB", "a chip sends GiB: fsdp", "data",
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
 
         state = sum(p.memory[part] for part in ("parameters", "optimizer", "gradients")) / GIB
         first, second = sorted(p.seconds, key=lambda name: -p.seconds[name])[:2]
-        over_data = sent("data") + sent("data", "fsdp")  # a sum over both is of whole gradients
+        over_data = sent("data") + sent("data", "fsdp")  # a sum over both is one of full gradients
         cells = (
             f"{chips:,}", f"data {mesh.data} x fsdp {fsdp}", f"{p.peak / GIB:.1f}", f"{state:.2f}",
             f"{sent('fsdp'):.2f}", f"{over_data:.2f}", f"{config.tokens_per_step:,}", f"{p.step_s:.2f} s",

@@ -2,8 +2,8 @@
 
 Options that affect the numerics have a fixed value here, so that the configuration determines a run. They are recorded
 in environment.json all the same, with the ones that users may set by a variable: flags of XLA and its libraries, and
-the precision of matrix products, for which trainer/xla_options.py has the default. These must be the same on all processes;
-if they differ from the attempt before, a line says so.
+the precision of matrix products, for which trainer/xla_options.py has the default. These must be the same on
+all processes; if they differ from the attempt before, a line says so.
 """
 
 import contextlib

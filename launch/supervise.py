@@ -4,8 +4,8 @@
 
 It restarts after exit code 42 (stopped, resumable), 1, 128 and above, and death by a signal, but not after 0, 2, 3, 4,
 130 and others. After three restarts in a row without a new checkpoint it gives up. SIGTERM, SIGINT, SIGUSR1 and SIGHUP
-are passed on to the command each time they arrive; after one of them it does not restart. (SIGQUIT, which prints where
-the trainer is, is only passed on.) The exit code is the command's, 128 + n for a death by signal n; 42 if stopped
+are passed on to the command each time they arrive; after one of them it does not restart. (SIGQUIT, at which the
+trainer logs its stacks, is only passed on.) The exit code is the command's, 128 + n for a death by signal n; 42 if stopped
 between two attempts.
 
 Each attempt is a row of RUN/lives.jsonl. With several processes, each has its own supervisor. COMMAND has to be the
@@ -48,7 +48,7 @@ BACKOFF_S = flags.DEFINE_float(
 )
 MAX_BACKOFF_S = flags.DEFINE_float("max_backoff_s", 60.0, "Longest wait.", lower_bound=0)
 
-PASSED_ON = (*STOPS, signal.SIGQUIT)  # Ctrl-\: the trainer prints the stacks of its threads, and continues
+PASSED_ON = (*STOPS, signal.SIGQUIT)  # Ctrl-\: the trainer logs the stacks of its threads, and continues
 PR_SET_PDEATHSIG = 1  # Linux: the signal a process gets when its parent dies
 
 
