@@ -4,8 +4,8 @@
 
 `numbers` comes first, and nothing else runs if it fails: attention kernels against the plain one in float32, losses of
 20 steps against the CPU's. Each case is timed in its own process (launch.bench), so that running out of memory ends
-only that case. No case starts after --minutes, so that results are printed before a session ends; --out keeps every row.
---smoke runs everything at small sizes, on any device. `peer` needs torch, here or in --torch_python.
+only that case. No case starts after --minutes, so that results are printed before a session ends; --out keeps every
+row. --smoke runs everything at small sizes, on any device. `peer` needs torch, here or in --torch_python.
 """
 
 import bisect

@@ -5,8 +5,8 @@
 It restarts after exit code 42 (stopped, resumable), 1, 128 and above, and death by a signal, but not after 0, 2, 3, 4,
 130 and others. After three restarts in a row without a new checkpoint it gives up. SIGTERM, SIGINT, SIGUSR1 and SIGHUP
 are passed on to the command each time they arrive; after one of them it does not restart. (SIGQUIT, at which the
-trainer logs its stacks, is only passed on.) The exit code is the command's, 128 + n for a death by signal n; 42 if stopped
-between two attempts.
+trainer logs its stacks, is only passed on.) The exit code is the command's, 128 + n for a death by signal n; 42 if
+stopped between two attempts.
 
 Each attempt is a row of RUN/lives.jsonl. With several processes, each has its own supervisor. COMMAND has to be the
 trainer itself, or something that becomes it (exec): signals go to one process only.
