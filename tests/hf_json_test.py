@@ -491,7 +491,7 @@ def test_the_end_of_text_is_the_first_known_or_the_one_named(trained):
             {"pre_tokenizer": hf_json.pre_tokenizer("(")},
             "damaged",
         ),
-        ({"added_tokens": [special(7, EOT)]}, "id 7, and 349"),
+        ({"added_tokens": [special(7, EOT)]}, "ids 7 and 349"),
         ({"added_tokens": [special(7, "<x>")]}, "same id"),
         ({"added_tokens": [{"id": 7}]}, "damaged"),
     ],

@@ -118,7 +118,7 @@ BYTES = [bytes([i]) for i in range(256)]
     [
         (lines(BYTES[:255]), "1 of the 256 bytes"),
         (lines([*BYTES, b"a"]), "damaged"),
-        (lines(BYTES) + b"YWI= 7\n", "1 are there twice"),
+        (lines(BYTES) + b"YWI= 7\n", "1 are duplicates"),
         (lines(BYTES) + b"YWI= -7\n", "damaged"),
         (lines(BYTES) + b"YWI= 99999999999\n", "damaged"),
         (lines(BYTES) + b"YWI\n", "line 257"),

@@ -1,11 +1,11 @@
-"""Copies of a bucket's objects in a folder of this machine.
+"""Local copies of a bucket's objects.
 
     CACHE/files/gs/BUCKET/KEY            a copy of the object
-    CACHE/state/gs/BUCKET/HASH.json      its record: key, generation, and the size and time of the copy
-    CACHE/state/gs/BUCKET/HASH.lock      held by the process of this machine that fetches it
+    CACHE/state/gs/BUCKET/HASH.json      its record: key, generation, and the copy's size and mtime
+    CACHE/state/gs/BUCKET/HASH.lock      flock of the process on this machine that fetches it
     CACHE/state/gs/BUCKET/HASH.partial   what it has fetched so far
 
-A copy that is not as its record says (cut off, changed) is fetched again. Only what is as its record says is removed.
+A copy that differs from its record (truncated, changed) is fetched again. Only copies that match it are removed.
 """
 
 import base64
@@ -32,7 +32,7 @@ class Record:
     modified_ns: int
 
     def describes(self, status: os.stat_result | None) -> bool:
-        """Whether this is the file that was copied, as it was then."""
+        """Whether this is the copied file, unchanged since."""
         return (
             status is not None
             and stat.S_ISREG(status.st_mode)
@@ -41,8 +41,8 @@ class Record:
 
 
 class Cache:
-    """The copies of one bucket. Every method raises OSError if the folder cannot be read or written, or is led out of
-    by a link, and DataError for a key that has no place in it."""
+    """The copies of one bucket. Every method raises OSError if the folder cannot be read or written, or if a link leads
+    out of it, and DataError for a key that cannot be a path below it."""
 
     def __init__(self, folder: pathlib.Path, scheme: str, bucket: str):
         self._folder = folder
@@ -52,11 +52,11 @@ class Cache:
         return self._folder.joinpath(self._files, *names.parts(key))
 
     def refresh(self, key: str, is_current: Callable[[bytes], bool], download: Callable[[IO[bytes]], bytes]) -> None:
-        """Makes the copy the object's content of now. It is replaced whole or not at all, also by a power failure.
+        """Brings the copy up to date. The replacement is atomic, even across a power failure.
 
         Args:
           is_current: whether the object still has this generation.
-          download: writes the object into a file, and returns its generation.
+          download: writes the object into a file and returns its generation.
         """
         with self._locked(key) as (state, name), names.opened(self._folder, f"{self._files}/{key}") as (folder, last):
             record = _read(state, name)
@@ -77,13 +77,13 @@ class Cache:
                 os.replace(f"{name}.json.partial", f"{name}.json", src_dir_fd=state, dst_dir_fd=state)
 
     def keys(self) -> set[str]:
-        """Of all that was copied at any time and not removed since."""
+        """The keys of all copies ever made and not removed since."""
         with names.opened(self._folder, f"{self._state}/-") as (state, _):
             found = [_read(state, name[:-5]) for name in os.listdir(state) if name.endswith(".json")]
         return {record.key for record in found if record is not None}
 
     def remove(self, key: str) -> None:
-        """The copy, if it is as it was recorded, and its record."""
+        """Removes the record, and the copy if it matches it."""
         with self._locked(key) as (state, name), names.opened(self._folder, f"{self._files}/{key}") as (folder, last):
             record = _read(state, name)
             if record is None or record.key != key:
@@ -94,7 +94,7 @@ class Cache:
 
     @contextlib.contextmanager
     def _locked(self, key: str) -> Iterator[tuple[int, str]]:
-        """The folder of records, and what the files of this key are called there; for one process at a time."""
+        """Yields a descriptor of the folder of records and this key's base name there; one process at a time."""
         name = hashlib.sha256(os.fsencode(key)).hexdigest()
         with names.opened(self._folder, f"{self._state}/{name}") as (state, _):
             lock = os.open(f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666, dir_fd=state)
@@ -106,7 +106,7 @@ class Cache:
 
 
 def _read(state: int, name: str) -> Record | None:
-    """None if there is none, or if it is not one of this version."""
+    """The record; None if there is none, or not one of this version."""
     try:
         with os.fdopen(os.open(f"{name}.json", os.O_RDONLY | os.O_NOFOLLOW, dir_fd=state), "rb") as f:
             record = Record(**json.loads(f.read()))
@@ -121,7 +121,7 @@ def _read(state: int, name: str) -> Record | None:
 
 @contextlib.contextmanager
 def _partial(state: int, name: str) -> Iterator[IO[bytes]]:
-    """A new file that does not outlive a failure: it would keep the room that is missing."""
+    """A new file that is removed on failure: the disk may be full because of it."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(name, dir_fd=state)
     opened = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=state)
@@ -142,7 +142,7 @@ def _status(folder: int, name: str) -> os.stat_result | None:
 
 
 def _clear(folder: int, name: str) -> None:
-    """Removes a folder of that name, if no file is left in it: the store had objects below it once."""
+    """Removes a folder of that name if it holds no files: the store once had objects below it."""
     if (status := _status(folder, name)) is not None and stat.S_ISDIR(status.st_mode):
         for _, below, _, at in os.fwalk(name, topdown=False, dir_fd=folder):
             for other in below:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and locks that end with their owner."""
+"""Files that are written atomically, and locks that end with the process that holds them."""
 
 import contextlib
 import errno
@@ -17,19 +17,19 @@ from data.errors import DataError
 
 log = logging.getLogger("meshlm")
 
-OWNER = re.compile(r".* process \d+")  # what a lock says
-WRITING = re.compile(r"(.+)\.writing-[0-9a-f]{16}")  # what a process that was killed leaves of a file
+OWNER = re.compile(r".* process \d+")  # the content of a lock
+WRITING = re.compile(r"(.+)\.writing-[0-9a-f]{16}")  # the partial file that a killed process leaves behind
 
 
 class Held(Exception):
-    """A lock is another's; the text says whose."""
+    """Another process holds a lock; the message names it."""
 
 
 @contextlib.contextmanager
 def written(path: pathlib.Path) -> Iterator[IO[bytes]]:
-    """A file to write that is at `path` when the block ends: whole, also after a power failure, or not at all.
+    """A file to write that appears at `path` when the block ends: atomically, and durably across a power failure.
 
-    Until then its name is its own, so processes that write one path at once do not harm each other: the last one stays.
+    Until then it has a unique temporary name, so concurrent writers of one path do not interfere: the last one wins.
     """
     partial = path.with_name(f"{path.name}.writing-{secrets.token_hex(8)}")
     try:
@@ -48,7 +48,7 @@ def write_durably(path: pathlib.Path, content: bytes) -> None:
 
 
 def read_json(path: pathlib.Path, advice: str) -> Any:
-    """What a file of ours holds. Raises DataError, with what to do, when it is damaged."""
+    """The content of a JSON file of meshlm. Raises DataError, with `advice`, if it is damaged."""
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError):
@@ -62,7 +62,7 @@ def close_durably(file: IO[bytes]) -> None:
 
 
 def sync(path: pathlib.Path) -> None:
-    """The content of a file, or the names in a folder, survive a power failure."""
+    """Fsyncs a file, or a folder and so the names in it, if the file system can."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -79,19 +79,19 @@ def lock_path(path: pathlib.Path) -> pathlib.Path:
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path, wait: bool = False) -> Iterator[bool]:
-    """One process at a time works on `path`, which need not be there. A dead owner's lock is free by itself.
+    """Lets one process at a time work on `path`, which need not exist. The lock of a dead process is free.
 
-    The lock is the file `.NAME.meshlm-lock` beside `path`: what is renamed or replaced under it is never the lock
-    itself.
+    The lock is the file `.NAME.meshlm-lock` beside `path`, so that renaming or replacing `path` does not affect the
+    lock.
 
     Args:
-      wait: for the process that has it.
+      wait: whether to wait for the process that holds it.
 
     Yields:
-      whether no other process can have it: some file systems have no flock(2), which is said.
+      True if the lock is exclusive; False, after a warning, if the file system lacks flock(2).
 
     Raises:
-      Held: another process has it, and `wait` is false.
+      Held: another process holds it, and `wait` is false.
       DataError: something else has its name.
       OSError: the lock cannot be written.
     """
@@ -102,7 +102,7 @@ def locked(path: pathlib.Path, wait: bool = False) -> Iterator[bool]:
             yield real
         finally:
             if _is_at(handle, place):
-                place.unlink()  # while it is held: who waits for it sees that it went, and makes a new one
+                place.unlink()  # while held: a waiting process sees that it is gone, and makes a new one
 
 
 def _take(place: pathlib.Path, wait: bool) -> tuple[IO[str], bool]:
@@ -116,13 +116,13 @@ def _take(place: pathlib.Path, wait: bool) -> tuple[IO[str], bool]:
             handle.close()
             if not wait:
                 raise Held(owner) from None
-            log.info("waiting for %s, which has %s", owner, place)
+            log.info("waiting for %s, which holds %s", owner, place)
             said = True
             continue
         except OSError as e:
             log.warning("%s cannot be locked (%s); make sure that no other process writes there", place, e.strerror)
             return handle, False
-        if _is_at(handle, place):  # else its owner removed it before letting go
+        if _is_at(handle, place):  # otherwise its holder removed it before releasing it
             break
         handle.close()
     if (content := handle.read()) and not OWNER.fullmatch(content):
@@ -143,7 +143,7 @@ def _is_at(handle: IO[str], place: pathlib.Path) -> bool:
 
 
 def remove_half_written(path: pathlib.Path) -> None:
-    """Removes what processes that were killed left of `path`; none may be writing it (see `locked`)."""
+    """Removes partial files of `path` that killed processes left; no process may be writing it (see `locked`)."""
     for other in path.parent.iterdir():
         if (found := WRITING.fullmatch(other.name)) and found[1] == path.name and other.is_file():
             other.unlink(missing_ok=True)

@@ -1,8 +1,7 @@
-"""Names that come from outside: of objects in a store, of files in a folder, and the patterns that select them.
+"""Untrusted names (objects in a store, files in a folder) and the patterns that select them.
 
-A name says where something lies below a folder, with '/' between its parts. `parts` and `opened` are the only way from
-such a name to a place that is written to, replaced or removed; `matches` is the only meaning of a pattern, on a disk
-and in a store.
+A name is a path below a folder, with '/' between its parts. Everything that is written, replaced or removed by such a
+name goes through `parts` or `opened`; only `matches` defines what a pattern means, on a disk and in a store.
 """
 
 import contextlib
@@ -19,8 +18,8 @@ from collections.abc import Iterable, Iterator
 
 from data.errors import DataError
 
-PART_BYTES = 255  # of one part of a path, in the usual file systems
-NAME_BYTES = 3072  # of a whole name: a path has at most 4096, and the folder comes before the name
+PART_BYTES = 255  # limit for one part of a path, in the usual file systems
+NAME_BYTES = 3072  # limit for a full name: a path has at most 4096, including the folder
 WILDCARDS = re.compile(r"[*?[]")
 
 
@@ -28,11 +27,11 @@ WILDCARDS = re.compile(r"[*?[]")
 
 
 def parts(name: str, what: str = "") -> list[str]:
-    """The parts of a name that has a place below any folder.
+    """The parts of a name that is a safe path below any folder.
 
     Args:
-      name: from outside.
-      what: the error calls it so.
+      name: untrusted.
+      what: what the error calls it; "": the name itself.
 
     Raises:
       DataError: a part is empty, '.' or '..' (an absolute name has an empty one), has a NUL, or is too long for a file
@@ -57,7 +56,7 @@ def parts(name: str, what: str = "") -> list[str]:
 
 
 def check_apart(names: Iterable[str], what: str) -> None:
-    """Raises DataError if a name is a folder of another one: a store may have both, a file system cannot."""
+    """Raises DataError if a name is a folder of another one: a store can hold both, a file system cannot."""
     files = set(names)
     for name in sorted(files):
         for folder in itertools.accumulate(name.split("/")[:-1], "{}/{}".format):
@@ -67,13 +66,13 @@ def check_apart(names: Iterable[str], what: str) -> None:
 
 @contextlib.contextmanager
 def opened(root: pathlib.Path, name: str) -> Iterator[tuple[int, str]]:
-    """A descriptor of the folder in which `name` lies below `root`, made where it is missing, and the last part.
+    """Yields a descriptor of the folder of `name` below `root`, created if it is missing, and the name's last part.
 
-    No folder below `root` may be a link, also if it becomes one meanwhile: it would lead elsewhere. With the descriptor
-    (dir_fd) and the last part everything else is done.
+    No folder below `root` may be a link, even if it becomes one meanwhile: it would lead elsewhere. Use the descriptor
+    (as dir_fd) and the last part for everything else.
 
     Raises:
-      DataError: the name has no place below a folder.
+      DataError: the name is not a path below a folder.
       OSError: a folder is a link or a file, or cannot be made.
     """
     *folders, last = parts(name)
@@ -101,7 +100,7 @@ TEST = re.compile("(train)?(test|dev|eval|evaluation|holdout|heldout|val|valid|v
 
 
 def says(name: str, words: re.Pattern[str]) -> bool:
-    """Whether one of the words stands in a name by itself, between anything but letters; capitals do not matter."""
+    """Whether a name contains one of the words by itself, between non-letters; case does not matter."""
     return any(map(words.fullmatch, re.split(r"[^a-z]+", name.lower())))
 
 
@@ -113,26 +112,26 @@ def is_pattern(path: str) -> bool:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern selects a name; both relative to the same folder, with '/' between their parts.
+    """Whether a pattern selects a name; both are relative to the same folder, with '/' between their parts.
 
-    `*`, `?` and `[…]` stand for characters of one part. `**` as a whole part stands for any number of parts, also none;
-    at the end for at least one. A part that begins with '.' is selected only by a part of the pattern that does.
+    `*`, `?` and `[…]` match characters within one part. `**` as a full part matches any number of parts, even 0; at the
+    end, at least one. A part that begins with '.' matches only a part of the pattern that also does, never `**`.
     """
     return len(_steps(pattern)) in reached(name, pattern)
 
 
 def may_hold(folder: str, pattern: str) -> bool:
-    """Whether a pattern may select a name below this folder; '' is the folder that both are relative to."""
+    """Whether a pattern may select names below this folder; '' is the folder that both are relative to."""
     return bool(going_on(folder, pattern))
 
 
 def going_on(folder: str, pattern: str) -> frozenset[int]:
-    """The steps of the pattern that may come next, below this folder. A folder of fewer of them holds nothing more."""
+    """Indices of the pattern's steps that may come next below this folder; a subset of them selects nothing more."""
     return reached(folder, pattern) - {len(_steps(pattern))}
 
 
 def reached(name: str, pattern: str) -> frozenset[int]:
-    """How many steps of the pattern may lie behind, after all parts of the name; none: it selects nothing there."""
+    """The numbers of steps that may be matched after all parts of the name; empty: nothing there can match."""
     steps = _steps(pattern)
     reached = _with_skipped({0}, steps)
     for part in name.split("/") if name else ():
@@ -150,7 +149,7 @@ def reached(name: str, pattern: str) -> frozenset[int]:
 
 
 def _with_skipped(reached: set[int], steps: tuple[re.Pattern[str] | None, ...]) -> set[int]:
-    """With those reached by `**` that stands for nothing."""
+    """Adds the states reached when `**` matches no parts."""
     for at in sorted(reached):
         while at < len(steps) and steps[at] is None:
             at += 1
@@ -175,7 +174,7 @@ def split(pattern: str) -> tuple[pathlib.Path, str]:
     """The folder before the first wildcard, and the pattern of the names below it.
 
     Raises:
-      DataError: the pattern leaves a folder again after a wildcard.
+      DataError: the pattern has '..' after a wildcard.
     """
     pieces = pathlib.PurePath(pattern).parts
     root = list(itertools.takewhile(lambda piece: not is_pattern(piece), pieces))
@@ -186,9 +185,9 @@ def split(pattern: str) -> tuple[pathlib.Path, str]:
 
 
 def check_one_meaning(path: str) -> None:
-    """Raises DataError for the name of something that is there, and that as a pattern selects other files, too.
+    """Raises DataError for an existing path that, as a pattern, also selects other files.
 
-    A pattern that selected nothing when a command wrote to it, as in `> *.txt`, makes such a name.
+    Such a name arises if a command writes to a pattern that matches nothing, as in `> *.txt`.
     """
     if not is_pattern(path) or ".." in pathlib.PurePath(path).parts:
         return
@@ -199,23 +198,23 @@ def check_one_meaning(path: str) -> None:
         raise DataError(f"cannot read {e.filename}: {e.strerror}") from None
     if others:
         raise DataError(
-            f"{path} is there, and as a pattern it selects {len(others)} other file(s), such as {others[0]}; write "
+            f"{path} exists, and as a pattern it selects {len(others)} other file(s), such as {others[0]}; write "
             f"{glob.escape(path)} for the one, or rename it and write the pattern for the others"
         )
 
 
 def find(root: pathlib.Path, pattern: str) -> tuple[list[str], int]:
-    """The files below `root` that a pattern selects, sorted; and how many further names of the same files there are.
+    """The files below `root` that a pattern selects, sorted; and the number of further names of the same files.
 
-    Links are followed. Every real folder is entered once, or again where another step of the pattern comes next, and
-    every real file is taken once, so that a loop ends and no file counts twice: under a name that has no link in it, or
-    else under the first in sorted order.
+    Links are followed. Every real folder is entered once, or again if other steps of the pattern come next, and every
+    real file is taken once, so that loops end and no file counts twice: under a name without links in it, or else under
+    the first in sorted order.
 
     Raises:
-      OSError: a folder that may hold some cannot be read.
+      OSError: a folder that may hold matches cannot be read.
     """
     found: list[str] = []
-    seen: dict[tuple[int, int], list[frozenset[int]]] = {}  # with which steps of the pattern to come
+    seen: dict[tuple[int, int], list[frozenset[int]]] = {}  # (device, inode) to the steps to come at each visit
     repeated = 0
     pending, links = [""], list[str]()
     while pending or links:
@@ -241,7 +240,7 @@ def find(root: pathlib.Path, pattern: str) -> tuple[list[str], int]:
 
 
 def _status(path: pathlib.Path) -> os.stat_result | None:
-    """None for a link that leads nowhere."""
+    """The status; None for a dangling or circular link."""
     try:
         return path.stat()
     except OSError as e:

@@ -1,6 +1,6 @@
-"""Data in object stores (gs://, s3://): copied into a local cache (cache.py), and read from there like any other.
+"""Data in object stores (gs://, s3://): copied into a local cache (cache.py) and then read like local data.
 
-What is read is what the store lists, never what else lies in the cache. Stores are read through tensorstore
+Only what the store lists is read, never anything else in the cache. Stores are read through tensorstore
 (docs/data.md: credentials).
 """
 
@@ -20,7 +20,7 @@ from data.storage.cache import Cache
 log = logging.getLogger("meshlm")
 
 SCHEMES = ("gs://", "s3://")
-BLOCK_BYTES = 64 << 20  # fetched, and held in memory, at a time
+BLOCK_BYTES = 64 << 20  # fetched at a time, and held in memory
 TIMEOUT_S = 60  # for one block
 CACHE_VARIABLE = "MESHLM_CACHE"
 
@@ -33,7 +33,7 @@ def parse(path: str) -> tuple[str, str, str]:
     """The scheme, the bucket and the key ('' for the whole bucket) of gs://BUCKET/KEY or s3://BUCKET/KEY.
 
     Raises:
-      DataError: the key has no place below a folder, such as a/../b or, from gs://BUCKET//data, /data.
+      DataError: the key is not a path below a folder, such as a/../b or, from gs://BUCKET//data, /data.
     """
     scheme, _, rest = path.partition("://")
     bucket, _, key = rest.partition("/")
@@ -53,10 +53,10 @@ def cache_folder() -> pathlib.Path:
 
 @functools.cache
 def local(path: str) -> str:
-    """The local path of a file, folder or glob in a store, after fetching what is new; once for each in a process.
+    """The local path of a file, folder or glob in a store, after fetching what is new; once per process and path.
 
     Raises:
-      DataError: nothing is there, it cannot be read, or the cache has no room.
+      DataError: nothing is there, it cannot be read, or the cache is full or unusable.
     """
     scheme, bucket, key = parse(path)
     if not key:
@@ -74,7 +74,7 @@ def local(path: str) -> str:
             _fetch(store, name, cache, f"{scheme}://{bucket}/{name}")
         _copies[path] = [cache.path(name) for name in keys]
         if len({(s.st_dev, s.st_ino) for s in map(os.stat, _copies[path])}) < len(keys):
-            raise DataError(f"{path} has names that {cache_folder()} does not tell apart; set {CACHE_VARIABLE}")
+            raise DataError(f"{path} has names that {cache_folder()} cannot tell apart; set {CACHE_VARIABLE}")
     except OSError as e:
         why = e.strerror or e
         raise DataError(f"cannot keep {path} in {cache_folder()}: {why}; make room, or set {CACHE_VARIABLE}") from None
@@ -82,19 +82,19 @@ def local(path: str) -> str:
 
 
 def files(path: str) -> list[pathlib.Path]:
-    """The copies of all that the store has for a file, folder or glob, after fetching them. Raises as `local`."""
+    """The copies of all objects of a file, folder or glob, after fetching what is new. Raises like `local`."""
     local(path)
     return _copies[path]
 
 
 def original(copy: pathlib.Path) -> str:
-    """Of a copy, or of a folder of copies, the path in its store."""
+    """The path in the store of a copy or of a folder of copies."""
     _, scheme, *below = copy.relative_to(cache_folder()).parts
     return f"{scheme}://{'/'.join(below)}"
 
 
 def begins(path: str, count: int) -> bytes:
-    """The first bytes of an object; nothing if it is not there, or has fewer. Raises DataError."""
+    """The first `count` bytes of an object; b"" if it does not exist or is shorter. Raises DataError."""
     scheme, bucket, key = parse(path)
     found = _read(_open(scheme, bucket, path), os.fsencode(key), path, slice(0, count))
     return found.value if found is not None and found.state == "value" else b""
@@ -104,7 +104,7 @@ _copies: dict[str, list[pathlib.Path]] = {}  # of each path that `local` has fet
 
 
 def _not_there_any_more(copied: set[str], keys: list[str], key: str) -> set[str]:
-    """Of what was copied, what `key` would select, or what is in the way of what it selects, and the store has not."""
+    """Copies that the store no longer has, and that `key` would select or that block the path of what it selects."""
     folders = {folder for name in keys for folder in itertools.accumulate(name.split("/"), "{}/{}".format)}
     gone = copied - set(keys)
     below = tuple(f"{name}/" for name in keys)
@@ -133,7 +133,7 @@ def _open(scheme: str, bucket: str, path: str) -> Any:
 
 
 def _matching(store: Any, key: str, path: str) -> list[str]:
-    """Keys of the object, of the folder, or of the glob `key`, sorted. Raises DataError for one without a place."""
+    """Sorted keys of the object, folder or glob `key`. Raises DataError for one that cannot be a local path."""
     import tensorstore
 
     glob_at = min((key.index(c) for c in "*?[" if c in key), default=len(key))
@@ -149,14 +149,14 @@ def _matching(store: Any, key: str, path: str) -> list[str]:
 
 
 def _selected(there: set[str], key: str) -> set[str]:
-    """Those that are the object `key`, lie in the folder `key`, or that the pattern `key` selects."""
+    """Those that are the object `key`, are in the folder `key`, or match the pattern `key`."""
     return {
         n for n in there if n == key or n.startswith(f"{key}/") or (names.is_pattern(key) and names.matches(n, key))
     }
 
 
 def _beside(found: set[str], there: set[str]) -> set[str]:
-    """Megatron's tokens and their index: without it they would be taken for something else."""
+    """Adds Megatron's .idx to a .bin and vice versa: a .bin without its index would be taken for another format."""
     stems = {name[:-4] for name in found if name.endswith((".bin", ".idx"))}
     return {stem + suffix for stem in stems for suffix in (".bin", ".idx")} & there
 
@@ -168,7 +168,7 @@ def _after(prefix: str) -> bytes:
 
 
 def _fetch(store: Any, key: str, cache: Cache, name: str) -> None:
-    """Makes the copy in the cache the object's content of now."""
+    """Brings the object's copy in the cache up to date."""
     raw = os.fsencode(key)
 
     def is_current(generation: bytes) -> bool:
@@ -191,7 +191,7 @@ def blocks(store: Any, key: bytes, name: str) -> Iterator[Any]:
     """An object in pieces, as tensorstore's ReadResults of one generation. Raises DataError."""
     at, generation = 0, None
     while True:
-        # A store refuses a range that goes past the end, and does not say where that is.
+        # A store rejects a range that extends past the end of the object, and does not report its size.
         full = _read(store, key, name, slice(at + BLOCK_BYTES - 1, at + BLOCK_BYTES)) is not None
         block = _read(store, key, name, slice(at, at + BLOCK_BYTES if full else None) if at or full else None)
         if block is None:  # the object ended with the last block
@@ -206,7 +206,7 @@ def blocks(store: Any, key: bytes, name: str) -> Iterator[Any]:
 
 
 def _read(store: Any, key: bytes, name: str, byte_range: slice | None, if_not_equal: bytes | None = None) -> Any:
-    """tensorstore's ReadResult; None where the object does not have all these bytes."""
+    """tensorstore's ReadResult; None if the object does not have all these bytes."""
     try:
         return _ask(name, store.read, key, byte_range=byte_range, if_not_equal=if_not_equal)
     except _OutOfRange:
@@ -218,7 +218,7 @@ class _OutOfRange(Exception):
 
 
 def _ask(path: str, method: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """The answer to a call of tensorstore. Raises DataError, and _OutOfRange for bytes that are not there."""
+    """The result of a tensorstore call. Raises DataError, and _OutOfRange for bytes past the end."""
     try:
         return method(*arguments, **named).result(timeout=TIMEOUT_S)
     except TimeoutError:
@@ -231,4 +231,4 @@ def _ask(path: str, method: Callable[..., Any], *arguments: Any, **named: Any) -
             "s3://": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
         }.get(path[:5], "let this user read it")
         why = (str(e).splitlines() or [type(e).__name__])[0][:300]
-        raise DataError(f"cannot read {path}: {why}; where access is denied, {hint}") from None
+        raise DataError(f"cannot read {path}: {why}; if access is denied, {hint}") from None

@@ -1,7 +1,7 @@
-"""The one door to tokenizers: made from a spec, saved into a folder, loaded from it. Nothing is ever unpickled.
+"""The entry point for tokenizers: make one from a spec, save it into a folder, load it. Nothing is ever unpickled.
 
-A spec is `char`, `byte`, `bpe:16384` (or `bpe:16384:llama3`, with another pattern), all three made from text, or the
-path of a tokenizer there is already. Its kind is told by what the file holds, whatever its name.
+A spec is `char` or `bpe:16384` (or `bpe:16384:llama3`, with another pattern), both trained on text; `byte`; or the path
+of an existing tokenizer, whose kind is detected from its content, not its name.
 """
 
 import hashlib
@@ -48,19 +48,19 @@ __all__ = [
 ]
 
 KINDS: dict[str, type[ByteTokenizer] | type[CharTokenizer]] = {t.kind: t for t in (CharTokenizer, ByteTokenizer)}
-FileTokenizer = JsonTokenizer | MinbpeTokenizer | RankTokenizer | PieceTokenizer  # with a standard file of their own
+FileTokenizer = JsonTokenizer | MinbpeTokenizer | RankTokenizer | PieceTokenizer  # each has a standard file of its own
 FILE_KINDS: dict[str, type[FileTokenizer]] = {
     t.kind: t for t in (JsonTokenizer, MinbpeTokenizer, RankTokenizer, PieceTokenizer)
 }
 FILE_NAME = "meshlm_tokenizer.json"
-# In a folder of a model of another system, by preference.
+# Looked for, in this order, in a model folder of another system.
 STANDARD_NAMES = (hf_json.FILE_NAME, "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 MAX_BYTES = 1 << 30
 EXPECTED = (
     "expected a tokenizer.json, a .tiktoken file, a minbpe .model, a SentencePiece .model, a folder with one of them "
     "or a dataset; or char, byte, bpe:16384"
 )
-# What people name by mistake, told by its first bytes.
+# First bytes of files that users name by mistake, and what they are.
 MISTAKEN = (
     (rb"\x89PNG|\xff\xd8\xff|GIF8", "an image"),
     (rb"\x80[\x02-\x05]", "a pickle, which is never opened"),
@@ -74,7 +74,7 @@ MISTAKEN = (
 
 
 def needs_texts(spec: str) -> bool:
-    """Whether a tokenizer of this spec is made from text (char, bpe:N). Raises DataError for a bpe: that is none."""
+    """Whether this spec is trained on text (char, bpe:N). Raises DataError for a malformed bpe spec."""
     return spec == "char" or _bpe(spec) is not None
 
 
@@ -89,29 +89,31 @@ def make(
     """The tokenizer that `spec` asks for.
 
     Args:
-      texts: what char and bpe:N are made from.
-      special_tokens: of a new tokenizer, the names it gets. A tokenizer from a file keeps those it has: each name given
-        must be one of them, and the first becomes its end-of-text token (a dataset's keeps the one it has).
+      texts: what char and bpe:N are trained on.
+      special_tokens: names for a new tokenizer. A tokenizer from a file keeps its own: each name given must be one of
+        them, and the first becomes its end-of-text token (a dataset's tokenizer keeps the one it has).
       min_frequency: char: rarer characters become <unk>; bpe: rarer pairs are not merged.
-      eos: whether documents are to be followed by an end-of-text token. char and byte get <eos> then, BPE always has
-        <|endoftext|> (or the one among special_tokens); one from a file must have it.
+      eos: whether an end-of-text token will follow each document. If so, char and byte get <eos>, and a tokenizer from
+        a file must have one. BPE always has <|endoftext|> (or the one among special_tokens).
 
     Raises:
-      DataError: nothing of that kind is there, it is damaged, or has not the special tokens asked for.
+      DataError: there is no such tokenizer, it is damaged, or it lacks the special tokens asked for.
     """
     names = list(special_tokens)
     check_special_tokens(names)
     trained = _bpe(spec)
     if spec not in KINDS and trained is None:
         return _from_path(spec, names, eos)
-    if trained and not find_eos(names):  # always: it may be used on other documents
+    if trained and not find_eos(names):  # always: it may be used for other documents
         names.append(END_OF_TEXT_NAMES[0])
     elif eos and not trained and END_OF_TEXT not in names:
         names.append(END_OF_TEXT)
     if spec == "byte":
         return ByteTokenizer(names)
     if texts is None:
-        raise DataError(f"a tokenizer {spec} is made from text, and there is none here; name a dataset's instead")
+        raise DataError(
+            f"tokenizer {spec} must be trained on text, and there is none here; name an existing tokenizer or dataset"
+        )
     if trained:
         size, pattern = trained
         return train_bpe(texts, size, pattern=pattern, special_tokens=names, min_frequency=min_frequency)
@@ -134,12 +136,12 @@ def _bpe(spec: str) -> tuple[int, str] | None:
 
 
 def file_of(spec: str) -> pathlib.Path | None:
-    """The file of a tokenizer there is already; None for one that is made here. Raises DataError when it is missing."""
+    """The file of an existing tokenizer; None for one that is made here. Raises DataError if it is missing."""
     return None if spec in KINDS or needs_texts(spec) else _located(spec)[0]
 
 
 def _located(spec: str) -> tuple[pathlib.Path, str]:
-    """The file that is meant, and the pattern behind its name. Raises DataError."""
+    """The file that `spec` names, and the pattern after its name, if any. Raises DataError."""
     path = pathlib.Path(spec)
     if path.is_dir():
         for folder in (path, path / "tokenizer"):
@@ -167,18 +169,18 @@ def _from_path(spec: str, names: list[str], eos: bool) -> Tokenizer:
     if issubclass(kind, RankTokenizer):
         tokenizer: Tokenizer = kind(raw, str(path), wanted, pattern)
     elif pattern:
-        raise DataError(f"{path} is a {kind.kind} file; only a .tiktoken file is given a pattern, not :{pattern}")
+        raise DataError(f"{path} is a {kind.kind} file; only a .tiktoken file takes a pattern, not :{pattern}")
     else:
         tokenizer = kind(raw, str(path), wanted)
     return _with_specials(tokenizer, str(path), names, eos)
 
 
 def _with_specials(tokenizer: Tokenizer, where: str, names: list[str], eos: bool) -> Tokenizer:
-    """`tokenizer`, if it has what is asked for."""
+    """Returns `tokenizer`. Raises DataError if it lacks one of `names`, or an end-of-text token that `eos` requires."""
     if unknown := [name for name in names if name not in tokenizer.special_tokens]:
         known = ", ".join(tokenizer.special_tokens[:10]) or "none"
         raise DataError(
-            f"{where} has no special token {unknown[0]!r}, and a tokenizer that exists keeps its own: {known}"
+            f"{where} has no special token {unknown[0]!r}, and an existing tokenizer keeps its own: {known}"
         )
     if eos and tokenizer.eos_id is None:
         known = ", ".join(tokenizer.special_tokens[:10])
@@ -199,7 +201,7 @@ def _read(path: pathlib.Path) -> bytes:
 
 
 def _kind(raw: bytes, path: pathlib.Path) -> str:
-    """Which of FILE_KINDS the file is, by its content."""
+    """The key of FILE_KINDS that the content fits. Raises DataError if there is none."""
     if not raw:
         raise DataError(f"{path} is empty; {EXPECTED}")
     for pattern, what in MISTAKEN:
@@ -208,19 +210,19 @@ def _kind(raw: bytes, path: pathlib.Path) -> str:
     if raw.lstrip()[:1] == b"{":
         spec = parse_json(raw, str(path))
         if "model" not in spec:
-            raise DataError(f'{path} is JSON, but no tokenizer.json: it has no "model"; {EXPECTED}')
+            raise DataError(f'{path} is JSON, but not a tokenizer.json: it has no "model"; {EXPECTED}')
         return JsonTokenizer.kind
     if raw.startswith(minbpe.FIRST_LINE.encode()):
         return MinbpeTokenizer.kind
     if re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\r?(\n|$)", raw):
         return RankTokenizer.kind
-    if re.match(rb"(?s)\n.{1,3}\n", raw):  # protobuf: the first piece, and in it its text
+    if re.match(rb"(?s)\n.{1,3}\n", raw):  # protobuf: field 1, the first piece, whose field 1 is its text
         return PieceTokenizer.kind
-    raise DataError(f"{path} is no tokenizer of a kind known here; {EXPECTED}")
+    raise DataError(f"{path} is not a tokenizer of a known kind; {EXPECTED}")
 
 
 def save(tokenizer: Tokenizer, folder: pathlib.Path) -> pathlib.Path:
-    """Writes the tokenizer into `folder`: meshlm_tokenizer.json, whose path is returned, and its own standard file."""
+    """Writes meshlm_tokenizer.json, whose path is returned, and the tokenizer's own standard file into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     spec, file = tokenizer.to_json(), tokenizer.file()
     if file is not None:
@@ -236,10 +238,10 @@ def load(folder: pathlib.Path, sha256: str = "") -> Tokenizer:
     """Reads what `save` wrote.
 
     Args:
-      sha256: that meshlm_tokenizer.json must have; it holds the sha256 of the other file, which is checked always.
+      sha256: the hash that meshlm_tokenizer.json must have; "": any. It holds that of the other file, always checked.
 
     Raises:
-      DataError: a file is missing, is no tokenizer, or is another one than was saved.
+      DataError: a file is missing, is not a tokenizer, or is not the one that was saved.
     """
     path = folder / FILE_NAME
     try:

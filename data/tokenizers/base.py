@@ -1,7 +1,7 @@
-"""What every tokenizer has: the interface, special tokens, and text that can be encoded at all.
+"""What all tokenizers share: the interface, special tokens, and repair of text that UTF-8 cannot express.
 
-Text that spells the name of a special token is text like any other: no tokenizer here ever makes a special token of it,
-so a document cannot forge the end of another. `finder` counts such text. Decoding writes a special token as its name.
+Text that spells the name of a special token is ordinary text: no tokenizer here ever encodes it as that token, so a
+document cannot forge an end of text. `finder` lists such text. Decoding writes a special token as its name.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ from data.errors import DataError
 
 MAX_ID = (1 << 24) - 1  # a file with a larger one is damaged: no vocabulary is that large
 END_OF_TEXT = "<eos>"
-# Names of the token after a document, as files of other systems have them; the first one a tokenizer has is taken.
-# Base models' before chat models': <|eot_id|> and <|im_end|> end a turn, not a text.
+# Names of the end-of-text token in files of other systems; the first one that a tokenizer has is used. Base models'
+# names precede chat models': <|eot_id|> and <|im_end|> end a turn, not a text.
 END_OF_TEXT_NAMES = (
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -36,11 +36,11 @@ END_OF_TEXT_NAMES = (
 class Tokenizer(Protocol):
     """Text to token ids and back.
 
-    `specials` are the special tokens, id to name in the order of ids, and `special_tokens` their names; `eos_id` is
-    that of the one after a document, `unknown_id` that of what stands for any text it cannot express. `lossless`:
-    whether every text is known to decode to itself, but for unknown tokens. `joins`: whether a token depends on more
-    than one character. `phased`: whether it depends on how many characters lie before it, as when text is cut into
-    pieces of a fixed length.
+    `specials` maps the id of each special token to its name, in order of ids, and `special_tokens` lists the names.
+    `eos_id` is the token after each document, `unknown_id` the one that stands for text that cannot be expressed.
+    `lossless`: whether every text is known to decode to itself, except for unknown tokens. `joins`: whether a token may
+    span several characters. `phased`: whether tokens depend on the number of characters before them, as when text is
+    split into pieces of a fixed length.
     """
 
     kind: str
@@ -59,37 +59,37 @@ class Tokenizer(Protocol):
         return "" if self.eos_id is None else self.specials[self.eos_id]
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids, uint32 [number of tokens]. Raises DataError where the text cannot be expressed."""
+        """Token ids, uint32 [number of tokens]. Raises DataError if the text cannot be expressed."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of each text, in one call where that is faster."""
+        """`encode` of each text, in one call if that is faster."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; bytes that are no UTF-8 become U+FFFD. Raises DataError for an id outside the vocabulary."""
+        """The text; bytes that are not UTF-8 become U+FFFD. Raises DataError for an id outside the vocabulary."""
         ...
 
     def token_bytes(self, id: int) -> bytes:
-        """What one token stands for in UTF-8 text, perhaps a part of a character; of a special token, its name."""
+        """The UTF-8 bytes of one token, possibly part of a character; for a special token, its name."""
         ...
 
     def to_json(self) -> dict[str, Any]:
-        """What meshlm_tokenizer.json holds, but for the name and sha256 of a file."""
+        """The content of meshlm_tokenizer.json, except the name and sha256 of a file."""
         ...
 
     def file(self) -> tuple[str, bytes] | None:
-        """Name and content of the tokenizer's own standard file; None where meshlm_tokenizer.json holds all."""
+        """Name and content of the tokenizer's own standard file; None if meshlm_tokenizer.json holds everything."""
         return None
 
 
 def finder(names: Collection[str]) -> Callable[[str], list[str]]:
-    """A function that lists the names that a text spells, each as often as it does; of two at one place the longer."""
+    """A function that lists each occurrence of one of `names` in a text; at one place, only the longest name."""
     beginnings = {name[:2] for name in names}
     expression = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
 
     def found(text: str) -> list[str]:
-        # str.find is some thirty times faster than a regular expression, and most texts spell none.
+        # Substring search is some thirty times faster than a regular expression, and most texts spell no name.
         return expression.findall(text) if any(beginning in text for beginning in beginnings) else []
 
     return found
@@ -126,19 +126,19 @@ def decode_around(
 
 
 def choose_eos(where: str, specials: Mapping[str, int], wanted: str | None) -> int | None:
-    """The id of `wanted`, or of the first known end-of-text name where it is None. Raises DataError."""
+    """The id of `wanted`; if that is None, of the first known end-of-text name, if any. Raises DataError."""
     name = find_eos(specials) if wanted is None else wanted
     if name is not None and name not in specials:
         known = ", ".join(list(specials)[:10]) or "none"
-        raise DataError(f"{where} has no special token {name!r}; a file's tokenizer keeps those it has: {known}")
+        raise DataError(f"{where} has no special token {name!r}; an existing tokenizer keeps its own: {known}")
     return None if name is None else specials[name]
 
 
 def check_special_tokens(names: Sequence[str]) -> None:
-    """Raises DataError for an empty name or one that is there twice."""
+    """Raises DataError for a name that is empty, given twice or not valid Unicode."""
     for i, name in enumerate(names):
         if not name or name in names[:i] or encodable(name) != name:
-            raise DataError(f"special token {name!r} is empty, given twice or no Unicode text")
+            raise DataError(f"special token {name!r} is empty, given twice or not valid Unicode")
 
 
 def parse_json(raw: bytes, where: str) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """A library's exception on what a file holds becomes a DataError `what: why`; so does a Rust panic."""
+    """Turns a library's exception about a file's content, or a Rust panic, into a DataError `what: why`."""
     try:
         yield
     except DataError:

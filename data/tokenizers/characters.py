@@ -1,4 +1,4 @@
-"""Characters and bytes: the two tokenizers that need no library and no file of their own."""
+"""Character and byte tokenizers: the two that need neither a library nor a file of their own."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from data.errors import DataError
 from data.tokenizers.base import END_OF_TEXT, Tokenizer, decode_around, encodable
 
 UNKNOWN = "<unk>"
-CODE_POINTS = 0x110000  # of Unicode
+CODE_POINTS = 0x110000  # in Unicode
 
 
 def code_points(text: str) -> np.ndarray:
@@ -17,16 +17,16 @@ def code_points(text: str) -> np.ndarray:
 
 
 def count(text: str, counts: np.ndarray) -> None:
-    """Adds how often each code point occurs to `counts`, int64 [CODE_POINTS]."""
+    """Adds the number of occurrences of each code point to `counts`, int64 [CODE_POINTS]."""
     utf8 = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
-    counts[:128] += byte_counts(utf8)[:128]  # in UTF-8 these bytes are characters, and parts of no other
+    counts[:128] += byte_counts(utf8)[:128]  # in UTF-8 these bytes are always characters by themselves
     if (high := utf8 >= 128).any():
         seen = np.bincount(code_points(utf8[high].tobytes().decode("utf-8", "surrogatepass")))
         counts[: len(seen)] += seen
 
 
 def byte_counts(raw: np.ndarray) -> np.ndarray:
-    """How often each byte occurs, int64 [256]; by twos, which halves the work."""
+    """The number of occurrences of each byte, int64 [256]; counted in pairs, which halves the work."""
     pairs = np.bincount(raw[: len(raw) // 2 * 2].view(np.uint16), minlength=1 << 16).reshape(256, 256)
     counts = pairs.sum(0) + pairs.sum(1)
     if len(raw) % 2:
@@ -35,7 +35,7 @@ def byte_counts(raw: np.ndarray) -> np.ndarray:
 
 
 class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes, ids 0 to 255, then the special tokens. Encodes anything; a decoder's stray bytes become U+FFFD."""
+    """UTF-8 bytes, ids 0 to 255, then the special tokens. Encodes anything; decoding turns stray bytes into U+FFFD."""
 
     kind = "byte"
     lossless = True
@@ -71,14 +71,14 @@ class ByteTokenizer(Tokenizer):
         return cls(spec["special_tokens"])
 
 
-STRETCH = 1 << 14  # characters encoded at once; in most languages' text many are ASCII alone
+STRETCH = 1 << 14  # characters encoded at once; in most languages many such stretches are pure ASCII
 
 
 class CharTokenizer(Tokenizer):
     """Characters, ids in code point order (as nanoGPT's), then the special tokens.
 
-    A character outside the vocabulary becomes `<unk>` when that is one of the special tokens; otherwise it is an
-    error, because dropping it would change the text without a word.
+    A character outside the vocabulary becomes `<unk>` if that is one of the special tokens; otherwise it is an error,
+    because dropping it would silently change the text.
     """
 
     kind = "char"
@@ -92,12 +92,12 @@ class CharTokenizer(Tokenizer):
         self.specials = dict(enumerate(self.special_tokens, start=len(characters)))
         self.vocab_size = len(self.pieces)
         self.eos_id = self._special_id(END_OF_TEXT)
-        # A lookup table over code points: text becomes ids by one indexing operation on its UTF-32 form.
+        # A lookup table over code points: one indexing operation on a text's UTF-32 form gives its ids.
         self.unknown_id = self._special_id(UNKNOWN)
         missing = self.vocab_size if self.unknown_id is None else self.unknown_id
         self._table = np.full(CODE_POINTS, missing, np.uint32)
         self._table[[ord(c) for c in characters]] = np.arange(len(characters), dtype=np.uint32)
-        # For stretches of ASCII the same by bytes.translate, five times faster; 255 where an id does not fit.
+        # The same for ASCII stretches, with bytes.translate, five times faster; 255 marks an id that does not fit.
         self._ascii = bytes(np.minimum(self._table[:128], 255).astype(np.uint8)) + bytes([255]) * 128
 
     def _special_id(self, token: str) -> int | None:
@@ -117,7 +117,7 @@ class CharTokenizer(Tokenizer):
     def of_counts(
         cls, counts: np.ndarray, *, min_frequency: int = 1, special_tokens: Sequence[str] = ()
     ) -> "CharTokenizer":
-        """As `train`, from the number of times each code point occurs, int64 [CODE_POINTS]."""
+        """Like `train`, but from the number of occurrences of each code point, int64 [CODE_POINTS]."""
         kept = "".join(map(chr, np.flatnonzero(counts >= max(min_frequency, 1))))
         specials = list(special_tokens)
         if len(kept) < np.count_nonzero(counts) and UNKNOWN not in specials:

@@ -1,6 +1,6 @@
-"""Tokenizers in a `tokenizer.json`, the format of Hugging Face's library: any that it reads, and BPE trained here.
+"""Tokenizers in Hugging Face's format, `tokenizer.json`: any that its library reads, and BPE trained here.
 
-Where such a file is plain byte-level BPE, tiktoken encodes: the same ids, some five times faster (ranks.py).
+If such a file is plain byte-level BPE, tiktoken encodes: the same ids, some five times faster (ranks.py).
 """
 
 import json
@@ -29,14 +29,13 @@ from data.tokenizers.base import (
 from data.tokenizers.ranks import BYTE_CHARACTERS, BYTE_OF
 
 FILE_NAME = "tokenizer.json"
-# How text is cut before merges, in the regular expressions of the tokenizers library (Oniguruma).
+# Patterns that split text before merging, in the regex syntax of the tokenizers library (Oniguruma).
 PATTERNS = {"gpt2": ranks.GPT2_PATTERN, "llama3": ranks.PATTERNS["llama3"]}
 
-WORD = 999  # characters of a word that training looks at in one piece; Llama 3's pattern cuts digits by threes
+WORD = 999  # longest word that training sees in one piece; a multiple of 3: Llama 3's pattern splits digits by threes
 _LONG_RUN = re.compile(rf"(?<!\S)\S{{{WORD + 1},}}|(?<!\s)\s{{{WORD + 1},}}")
-_KINDS = (
-    r"\p{L}++|\p{N}++|[^\s\p{L}\p{N}]++|\s++"  # a word of PATTERNS is one of these, but for a character or line end
-)
+# A word of PATTERNS is one of these, plus at most a character before it, or line ends after it.
+_KINDS = r"\p{L}++|\p{N}++|[^\s\p{L}\p{N}]++|\s++"
 
 
 def _library() -> Any:
@@ -48,17 +47,17 @@ def _library() -> Any:
 
 
 class JsonTokenizer(Tokenizer):
-    """A tokenizer.json. Special tokens are its added tokens marked so, and its end-of-text token; but the bytes that
-    stand for what is no piece (byte_fallback), which a trainer can only add as special tokens, are ordinary ones.
+    """A tokenizer.json. Its special tokens are the added tokens marked special, and its end-of-text token. The byte
+    tokens of byte_fallback are ordinary ones, although a trainer can add them only as special tokens.
 
-    What the file says of truncation, padding, dropout and post-processing ([CLS], [SEP], a first <s>) is left out: the
-    text alone is encoded, the same way each time. Where BPE has no unknown token, a character it cannot express is an
-    error (the library would drop it without a word).
+    Truncation, padding, dropout and post-processing ([CLS], [SEP], a leading <s>) in the file are ignored: only text is
+    encoded, the same way each time. If BPE has no unknown token, a character that it cannot express is an error (the
+    library would silently drop it).
 
     Args:
       raw: the file.
       where: its name in errors.
-      eos: name of the end-of-text token; None: the first known one there is; "": none.
+      eos: name of the end-of-text token; None: the first known name that the file has; "": none.
 
     Raises:
       DataError: not a tokenizer.json, damaged, or without the token `eos`.
@@ -89,8 +88,8 @@ class JsonTokenizer(Tokenizer):
         self.specials = dict(sorted((id, name) for name, id in specials.items()))
         self.special_tokens = list(self.specials.values())
 
-        # The library finds the names of added tokens in text, and models may hold them as pieces. In the copy that
-        # encodes, special tokens have names that no text can hold, since they are drawn anew each time.
+        # The library finds the names of added tokens in text, and models may hold them as pieces. The copy that
+        # encodes gives special tokens names that no text contains, because they are random for each instance.
         secret = secrets.token_hex(16)
         hidden = {name: name + secret for name in specials}
         copy = self.spec | {"truncation": None, "padding": None, "post_processor": None}
@@ -104,7 +103,7 @@ class JsonTokenizer(Tokenizer):
                 vocabulary = named | copy["model"]["vocab"]
                 self._unknown = max(vocabulary.values(), default=-1) + 1
                 copy["model"] |= {"vocab": vocabulary | {f"?{secret}": self._unknown}, "unk_token": f"?{secret}"}
-        self.unknown_id = model.get("unk_id")  # of Unigram; else by its name
+        self.unknown_id = model.get("unk_id")  # Unigram has an id; other models name the token
         if model.get("unk_token"):
             named = {token["content"]: token["id"] for token in added}
             self.unknown_id = (model["vocab"] | named).get(model["unk_token"])
@@ -112,12 +111,12 @@ class JsonTokenizer(Tokenizer):
         self._check(copy["added_tokens"], {hidden[name]: name for name in specials})
 
     def _check(self, added: list[dict[str, Any]], names: dict[str, str]) -> None:
-        """Takes over the vocabulary, if each token has an id of its own. `names`: of what is hidden."""
+        """Reads the vocabulary and checks that each id belongs to one token. `names`: hidden name to real name."""
         tokens = self._library.get_vocab(with_added_tokens=True)
         for token in added:
             if (id := tokens.get(token["content"])) != token["id"]:
                 name = names.get(token["content"], token["content"])
-                raise DataError(f"{self._where} gives the added token {name!r} id {token['id']}, and {id}")
+                raise DataError(f"{self._where} gives the added token {name!r} the ids {token['id']} and {id}")
         if len(set(tokens.values())) < len(tokens):
             raise DataError(f"{self._where} gives two tokens the same id")
         self._pieces = {id: names.get(token, token) for token, id in tokens.items() if id != self._unknown}
@@ -155,7 +154,7 @@ class JsonTokenizer(Tokenizer):
     def _checked(self, encoding: Any, text: str) -> np.ndarray:
         ids = np.array(encoding.ids, np.uint32)
         if self._unknown is not None and (ids == self._unknown).any():
-            characters = dict.fromkeys(text)  # each once: there may be millions
+            characters = dict.fromkeys(text)  # deduplicated: there may be millions
             alone = (c for c in characters if self._unknown in self._library.encode(c, add_special_tokens=False).ids)
             missing = next(alone, text[0])
             raise DataError(
@@ -206,7 +205,7 @@ class JsonTokenizer(Tokenizer):
         return FILE_NAME, self._raw
 
     def merges(self) -> list[tuple[str, str]]:
-        """The pairs in order of their rank, as the file writes them; empty for what is no BPE."""
+        """The pairs in order of rank, as the file writes them; empty if the model is not BPE."""
         with refusing(f"{self._where} is damaged"):
             return [_pair(merge) for merge in self.spec["model"].get("merges") or []]
 
@@ -217,7 +216,7 @@ def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
 
 
 def _hide(model: dict[str, Any], hidden: dict[str, str]) -> dict[str, Any]:
-    """`model` with pieces renamed; a merge that would make one of them is left out."""
+    """`model` with pieces renamed as in `hidden`; merges that use or make one of them are dropped."""
     copy = dict(model)
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):
@@ -233,7 +232,7 @@ def _hide(model: dict[str, Any], hidden: dict[str, str]) -> dict[str, Any]:
 
 
 def _byte_tokens(model: dict[str, Any]) -> dict[str, int]:
-    """Of a model with byte_fallback, its tokens <0x00> to <0xFF> and their ids."""
+    """The tokens <0x00> to <0xFF> of a model with byte_fallback, and their ids; empty without byte_fallback."""
     if not model.get("byte_fallback"):
         return {}
     vocabulary = model["vocab"]
@@ -242,12 +241,12 @@ def _byte_tokens(model: dict[str, Any]) -> dict[str, int]:
 
 
 def _mentions(part: Any, word: str) -> bool:
-    """Whether a decoder, or one inside it, is of type `word` or replaces it."""
+    """Whether the spec of a decoder or pre-tokenizer contains the string `word` anywhere (as a type or an argument)."""
     return part is not None and json.dumps(word) in json.dumps(part)
 
 
 def pre_tokenizer(pattern: str) -> dict[str, Any]:
-    """Cuts text by `pattern`, then writes its bytes as BYTE_CHARACTERS. No pattern: the text is one piece."""
+    """Splits text by `pattern`, then writes its bytes as BYTE_CHARACTERS. Without a pattern the text is one piece."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     if pattern == PATTERNS["gpt2"]:
         return byte_level | {"use_regex": True}
@@ -259,7 +258,7 @@ def byte_level_json(merges: Sequence[tuple[str, str]], pattern: str, specials: d
     """A tokenizer.json of byte-level BPE: ids 0 to 255 are the bytes, merge i makes id 256 + i; `specials`: name to id.
 
     Raises:
-      DataError: two merges make the same token, or a special token's name is one.
+      DataError: two merges make the same token, or a special token has the name of an ordinary one.
     """
     vocabulary = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
     for left, right in merges:
@@ -304,17 +303,17 @@ def train_bpe(
 ) -> JsonTokenizer:
     """Byte-level BPE that encodes any text: the 256 bytes, then merges, then the special tokens.
 
-    The same texts give the same tokenizer, in whatever order they come. Text with fewer pairs than asked for gives a
-    smaller vocabulary. Memory grows with the distinct words: give a sample of a few GB at most. A word, by the pattern,
-    of more than WORD characters is taken for several, since time grows with the square of its length.
+    The same texts in any order give the same tokenizer. If the text has too few pairs, the vocabulary is smaller.
+    Memory grows with the number of distinct words: pass a sample of a few GB at most. A word (a match of the pattern)
+    of more than WORD characters is split, because time grows with the square of its length.
 
     Args:
-      vocab_size: tokens in all, special ones included.
+      vocab_size: total number of tokens, including special ones.
       pattern: 'gpt2' (which llama.cpp can read) or 'llama3'.
-      min_frequency: a pair that is rarer is not merged.
+      min_frequency: rarer pairs are not merged.
 
     Raises:
-      DataError: no room for the bytes and special tokens, an unknown pattern, or a special token that cannot be one.
+      DataError: `vocab_size` is too small for the bytes and special tokens; or the pattern or a special token is bad.
     """
     check_special_tokens(special_tokens)
     if pattern not in PATTERNS:
@@ -340,15 +339,17 @@ def train_bpe(
 
 
 def _without_long_words(text: str) -> Iterator[str]:
-    """The text in parts, cut only inside words of more than WORD characters, which are few or none."""
+    """Yields the text in parts, split only inside words of more than WORD characters, which are rare."""
     import regex  # tiktoken needs it, too
 
     start = 0
     blocks = (text[at : at + WORD // 2] for at in range(0, len(text) - WORD // 2 + 1, WORD // 2))
-    if not any(len(block.split(maxsplit=1)) < 2 for block in blocks):  # no run can be that long: nearly every text
+    if not any(
+        len(block.split(maxsplit=1)) < 2 for block in blocks
+    ):  # no run can be that long, as in nearly every text
         yield text
         return
-    for run in _LONG_RUN.finditer(text):  # a word holds no white space but at its ends, or nothing else
+    for run in _LONG_RUN.finditer(text):  # a word has white space only at its ends, or is all white space
         for word in regex.finditer(_KINDS, text, pos=run.start(), endpos=run.end()):
             for cut in range(word.start() + WORD, word.end(), WORD):
                 yield text[start:cut]
@@ -357,13 +358,13 @@ def _without_long_words(text: str) -> Iterator[str]:
 
 
 def _train(tokenizer: Any, texts: Iterable[str], trainer: Any) -> None:
-    """In a thread, since the library looks at no signal while it trains: Ctrl-C ends the wait, and so the process."""
+    """Trains in a thread, because the library ignores signals: Ctrl-C then ends the wait, and with it the process."""
     failed: list[BaseException] = []
 
     def train() -> None:
         try:
             tokenizer.train_from_iterator(texts, trainer)
-        except BaseException as e:  # raised again by the one who waits
+        except BaseException as e:  # re-raised by the waiting thread
             failed.append(e)
 
     thread = threading.Thread(target=train, daemon=True)

@@ -1,7 +1,7 @@
 """`.tiktoken` files: lines of `base64 rank`, as OpenAI and Meta publish them. tiktoken encodes.
 
-The file holds neither the expression that cuts text nor the special tokens; both are known by the number of ranks, or
-the expression is named.
+The file holds neither the pattern that splits text nor the special tokens; both are inferred from the number of ranks,
+unless the user names another pattern.
 """
 
 import base64
@@ -20,7 +20,7 @@ _CL100K = {END: 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259, "<|f
 
 
 def _llama3() -> dict[str, int]:
-    """Of Llama 3's tokenizer.py."""
+    """The special tokens of Llama 3's tokenizer.py."""
     names = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
     reserved = iter(range(256))
     return {f"<|{names.get(i) or f'reserved_special_token_{next(reserved)}'}|>": 128000 + i for i in range(256)}
@@ -42,12 +42,12 @@ class RankTokenizer(Tokenizer):
     Args:
       raw: the file.
       where: its name in errors.
-      eos: name of the end-of-text token; None: the first known one there is; "": none.
-      pattern: one of ranks.PATTERNS; "": known by the number of ranks. A file that is none of KNOWN has one special
-        token, <|endoftext|>, after its ranks.
+      eos: name of the end-of-text token; None: the first known name that it has; "": none.
+      pattern: one of ranks.PATTERNS; "": inferred from the number of ranks. A file that is not in KNOWN, or that gets
+        another pattern than the one there, has a single special token, <|endoftext|>, after its ranks.
 
     Raises:
-      DataError: no such file, damaged, of an unknown pattern, or no tiktoken.
+      DataError: not such a file, damaged, or of an unknown pattern; or the tiktoken package is missing.
     """
 
     kind = "tiktoken"
@@ -64,8 +64,8 @@ class RankTokenizer(Tokenizer):
         self.pattern = pattern or known
         if self.pattern not in PATTERNS:
             raise DataError(
-                f"{where} has {len(self._ranks):,} ranks, which is no file known here, or names no known pattern; "
-                f"name how it cuts text, as {where}:PATTERN, with one of {', '.join(PATTERNS)}"
+                f"{where} has {len(self._ranks):,} ranks, which is not a known file, or its pattern is unknown; "
+                f"name the pattern that splits text, as {where}:PATTERN, one of {', '.join(PATTERNS)}"
             )
         if self.pattern != known:
             specials = {END: max(self._ranks.values()) + 1}
@@ -83,7 +83,7 @@ class RankTokenizer(Tokenizer):
         text = encodable(text)
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except ValueError:  # a run of white space too long for tiktoken's expressions; not for the regex package's
+        except ValueError:  # a run of white space too long for tiktoken's regex engine, but not for the regex package
             import regex
 
             pieces = regex.findall(PATTERNS[self.pattern], text)
@@ -123,6 +123,6 @@ def _parse(raw: bytes, where: str) -> dict[bytes, int]:
     if missing or len(set(ranks.values())) < len(lines) or min(ranks.values()) < 0 or max(ranks.values()) > MAX_ID:
         raise DataError(
             f"{where} is damaged: of {len(lines):,} ranks, {missing} of the 256 bytes are missing, "
-            f"and {len(lines) - len(set(ranks.values())):,} are there twice; or a rank is none"
+            f"and {len(lines) - len(set(ranks.values())):,} are duplicates; or a rank is out of range"
         )
     return ranks
