@@ -1,4 +1,4 @@
-"""The shape of the transformer. No heavy imports: a launcher validates this before it loads JAX."""
+"""Configuration of the transformer. No heavy imports: a launcher validates it before loading JAX."""
 
 import dataclasses
 
@@ -8,8 +8,8 @@ MLPS = ("swiglu", "geglu", "glu", "gelu", "relu2")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "dots", "attention", "full", "offload")
 KERNELS = ("auto", "xla", "cudnn", "splash")
-# The embedding has a multiple of this many rows, whatever the mesh, so that any tensor axis divides it and matrix
-# units are full. The rows past vocab_size are never predicted.
+# The embedding's rows are padded to a multiple of this, whatever the mesh, so that a tensor axis of any power of two up
+# to it divides them and matrix units are full. Rows past vocab_size are never predicted.
 VOCAB_MULTIPLE = 64
 
 
@@ -22,21 +22,23 @@ class ModelConfig:
     head_dim: int = 0  # 0: embed_dim / num_heads
     mlp_dim: int = 0  # hidden width; 0: 4 embed_dim, or 8/3 embed_dim rounded up to 64 for the gated kinds
     mlp: str = "swiglu"  # swiglu, geglu, glu (Shazeer, 2020), gelu, relu2 (So et al., 2021)
-    position: str = "rope"  # rope (Su et al., 2021; rotates halves) or learned (as GPT-2's)
+    position: str = "rope"  # rope (Su et al., 2021; rotates halves) or learned (like GPT-2's)
     rope_theta: float = 10_000.0
     norm: str = "rmsnorm"  # rmsnorm or layernorm, before each sub-layer and at the end
     norm_eps: float = 1e-5
     bias: bool = False  # biases in linear layers and layernorm
     tie_embeddings: bool = True  # output head = transposed token embedding
-    dropout: float = 0.0  # rate at step 0; on embeddings, attention weights and sub-layer outputs
+    dropout: float = 0.0  # rate at step 0, on embeddings, attention weights and sub-layer outputs
     dropout_end: float = -1.0  # rate = (dropout - end) / (step / dropout_scale + 1) + end; below 0: constant
-    dropout_scale: float = 1000.0  # steps after which half of the difference to dropout_end is gone
-    dtype: str = "float32"  # of activations and of the weights as used; parameters are kept in float32
+    dropout_scale: float = 1000.0  # steps until half of the difference to dropout_end is gone
+    dtype: str = "float32"  # of activations and of weights in products; parameters are kept in float32
     scan_layers: bool = True  # compile one layer and loop over it; False unrolls: slower to compile, faster on a CPU
     # Recompute in the backward pass: none; dots: all but weight products; attention: what is inside attention; full:
     # everything; offload: the same, with the layers' inputs kept in the host's memory.
     remat: str = "none"
-    attention: str = "auto"  # kernel: xla anywhere, cudnn on GPUs, splash on TPUs; auto: the best that honours the rest
+    attention: str = (
+        "auto"  # kernel: xla anywhere, cudnn on GPUs, splash on TPUs; auto: the best that supports the rest
+    )
     # Derived by the launcher, from the dataset:
     vocab_size: int = 0  # 0: the tokenizer's
     max_seq_len: int = 0  # longest context; 0: data.seq_len

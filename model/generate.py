@@ -11,16 +11,16 @@ from model.attention import empty_cache
 from model.config import ModelConfig
 from model.transformer import Transformer
 
-SMALLEST_TEMPERATURE = 1e-30  # logits divided by it, or by 1 over it, are finite in float32
+SMALLEST_TEMPERATURE = 1e-30  # logits divided by it, or by its inverse, are finite in float32
 
 
 def filter_logits(logits: Array, *, temperature: float, top_k: int, top_p: float) -> Array:
-    """Logits whose softmax is the distribution to sample from; -inf where a token is ruled out.
+    """Logits whose softmax is the distribution to sample from; excluded tokens get -inf.
 
     Args:
       logits: float32 [..., vocab].
       temperature: above 0; divides the logits.
-      top_k: keep the k most likely tokens; 0 keeps all. Ties with the k-th are kept.
+      top_k: keep the k most likely tokens, and ties with the k-th; 0 keeps all.
       top_p: keep the smallest set of most likely tokens whose probabilities reach p (Holtzman et al., 2020), after
         temperature and top-k; 1 keeps all. The most likely token always stays.
     """
@@ -32,7 +32,7 @@ def filter_logits(logits: Array, *, temperature: float, top_k: int, top_p: float
         descending = -jnp.sort(-logits, axis=-1)
         probability = jax.nn.softmax(descending, axis=-1)
         before = jnp.cumsum(probability, axis=-1) - probability  # mass of the more likely tokens
-        keep = (before < top_p).at[..., 0].set(True)  # at top_p = 0, too
+        keep = (before < top_p).at[..., 0].set(True)  # even at top_p = 0
         last = jnp.min(jnp.where(keep, descending, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < last, -jnp.inf, logits)
     return logits
@@ -41,15 +41,15 @@ def filter_logits(logits: Array, *, temperature: float, top_k: int, top_p: float
 class Generator:
     """Continues prompts; one compilation for each (rows, buffer length).
 
-    When the context is full, its second half becomes the start of a new one, so the model never sees a position it
-    was not trained on, and each token costs at most twice its share.
+    When the context is full, its second half becomes the start of a new one, so that the model never sees a position
+    that it was not trained on, and each token costs at most twice as much.
 
     Args:
       config: of the model.
       apply: params -> Transformer.
-      context: the longest context, at least 2 and at most config.max_seq_len: the length of what it was trained on.
-      temperature: 0, and what is too small to divide by in float32, is greedy.
-      out_sharding: of the tokens; replicated where several processes want to read them.
+      context: the longest context, from 2 to config.max_seq_len: the length that the model was trained on.
+      temperature: 0, or a value too small to divide by in float32, means greedy decoding.
+      out_sharding: of the tokens; must be replicated if several processes read them.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Generator:
         return text[:, len(prompt) :]
 
     def lower(self, params, *, rows: int, wanted: int) -> jax.stages.Lowered:
-        """The program for `rows` texts of `wanted` tokens with their prompt; params may be abstract."""
+        """Lowers the program for `rows` texts of `wanted` tokens, including the prompt; params may be abstract."""
         buffer = jax.ShapeDtypeStruct((rows, self._buffer_length(wanted)), np.int32)
         keys = jax.eval_shape(lambda: _keys(0, rows))
         return self._fill.lower(params, buffer, known=1, upto=2, keys=keys, offset=0)
@@ -113,7 +113,7 @@ class Generator:
         return min(self.context, 1 << (wanted - 1).bit_length())
 
     def _fill_buffer(self, params, buffer: Array, *, known: Array, upto: Array, keys: Array, offset: Array) -> Array:
-        """Fills buffer[:, known:upto]; `offset` is the place of buffer[:, 0] in the whole text, for the keys."""
+        """Fills buffer[:, known:upto]; `offset`: position of buffer[:, 0] in the full text, for the keys."""
         model = self._apply(params)
         rows, length = buffer.shape
 
@@ -124,7 +124,7 @@ class Generator:
             of_token = jax.vmap(lambda key: jax.random.fold_in(key, offset + position))(keys)
             return jax.vmap(jax.random.categorical)(of_token, logits).astype(jnp.int32)
 
-        # Prefill: the whole buffer at once. Entries past `known` are padding, but no query sees a key after itself,
+        # Prefill: the full buffer at once. Entries past `known` are padding, but no query sees a key after itself,
         # and each is overwritten before its position becomes visible.
         logits, cache = model(buffer, cache=empty_cache(self.config, rows, length), logits_at=known - 1)
         buffer = jax.lax.dynamic_update_slice(buffer, choose(logits[:, 0], known)[:, None], (0, known))

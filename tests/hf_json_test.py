@@ -439,7 +439,7 @@ def test_bytes_that_are_marked_special_are_found_all_the_same(model):
 def test_a_byte_that_has_two_ids_is_refused():
     names = [f"<0x{b:02X}>" for b in range(256)]
     tokenizer = library.Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True))
-    with pytest.raises(DataError, match="'<0x07>' id 9"):
+    with pytest.raises(DataError, match="'<0x07>' the ids 9"):
         of_library(tokenizer, [special(9, "<0x07>")])
 
 

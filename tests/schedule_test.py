@@ -52,11 +52,11 @@ def test_a_schedule_that_replaces_a_constant_rate_lasts_as_long_as_the_run():
         ({"decay_steps": 2000}, []),
         (
             {"warmup_steps": 1000},
-            ["warmup_steps = 1000 does not end within the 1000 steps, of which the last has 0.001"],
+            ["warmup_steps = 1000 does not end within the 1000 steps; the rate of the last is 0.001"],
         ),
         (
             {"warmup_steps": 50_000, "schedule": "constant"},
-            ["does not end within the 1000 steps, of which the last has"],
+            ["does not end within the 1000 steps; the rate of the last is"],
         ),
         ({"warmup_steps": 100, "decay_steps": 100}, ["decay_steps = 100 is not above warmup_steps = 100", "at end_lr"]),
         ({"decay_steps": 900, "end_lr": 0.0}, ["from step 900 (decay_steps) to 1000 it stays at end_lr = 0"]),

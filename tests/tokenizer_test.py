@@ -117,7 +117,7 @@ def test_split_in_colour_shows_every_token_and_nothing_that_acts_on_a_terminal()
         (("show",), 2, ["--tokenizer is missing"]),
         (("show", "x", "--tokenizer=byte"), 2, ["unexpected argument 'x'"]),
         (("show", "--tokenizer=README.md"), 3, ["README.md", "expected a tokenizer.json"]),
-        (("show", "--tokenizer=char"), 3, ["made from text"]),
+        (("show", "--tokenizer=char"), 3, ["trained on text"]),
         (("encode", "--tokenizer=byte", "a", "b"), 2, ["quotes"]),
         (("encode", "--tokenizer=byte", "--file=none"), 3, ["cannot read none"]),
         (("decode", "--tokenizer=byte", "1", "2x"), 2, ["'2x' is not a token id"]),

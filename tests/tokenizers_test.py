@@ -214,7 +214,7 @@ def test_a_new_tokenizer_gets_the_special_tokens_asked_for_and_an_end_of_text_wh
 
 
 def test_text_is_asked_for_where_it_is_needed():
-    with pytest.raises(DataError, match="made from text"):
+    with pytest.raises(DataError, match="trained on text"):
         tokenizers.make("char")
 
 
@@ -261,9 +261,9 @@ def test_documents_need_an_end_of_text(tmp_path):
         (b'{"model_type": "gpt2"}', 'no "model"'),
         (b'{"model": ', "not JSON"),
         (b'{"model": {}}', "damaged"),
-        (b"Once upon a time", "no tokenizer of a kind known"),
-        (bytes(range(256)), "no tokenizer of a kind known"),
-        (b"[" * 100_000, "no tokenizer"),
+        (b"Once upon a time", "not a tokenizer of a known kind"),
+        (bytes(range(256)), "not a tokenizer of a known kind"),
+        (b"[" * 100_000, "not a tokenizer"),
         (b'{"a":' * 100_000, "not JSON"),
     ],
 )

@@ -1,34 +1,34 @@
-"""What each chip can do: peaks of arithmetic, memory and links, from the vendors' pages. No JAX."""
+"""Peaks of each chip: arithmetic, memory and links, from the vendors' pages. No JAX."""
 
 import dataclasses
 
 GIB = 2**30
-# Of a GPU's memory that JAX takes when it starts (launch/runtime.py; its own default is 0.75). The rest is for what is
-# not allocated by XLA: the CUDA context, NCCL's buffers, cuDNN.
+# Fraction of a GPU's memory that JAX preallocates (launch/runtime.py; JAX's own default is 0.75). The rest is for what
+# XLA does not allocate: the CUDA context, NCCL's buffers, cuDNN.
 GPU_FRACTION = 0.92
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One JAX device (half a chip of TPU7x). Peaks of the vendor, dense; a program reaches a part of each."""
+    """One JAX device (half a chip of TPU7x). The vendor's peaks, dense; programs reach only part of each."""
 
-    platform: str  # of JAX: 'tpu' or 'cuda'
-    device_kind: str  # how jax.Device.device_kind begins
+    platform: str  # as in JAX: 'tpu' or 'cuda'
+    device_kind: str  # prefix of jax.Device.device_kind
     memory: int  # bytes a program may use
     flops: float  # bf16 FLOP/s
     hbm: float  # bytes/s
-    fast: float  # bytes/s one way over all its links in a slice or node: ICI, NVLink
+    fast: float  # bytes/s one way, over all its links in a slice or node: ICI, NVLink
     slow: float  # bytes/s one way between slices or nodes
-    host: int  # devices of a host
-    pod: int  # most chips of a slice or node
-    axes: int  # of the network of a slice: a torus of 2 or 3; 1 for a node
+    host: int  # devices per host
+    pod: int  # most chips in a slice or node
+    axes: int  # dimensions of a slice's network: 2 or 3 for a torus; 1 for a node
 
 
-# FLOP/s, HBM and ICI of TPUs: cloud.google.com/tpu/docs, a page for each, which give ICI for both ways. Memory is
-# what libtpu leaves to programs. Between slices: there it is 6.4 and 25.6 Tbit/s for the 256 chips of a v5e and v6e pod
-# and 50 Gbit/s for one v5p; v4 is taken to be as v5p, and a chip of TPU7x as one of v6e.
+# FLOP/s, HBM and ICI of TPUs: cloud.google.com/tpu/docs, one page per chip, with ICI for both ways together. Memory is
+# what libtpu leaves to programs. Between slices: those pages give 6.4 and 25.6 Tbit/s for the 256 chips of a v5e and a
+# v6e pod, and 50 Gbit/s per v5p; v4 is assumed to equal v5p, and a TPU7x chip a v6e chip.
 # GPUs: NVIDIA's data sheets of the SXM cards. Memory: GPU_FRACTION of the card. Between nodes: one network card for
-# each GPU, as in NVIDIA's DGX (400 Gbit/s, 200 for A100); on a cluster with less, it is less.
+# each GPU, as in NVIDIA's DGX (400 Gbit/s, 200 for A100); a cluster may have less.
 CHIPS = {
     "v4": Chip("tpu", "TPU v4", int(30.75 * GIB), 275e12, 1228e9, 300e9, 6.25e9, host=4, pod=4096, axes=3),
     "v5e": Chip("tpu", "TPU v5 lite", int(15.75 * GIB), 197e12, 819e9, 200e9, 3.125e9, host=4, pod=256, axes=2),
@@ -48,6 +48,6 @@ CHIPS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip of a jax.Device.device_kind; None for one that is not in the table: nothing is better than a guess."""
+    """The chip of a jax.Device.device_kind; None if it is not in the table: no numbers are better than guesses."""
     fitting = [chip for chip in CHIPS.values() if device_kind.startswith(chip.device_kind)]
     return max(fitting, key=lambda chip: len(chip.device_kind), default=None)

@@ -14,8 +14,8 @@ from trainer.config import Config
 
 
 def microbatch_rows(config: Config, batch_sharding: jax.sharding.NamedSharding) -> int:
-    """Rows of a batch: those of a microbatch of training, so that an evaluation needs no more memory than a step,
-    rounded up to what the devices divide, because padded rows do not count."""
+    """Rows per evaluation batch: those of a training microbatch, so that evaluation needs no more memory than a step,
+    rounded up to a multiple of the batch shards. Padded rows do not count."""
     rows = config.global_batch_size // config.grad_accum_steps
     shards = sharding.batch_shards(batch_sharding.mesh.shape)
     return -(-rows // shards) * shards
@@ -33,10 +33,11 @@ def evaluate(
 ) -> dict[str, float] | None:
     """val/loss (nats a token), val/perplexity and, if the text's bytes are known, val/bits_per_byte.
 
-    They are not known of token files of other programs, nor of a dataset whose tokenizer loses text (losses.py).
+    They are unknown for token files of other programs, and for a dataset whose tokenizer loses text (losses.py).
 
-    Over `num_windows` fixed windows of each source; 0: its whole split. Of several sources the mean over all their
-    targets, and val/loss/NAME of each. None when `interrupted`, which is asked after each batch, says True.
+    Evaluates `num_windows` fixed windows of each source; 0: its full split. With several sources, val/loss is the mean
+    over all their targets, and val/loss/NAME that of each. Returns None if `interrupted`, called after each batch,
+    returns true.
     """
     totals, counts = dict.fromkeys(sources, 0.0), dict.fromkeys(sources, 0.0)
     for name, files in sources.items():

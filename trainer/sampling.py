@@ -1,4 +1,4 @@
-"""Sampling from the model of a run: its prompt as tokens, and the generator."""
+"""Sampling from a run's model: the prompt as tokens, and the generator."""
 
 import numpy as np
 
@@ -14,26 +14,26 @@ def encode_prompt(tokenizer: Tokenizer, text: str, name: str) -> np.ndarray:
     """The tokens of a prompt, at least one.
 
     Raises:
-      ConfigError: the text, of the setting `name`, has an unknown character, or the tokenizer drops all of it.
+      ConfigError: the text (of the setting `name`) has an unknown character, or the tokenizer drops all of it.
     """
     try:
         ids = tokenizer.encode(text)
     except DataError as e:
         raise ConfigError(f"{name}: {e}") from None
     if not len(ids):
-        raise ConfigError(f"{name} is {text!r}, of which this tokenizer keeps nothing; give other text, such as a word")
+        raise ConfigError(f"{name} is {text!r}, but this tokenizer keeps nothing; give other text, such as a word")
     return ids
 
 
 def prompt_of(config: Config, tokenizer: Tokenizer | None) -> np.ndarray | None:
-    """The tokens of config.sample.prompt; None without a tokenizer, when there are no samples. Raises ConfigError."""
+    """The tokens of config.sample.prompt; None without a tokenizer: then no samples are made. Raises ConfigError."""
     if tokenizer is None:
         return None
     return encode_prompt(tokenizer, config.sample.prompt, "config.sample.prompt")
 
 
 class Sampler:
-    """Samples text from the model of a run, as config.sample says."""
+    """Samples text from a run's model, as config.sample says."""
 
     def __init__(self, program: Program, tokenizer: Tokenizer):
         """Raises ConfigError if config.sample.prompt cannot be encoded."""
@@ -58,7 +58,7 @@ class Sampler:
 
 
 def make_generator(program: Program, *, temperature: float, top_k: int, top_p: float) -> Generator:
-    """The generator of a run's model; its context is no longer than the rows that the model was trained on."""
+    """The generator of a run's model; its context is data.seq_len, the length of the training rows."""
     config = program.config
     return Generator(
         config.model, program.model_of_compiler, context=config.data.seq_len,

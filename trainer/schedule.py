@@ -1,4 +1,4 @@
-"""The learning rate of each step, and what is odd about its course. No JAX: a resume shows what it changes before."""
+"""The learning rate of each step, and warnings about odd ones. No JAX: a resume shows its changes before loading it."""
 
 import dataclasses
 from typing import Any
@@ -9,11 +9,11 @@ from trainer.config import Config, OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, num_train_steps: int, step: Any, xp: Any = np) -> Any:
-    """Of the update after `step` finished steps: linear up to the peak, then as config.schedule says.
+    """The rate of the update after `step` finished steps: linear warmup to the peak, then as config.schedule says.
 
     Args:
       step: integers of any shape.
-      xp: the library that computes, in float32: numpy or jax.numpy.
+      xp: numpy or jax.numpy; computes in float32.
     """
     warmup, last = config.warmup_steps, length(config, num_train_steps)
     peak, end = config.peak_lr, config.end_lr
@@ -41,10 +41,10 @@ def _wsd_steps(config: OptimizerConfig, last: int) -> float:
 
 
 def fixed(config: Config, before: Config | None = None) -> Config:
-    """`config` with the length of its schedule as a number, so that a run that gets more steps keeps its course.
+    """`config` with an explicit decay_steps, so that the schedule stays the same if the run gets more steps.
 
     Args:
-      before: with which the run began, if it did: where `config` names no length, that of `before` stays.
+      before: the configuration that a resumed run began with; its length is kept if `config` sets none.
     """
     optimizer = config.optimizer
     if optimizer.schedule == "constant" or optimizer.decay_steps:
@@ -55,12 +55,12 @@ def fixed(config: Config, before: Config | None = None) -> Config:
 
 
 def oddities(config: Config) -> list[str]:
-    """What nobody would set on purpose, or should at least know, in a phrase each."""
+    """Settings that are unlikely to be intended, or that the user should know about: a phrase each."""
     optimizer, steps = config.optimizer, config.num_train_steps
     warmup, last, falls = optimizer.warmup_steps, length(optimizer, steps), optimizer.schedule != "constant"
     if warmup >= steps:
         most = float(learning_rate(optimizer, steps, steps - 1))
-        return [f"warmup_steps = {warmup} does not end within the {steps} steps, of which the last has {most:.3g}"]
+        return [f"warmup_steps = {warmup} does not end within the {steps} steps; the rate of the last is {most:.3g}"]
     found = []
     if falls and last <= warmup:
         found.append(f"decay_steps = {last} is not above warmup_steps = {warmup}: the rate falls to end_lr in one step")

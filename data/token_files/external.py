@@ -1,8 +1,8 @@
-"""Token files of other programs, read where they lie: nanoGPT, llm.c, Megatron and OLMo. Nothing is copied, written or
-unpickled; every number a header states is compared with the files before a token is used.
+"""Token files of other programs, read in place: nanoGPT, llm.c, Megatron and OLMo. Nothing is copied, written or
+unpickled; every number in a header is checked against the files before a token is used.
 
-Owns: which files a path means, their kind and their headers. Layouts: docs/formats.md. What is in them: content.py;
-what is taken for none: not_tokens.py.
+This module decides which files a path means, and reads their kinds and headers. Layouts: docs/formats.md. Checks of
+their content: fingerprint.py; what is not a token file: not_tokens.py.
 """
 
 import dataclasses
@@ -22,17 +22,17 @@ from data.token_files import formats, not_tokens
 log = logging.getLogger("meshlm")
 
 SUFFIXES = (".bin", ".npy", ".idx")
-# Of llm.c's files that begin with 256 int32: magic -> (version, dtype), from its dev/data/data_common.py.
+# llm.c's token files, which begin with 256 int32: magic -> (version, dtype), from its dev/data/data_common.py.
 LLMC = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
 LLMC_HEADER_BYTES = 1024
 LLMC_OTHERS = {20240522: "an llm.c evaluation file", 20240326: "an llm.c model"}
-DOCUMENTS = ".documents.bin"  # of a dataset of launch.prepare: 64-bit offsets, the first of them 0
+DOCUMENTS = ".documents.bin"  # in a dataset of launch.prepare: 64-bit offsets, the first of them 0
 NUMPY_MAGIC = b"\x93NUMPY"
 # Megatron's index, from megatron/core/datasets/indexed_dataset.py.
 MEGATRON_MAGIC = b"MMIDIDX\0\0"
 MEGATRON_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
 MEGATRON_DTYPES = ("", "uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16")
-MEGATRON_NAMES = ("_document", "_sentence")  # how its preprocess_data.py ends the names of both files
+MEGATRON_NAMES = ("_document", "_sentence")  # suffixes that its preprocess_data.py gives both files
 MEGATRON_CHUNK = 1 << 20  # sequences checked at once: an index may be larger than memory
 
 
@@ -47,12 +47,12 @@ class TokenFile:
 
     @property
     def dtype(self) -> str:
-        """As it is read: the unsigned type of the same width, so that a negative id is a very large one."""
+        """The type it is read as: unsigned of the same width, so that a negative id becomes a very large one."""
         return self.stored_dtype if self.stored_dtype.startswith("u") else "u" + self.stored_dtype
 
     @property
     def id_limit(self) -> int:
-        """Ids are below this in a sound file, whatever the vocabulary."""
+        """All ids of an intact file are below this, whatever the vocabulary."""
         return int(np.iinfo(self.stored_dtype).max) + 1
 
     @property
@@ -61,12 +61,12 @@ class TokenFile:
 
 
 class Files(formats.TokenFiles):
-    """The token files of one split, memory-mapped; the attributes of formats.TokenFiles, text_bytes 0 (unknown)."""
+    """The memory-mapped token files of one split, as formats.TokenFiles has them; text_bytes is 0 (unknown)."""
 
     advice = "it belongs to another vocabulary or data.dtype"
 
     def __init__(self, files: list[TokenFile], vocab_size: int):
-        self.vocab_size = min(vocab_size or files[0].id_limit, files[0].id_limit)  # 0: not known
+        self.vocab_size = min(vocab_size or files[0].id_limit, files[0].id_limit)  # 0: unknown
         self.tokens, self.text_bytes = sum(f.tokens for f in files), 0
         self.paths = [f.path for f in files]
         self.shards = [_mapped(f) for f in files]
@@ -80,11 +80,11 @@ def _mapped(file: TokenFile) -> np.ndarray:
 
 
 def check_size(file: TokenFile) -> None:
-    """Raises DataError when the file is not as long any more as it was when its header was read."""
+    """Raises DataError if the file's size has changed since its header was read."""
     if (size := file.path.stat().st_size) != file.offset + file.nbytes:
         raise DataError(
-            f"{file.path} is {size} bytes, and was {file.offset + file.nbytes} a moment ago; start again when nobody "
-            "writes it any more"
+            f"{file.path} is {size} bytes, and was {file.offset + file.nbytes} a moment ago; start again when no "
+            "process writes it any more"
         )
 
 
@@ -96,14 +96,14 @@ def find(path: str) -> list[pathlib.Path]:
       OSError: a folder cannot be read.
     """
     place = pathlib.Path(remote.local(path) if remote.is_remote(path) else path)
-    if place.exists() and not remote.is_remote(path):  # a store has no such names by accident, and reads all it selects
+    if place.exists() and not remote.is_remote(path):  # in a store, a path means everything that it selects
         names.check_one_meaning(path)
     found = remote.files(path) if remote.is_remote(path) else _here(place)
     if place.is_dir():
-        if (place / "tokenizer" / tokenizers.FILE_NAME).exists():  # its document offsets are no tokens
+        if (place / "tokenizer" / tokenizers.FILE_NAME).exists():  # its document offsets are not tokens
             raise DataError(f"{path} is a meshlm dataset; leave data.format empty (manifest lost: prepare it again)")
         found = [p for p in found if p.parent == place and p.suffix in SUFFIXES and not p.name.startswith(".")]
-    # Megatron's index stands for the tokens beside it, so that a glob may meet both.
+    # Megatron's index stands for the .bin beside it, so that a glob may match both.
     files = sorted({p.with_suffix(".bin") if p.suffix == ".idx" else p for p in found})
     if not files:
         raise DataError(
@@ -119,7 +119,7 @@ def selection(place: pathlib.Path) -> tuple[pathlib.Path, str]:
 
 
 def _here(place: pathlib.Path) -> list[pathlib.Path]:
-    """The file, the files of the folder, or those that the glob selects; a file that has two names once."""
+    """The file, the files in the folder, or those that the glob selects; a file with two names only once."""
     if place.is_file():
         return [place]
     root, pattern = selection(place)
@@ -133,10 +133,10 @@ def _here(place: pathlib.Path) -> list[pathlib.Path]:
 
 
 def read(paths: list[pathlib.Path], kind: str, dtype: str) -> list[TokenFile]:
-    """Headers of the files, checked; all of one kind and type.
+    """Reads and checks the headers of the files, which must be of one kind and type.
 
     Args:
-      kind: one of READERS, or '' to detect it.
+      kind: a key of READERS, or '' to detect it.
       dtype: 'uint16' or 'uint32', for files that do not say; '' for uint16.
 
     Raises:
@@ -158,7 +158,7 @@ def read(paths: list[pathlib.Path], kind: str, dtype: str) -> list[TokenFile]:
 
 
 def _check_distinct(paths: list[pathlib.Path]) -> None:
-    """Raises DataError for one file under two names: it would be trained on twice, or train and validate."""
+    """Raises DataError for one file under two names: it would be trained on twice, or be in training and validation."""
     names: dict[tuple[int, int], pathlib.Path] = {}
     for path in paths:
         stat = path.stat()
@@ -167,7 +167,7 @@ def _check_distinct(paths: list[pathlib.Path]) -> None:
 
 
 def others(path: str, files: Mapping[str, list[TokenFile]]) -> list[str]:
-    """What else lies in the folder that data.path means, and is not read; nothing when it means no folder."""
+    """Files in the folder data.path that are not read; empty if data.path is not a folder."""
     folder = pathlib.Path(path)
     if not files or not folder.is_dir():
         return []
@@ -177,7 +177,7 @@ def others(path: str, files: Mapping[str, list[TokenFile]]) -> list[str]:
 
 
 def detect(path: pathlib.Path) -> str:
-    """The kind of a file, by its name, its neighbour and its first bytes. Raises DataError for no token file."""
+    """The kind of a file, by name, neighbour and first bytes. Raises DataError if it is not a token file."""
     if path.suffix == ".npy":
         return "olmo"
     if path.suffix != ".bin":
@@ -193,9 +193,9 @@ def detect(path: pathlib.Path) -> str:
     magic = int.from_bytes(head[:4], "little")
     if magic in LLMC:
         return "llmc"
-    # 253 zeros in a row are no text: read as nanoGPT's, a damaged or newer header would be trained on.
+    # 253 zeros in a row are not text: if read as nanoGPT's, a damaged or newer header would be trained on.
     if magic in LLMC_OTHERS or (len(head) == LLMC_HEADER_BYTES and not any(head[12:])):
-        what = LLMC_OTHERS.get(magic, "no known llm.c file, though it has such a header")
+        what = LLMC_OTHERS.get(magic, "not a known llm.c file, although it has such a header")
         raise DataError(f"{path} is {what} (magic {magic}); name files of training tokens, or set data.format")
     return "nanogpt"
 
@@ -206,21 +206,21 @@ def _head(path: pathlib.Path, count: int) -> bytes:
 
 
 def _refuse_others(path: pathlib.Path) -> None:
-    """Raises DataError for what is no token file, nor the index of one."""
+    """Raises DataError if this is neither a token file nor the index of one."""
     head = _head(path, not_tokens.HEAD_BYTES)
     what = not_tokens.kind(head)
     if path.name.endswith(DOCUMENTS) and not any(head[:8]):
-        what = "where the documents of a dataset of launch.prepare begin; name the folder of the dataset"
+        what = "the document offsets of a dataset of launch.prepare; name the folder of the dataset"
     if what:
         raise DataError(f"{path} holds no tokens: it is {what}")
 
 
 def _headerless(kind: str, path: pathlib.Path, dtype: str) -> TokenFile:
-    """Raw tokens to the last byte, as nanoGPT's prepare.py and OLMo's memmaps are."""
+    """Reads a file of only raw tokens, like those of nanoGPT's prepare.py and OLMo's memmaps."""
     if _head(path, len(NUMPY_MAGIC)) == NUMPY_MAGIC:
         raise DataError(
-            f"{path} was saved by numpy.save, with a header, and is not a raw memmap such as OLMo's; write the tokens "
-            "alone: numpy.load(FILE).astype('uint16').tofile(OTHER), or 'uint32' for a vocabulary above 65,536"
+            f"{path} was saved by numpy.save, with a header, and is not a raw memmap such as OLMo's; write only "
+            "the tokens: numpy.load(FILE).astype('uint16').tofile(OTHER), or 'uint32' for a vocabulary above 65,536"
         )
     _refuse_others(path)
     dtype = dtype or "uint16"
@@ -278,7 +278,7 @@ def _megatron(path: pathlib.Path, dtype: str) -> TokenFile:
         )
     expected = MEGATRON_HEADER.size + 12 * sequences + 8 * boundaries
     raw = np.asarray(np.memmap(index, np.uint8, "r"))
-    if (size := len(raw)) not in (expected, expected + sequences):  # the mode of each sequence may follow: a byte
+    if (size := len(raw)) not in (expected, expected + sequences):  # the modes of the sequences may follow, a byte each
         raise DataError(
             f"{index}, the index of {path}, is {size} bytes, expected {expected} ({sequences} sequences, {boundaries} "
             "document boundaries); it was cut off or replaced: copy both again"
@@ -299,7 +299,7 @@ def _megatron(path: pathlib.Path, dtype: str) -> TokenFile:
 
 
 def _check_documents(documents: np.ndarray, sequences: int, path: pathlib.Path, index: pathlib.Path) -> None:
-    """Boundaries count sequences: they start at 0, never fall, and end at the number of sequences."""
+    """Raises DataError unless the boundaries start at 0, never decrease, and end at the number of sequences."""
     if not len(documents) or documents[0] != 0 or documents[-1] != sequences:
         found = f"from {documents[0]} to {documents[-1]}" if len(documents) else "missing"
         raise DataError(f"{index}: the document boundaries of {path} are {found}, expected from 0 to {sequences}")
@@ -309,7 +309,7 @@ def _check_documents(documents: np.ndarray, sequences: int, path: pathlib.Path, 
         if falls.size:
             i = int(falls[0])
             raise DataError(
-                f"{index}: document {start + i} of {path} is said to start at sequence {part[i]} and to end at "
+                f"{index}: document {start + i} of {path} starts at sequence {part[i]} and ends at "
                 f"{part[i + 1]}; copy both again"
             )
 
@@ -317,7 +317,7 @@ def _check_documents(documents: np.ndarray, sequences: int, path: pathlib.Path, 
 def _end_of_sequences(
     lengths: np.ndarray, offsets: np.ndarray, width: int, path: pathlib.Path, index: pathlib.Path
 ) -> int:
-    """The byte after the last sequence. Raises DataError unless they lie one after another from byte 0."""
+    """The byte after the last sequence. Raises DataError unless the sequences are contiguous from byte 0."""
     end = 0
     for start in range(0, len(lengths), MEGATRON_CHUNK):
         part = lengths[start : start + MEGATRON_CHUNK].astype(np.int64)

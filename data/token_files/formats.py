@@ -1,5 +1,5 @@
 """The dataset folder: manifest.json, raw little-endian token shards, document offsets, tokenizer/. Written once,
-read by many. What is read is checked: a truncated, missing or foreign file is an error that names it and both sizes.
+read many times. Files are checked when read: a truncated or missing one is an error that names it and both sizes.
 
     DATASET/manifest.json                 see Manifest
     DATASET/train-00000.bin               tokens, uint16 or uint32, no header; likewise val-00000.bin
@@ -24,12 +24,14 @@ FORMAT = "meshlm-tokens"
 VERSION = 1
 MANIFEST = "manifest.json"
 SUMMARY = "summary.json"
-MARK = re.compile(rb'\s*(\{\s*"format"\s*:\s*)?"%s"' % FORMAT.encode())  # another program's may name us further on
+MARK = re.compile(
+    rb'\s*(\{\s*"format"\s*:\s*)?"%s"' % FORMAT.encode()
+)  # another program's manifest may mention ours further on
 MARK_BYTES = 1024
-OUTSIDE = ("request", "files", "loses_text")  # of the fingerprint: the tokens are the same without
-PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")  # of a file in the folder itself
-# Up to this size a start of a run rereads and hashes every shard (under a second); larger ones are checked by size,
-# and any dataset by the largest id of every batch.
+OUTSIDE = ("request", "files", "loses_text")  # not in the fingerprint: they do not change the tokens
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")  # for a file in the folder itself
+# At the start of a run, every shard of a split up to this size is read and hashed (under a second); shards of a larger
+# split are checked by size only. The largest id of every batch is always checked.
 HASH_AT_START_BYTES = 1 << 30
 
 
@@ -43,7 +45,7 @@ class Shard:
 @dataclasses.dataclass(frozen=True)
 class Split:
     tokens: int
-    text_bytes: int  # UTF-8 bytes of the text that was encoded: bits per byte needs it
+    text_bytes: int  # UTF-8 bytes of the text that was encoded; needed for bits per byte
     documents: int
     shards: tuple[Shard, ...]
 
@@ -56,10 +58,10 @@ class Manifest:
     tokenizer_sha256: str
     splits: dict[str, Split]
     request: dict  # what launch.prepare was asked for; not part of the fingerprint
-    # sha256 of the other files of the folder, by name; not part of the fingerprint; empty: of an earlier version.
+    # sha256 of the folder's other files, by name; not part of the fingerprint; empty if an earlier version wrote it.
     files: dict[str, str] = dataclasses.field(default_factory=dict)
     loses_text: bool = (
-        False  # the tokenizer does: its tokens do not stand for all of text_bytes; not in the fingerprint
+        False  # whether the tokenizer does: then its tokens do not cover all of text_bytes; not in the fingerprint
     )
 
     def fingerprint(self) -> str:
@@ -81,10 +83,10 @@ def token_dtype(vocab_size: int) -> str:
 
 
 def is_dataset(folder: pathlib.Path) -> bool:
-    """Whether this was a dataset of any version once, damaged or not: its manifest begins with our mark.
+    """Whether this is a dataset of any version, damaged or not: its manifest begins with meshlm's mark.
 
     Raises:
-      OSError: that cannot be told.
+      OSError: the manifest cannot be read.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -94,7 +96,7 @@ def is_dataset(folder: pathlib.Path) -> bool:
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest:
-    """Raises FileNotFoundError when there is none, DataError when it cannot be used."""
+    """Raises FileNotFoundError if there is no manifest, DataError if it cannot be used."""
     path = folder / MANIFEST
     text = path.read_bytes()
     try:
@@ -102,7 +104,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
         if raw.pop("format") != FORMAT or raw.pop("version") != VERSION:
             raise ValueError(f"not format {FORMAT!r} version {VERSION}")
         fingerprint = raw.pop("fingerprint")
-        raw.pop("sha256", None)  # of all of it, for launch.inspect: whoever changes `request` by hand may go on
+        raw.pop("sha256", None)  # of the full manifest, for launch.inspect; training accepts a `request` edited by hand
         splits = {
             name: Split(**(s | {"shards": tuple(Shard(**shard) for shard in s["shards"])}))
             for name, s in raw.pop("splits").items()
@@ -120,7 +122,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
 
 
 def _check_values(manifest: Manifest) -> None:
-    """Raises ValueError for what no version writes: whoever forged a fingerprint still names no file outside."""
+    """Raises ValueError for what no version writes: even a forged manifest cannot name files outside the folder."""
     if not isinstance(manifest.request, dict):
         raise ValueError(f"request {manifest.request!r}")
     if not isinstance(manifest.loses_text, bool):
@@ -137,7 +139,7 @@ def _check_values(manifest: Manifest) -> None:
             if not PLAIN_NAME.fullmatch(file):
                 raise ValueError(f"file name {file!r}")
         if not all(isinstance(s.sha256, str) for s in split.shards):
-            raise ValueError(f"a hash of the {name} split is no text")
+            raise ValueError(f"a hash of the {name} split is not a string")
     if wrong := [n for n in counts if type(n) is not int or n < 0]:
         raise ValueError(f"number {wrong[0]!r}")
     if manifest.eos_id is not None and manifest.eos_id >= manifest.vocab_size:
@@ -146,11 +148,11 @@ def _check_values(manifest: Manifest) -> None:
         raise ValueError("no split to train on")
     for name, split in manifest.splits.items():
         if split.tokens != sum(s.tokens for s in split.shards):
-            raise ValueError(f"{split.tokens} tokens in the {name} split, but other shards")
+            raise ValueError(f"{split.tokens} tokens in the {name} split, but its shards have another number")
 
 
 def hash_files(folder: pathlib.Path, splits: Iterable[str]) -> dict[str, str]:
-    """What Manifest.files holds: of all files of a finished dataset but the manifest and the shards."""
+    """Manifest.files: sha256 of all files of a finished dataset except the manifest and the shards."""
     paths = [
         folder / SUMMARY,
         *(folder / f"{name}.documents.bin" for name in splits),
@@ -169,8 +171,8 @@ class TokenFiles:
 
     Attributes:
       shards: list of uint16 or uint32 arrays (memory maps), one for each shard.
-      tokens: tokens in all.
-      text_bytes: bytes of text they stand for; 0 when not known, because the tokenizer loses some.
+      tokens: total number of tokens.
+      text_bytes: bytes of text that they encode; 0: unknown, because the tokenizer loses some.
     """
 
     advice = "it does not belong to this tokenizer: prepare again with --overwrite"
@@ -206,7 +208,7 @@ class TokenFiles:
             self.shards.append(np.memmap(path, dtype=dtype, mode="r") if shard.tokens else np.empty(0, dtype))
 
     def check_ids(self, tokens: np.ndarray, where: str) -> None:
-        """Raises DataError when a token is outside the vocabulary: an embedding lookup would clamp it silently."""
+        """Raises DataError if a token is outside the vocabulary: an embedding lookup would silently clamp it."""
         if tokens.size and (largest := int(tokens.max())) >= self.vocab_size:
             raise DataError(
                 f"token id {largest} in {where} is outside the vocabulary of {self.vocab_size}; {self.paths[0]} or a "

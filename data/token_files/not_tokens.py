@@ -1,21 +1,21 @@
-"""What is not a token file, whatever its name says: told by its first bytes.
+"""Recognizes files that are not token files, whatever their name, by their first bytes.
 
-Any bytes may be tokens. So a pattern here fixes about 32 bits or more of a file's beginning, and text is told by a
-whole block.
+Any bytes may be tokens. So each pattern here fixes about 32 bits or more at the beginning of a file, and text is
+recognized only if a full block is text.
 """
 
 import codecs
 import re
 
 HEAD_BYTES = 1 << 16
-TEXT_BYTES = 8  # of fewer nothing is told
+TEXT_BYTES = 8  # fewer are not enough to recognize text
 # First bytes (a pattern), what such a file is, what to do.
 KINDS = [
     (re.compile(pattern, re.DOTALL), f"{what}; {advice}")
     for pattern, what, advice in (
         (rb"version https://git-lfs|/annex/objects/", "a Git LFS or git-annex pointer", "fetch the file itself"),
         (rb"(?i)\s*<(!doctype|html|\?xml)", "a web page", "the download was not the file itself: fetch it again"),
-        (rb"LITPKDS", "lit-gpt's packed data", "write its tokens alone, without the 24 bytes before them"),
+        (rb"LITPKDS", "lit-gpt's packed data", "write only its tokens, without the 24 bytes before them"),
         (rb"MMIDIDX\0", "the index of a Megatron file", "call it .idx and put the tokens beside it as .bin"),
         (rb'\{"format": "meshlm-packing"', "an index of launch.pack", "name the folder of its dataset"),
         (rb"TNTIDX\0", "an index of fairseq or of an old Megatron", "preprocess again"),
@@ -27,8 +27,8 @@ KINDS = [
         (rb"PK(\x03\x04|\x05\x06|\x07\x08)", "a zip archive (.npz, .pt and .docx are, too)", "unpack it"),
         (rb"7z\xbc\xaf\x27\x1c|Rar!\x1a\x07|!<arch>\n", "an archive", "unpack it"),
         (rb".{257}ustar", "a tar archive", "unpack it"),
-        (rb"PAR1|ARROW1|\xff\xff\xff\xff.{3}\0\x10\0\0\0", "Parquet or Arrow", "write its tokens alone"),
-        (rb"\x89HDF\r\n\x1a\n", "HDF5", "write its tokens alone"),
+        (rb"PAR1|ARROW1|\xff\xff\xff\xff.{3}\0\x10\0\0\0", "Parquet or Arrow", "write only its tokens"),
+        (rb"\x89HDF\r\n\x1a\n", "HDF5", "write only its tokens"),
         (rb".{5}\0\0\0\{\"", "safetensors: a model's weights", "name others"),
         (rb"GGUF[\0-\x1f]", "a GGUF model", "name others"),
         (rb"\x80[\2-\5](\x8a\x0al\xfc\x9cF|\x95.{6}\0\0|[\}\]]q)", "a pickle, which is never opened", "name others"),
@@ -50,7 +50,7 @@ def kind(head: bytes) -> str:
 
 
 def _is_text(head: bytes) -> bool:
-    """Whether all of it is printable UTF-8, or ASCII in UTF-16 behind a byte order mark."""
+    """Whether all of it is printable UTF-8, or printable ASCII in UTF-16 after a byte order mark."""
     if len(head) < TEXT_BYTES:
         return False
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):

@@ -1,8 +1,8 @@
-"""How wide the tokens of a file without a header are, told by where its zeros lie.
+"""Detects the width of tokens in a file without a header from the positions of its zeros.
 
-Tokens are small beside what their type holds. So the upper half of nearly every uint32 is 0 to 3 (ids up to 262,143),
-and the lower half is not. Shares are compared, over stretches of the whole file: a single odd id, such as -1, and a
-header before the tokens change nothing. Of uint16 tokens the two bytes tell: the lower one takes more values.
+Ids are small compared with the range of their type. So the upper half of nearly every uint32 is 0 to 3 (ids up to
+262,143), and the lower half is not. Shares are compared, over blocks from the whole file, so that a single odd id, such
+as -1, or a header before the tokens does not matter. In uint16 tokens the lower byte takes more values.
 """
 
 import dataclasses
@@ -10,27 +10,27 @@ import dataclasses
 import numpy as np
 
 UPPER_HALF_LIMIT = 4
-# Shares of words below the limit, or of zeros: those of upper halves are at least the first, those of lower ones at
-# most the second; and how many words (of 16 bits) it takes, because in fewer chance decides. Between them nothing is
-# told: a vocabulary of a few tokens has zeros everywhere.
+# (a, b, n): the share of words below the limit, or zero, is >= a in upper halves and <= b in lower ones, over at
+# least n 16-bit words: fewer may look so by chance. A share between a and b is inconclusive: a vocabulary of a few
+# tokens has zeros everywhere.
 LIMITS = ((0.9, 0.5, 128), (0.999, 0.9, 1024))
-# uint16 of any vocabulary: high bytes have fewer bits of entropy than low ones, in natural and in random orders of ids.
+# In uint16 tokens, high bytes have less entropy than low ones, whether ids are in a natural or in a random order.
 SWAPPED_BITS, SWAPPED_WORDS = 1.0, 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    bytes: int  # of a token: 2, 4 or 8
+    bytes: int  # per token: 2, 4 or 8
     big_endian: bool
 
     @property
     def numpy(self) -> str:
-        """As numpy names it."""
+        """The name of the dtype in numpy."""
         return f"{'>' if self.big_endian else '<'}u{self.bytes}"
 
 
 def look(raw: bytes) -> Layout | None:
-    """What `raw` (tokens, from a multiple of 8 bytes on) seems to hold; None: nothing is told."""
+    """The likely layout of `raw` (tokens, starting at a multiple of 8 bytes); None if unclear."""
     words = np.frombuffer(raw, "<u2", len(raw) // 8 * 4).reshape(-1, 4)
     if words.size < LIMITS[0][2]:
         return None
@@ -51,6 +51,6 @@ def look(raw: bytes) -> Layout | None:
 
 
 def _entropy(values: np.ndarray) -> float:
-    """In bits."""
+    """Entropy in bits."""
     share = np.bincount(values.ravel(), minlength=256) / values.size
     return float(-(share[share > 0] * np.log2(share[share > 0])).sum())
