@@ -407,7 +407,7 @@ def test_the_code_of_the_first_start(cloud, tmp_path):
             babysitter.send_signal(signal.SIGINT)
             out = runs.finish(babysitter, 42)
         assert (
-            "as at the first start of this command; here it is another now, which --new_code takes" in out
+            "from the first start of this command; the code here differs: --new_code uses it" in out
         ) is not new
     end(cloud)
     cloud.run("babysit", *waiting(cloud))

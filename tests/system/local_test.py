@@ -65,7 +65,7 @@ def test_scripts_of_a_clone_that_git_gives_the_ends_of_lines_of_windows(tmp_path
         (["--processes=0", "--", *TRAIN], "--processes=0 must be a whole number, 1 or more"),
         (["--processes=two", "--", *TRAIN], "--processes=two must be a whole number"),
         (["--devices_per_process=08", "--", *TRAIN], "--devices_per_process=08 must be"),
-        (["--", sys.executable, "-m", "launch.evaluate", "--workdir=x"], "must be python -m launch.train "),
+        (["--", sys.executable, "-m", "launch.evaluate", "--workdir=x"], "must look like python -m launch.train "),
         (["--", "/nowhere/python3", *TRAIN[1:]], "/nowhere/python3 is not a command here; activate the environment"),
         (["--", *TRAIN[:4]], "the command has no --workdir"),
         (["--", *TRAIN, "--process_id=0"], "--process_id=0 is set for each process; leave it out"),

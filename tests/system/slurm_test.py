@@ -239,7 +239,7 @@ def test_settings_for_gpus(tmp_path, submit, writer):
     [
         ([], {}, ["no command", "sbatch launch/slurm/train.sbatch python -m launch.train"]),
         (["python", "-m", "launch.train"], {}, ["no --workdir"]),
-        (["true", "--workdir=~no-such-user/x"], {}, ["who is not known"]),
+        (["true", "--workdir=~no-such-user/x"], {}, ["unknown user no-such-user"]),
         (["python", "-m", "launch.supervise", "--", "true", "--workdir=x"], {}, ["leave launch.supervise out"]),
         (["true", "--workdir", "x"], {"MESHLM_CONTAINER": "docker"}, ["docker must be pyxis or apptainer"]),
         (["true", "--workdir=x"], {"MESHLM_CONTAINER": "pyxis"}, ["needs an image; set MESHLM_IMAGE"]),
