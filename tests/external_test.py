@@ -219,7 +219,7 @@ def put(at, raw):
         ("idx", put(42, b"\2"), ["12 bytes", "end at byte 14"]),
         ("idx", put(46, b"\2"), ["sequence 0", "at byte 2", "expected at byte 0"]),
         ("idx", put(70, b"\1"), ["from 1 to 3", "from 0 to 3"]),
-        ("idx", put(78, b"\x09"), ["document 1", "sequence 9", "end at 3"]),
+        ("idx", put(78, b"\x09"), ["document 1", "sequence 9", "ends at 3"]),
         ("idx", put(86, b"\2"), ["from 0 to 2", "from 0 to 3"]),
         ("idx", lambda data: data[:20], ["20 bytes", "at least 34"]),
         ("idx", lambda data: data[:-1], ["93 bytes", "expected 94"]),
