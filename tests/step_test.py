@@ -11,12 +11,14 @@ import pytest
 import reference
 
 from data import loader
+from data.batch import Batch, from_tokens
 from data.token_files import formats
 from tests import runs
+from tests.batches import on_mesh, tokens_of
 from trainer import sharding
 from trainer.config import Config, from_dict
 from trainer.state import Program
-from trainer.step import document_starts, make_eval_step, make_train_step
+from trainer.step import make_eval_step, make_train_step
 
 MESHES = {  # data, fsdp, context, tensor
     "one": None, "data": (8, 1, 1, 1), "fsdp": (1, 8, 1, 1), "mixed": (2, 2, 1, 2), "context": (1, 2, 4, 1),
@@ -64,7 +66,7 @@ def test_the_same_batches_on_every_mesh(dataset):
     for name in MESHES:
         source = batches(dataset, cfg, mesh_of(name))
         for step in (0, 1, 100):
-            raw = np.asarray(source.batch(step * cfg.global_batch_size)).tobytes()
+            raw = tokens_of(source.batch(step * cfg.global_batch_size)).tobytes()
             seen.setdefault(step, set()).add(hashlib.sha256(raw).hexdigest())
     assert all(len(hashes) == 1 for hashes in seen.values())
     assert len(set.union(*seen.values())) == 3
@@ -135,25 +137,20 @@ def test_bfloat16_stays_near_float32(dataset):
 
 @pytest.mark.parametrize("name", ["mixed", "context"])
 def test_eval_step_counts_what_it_is_told(dataset, name):
+    """Each target as often as its weight says, and the weights themselves."""
     cfg, mesh = config(), mesh_of(name)
     with jax.set_mesh(mesh):
         program = Program(cfg, mesh)
         params = program.init().params
-        tokens = batches(dataset, cfg, mesh).batch(0)
+        batch = batches(dataset, cfg, mesh).batch(0)
         step = make_eval_step(program)
-        logits, _ = program.model(params)(tokens[:, :-1].astype(jnp.int32))
-        targets = np.asarray(tokens[:, 1:], np.int64)[..., None]
-        losses = -np.take_along_axis(np.log(reference.softmax(logits)[..., :24]), targets, axis=-1)[..., 0]
-        lengths = np.arange(16) * 2 % 33
-        expected = sum(losses[i, :n].sum() for i, n in enumerate(lengths))
-        assert float(step(params, tokens, lengths)) == pytest.approx(expected, rel=1e-5)
-        assert float(step(params, tokens, lengths * 0)) == 0
-
-
-def test_document_starts():
-    """The end of a document belongs to it; a row begins in the middle of one; ends may follow each other."""
-    inputs = jnp.array([[5, 9, 3, 3, 9, 1], [9, 9, 1, 2, 3, 9], [1, 2, 3, 4, 5, 6]])
-    assert document_starts(inputs, 9).tolist() == [[0, 0, 2, 2, 2, 5], [0, 1, 2, 2, 2, 2], [0] * 6]
+        logits, _ = program.model_of_compiler(params)(batch.inputs.astype(jnp.int32))
+        targets = np.asarray(batch.targets, np.int64)[..., None]
+        nats = -np.take_along_axis(np.log(reference.softmax(logits)[..., :24]), targets, axis=-1)[..., 0]
+        lengths = np.arange(16)[:, None] * 2 % 33
+        for weights in (np.arange(32) < lengths, np.random.default_rng(0).random((16, 32)), np.zeros((16, 32), bool)):
+            found = step(params, batch.replace(loss_weights=weights))
+            np.testing.assert_allclose(found, ((weights * nats).sum(), weights.sum()), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["one", "mixed", "context"])
@@ -163,7 +160,7 @@ def test_masked_documents_are_trained_and_evaluated_as_if_each_were_alone(datase
     with jax.set_mesh(mesh):
         program = Program(cfg, mesh)
         params = program.init().params
-        tokens = np.array(batches(dataset, cfg, mesh).batch(0), np.int32)
+        tokens = tokens_of(batches(dataset, cfg, mesh).batch(0)).astype(np.int32)
         tokens[tokens == eos] = 8
         alone = [(row, 0, 32) for row in tokens[8:]]
         for row in tokens[:8]:
@@ -174,10 +171,13 @@ def test_masked_documents_are_trained_and_evaluated_as_if_each_were_alone(datase
             out[: stop - first + 1] = row[first : stop + 1]
         lengths = np.array([stop - first for _, first, stop in alone])
         plain = make_eval_step(Program(config(), mesh))
-        expected = float(plain(params, single, lengths))
-        full = np.full(16, 32)
-        assert float(make_eval_step(program)(params, tokens, full)) == pytest.approx(expected, rel=1e-5)
-        assert abs(float(plain(params, tokens, full)) - expected) > 1e-3  # without the mask it is another loss
-        batch = jax.device_put(tokens, sharding.named(mesh, "batch"))
+        expected, _ = plain(params, from_tokens(single, loss_mask=np.arange(32) < lengths[:, None]))
+        full = np.ones((16, 32), bool)
+        masked = from_tokens(tokens, loss_mask=full, document_end=eos)
+        nats, count = make_eval_step(program)(params, masked)
+        assert nats == pytest.approx(float(expected), rel=1e-5) and count == full.size
+        unmasked, _ = plain(params, from_tokens(tokens, loss_mask=full))
+        assert abs(unmasked - expected) > 1e-3  # without the mask it is another loss
+        batch = on_mesh(from_tokens(tokens, document_end=eos), mesh)
         _, metrics = make_train_step(program)(program.init(), batch, np.uint32(0))
-        assert float(metrics["train/loss"]) == pytest.approx(expected / tokens[:, 1:].size, rel=1e-5)
+        assert metrics["train/loss"] == pytest.approx(float(expected) / full.size, rel=1e-5)
