@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 
 from model.config import ModelConfig
-from model.partitioner import Partitioner
+from model.partitioner import Partitioner, over_tokens
 
 INIT_STD = 0.02  # GPT-2's; projections back into the residual stream use INIT_STD / sqrt(2 num_layers)
 
@@ -75,9 +75,12 @@ def project(x: Array, *linears: Linear) -> list[Array]:
     flat = linears[0].partitioner.flatten(x)
 
     def one(linear: Linear) -> Array:
-        bias = None if linear.bias is None else linear.bias[...]
-        y = linear.partitioner.linear(flat, linear.kernel[...], bias, linear.axes)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        y = linear.partitioner.linear(flat, linear.kernel[...], linear.axes)
+        y = y.reshape(*x.shape[:-1], y.shape[-1])
+        if linear.bias is None:
+            return y
+        # After the reshape: XLA keeps a sum in float32 for what is added next, but not through a reshape.
+        return linear.partitioner.add_bias(y, linear.bias[...], linear.axes[1:])
 
     return [one(linear) for linear in linears]
 
@@ -104,8 +107,7 @@ class Norm(nnx.Module):
         return y.astype(x.dtype)
 
     def _of_embed(self, param: nnx.Param, y: Array) -> Array:
-        w = self.partitioner.gather_param(param[...], ("embed",), y.dtype)
-        return w.reshape((1,) * (y.ndim - 1) + w.shape)
+        return over_tokens(self.partitioner.gather_param(param[...], ("embed",), y.dtype), y)
 
 
 class MLP(nnx.Module):

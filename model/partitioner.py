@@ -42,10 +42,13 @@ class Partitioner:
         """The parameter w in `dtype` as a layer uses it: all of its embed axis."""
         return w.astype(dtype)
 
-    def linear(self, x: Array, w: Array, b: Array | None, axes: tuple[str, str]) -> Array:
-        """x w (+ b) over the last axis of x, with parameters w of logical axes `axes` and b of the second of them."""
-        y = x @ self.gather_param(w, axes, x.dtype)
-        return y if b is None else y + _like(y, self.gather_param(b, axes[1:], x.dtype))
+    def linear(self, x: Array, w: Array, axes: tuple[str, str]) -> Array:
+        """x w over the last axis of x, with the parameter w of logical axes `axes`."""
+        return x @ self.gather_param(w, axes, x.dtype)
+
+    def add_bias(self, y: Array, b: Array, axes: tuple[str]) -> Array:
+        """y [b, t, out] + b, with the parameter b of the logical axis in `axes`."""
+        return y + over_tokens(self.gather_param(b, axes, y.dtype), y)
 
     def bernoulli(self, key: Array, p: Array | float, shape: tuple[int, ...]) -> Array:
         """Bools of an activation's shape, its rows first, each True with probability p."""
@@ -61,6 +64,6 @@ class Partitioner:
         return kernels.xla(q, k, v, mask, spec, dropout=ctx.dropout)
 
 
-def _like(y: Array, b: Array) -> Array:
-    """A bias with as many axes as y has: no axis is added in silence."""
-    return b.reshape((1,) * (y.ndim - 1) + b.shape)
+def over_tokens(w: Array, x: Array) -> Array:
+    """w [n] with as many axes as x [..., n] has: no axis is added in silence."""
+    return w.reshape((1,) * (x.ndim - 1) + w.shape)

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.batch import Batch, from_tokens
 from tests import step_test
+from tests.batches import on_mesh
 from trainer import sharding
 from trainer.config import Config, DivergenceConfig
 from trainer.reliability.divergence import STD_FLOOR, detect, init_guard
@@ -147,18 +149,17 @@ def initial() -> TrainState:
 def compiled(name: str) -> jax.stages.Compiled:
     here = program(name)
     with jax.set_mesh(here.mesh):
-        batch = jax.ShapeDtypeStruct((16, 33), np.int32, sharding=sharding.named(here.mesh, "batch"))
-        return make_train_step(here).lower(here.state, batch, np.uint32(0)).compile()
+        return make_train_step(here).lower(here.state, here.abstract_batch(np.int32), np.uint32(0)).compile()
 
 
-def batch(kind: str) -> np.ndarray:
-    """int32 [16, 33]: 'good', the same rows each time; 'random', other tokens; 'poison', good except for one token."""
+def batch(kind: str) -> Batch:
+    """16 rows: 'good', the same rows each time; 'random', other tokens; 'poison', good except for one token."""
     rows = np.tile(np.arange(33) % 7, (16, 1))
     if kind == "random":
         rows = np.random.default_rng(0).integers(0, POISON, rows.shape)
     if kind == "poison":
         rows[5, 9] = POISON
-    return rows.astype(np.int32)
+    return from_tokens(rows.astype(np.int32))
 
 
 def advance(name: str, state: TrainState, kinds: list[str]) -> tuple[list[dict], list[TrainState]]:
@@ -166,8 +167,7 @@ def advance(name: str, state: TrainState, kinds: list[str]) -> tuple[list[dict],
     here, rows, states = program(name), [], []
     state = jax.device_put(state, jax.tree.map(lambda s: s.sharding, here.state))
     for kind in kinds:
-        tokens = jax.device_put(batch(kind), sharding.named(here.mesh, "batch"))
-        state, metrics = compiled(name)(state, tokens, np.uint32(0))
+        state, metrics = compiled(name)(state, on_mesh(batch(kind), here.mesh), np.uint32(0))
         rows.append({k: float(v) for k, v in metrics.items()})
         states.append(jax.device_get(state))
     return rows, states
@@ -235,8 +235,7 @@ def test_by_default_no_step_is_judged():
     cfg, mesh = step_test.config(), step_test.mesh_of("one")
     with jax.set_mesh(mesh):
         here = Program(cfg, mesh)
-        arguments = (here.state, jax.ShapeDtypeStruct((16, 33), np.int32), np.uint32(0))
-        lowered = make_train_step(here).lower(*arguments)
+        lowered = make_train_step(here).lower(here.state, here.abstract_batch(np.int32), np.uint32(0))
     state, metrics = lowered.out_info
     assert set(metrics) == NAMES and state.guard == here.state.guard == here.init_guard() == {}
     assert len(jax.tree.leaves(state)) == 1 + len(jax.tree.leaves((state.params, state.opt_state)))

@@ -9,7 +9,7 @@ import pytest
 from data.token_files import formats
 from tests.step_test import config, dataset, mesh_of  # noqa: F401
 from trainer import sharding
-from trainer.evaluation import evaluate, part_rows
+from trainer.evaluation import evaluate, microbatch_rows
 from trainer.state import Program
 from trainer.step import make_eval_step, make_train_step
 
@@ -18,13 +18,13 @@ from trainer.step import make_eval_step, make_train_step
     ("devices", "batch", "accum", "rows"),
     [(1, 16, 1, 16), (1, 16, 4, 4), (8, 16, 2, 8), (3, 8, 1, 9), (5, 12, 4, 5), (8, 1, 1, 8), (7, 16, 16, 7)],
 )
-def test_rows_of_a_part_are_rounded_up_to_the_devices(devices, batch, accum, rows):
+def test_rows_of_a_microbatch_are_rounded_up_to_the_devices(devices, batch, accum, rows):
     mesh = sharding.mesh_of({"data": devices, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:devices])
     cfg = config(global_batch_size=batch, grad_accum_steps=accum)
-    assert part_rows(cfg, sharding.named(mesh, "batch")) == rows
+    assert microbatch_rows(cfg, sharding.named(mesh, "batch")) == rows
 
 
-def test_the_loss_is_the_same_in_any_parts_on_any_number_of_devices(dataset):  # noqa: F811
+def test_the_loss_is_the_same_in_any_microbatches_on_any_number_of_devices(dataset):  # noqa: F811
     files = {"one": formats.TokenFiles(dataset, formats.read_manifest(dataset), "val")}
     found = []
     for axes, accum in (
@@ -43,23 +43,20 @@ def test_the_loss_is_the_same_in_any_parts_on_any_number_of_devices(dataset):  #
         mesh = sharding.mesh_of(sizes, jax.devices()[: math.prod(axes)])
         with jax.set_mesh(mesh):
             program = Program(cfg, mesh)
-            batch = sharding.named(mesh, "batch")
-            found.append(evaluate(make_eval_step(program), program.init().params, files, cfg, batch, 21)["val/loss"])
+            layout = {"batch_sharding": sharding.named(mesh, "batch"), "num_windows": 21}
+            result = evaluate(make_eval_step(program), program.init().params, files, cfg, **layout)
+            found.append(result["val/loss"])
     np.testing.assert_allclose(found, found[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("accum", [1, 4, 16])
 def test_an_evaluation_needs_no_more_memory_than_a_step(accum):
     cfg, mesh = config(grad_accum_steps=accum), mesh_of("one")
-    program, batch = Program(cfg, mesh), sharding.named(mesh, "batch")
-
-    def tokens(rows: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, cfg.data.seq_len + 1), np.uint16, sharding=batch)
-
-    rows = part_rows(cfg, batch)
+    program = Program(cfg, mesh)
+    rows = microbatch_rows(cfg, sharding.named(mesh, "batch"))
     seed = jax.ShapeDtypeStruct((), np.uint32, sharding=program.replicated)
-    lengths = jax.ShapeDtypeStruct((rows,), np.int32, sharding=batch)
-    step = make_train_step(program).lower(program.state, tokens(16), seed).compile()
-    evaluation = make_eval_step(program).lower(program.params, tokens(rows), lengths).compile()
+    step = make_train_step(program).lower(program.state, program.abstract_batch(np.uint16), seed).compile()
+    batch = program.abstract_batch(np.uint16, rows, masked=True)
+    evaluation = make_eval_step(program).lower(program.params, batch).compile()
     peaks = [x.memory_analysis().temp_size_in_bytes for x in (evaluation, step)]
     assert peaks[0] <= peaks[1]

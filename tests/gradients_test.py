@@ -10,6 +10,8 @@ import numpy as np
 import optax
 import pytest
 
+from data.batch import from_tokens
+from tests.batches import on_mesh
 from tests.step_test import config
 from trainer import sharding
 from trainer.config import Config
@@ -36,10 +38,7 @@ def program(cfg: Config, **axes: int) -> Program:
 
 def compiled(here: Program) -> jax.stages.Compiled:
     with jax.set_mesh(here.mesh):
-        batch = jax.ShapeDtypeStruct(
-            (here.config.global_batch_size, LENGTH + 1), np.int32, sharding=sharding.named(here.mesh, "batch")
-        )
-        return make_train_step(here).lower(here.state, batch, np.uint32(0)).compile(QUICK)
+        return make_train_step(here).lower(here.state, here.abstract_batch(np.int32), np.uint32(0)).compile(QUICK)
 
 
 @functools.cache
@@ -57,8 +56,7 @@ def gradients(here: Program, batches: list[np.ndarray]) -> tuple[list[np.ndarray
         initial = jax.device_get(here.init())
         for batch in batches:
             state = jax.device_put(initial, jax.tree.map(lambda s: s.sharding, here.state))
-            rows = jax.device_put(batch, sharding.named(here.mesh, "batch"))
-            state, metrics = step(state, rows, np.uint32(0))
+            state, metrics = step(state, on_mesh(from_tokens(batch), here.mesh), np.uint32(0))
             leaves = jax.tree.leaves(jax.device_get(optax.tree.get(state.opt_state, "mu")))
             scale = 1 / (1 - here.config.optimizer.b1)
             found.append(scale * np.concatenate([np.ravel(x) for x in leaves]).astype(np.float64))
@@ -92,7 +90,7 @@ def test_a_bfloat16_gradient_of_512_devices_is_that_of_one():
     parts = [g / ROWS for g in gradients(here, list(tokens()[:, None]))[0]]
     differences = {}
     for dtype in ("float32", "bfloat16"):
-        sums = program(bfloat16_config(1, gradients_dtype=dtype)).placement.sums_dtype(jnp.dtype("bfloat16"))
+        sums = program(bfloat16_config(1, gradients_dtype=dtype)).partitioner.sums_dtype(jnp.dtype("bfloat16"))
         total = np.zeros_like(parts[0], sums)
         for part in parts:
             total = (total.astype(np.float32) + part.astype(sums).astype(np.float32)).astype(sums)
@@ -142,4 +140,4 @@ def test_the_search_counts_what_a_step_sends_between_replicas():
 
 def test_sums_are_never_narrower_than_what_is_summed():
     here = program(dataclasses.replace(config(), optimizer=bfloat16_config(1, gradients_dtype="bfloat16").optimizer))
-    assert here.placement.sums_dtype(jnp.dtype("float32")) == jnp.float32
+    assert here.partitioner.sums_dtype(jnp.dtype("float32")) == jnp.float32

@@ -20,6 +20,7 @@ from data.loader import Loader, PackedWindows, TokenWindows, Unreached
 from data.preparation import pipeline
 from data.token_files import formats, integrity
 from tests import runs
+from tests.batches import tokens_of
 from tests.external_test import llmc
 
 
@@ -54,7 +55,7 @@ def test_the_batch_is_the_one_a_run_trains_on(text):
     mesh = jax.make_mesh((8,), ("data",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     batch = Loader(windows, global_batch_size=8, sharding=sharding).batch(1000)
-    assert [row["ids"] for row in report["batch"]["rows"]] == np.asarray(batch).tolist()
+    assert [row["ids"] for row in report["batch"]["rows"]] == tokens_of(batch).tolist()
     assert report["batch"]["epoch"] == 1000 / windows.num_windows and report["batch"]["epoch"] > 1
     for row in report["batch"]["rows"]:
         parts = row["text"].split("<eos>")

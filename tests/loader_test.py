@@ -1,5 +1,6 @@
 """Batches are a pure function of (seed, dataset, samples consumed), the same on every mesh, with nothing twice."""
 
+import dataclasses
 import hashlib
 import itertools
 import threading
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from data import loader, mixture, order
+from data import loader, mixture, order, packing
+from data.batch import Batch
 from data.errors import DataError
 from data.loader import Loader, MixedWindows, Prefetch, TokenWindows
 from data.token_files import formats
+from tests.batches import tokens_of
 
 T = 8
 LENGTHS = (50, 7, 41, 9, 16, 8)  # 7 and 8 hold no window of T + 1 tokens, 9 exactly one
@@ -67,7 +70,7 @@ def slow_batch(folder, size: int, consumed: int, seed: int = 1, seq_len: int = T
     return [slow_row(shards, seq_len, seed, consumed + row) for row in range(size)]
 
 
-def digest(array: jax.Array) -> str:
+def digest(array: jax.Array | np.ndarray) -> str:
     host = np.asarray(array)
     return hashlib.sha256(f"{host.dtype}{host.shape}".encode() + host.tobytes()).hexdigest()
 
@@ -216,7 +219,7 @@ def test_batches_of_a_mixture_are_the_same_on_every_mesh(shape, tmp_path):
     on_one = Loader(windows, global_batch_size=16, sharding=one_device())
     on_many = Loader(windows, global_batch_size=16, sharding=sharding_on(*shape))
     for samples in (0, 16, 4000):
-        assert np.array_equal(on_one.batch(samples), on_many.batch(samples))
+        assert np.array_equal(tokens_of(on_one.batch(samples)), tokens_of(on_many.batch(samples)))
 
 
 @pytest.mark.parametrize("lengths", [(T,), (0,), (5, T, 3), (1,)])
@@ -245,8 +248,9 @@ def test_a_batch_may_span_epochs(size, spans, dataset):
     consumed = WINDOWS - 2
     assert (consumed + size - 1) // WINDOWS + 1 == spans
     batch = Loader(windows_of(dataset), global_batch_size=size, sharding=one_device()).batch(consumed)
-    assert np.asarray(batch).tolist() == slow_batch(dataset, size, consumed)
-    assert batch.dtype == np.uint16 and batch.shape == (size, T + 1)
+    assert tokens_of(batch).tolist() == slow_batch(dataset, size, consumed)
+    assert batch.inputs.dtype == np.uint16 and batch.inputs.shape == batch.targets.shape == (size, T)
+    assert batch.loss_weights is batch.positions is batch.segment_ids is None, "it costs nothing"
 
 
 def test_samples_do_not_depend_on_how_they_are_batched(dataset):
@@ -254,7 +258,7 @@ def test_samples_do_not_depend_on_how_they_are_batched(dataset):
 
     def read(size: int, consumed: int) -> np.ndarray:
         batches = Loader(windows_of(dataset), global_batch_size=size, sharding=sharding_on(2, 2, 2))
-        return np.asarray(batches.batch(consumed))
+        return tokens_of(batches.batch(consumed))
 
     whole = read(48, 8)
     assert np.array_equal(np.concatenate([read(16, 8), read(8, 24), read(4, 32), read(12, 36), read(8, 48)]), whole)
@@ -267,13 +271,14 @@ def test_a_fresh_loader_started_midway_goes_on_with_the_same_batches(dataset):
         return Loader(windows_of(dataset), global_batch_size=8, sharding=sharding_on(8, 1, 1))
 
     uninterrupted = make().prefetched(0, 2)
-    first = [digest(next(uninterrupted)) for _ in range(12)]
+    first = [digest(tokens_of(next(uninterrupted))) for _ in range(12)]
     uninterrupted.close()
     resumed = make().prefetched(5 * 8, 3)
-    assert [digest(next(resumed)) for _ in range(7)] == first[5:]
+    assert [digest(tokens_of(next(resumed))) for _ in range(7)] == first[5:]
     resumed.close()
     one = make()
-    assert [digest(one.batch(8 * step)) for step in reversed(range(12))] == first[::-1]  # and none of the past
+    again = [digest(tokens_of(one.batch(8 * step))) for step in reversed(range(12))]
+    assert again == first[::-1]  # and nothing of the past
     assert len(set(first)) == 12
 
 
@@ -293,32 +298,98 @@ def test_the_global_batch_is_the_same_on_every_mesh(name, dataset):
     batches = Loader(windows_of(dataset), global_batch_size=16, sharding=sharding)
     for step in (0, 1, 100):
         batch = batches.batch(step * 16)
-        assert batch.sharding.is_equivalent_to(sharding, 2)
-        assert digest(batch) == digest(np.array(slow_batch(dataset, 16, step * 16), np.uint16))
-        for shard in batch.addressable_shards:  # also if the array is assembled from one copy of each part
-            assert np.array_equal(shard.data, np.asarray(batch)[shard.index])
+        assert digest(tokens_of(batch)) == digest(np.array(slow_batch(dataset, 16, step * 16), np.uint16))
+        for array in (batch.inputs, batch.targets):
+            assert array.sharding.is_equivalent_to(sharding, 2)
+            for shard in array.addressable_shards:  # also if the array is assembled from one copy of each part
+                assert np.array_equal(shard.data, np.asarray(array)[shard.index])
 
 
 def test_golden_batches(dataset):
     """Order, phases and windows together, at steps 0, 1 and 100."""
     batches = Loader(windows_of(dataset, seed=1337), global_batch_size=16, sharding=sharding_on(2, 2, 2))
     expected = ["8e605e1ce9ed7162", "13a73ef7d9ef57c6", "aa4767e9943306e4"]
-    assert [digest(batches.batch(step * 16))[:16] for step in (0, 1, 100)] == expected, (
+    assert [digest(tokens_of(batches.batch(step * 16)))[:16] for step in (0, 1, 100)] == expected, (
         "the data of every user's run has changed: resumed runs would repeat and skip samples. If that is meant, give "
         "order.VERSION a new value and freeze these again"
     )
+
+
+EOS = 3
+DOCUMENTS = (3, 20, 5, 1, 8, 2, 13, 7, 4, 9, 6, 17, 2, 5)  # the 20 and the 17 are longer than a row
+
+
+@pytest.fixture
+def documents(tmp_path):
+    """Documents of these lengths and of other tokens than EOS, which ends each; in two shards, packed for rows of T."""
+    borders = np.cumsum([0, *DOCUMENTS])
+    tokens = 4 + np.arange(borders[-1])
+    tokens[borders[1:] - 1] = EOS
+    manifest = make_dataset.write(tmp_path, np.split(tokens, [50]), [np.arange(4, 40)])
+    train = dataclasses.replace(manifest.splits["train"], documents=len(DOCUMENTS))
+    manifest = dataclasses.replace(manifest, eos_id=EOS, splits=manifest.splits | {"train": train})
+    (tmp_path / formats.MANIFEST).write_text(manifest.to_json())
+    (tmp_path / "train.documents.bin").write_bytes(borders[:-1].astype("<u8").tobytes())
+    packing.pack(tmp_path, T)
+    return tmp_path
+
+
+def slow_documents(row: list[int]) -> list[tuple[int, int]]:
+    """(position, segment) of each input of a row, as the docs define them: both are new after an EOS."""
+    found = [(0, 0)]
+    for token in row[: T - 1]:
+        position, segment = found[-1]
+        found.append((0, segment + 1) if token == EOS else (position + 1, segment))
+    return found
+
+
+@pytest.mark.parametrize("document_end", [None, EOS])
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_part_of_a_batch_is_the_same_on_every_mesh(packed, document_end, documents):
+    """Inputs, targets, loss weights, positions and segments, with their types; each device has its rows of all."""
+    windows = windows_of(documents)
+    if packed:
+        index = packing.read_index(documents, formats.read_manifest(documents), T)
+        windows = loader.PackedWindows(open_split(documents), index, seed=1)
+    g = 24 + np.arange(16)
+    rows = windows.rows(g)
+    seen = {}
+    for name, make in MESHES.items():
+        batch = Loader(windows, global_batch_size=16, sharding=make(), document_end=document_end).batch(24)
+        for array in jax.tree.leaves(batch):
+            assert array.shape == (16, T) and array.sharding.is_equivalent_to(make(), 2)
+            for shard in array.addressable_shards:
+                assert np.array_equal(shard.data, np.asarray(array)[shard.index])
+        seen[name] = jax.device_get(batch)
+    one = seen["one device"]
+    assert np.array_equal(tokens_of(one), rows) and one.inputs.dtype == np.uint16
+    if packed:
+        assert one.loss_weights.dtype == bool and np.array_equal(one.loss_weights, windows.loss_mask(g))
+        assert 0 < (~one.loss_weights).sum() < 64
+    else:
+        assert one.loss_weights is None
+    if document_end is None:
+        assert one.positions is one.segment_ids is None
+    else:
+        expected = np.array([slow_documents(row) for row in rows.tolist()])
+        assert np.array_equal(np.stack([one.positions, one.segment_ids], axis=2), expected)
+        assert one.positions.dtype == one.segment_ids.dtype == np.int32 and expected.max() > 1
+    for name, batch in seen.items():
+        assert jax.tree.structure(batch) == jax.tree.structure(one), name
+        assert [digest(array) for array in jax.tree.leaves(batch)] == [digest(x) for x in jax.tree.leaves(one)], name
 
 
 @pytest.mark.parametrize(("shape", "parts"), [((4, 1, 2), 4), ((1, 1, 8), 1), ((2, 4, 1), 8)])
 def test_put_reads_each_row_once_however_many_devices_hold_it(shape, parts):
     asked = []
 
-    def read(rows: np.ndarray) -> np.ndarray:
+    def read(rows: np.ndarray) -> dict[str, np.ndarray | None]:
         asked.append(rows.tolist())
-        return np.stack([rows, rows * rows], axis=1)
+        return {"index": rows.astype(np.int16), "nothing": None, "powers": np.stack([rows, rows * rows], axis=1)}
 
-    array = loader.put(sharding_on(*shape), 16, read)
-    assert np.asarray(array).tolist() == [[i, i * i] for i in range(16)]
+    tree = jax.device_get(loader.put(sharding_on(*shape), 16, read))
+    assert tree["powers"].tolist() == [[i, i * i] for i in range(16)] and tree["nothing"] is None
+    assert tree["index"].tolist() == list(range(16)) and tree["index"].dtype == np.int16
     assert len(asked) == parts and sorted(itertools.chain(*asked)) == list(range(16))
 
 
@@ -477,6 +548,14 @@ def test_a_limit_on_evaluation_spreads_evenly_and_is_fixed(tmp_path):
         assert np.array_equal(loader.evaluation_windows(files, T, limit)[0], every)
 
 
+def targets_that_count(batch: Batch) -> np.ndarray:
+    """How many of each row: int64 [rows]. They must be its first ones."""
+    mask = np.asarray(batch.loss_weights)
+    counts = mask.sum(axis=1)
+    assert mask.dtype == bool and np.array_equal(mask, np.arange(T) < counts[:, None])
+    return counts
+
+
 @pytest.mark.parametrize("limit", [0, 5])
 def test_evaluation_batches_are_the_same_set_on_every_mesh(limit, tmp_path):
     """Padded to full batches; every row that counts holds the tokens of its window, once, whatever the devices."""
@@ -490,11 +569,12 @@ def test_evaluation_batches_are_the_same_set_on_every_mesh(limit, tmp_path):
     for name, make in MESHES.items():
         sharding = make()
         found, batches = [], []
-        for tokens, n in loader.evaluation_batches(files, seq_len=T, batch_size=8, sharding=sharding, limit=limit):
-            assert tokens.shape == (8, T + 1) and n.shape == (8,) and tokens.dtype == np.uint16
-            assert tokens.sharding.is_equivalent_to(sharding, 2)
+        for batch in loader.evaluation_batches(files, seq_len=T, batch_size=8, sharding=sharding, limit=limit):
+            assert batch.inputs.shape == (8, T) and batch.inputs.dtype == np.uint16
+            assert all(array.sharding.is_equivalent_to(sharding, 2) for array in jax.tree.leaves(batch))
+            tokens, n = tokens_of(batch), targets_that_count(batch)
             batches.append(digest(tokens) + digest(n))
-            found += zip(np.asarray(tokens).tolist(), np.asarray(n).tolist(), strict=True)
+            found += zip(tokens.tolist(), n.tolist(), strict=True)
         assert len(found) == -(-len(windows) // 8) * 8
         assert [row[: n + 1] for row, n in found[: len(windows)]] == windows, name
         assert all(n == 0 for _, n in found[len(windows) :])  # padding
@@ -509,9 +589,21 @@ def test_the_batch_size_does_not_change_what_is_evaluated(tmp_path):
     for batch_size in (1, 5, 16):
         sharding = one_device()
         batches = loader.evaluation_batches(files, seq_len=T, batch_size=batch_size, sharding=sharding)
-        rows = [(r, c) for t, n in batches for r, c in zip(np.asarray(t).tolist(), np.asarray(n).tolist(), strict=True)]
+        rows = [row for b in batches for row in zip(tokens_of(b).tolist(), targets_that_count(b).tolist(), strict=True)]
         sets.append([row for row in rows if row[1]])
     assert sets[0] == sets[1] == sets[2]
+
+
+@pytest.mark.parametrize("name", ["one device", "all"])
+def test_documents_are_masked_in_an_evaluation_too(name, tmp_path):
+    tokens = 4 + np.arange(60)
+    tokens[[5, 6, 20, 33, 47]] = EOS
+    make_dataset.write(tmp_path, [np.arange(9)], [tokens])
+    sharding, files = MESHES[name](), open_split(tmp_path, "val")
+    (batch,) = loader.evaluation_batches(files, seq_len=T, batch_size=8, sharding=sharding, document_end=EOS)
+    expected = np.array([slow_documents(row) for row in tokens_of(batch).tolist()])
+    assert np.array_equal(np.stack([batch.positions, batch.segment_ids], axis=2), expected)
+    assert expected[0].tolist() == [[i, 0] for i in range(6)] + [[0, 1], [0, 2]]
 
 
 @pytest.mark.parametrize("lengths", [(0,), (1,), (1, 1)])

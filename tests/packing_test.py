@@ -15,7 +15,6 @@ import tempfile
 import time
 
 import jax
-import jax.numpy as jnp
 import make_dataset
 import numpy as np
 import pytest
@@ -23,16 +22,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import loader, mixture, packing, sources
+from data.batch import Batch, from_tokens
 from data.config import DataConfig
 from data.errors import DataError
 from data.preparation.pipeline import prepare
 from data.storage import files
 from data.token_files import formats
 from tests import runs
+from tests.batches import on_mesh, tokens_of
 from tests.step_test import MESHES, config, mesh_of
 from trainer import sharding
 from trainer.state import Program
-from trainer.step import counted_targets, make_eval_step, make_train_step
+from trainer.step import make_eval_step, make_train_step
 
 EOS = 1
 T = 16
@@ -71,6 +72,25 @@ def expected_rows(index: packing.Index, tokens: np.ndarray) -> list[list[int]]:
     pieces, first = index.load()
     rows = [[t for s, n in pieces[a:b] for t in tokens[s : s + n].tolist()] for a, b in itertools.pairwise(first)]
     return [row + [EOS] * (index.seq_len + 1 - len(row)) for row in rows]
+
+
+def counted(tokens: np.ndarray, eos: int = EOS) -> np.ndarray:
+    """The targets of packed rows that are no end of text after an end of text: bool [rows, seq_len].
+
+    Only padding is such a target, and what remains of a cut document if that is its end of text.
+    """
+    return (tokens[:, :-1] != eos) | (tokens[:, 1:] != eos)
+
+
+def expected_masks(index: packing.Index, tokens: np.ndarray) -> dict[tuple[int, ...], list[bool]]:
+    """Which targets of each row count: those that are `counted` and no padding, by lists."""
+    pieces, first = index.load()
+    masks = {}
+    rows = expected_rows(index, tokens)
+    for row, mask, (a, b) in zip(rows, counted(np.array(rows)).tolist(), itertools.pairwise(first), strict=True):
+        used = int(pieces["length"][a:b].sum())
+        masks[tuple(row)] = [counts and place + 1 < used for place, counts in enumerate(mask)]
+    return masks
 
 
 # The algorithm
@@ -175,8 +195,13 @@ def test_any_lengths_and_shards_are_read_as_they_were_written(lengths, borders, 
         shards = sorted({border % total for border in borders} - {0})
         tokens = write(path, lengths, *shards, ends=ends)
         index, _ = packing.pack(path, seq_len)
-        rows = open_windows(path, seq_len).rows(np.arange(index.rows))
+        windows, g = open_windows(path, seq_len), np.arange(index.rows)
+        rows = windows.rows(g)
         assert sorted(rows.tolist()) == sorted(expected_rows(index, tokens))
+        masks, expected = windows.loss_mask(g), expected_masks(index, tokens)
+        assert masks.dtype == bool
+        assert masks.tolist() == [expected[tuple(row)] for row in rows.tolist()]
+        assert np.array_equal(windows.loss_mask(g[::-3]), masks[::-3])
         pieces, _ = index.load()
         starts, stops = pieces["start"].astype(int), (pieces["start"] + pieces["length"]).astype(int)
         assert np.array_equal(np.sort(packing.spans(starts, stops - starts)), np.arange(total))
@@ -327,8 +352,9 @@ def packed_loader(prepared: pathlib.Path, mesh: jax.sharding.Mesh, batch: int = 
 
 
 def test_batches_are_the_same_on_every_mesh(prepared):
-    made = [np.asarray(packed_loader(prepared, mesh_of(name)).batch(8)) for name in MESHES]
-    assert all(np.array_equal(made[0], other) for other in made[1:])
+    made = [packed_loader(prepared, mesh_of(name)).batch(8) for name in MESHES]
+    for other in made[1:]:
+        jax.tree.map(np.testing.assert_array_equal, made[0], other)
 
 
 def test_packed_sources_are_mixed(packed, tmp_path):
@@ -341,7 +367,10 @@ def test_packed_sources_are_mixed(packed, tmp_path):
     g = np.arange(100)
     source, index = mixed.mixture.locate(g)
     alone = [open_windows(f) for f in folders.values()]
-    assert np.array_equal(mixed.rows(g), [alone[s].rows(np.array([i]))[0] for s, i in zip(source, index, strict=True)])
+    samples = [(alone[s], np.array([i])) for s, i in zip(source, index, strict=True)]
+    assert np.array_equal(mixed.rows(g), [windows.rows(i)[0] for windows, i in samples])
+    assert np.array_equal(mixed.loss_mask(g), [windows.loss_mask(i)[0] for windows, i in samples])
+    assert not mixed.loss_mask(g).all()
 
 
 # The loss
@@ -353,18 +382,22 @@ def packed_config(prepared: pathlib.Path, mask_documents: bool, **top):
     return config(data=data, model={"vocab_size": manifest.vocab_size}, **top)
 
 
-def step_once(cfg, mesh, tokens: np.ndarray) -> tuple[dict, dict]:
+def packed_batch(cfg, tokens: np.ndarray) -> Batch:
+    mask = counted(tokens, cfg.data.eos_id)
+    return from_tokens(tokens, loss_mask=mask, document_end=cfg.data.document_end)
+
+
+def step_once(cfg, mesh, batch: Batch) -> tuple[dict, dict]:
     with jax.set_mesh(mesh):
         program = Program(cfg, mesh)
-        batch = jax.device_put(tokens, sharding.named(mesh, "batch"))
-        state, metrics = make_train_step(program)(program.init(), batch, np.uint32(0))
+        state, metrics = make_train_step(program)(program.init(), on_mesh(batch, mesh), np.uint32(0))
         return jax.device_get(metrics), jax.device_get(state.params)
 
 
 @pytest.fixture(scope="module")
 def tokens(prepared) -> np.ndarray:
     """A batch with more padding in some rows than in others."""
-    tokens = np.array(packed_loader(prepared, mesh_of("one")).batch(0), np.int32)
+    tokens = tokens_of(packed_loader(prepared, mesh_of("one")).batch(0)).astype(np.int32)
     eos = formats.read_manifest(prepared).eos_id
     for row, keep in zip(tokens[::3], (3, 12, 20, 1, 30, 7), strict=True):
         row[keep:] = eos
@@ -388,21 +421,25 @@ def test_the_loss_of_packed_documents_is_that_of_each_alone(prepared, tokens, na
     with jax.set_mesh(mesh):
         plain = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, packed=False, mask_documents=False))
         program = Program(plain, mesh)
-        expected = float(make_eval_step(program)(program.init().params, rows, lengths)) / lengths.sum()
-    assert lengths.sum() == int(counted_targets(jnp.asarray(tokens), eos).sum()) < 16 * 32 * 0.9
-    loss = step_once(cfg, mesh, tokens)[0]["train/loss"]
+        each = from_tokens(rows, loss_mask=np.arange(32) < lengths[:, None])
+        nats, count = make_eval_step(program)(program.init().params, each)
+    assert count == lengths.sum() == counted(tokens, eos).sum() < 16 * 32 * 0.9
+    batch, expected = packed_batch(cfg, tokens), float(nats) / float(count)
+    loss = step_once(cfg, mesh, batch)[0]["train/loss"]
     assert loss == pytest.approx(expected, rel=1e-5)
-    unpacked = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, packed=False))
-    assert abs(step_once(unpacked, mesh, tokens)[0]["train/loss"] - expected) > 1e-3  # padding is another loss
+    unmasked = step_once(cfg, mesh, batch.replace(loss_weights=None))[0]["train/loss"]
+    assert abs(unmasked - expected) > 1e-3  # padding is another loss
 
 
 @pytest.mark.parametrize("mask_documents", [False, True])
-def test_parts_and_meshes_give_the_step_of_the_whole_batch(prepared, tokens, mask_documents):
-    """Parts and devices have different numbers of targets; a mean of means would be another loss."""
-    whole, params = step_once(packed_config(prepared, mask_documents, z_loss=0.1), mesh_of("one"), tokens)
+def test_microbatches_and_meshes_give_the_step_of_the_whole_batch(prepared, tokens, mask_documents):
+    """Microbatches and devices have different numbers of targets; a mean of means would be another loss."""
+    cfg = packed_config(prepared, mask_documents, z_loss=0.1)
+    batch = packed_batch(cfg, tokens)
+    whole, params = step_once(cfg, mesh_of("one"), batch)
     for name, accum in (("one", 4), ("mixed", 1), ("mixed", 2)):
         cfg = packed_config(prepared, mask_documents, z_loss=0.1, grad_accum_steps=accum)
-        metrics, other = step_once(cfg, mesh_of(name), tokens)
+        metrics, other = step_once(cfg, mesh_of(name), batch)
         for key in ("train/loss", "train/grad_norm", "train/param_norm"):
             assert metrics[key] == pytest.approx(whole[key], rel=1e-5), (name, accum, key)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), params, other)
@@ -413,8 +450,8 @@ def test_what_follows_the_documents_of_a_row_as_padding_changes_no_gradient(prep
     cfg = packed_config(prepared, mask_documents=True)
     half = tokens.copy()
     half[8:] = cfg.data.eos_id
-    metrics, _ = step_once(cfg, mesh_of("one"), half)
-    alone, _ = step_once(dataclasses.replace(cfg, global_batch_size=8), mesh_of("one"), tokens[:8])
+    metrics, _ = step_once(cfg, mesh_of("one"), packed_batch(cfg, half))
+    alone, _ = step_once(dataclasses.replace(cfg, global_batch_size=8), mesh_of("one"), packed_batch(cfg, tokens[:8]))
     assert metrics["train/loss"] == pytest.approx(alone["train/loss"], rel=1e-6)
     assert metrics["train/grad_norm"] == pytest.approx(alone["train/grad_norm"], rel=1e-5)
 

@@ -11,8 +11,10 @@ import optax
 import pytest
 from flax import traverse_util
 
-from model import transformer
+from data.batch import from_tokens
+from model import layers, transformer
 from tests import runs
+from tests.batches import on_mesh
 from trainer import sharding
 from trainer.config import CheckpointConfig, Config, from_dict
 from trainer.reliability.checkpoint import Checkpoints
@@ -104,8 +106,7 @@ def program(name: str, model: str = "llama", remat: str = "none") -> Program:
 def compiled(name: str, model: str = "llama", remat: str = "none") -> jax.stages.Compiled:
     here = program(name, model, remat)
     with jax.set_mesh(here.mesh):
-        batch = jax.ShapeDtypeStruct((ROWS, LENGTH + 1), np.int32, sharding=sharding.named(here.mesh, "batch"))
-        return make_train_step(here).lower(here.state, batch, np.uint32(0)).compile(QUICK)
+        return make_train_step(here).lower(here.state, here.abstract_batch(np.int32), np.uint32(0)).compile(QUICK)
 
 
 @functools.cache
@@ -115,7 +116,7 @@ def initial(name: str, model: str) -> TrainState:
 
     def one(path, leaf):
         mean = 1 if path[-1].key == "scale" else 0
-        return np.asarray(mean + transformer.INIT_STD * draw.standard_normal(leaf.shape), leaf.dtype)
+        return np.asarray(mean + layers.INIT_STD * draw.standard_normal(leaf.shape), leaf.dtype)
 
     state = program(name, model).state
     zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), state)
@@ -132,8 +133,8 @@ def advance(step, here: Program, state: TrainState, first: int, stop: int) -> tu
     rows = []
     with jax.set_mesh(here.mesh):
         for tokens in batches()[first:stop]:
-            batch = jax.device_put(tokens, sharding.named(here.mesh, "batch"))
-            state, metrics = step(state, batch, np.uint32(0))
+            batch = from_tokens(tokens, document_end=here.config.data.document_end)
+            state, metrics = step(state, on_mesh(batch, here.mesh), np.uint32(0))
             rows.append({k: float(v) for k, v in metrics.items()})  # also keeps virtual devices in step
     return rows, state
 
@@ -299,7 +300,7 @@ def whole_weights(hlo: str) -> set[tuple[int, ...]]:
 def test_weights_are_gathered_again_for_the_backward_pass(monkeypatch, model):
     """If kept from the forward pass, those of all layers would be complete on every device: fsdp would save nothing."""
     assert not whole_weights(compiled("fsdp", model).as_text())
-    monkeypatch.setattr(transformer, "_remat", lambda config, layer, placement: layer)
+    monkeypatch.setattr(transformer, "_remat", lambda config, layer, partitioner: layer)
     assert whole_weights(compiled.__wrapped__("fsdp", model).as_text())  # the test does see them
 
 

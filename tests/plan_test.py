@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from benchmarks import plans
@@ -162,8 +163,11 @@ def test_no_logits_of_all_tokens_and_the_state_is_donated(name, num_slices, mesh
     calls = " ".join(hlo.custom_calls(text))
     assert "fmha" in calls if name.startswith("h100") else "splash" in calls
     memory = executable.memory_analysis()
-    batch = 2 * ROWS * (SEQ_LEN + 1) + 4
-    assert memory.argument_size_in_bytes - memory.alias_size_in_bytes <= 64 * 1024 + batch  # the tokens, padded
+    batch = 4 + sum(  # and the seed
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(program.abstract_batch(np.uint16))
+    )
+    assert memory.argument_size_in_bytes - memory.alias_size_in_bytes <= 64 * 1024 + batch  # padded
 
 
 def by_command(*argv: str) -> subprocess.CompletedProcess:
@@ -325,6 +329,8 @@ def test_what_runs_beside_the_steps_is_lowered_as_the_run_does_it():
     cfg = config(8, {"data": 1, "fsdp": 8}, grad_accum_steps=4)
     program, _ = plan.lower(cfg, jax.devices())
     beside = plan.lower_beside(program)
-    tokens = jax.tree.leaves(beside["evaluation"].in_avals)[-2]
-    assert tokens.shape == (cfg.global_batch_size // 4, SEQ_LEN + 1)
+    batch = beside["evaluation"].in_avals[0][1]
+    assert [(x.shape, x.dtype) for x in (batch.inputs, batch.targets, batch.loss_weights)] == [
+        ((cfg.global_batch_size // 4, SEQ_LEN), dtype) for dtype in (np.uint16, np.uint16, np.bool_)
+    ]
     assert any(x.shape == (1, SEQ_LEN) for x in jax.tree.leaves(beside["sampling"].in_avals))

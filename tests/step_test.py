@@ -11,7 +11,7 @@ import pytest
 import reference
 
 from data import loader
-from data.batch import Batch, from_tokens
+from data.batch import from_tokens
 from data.token_files import formats
 from tests import runs
 from tests.batches import on_mesh, tokens_of

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from model import kernels
 from model.context import Context
 from model.kernels import AttentionSpec, Mask
-from model.partitioner import Partitioner
+from model.partitioner import Partitioner, over_tokens
 from trainer import sharding
 from trainer.config import Config
 from trainer.errors import ConfigError
@@ -85,31 +85,42 @@ class MeshPartitioner(Partitioner):
         )
         return gathered(w)
 
-    def linear(self, x: Array, w: Array, b: Array | None, axes: tuple[str, str]) -> Array:
+    def linear(self, x: Array, w: Array, axes: tuple[str, str]) -> Array:
         """The gradient of autodiff has the type of x. If that is narrower than the type in which gradients are summed
         over devices, it would be rounded before the sum, so it is written out. The products are the same."""
         dtype = self.sums_dtype(x.dtype)
         if x.dtype == dtype:
-            return super().linear(x, w, b, axes)
+            return super().linear(x, w, axes)
 
-        def forward(x: Array, w: Array, b: Array | None):
+        def forward(x: Array, w: Array):
             gathered = self._gathered(w, axes, x.dtype)
-            y = x @ gathered
-            if b is not None:
-                y = y + self._gathered(b, axes[1:], x.dtype).reshape((1,) * (y.ndim - 1) + b.shape)
-            return y, (x, gathered)
+            return x @ gathered, (x, gathered)
 
         def backward(kept, g: Array):
             x, gathered = kept
             tokens = tuple(range(x.ndim - 1))
             dx = jax.lax.dot_general(g, gathered, (((x.ndim - 1,), (1,)), ((), ())))
             dw = jax.lax.dot_general(g, x, ((tokens, tokens), ((), ())), preferred_element_type=dtype).T
-            db = None if b is None else self._scattered(g.astype(dtype).sum(tokens), axes[1:]).astype(b.dtype)
-            return dx, self._scattered(dw, axes).astype(w.dtype), db
+            return dx, self._scattered(dw, axes).astype(w.dtype)
 
         linear = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
         linear.defvjp(forward, backward)
-        return linear(x, w, b)
+        return linear(x, w)
+
+    def add_bias(self, y: Array, b: Array, axes: tuple[str]) -> Array:
+        """The gradient is summed over tokens in the type of its sum over devices, as that of `linear` is."""
+
+        def forward(y: Array, b: Array):
+            return y + over_tokens(self._gathered(b, axes, y.dtype), y), None
+
+        def backward(_, g: Array):
+            tokens = self.flatten(g.astype(self.sums_dtype(g.dtype)))
+            db = tokens.sum(tuple(range(tokens.ndim - 1)))
+            return g, self._scattered(db, axes).astype(b.dtype)
+
+        add_bias = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
+        add_bias.defvjp(forward, backward)
+        return add_bias(y, b)
 
     def sums_dtype(self, computed: jnp.dtype | str) -> jnp.dtype:
         """The type in which gradients of the type `computed` are summed over devices, never a narrower one."""
