@@ -360,7 +360,11 @@ print(xla_bridge.CUDA_VISIBLE_DEVICES.value)
         (["--", *TRAIN], {"failure": (18, MISMATCH)}, "the driver was updated while the old one was loaded; reboot"),
         (["--per_gpu", "--skip_check", "--", *TRAIN], {"failure": (18, MISMATCH)}, "nvidia-smi lists no GPU; "),
         (["--skip_check"], {}, "no command; it follows --"),
-        (["--skip_check", "--", "python", "train.py"], {}, "the command after -- must be python -m launch.train"),
+        (
+            ["--skip_check", "--", "python", "train.py"],
+            {},
+            "the command after -- must look like python -m launch.train",
+        ),
         (["--gpus=8", "--", *TRAIN], {}, "unknown flag --gpus; the flags are --nodes"),
         (["--skip_check", "--nodes=2", "--", *TRAIN], {}, "--nodes=2 needs --node=I"),
     ],
