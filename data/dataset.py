@@ -56,21 +56,21 @@ class Dataset:
         return split in self.manifest.splits and self.manifest.splits[split].tokens > 1
 
 
-def located(path: str) -> pathlib.Path:
+def fetch(path: str) -> pathlib.Path:
     """Where a path of the configuration lies on this machine; that of an object store, where its copy does.
 
     Raises:
       DataError: it cannot be fetched.
     """
-    return pathlib.Path(remote.local(path) if remote.is_remote(path) else path)
+    return pathlib.Path(remote.fetch(path) if remote.is_remote(path) else path)
 
 
 def is_prepared(config: DataConfig) -> bool:
     """Whether config.path is a dataset folder; in a store, by what it lists now. Raises DataError."""
     if config.format not in ("", "meshlm"):
         return False
-    manifest = located(config.path) / formats.MANIFEST
-    return manifest in remote.files(config.path) if remote.is_remote(config.path) else _is_there(manifest)
+    manifest = fetch(config.path) / formats.MANIFEST
+    return manifest in remote.fetch_files(config.path) if remote.is_remote(config.path) else _is_there(manifest)
 
 
 def _is_there(path: pathlib.Path) -> bool:
@@ -93,7 +93,7 @@ def open_dataset(config: DataConfig, vocab_size: int = 0) -> Dataset:
       FileNotFoundError: there is nothing at config.path.
       DataError: what is there cannot be used.
     """
-    path = located(config.path)
+    path = fetch(config.path)
     prepared = is_prepared(config)
     named_as_foreign = config.format or path.suffix in external.SUFFIXES or names.is_pattern(config.path)
     if not prepared and (config.format == "meshlm" or not (named_as_foreign or _is_there(path))):
@@ -115,18 +115,18 @@ def _open_prepared(config: DataConfig, path: pathlib.Path) -> Dataset:
 
 
 def _open_foreign(config: DataConfig, path: pathlib.Path, vocab_size: int) -> Dataset:
-    tokenizer = tokenizers.make(str(located(config.tokenizer_path))) if config.tokenizer_path else None
+    tokenizer = tokenizers.make(str(fetch(config.tokenizer_path))) if config.tokenizer_path else None
     if tokenizer is not None:
         vocab_size = tokenizer.vocab_size
     paths = _paths_by_split(config)
-    read = external.read([p for split in paths.values() for p in split], config.format, config.dtype)
+    read = external.read_headers([p for split in paths.values() for p in split], config.format, config.dtype)
     remaining = iter(read)
     files = {name: list(itertools.islice(remaining, len(split))) for name, split in paths.items()}
     splits, largest = {}, -1
     for name, of_split in files.items():
-        contents = fingerprint.contents(of_split)
+        contents = fingerprint.read_contents(of_split)
         for file, found in zip(of_split, contents, strict=True):
-            fingerprint.check(file, found, config.dtype, vocab_size)
+            fingerprint.check_ids(file, found, config.dtype, vocab_size)
             largest = max(largest, found.largest_id)
         shards = tuple(formats.Shard(f.path.name, f.tokens, c.digest) for f, c in zip(of_split, contents, strict=True))
         documents = sum(f.documents for f in of_split)
@@ -139,14 +139,14 @@ def _open_foreign(config: DataConfig, path: pathlib.Path, vocab_size: int) -> Da
 
 def _paths_by_split(config: DataConfig) -> dict[str, list[pathlib.Path]]:
     """Training and validation files; a file that validates never trains."""
-    paths = external.find(config.path)
+    paths = external.find_token_files(config.path)
     _refuse_parts_of_datasets(config.path, paths)
     if config.val_path:
-        val = external.find(config.val_path)
+        val = external.find_token_files(config.val_path)
         held_out = {p.resolve() for p in val}
         train = [p for p in paths if p.resolve() not in held_out]
     else:
-        root, _ = external.selection(located(config.path))
+        root, _ = external.folder_and_pattern(fetch(config.path))
         val = [p for p in paths if _validates(p, root)]
         train = sorted(set(paths) - set(val))
     if not train:
@@ -164,8 +164,8 @@ def _refuse_parts_of_datasets(path: str, found: list[pathlib.Path]) -> None:
     for folder in sorted({file.parent for file in found}):
         name, ours = str(folder), formats.is_dataset(folder) or (folder / "tokenizer" / tokenizers.FILE_NAME).exists()
         if remote.is_remote(path):  # the cache may have copies of what is not there any more
-            name = remote.original(folder)
-            ours = formats.MARK.match(remote.begins(f"{name}/{formats.MANIFEST}", MANIFEST_BYTES)) is not None
+            name = remote.source_of(folder)
+            ours = formats.MARK.match(remote.read_head(f"{name}/{formats.MANIFEST}", MANIFEST_BYTES)) is not None
         if ours:
             raise DataError(
                 f"{path} names files of {name}, a dataset of launch.prepare; give the folder itself: {name}"
@@ -174,11 +174,11 @@ def _refuse_parts_of_datasets(path: str, found: list[pathlib.Path]) -> None:
 
 def _warn_of_tests(path: str, train: list[pathlib.Path]) -> None:
     """What was named file by file is meant."""
-    place = located(path)
+    place = fetch(path)
     if place.is_file():
         return
-    root, _ = external.selection(place)
-    if tests := [str(p) for p in train if names.says(_below(p, root).as_posix(), names.TEST)]:
+    root, _ = external.folder_and_pattern(place)
+    if tests := [str(p) for p in train if names.has_word(_below(p, root).as_posix(), names.TEST)]:
         first = ", ".join(map(repr, tests[:3])) + (" …" if len(tests) > 3 else "")
         log.warning(
             "WARNING: %s: %d file(s) are named as for tests, and are trained on: %s; name the files to train on, for "
@@ -188,7 +188,7 @@ def _warn_of_tests(path: str, train: list[pathlib.Path]) -> None:
 
 def _validates(path: pathlib.Path, root: pathlib.Path) -> bool:
     """Whether the name of a file, or of a folder below `root`, says that it is for validation."""
-    return any(names.says(part, names.VALIDATION) for part in _below(path, root).with_suffix("").parts)
+    return any(names.has_word(part, names.VALIDATION) for part in _below(path, root).with_suffix("").parts)
 
 
 def _below(path: pathlib.Path, root: pathlib.Path) -> pathlib.Path:

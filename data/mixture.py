@@ -85,7 +85,8 @@ class Mixture:
     """Maps samples of the run to (source, sample of the source), and back to counts."""
 
     def __init__(self, stages: Sequence[Stage], seed: int):
-        self.stages, self.seed = tuple(stages), seed
+        self.stages = tuple(stages)
+        self.seed = seed
         self.num_sources = len(stages[0].weights)
         self.counts = [_counts(stage) for stage in stages]
         self._block = functools.lru_cache(maxsize=8)(self._shuffled_block)

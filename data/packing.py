@@ -114,7 +114,7 @@ def read_index(folder: pathlib.Path, manifest: formats.Manifest, seq_len: int, s
     return index
 
 
-def verify(folder: pathlib.Path, manifest: formats.Manifest, split: str = "train") -> list[Index]:
+def verify_packings(folder: pathlib.Path, manifest: formats.Manifest, split: str = "train") -> list[Index]:
     """All packings of a split, every byte of them checked: the rows by their hash, each number of a header.
 
     Raises:
@@ -167,7 +167,7 @@ def _read_header(path: pathlib.Path) -> Index | None:
         return None
 
 
-def pack(folder: pathlib.Path, seq_len: int, split: str = "train") -> tuple[Index, bool]:
+def pack_dataset(folder: pathlib.Path, seq_len: int, split: str = "train") -> tuple[Index, bool]:
     """Packs a split of a prepared dataset and returns the index, and whether it was there already.
 
     An index of other data is replaced; a file under its name that is none is left alone.
@@ -241,7 +241,7 @@ def _write(path: pathlib.Path, folder: pathlib.Path, manifest: formats.Manifest,
     assert manifest.eos_id is not None
     digest, first_pieces, pieces = hashlib.sha256(), [np.zeros(1, np.int64)], 0
     whole = np.zeros(2, np.int64)  # documents in one piece; in one window of the first phase
-    with files.written(path) as f:
+    with files.atomic_write(path) as f:
         f.write(bytes(HEADER_BYTES))
         first = 0
         for tokens in shards:
@@ -327,44 +327,45 @@ def pack_shard(begins: np.ndarray, stop: int, width: int, *, closed: bool = True
 def best_fit_decreasing(lengths: np.ndarray, width: int) -> np.ndarray:
     """The row of each piece, int64: rows 0, 1, 2, … of `width`; all lengths in [1, width].
 
-    Pieces of one length are alike, and so are rows with the same room, so both are handled in groups: a row that is the
-    best fit for one piece is it for the next of that length too, until it has no room for another. Each group of rows
-    that is used up has less than half its room left, so there are O(width log width) steps of array operations.
+    Pieces of one length are interchangeable, and so are rows with the same free capacity, so both are handled in
+    groups: the row that fits one piece best also fits the next piece of that length best, until it is too full. Each
+    group of rows that is used up has less than half of its capacity left, so there are O(width log width) array
+    operations.
     """
     order = np.argsort(-lengths, kind="stable")
     sizes, counts = np.unique(lengths, return_counts=True)
     rows = np.empty(len(lengths), np.int64)
-    free: dict[int, np.ndarray] = {}  # rows by their room
-    rooms: list[int] = []  # the keys of `free`, rising
+    free_rows: dict[int, np.ndarray] = {}  # by their free capacity
+    capacities: list[int] = []  # the keys of `free_rows`, ascending
     opened = first = 0
 
-    def give(room: int, of: np.ndarray) -> None:
-        if not room or not len(of):
+    def return_rows(capacity: int, returned: np.ndarray) -> None:
+        if not capacity or not len(returned):
             return
-        if room not in free:
-            bisect.insort(rooms, room)
-            free[room] = np.empty(0, np.int64)
-        free[room] = np.concatenate([free[room], of])
+        if capacity not in free_rows:
+            bisect.insort(capacities, capacity)
+            free_rows[capacity] = np.empty(0, np.int64)
+        free_rows[capacity] = np.concatenate([free_rows[capacity], returned])
 
     for size, count in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True):
         end = first + count
         while first < end:
-            at = bisect.bisect_left(rooms, size)
-            if at == len(rooms):
+            best = bisect.bisect_left(capacities, size)
+            if best == len(capacities):
                 new = -(-(end - first) // (width // size))
-                give(width, np.arange(opened, opened + new))
+                return_rows(width, np.arange(opened, opened + new))
                 opened += new
-                at = len(rooms) - 1
-            room = rooms.pop(at)
-            there, each = free.pop(room), room // size
-            placed = min(end - first, len(there) * each)
-            full, rest = divmod(placed, each)  # rows that take all they can, pieces in one row more
-            touched = full + bool(rest)
-            rows[order[first : first + placed]] = np.repeat(there[:touched], each)[:placed]
+                best = len(capacities) - 1
+            capacity = capacities.pop(best)
+            group, per_row = free_rows.pop(capacity), capacity // size
+            placed = min(end - first, len(group) * per_row)
+            full, rest = divmod(placed, per_row)  # rows filled with `per_row` pieces, and pieces in one further row
+            used = full + bool(rest)
+            rows[order[first : first + placed]] = np.repeat(group[:used], per_row)[:placed]
             first += placed
-            give(room - each * size, there[:full])
-            give(room - rest * size, there[full:touched])
-            give(room, there[touched:])
+            return_rows(capacity - per_row * size, group[:full])
+            return_rows(capacity - rest * size, group[full:used])
+            return_rows(capacity, group[used:])
     return rows
 
 

@@ -22,22 +22,22 @@ from data.token_files import external, formats
 class Sources:
     datasets: dict[str, Dataset]  # by name, in the order of data.path
     stages: tuple[mixture.Stage, ...]
-    speaker: Dataset  # whose vocabulary and tokenizer are those of all
+    tokenizer_source: Dataset  # whose vocabulary and tokenizer are those of all
     packings: dict[str, packing.Index] = dataclasses.field(default_factory=dict)  # of all, where data.packed
 
     @property
     def vocab_size(self) -> int:
         """0: nobody knows."""
-        return self.speaker.vocab_size
+        return self.tokenizer_source.vocab_size
 
     @property
     def tokenizer_path(self) -> str:
         """'' for none."""
-        return self.speaker.tokenizer_path
+        return self.tokenizer_source.tokenizer_path
 
     def load_tokenizer(self) -> tokenizers.Tokenizer | None:
         """None where nobody said which. Raises DataError."""
-        return self.speaker.load_tokenizer()
+        return self.tokenizer_source.load_tokenizer()
 
     def eos_id(self) -> int | None:
         """The token after each document: a prepared dataset's, else the tokenizer's."""

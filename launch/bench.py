@@ -26,8 +26,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from data.storage import malloc
-from launch import cli, environment, runtime, standalone
-from trainer.config import Config
+from launch import cli, environment, runtime
+from trainer.config import Config, complete_without_dataset
 from trainer.errors import ConfigError, Diverged
 from trainer.reporting import flops
 
@@ -51,7 +51,7 @@ PEER_FILE = pathlib.Path(__file__).parent.parent / "benchmarks" / "peer.py"
 
 def main() -> None:
     given = cli.config_from(CONFIG.value)
-    config = standalone.complete(given)
+    config = complete_without_dataset(given)
     if PEER.value:
         check_peer()
     malloc.tune_allocator()
@@ -141,7 +141,8 @@ class Bench:
         from trainer.state import Program
         from trainer.step import make_train_step
 
-        self.config, self.mesh = config, sharding.make_mesh(config)
+        self.config = config
+        self.mesh = sharding.make_mesh(config)
         jax.set_mesh(self.mesh)
         self.program = Program(config, self.mesh)
         self.batch = random_batch(self.program)
@@ -314,7 +315,8 @@ class Peer:
     def __init__(self, config: Config):
         import jax
 
-        self.config, self.spec = config, peer_spec(config, jax.device_count()) | {"compile": PEER_COMPILE.value}
+        self.config = config
+        self.spec = peer_spec(config, jax.device_count()) | {"compile": PEER_COMPILE.value}
         command = [TORCH_PYTHON.value, str(PEER_FILE), json.dumps(self.spec)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.losses: list[float] = []

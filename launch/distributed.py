@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from launch import cli, door, environment
+from launch import cli, environment, rendezvous
 from trainer.config import Config, flatten
 from trainer.errors import ConfigError, Stopped
 from trainer.reliability import run_directory
@@ -95,17 +95,18 @@ def _meet(address: str, size: int, process: int, run: str, timeout_s: float) -> 
     host, port = _host_and_port(address)
     _pass_by_proxies(host)
     if process:
-        waiting = _Progress(f"the coordinator at {address}", timeout_s)
-        door.knock((host, port), door.Visitor.myself(process, run), timeout_s, waiting)
+        waiting = _WaitMessage(f"the coordinator at {address}", timeout_s)
+        rendezvous.join((host, port), rendezvous.Peer.myself(process, run), timeout_s, waiting)
         return
-    entrance = door.Door(address, port, size, run, timeout_s, _Progress(f"port {port} of this host", timeout_s))
+    waiting = _WaitMessage(f"port {port} of this host", timeout_s)
+    meeting = rendezvous.Rendezvous(address, port, size, run, timeout_s=timeout_s, progress=waiting)
 
     def who() -> str:
-        shown = ", ".join(map(str, entrance.missing[:10]))
+        shown = ", ".join(map(str, meeting.missing[:10]))
         return f"start the missing ones: {shown}" if shown else ""
 
-    with contextlib.closing(entrance), _limit(f"all {size} processes at {address}", timeout_s, who):
-        for refused in entrance.wait():
+    with contextlib.closing(meeting), _limit(f"all {size} processes at {address}", timeout_s, who):
+        for refused in meeting.wait():
             cli.log.warning("refused: %s", refused)
 
 
@@ -148,11 +149,12 @@ def _pass_by_proxies(host: str) -> None:
         os.environ |= {name: ",".join(filter(None, (value, host))) for name, value in before.items()}
 
 
-class _Progress:
+class _WaitMessage:
     """Says now and then that it waits, and why."""
 
     def __init__(self, what: str, timeout_s: float):
-        self._what, self._timeout_s = what, timeout_s
+        self._what = what
+        self._timeout_s = timeout_s
         self._started = self._shown = time.monotonic()
 
     def __call__(self, reason: str) -> None:

@@ -68,17 +68,17 @@ def main(path: str = "") -> int:
     report: dict[str, Any] = about(data)
     if CHECK.value:
         start = time.monotonic()
-        found = integrity.verify(data)
+        found = integrity.verify_dataset(data)
         report["check"] = {name: dataclasses.asdict(split) for name, split in found.items()}
         if not data.foreign_files:
-            report["packed"] = [packed(index) for index in packing.verify(data.folder, data.manifest)]
+            report["packed"] = [packed(index) for index in packing.verify_packings(data.folder, data.manifest)]
         report["check_s"] = round(time.monotonic() - start, 3)
     tokenizer = data.load_tokenizer()
     report["text"] = {name: windows(data, name, tokenizer) for name in data.manifest.splits if data.has(name)}
     order = windows_of(data)
     report["left_out"] = left_out(data, order)
     report["batch"] = batch(order, tokenizer)
-    print(json.dumps(report) if JSON.value else page(report))
+    print(json.dumps(report) if JSON.value else format_report(report))
     return 0
 
 
@@ -105,7 +105,7 @@ def about(data: dataset.Dataset) -> dict[str, Any]:
         "eos_id": manifest.eos_id,
         "request": None if data.foreign_files else manifest.request,
         "splits": splits,
-        "other_files": external.others(data.path, data.foreign_files),
+        "other_files": external.unread_files(data.path, data.foreign_files),
     }
 
 
@@ -165,7 +165,7 @@ def batch(order: Windows, tokenizer: Tokenizer | None) -> dict[str, Any]:
     }
 
 
-def page(report: dict[str, Any]) -> str:
+def format_report(report: dict[str, Any]) -> str:
     """The same for people: numbers with units, each text on a line, quoted."""
     vocabulary = f"vocabulary {report['vocab_size'] or 'not known'}, end of text {report['eos_id']}"
     lines = [f"{report['path']}: {report['format']}, {report['dtype']}, {vocabulary}, data {report['fingerprint']}"]

@@ -16,8 +16,9 @@ from typing import Any
 
 from absl import flags
 
-from launch import cli, environment, standalone
+from launch import cli, environment
 from model.config import ModelConfig
+from trainer.config import complete_without_dataset
 from trainer.errors import ConfigError
 from trainer.planning import topology
 
@@ -34,33 +35,32 @@ MIB, GIB = 2**20, 2**30
 def main() -> int:
     if not TOPOLOGY.value:
         raise ConfigError("--topology is missing; name a machine, for example --topology=v5p:4x4x4")
-    config = standalone.complete(cli.config_from(CONFIG.value))
+    config = complete_without_dataset(cli.config_from(CONFIG.value))
     topology.parse(TOPOLOGY.value, NUM_SLICES.value)
     topology.prepare_environment()
     environment.load_jax()
-    from trainer.planning import plan as planning
-    from trainer.planning import search
+    from trainer.planning import plan, search
 
     machine = topology.describe(TOPOLOGY.value, NUM_SLICES.value)
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, num_slices=NUM_SLICES.value))
     if SEARCH.value:
-        plans = search.search(config, machine, CANDIDATES.value, progress=lambda line: cli.log.info("%s", line))
-        if not plans:
+        found = search.search(config, machine, CANDIDATES.value, progress=lambda line: cli.log.info("%s", line))
+        if not found:
             raise ConfigError(f"nothing that --search tried fits {TOPOLOGY.value}; take a larger slice")
-        print(json.dumps([as_json(p) for p in plans]) if JSON.value else search.table(plans))
+        print(json.dumps([as_json(p) for p in found]) if JSON.value else search.table(found))
         return 0
-    plan = planning.make(config, machine)
-    smaller = None if plan.fits else planning.largest_batch(plan, machine)
+    planned = plan.make(config, machine)
+    smaller = None if planned.fits else plan.largest_batch(planned, machine)
     if JSON.value:
-        print(json.dumps(as_json(plan) | {"largest_batch": smaller.config.global_batch_size if smaller else None}))
+        print(json.dumps(as_json(planned) | {"largest_batch": smaller.config.global_batch_size if smaller else None}))
     else:
-        print(page(plan))
-        if not plan.fits:
-            print(advice(plan, smaller))
-    return 0 if plan.fits else 1
+        print(format_plan(planned))
+        if not planned.fits:
+            print(advice(planned, smaller))
+    return 0 if planned.fits else 1
 
 
-def page(plan: Any) -> str:
+def format_plan(plan: Any) -> str:
     """The plan for a reader."""
     from trainer import sharding
     from trainer.planning.plan import ASSUMPTIONS

@@ -84,7 +84,7 @@ cli.check_flag("tokenizer", tokenizers.needs_texts)
 cli.check_flag("special_tokens", base.check_special_tokens)
 
 
-class Progress:
+class ProgressLine:
     """MB/s, tokens/s and time left of each pass over the corpus; what an earlier run had done does not count."""
 
     def __init__(self) -> None:
@@ -94,7 +94,10 @@ class Progress:
     def __call__(self, stage: str, done: int, total: int, tokens: int) -> None:
         now = time.monotonic()
         if stage != self.stage:
-            self.stage, self.start, self.done, self.tokens = stage, now, done, tokens
+            self.stage = stage
+            self.start = now
+            self.done = done
+            self.tokens = tokens
             return
         if (seconds := now - self.start) < 0.5:  # too early for a rate
             return
@@ -125,12 +128,12 @@ def sourced(source: str, folder: pathlib.Path) -> Iterator[str]:
         yield source
         return
     with contextlib.ExitStack() as stack:
-        stream = sys.stdin.buffer if source == "-" else stack.enter_context(corpus.opened(source))
+        stream = sys.stdin.buffer if source == "-" else stack.enter_context(corpus.open_source(source))
         yield str(stack.enter_context(spool.spooled(stream, folder, STDIN_FORMAT.value)))
 
 
 def make(out: pathlib.Path, source: str) -> None:
-    start, progress = time.monotonic(), Progress()
+    start, progress = time.monotonic(), ProgressLine()
     request = {
         "source": source,
         "tokenizer": TOKENIZER.value,
@@ -143,11 +146,11 @@ def make(out: pathlib.Path, source: str) -> None:
         "bad_records": BAD_RECORDS.value,
         "format": FORMAT.value,
     }
-    if not OVERWRITE.value and (found := pipeline.there(out, **request)) is not None:
+    if not OVERWRITE.value and (found := pipeline.existing_dataset(out, **request)) is not None:
         report(out, found, "was there, by the same request")
         return
     try:
-        made = pipeline.prepare(
+        made = pipeline.prepare_dataset(
             out,
             overwrite=OVERWRITE.value,
             workers=WORKERS.value,

@@ -18,7 +18,7 @@ if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
     STOPS += (signal.SIGHUP,)
 
 
-class Signals:
+class StopSignals:
     """Starts to listen. Until `connect` there is nothing to save, and a signal exits at once with 42."""
 
     def __init__(self) -> None:

@@ -65,25 +65,28 @@ def main(*command: str) -> int:
 
 def supervise(command: Sequence[str], run: pathlib.Path, process: int) -> int:
     """Runs attempts until one ends the run or too many make no progress; returns the exit code."""
-    signals, journal = Signals(), restarts.RestartLog(run, process)
+    signals, journal = SignalQueue(), restarts.RestartLog(run, process)
     earlier = len(journal.attempts)
     best, first_wait = restarts.newest_step(run), min(BACKOFF_S.value, MAX_BACKOFF_S.value)
-    fruitless, wait = -1, first_wait  # restarts since the last progress; the first attempt is not a restart
+    restarts_without_progress, wait = (
+        -1,
+        first_wait,
+    )  # restarts since the last progress; the first attempt is not a restart
     while True:
         journal.begin()
-        returncode, told_to_stop = _live(command, signals)
+        returncode, stop_requested = _live(command, signals)
         life = journal.end(returncode)
         code = life.code
-        if told_to_stop or not _may_restart(code):
+        if stop_requested or not _may_restart(code):
             break
-        fruitless += 1
+        restarts_without_progress += 1
         if life.last_step > best:
-            best, fruitless, wait = life.last_step, 0, first_wait
-        if fruitless == MAX_RESTARTS.value:
-            codes = ", ".join(str(life.code) for life in journal.attempts[-fruitless:])
+            best, restarts_without_progress, wait = life.last_step, 0, first_wait
+        if restarts_without_progress == MAX_RESTARTS.value:
+            codes = ", ".join(str(life.code) for life in journal.attempts[-restarts_without_progress:])
             log.error(
                 "error: %d restarts in a row without a new checkpoint, exit codes %s; giving up; see %s and %s",
-                *(fruitless, codes, run / f"log.{process}.txt", journal.path),
+                *(restarts_without_progress, codes, run / f"log.{process}.txt", journal.path),
             )
             break
         if sys.stdout.isatty():
@@ -92,7 +95,7 @@ def supervise(command: Sequence[str], run: pathlib.Path, process: int) -> int:
             "Attempt %d ended: %s; checkpoint at step %d, %d steps lost. Restarting in %g s.",
             *(life.life, life.cause, life.last_step, life.lost_steps, wait),
         )
-        if _told_to_stop_within(wait, signals):
+        if _stopped_while_waiting(wait, signals):
             log.info("Stopped between two attempts; the same command resumes from step %d.", life.last_step)
             code = cli.STOPPED
             break
@@ -108,7 +111,7 @@ def _may_restart(code: int) -> bool:
     return code in (1, cli.STOPPED) or (code >= 128 and code != 130)
 
 
-class Signals:
+class SignalQueue:
     """Signals as a queue to read from: they interrupt nothing, so none arrives at a bad moment."""
 
     def __init__(self) -> None:
@@ -124,7 +127,7 @@ class Signals:
         return list(os.read(self._read, 4096)) if ready else []
 
 
-def _live(command: Sequence[str], signals: Signals) -> tuple[int, bool]:
+def _live(command: Sequence[str], signals: SignalQueue) -> tuple[int, bool]:
     """Runs the command once and passes signals on; returns its return code, and whether a signal was to stop it."""
     try:
         # In its own session a terminal's Ctrl-C does not reach it directly, so it arrives only once, from here.
@@ -132,13 +135,13 @@ def _live(command: Sequence[str], signals: Signals) -> tuple[int, bool]:
         child = subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent(), close_fds=False)
     except OSError as e:
         raise ConfigError(f"{command[0]} cannot be started: {e.strerror}") from None
-    told_to_stop = False
+    stop_requested = False
     while child.poll() is None:
         for number in signals.read():
             if number in PASSED_ON:
-                told_to_stop |= number in STOPS
+                stop_requested |= number in STOPS
                 child.send_signal(number)
-    return child.returncode, told_to_stop
+    return child.returncode, stop_requested
 
 
 def end_with_parent() -> Callable[[], None]:
@@ -156,7 +159,7 @@ def end_with_parent() -> Callable[[], None]:
     return call
 
 
-def _told_to_stop_within(seconds: float, signals: Signals) -> bool:
+def _stopped_while_waiting(seconds: float, signals: SignalQueue) -> bool:
     end = time.monotonic() + seconds
     while True:
         left = max(end - time.monotonic(), 0.0)

@@ -159,9 +159,9 @@ def train() -> None:
     if out.exists() and not OVERWRITE.value:
         raise ConfigError(f"{out} exists; choose another --out, or --overwrite")
     start = time.monotonic()
-    files, problems = corpus.find(SOURCE.value, cache=out.parent, kind=FORMAT.value, bad_records=BAD_RECORDS.value)
-    reading = documents.Reading(TEXT_KEY.value, bad_records=BAD_RECORDS.value)
-    texts = tokenizer_sample.texts(documents.plan(files), reading, problems, SAMPLE_MB.value << 20)
+    files, errors = corpus.find_files(SOURCE.value, cache=out.parent, kind=FORMAT.value, bad_records=BAD_RECORDS.value)
+    options = documents.ReadOptions(TEXT_KEY.value, bad_records=BAD_RECORDS.value)
+    texts = tokenizer_sample.texts(documents.plan_units(files), options, errors, SAMPLE_MB.value << 20)
     if (first := next(texts, None)) is None:
         raise DataError(f"--source={SOURCE.value} holds no text to train on")
     tokenizer = hf_json.train_bpe(
@@ -171,14 +171,14 @@ def train() -> None:
         special_tokens=SPECIAL_TOKENS.value,
         min_frequency=MIN_FREQUENCY.value,
     )
-    raw = minbpe.write(tokenizer) if out.suffix == ".model" else tokenizer.file()[1]
+    raw = minbpe.to_minbpe(tokenizer) if out.suffix == ".model" else tokenizer.file()[1]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_durably(out, raw)
     except OSError as e:
         raise DataError(f"cannot write {out}: {e.strerror}") from None
-    for kind, count in problems.counts.items():
-        cli.log.info("%s: %d, such as %s", kind, count, problems.examples[kind][0])
+    for kind, count in errors.counts.items():
+        cli.log.info("%s: %d, such as %s", kind, count, errors.examples[kind][0])
     cli.log.info("%s: vocabulary %d, %.1f s", out, tokenizer.vocab_size, time.monotonic() - start)
 
 

@@ -78,7 +78,7 @@ for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID", "START_TIMEOU
     setattr(train, name, types.SimpleNamespace(value=None))
 train.WORKDIR = types.SimpleNamespace(value=sys.argv[1])
 for module, name in (
-    (train.signals, "Signals"), (train.malloc, "tune_allocator"), (train.watchdog, "dump_on_quit"),
+    (train.signals, "StopSignals"), (train.malloc, "tune_allocator"), (train.watchdog, "dump_on_quit"),
     (train.runtime, "use_gpu_memory"), (train.runtime, "seems_alone"), (train.environment, "load_jax"),
     (distributed, "initialize"),
 ):

@@ -378,7 +378,7 @@ def test_sound_uint16_tokens_raise_no_alarm(vocab_size):
     for count in (64, 70, 300, 5000):
         for kind, ids in streams(rng, vocab_size, count).items():
             for dtype in ("<u2", "<u4"):
-                seen = widths.look(ids.astype(dtype).tobytes())
+                seen = widths.detect_layout(ids.astype(dtype).tobytes())
                 assert seen is None or seen.numpy == dtype, (kind, count, dtype)
 
 
@@ -444,21 +444,21 @@ def megatron_documents(folder, lengths, eos=None):
 
 
 def test_masked_documents_want_their_end_in_the_tokens(tmp_path, monkeypatch):
-    ends.check([megatron_documents(tmp_path, [7, 9, 30], eos=5)], 5)
+    ends.check_documents_end([megatron_documents(tmp_path, [7, 9, 30], eos=5)], 5)
     for eos, count in ((6, 0), (12, 1)):  # nowhere, and by chance
         with pytest.raises(DataError) as e:
-            ends.check([megatron_documents(tmp_path, [7, 9, 30], eos=5)], eos)
+            ends.check_documents_end([megatron_documents(tmp_path, [7, 9, 30], eos=5)], eos)
         for part in ("x.bin, which has 3 documents,", f"holds it {count} times in 46 tokens", "--append-eod", "eos_id"):
             assert part in str(e.value)
     (tmp_path / "x.idx").unlink()
     (tmp_path / "x.bin").write_bytes(llmc([5, 1, 2] * 5000))  # without an index of documents, one end is enough
-    ends.check([open_(tmp_path / "x.bin")], 5)
+    ends.check_documents_end([open_(tmp_path / "x.bin")], 5)
     monkeypatch.setattr(fingerprint, "WHOLE_BYTES", 100)
     monkeypatch.setattr(fingerprint, "SAMPLED_BLOCKS", 4)
     monkeypatch.setattr(fingerprint, "BLOCK_BYTES", 64)
-    ends.check([open_(tmp_path / "x.bin")], 5)
+    ends.check_documents_end([open_(tmp_path / "x.bin")], 5)
     with pytest.raises(DataError, match="holds it 0 times in 128 tokens"):
-        ends.check([open_(tmp_path / "x.bin")], 6)
+        ends.check_documents_end([open_(tmp_path / "x.bin")], 6)
 
 
 def test_a_run_with_masked_documents_that_never_end_is_refused(tmp_path):

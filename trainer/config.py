@@ -316,6 +316,39 @@ def _check_range(cls: type, name: str, value: Any, prefix: str) -> None:
         _require(math.isfinite(value), f"{prefix}{name} is {value}; it must be a finite number")
 
 
+DEFAULT_VOCAB_SIZE = 50_304  # GPT-2's, padded; for commands that read no dataset
+
+
+def complete(config: Config, *, vocab_size: int, eos_id: int | None) -> Config:
+    """`config` with what a dataset decides: the vocabulary, the longest context and the token that ends documents.
+
+    Args:
+      vocab_size: of the dataset's tokenizer.
+      eos_id: the dataset's end-of-text token, if it has one and the run needs it.
+
+    Raises ConfigError.
+    """
+    model, data = config.model, config.data
+    if model.max_seq_len and model.max_seq_len < data.seq_len:
+        raise ConfigError(
+            f"config.model.max_seq_len = {model.max_seq_len} is below config.data.seq_len = {data.seq_len}"
+        )
+    model = dataclasses.replace(model, vocab_size=vocab_size, max_seq_len=model.max_seq_len or data.seq_len)
+    if (data.mask_documents or data.packed) and data.eos_id == -1 and eos_id is not None:
+        data = dataclasses.replace(data, eos_id=eos_id)
+    return dataclasses.replace(config, model=model, data=data)
+
+
+def complete_without_dataset(config: Config) -> Config:
+    """The same for commands that compile or time a recipe's step and read no text. Raises ConfigError."""
+    config = complete(config, vocab_size=config.model.vocab_size or DEFAULT_VOCAB_SIZE, eos_id=0)
+    if config.data.eos_id >= config.model.vocab_size:
+        raise ConfigError(
+            f"config.data.eos_id is {config.data.eos_id}; it must be below the vocabulary of {config.model.vocab_size}"
+        )
+    return config
+
+
 def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=1) + "\n"
 

@@ -15,7 +15,7 @@ from typing import IO, NamedTuple
 
 from data.errors import DataError
 from data.preparation import recognize, spool, walk
-from data.preparation.problems import Problems
+from data.preparation.input_errors import InputErrors
 from data.storage import names
 from data.storage.files import write_durably
 
@@ -41,10 +41,10 @@ class File:
         return self.path.stat().st_size
 
     def open(self) -> IO[bytes]:
-        return opened(self.path)
+        return open_source(self.path)
 
 
-def opened(path: str | pathlib.Path) -> IO[bytes]:
+def open_source(path: str | pathlib.Path) -> IO[bytes]:
     """Raises DataError where it cannot be opened."""
     try:
         return open(path, "rb")
@@ -54,18 +54,18 @@ def opened(path: str | pathlib.Path) -> IO[bytes]:
 
 class Found(NamedTuple):
     files: list[File]  # sorted by name
-    left_out: Problems
+    left_out: InputErrors
 
 
 def is_there(source: str) -> bool:
     """Whether `find` would look at something that is on this machine."""
     if source == "tinyshakespeare":
         return False
-    root = source if os.path.lexists(source) else names.split(source)[0]
+    root = source if os.path.lexists(source) else names.split_at_wildcard(source)[0]
     return source == "python-stdlib" or os.path.lexists(root)
 
 
-def find(
+def find_files(
     source: str,
     cache: pathlib.Path,
     *,
@@ -87,7 +87,7 @@ def find(
     Raises:
       DataError: nothing there, or nothing in it; a file that cannot be looked at, or is not text.
     """
-    left_out = Problems()
+    left_out = InputErrors()
     if source == "python-stdlib":
         return Found(_python_stdlib(), left_out)
     if source == "tinyshakespeare":
@@ -100,18 +100,18 @@ def find(
         if not_text is not None and os.path.samestat(status, not_text):
             raise DataError(f"--source={source} is the tokenizer; name the text")
         return Found([_named(path, status, kind)], left_out)
-    root, pattern = (path, walk.ALL) if status is not None else names.split(source)
+    root, pattern = (path, walk.ALL) if status is not None else names.split_at_wildcard(source)
     there = walk.walk(root, pattern, left_out, _skip(own)) if _status(root) is not None else []
     if status is None and not there:
         raise DataError(
             f"--source={source} is not a file, a directory or a glob that matches a text, and not one of the corpora "
-            f"known by name: python-stdlib, tinyshakespeare. {_told(left_out)}"
+            f"known by name: python-stdlib, tinyshakespeare. {_listed(left_out)}"
         )
     if not_text is not None:
         there = [one for one in there if not _is_tokenizer(one, not_text, left_out)]
     files = [file for one in there if (file := _recognized(one, kind, bad_records, left_out)) is not None]
     if not files:
-        raise DataError(f"--source={source} holds no text: {_told(left_out) or 'it is empty'}")
+        raise DataError(f"--source={source} holds no text: {_listed(left_out) or 'it is empty'}")
     return Found(files, left_out)
 
 
@@ -119,7 +119,7 @@ def named_as_held_out(source: str, files: Sequence[File]) -> list[str]:
     """Of a folder or a glob, the files that are named as for validation or tests: nothing else tells them apart."""
     if source in ("python-stdlib", "tinyshakespeare") or os.path.isfile(source):
         return []
-    return [file.name for file in files if names.says(file.name, names.TEST)]
+    return [file.name for file in files if names.has_word(file.name, names.TEST)]
 
 
 def is_pipe(source: str) -> bool:
@@ -144,10 +144,10 @@ def _named(path: pathlib.Path, status: os.stat_result, kind: str) -> File:
     if not status.st_size:
         raise DataError(f"--source={path} holds no text: it is empty")
     found = recognize.recognize(path, kind)
-    return File(path.name, path, found.name, found.compression, spool.content(path))
+    return File(path.name, path, found.name, found.compression, spool.content_hash(path))
 
 
-def _recognized(there: walk.Found, kind: str, bad_records: str, left_out: Problems) -> File | None:
+def _recognized(there: walk.Found, kind: str, bad_records: str, left_out: InputErrors) -> File | None:
     path = pathlib.Path(there.path)
     try:
         found = recognize.recognize(path, kind)
@@ -155,19 +155,19 @@ def _recognized(there: walk.Found, kind: str, bad_records: str, left_out: Proble
         if not e.is_beside and bad_records == "error":
             raise DataError(f"{e}; --bad_records=skip leaves such files out, counted") from None
         what = f"{e.what}; {e.advice}" if e.is_beside and not e.is_media else e.what
-        left_out.found("media, left out" if e.is_media else "not text, left out", f"{path} ({what})")
+        left_out.record("media, left out" if e.is_media else "not text, left out", f"{path} ({what})")
         return None
     return File(there.name, path, found.name, found.compression)
 
 
-def _is_tokenizer(there: walk.Found, tokenizer: os.stat_result, left_out: Problems) -> bool:
+def _is_tokenizer(there: walk.Found, tokenizer: os.stat_result, left_out: InputErrors) -> bool:
     if there.size != tokenizer.st_size or not os.path.samestat(os.stat(there.path), tokenizer):
         return False
-    left_out.found("the tokenizer, left out", there.path)
+    left_out.record("the tokenizer, left out", there.path)
     return True
 
 
-def _told(left_out: Problems) -> str:
+def _listed(left_out: InputErrors) -> str:
     return "; ".join(f"{kind}: {n}, first {left_out.examples[kind][0]}" for kind, n in left_out.counts.items())
 
 
@@ -179,7 +179,7 @@ def _skip(own: Sequence[pathlib.Path]) -> walk.Skip:
 
 def _python_stdlib() -> list[File]:
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    there = walk.walk(root, "**/*.py", Problems(), lambda folder, name: name in STDLIB_SKIP)
+    there = walk.walk(root, "**/*.py", InputErrors(), lambda folder, name: name in STDLIB_SKIP)
     return [File(one.name, path) for one in there if _is_utf8(path := pathlib.Path(one.path))]
 
 
@@ -224,14 +224,14 @@ def _check_sha256(raw: bytes, where: str) -> None:
         )
 
 
-def split(files: list[File], val_fraction: float) -> tuple[list[File], list[File]]:
+def split_files(files: list[File], val_fraction: float) -> tuple[list[File], list[File]]:
     """Train and validation files, whole, chosen by a hash of their names until `val_fraction` of the bytes is met.
 
     A file that would make it more than twice that share, or most of the corpus, is passed over. At least one file stays
     on each side. A corpus of one file is not split here (see prepare).
     """
     if val_fraction > 0.5:
-        val, train = split(files, 1 - val_fraction)
+        val, train = split_files(files, 1 - val_fraction)
         return train, val
     sizes = {file.name: file.size() for file in files}
     wanted = val_fraction * sum(sizes.values())

@@ -17,9 +17,9 @@ import numpy as np
 from data import tokenizers
 from data.errors import DataError
 from data.preparation import documents
+from data.preparation.input_errors import InputErrors
 from data.preparation.losses import Losses
-from data.preparation.parts import NO_SEAM, Part, Splitting, parts
-from data.preparation.problems import Problems
+from data.preparation.parts import NO_SEAM, Part, Splitting, parts_of_unit
 from data.storage import files
 from data.token_files import formats
 from data.tokenizers import characters
@@ -38,7 +38,7 @@ class Job:
     """
 
     partial: pathlib.Path
-    reading: documents.Reading
+    options: documents.ReadOptions
     tokenizer_sha256: str
     vocab_size: int
     eos_id: int | None
@@ -65,16 +65,16 @@ class Survey:
     counts: np.ndarray  # how often each occurs, int64
 
 
-def survey(unit: documents.Unit, reading: documents.Reading, index: int) -> Survey:
+def survey_unit(unit: documents.WorkUnit, options: documents.ReadOptions, index: int) -> Survey:
     """Counts the characters of unit `index` (bytes where reading.raw)."""
     counts = np.zeros(tokenizers.CODE_POINTS, np.int64)
-    pieces = (piece for stretch in unit for piece in documents.read(stretch, reading, Problems()))
-    for batch in _batches(pieces):  # many small documents cost as much as one
-        if reading.raw:
-            raw = b"".join(piece.text for piece in batch if isinstance(piece.text, bytes))
+    chunks = (chunk for span in unit for chunk in documents.read_chunks(span, options, InputErrors()))
+    for batch in _batches(chunks):  # many small documents cost as much as one
+        if options.raw:
+            raw = b"".join(chunk.text for chunk in batch if isinstance(chunk.text, bytes))
             counts[:256] += characters.byte_counts(np.frombuffer(raw, np.uint8))
         else:
-            characters.count("".join(piece.text for piece in batch if isinstance(piece.text, str)), counts)
+            characters.count("".join(chunk.text for chunk in batch if isinstance(chunk.text, str)), counts)
     found = np.flatnonzero(counts)
     return Survey(int(counts.sum()), found.astype(np.uint32), counts[found])
 
@@ -84,23 +84,25 @@ def _tokenizer(folder: pathlib.Path, sha256: str) -> tokenizers.Tokenizer:
     return tokenizers.load(folder, sha256)
 
 
-def encode(index: int, unit: documents.Unit, first_character: int, job: Job) -> dict:
+def encode_unit(index: int, unit: documents.WorkUnit, first_character: int, job: Job) -> dict:
     """Writes a unit's files and returns what its .json holds. `first_character`: characters in the units before it.
 
     Raises:
       DataError: the unit cannot be read, or there is no room for the files.
     """
     stem = job.partial / "units" / f"{index:06d}"
-    problems = Problems()
+    errors = InputErrors()
     codec = _tokenizer(job.partial / "tokenizer", job.tokenizer_sha256)
     try:
         outputs = {split: _Output(stem, split, job) for split in SPLITS}
         hashes: list[tuple[int, int]] | None = [] if job.hashes else None
-        losses = Losses(codec, problems)
+        losses = Losses(codec, errors)
         splitting = Splitting(job.split, job.val_fraction, job.cut)
-        texts = parts(unit, first_character, splitting, job.reading, codec, problems, hashes)
+        texts = parts_of_unit(
+            unit, first_character, splitting, options=job.options, codec=codec, errors=errors, hashes=hashes
+        )
         for batch in _batches(texts):
-            for part, ids in zip(batch, _encode_batch(codec, batch, problems), strict=True):
+            for part, ids in zip(batch, _encode_batch(codec, batch, errors), strict=True):
                 losses.look(part, ids)
                 outputs[part.split].add(ids, _utf8_bytes(part.text), part.ends)
         for output in outputs.values():
@@ -111,7 +113,7 @@ def encode(index: int, unit: documents.Unit, first_character: int, job: Job) -> 
             "tokens": {split: output.tokens for split, output in outputs.items()},
             "text_bytes": {split: output.text_bytes for split, output in outputs.items()},
             "sizes": {split: _sizes(stem, split) for split in SPLITS},
-            "problems": problems.to_json(),
+            "problems": errors.to_json(),
         }
         files.write_durably(stem.with_suffix(".json"), json.dumps(result).encode())
     except OSError as e:
@@ -125,7 +127,7 @@ def _utf8_bytes(text: str | bytes) -> int:
     return len(text) if isinstance(text, bytes) or text.isascii() else len(text.encode())
 
 
-def finished(job: Job, index: int) -> dict | None:
+def finished_unit(job: Job, index: int) -> dict | None:
     """What `encode` returned for a unit that is done; None if it is not, or its files are not those it wrote."""
     stem = job.partial / "units" / f"{index:06d}"
     try:
@@ -141,7 +143,7 @@ def _sizes(stem: pathlib.Path, split: str) -> list[int]:
     return [stem.with_suffix(f".{split}.{what}").stat().st_size for what in ("tokens", "ends")]
 
 
-def _encode_batch(codec: tokenizers.Tokenizer, batch: list[Part], problems: Problems) -> list[np.ndarray]:
+def _encode_batch(codec: tokenizers.Tokenizer, batch: list[Part], errors: InputErrors) -> list[np.ndarray]:
     texts = [(part.left.before if part.left else "") + part.text for part in batch if isinstance(part.text, str)]
     if not texts:  # the byte tokenizer alone reads raw, and always
         return [tokenizers.ByteTokenizer.encode_bytes(part.text) for part in batch if isinstance(part.text, bytes)]
@@ -152,12 +154,12 @@ def _encode_batch(codec: tokenizers.Tokenizer, batch: list[Part], problems: Prob
         if row is None:  # the text alone, as if it began a document
             row = codec.encode(str(part.text))
         if not same or (part.right and not part.right.ends(row)):
-            problems.found(NO_SEAM, f"{part.path} ({part.text[:40]!r} …)")
+            errors.record(NO_SEAM, f"{part.path} ({part.text[:40]!r} …)")
         rows.append(row)
     return rows
 
 
-T = TypeVar("T", documents.Piece, Part)
+T = TypeVar("T", documents.Chunk, Part)
 
 
 def _batches(parts: Iterator[T]) -> Iterator[list[T]]:
@@ -176,7 +178,9 @@ class _Output:
     """One split of a unit."""
 
     def __init__(self, stem: pathlib.Path, split: str, job: Job):
-        self.stem, self.split, self.eos_id = stem, split, job.eos_id
+        self.stem = stem
+        self.split = split
+        self.eos_id = job.eos_id
         self.dtype = job.unit_dtype
         self.file: IO[bytes] = self._path("tokens").open("wb")
         self.tokens = self.text_bytes = 0

@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from data.preparation.input_errors import InputErrors
 from data.preparation.parts import Part
-from data.preparation.problems import Problems
-from data.tokenizers.base import Tokenizer, finder
+from data.tokenizers.base import Tokenizer, name_finder
 
 UNKNOWN = "unknown token, in place of text that the tokenizer cannot express"
 CHANGED = "text that does not decode to itself (of those compared: one character in 16)"
@@ -18,9 +18,12 @@ SHARE = 16  # of all characters one in so many, and COMPARED at the beginning of
 class Losses:
     """Looks at the texts of a unit and their tokens, and adds to its problems."""
 
-    def __init__(self, codec: Tokenizer, problems: Problems):
-        self.codec, self.problems = codec, problems
-        self._names, self._unknown, self._lossless = finder(codec.special_tokens), codec.unknown_id, codec.lossless
+    def __init__(self, codec: Tokenizer, errors: InputErrors):
+        self.codec = codec
+        self.errors = errors
+        self._names = name_finder(codec.special_tokens)
+        self._unknown = codec.unknown_id
+        self._lossless = codec.lossless
         self._due = float(COMPARED)  # characters to be compared by now
 
     def look(self, part: Part, ids: np.ndarray) -> None:
@@ -30,9 +33,9 @@ class Losses:
         if self._unknown is not None and (unknown := np.count_nonzero(ids == self._unknown)):
             at = int(np.argmax(ids == self._unknown))
             around = self.codec.decode(ids[max(at - 5, 0) : at + 6])
-            self.problems.found(UNKNOWN, f"{part.path} ({around!r})", int(unknown))
+            self.errors.record(UNKNOWN, f"{part.path} ({around!r})", int(unknown))
         if names := self._names(part.text):
-            self.problems.found(SPELLED, f"{part.path} ({names[0]!r})", len(names))
+            self.errors.record(SPELLED, f"{part.path} ({names[0]!r})", len(names))
         if not self._lossless:
             self._compare(part)
 
@@ -48,4 +51,4 @@ class Losses:
             pairs = enumerate(zip(text, decoded, strict=False))
             at = next((i for i, (a, b) in pairs if a != b), min(len(text), len(decoded)))
             shown = f"{text[max(at - 10, 0) : at + 20]!r} becomes {decoded[max(at - 10, 0) : at + 20]!r}"
-            self.problems.found(CHANGED, f"{part.path} ({shown})")
+            self.errors.record(CHANGED, f"{part.path} ({shown})")

@@ -11,8 +11,8 @@ import numpy as np
 
 from data.errors import DataError
 from data.preparation import encode, losses
+from data.preparation.input_errors import InputErrors
 from data.preparation.output import MERGED, read_note, start_again
-from data.preparation.problems import Problems
 from data.storage import files
 from data.token_files import formats
 
@@ -25,7 +25,9 @@ class _SplitWriter:
     """Writes one split: shards, and where each document begins. `written`: what `state` returned, to go on from it."""
 
     def __init__(self, folder: pathlib.Path, split: str, job: encode.Job, written: dict[str, Any] | None = None):
-        self.folder, self.split, self.job = folder, split, job
+        self.folder = folder
+        self.split = split
+        self.job = job
         self.shards: list[formats.Shard] = []
         self.tokens = self.text_bytes = self.documents = self.longest = 0
         self._begin = 0  # of the document that is being written
@@ -61,7 +63,8 @@ class _SplitWriter:
     def _open_shard(self) -> None:
         self._path = self._shard_path()
         self._file = self._path.open("wb")
-        self._sha256, self._shard_tokens = hashlib.sha256(), 0
+        self._sha256 = hashlib.sha256()
+        self._shard_tokens = 0
 
     def _close_shard(self) -> None:
         files.close_durably(self._file)
@@ -124,14 +127,15 @@ class Merge:
     """
 
     def __init__(self, partial: pathlib.Path, job: encode.Job):
-        self.partial, self.job = partial, job
-        state: dict[str, Any] = {"next": 0, "writers": {}, "problems": Problems().to_json()}
+        self.partial = partial
+        self.job = job
+        state: dict[str, Any] = {"next": 0, "writers": {}, "problems": InputErrors().to_json()}
         if (partial / MERGED).exists():
             state = read_note(partial / MERGED)
         try:
             writers = {split: state["writers"].get(split) for split in encode.SPLITS}
             self.writers = {split: _SplitWriter(partial, split, job, written) for split, written in writers.items()}
-            self.problems = Problems.from_json(state["problems"])
+            self.errors = InputErrors.from_json(state["problems"])
         except (KeyError, TypeError, ValueError, AttributeError):
             raise DataError(f"{partial / MERGED} is damaged; {start_again(partial)}") from None
         self._waiting: dict[int, dict] = {}
@@ -151,7 +155,7 @@ class Merge:
                 self._note()
 
     def _append(self, result: dict) -> None:
-        self.problems.add(Problems.from_json(result["problems"]))
+        self.errors.add(InputErrors.from_json(result["problems"]))
         for split, writer in self.writers.items():
             ends = np.fromfile(self._unit(self.next, f".{split}.ends"), "<u8").astype(np.int64)
             writer.unit(self._unit(self.next, f".{split}.tokens"), ends, result["text_bytes"][split])
@@ -161,7 +165,7 @@ class Merge:
 
     def _note(self) -> None:
         writers = {split: writer.state() for split, writer in self.writers.items()}
-        state = {"next": self.next, "writers": writers, "problems": self.problems.to_json()}
+        state = {"next": self.next, "writers": writers, "problems": self.errors.to_json()}
         files.write_durably(self.partial / MERGED, json.dumps(state).encode())
         for index in range(self._noted, self.next):
             for suffix in (".json", *(f".{split}.{what}" for split in encode.SPLITS for what in ("ends", "tokens"))):
@@ -178,8 +182,8 @@ class Merge:
             "tokens": tokens,
             "bytes_per_token": text_bytes / tokens if tokens else None,
             "longest_document_tokens": max(w.longest for w in self.writers.values()),
-            "loses_text": any(self.problems.counts[kind] for kind in losses.LOSSES),
-            "problems": self.problems.summary(),
+            "loses_text": any(self.errors.counts[kind] for kind in losses.LOSSES),
+            "problems": self.errors.summary(),
         }
         if self.job.hashes:
             summary["duplicates"] = _duplicates(self.partial, self.next)

@@ -132,7 +132,7 @@ class Output:
             with files.locked(self.path):
                 self._recover()
                 yield
-        except files.Held as e:
+        except files.LockHeld as e:
             raise DataError(f"{self.path} is being written by {e}") from None
         except OSError as e:
             where, why = e.filename or self.partial, e.strerror or e

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from data.preparation import documents
 from data.preparation.corpus import File
-from data.preparation.problems import Problems
+from data.preparation.input_errors import InputErrors
 from data.tokenizers import seams
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.seams import Seam
@@ -37,13 +37,14 @@ class Splitting(NamedTuple):
     cut: int
 
 
-def parts(
-    unit: documents.Unit,
+def parts_of_unit(
+    unit: documents.WorkUnit,
     character: int,
     splitting: Splitting,
-    reading: documents.Reading,
+    *,
+    options: documents.ReadOptions,
     codec: Tokenizer,
-    problems: Problems,
+    errors: InputErrors,
     hashes: list[tuple[int, int]] | None = None,
 ) -> Iterator[Part]:
     """The parts of a unit in order. Appends to `hashes` that of each piece, and whether a document begins (1) and ends
@@ -53,39 +54,39 @@ def parts(
       character: how many there are in the units before.
     """
     cut = splitting.cut if splitting.kind == "last" else None
-    for stretch in unit:
-        path = str(stretch.file.path)
-        pieces = documents.read(stretch, reading, problems)
-        in_pieces = codec.joins and stretch.file.kind == "text"  # records are whole
-        for piece, before, after in _with_neighbours(pieces, stretch) if in_pieces else _alone(pieces):
+    for span in unit:
+        path = str(span.file.path)
+        chunks = documents.read_chunks(span, options, errors)
+        in_chunks = codec.joins and span.file.kind == "text"  # records are whole
+        for chunk, before, after in _with_context(chunks, span) if in_chunks else _without_context(chunks):
             if hashes is not None:
-                hashes.append((_hash(piece.text), piece.begins + 2 * piece.ends))
-            text, shift, left, right = piece.text, 0, None, None
-            if in_pieces and isinstance(text, str) and not (piece.begins and piece.ends):
+                hashes.append((_hash(chunk.text), chunk.begins + 2 * chunk.ends))
+            text, shift, left, right = chunk.text, 0, None, None
+            if in_chunks and isinstance(text, str) and not (chunk.begins and chunk.ends):
                 left = _seam(codec, before, text[: _window()], character, cut)
                 right = _seam(codec, text[-_window() :], after, character + len(text), cut)
                 if left is None and before and character != cut:
-                    problems.found(NO_SEAM, f"{path} ({before[-20:] + text[:20]!r})")
+                    errors.record(NO_SEAM, f"{path} ({before[-20:] + text[:20]!r})")
                 shift = left.shift if left else 0
                 text = _moved(text, before, after, shift, right.shift if right else 0)
             if cut is not None:
                 at = min(max(cut - character - shift, 0), len(text))
-                character += len(piece.text)
+                character += len(chunk.text)
                 if text[:at]:
                     whole = at == len(text)
-                    yield Part("train", text[:at], piece.ends and whole, path, left, right if whole else None)
+                    yield Part("train", text[:at], chunk.ends and whole, path, left, right if whole else None)
                 if text[at:]:
-                    yield Part("val", text[at:], piece.ends, path, None if at else left, right)
+                    yield Part("val", text[at:], chunk.ends, path, None if at else left, right)
             else:
-                yield Part(_split(piece, stretch, splitting), text, piece.ends, path, left, right)
+                yield Part(_split(chunk, span, splitting), text, chunk.ends, path, left, right)
 
 
-def _split(piece: documents.Piece, stretch: documents.Stretch, splitting: Splitting) -> str:
+def _split(chunk: documents.Chunk, span: documents.Span, splitting: Splitting) -> str:
     if splitting.kind == "file":
-        assert stretch.split is not None
-        return stretch.split
+        assert span.split is not None
+        return span.split
     # A file of text is one document that may come in several pieces, so its name decides.
-    key = os.fsencode(stretch.file.name) if stretch.file.kind == "text" else piece.text
+    key = os.fsencode(span.file.name) if span.file.kind == "text" else chunk.text
     return "val" if _hash(key) < splitting.val_fraction * 2**64 else "train"
 
 
@@ -98,7 +99,7 @@ def _seam(codec: Tokenizer, before: str, after: str, character: int, cut: int | 
         after = after[: cut - character]
     if not before or not after or codec.phased:
         return None
-    return seams.find(codec.encode, before, after, min(seams.REACH, documents.UNIT_BYTES // 64))
+    return seams.find_seam(codec.encode, before, after, min(seams.REACH, documents.UNIT_BYTES // 64))
 
 
 def _moved(text: str, before: str, after: str, left: int, right: int) -> str:
@@ -112,25 +113,25 @@ def _window() -> int:
     return min(seams.WINDOW, documents.UNIT_BYTES // 16)
 
 
-def _alone(pieces: Iterator[documents.Piece]) -> Iterator[tuple[documents.Piece, str, str]]:
-    return ((piece, "", "") for piece in pieces)
+def _without_context(chunks: Iterator[documents.Chunk]) -> Iterator[tuple[documents.Chunk, str, str]]:
+    return ((chunk, "", "") for chunk in chunks)
 
 
-def _with_neighbours(
-    pieces: Iterator[documents.Piece], stretch: documents.Stretch
-) -> Iterator[tuple[documents.Piece, str, str]]:
+def _with_context(
+    chunks: Iterator[documents.Chunk], span: documents.Span
+) -> Iterator[tuple[documents.Chunk, str, str]]:
     """Each piece with the characters before and after it in its document, so many as are looked at."""
     tail = ""
-    for piece, following in itertools.pairwise(itertools.chain(pieces, [None])):
-        assert piece is not None and isinstance(piece.text, str)
+    for chunk, following in itertools.pairwise(itertools.chain(chunks, [None])):
+        assert chunk is not None and isinstance(chunk.text, str)
         before = after = ""
-        if not piece.begins:
-            before = tail or _beside(stretch.file, stretch.start, before=True)
-        if not piece.ends:
-            head = following.text[: _window()] if following else _beside(stretch.file, stretch.stop, before=False)
+        if not chunk.begins:
+            before = tail or _beside(span.file, span.start, before=True)
+        if not chunk.ends:
+            head = following.text[: _window()] if following else _beside(span.file, span.stop, before=False)
             after = str(head)
-        yield piece, before, after
-        tail = piece.text[-_window() :]
+        yield chunk, before, after
+        tail = chunk.text[-_window() :]
 
 
 def _beside(file: File, at: int, before: bool) -> str:

@@ -22,9 +22,9 @@ import numpy as np
 from data import tokenizers
 from data.errors import DataError
 from data.preparation import corpus, documents, encode, merge, spool, tokenizer_sample
+from data.preparation.input_errors import InputErrors
 from data.preparation.output import CHARACTERS, Output, read_note, start_again
 from data.preparation.pool import Pool, cores
-from data.preparation.problems import Problems
 from data.storage import files
 from data.token_files import formats, integrity
 from data.tokenizers.base import check_special_tokens
@@ -34,7 +34,9 @@ log = logging.getLogger("meshlm")
 INLINE_BYTES = 32 << 20  # a corpus up to this size is done in this process: workers take longer to start
 SPLITS = ("auto", "last", "file", "document")
 
-Progress = Callable[[str, int, int, int], None]  # what is being done, bytes done, bytes in all, tokens so far
+PreparationProgress = Callable[
+    [str, int, int, int], None
+]  # what is being done, bytes done, bytes in all, tokens so far
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,15 +69,15 @@ Stamp = tuple[int | str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class PreparationPlan:
     request: Request
-    units: list[documents.Unit]
+    units: list[documents.WorkUnit]
     split: str  # 'auto' resolved
-    reading: documents.Reading
+    options: documents.ReadOptions
     eos: bool  # after each document; one text alone has none, as nanoGPT's
     source: str = ""  # its identity
     stamps: dict[pathlib.Path, Stamp] = dataclasses.field(default_factory=dict)  # of the files, before they were cut
-    left_out: Problems = dataclasses.field(default_factory=Problems)  # of the source
+    left_out: InputErrors = dataclasses.field(default_factory=InputErrors)  # of the source
 
     @functools.cached_property
     def bytes(self) -> int:
@@ -96,21 +98,21 @@ class Plan:
                 digest.update(json.dumps(where).encode())
         return digest.hexdigest()
 
-    def check_unchanged(self, unit: documents.Unit) -> None:
+    def check_unchanged(self, unit: documents.WorkUnit) -> None:
         """Raises DataError for a file that is no longer the one that was planned: what was read of it may be mixed."""
         for path in {s.file.path for s in unit}:
             if self.stamps.get(path) not in (None, _stamp(path)):
                 raise DataError(f"{path} was changed or replaced while it was read; start again when it stays as it is")
 
 
-def prepare(
+def prepare_dataset(
     out: pathlib.Path,
     *,
     overwrite: bool = False,
     workers: int = 0,
     count_duplicates: bool = False,
     max_invalid: float = 0.01,
-    progress: Progress = lambda *args: None,
+    progress: PreparationProgress = lambda *args: None,
     **request,
 ) -> formats.Manifest:
     """Writes the dataset folder `out` and returns its manifest; what was counted on the way: see read_summary.
@@ -132,7 +134,7 @@ def prepare(
     """
     asked, output = Request(**request), Output(out)
     check_special_tokens(asked.special_tokens)
-    found = None if overwrite else there(out, **request)
+    found = None if overwrite else existing_dataset(out, **request)
     if found is not None:
         return found
     if not tokenizers.needs_texts(asked.tokenizer):  # a mistyped one is found before the corpus is looked for
@@ -150,13 +152,15 @@ def prepare(
         if not output.is_complete():
             many = plan.bytes > INLINE_BYTES
             with Pool(max(1, min(workers or cores(), len(plan.units))) if many else 1) as pool:
-                job, merged = _encode(output.partial, plan, given, count_duplicates, pool, progress)
+                job, merged = _encode(
+                    output.partial, plan, given, pool, count_duplicates=count_duplicates, progress=progress
+                )
             _finish(plan, job, merged, max_invalid)
         output.publish()
     return formats.read_manifest(output.path)
 
 
-def there(out: pathlib.Path, **request) -> formats.Manifest | None:
+def existing_dataset(out: pathlib.Path, **request) -> formats.Manifest | None:
     """The manifest of the dataset that is at `out`, made by this request and whole; None where nothing is there yet.
 
     Raises:
@@ -177,7 +181,7 @@ def read_summary(out: pathlib.Path) -> dict[str, Any]:
     return summary
 
 
-def make_plan(request: Request, out: pathlib.Path) -> Plan:
+def make_plan(request: Request, out: pathlib.Path) -> PreparationPlan:
     """Finds the files and cuts them. Raises DataError. `out`: the dataset; a download is kept beside it."""
     found, left_out = _find(request, out)
     if named := corpus.named_as_held_out(request.source, found):
@@ -194,17 +198,17 @@ def make_plan(request: Request, out: pathlib.Path) -> Plan:
         split = "document" if records else "last" if one_text else "file"
     of_file = None
     if split == "file":
-        train, val = corpus.split(found, request.val_fraction)
+        train, val = corpus.split_files(found, request.val_fraction)
         of_file = {file.name: "train" for file in train} | {file.name: "val" for file in val}
-    reading = documents.Reading(
+    options = documents.ReadOptions(
         request.text_key, request.invalid_utf8, request.bad_records, raw=request.tokenizer == "byte"
     )
-    units, identity = documents.plan(found, of_file), _identity(found, stamps)
-    return Plan(request, units, split, reading, not one_text, identity, stamps, left_out)
+    units, identity = documents.plan_units(found, of_file), _identity(found, stamps)
+    return PreparationPlan(request, units, split, options, not one_text, identity, stamps, left_out)
 
 
 def _find(request: Request, out: pathlib.Path) -> corpus.Found:
-    return corpus.find(
+    return corpus.find_files(
         request.source,
         out.parent,
         kind=request.format,
@@ -230,7 +234,7 @@ def _stamp(path: pathlib.Path) -> Stamp:
         stat = path.stat()
     except OSError as e:
         raise DataError(f"cannot read {path}: {e.strerror}") from None
-    if content := spool.content(path):  # each run writes it anew
+    if content := spool.content_hash(path):  # each run writes it anew
         return (content,)
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
@@ -267,17 +271,18 @@ def _intact(out: pathlib.Path, request: Request) -> formats.Manifest:
 
 def _encode(
     partial: pathlib.Path,
-    plan: Plan,
+    plan: PreparationPlan,
     given: tokenizers.Tokenizer | None,
-    count_duplicates: bool,
     pool: Pool,
-    progress: Progress,
+    *,
+    count_duplicates: bool,
+    progress: PreparationProgress,
 ) -> tuple[encode.Job, merge.Merge]:
     """The tokenizer, and all units encoded and merged. `given`: the tokenizer, when it is not made from the text."""
     codec, characters = _tokenizer(partial, plan, given, pool, progress)
     job = encode.Job(
         partial=partial,
-        reading=plan.reading,
+        options=plan.options,
         tokenizer_sha256=formats.sha256_file(partial / "tokenizer" / tokenizers.FILE_NAME),
         vocab_size=codec.vocab_size,
         eos_id=codec.eos_id if plan.eos else None,
@@ -289,18 +294,18 @@ def _encode(
     return job, _encode_units(plan, characters, job, pool, progress)
 
 
-def _finish(plan: Plan, job: encode.Job, merged: merge.Merge, max_invalid: float) -> None:
+def _finish(plan: PreparationPlan, job: encode.Job, merged: merge.Merge, max_invalid: float) -> None:
     """Writes the summary and the manifest, unless the corpus turned out to be unusable."""
     splits, summary = merged.finish()
     summary |= {"left_out": plan.left_out.summary(), "source": plan.source}
     source = f"--source={plan.request.source}"
     if not splits["train"].tokens:
-        raise DataError(f"{source} holds no text to train on{_said(summary)}")
-    if (share := merged.problems.invalid_share) > max_invalid:
+        raise DataError(f"{source} holds no text to train on{_problem_list(summary)}")
+    if (share := merged.errors.invalid_share) > max_invalid:
         raise DataError(
-            f"{source} is not UTF-8 text: {share:.3%} of its characters are invalid{_said(summary)}; convert it, for "
-            f"example with iconv, or pass --max_invalid={math.ceil(share * 1000) / 1000:g} (the byte tokenizer takes "
-            "any bytes, except in JSON)"
+            f"{source} is not UTF-8 text: {share:.3%} of its characters are invalid{_problem_list(summary)}; "
+            f"convert it, for example with iconv, or pass --max_invalid={math.ceil(share * 1000) / 1000:g} (the byte "
+            "tokenizer takes any bytes, except in JSON)"
         )
     files.write_durably(job.partial / formats.SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
     manifest = formats.Manifest(
@@ -316,7 +321,7 @@ def _finish(plan: Plan, job: encode.Job, merged: merge.Merge, max_invalid: float
     files.write_durably(job.partial / formats.MANIFEST, manifest.to_json().encode())
 
 
-def _said(summary: dict[str, Any]) -> str:
+def _problem_list(summary: dict[str, Any]) -> str:
     """What was counted, with the first place of each kind."""
     problems = summary["problems"]
     counts = [f"{kind}: {n}, first in {problems['examples'][kind][0]}" for kind, n in problems["counts"].items()]
@@ -346,17 +351,21 @@ def notices(manifest: formats.Manifest) -> list[str]:
 
 
 def _tokenizer(
-    partial: pathlib.Path, plan: Plan, codec: tokenizers.Tokenizer | None, pool: Pool, progress: Progress
+    partial: pathlib.Path,
+    plan: PreparationPlan,
+    codec: tokenizers.Tokenizer | None,
+    pool: Pool,
+    progress: PreparationProgress,
 ) -> tuple[tokenizers.Tokenizer, list[int]]:
     """The tokenizer, made or kept from an earlier run, and the characters of each unit (0 where nobody needs them)."""
     counted, folder = partial / CHARACTERS, partial / "tokenizer"
     if not counted.exists():
         request = plan.request
         if codec is None and request.tokenizer != "char":
-            texts = tokenizer_sample.texts(plan.units, plan.reading, documents.Problems())
+            texts = tokenizer_sample.texts(plan.units, plan.options, documents.InputErrors())
             codec = tokenizers.make(
                 request.tokenizer,
-                _told(texts, min(tokenizer_sample.BYTES, plan.bytes), progress),
+                _with_progress(texts, min(tokenizer_sample.BYTES, plan.bytes), progress),
                 special_tokens=request.special_tokens,
                 min_frequency=request.min_frequency,
                 eos=plan.eos,
@@ -364,8 +373,8 @@ def _tokenizer(
         characters, counts = [0] * len(plan.units), np.zeros(tokenizers.CODE_POINTS, np.int64)
         if codec is None or plan.split == "last":
             done = 0
-            jobs = ((unit, plan.reading, index) for index, unit in enumerate(plan.units))
-            for (unit, _, index), survey in pool.run(encode.survey, jobs):
+            jobs = ((unit, plan.options, index) for index, unit in enumerate(plan.units))
+            for (unit, _, index), survey in pool.run(encode.survey_unit, jobs):
                 plan.check_unchanged(unit)
                 characters[index] = survey.characters
                 counts[survey.code_points] += survey.counts
@@ -382,14 +391,14 @@ def _tokenizer(
     return tokenizers.load(folder), characters
 
 
-def _char_tokenizer(plan: Plan, counts: np.ndarray) -> tokenizers.CharTokenizer:
+def _char_tokenizer(plan: PreparationPlan, counts: np.ndarray) -> tokenizers.CharTokenizer:
     names = list(plan.request.special_tokens)
     if plan.eos and tokenizers.END_OF_TEXT not in names:
         names.append(tokenizers.END_OF_TEXT)
     return tokenizers.CharTokenizer.of_counts(counts, min_frequency=plan.request.min_frequency, special_tokens=names)
 
 
-def _told(texts: Iterable[str], total: int, progress: Progress) -> Iterator[str]:
+def _with_progress(texts: Iterable[str], total: int, progress: PreparationProgress) -> Iterator[str]:
     done = 0
     for text in texts:
         yield text
@@ -397,7 +406,9 @@ def _told(texts: Iterable[str], total: int, progress: Progress) -> Iterator[str]
         progress("training the tokenizer on", done, total, 0)
 
 
-def _encode_units(plan: Plan, characters: list[int], job: encode.Job, pool: Pool, progress: Progress) -> merge.Merge:
+def _encode_units(
+    plan: PreparationPlan, characters: list[int], job: encode.Job, pool: Pool, progress: PreparationProgress
+) -> merge.Merge:
     """Encodes what is left, and merges meanwhile."""
     before = np.concatenate([[0], np.cumsum(characters)])
     merged = merge.Merge(job.partial, job)
@@ -412,11 +423,11 @@ def _encode_units(plan: Plan, characters: list[int], job: encode.Job, pool: Pool
         tokens += sum(result["tokens"].values())
         progress("encoding", done, plan.bytes, tokens)
 
-    finished = {index: encode.finished(job, index) for index in range(merged.next, len(plan.units))}
+    finished = {index: encode.finished_unit(job, index) for index in range(merged.next, len(plan.units))}
     left = [(index, plan.units[index], int(before[index]), job) for index, r in finished.items() if r is None]
     for index, result in finished.items():
         if result is not None:
             add(index, result)
-    for (index, *_), result in pool.run(encode.encode, left):
+    for (index, *_), result in pool.run(encode.encode_unit, left):
         add(index, result)
     return merged

@@ -172,8 +172,10 @@ class Refusal(DataError):
 
     def __init__(self, path: pathlib.Path, what: str, advice: str, is_media: bool = False, is_beside: bool = False):
         super().__init__(f"{path} is {what}; {advice}, or say --format=text to take it as it is")
-        self.what, self.advice = what, advice
-        self.is_media, self.is_beside = is_media, is_media or is_beside
+        self.what = what
+        self.advice = advice
+        self.is_media = is_media
+        self.is_beside = is_media or is_beside
 
 
 def recognize(path: pathlib.Path, asked: str = "auto") -> Kind:

@@ -43,7 +43,7 @@ def spooled(stream: IO[bytes], folder: pathlib.Path, suffix: str) -> Iterator[pa
         _remove_unused(folder)
 
 
-def content(path: pathlib.Path) -> str:
+def content_hash(path: pathlib.Path) -> str:
     """What tells the content of a file that is kept here, whenever it was written; '' for any other."""
     ours = OURS.fullmatch(path.name)
     return ours[2] or "" if ours else ""
@@ -70,7 +70,7 @@ def _named(f: IO[bytes], path: pathlib.Path) -> IO[bytes]:
         _lock(kept)
         if not _is_at(kept, path):
             kept.close()
-        elif _digest(kept) == content(path):
+        elif _digest(kept) == content_hash(path):
             return kept
         else:  # cut off, by a power failure
             kept.close()

@@ -3,14 +3,14 @@
 from collections.abc import Iterator, Sequence
 
 from data.preparation import documents
-from data.preparation.problems import Problems
+from data.preparation.input_errors import InputErrors
 
 BYTES = 200 << 20  # more changes a vocabulary little, and training holds every distinct word in memory
 PARTS = 200  # at most: a place to read from costs time, however little is read there
 
 
 def texts(
-    units: Sequence[documents.Unit], reading: documents.Reading, problems: Problems, max_bytes: int = BYTES
+    units: Sequence[documents.WorkUnit], options: documents.ReadOptions, errors: InputErrors, max_bytes: int = BYTES
 ) -> Iterator[str]:
     """About `max_bytes` of text in UTF-8, from the beginnings of units; all of plain files that are not larger.
 
@@ -26,9 +26,9 @@ def texts(
         wanted = max_bytes * passed // max(total, 1)
         if wanted - taken < min(max_bytes // PARTS, documents.bytes_of(unit)):
             continue
-        for piece in (piece for stretch in unit for piece in documents.read(stretch, reading, problems)):
-            assert isinstance(piece.text, str), "training needs text, not reading.raw"
-            taken += len(piece.text.encode())
-            yield piece.text
+        for chunk in (chunk for span in unit for chunk in documents.read_chunks(span, options, errors)):
+            assert isinstance(chunk.text, str), "training needs text, not reading.raw"
+            taken += len(chunk.text.encode())
+            yield chunk.text
             if taken >= wanted:
                 break

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from data.errors import DataError
 from data.preparation import output
-from data.preparation.problems import Problems
+from data.preparation.input_errors import InputErrors
 from data.storage import names
 from data.token_files import formats
 
@@ -27,7 +27,9 @@ class Found(NamedTuple):
 Skip = Callable[[str, str], bool]
 
 
-def walk(root: pathlib.Path, pattern: str, left_out: Problems, skip: Skip = lambda folder, name: False) -> list[Found]:
+def walk(
+    root: pathlib.Path, pattern: str, left_out: InputErrors, skip: Skip = lambda folder, name: False
+) -> list[Found]:
     """The files below `root` that `pattern` (see names.matches) selects, sorted by name.
 
     Links are followed. Every real file is taken once. Every real folder is entered once, or again where another step of
@@ -44,8 +46,10 @@ def walk(root: pathlib.Path, pattern: str, left_out: Problems, skip: Skip = lamb
 
 
 class _Walk:
-    def __init__(self, pattern: str, left_out: Problems, skip: Skip):
-        self.pattern, self.left_out, self.skip = pattern, left_out, skip
+    def __init__(self, pattern: str, left_out: InputErrors, skip: Skip):
+        self.pattern = pattern
+        self.left_out = left_out
+        self.skip = skip
         self.found: list[Found] = []
         self.taken: set[tuple[int, int]] = set()
         self.entered: dict[tuple[int, int], list[frozenset[int]]] = {}  # with which steps of the pattern to come
@@ -54,14 +58,15 @@ class _Walk:
     def run(self, root: str) -> list[Found]:
         self._real([("", root, _status(root))])
         while self.links:
-            links, self.links = sorted(self.links), []
+            links = sorted(self.links)
+            self.links = []
             for name, path in links:
                 try:
                     status = os.stat(path)
                 except OSError as e:
                     if e.errno not in NOWHERE:
                         raise _unreadable(path, e) from None
-                    self.left_out.found("link that leads nowhere, left out", path)
+                    self.left_out.record("link that leads nowhere, left out", path)
                     continue
                 self._real([(name, path, status)])
         return sorted(self.found)
@@ -76,11 +81,11 @@ class _Walk:
             elif not names.matches(name, self.pattern):
                 continue
             elif not stat.S_ISREG(status.st_mode):
-                self.left_out.found("neither file nor folder, left out", path)
+                self.left_out.record("neither file nor folder, left out", path)
             elif os.path.basename(name) in PARQUET_METADATA:
-                self.left_out.found("metadata of Parquet files, left out", path)
+                self.left_out.record("metadata of Parquet files, left out", path)
             elif not status.st_size:
-                self.left_out.found("empty file, left out", path)
+                self.left_out.record("empty file, left out", path)
             else:
                 files.append((name, path, status))
         for name, path, status in sorted(files, key=lambda file: file[0]):
@@ -92,10 +97,10 @@ class _Walk:
 
     def _folder(self, name: str, path: str, status: os.stat_result) -> list[tuple[str, str, os.stat_result]]:
         """What is in a folder and is no link, last first."""
-        steps = names.going_on(name, self.pattern)
+        steps = names.next_steps(name, self.pattern)
         if not steps:
             if names.matches(name, self.pattern):
-                self.left_out.found("folder, not entered by a pattern that does not end in **", path)
+                self.left_out.record("folder, not entered by a pattern that does not end in **", path)
             return []
         entered = self.entered.setdefault((status.st_dev, status.st_ino), [])
         if any(steps <= others for others in entered):
@@ -108,7 +113,7 @@ class _Walk:
         except OSError as e:
             raise _unreadable(path, e) from None
         if is_own(path, [entry.name for entry in entries]):
-            self.left_out.found("dataset, left out", path)
+            self.left_out.record("dataset, left out", path)
             return []
         inside = []
         for entry in entries:
@@ -117,7 +122,7 @@ class _Walk:
                 continue
             if not self._may_be(below):
                 if entry.name.startswith(".") and self._may_be(f"{name}/_{entry.name[1:]}".lstrip("/")):
-                    self.left_out.found("hidden file or folder, left out", entry.path)
+                    self.left_out.record("hidden file or folder, left out", entry.path)
             elif entry.is_symlink():
                 self.links.append((below, entry.path))
             else:
@@ -126,10 +131,10 @@ class _Walk:
 
     def _may_be(self, name: str) -> bool:
         """Whether the pattern selects this name, or one below it."""
-        return bool(names.reached(name, self.pattern))
+        return bool(names.matched_steps(name, self.pattern))
 
     def _again(self, path: str) -> None:
-        self.left_out.found("the same file or folder by another name, left out", path)
+        self.left_out.record("the same file or folder by another name, left out", path)
 
 
 def is_own(folder: str, inside: list[str]) -> bool:

@@ -46,10 +46,11 @@ class Cache:
 
     def __init__(self, folder: pathlib.Path, scheme: str, bucket: str):
         self._folder = folder
-        self._files, self._state = f"files/{scheme}/{bucket}", f"state/{scheme}/{bucket}"
+        self._files = f"files/{scheme}/{bucket}"
+        self._state = f"state/{scheme}/{bucket}"
 
     def path(self, key: str) -> pathlib.Path:
-        return self._folder.joinpath(self._files, *names.parts(key))
+        return self._folder.joinpath(self._files, *names.safe_parts(key))
 
     def refresh(self, key: str, is_current: Callable[[bytes], bool], download: Callable[[IO[bytes]], bytes]) -> None:
         """Brings the copy up to date. The replacement is atomic, even across a power failure.
@@ -58,7 +59,10 @@ class Cache:
           is_current: whether the object still has this generation.
           download: writes the object into a file and returns its generation.
         """
-        with self._locked(key) as (state, name), names.opened(self._folder, f"{self._files}/{key}") as (folder, last):
+        with (
+            self._locked(key) as (state, name),
+            names.open_parent(self._folder, f"{self._files}/{key}") as (folder, last),
+        ):
             record = _read(state, name)
             copied = record is not None and record.key == key and record.describes(_status(folder, last))
             if record is not None and copied and is_current(base64.b64decode(record.generation)):
@@ -77,14 +81,17 @@ class Cache:
                 os.replace(f"{name}.json.partial", f"{name}.json", src_dir_fd=state, dst_dir_fd=state)
 
     def keys(self) -> set[str]:
-        """The keys of all copies ever made and not removed since."""
-        with names.opened(self._folder, f"{self._state}/-") as (state, _):
+        """Of all that was copied at any time and not removed since."""
+        with names.open_parent(self._folder, f"{self._state}/-") as (state, _):
             found = [_read(state, name[:-5]) for name in os.listdir(state) if name.endswith(".json")]
         return {record.key for record in found if record is not None}
 
     def remove(self, key: str) -> None:
-        """Removes the record, and the copy if it matches it."""
-        with self._locked(key) as (state, name), names.opened(self._folder, f"{self._files}/{key}") as (folder, last):
+        """The copy, if it is as it was recorded, and its record."""
+        with (
+            self._locked(key) as (state, name),
+            names.open_parent(self._folder, f"{self._files}/{key}") as (folder, last),
+        ):
             record = _read(state, name)
             if record is None or record.key != key:
                 return
@@ -96,7 +103,7 @@ class Cache:
     def _locked(self, key: str) -> Iterator[tuple[int, str]]:
         """Yields a descriptor of the folder of records and this key's base name there; one process at a time."""
         name = hashlib.sha256(os.fsencode(key)).hexdigest()
-        with names.opened(self._folder, f"{self._state}/{name}") as (state, _):
+        with names.open_parent(self._folder, f"{self._state}/{name}") as (state, _):
             lock = os.open(f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666, dir_fd=state)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -111,7 +118,7 @@ def _read(state: int, name: str) -> Record | None:
         with os.fdopen(os.open(f"{name}.json", os.O_RDONLY | os.O_NOFOLLOW, dir_fd=state), "rb") as f:
             record = Record(**json.loads(f.read()))
             base64.b64decode(record.generation)
-            names.parts(record.key)
+            names.safe_parts(record.key)
             return record
     except FileNotFoundError:
         return None

@@ -21,13 +21,13 @@ OWNER = re.compile(r".* process \d+")  # the content of a lock
 WRITING = re.compile(r"(.+)\.writing-[0-9a-f]{16}")  # the partial file that a killed process leaves behind
 
 
-class Held(Exception):
-    """Another process holds a lock; the message names it."""
+class LockHeld(Exception):
+    """A lock is another's; the text says whose."""
 
 
 @contextlib.contextmanager
-def written(path: pathlib.Path) -> Iterator[IO[bytes]]:
-    """A file to write that appears at `path` when the block ends: atomically, and durably across a power failure.
+def atomic_write(path: pathlib.Path) -> Iterator[IO[bytes]]:
+    """A file to write that is at `path` when the block ends: whole, also after a power failure, or not at all.
 
     Until then it has a unique temporary name, so concurrent writers of one path do not interfere: the last one wins.
     """
@@ -43,7 +43,7 @@ def written(path: pathlib.Path) -> Iterator[IO[bytes]]:
 
 
 def write_durably(path: pathlib.Path, content: bytes) -> None:
-    with written(path) as f:
+    with atomic_write(path) as f:
         f.write(content)
 
 
@@ -115,8 +115,8 @@ def _take(place: pathlib.Path, wait: bool) -> tuple[IO[str], bool]:
             owner = handle.read().strip() or "another process"
             handle.close()
             if not wait:
-                raise Held(owner) from None
-            log.info("waiting for %s, which holds %s", owner, place)
+                raise LockHeld(owner) from None
+            log.info("waiting for %s, which has %s", owner, place)
             said = True
             continue
         except OSError as e:

@@ -26,8 +26,8 @@ WILDCARDS = re.compile(r"[*?[]")
 # Safe places
 
 
-def parts(name: str, what: str = "") -> list[str]:
-    """The parts of a name that is a safe path below any folder.
+def safe_parts(name: str, what: str = "") -> list[str]:
+    """The parts of a name that has a place below any folder.
 
     Args:
       name: untrusted.
@@ -65,8 +65,8 @@ def check_apart(names: Iterable[str], what: str) -> None:
 
 
 @contextlib.contextmanager
-def opened(root: pathlib.Path, name: str) -> Iterator[tuple[int, str]]:
-    """Yields a descriptor of the folder of `name` below `root`, created if it is missing, and the name's last part.
+def open_parent(root: pathlib.Path, name: str) -> Iterator[tuple[int, str]]:
+    """A descriptor of the folder in which `name` lies below `root`, made where it is missing, and the last part.
 
     No folder below `root` may be a link, even if it becomes one meanwhile: it would lead elsewhere. Use the descriptor
     (as dir_fd) and the last part for everything else.
@@ -75,7 +75,7 @@ def opened(root: pathlib.Path, name: str) -> Iterator[tuple[int, str]]:
       DataError: the name is not a path below a folder.
       OSError: a folder is a link or a file, or cannot be made.
     """
-    *folders, last = parts(name)
+    *folders, last = safe_parts(name)
     root.mkdir(parents=True, exist_ok=True)
     at = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -99,8 +99,8 @@ VALIDATION = re.compile("val|valid|validation")
 TEST = re.compile("(train)?(test|dev|eval|evaluation|holdout|heldout|val|valid|validate|validation)(s|set|sets|data)?")
 
 
-def says(name: str, words: re.Pattern[str]) -> bool:
-    """Whether a name contains one of the words by itself, between non-letters; case does not matter."""
+def has_word(name: str, words: re.Pattern[str]) -> bool:
+    """Whether one of the words stands in a name by itself, between anything but letters; capitals do not matter."""
     return any(map(words.fullmatch, re.split(r"[^a-z]+", name.lower())))
 
 
@@ -117,21 +117,21 @@ def matches(name: str, pattern: str) -> bool:
     `*`, `?` and `[…]` match characters within one part. `**` as a full part matches any number of parts, even 0; at the
     end, at least one. A part that begins with '.' matches only a part of the pattern that also does, never `**`.
     """
-    return len(_steps(pattern)) in reached(name, pattern)
+    return len(_steps(pattern)) in matched_steps(name, pattern)
 
 
-def may_hold(folder: str, pattern: str) -> bool:
-    """Whether a pattern may select names below this folder; '' is the folder that both are relative to."""
-    return bool(going_on(folder, pattern))
+def may_contain(folder: str, pattern: str) -> bool:
+    """Whether a pattern may select a name below this folder; '' is the folder that both are relative to."""
+    return bool(next_steps(folder, pattern))
 
 
-def going_on(folder: str, pattern: str) -> frozenset[int]:
-    """Indices of the pattern's steps that may come next below this folder; a subset of them selects nothing more."""
-    return reached(folder, pattern) - {len(_steps(pattern))}
+def next_steps(folder: str, pattern: str) -> frozenset[int]:
+    """The steps of the pattern that may come next, below this folder. A folder of fewer of them holds nothing more."""
+    return matched_steps(folder, pattern) - {len(_steps(pattern))}
 
 
-def reached(name: str, pattern: str) -> frozenset[int]:
-    """The numbers of steps that may be matched after all parts of the name; empty: nothing there can match."""
+def matched_steps(name: str, pattern: str) -> frozenset[int]:
+    """How many steps of the pattern may lie behind, after all parts of the name; none: it selects nothing there."""
     steps = _steps(pattern)
     reached = _with_skipped({0}, steps)
     for part in name.split("/") if name else ():
@@ -170,7 +170,7 @@ def _step(piece: str) -> re.Pattern[str]:
     return re.compile(hidden + fnmatch.translate(piece))
 
 
-def split(pattern: str) -> tuple[pathlib.Path, str]:
+def split_at_wildcard(pattern: str) -> tuple[pathlib.Path, str]:
     """The folder before the first wildcard, and the pattern of the names below it.
 
     Raises:
@@ -191,9 +191,9 @@ def check_one_meaning(path: str) -> None:
     """
     if not is_pattern(path) or ".." in pathlib.PurePath(path).parts:
         return
-    root, pattern = split(path)
+    root, pattern = split_at_wildcard(path)
     try:
-        others = [root / name for name in find(root, pattern)[0] if root / name != pathlib.Path(path)]
+        others = [root / name for name in find_files(root, pattern)[0] if root / name != pathlib.Path(path)]
     except OSError as e:
         raise DataError(f"cannot read {e.filename}: {e.strerror}") from None
     if others:
@@ -203,8 +203,8 @@ def check_one_meaning(path: str) -> None:
         )
 
 
-def find(root: pathlib.Path, pattern: str) -> tuple[list[str], int]:
-    """The files below `root` that a pattern selects, sorted; and the number of further names of the same files.
+def find_files(root: pathlib.Path, pattern: str) -> tuple[list[str], int]:
+    """The files below `root` that a pattern selects, sorted; and how many further names of the same files there are.
 
     Links are followed. Every real folder is entered once, or again if other steps of the pattern come next, and every
     real file is taken once, so that loops end and no file counts twice: under a name without links in it, or else under
@@ -222,10 +222,10 @@ def find(root: pathlib.Path, pattern: str) -> tuple[list[str], int]:
             links.sort(reverse=True)
         name = (pending or links).pop()
         selected = bool(name) and matches(name, pattern)
-        status = _status(root / name) if selected or may_hold(name, pattern) else None
+        status = _status(root / name) if selected or may_contain(name, pattern) else None
         if status is None:
             continue
-        steps, before = going_on(name, pattern), seen.setdefault((status.st_dev, status.st_ino), [])
+        steps, before = next_steps(name, pattern), seen.setdefault((status.st_dev, status.st_ino), [])
         is_new = not any(steps <= others for others in before)
         if stat.S_ISREG(status.st_mode) and selected:
             found += [name] if not before else []

@@ -40,7 +40,7 @@ def parse(path: str) -> tuple[str, str, str]:
     key = key.removesuffix("/")
     if not bucket:
         raise DataError(f"{path} names no bucket; write {scheme}://BUCKET/PATH")
-    names.parts(f"{bucket}/{key}" if key else bucket, path)
+    names.safe_parts(f"{bucket}/{key}" if key else bucket, path)
     return scheme, bucket, key
 
 
@@ -52,8 +52,8 @@ def cache_folder() -> pathlib.Path:
 
 
 @functools.cache
-def local(path: str) -> str:
-    """The local path of a file, folder or glob in a store, after fetching what is new; once per process and path.
+def fetch(path: str) -> str:
+    """The local path of a file, folder or glob in a store, after fetching what is new; once for each in a process.
 
     Raises:
       DataError: nothing is there, it cannot be read, or the cache is full or unusable.
@@ -68,47 +68,52 @@ def local(path: str) -> str:
         raise DataError(f"there is nothing at {path}; put a dataset there, for example with {copy} DATASET {path}")
     cache = Cache(cache_folder(), scheme, bucket)
     try:
-        for gone in _not_there_any_more(cache.keys(), keys, key):
+        for gone in _stale_keys(cache.keys(), keys, key):
             cache.remove(gone)
         for name in keys:
-            _fetch(store, name, cache, f"{scheme}://{bucket}/{name}")
-        _copies[path] = [cache.path(name) for name in keys]
-        if len({(s.st_dev, s.st_ino) for s in map(os.stat, _copies[path])}) < len(keys):
-            raise DataError(f"{path} has names that {cache_folder()} cannot tell apart; set {CACHE_VARIABLE}")
+            _refresh_copy(store, name, cache, f"{scheme}://{bucket}/{name}")
+        _fetched[path] = [cache.path(name) for name in keys]
+        if len({(s.st_dev, s.st_ino) for s in map(os.stat, _fetched[path])}) < len(keys):
+            raise DataError(f"{path} has names that {cache_folder()} does not tell apart; set {CACHE_VARIABLE}")
     except OSError as e:
         why = e.strerror or e
         raise DataError(f"cannot keep {path} in {cache_folder()}: {why}; make room, or set {CACHE_VARIABLE}") from None
     return str(cache.path(key))
 
 
-def files(path: str) -> list[pathlib.Path]:
-    """The copies of all objects of a file, folder or glob, after fetching what is new. Raises like `local`."""
-    local(path)
-    return _copies[path]
+def fetch_files(path: str) -> list[pathlib.Path]:
+    """The copies of all that the store has for a file, folder or glob, after fetching them. Raises as `local`."""
+    fetch(path)
+    return _fetched[path]
 
 
-def original(copy: pathlib.Path) -> str:
-    """The path in the store of a copy or of a folder of copies."""
+def source_of(copy: pathlib.Path) -> str:
+    """Of a copy, or of a folder of copies, the path in its store."""
     _, scheme, *below = copy.relative_to(cache_folder()).parts
     return f"{scheme}://{'/'.join(below)}"
 
 
-def begins(path: str, count: int) -> bytes:
-    """The first `count` bytes of an object; b"" if it does not exist or is shorter. Raises DataError."""
+def read_head(path: str, count: int) -> bytes:
+    """The first bytes of an object; nothing if it is not there, or has fewer. Raises DataError."""
     scheme, bucket, key = parse(path)
     found = _read(_open(scheme, bucket, path), os.fsencode(key), path, slice(0, count))
     return found.value if found is not None and found.state == "value" else b""
 
 
-_copies: dict[str, list[pathlib.Path]] = {}  # of each path that `local` has fetched
+_fetched: dict[str, list[pathlib.Path]] = {}  # of each path that `local` has fetched
 
 
-def _not_there_any_more(copied: set[str], keys: list[str], key: str) -> set[str]:
-    """Copies that the store no longer has, and that `key` would select or that block the path of what it selects."""
+def _stale_keys(copied: set[str], keys: list[str], key: str) -> set[str]:
+    """Of what was copied, what `key` would select, or what is in the way of what it selects, and the store has not."""
     folders = {folder for name in keys for folder in itertools.accumulate(name.split("/"), "{}/{}".format)}
     gone = copied - set(keys)
     below = tuple(f"{name}/" for name in keys)
-    return _selected(gone, key) | _beside(set(keys), gone) | (gone & folders) | {n for n in gone if n.startswith(below)}
+    return (
+        _selected(gone, key)
+        | _companions(set(keys), gone)
+        | (gone & folders)
+        | {n for n in gone if n.startswith(below)}
+    )
 
 
 def open_store(location: str) -> Any:
@@ -129,7 +134,7 @@ def _open(scheme: str, bucket: str, path: str) -> Any:
     spec: dict[str, Any] = {"driver": "gcs" if scheme == "gs" else "s3", "bucket": bucket}
     if scheme == "s3" and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
         spec |= {"endpoint": endpoint, "aws_region": os.environ.get("AWS_REGION", "us-east-1")}
-    return _ask(path, tensorstore.KvStore.open, spec)
+    return _call(path, tensorstore.KvStore.open, spec)
 
 
 def _matching(store: Any, key: str, path: str) -> list[str]:
@@ -138,12 +143,12 @@ def _matching(store: Any, key: str, path: str) -> list[str]:
 
     glob_at = min((key.index(c) for c in "*?[" if c in key), default=len(key))
     prefix = key[:glob_at].removesuffix(".bin").removesuffix(".idx")
-    listed = _ask(path, store.list, tensorstore.KvStore.KeyRange(os.fsencode(prefix), _after(prefix)))
+    listed = _call(path, store.list, tensorstore.KvStore.KeyRange(os.fsencode(prefix), _after(prefix)))
     there = {os.fsdecode(name) for name in listed if not name.endswith(b"/")}
     found = _selected(there, key)
-    found |= _beside(found, there)
+    found |= _companions(found, there)
     for name in found:
-        names.parts(name, f"{path} has an object {name!r}, which")
+        names.safe_parts(name, f"{path} has an object {name!r}, which")
     names.check_apart(found, path)
     return sorted(found)
 
@@ -155,8 +160,8 @@ def _selected(there: set[str], key: str) -> set[str]:
     }
 
 
-def _beside(found: set[str], there: set[str]) -> set[str]:
-    """Adds Megatron's .idx to a .bin and vice versa: a .bin without its index would be taken for another format."""
+def _companions(found: set[str], there: set[str]) -> set[str]:
+    """Megatron's tokens and their index: without it they would be taken for something else."""
     stems = {name[:-4] for name in found if name.endswith((".bin", ".idx"))}
     return {stem + suffix for stem in stems for suffix in (".bin", ".idx")} & there
 
@@ -167,8 +172,8 @@ def _after(prefix: str) -> bytes:
     return raw[:-1] + bytes([raw[-1] + 1]) if raw else b""
 
 
-def _fetch(store: Any, key: str, cache: Cache, name: str) -> None:
-    """Brings the object's copy in the cache up to date."""
+def _refresh_copy(store: Any, key: str, cache: Cache, name: str) -> None:
+    """Makes the copy in the cache the object's content of now."""
     raw = os.fsencode(key)
 
     def is_current(generation: bytes) -> bool:
@@ -177,7 +182,7 @@ def _fetch(store: Any, key: str, cache: Cache, name: str) -> None:
 
     def download(f: IO[bytes]) -> bytes:
         start, generation = time.monotonic(), b""
-        for block in blocks(store, raw, name):
+        for block in read_blocks(store, raw, name):
             f.write(block.value)
             generation = block.stamp.generation
         if f.tell() >= BLOCK_BYTES:
@@ -187,7 +192,7 @@ def _fetch(store: Any, key: str, cache: Cache, name: str) -> None:
     cache.refresh(key, is_current, download)
 
 
-def blocks(store: Any, key: bytes, name: str) -> Iterator[Any]:
+def read_blocks(store: Any, key: bytes, name: str) -> Iterator[Any]:
     """An object in pieces, as tensorstore's ReadResults of one generation. Raises DataError."""
     at, generation = 0, None
     while True:
@@ -208,7 +213,7 @@ def blocks(store: Any, key: bytes, name: str) -> Iterator[Any]:
 def _read(store: Any, key: bytes, name: str, byte_range: slice | None, if_not_equal: bytes | None = None) -> Any:
     """tensorstore's ReadResult; None if the object does not have all these bytes."""
     try:
-        return _ask(name, store.read, key, byte_range=byte_range, if_not_equal=if_not_equal)
+        return _call(name, store.read, key, byte_range=byte_range, if_not_equal=if_not_equal)
     except _OutOfRange:
         return None
 
@@ -217,8 +222,8 @@ class _OutOfRange(Exception):
     pass
 
 
-def _ask(path: str, method: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """The result of a tensorstore call. Raises DataError, and _OutOfRange for bytes past the end."""
+def _call(path: str, method: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """The answer to a call of tensorstore. Raises DataError, and _OutOfRange for bytes that are not there."""
     try:
         return method(*arguments, **named).result(timeout=TIMEOUT_S)
     except TimeoutError:

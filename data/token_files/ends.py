@@ -11,7 +11,7 @@ from data.token_files import fingerprint
 DOCUMENTS_WITH_ENDS = 0.9  # of those that an index names: fewer, and it is another token that ends them
 
 
-def check(datasets: Iterable[Dataset], eos_id: int) -> None:
+def check_documents_end(datasets: Iterable[Dataset], eos_id: int) -> None:
     """Raises DataError when the training tokens of a dataset of several documents do not hold their end, `eos_id`."""
     for data in datasets:
         documents = data.manifest.splits["train"].documents

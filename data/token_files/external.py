@@ -66,8 +66,9 @@ class Files(formats.TokenFiles):
     advice = "it belongs to another vocabulary or data.dtype"
 
     def __init__(self, files: list[TokenFile], vocab_size: int):
-        self.vocab_size = min(vocab_size or files[0].id_limit, files[0].id_limit)  # 0: unknown
-        self.tokens, self.text_bytes = sum(f.tokens for f in files), 0
+        self.vocab_size = min(vocab_size or files[0].id_limit, files[0].id_limit)  # 0: not known
+        self.tokens = sum(f.tokens for f in files)
+        self.text_bytes = 0
         self.paths = [f.path for f in files]
         self.shards = [_mapped(f) for f in files]
 
@@ -88,17 +89,17 @@ def check_size(file: TokenFile) -> None:
         )
 
 
-def find(path: str) -> list[pathlib.Path]:
+def find_token_files(path: str) -> list[pathlib.Path]:
     """The token files that a file, a folder (its .bin and .npy) or a glob means, here or in a store, sorted by name.
 
     Raises:
       DataError: there are none.
       OSError: a folder cannot be read.
     """
-    place = pathlib.Path(remote.local(path) if remote.is_remote(path) else path)
-    if place.exists() and not remote.is_remote(path):  # in a store, a path means everything that it selects
+    place = pathlib.Path(remote.fetch(path) if remote.is_remote(path) else path)
+    if place.exists() and not remote.is_remote(path):  # a store has no such names by accident, and reads all it selects
         names.check_one_meaning(path)
-    found = remote.files(path) if remote.is_remote(path) else _here(place)
+    found = remote.fetch_files(path) if remote.is_remote(path) else _find_local(place)
     if place.is_dir():
         if (place / "tokenizer" / tokenizers.FILE_NAME).exists():  # its document offsets are not tokens
             raise DataError(f"{path} is a meshlm dataset; leave data.format empty (manifest lost: prepare it again)")
@@ -113,17 +114,17 @@ def find(path: str) -> list[pathlib.Path]:
     return files
 
 
-def selection(place: pathlib.Path) -> tuple[pathlib.Path, str]:
+def folder_and_pattern(place: pathlib.Path) -> tuple[pathlib.Path, str]:
     """The folder that a path means, and the pattern of the names below it. Raises DataError."""
-    return (place, "*") if place.is_dir() else names.split(str(place))
+    return (place, "*") if place.is_dir() else names.split_at_wildcard(str(place))
 
 
-def _here(place: pathlib.Path) -> list[pathlib.Path]:
-    """The file, the files in the folder, or those that the glob selects; a file with two names only once."""
+def _find_local(place: pathlib.Path) -> list[pathlib.Path]:
+    """The file, the files of the folder, or those that the glob selects; a file that has two names once."""
     if place.is_file():
         return [place]
-    root, pattern = selection(place)
-    found, repeated = names.find(root, pattern) if pattern else ([], 0)
+    root, pattern = folder_and_pattern(place)
+    found, repeated = names.find_files(root, pattern) if pattern else ([], 0)
     if repeated:
         log.warning(
             "%s: %d name(s) are links to files that have another name there; each file is read once (versions before "
@@ -132,8 +133,8 @@ def _here(place: pathlib.Path) -> list[pathlib.Path]:
     return [root / name for name in found]
 
 
-def read(paths: list[pathlib.Path], kind: str, dtype: str) -> list[TokenFile]:
-    """Reads and checks the headers of the files, which must be of one kind and type.
+def read_headers(paths: list[pathlib.Path], kind: str, dtype: str) -> list[TokenFile]:
+    """Headers of the files, checked; all of one kind and type.
 
     Args:
       kind: a key of READERS, or '' to detect it.
@@ -142,7 +143,7 @@ def read(paths: list[pathlib.Path], kind: str, dtype: str) -> list[TokenFile]:
     Raises:
       DataError: a file contradicts itself, its index, `dtype`, or the file before it, or holds something else.
     """
-    files = [READERS[kind or detect(path)](path, dtype) for path in paths]
+    files = [READERS[kind or detect_format(path)](path, dtype) for path in paths]
     _check_distinct(paths)
     first = files[0]
     for file in files:
@@ -166,8 +167,8 @@ def _check_distinct(paths: list[pathlib.Path]) -> None:
             raise DataError(f"{other} and {path} are one file under two names; name it once")
 
 
-def others(path: str, files: Mapping[str, list[TokenFile]]) -> list[str]:
-    """Files in the folder data.path that are not read; empty if data.path is not a folder."""
+def unread_files(path: str, files: Mapping[str, list[TokenFile]]) -> list[str]:
+    """What else lies in the folder that data.path means, and is not read; nothing when it means no folder."""
     folder = pathlib.Path(path)
     if not files or not folder.is_dir():
         return []
@@ -176,8 +177,8 @@ def others(path: str, files: Mapping[str, list[TokenFile]]) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.name not in read and not p.name.startswith("."))
 
 
-def detect(path: pathlib.Path) -> str:
-    """The kind of a file, by name, neighbour and first bytes. Raises DataError if it is not a token file."""
+def detect_format(path: pathlib.Path) -> str:
+    """The kind of a file, by its name, its neighbour and its first bytes. Raises DataError for no token file."""
     if path.suffix == ".npy":
         return "olmo"
     if path.suffix != ".bin":
@@ -208,7 +209,7 @@ def _head(path: pathlib.Path, count: int) -> bytes:
 def _refuse_others(path: pathlib.Path) -> None:
     """Raises DataError if this is neither a token file nor the index of one."""
     head = _head(path, not_tokens.HEAD_BYTES)
-    what = not_tokens.kind(head)
+    what = not_tokens.describe(head)
     if path.name.endswith(DOCUMENTS) and not any(head[:8]):
         what = "the document offsets of a dataset of launch.prepare; name the folder of the dataset"
     if what:

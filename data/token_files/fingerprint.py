@@ -33,8 +33,8 @@ class Content:
     hole: int  # first byte of the first block read that is all zeros; -1: none
 
 
-def contents(files: list[TokenFile], whole: bool = False) -> list[Content]:
-    """The contents of a split's files; sampled above WHOLE_BYTES, unless `whole`. Cached until a file changes."""
+def read_contents(files: list[TokenFile], whole: bool = False) -> list[Content]:
+    """What the files of a split hold, `whole` or beyond WHOLE_BYTES by samples; read once while they do not change."""
     whole = whole or sum(f.nbytes for f in files) <= WHOLE_BYTES
     return [_content(f, f.path.stat().st_mtime_ns, os.path.getsize(f.path), whole) for f in files]
 
@@ -58,7 +58,7 @@ def _content(file: TokenFile, mtime_ns: int, size: int, whole: bool) -> Content:
         layout = None
         if file.kind in HEADERLESS:
             blocks = (_read(f, start, length // 8 * 8) for start, length in _blocks(file, LOOKED_AT_BLOCKS))
-            layout = widths.look(b"".join(blocks))
+            layout = widths.detect_layout(b"".join(blocks))
     return Content(("" if whole else "sampled:") + digest.hexdigest(), largest, layout, hole)
 
 
@@ -100,8 +100,8 @@ def _blocks(file: TokenFile, count: int) -> Iterator[tuple[int, int]]:
     yield tail, end - tail
 
 
-def check(file: TokenFile, found: Content, dtype: str, vocab_size: int) -> None:
-    """Raises DataError if the ids cannot be what they are read as."""
+def check_ids(file: TokenFile, found: Content, dtype: str, vocab_size: int) -> None:
+    """Raises DataError when the ids cannot be what they are read as."""
     if file.kind in HEADERLESS:
         _check_width(file, found, dtype, vocab_size)
     if found.largest_id == 0 and file.tokens >= TOKENS_TO_TELL:

@@ -183,7 +183,8 @@ class TokenFiles:
         spec = manifest.splits[split]
         dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self.vocab_size = manifest.vocab_size
-        self.tokens, self.text_bytes = spec.tokens, 0 if manifest.loses_text else spec.text_bytes
+        self.tokens = spec.tokens
+        self.text_bytes = 0 if manifest.loses_text else spec.text_bytes
         self.shards = []
         self.paths = [folder / shard.file for shard in spec.shards]
         check_hash = spec.tokens * dtype.itemsize <= HASH_AT_START_BYTES

@@ -22,7 +22,7 @@ class Found:
     largest_id: int  # -1 without a token
 
 
-def verify(data: Dataset) -> dict[str, Found]:
+def verify_dataset(data: Dataset) -> dict[str, Found]:
     """Reads all files whole: hashes of a dataset folder, ids of any data, document offsets, the tokenizer, packed rows.
 
     Datasets of earlier versions have hashes of their tokens and tokenizer alone; their document offsets are compared
@@ -46,8 +46,8 @@ def verify(data: Dataset) -> dict[str, Found]:
 
 def _foreign(files: list[external.TokenFile], vocab_size: int) -> Found:
     largest = -1
-    for file, found in zip(files, fingerprint.contents(files, whole=True), strict=True):
-        fingerprint.check(file, found, file.dtype, vocab_size)
+    for file, found in zip(files, fingerprint.read_contents(files, whole=True), strict=True):
+        fingerprint.check_ids(file, found, file.dtype, vocab_size)
         largest = max(largest, found.largest_id)
     return Found(sum(f.nbytes for f in files), largest)
 

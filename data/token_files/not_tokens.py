@@ -39,7 +39,7 @@ KINDS = [
 CONTROL = re.compile(rb"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f\x7f]")
 
 
-def kind(head: bytes) -> str:
+def describe(head: bytes) -> str:
     """What the file that begins with `head` (HEAD_BYTES, or all of it) is, and what to do; '' if it may be tokens."""
     for pattern, told in KINDS:
         if pattern.match(head):

@@ -29,8 +29,8 @@ class Layout:
         return f"{'>' if self.big_endian else '<'}u{self.bytes}"
 
 
-def look(raw: bytes) -> Layout | None:
-    """The likely layout of `raw` (tokens, starting at a multiple of 8 bytes); None if unclear."""
+def detect_layout(raw: bytes) -> Layout | None:
+    """What `raw` (tokens, from a multiple of 8 bytes on) seems to hold; None: nothing is told."""
     words = np.frombuffer(raw, "<u2", len(raw) // 8 * 4).reshape(-1, 4)
     if words.size < LIMITS[0][2]:
         return None

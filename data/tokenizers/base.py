@@ -83,8 +83,8 @@ class Tokenizer(Protocol):
         return None
 
 
-def finder(names: Collection[str]) -> Callable[[str], list[str]]:
-    """A function that lists each occurrence of one of `names` in a text; at one place, only the longest name."""
+def name_finder(names: Collection[str]) -> Callable[[str], list[str]]:
+    """A function that lists the names that a text spells, each as often as it does; of two at one place the longer."""
     beginnings = {name[:2] for name in names}
     expression = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
 

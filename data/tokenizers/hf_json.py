@@ -66,7 +66,8 @@ class JsonTokenizer(Tokenizer):
     kind = "tokenizer.json"
 
     def __init__(self, raw: bytes, where: str = FILE_NAME, eos: str | None = None, accelerate: bool = True):
-        self._raw, self._where = raw, where
+        self._raw = raw
+        self._where = where
         self.spec = parse_json(raw, where)
         with refusing(f"{where} is not a tokenizer.json, or is damaged"):
             self._read(eos)

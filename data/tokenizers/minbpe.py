@@ -97,14 +97,14 @@ def _check_pattern(pattern: str, where: str) -> None:
                 )
 
 
-def write(tokenizer: JsonTokenizer) -> bytes:
-    """The .model file of a byte-level BPE whose ids are the bytes, then the merges in order.
+def to_minbpe(tokenizer: JsonTokenizer) -> bytes:
+    """The .model of a byte-level BPE whose ids are the bytes, then the merges in order.
 
     Raises:
       DataError: `tokenizer` is not such a BPE, or a special token or the pattern does not fit the format.
     """
     spec, where = tokenizer.spec, "the tokenizer cannot be written as a minbpe .model:"
-    pattern = ranks.cut_by(spec)
+    pattern = ranks.split_pattern(spec)
     if pattern is None:
         raise DataError(f"{where} it is not plain byte-level BPE (no normalizer, prefix space, dropout or added words)")
     order = ranks.rank_order(spec["model"] | {"ignore_merges": False}, tokenizer.plain)

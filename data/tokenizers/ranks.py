@@ -90,8 +90,8 @@ def accelerated(
         import tiktoken
     except ImportError:
         return None
-    pattern = cut_by(spec)
-    if pattern is None or not same_cuts(pattern) or (order := rank_order(spec["model"], plain)) is None:
+    pattern = split_pattern(spec)
+    if pattern is None or not splits_alike(pattern) or (order := rank_order(spec["model"], plain)) is None:
         return None
     try:
         encoding = tiktoken.Encoding(
@@ -119,8 +119,8 @@ def accelerated(
     return fast
 
 
-def cut_by(spec: dict[str, Any]) -> str | None:
-    """The regular expression that splits text, "" if there is none; None if the file is not plain byte-level BPE."""
+def split_pattern(spec: dict[str, Any]) -> str | None:
+    """The regular expression that cuts text, "" where none does; None where the file is no plain byte-level BPE."""
     model, before = spec["model"], spec.get("pre_tokenizer") or {}
     parts = before.get("pretokenizers", []) if before.get("type") == "Sequence" else [before]
     byte_level = parts[-1] if parts else {}
@@ -145,9 +145,9 @@ def cut_by(spec: dict[str, Any]) -> str | None:
     return split["pattern"].get("Regex")
 
 
-def same_cuts(pattern: str) -> bool:
-    """Whether both libraries read the pattern alike, and it does not match the empty text."""
-    import regex  # tiktoken depends on it, too
+def splits_alike(pattern: str) -> bool:
+    """Whether the expression consists of what both libraries read in the same way, and matches no empty text."""
+    import regex  # tiktoken needs it, too
 
     if not pattern:
         return True
@@ -175,7 +175,7 @@ def rank_order(model: dict[str, Any], plain: dict[str, int]) -> list[str] | None
         return None
     if model.get("ignore_merges"):
         order = [*rank, *(token for token in plain if token not in rank)]
-        if _every_cut(order, plain, set(merges)):
+        if _every_split_is_a_merge(order, plain, set(merges)):
             return order
         if len(order) > len(rank):
             return None
@@ -185,7 +185,7 @@ def rank_order(model: dict[str, Any], plain: dict[str, int]) -> list[str] | None
     return list(rank) if reached else None
 
 
-def _every_cut(tokens: Iterable[str], known: Container[str], merges: Container[tuple[str, str]]) -> bool:
-    """Whether every split of a token into two known ones is one of `merges`."""
+def _every_split_is_a_merge(tokens: Iterable[str], known: Container[str], merges: Container[tuple[str, str]]) -> bool:
+    """Whether wherever a token is cut into two known ones, they are one of `merges`."""
     cuts = ((token[:i], token[i:]) for token in tokens for i in range(1, len(token)))
     return all((left, right) in merges for left, right in cuts if left in known and right in known)

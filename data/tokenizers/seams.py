@@ -58,7 +58,7 @@ class Seam:
         return ids[start:] if same else None
 
 
-def find(encode: Encode, before: str, after: str, reach: int = REACH) -> Seam | None:
+def find_seam(encode: Encode, before: str, after: str, reach: int = REACH) -> Seam | None:
     """A seam at most `reach` characters from where the texts meet; None if there is none.
 
     Args:
@@ -124,7 +124,7 @@ def encode_long(encode: Encode, text: str) -> np.ndarray:
     while start < len(text):
         cut = start + size
         within = cut + WINDOW < len(text)
-        seam = find(encode, text[cut - WINDOW : cut], text[cut : cut + WINDOW]) if within else None
+        seam = find_seam(encode, text[cut - WINDOW : cut], text[cut : cut + WINDOW]) if within else None
         if within and seam is None:
             size *= 2
             continue

@@ -34,7 +34,8 @@ class PieceTokenizer(Tokenizer):
             import sentencepiece
         except ImportError:
             raise DataError(f"{where} needs the sentencepiece package: pip install 'meshlm[data]'") from None
-        self._raw, self._where = raw, where
+        self._raw = raw
+        self._where = where
         with refusing(f"{where} is not a SentencePiece model, or is damaged"):
             model = self._model = sentencepiece.SentencePieceProcessor(model_proto=raw)
             self.vocab_size = model.get_piece_size()

@@ -58,7 +58,8 @@ class RankTokenizer(Tokenizer):
             import tiktoken
         except ImportError:
             raise DataError(f"{where} needs the tiktoken package: pip install 'meshlm[data]'") from None
-        self._raw, self._where = raw, where
+        self._raw = raw
+        self._where = where
         self._ranks = _parse(raw, where)
         known, specials = KNOWN.get(len(self._ranks), ("", {}))
         self.pattern = pattern or known

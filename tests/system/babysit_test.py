@@ -406,9 +406,7 @@ def test_the_code_of_the_first_start(cloud, tmp_path):
             assert ((copied / changed).read_text() == "changed") is new
             babysitter.send_signal(signal.SIGINT)
             out = runs.finish(babysitter, 42)
-        assert (
-            "from the first start of this command; the code here differs: --new_code uses it" in out
-        ) is not new
+        assert ("from the first start of this command; the code here differs: --new_code uses it" in out) is not new
     end(cloud)
     cloud.run("babysit", *waiting(cloud))
 

@@ -90,7 +90,7 @@ def _in_place(dataset: Dataset) -> str:
         return ""
     files, held_out = (len(dataset.foreign_files.get(split, ())) for split in ("train", "val"))
     kind = f"{dataset.manifest.request['format']} {dataset.manifest.dtype}"
-    others = len(external.others(dataset.path, dataset.foreign_files))
+    others = len(external.unread_files(dataset.path, dataset.foreign_files))
     left_out = f", {others} other entries of the folder are skipped" if others else ""
     return f"; {kind}, read in place: {files} file(s) to train on, {held_out} to validate on{left_out}"
 

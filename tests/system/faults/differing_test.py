@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from data.preparation.pipeline import prepare
+from data.preparation.pipeline import prepare_dataset
 from tests import runs
 from tests.system.faults.interrupted import WHOLE_STEPS as STEPS
 from tests.system.faults.storage_test import wait_for_line
@@ -38,13 +38,13 @@ def test_another_tokenizer(tmp_path, data, whole):
     """Fault 19: it is refused, because the tokens would mean something else. (Another dataset: train_test.)"""
     source = tmp_path / "corpus.txt"
     source.write_text(runs.text())
-    prepare(tmp_path / "bytes", source=str(source), tokenizer="byte")
+    prepare_dataset(tmp_path / "bytes", source=str(source), tokenizer="byte")
     before = (whole / "config.json").read_bytes()
     line = one_line(runs.train(whole, tmp_path / "bytes", num_train_steps=STEPS, code=2))
     assert "config.model.vocab_size: 19 -> " in line
     # A vocabulary of the same size, but other tokens for the same text.
     (tmp_path / "swapped.txt").write_text(runs.text().replace("m", "M"))
-    prepare(tmp_path / "swapped", source=str(tmp_path / "swapped.txt"), tokenizer="char")
+    prepare_dataset(tmp_path / "swapped", source=str(tmp_path / "swapped.txt"), tokenizer="char")
     run = shutil.copytree(whole, tmp_path / "run")
     out = runs.train(run, tmp_path / "swapped", num_train_steps=STEPS, code=2)
     assert "another dataset" in out.splitlines()[-1]

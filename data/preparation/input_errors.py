@@ -29,7 +29,7 @@ class Lines(NamedTuple):
     newlines: int
 
 
-class Problems:
+class InputErrors:
     """A unit counts lines from its own first byte on; `add`, in the order of the plan, counts them through the file."""
 
     def __init__(self) -> None:
@@ -43,30 +43,30 @@ class Problems:
         """Of all characters, those that are NUL, or U+FFFD in the place of bytes that are not UTF-8."""
         return (self.counts[REPLACED] + self.counts[NUL]) / max(self.characters, 1)
 
-    def found(self, kind: str, where: str | Place, times: int = 1) -> None:
+    def record(self, kind: str, where: str | Place, times: int = 1) -> None:
         self.counts[kind] += times
         examples = self.examples.setdefault(kind, [])
         if len(examples) < EXAMPLES:
-            examples.append(self._from_the_beginning(where))
+            examples.append(self._from_file_start(where))
 
-    def read_lines(self, lines: Lines) -> None:
+    def count_lines(self, lines: Lines) -> None:
         """Tells how many lines there were in what was read last."""
         before = self.lines
         if before is not None and (before.path, before.stop) == (lines.path, lines.start):
             lines = lines._replace(start=before.start, newlines=before.newlines + lines.newlines)
         self.lines = lines
 
-    def add(self, other: "Problems") -> None:
+    def add(self, other: "InputErrors") -> None:
         """Adds those of what comes right after."""
         self.counts.update(other.counts)
         self.characters += other.characters
         for kind, examples in other.examples.items():
             mine = self.examples.setdefault(kind, [])
-            mine.extend(map(self._from_the_beginning, examples[: EXAMPLES - len(mine)]))
+            mine.extend(map(self._from_file_start, examples[: EXAMPLES - len(mine)]))
         if other.lines is not None:
-            self.read_lines(other.lines)
+            self.count_lines(other.lines)
 
-    def _from_the_beginning(self, where: str | Place) -> str | Place:
+    def _from_file_start(self, where: str | Place) -> str | Place:
         lines = self.lines
         if lines is None or isinstance(where, str) or (where.path, where.after) != (lines.path, lines.stop):
             return where
@@ -77,14 +77,14 @@ class Problems:
         return dict(vars(self))
 
     @classmethod
-    def from_json(cls, written: dict[str, Any]) -> "Problems":
-        problems = cls()
-        problems.counts.update(written["counts"])
-        problems.characters = written["characters"]
-        problems.lines = Lines(*written["lines"]) if written["lines"] else None
+    def from_json(cls, written: dict[str, Any]) -> "InputErrors":
+        errors = cls()
+        errors.counts.update(written["counts"])
+        errors.characters = written["characters"]
+        errors.lines = Lines(*written["lines"]) if written["lines"] else None
         for kind, examples in written["examples"].items():
-            problems.examples[kind] = [e if isinstance(e, str) else Place(*e) for e in examples]
-        return problems
+            errors.examples[kind] = [e if isinstance(e, str) else Place(*e) for e in examples]
+        return errors
 
     def summary(self) -> dict[str, Any]:
         """For people: how often each kind was found, and where first."""

@@ -25,8 +25,8 @@ from trainer.errors import ConfigError, Stopped
 GREETING = b"meshlm\n"
 PORT_S = 5.0  # that a process 0 before this one may take to give the port back
 ANSWER_S = 5.0  # from a connection to the greeting
-LONGEST = 1 << 16  # bytes that a visitor may say
-OTHER_FILES = 256  # descriptors that are not connections
+MAX_MESSAGE_BYTES = 1 << 16  # bytes that a visitor may say
+OTHER_DESCRIPTORS = 256  # descriptors that are not connections
 NO_ROOM_S = 0.2  # until it is tried again to take a connection for which there is no descriptor
 # A peer whose machine is gone says nothing: it is asked after ten seconds, and three times more.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPALIVE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
@@ -34,10 +34,10 @@ GONE_S = 40.0  # that the second of a number comes again: process 0 finds out wi
 NOT_ALL = "not all processes have come to process 0"
 
 _locks: list[socket.socket] = []  # held until this process ends
-_LIFE = secrets.token_hex(8)
+_LIFE_ID = secrets.token_hex(8)
 
 
-class Visitor(NamedTuple):
+class Peer(NamedTuple):
     """A process as it introduces itself.
 
     `run` is the folder of --workdir, however that was typed; `life` tells processes of one host and pid apart, as they
@@ -51,8 +51,8 @@ class Visitor(NamedTuple):
     life: str = ""
 
     @classmethod
-    def myself(cls, process: int, run: str) -> "Visitor":
-        return cls(process, _folder(run), platform.node(), os.getpid(), _LIFE)
+    def myself(cls, process: int, run: str) -> "Peer":
+        return cls(process, _folder(run), platform.node(), os.getpid(), _LIFE_ID)
 
 
 def _folder(run: str) -> str:
@@ -61,7 +61,7 @@ def _folder(run: str) -> str:
     return run
 
 
-class Door:
+class Rendezvous:
     """Of process 0. Raises ConfigError where another has the port, Stopped where it stays with an earlier life.
 
     Args:
@@ -78,41 +78,44 @@ class Door:
         port: int,
         size: int,
         run: str,
+        *,
         timeout_s: float = PORT_S,
         progress: Callable[[str], None] = lambda reason: None,
     ):
-        self._address, self._run, self._size = address, _folder(run), size
-        self._here: dict[int, tuple[socket.socket, Visitor]] = {}
-        self._heard: dict[socket.socket, bytes] = {}
-        self._said_full = False
+        self._address = address
+        self._run = _folder(run)
+        self._size = size
+        self._arrived: dict[int, tuple[socket.socket, Peer]] = {}
+        self._received: dict[socket.socket, bytes] = {}
+        self._warned_full = False
         _allow_files(size)
-        self._socket = _take(port, self._run, timeout_s, progress)
+        self._socket = _bind(port, self._run, timeout_s, progress)
         self._ready = selectors.DefaultSelector()
         self._ready.register(self._socket, selectors.EVENT_READ)
 
     @property
     def missing(self) -> list[int]:
-        return [i for i in range(1, self._size) if i not in self._here]
+        return [i for i in range(1, self._size) if i not in self._arrived]
 
     def wait(self) -> Iterator[str]:
         """Until all have come, and lets them in. Yields why somebody was refused, once for each reason."""
         said = {""}
-        while len(self._here) < self._size - 1:
+        while len(self._arrived) < self._size - 1:
             for key, _ in self._ready.select():
                 if key.fileobj is self._socket:
                     if full := self._accept():
                         yield full
-                elif (refused := self._listen(key.fileobj)) not in said:  # type: ignore[arg-type]
+                elif (refused := self._receive(key.fileobj)) not in said:  # type: ignore[arg-type]
                     said.add(refused)
                     yield refused
-        for connection, _ in self._here.values():
-            _say(connection, {"let in": True})
+        for connection, _ in self._arrived.values():
+            _send(connection, {"let in": True})
 
     def close(self) -> None:
         """Gives the port back."""
         self._ready.close()
         self._socket.close()
-        for connection in self._heard:
+        for connection in self._received:
             connection.close()
 
     def _accept(self) -> str:
@@ -125,84 +128,85 @@ class Door:
         _keep_alive(connection)
         with contextlib.suppress(OSError):  # it has gone; that is heard below
             connection.send(GREETING)
-        self._heard[connection] = b""
+        self._received[connection] = b""
         self._ready.register(connection, selectors.EVENT_READ)
         return ""
 
     def _make_room(self, error: OSError) -> str:
         """Closes what has not introduced itself: a process comes again. If nothing has, the limit is too low."""
-        here = {connection for connection, _ in self._here.values()}
-        silent = [connection for connection in self._heard if connection not in here]
+        here = {connection for connection, _ in self._arrived.values()}
+        silent = [connection for connection in self._received if connection not in here]
         for connection in silent:
-            self._forget(connection)
+            self._disconnect(connection)
         if silent:
             return ""
         time.sleep(NO_ROOM_S)
-        said, self._said_full = self._said_full, True
+        said = self._warned_full
+        self._warned_full = True
         return "" if said else f"a connection ({error.strerror}); raise the limit of open files (ulimit -n)"
 
-    def _listen(self, connection: socket.socket) -> str:
+    def _receive(self, connection: socket.socket) -> str:
         """Takes in what a visitor says; why it is refused, if it is."""
-        if connection not in self._heard:  # closed by what was heard just before it
+        if connection not in self._received:  # closed by what was heard just before it
             return ""
         try:
-            said = connection.recv(LONGEST)
+            said = connection.recv(MAX_MESSAGE_BYTES)
         except OSError:
             said = b""
-        self._heard[connection] += said
-        if not said or len(self._heard[connection]) > LONGEST:
-            self._forget(connection)
+        self._received[connection] += said
+        if not said or len(self._received[connection]) > MAX_MESSAGE_BYTES:
+            self._disconnect(connection)
             return ""
         if b"\n" not in said:
             return ""
-        visitor = _visitor(self._heard[connection])
-        if visitor is None:  # not one of us
-            self._forget(connection)
+        peer = _parse_peer(self._received[connection])
+        if peer is None:  # not one of us
+            self._disconnect(connection)
             return ""
-        refused = self._why_not(visitor)
+        refused = self._refusal(peer)
         if refused is not None:
-            _say(connection, {"refused": str(refused), "code": refused.exit_code})
-            self._forget(connection)
+            _send(connection, {"refused": str(refused), "code": refused.exit_code})
+            self._disconnect(connection)
             return str(refused)
-        if visitor.process in self._here:  # the connection that it had before was lost
-            self._forget(self._here[visitor.process][0])
-        self._here[visitor.process] = (connection, visitor)
+        if peer.process in self._arrived:  # the connection that it had before was lost
+            self._disconnect(self._arrived[peer.process][0])
+        self._arrived[peer.process] = (connection, peer)
         return ""
 
-    def _why_not(self, visitor: Visitor) -> ConfigError | Stopped | None:
-        who = f"process {visitor.process} (host {visitor.host}, pid {visitor.pid})"
-        if visitor.run != self._run:
+    def _refusal(self, peer: Peer) -> ConfigError | Stopped | None:
+        who = f"process {peer.process} (host {peer.host}, pid {peer.pid})"
+        if peer.run != self._run:
             return ConfigError(
-                f"{who} is to train --workdir={visitor.run}, and process 0 at {self._address} --workdir={self._run}; "
+                f"{who} is to train --workdir={peer.run}, and process 0 at {self._address} --workdir={self._run}; "
                 "give all processes of a run the same, and each run a port of its own with --coordinator_address"
             )
-        if not 0 < visitor.process < self._size:
+        if not 0 < peer.process < self._size:
             return ConfigError(f"{who} came to a run of {self._size} processes; give all the same --num_processes")
-        _, first = self._here.get(visitor.process, (None, visitor))
-        if (first.host, first.pid, first.life) != (visitor.host, visitor.pid, visitor.life):
+        _, first = self._arrived.get(peer.process, (None, peer))
+        if (first.host, first.pid, first.life) != (peer.host, peer.pid, peer.life):
             return Stopped(
                 f"{who} came as the second of its number, after host {first.host}, pid {first.pid}; start it again if "
                 "that one is gone, else give each process its own --process_id, and each run a port of its own"
             )
         return None
 
-    def _forget(self, connection: socket.socket) -> None:
+    def _disconnect(self, connection: socket.socket) -> None:
         self._ready.unregister(connection)
-        del self._heard[connection]
-        self._here = {i: here for i, here in self._here.items() if here[0] is not connection}
+        del self._received[connection]
+        self._arrived = {i: here for i, here in self._arrived.items() if here[0] is not connection}
         connection.close()
 
 
-def _visitor(said: bytes) -> Visitor | None:
+def _parse_peer(said: bytes) -> Peer | None:
     try:
-        visitor = Visitor(**json.loads(said))
+        peer = Peer(**json.loads(said))
     except (ValueError, TypeError, RecursionError):
         return None
-    kinds = Visitor.__annotations__.values()
-    return visitor if all(type(value) is kind for value, kind in zip(visitor, kinds, strict=True)) else None
+    kinds = Peer.__annotations__.values()
+    return peer if all(type(value) is kind for value, kind in zip(peer, kinds, strict=True)) else None
 
 
-def knock(address: tuple[str, int], me: Visitor, timeout_s: float, progress: Callable[[str], None]) -> None:
+def join(address: tuple[str, int], me: Peer, timeout_s: float, progress: Callable[[str], None]) -> None:
     """Waits until process 0 at `address` has let all in. Raises ConfigError, Stopped.
 
     Args:
@@ -215,11 +219,11 @@ def knock(address: tuple[str, int], me: Visitor, timeout_s: float, progress: Cal
         try:
             with socket.create_connection(address, timeout=min(5.0, max(end - time.monotonic(), 0.1))) as connection:
                 _keep_alive(connection)
-                stranger = not _greeted(connection)
+                stranger = not _is_rendezvous(connection)
                 reason = "what listens there does not wait for the processes of a run"
                 if not stranger:
                     met = True
-                    reason = _wait_inside(connection, me, end, progress)
+                    reason = _wait_for_start(connection, me, end, progress)
                     if not reason:
                         return
         except Stopped as e:  # the second of its number; the first may be gone, and process 0 does not know it yet
@@ -251,7 +255,7 @@ def knock(address: tuple[str, int], me: Visitor, timeout_s: float, progress: Cal
     )
 
 
-def _greeted(connection: socket.socket) -> bool:
+def _is_rendezvous(connection: socket.socket) -> bool:
     connection.settimeout(ANSWER_S)
     try:
         return _line(connection) == GREETING
@@ -259,7 +263,7 @@ def _greeted(connection: socket.socket) -> bool:
         return False
 
 
-def _wait_inside(connection: socket.socket, me: Visitor, end: float, progress: Callable[[str], None]) -> str:
+def _wait_for_start(connection: socket.socket, me: Peer, end: float, progress: Callable[[str], None]) -> str:
     """'' when all have been let in, else why to come again. Raises ConfigError when this process is refused."""
     connection.sendall(json.dumps(me._asdict()).encode() + b"\n")
     connection.settimeout(0.5)
@@ -286,7 +290,7 @@ def _line(connection: socket.socket) -> bytes:
     """Up to a line feed or the end, or what came within ANSWER_S of its first byte: JAX's service says something, and
     no line feed. Raises TimeoutError when nothing comes."""
     line, end = b"", math.inf
-    while not line.endswith(b"\n") and len(line) < LONGEST and time.monotonic() < end:
+    while not line.endswith(b"\n") and len(line) < MAX_MESSAGE_BYTES and time.monotonic() < end:
         try:
             byte = connection.recv(1)
         except TimeoutError:
@@ -300,7 +304,7 @@ def _line(connection: socket.socket) -> bytes:
     return line
 
 
-def _say(connection: socket.socket, answer: dict) -> None:
+def _send(connection: socket.socket, answer: dict) -> None:
     with contextlib.suppress(OSError):  # it has gone; whoever waits for it hears of that
         connection.send(json.dumps(answer).encode() + b"\n")
 
@@ -314,17 +318,17 @@ def _keep_alive(connection: socket.socket) -> None:
             connection.setsockopt(level, getattr(socket, name), value)
 
 
-def _take(port: int, run: str, timeout_s: float, progress: Callable[[str], None]) -> socket.socket:
+def _bind(port: int, run: str, timeout_s: float, progress: Callable[[str], None]) -> socket.socket:
     """Listens on `port`, which nobody else may: JAX's service would share it with whoever is there, or crash."""
-    started, names = time.monotonic(), _names(port, run)
+    started, names = time.monotonic(), _lock_names(port, run)
     while True:
         try:
             if not _locks:
-                _locks.extend(_held(names))
+                _locks.extend(_acquire_locks(names))
             return _listening(port)
         except OSError as e:
             waited = time.monotonic() - started
-            if not _locks and any(map(_is_held, names[1:])):
+            if not _locks and any(map(_is_locked, names[1:])):
                 progress(f"an earlier life of this run still has port {port}")
                 if waited > timeout_s:
                     raise Stopped(
@@ -339,7 +343,7 @@ def _take(port: int, run: str, timeout_s: float, progress: Callable[[str], None]
         time.sleep(0.2)
 
 
-def _names(port: int, run: str) -> list[str]:
+def _lock_names(port: int, run: str) -> list[str]:
     """Of locks: that of the port keeps others from the moment in which it is given from here to JAX, the other one says
     whose it is. Names of Linux (abstract sockets), not files; they go with the process."""
     if sys.platform != "linux":
@@ -348,7 +352,7 @@ def _names(port: int, run: str) -> list[str]:
     return [of_port, f"{of_port}-{hashlib.sha256(os.fsencode(run)).hexdigest()[:16]}"]
 
 
-def _held(names: list[str]) -> list[socket.socket]:
+def _acquire_locks(names: list[str]) -> list[socket.socket]:
     """The locks. Raises OSError when another has one."""
     locks: list[socket.socket] = []
     try:
@@ -362,9 +366,9 @@ def _held(names: list[str]) -> list[socket.socket]:
     return locks
 
 
-def _is_held(name: str) -> bool:
+def _is_locked(name: str) -> bool:
     try:
-        _held([name])[0].close()
+        _acquire_locks([name])[0].close()
     except OSError:
         return True
     return False
@@ -380,7 +384,7 @@ def _listening(port: int) -> socket.socket:
 def _allow_files(size: int) -> None:
     """A connection of each process, here and in JAX's service."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = size + OTHER_FILES
+    wanted = size + OTHER_DESCRIPTORS
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
