@@ -2,14 +2,13 @@
 
 import dataclasses
 
-FORMATS = ("meshlm", "nanogpt", "llmc", "megatron", "olmo")
 DTYPES = ("uint16", "uint32")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    # Dataset folder written by launch.prepare; or token files of FORMATS: a file, a folder or a glob; or several of
-    # these, separated by commas.
+    # Dataset folder written by launch.prepare; or token files of another program: a file, a folder or a glob; or
+    # several of these, separated by commas.
     path: str = ""
     weights: str = ""  # of several: 0.7,0.3; by stages, each from a sample on: 0:0.7,0.3; 50000:0.5,0.5. '': all alike
     seq_len: int = 64  # tokens predicted per sample, T; a sample is T + 1 tokens long
@@ -20,7 +19,7 @@ class DataConfig:
     source: str = ""  # what launch.prepare makes `path` from; quoted when `path` does not exist yet
     tokenizer: str = "char"  # likewise
     # For token files that are read in place; for several sources one for all, or one for each, separated by commas:
-    format: str = ""  # one of FORMATS; '': detected
+    format: str = ""  # meshlm, or a format of data/token_files/external.py; '': detected
     dtype: str = ""  # uint16 or uint32, where the files do not say (nanogpt, olmo); '': uint16
     val_path: str = ""  # validation files; '': those of `path` with the word val, valid or validation in their name
     tokenizer_path: str = (
@@ -34,10 +33,16 @@ class DataConfig:
             raise ValueError(f"data.eos_id is {self.eos_id}; it must be a token, or -1 for the dataset's own")
         if self.prefetch < 1:
             raise ValueError(f"data.prefetch is {self.prefetch}; it must be at least 1 batch")
-        for name, choices in (("format", FORMATS), ("dtype", DTYPES)):
-            for value in getattr(self, name).split(","):
-                if value.strip() and value.strip() not in choices:
-                    raise ValueError(f"data.{name} is {value!r}; it must be one of {', '.join(choices)}, or empty")
+        self._check_choices("dtype", DTYPES)
+        if self.format:  # the readers need NumPy, which a configuration without this field does not wait for
+            from data.token_files.external import format_names
+
+            self._check_choices("format", format_names())
+
+    def _check_choices(self, name: str, choices: tuple[str, ...]) -> None:
+        for value in getattr(self, name).split(","):
+            if value.strip() and value.strip() not in choices:
+                raise ValueError(f"data.{name} is {value!r}; it must be one of {', '.join(choices)}, or empty")
 
     @property
     def document_end(self) -> int | None:

@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from data import dataset, packing, sources
-from data.config import DTYPES, FORMATS, DataConfig
+from data.config import DTYPES, DataConfig
 from data.errors import DataError
 from data.loader import PackedWindows, TokenWindows, Unreached, Windows
 from data.token_files import external, integrity
@@ -35,7 +35,7 @@ SAMPLE = flags.DEFINE_integer(
     "sample", 0, "First sample of the batch, of the whole run.", lower_bound=0, upper_bound=1 << 62
 )
 PACKED = flags.DEFINE_bool("packed", False, "As config.data.packed of the run.")
-FORMAT = flags.DEFINE_enum("format", "", ["", *FORMATS], "As config.data.format; empty: detected.")
+FORMAT = flags.DEFINE_enum("format", "", ["", *external.format_names()], "As config.data.format; empty: detected.")
 DTYPE = flags.DEFINE_enum("dtype", "", ["", *DTYPES], "As config.data.dtype.")
 VAL_PATH = cli.define_data_path("val_path", "", "As config.data.val_path.")
 TOKENIZER_PATH = cli.define_data_path("tokenizer_path", "", "As config.data.tokenizer_path.")

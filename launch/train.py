@@ -277,7 +277,7 @@ def handle_stop_requests(job: Job, config: Config, dog: watchdog.Watchdog, stop_
 def exit_if_stuck(after_s: float) -> None:
     """Exits if this process has not stopped `after_s` after the request: it must, before the machine is taken away."""
     time.sleep(after_s)
-    threading.Timer(watchdog.LAST_WORDS_S, os._exit, [cli.STOPPED]).start()  # in case the log is what is stuck
+    threading.Timer(watchdog.DUMP_LIMIT_S, os._exit, [cli.STOPPED]).start()  # in case the log is what is stuck
     cli.log.error("error: not stopped %.0f s after the request; exiting. The stack trace is on stderr", after_s)
     faulthandler.dump_traceback()
     os._exit(cli.STOPPED)

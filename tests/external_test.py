@@ -1,5 +1,6 @@
 """Token files of other programs: the right tokens or an error that names files and numbers, never something between."""
 
+import ast
 import bz2
 import gzip
 import io
@@ -837,3 +838,45 @@ def test_mistakes_are_answered_before_jax_is_loaded(prepared, tmp_path):
     )
     assert result.returncode == 3 and "jax loaded: False" in result.stdout
     assert result.stderr.startswith("error: data.dtype is uint32") and len(result.stderr.splitlines()) == 1
+
+
+# One place for formats
+
+
+def big_tokens(path: pathlib.Path, dtype: str) -> external.TokenFile:
+    """A reader of a made-up format: eight bytes of magic, then uint32 tokens."""
+    return external.TokenFile(path, "ours", "uint32", 8, (path.stat().st_size - 8) // 4)
+
+
+def test_a_new_format_is_a_reader_and_nothing_else(tmp_path, monkeypatch):
+    """The configuration knows it, its tokens are read and identified, and errors list it."""
+    tree = {"data": {"path": str(tmp_path / "*.ours"), "format": "ours"}, "model": {"vocab_size": 1000}}
+    (tmp_path / "a.ours").write_bytes(b"OUR FILE" + np.array(TOKENS, "<u4").tobytes())
+    with pytest.raises(ConfigError) as e:
+        from_dict(tree)
+    known = "meshlm, nanogpt, llmc, megatron, olmo"
+    assert str(e.value) == f"config.data.format is 'ours'; it must be one of {known}, or empty"
+    monkeypatch.setitem(external.READERS, "ours", big_tokens)
+    data = sources.open_sources(from_dict(tree).data, 1000)
+    (found,) = data.datasets.values()
+    assert [tokens.tolist() for tokens in found.files("train").shards] == [TOKENS] and found.largest_id == 999
+    assert found.manifest.request == {"format": "ours"} and len(found.manifest.fingerprint()) == 16
+    with pytest.raises(ConfigError, match=f"{known}, ours, or empty"):
+        from_dict({"data": {"format": "theirs"}})
+
+
+def test_only_the_readers_know_the_names_of_formats():
+    """A source file that repeats one would have to be changed with the table."""
+    root = pathlib.Path(__file__).parent.parent
+    named = set()
+    packages = ("configs", "data", "launch", "model", "trainer")
+    for path in (path for package in packages for path in (root / package).rglob("*.py")):
+        strings = (node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
+        if set(external.READERS) & {s for s in strings if isinstance(s, str)}:
+            named.add(path.relative_to(root).as_posix())
+    assert named == {"data/token_files/external.py"}
+
+
+def test_the_configuration_stays_light(tmp_path):
+    code = "import sys, trainer.config as c; c.from_dict({}); sys.exit('numpy' in sys.modules or 'jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=runs.ROOT).returncode == 0

@@ -44,6 +44,7 @@ class TokenFile:
     offset: int  # bytes before the first token
     tokens: int
     documents: int = 0  # 0: the format does not say
+    headerless: bool = False  # raw tokens: nothing in the file says how wide they are
 
     @property
     def dtype(self) -> str:
@@ -233,7 +234,7 @@ def _headerless(kind: str, path: pathlib.Path, dtype: str) -> TokenFile:
             f"{path} is {size} bytes, not a multiple of the {width} bytes of a {dtype} token; it was cut off, or "
             "data.dtype is not its type"
         )
-    return TokenFile(path, kind, dtype, 0, size // width)
+    return TokenFile(path, kind, dtype, 0, size // width, headerless=True)
 
 
 def _llmc(path: pathlib.Path, dtype: str) -> TokenFile:
@@ -334,9 +335,15 @@ def _end_of_sequences(
     return end
 
 
+# The formats of other programs: a new one is a function here, and what `detect_format` knows it by.
 READERS: dict[str, Callable[[pathlib.Path, str], TokenFile]] = {
     "nanogpt": functools.partial(_headerless, "nanogpt"),
     "llmc": _llmc,
     "megatron": _megatron,
     "olmo": functools.partial(_headerless, "olmo"),
 }
+
+
+def format_names() -> tuple[str, ...]:
+    """What data.format may name: meshlm, which is a dataset folder (formats.py), and the formats of other programs."""
+    return ("meshlm", *READERS)

@@ -20,9 +20,8 @@ from data.tokenizers.base import MAX_ID
 WHOLE_BYTES = 1 << 30
 CHUNK_BYTES = 16 << 20
 SAMPLED_BLOCKS, BLOCK_BYTES = 256, 64 << 10
-LOOKED_AT_BLOCKS = 16  # of a file without a header, to detect the width of its tokens
-TOKENS_TO_TELL = 64  # fewer zeros may be real tokens
-HEADERLESS = ("nanogpt", "olmo")
+LOOKED_AT_BLOCKS = 16  # of a file without a header, for the width of its tokens
+TOKENS_TO_TELL = 64  # fewer zeros may be tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +55,7 @@ def _content(file: TokenFile, mtime_ns: int, size: int, whole: bool) -> Content:
             if hole < 0 and (block := _zeros(raw)) >= 0:
                 hole = start + block * BLOCK_BYTES
         layout = None
-        if file.kind in HEADERLESS:
+        if file.headerless:
             blocks = (_read(f, start, length // 8 * 8) for start, length in _blocks(file, LOOKED_AT_BLOCKS))
             layout = widths.detect_layout(b"".join(blocks))
     return Content(("" if whole else "sampled:") + digest.hexdigest(), largest, layout, hole)
@@ -102,7 +101,7 @@ def _blocks(file: TokenFile, count: int) -> Iterator[tuple[int, int]]:
 
 def check_ids(file: TokenFile, found: Content, dtype: str, vocab_size: int) -> None:
     """Raises DataError when the ids cannot be what they are read as."""
-    if file.kind in HEADERLESS:
+    if file.headerless:
         _check_width(file, found, dtype, vocab_size)
     if found.largest_id == 0 and file.tokens >= TOKENS_TO_TELL:
         raise DataError(f"{file.path} holds only zeros, like an unfinished copy; copy it again")
