@@ -1,6 +1,8 @@
 """What the data package needs to know. No heavy imports: a launcher validates this before it loads JAX."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
 
 DTYPES = ("uint16", "uint32")
 
@@ -25,6 +27,16 @@ class DataConfig:
     tokenizer_path: str = (
         ""  # a tokenizer, as --tokenizer of launch.prepare; '': no samples, model.vocab_size must be given
     )
+
+    # What a change means for a run that is resumed (trainer.config.changes); fields that are not named may not change.
+    # The fingerprint says whether another path has the same data. Weights may change from a sequence on that the run
+    # has not trained on yet (mixture.check_change).
+    ON_RESUME: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        (
+            "path", "weights", "prefetch", "source", "tokenizer", "format", "dtype", "val_path", "tokenizer_path",
+        ),
+        "harmless",
+    )  # fmt: skip
 
     def __post_init__(self):
         if self.seq_len < 2:

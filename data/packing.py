@@ -361,7 +361,7 @@ def best_fit_decreasing(lengths: np.ndarray, width: int) -> np.ndarray:
             placed = min(end - first, len(group) * per_row)
             full, rest = divmod(placed, per_row)  # rows filled with `per_row` pieces, and pieces in one further row
             used = full + bool(rest)
-            rows[order[first : first + placed]] = np.repeat(group[:used], per_row)[:placed]
+            rows[order[first : first + placed]] = np.repeat(group[:used], min(per_row, placed))[:placed]
             first += placed
             return_rows(capacity - per_row * size, group[:full])
             return_rows(capacity - rest * size, group[full:used])

@@ -23,7 +23,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from data.storage import malloc
 from launch import cli, environment, runtime
@@ -79,7 +78,7 @@ def main() -> None:
         ) from e
     row |= {"vocab_size": config.model.vocab_size, "vocab_size_is_default": not given.model.vocab_size}
     if jax.process_index() == 0:
-        print(json.dumps({"config": config_flags.get_config_filename(flags.FLAGS["config"])} | row))
+        print(json.dumps({"config": CONFIG.value.name} | row))
     distributed.shutdown()
 
 

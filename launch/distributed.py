@@ -15,8 +15,9 @@ from typing import Any
 import jax
 
 from launch import cli, environment, rendezvous
-from trainer.config import Config, flatten
+from trainer.config import Config
 from trainer.errors import ConfigError, Stopped
+from trainer.fields import flatten
 from trainer.reliability import run_directory
 
 PROGRESS_S = 10.0
