@@ -1,8 +1,9 @@
-"""Who comes to a run, found out before JAX's coordination service starts: a stranger who joins that ends the run.
+"""The processes of a run meet before JAX's coordination service starts: an unrelated process that joined it would end
+the run.
 
-Process 0 has the port for itself at first. The others say there who they are and wait until all have come; then the
-port is given to JAX. Whatever listens there and does not answer like this (the service of a run that has begun, another
-program) is left alone.
+At first, process 0 listens on the coordinator's port itself. The others connect, introduce themselves and wait until
+all have connected; then JAX gets the port. If a listener does not answer like this (the service of a running job,
+another program), processes do not join it.
 """
 
 import contextlib
@@ -23,25 +24,25 @@ from typing import NamedTuple
 from trainer.errors import ConfigError, Stopped
 
 GREETING = b"meshlm\n"
-PORT_S = 5.0  # that a process 0 before this one may take to give the port back
+PORT_S = 5.0  # for an earlier process 0 to release the port
 ANSWER_S = 5.0  # from a connection to the greeting
-MAX_MESSAGE_BYTES = 1 << 16  # bytes that a visitor may say
+MAX_MESSAGE_BYTES = 1 << 16  # from a peer
 OTHER_DESCRIPTORS = 256  # descriptors that are not connections
-NO_ROOM_S = 0.2  # until it is tried again to take a connection for which there is no descriptor
-# A peer whose machine is gone says nothing: it is asked after ten seconds, and three times more.
+NO_DESCRIPTOR_S = 0.2  # before retrying to accept a connection for which there was no descriptor
+# If a peer's machine is gone, its connection is silent: the kernel probes it after ten seconds, and three times more.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPALIVE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
-GONE_S = 40.0  # that the second of a number comes again: process 0 finds out within 25 that the first is gone
-NOT_ALL = "not all processes have come to process 0"
+GONE_S = 40.0  # how long a second process with a used number retries; process 0 notices a dead first one within 25
+NOT_ALL = "not all processes have connected to process 0"
 
 _locks: list[socket.socket] = []  # held until this process ends
 _LIFE_ID = secrets.token_hex(8)
 
 
 class Peer(NamedTuple):
-    """A process as it introduces itself.
+    """How a process introduces itself.
 
-    `run` is the folder of --workdir, however that was typed; `life` tells processes of one host and pid apart, as they
-    are in two containers.
+    `run` is the real path of --workdir; `life` distinguishes processes with the same host and pid, as in two
+    containers.
     """
 
     process: int
@@ -56,20 +57,20 @@ class Peer(NamedTuple):
 
 
 def _folder(run: str) -> str:
-    with contextlib.suppress(OSError):  # the current folder is gone; who uses the path says so
+    with contextlib.suppress(OSError):  # the current folder was deleted; the first use of the path reports it
         return os.path.realpath(run) if run else run
     return run
 
 
 class Rendezvous:
-    """Of process 0. Raises ConfigError where another has the port, Stopped where it stays with an earlier life.
+    """Process 0's side. Raises ConfigError if another program has the port, Stopped if an earlier attempt keeps it.
 
     Args:
-      timeout_s: how long an earlier life of this run, which is ending, may keep the port.
+      timeout_s: how long an earlier attempt of this run, which is ending, may keep the port.
       progress: called with the reason for waiting, a few times a second.
 
     Attributes:
-      missing: processes that are not here yet.
+      missing: the processes that have not connected yet.
     """
 
     def __init__(
@@ -98,69 +99,69 @@ class Rendezvous:
         return [i for i in range(1, self._size) if i not in self._arrived]
 
     def wait(self) -> Iterator[str]:
-        """Until all have come, and lets them in. Yields why somebody was refused, once for each reason."""
-        said = {""}
+        """Waits until all have connected, then lets them continue. Yields each reason for a refusal once."""
+        reported = {""}
         while len(self._arrived) < self._size - 1:
             for key, _ in self._ready.select():
                 if key.fileobj is self._socket:
                     if full := self._accept():
                         yield full
-                elif (refused := self._receive(key.fileobj)) not in said:  # type: ignore[arg-type]
-                    said.add(refused)
+                elif (refused := self._receive(key.fileobj)) not in reported:  # type: ignore[arg-type]
+                    reported.add(refused)
                     yield refused
         for connection, _ in self._arrived.values():
             _send(connection, {"let in": True})
 
     def close(self) -> None:
-        """Gives the port back."""
+        """Releases the port."""
         self._ready.close()
         self._socket.close()
         for connection in self._received:
             connection.close()
 
     def _accept(self) -> str:
-        """Lets somebody speak; why that cannot be, if it cannot."""
+        """Accepts a connection; returns why that failed, or ''."""
         try:
             connection, _ = self._socket.accept()
-        except OSError as e:  # no descriptor is free, or it has gone again
+        except OSError as e:  # no descriptor is free, or the peer is gone again
             return self._make_room(e)
         connection.setblocking(False)
         _keep_alive(connection)
-        with contextlib.suppress(OSError):  # it has gone; that is heard below
+        with contextlib.suppress(OSError):  # the peer is gone, which is noticed below
             connection.send(GREETING)
         self._received[connection] = b""
         self._ready.register(connection, selectors.EVENT_READ)
         return ""
 
     def _make_room(self, error: OSError) -> str:
-        """Closes what has not introduced itself: a process comes again. If nothing has, the limit is too low."""
+        """Closes connections without an introduction, because processes retry. Returns an error if there are none."""
         here = {connection for connection, _ in self._arrived.values()}
         silent = [connection for connection in self._received if connection not in here]
         for connection in silent:
             self._disconnect(connection)
         if silent:
             return ""
-        time.sleep(NO_ROOM_S)
-        said = self._warned_full
+        time.sleep(NO_DESCRIPTOR_S)
+        warned = self._warned_full
         self._warned_full = True
-        return "" if said else f"a connection ({error.strerror}); raise the limit of open files (ulimit -n)"
+        return "" if warned else f"a connection ({error.strerror}); raise the limit of open files (ulimit -n)"
 
     def _receive(self, connection: socket.socket) -> str:
-        """Takes in what a visitor says; why it is refused, if it is."""
-        if connection not in self._received:  # closed by what was heard just before it
+        """Reads from a peer; returns why it is refused, or ''."""
+        if connection not in self._received:  # closed because of the message before
             return ""
         try:
-            said = connection.recv(MAX_MESSAGE_BYTES)
+            message = connection.recv(MAX_MESSAGE_BYTES)
         except OSError:
-            said = b""
-        self._received[connection] += said
-        if not said or len(self._received[connection]) > MAX_MESSAGE_BYTES:
+            message = b""
+        self._received[connection] += message
+        if not message or len(self._received[connection]) > MAX_MESSAGE_BYTES:
             self._disconnect(connection)
             return ""
-        if b"\n" not in said:
+        if b"\n" not in message:
             return ""
         peer = _parse_peer(self._received[connection])
-        if peer is None:  # not one of us
+        if peer is None:  # another program
             self._disconnect(connection)
             return ""
         refused = self._refusal(peer)
@@ -168,7 +169,7 @@ class Rendezvous:
             _send(connection, {"refused": str(refused), "code": refused.exit_code})
             self._disconnect(connection)
             return str(refused)
-        if peer.process in self._arrived:  # the connection that it had before was lost
+        if peer.process in self._arrived:  # its earlier connection was lost
             self._disconnect(self._arrived[peer.process][0])
         self._arrived[peer.process] = (connection, peer)
         return ""
@@ -177,16 +178,16 @@ class Rendezvous:
         who = f"process {peer.process} (host {peer.host}, pid {peer.pid})"
         if peer.run != self._run:
             return ConfigError(
-                f"{who} is to train --workdir={peer.run}, and process 0 at {self._address} --workdir={self._run}; "
-                "give all processes of a run the same, and each run a port of its own with --coordinator_address"
+                f"{who} has --workdir={peer.run}, and process 0 at {self._address} has --workdir={self._run}; give all "
+                "processes of a run the same, and each run its own port with --coordinator_address"
             )
         if not 0 < peer.process < self._size:
-            return ConfigError(f"{who} came to a run of {self._size} processes; give all the same --num_processes")
+            return ConfigError(f"{who} joined a run of {self._size} processes; give all the same --num_processes")
         _, first = self._arrived.get(peer.process, (None, peer))
         if (first.host, first.pid, first.life) != (peer.host, peer.pid, peer.life):
             return Stopped(
-                f"{who} came as the second of its number, after host {first.host}, pid {first.pid}; start it again if "
-                "that one is gone, else give each process its own --process_id, and each run a port of its own"
+                f"{who} is the second with its number, after host {first.host}, pid {first.pid}; start it again if "
+                "that one has ended, or give each process its own --process_id, and each run its own port"
             )
         return None
 
@@ -197,9 +198,9 @@ class Rendezvous:
         connection.close()
 
 
-def _parse_peer(said: bytes) -> Peer | None:
+def _parse_peer(message: bytes) -> Peer | None:
     try:
-        peer = Peer(**json.loads(said))
+        peer = Peer(**json.loads(message))
     except (ValueError, TypeError, RecursionError):
         return None
     kinds = Peer.__annotations__.values()
@@ -207,10 +208,10 @@ def _parse_peer(said: bytes) -> Peer | None:
 
 
 def join(address: tuple[str, int], me: Peer, timeout_s: float, progress: Callable[[str], None]) -> None:
-    """Waits until process 0 at `address` has let all in. Raises ConfigError, Stopped.
+    """Connects to process 0 at `address` and waits until all processes have. Raises ConfigError, Stopped.
 
     Args:
-      progress: called with the reason for waiting, every half a second at least.
+      progress: called with the reason for waiting, at least every half second.
     """
     shown, end = f"{address[0]}:{address[1]}", time.monotonic() + timeout_s
     stranger = met = False
@@ -220,13 +221,13 @@ def join(address: tuple[str, int], me: Peer, timeout_s: float, progress: Callabl
             with socket.create_connection(address, timeout=min(5.0, max(end - time.monotonic(), 0.1))) as connection:
                 _keep_alive(connection)
                 stranger = not _is_rendezvous(connection)
-                reason = "what listens there does not wait for the processes of a run"
+                reason = "the program that listens there does not wait for the processes of a run"
                 if not stranger:
                     met = True
                     reason = _wait_for_start(connection, me, end, progress)
                     if not reason:
                         return
-        except Stopped as e:  # the second of its number; the first may be gone, and process 0 does not know it yet
+        except Stopped as e:  # the first process with this number may be gone, and process 0 may not know it yet
             refused_until = min(refused_until, time.monotonic() + GONE_S, end)
             if time.monotonic() >= refused_until:
                 raise
@@ -239,13 +240,13 @@ def join(address: tuple[str, int], me: Peer, timeout_s: float, progress: Callabl
         time.sleep(0.5)
     if stranger and not met:
         raise ConfigError(
-            f"{shown} is taken: {reason}; it is a run that has begun, or another program; name another port with "
+            f"{shown} is in use: {reason}; it is a running job, or another program; name another port with "
             "--coordinator_address"
         )
     if reason == NOT_ALL:
         raise Stopped(
-            f"not all processes came to process 0 at {shown} within {timeout_s:.0f} s; start the missing ones, which "
-            "its log names"
+            f"not all processes connected to process 0 at {shown} within {timeout_s:.0f} s; start the missing ones, "
+            "which its log names"
         )
     if met:
         raise Stopped(f"process 0 at {shown} is gone: {reason}; see its log, and start all processes again")
@@ -264,7 +265,7 @@ def _is_rendezvous(connection: socket.socket) -> bool:
 
 
 def _wait_for_start(connection: socket.socket, me: Peer, end: float, progress: Callable[[str], None]) -> str:
-    """'' when all have been let in, else why to come again. Raises ConfigError when this process is refused."""
+    """'' when all processes may continue, otherwise why to reconnect. Raises ConfigError if this one is refused."""
     connection.sendall(json.dumps(me._asdict()).encode() + b"\n")
     connection.settimeout(0.5)
     while time.monotonic() < end:
@@ -279,7 +280,7 @@ def _wait_for_start(connection: socket.socket, me: Peer, end: float, progress: C
             answer = json.loads(line)
             refused, code = answer.get("refused"), answer.get("code")
         except (ValueError, AttributeError, RecursionError):
-            return "what listens there does not speak as process 0 does"
+            return "the program that listens there does not answer as process 0 does"
         if refused:
             raise (Stopped if code == Stopped.exit_code else ConfigError)(str(refused))
         return ""
@@ -287,8 +288,8 @@ def _wait_for_start(connection: socket.socket, me: Peer, end: float, progress: C
 
 
 def _line(connection: socket.socket) -> bytes:
-    """Up to a line feed or the end, or what came within ANSWER_S of its first byte: JAX's service says something, and
-    no line feed. Raises TimeoutError when nothing comes."""
+    """Reads to a line feed, to the end, or for ANSWER_S after the first byte: JAX's service sends bytes without a line
+    feed. Raises TimeoutError if nothing arrives."""
     line, end = b"", math.inf
     while not line.endswith(b"\n") and len(line) < MAX_MESSAGE_BYTES and time.monotonic() < end:
         try:
@@ -305,12 +306,12 @@ def _line(connection: socket.socket) -> bytes:
 
 
 def _send(connection: socket.socket, answer: dict) -> None:
-    with contextlib.suppress(OSError):  # it has gone; whoever waits for it hears of that
+    with contextlib.suppress(OSError):  # the peer is gone; processes that wait for it notice
         connection.send(json.dumps(answer).encode() + b"\n")
 
 
 def _keep_alive(connection: socket.socket) -> None:
-    """As far as this system knows how to: gVisor and WSL1 refuse some of the options."""
+    """Sets the options that this system has: gVisor and WSL1 refuse some of them."""
     options = [(socket.SOL_SOCKET, "SO_KEEPALIVE", 1)]
     options += [(socket.IPPROTO_TCP, name, value) for name, value in KEEP_ALIVE.items() if hasattr(socket, name)]
     for level, name, value in options:
@@ -319,7 +320,7 @@ def _keep_alive(connection: socket.socket) -> None:
 
 
 def _bind(port: int, run: str, timeout_s: float, progress: Callable[[str], None]) -> socket.socket:
-    """Listens on `port`, which nobody else may: JAX's service would share it with whoever is there, or crash."""
+    """Listens on `port` exclusively: JAX's service would share it with another program, or crash."""
     started, names = time.monotonic(), _lock_names(port, run)
     while True:
         try:
@@ -329,23 +330,23 @@ def _bind(port: int, run: str, timeout_s: float, progress: Callable[[str], None]
         except OSError as e:
             waited = time.monotonic() - started
             if not _locks and any(map(_is_locked, names[1:])):
-                progress(f"an earlier life of this run still has port {port}")
+                progress(f"an earlier attempt of this run still has port {port}")
                 if waited > timeout_s:
                     raise Stopped(
-                        f"port {port} of this host is not free: an earlier life of this run, or another job on it, has "
-                        f"had it for {waited:.0f} s; start again when that has ended"
+                        f"port {port} of this host is not free: an earlier attempt of this run, or another job on it, "
+                        f"has had it for {waited:.0f} s; start again when that has ended"
                     ) from None
             elif waited > PORT_S:
                 raise ConfigError(
                     f"port {port} of this host is not free ({e.strerror}): another run or program has it; name another "
-                    "with --coordinator_address, or with JAX_COORDINATOR_PORT where the cluster tells processes apart"
+                    "with --coordinator_address, or with JAX_COORDINATOR_PORT if the cluster numbers the processes"
                 ) from None
         time.sleep(0.2)
 
 
 def _lock_names(port: int, run: str) -> list[str]:
-    """Of locks: that of the port keeps others from the moment in which it is given from here to JAX, the other one says
-    whose it is. Names of Linux (abstract sockets), not files; they go with the process."""
+    """The names of two locks: one keeps the port reserved while JAX takes it over, the other names the run. They are
+    abstract sockets of Linux, not files, and end with the process."""
     if sys.platform != "linux":
         return []
     of_port = f"\0meshlm-coordinator-{port}"
@@ -353,7 +354,7 @@ def _lock_names(port: int, run: str) -> list[str]:
 
 
 def _acquire_locks(names: list[str]) -> list[socket.socket]:
-    """The locks. Raises OSError when another has one."""
+    """Acquires the locks. Raises OSError if another process has one."""
     locks: list[socket.socket] = []
     try:
         for name in names:
@@ -375,14 +376,14 @@ def _is_locked(name: str) -> bool:
 
 
 def _listening(port: int) -> socket.socket:
-    """On all addresses, as JAX's service does."""
+    """A socket that listens on all addresses, as JAX's service does."""
     six = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if six else socket.AF_INET
     return socket.create_server(("", port), family=family, backlog=4096, dualstack_ipv6=six)
 
 
 def _allow_files(size: int) -> None:
-    """A connection of each process, here and in JAX's service."""
+    """Raises the limit of open files for one connection from each process, here and in JAX's service."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = size + OTHER_DESCRIPTORS
     if hard != resource.RLIM_INFINITY:

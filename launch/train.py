@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from trainer.reliability.mirror import Mirror
 
 EXPLANATION_S = 1.0  # how long to wait after a failed collective for the other process's error that explains it
-FAILED_S = 5.0  # after another process failed, this one exits within this time, whatever it is waiting for
+FAILED_S = 5.0  # after another process failed, this one exits within this time, even if it waits for something
 
 CONFIG = cli.define_config()
 WORKDIR = cli.define_run_path("workdir", None, "Run directory; created, or resumed if it holds a run.")

@@ -425,7 +425,7 @@ def test_one_file_is_read_once(tmp_path):
         for name in ("other.bin", "val.bin"):
             link(tmp_path / "train.bin", tmp_path / name)
             data = open_(tmp_path)
-            assert len(data.foreign_files["train"]) == 1 and not data.has("val")
+            assert len(data.external_files["train"]) == 1 and not data.has("val")
             refused(tmp_path / "train.bin", "train.bin", val_path=str(tmp_path / name))
             (tmp_path / name).unlink()
 

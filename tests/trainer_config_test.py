@@ -1,5 +1,6 @@
 """Configuration: errors name field, value and what would be right; changes at a resume are sorted as documented."""
 
+import dataclasses
 import json
 import math
 import types

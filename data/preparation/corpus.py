@@ -1,4 +1,4 @@
-"""Where text comes from: a file, a directory, a glob, or a corpus known by name. A corpus is a list of files."""
+"""The files of a corpus, which is a file, a directory, a glob, or a corpus known by name."""
 
 import dataclasses
 import errno
@@ -22,19 +22,19 @@ from data.storage.files import write_durably
 SHAKESPEARE_REPOSITORY_FILE = "karpathy/char-rnn, file data/tinyshakespeare/input.txt"
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-# Folders of the standard library that are not what a reader would call its source.
+# Folders of the standard library that are not its own source code.
 STDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "__pycache__", "lib2to3", "pydoc_data", "encodings"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class File:
-    """`name` does not depend on where the corpus lies, so splits by name are the same anywhere."""
+    """A file of a corpus. `name` is relative to the corpus, so splits by name do not depend on its location."""
 
     name: str
     path: pathlib.Path
-    kind: str = recognize.TEXT  # 'text' (the file is one document), 'jsonl' or 'parquet' (a document a record)
+    kind: str = recognize.TEXT  # 'text' (the file is one document), 'jsonl' or 'parquet' (each record is one)
     compression: str = ""  # or 'gz', 'zst'
-    content: str = ""  # a hash, where it is known: then inode and times say nothing (see spool)
+    content: str = ""  # a hash of the content, if known; then inode and times are not compared (see spool)
 
     def size(self) -> int:
         """Bytes on disk, now."""
@@ -45,7 +45,7 @@ class File:
 
 
 def open_source(path: str | pathlib.Path) -> IO[bytes]:
-    """Raises DataError where it cannot be opened."""
+    """Raises DataError if it cannot be opened."""
     try:
         return open(path, "rb")
     except OSError as e:
@@ -58,7 +58,7 @@ class Found(NamedTuple):
 
 
 def is_there(source: str) -> bool:
-    """Whether `find` would look at something that is on this machine."""
+    """Whether the source is on this machine."""
     if source == "tinyshakespeare":
         return False
     root = source if os.path.lexists(source) else names.split_at_wildcard(source)[0]
@@ -74,18 +74,18 @@ def find_files(
     own: Sequence[pathlib.Path] = (),
     tokenizer: pathlib.Path | None = None,
 ) -> Found:
-    """The files of `source`, and what was left out of it.
+    """The files of `source`, and what was left out.
 
     Args:
       source: PATH of a file or directory, a glob (** allowed), 'python-stdlib' or 'tinyshakespeare'.
       cache: where a download is kept.
-      kind: of all files, one of recognize.KINDS; 'auto' to look at each.
-      bad_records: 'skip' leaves out what cannot be read as text in a folder or a glob; 'error' says what it is.
-      own: what the preparation itself writes; passed over.
-      tokenizer: a file that is not text, whatever it holds; left out.
+      kind: of all files, one of recognize.KINDS; 'auto' detects it for each.
+      bad_records: 'skip' leaves out files of a folder or glob that are not text; 'error' reports the first one.
+      own: paths that the preparation itself writes; ignored.
+      tokenizer: the tokenizer's file, which is left out even if it looks like text.
 
     Raises:
-      DataError: nothing there, or nothing in it; a file that cannot be looked at, or is not text.
+      DataError: the source does not exist or has no text; a file cannot be read, or is not text.
     """
     left_out = InputErrors()
     if source == "python-stdlib":
@@ -116,20 +116,20 @@ def find_files(
 
 
 def named_as_held_out(source: str, files: Sequence[File]) -> list[str]:
-    """Of a folder or a glob, the files that are named as for validation or tests: nothing else tells them apart."""
+    """The files of a folder or a glob whose names say that they are for validation or tests."""
     if source in ("python-stdlib", "tinyshakespeare") or os.path.isfile(source):
         return []
     return [file.name for file in files if names.has_word(file.name, names.TEST)]
 
 
 def is_pipe(source: str) -> bool:
-    """Whether it can be read only once. Raises DataError where it cannot be looked at."""
+    """Whether the source is a pipe, which can be read only once. Raises DataError if that cannot be found out."""
     status = _status(pathlib.Path(source))
     return status is not None and stat.S_ISFIFO(status.st_mode)
 
 
 def _status(path: pathlib.Path) -> os.stat_result | None:
-    """None where nothing is."""
+    """None if there is no such file."""
     try:
         return path.stat()
     except (OSError, ValueError) as e:
@@ -140,7 +140,7 @@ def _status(path: pathlib.Path) -> os.stat_result | None:
 
 def _named(path: pathlib.Path, status: os.stat_result, kind: str) -> File:
     if not stat.S_ISREG(status.st_mode):
-        raise DataError(f"--source={path} is not a file; write what it gives to one, or use --source=- < {path}")
+        raise DataError(f"--source={path} is not a regular file; write its content to one, or use --source=- < {path}")
     if not status.st_size:
         raise DataError(f"--source={path} holds no text: it is empty")
     found = recognize.recognize(path, kind)
@@ -200,7 +200,7 @@ def tinyshakespeare(cache: pathlib.Path) -> pathlib.Path:
                 raw = response.read()
         except (urllib.error.URLError, http.client.HTTPException, OSError) as e:
             raise DataError(
-                f"cannot download tinyshakespeare ({getattr(e, 'reason', e)}); fetch it by other means from GitHub "
+                f"cannot download tinyshakespeare ({getattr(e, 'reason', e)}); download it in another way from GitHub "
                 f"({SHAKESPEARE_REPOSITORY_FILE}), put it at {path} and run this again, or name your copy with "
                 "--source=PATH"
             ) from None
@@ -209,7 +209,7 @@ def tinyshakespeare(cache: pathlib.Path) -> pathlib.Path:
             cache.mkdir(parents=True, exist_ok=True)
             write_durably(path, raw)
         except OSError as e:
-            raise DataError(f"cannot keep tinyshakespeare at {path}: {e.strerror}") from None
+            raise DataError(f"cannot write tinyshakespeare to {path}: {e.strerror}") from None
     else:
         _check_sha256(path.read_bytes(), str(path))
     return path
@@ -220,15 +220,16 @@ def _check_sha256(raw: bytes, where: str) -> None:
     if found != SHAKESPEARE_SHA256:
         raise DataError(
             f"{where} is not tinyshakespeare: sha256 {found} ({len(raw)} bytes), expected {SHAKESPEARE_SHA256} "
-            "(1115394 bytes); remove it and fetch it again"
+            "(1115394 bytes); remove it and download it again"
         )
 
 
 def split_files(files: list[File], val_fraction: float) -> tuple[list[File], list[File]]:
-    """Train and validation files, whole, chosen by a hash of their names until `val_fraction` of the bytes is met.
+    """Training and validation files; a hash of the names chooses validation files until they have `val_fraction` of the
+    bytes.
 
-    A file that would make it more than twice that share, or most of the corpus, is passed over. At least one file stays
-    on each side. A corpus of one file is not split here (see prepare).
+    A file is skipped if the validation files would have more than twice that share, or most of the corpus. At least one
+    file stays on each side. A corpus of one file is not split here (see pipeline.make_plan).
     """
     if val_fraction > 0.5:
         val, train = split_files(files, 1 - val_fraction)

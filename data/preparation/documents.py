@@ -1,8 +1,8 @@
-"""Documents out of files. A stretch is a part of one file that can be read alone: a byte range of text or JSON lines,
-row groups of Parquet, a whole compressed file. A unit is a few stretches: what one worker does at a time, and what a
-preparation that was killed need not do again.
+"""Documents read from files. A span is a part of one file that can be read by itself: a byte range of text or JSON
+lines, row groups of Parquet, or a complete compressed file. A work unit is a few spans: a worker's task, and what a
+preparation that was killed does not repeat.
 
-The cuts depend on the files alone, never on the number of workers, so neither does the result.
+The borders depend only on the files and not on the number of workers, so neither does the result.
 """
 
 import codecs
@@ -22,26 +22,28 @@ from data.errors import DataError
 from data.preparation.corpus import File
 from data.preparation.input_errors import NUL, REPLACED, InputErrors, Lines, Place
 
-UNIT_BYTES = 8 << 20  # a worker holds some 20 bytes of memory for each
-LONG_LINE_BYTES = 64 << 20  # of a record; taken, and counted: most often newlines were lost
-MAX_LINE_BYTES = 1 << 30  # a longer one is a bad record: reading it would take several times the memory
-LINE_SEARCH_BYTES = 1 << 16  # in which a place is looked for where a text can be cut
+UNIT_BYTES = 8 << 20  # of a work unit; a worker needs some 20 bytes of memory for each
+LONG_LINE_BYTES = 64 << 20  # a longer record is used, but counted: usually its newlines were lost
+MAX_LINE_BYTES = 1 << 30  # a longer record is a bad record: reading it would take several times the memory
+LINE_SEARCH_BYTES = 1 << 16  # searched for a place at which a text can be split
 BLOCK_BYTES = 1 << 16  # read or decompressed at a time
 ZSTD_BYTES = 256  # given to zstandard at a time: four of them may become 128 KiB
 ZSTD_WINDOW_BYTES = 1 << 31  # as `zstd --long=31` writes
-ROWS = 128  # of Parquet, held at a time
+ROWS = 128  # of Parquet, in memory at a time
 BYTE_ORDER_MARK = codecs.BOM_UTF8
 
 
 @dataclasses.dataclass(frozen=True)
 class Span:
+    """A part of a file that can be read by itself."""
+
     file: File
-    start: int  # bytes; of Parquet, the row group; of a compressed file 0
+    start: int  # in bytes; for Parquet, in row groups; for a compressed file 0
     stop: int
-    first: bool  # whether the file begins here; with a byte order mark, `start` is after it
+    first: bool  # whether the file begins here; `start` is after a byte order mark
     last: bool  # whether the file ends here
     size: int  # bytes on disk, for the progress
-    split: str | None = None  # 'train' or 'val' where the whole file goes to one
+    split: str | None = None  # 'train' or 'val' if the complete file belongs to one
 
 
 WorkUnit = tuple[Span, ...]
@@ -49,30 +51,33 @@ WorkUnit = tuple[Span, ...]
 
 @dataclasses.dataclass(frozen=True)
 class ReadOptions:
-    """How files are read: the key of the text in a record, and what is done with what cannot be read."""
+    """How files are read: the key of the text in a record, and what happens to text that cannot be read."""
 
     text_key: str = "text"
-    invalid_utf8: str = "replace"  # by U+FFFD, counted; or 'error'
-    bad_records: str = "error"  # or 'skip', counted: broken JSON, no text under the key, a compressed file cut off
-    raw: bool = False  # text as bytes, whatever they are; of a record, the UTF-8 of its text
+    invalid_utf8: str = "replace"  # with U+FFFD, and count; or 'error'
+    # Or 'skip', and count: broken JSON, a record without text under the key, a truncated compressed file.
+    bad_records: str = "error"
+    raw: bool = False  # text as bytes, valid or not; of a record, its text in UTF-8
 
     @functools.cached_property
     def key_in_json(self) -> re.Pattern[str]:
-        """The text key as JSON may spell it: each character as it is, or as an escape."""
+        """A pattern of the text key in JSON, where each character may be written as it is or as an escape."""
         return re.compile(f'"{"".join(map(_spellings, self.text_key))}"\\s*:')
 
 
 def _spellings(character: str) -> str:
-    """The pattern of a character in a string of JSON (RFC 8259, section 7)."""
-    units = character.encode("utf-16-be", "surrogatepass").hex(" ", 2).split()  # two of what is beyond U+FFFF
+    """The pattern of a character in a JSON string (RFC 8259, section 7)."""
+    units = character.encode("utf-16-be", "surrogatepass").hex(" ", 2).split()  # two for a character beyond U+FFFF
     short, long = json.dumps(character)[1:-1], "".join(rf"\\u(?i:{unit})" for unit in units)
     return rf"(?:\\?{re.escape(character)}|{re.escape(short)}|{long})"
 
 
 class Chunk(NamedTuple):
+    """A document, or a part of a long one."""
+
     text: str | bytes  # never empty
     begins: bool  # whether a document begins with it
-    ends: bool
+    ends: bool  # whether a document ends with it
 
 
 def bytes_of(unit: WorkUnit) -> int:
@@ -81,7 +86,10 @@ def bytes_of(unit: WorkUnit) -> int:
 
 
 def plan_units(files: list[File], splits: dict[str, str] | None = None) -> list[WorkUnit]:
-    """The units of all files in their order: large files cut, small ones together. `splits`: of each file's name.
+    """The work units of all files in order: large files are divided, small ones are grouped.
+
+    Args:
+      splits: 'train' or 'val' for the name of each file, if complete files are split.
 
     Raises:
       DataError: a file cannot be read.
@@ -132,7 +140,7 @@ def _file_spans(file: File, size: int) -> Iterator[Span]:
 
 
 def _line_split(f: IO[bytes], at: int, size: int) -> int:
-    """The place after the first newline from `at` on."""
+    """The offset after the first newline from `at` on."""
     f.seek(at)
     while block := f.read(BLOCK_BYTES):
         if (newline := block.find(b"\n")) >= 0:
@@ -146,14 +154,14 @@ def _text_split(f: IO[bytes], at: int, size: int) -> int:
     return at + split_point(f.read(3 + LINE_SEARCH_BYTES))
 
 
-# Tokenizers begin a token at a single space between two words, and after a newline between two lines; so a text cut
-# there has the tokens of the whole. Runs of white space can be one token.
+# Tokenizers begin a token at a single space between two words, and after a newline between two lines; so the parts of a
+# text that is split there have the tokens of the complete text. A run of white space can be one token.
 SPLIT_PLACES = [re.compile(place) for place in (r"(?<=\S)(?= \S)", r"(?<=\S\n)(?=\S)", r"(?=\s)")]
 
 
 def split_point(window: bytes) -> int:
-    """Where in `window`, a part of a text in UTF-8, the text is cut: before a single space, else after a single
-    newline, else before other white space, else between characters."""
+    """The offset in `window`, a part of a UTF-8 text, at which the text is split: before a single space, else after a
+    single newline, else before other white space, else between characters."""
     begin = _rest_of_character(window)
     text = window[begin:].decode("utf-8", "surrogateescape")
     for place in SPLIT_PLACES:
@@ -163,16 +171,16 @@ def split_point(window: bytes) -> int:
 
 
 def _rest_of_character(raw: bytes) -> int:
-    """How many bytes at the beginning may be the rest of a character: continuation bytes, 0b10xxxxxx, at most three."""
+    """How many bytes at the start may be the rest of a character: continuation bytes, 0b10xxxxxx, at most three."""
     return next((i for i, byte in enumerate(raw[:3]) if byte & 0xC0 != 0x80), min(3, len(raw)))
 
 
 def read_chunks(span: Span, options: ReadOptions, errors: InputErrors) -> Iterator[Chunk]:
-    """The documents of a stretch in order, long texts in pieces; bytes where reading.raw, else str. A text has the
-    same pieces whether its file is compressed or not. Empty documents are counted and left out.
+    """The documents of a span in order, long texts in several chunks; bytes if options.raw, else str. A text has the
+    same chunks whether its file is compressed or not. Empty documents are counted and left out.
 
     Raises:
-      DataError: the file cannot be read, or holds what `reading` does not allow; it names file and place.
+      DataError: the file cannot be read, or has something that `options` do not allow; it names file and place.
     """
     kind = {"text": _read_text, "jsonl": _read_json_lines, "parquet": _read_parquet}[span.file.kind]
     try:
@@ -203,7 +211,7 @@ def _read_text(span: Span, options: ReadOptions, errors: InputErrors) -> Iterato
 
 
 def _rechunk(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """The pieces of a text that comes in blocks, as `plan` cuts one that is on a disk; at least one, perhaps empty."""
+    """The chunks of a text that comes in blocks, split as plan_units splits one on disk; at least one, maybe empty."""
     held = bytearray()
     for block in itertools.chain(blocks, [None]):
         held += block or b""
@@ -216,7 +224,7 @@ def _rechunk(blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _content(f: IO[bytes], span: Span, options: ReadOptions, errors: InputErrors) -> tuple[int, Iterator[bytes]]:
-    """The bytes of text or JSON lines, decompressed, without a byte order mark; and the offset of the first."""
+    """The bytes of text or JSON lines, decompressed and without a byte order mark, and the offset of the first byte."""
     start, blocks = span.start, _on_disk(f, span)
     if span.file.compression:
         blocks, head = _decompressed(f, span, options, errors), b""
@@ -235,13 +243,13 @@ def _on_disk(f: IO[bytes], span: Span) -> Iterator[bytes]:
     while left:
         block = f.read(min(left, BLOCK_BYTES))
         if not block:
-            raise DataError(f"{span.file.path} became shorter while it was read; start again")
+            raise DataError(f"{span.file.path} became shorter while it was read; run the command again")
         left -= len(block)
         yield block
 
 
 def _decompressed(f: IO[bytes], span: Span, options: ReadOptions, errors: InputErrors) -> Iterator[bytes]:
-    """Blocks, none of them empty; of a damaged file what comes before the damage."""
+    """Blocks, none of them empty; of a damaged file, those before the damage."""
     try:
         yield from filter(None, _gunzip(f) if span.file.compression == "gz" else _unzstd(f, span.file))
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
@@ -253,7 +261,7 @@ def _gunzip(f: IO[bytes]) -> Iterator[bytes]:
 
 
 def _unzstd(f: IO[bytes], file: File) -> Iterator[bytes]:
-    """As _gunzip; zstandard's own reader takes a frame that is cut off for the end of the file."""
+    """As _gunzip. zstandard's own reader would take a truncated frame for the end of the file."""
     try:
         import zstandard
     except ImportError:
@@ -265,9 +273,9 @@ def _unzstd(f: IO[bytes], file: File) -> Iterator[bytes]:
             try:
                 yield frame.decompress(raw)
             except zstandard.ZstdError as e:
-                if "allocation" in str(e).lower():  # nothing is wrong with the file
+                if "allocation" in str(e).lower():  # the file is sound
                     raise DataError(f"cannot decompress {file.path}: {e}; its window needs up to 2 GiB") from None
-                hint = "; perhaps it was compressed with one: zstd -d -D FILE" if "ictionary" in str(e) else ""
+                hint = "; perhaps it was compressed with a dictionary: zstd -d -D FILE" if "ictionary" in str(e) else ""
                 raise EOFError(f"{e}{hint}") from None
             begun, raw = not frame.eof, frame.unused_data
             if frame.eof:
@@ -278,16 +286,16 @@ def _unzstd(f: IO[bytes], file: File) -> Iterator[bytes]:
 
 def _not_utf8(where: str) -> DataError:
     return DataError(
-        f"{where}; convert the file, use --invalid_utf8=replace, or --tokenizer=byte, which takes any bytes of text"
+        f"{where}; convert the file, use --invalid_utf8=replace, or --tokenizer=byte, which accepts any bytes of text"
     )
 
 
 def _text(raw: bytes, file: File, offset: int, options: ReadOptions, errors: InputErrors) -> str:
-    """A piece of a text file, which begins at `offset`; newlines stay as they are."""
+    """Decodes a chunk of a text file, which begins at `offset`; newlines are kept as they are."""
     if nuls := raw.count(b"\0"):
         errors.record(NUL, Place(str(file.path), "offset", offset + raw.index(b"\0")), nuls)
     parts, start = [], 0
-    while start < len(raw):  # by blocks, because strict decoding is several times faster, and most blocks allow it
+    while start < len(raw):  # in blocks: strict decoding is several times faster, and works for most
         stop = start + BLOCK_BYTES
         stop += _rest_of_character(raw[stop : stop + 3])
         part = raw[start:stop]
@@ -305,7 +313,7 @@ def _text(raw: bytes, file: File, offset: int, options: ReadOptions, errors: Inp
     return "".join(parts)
 
 
-# Stands for bytes of a record that are not UTF-8 until they are counted; JSON may hold such halves as escapes, too.
+# Replaces the bytes of a record that are not UTF-8 until they are counted. JSON escapes may spell such halves, too.
 HALF = "\ud800"
 
 
@@ -325,7 +333,7 @@ def _decode(raw: bytes, place: Place, options: ReadOptions) -> str:
 
 
 def _whole(text: str, place: Place, options: ReadOptions, errors: InputErrors) -> str:
-    """`text` with U+FFFD for halves of surrogate pairs, counted."""
+    """`text` with U+FFFD instead of halves of surrogate pairs, which are counted."""
     replaced = 0
     while (half := _first_half(text)) is not None:
         replaced += text.count(half)
@@ -339,7 +347,7 @@ def _whole(text: str, place: Place, options: ReadOptions, errors: InputErrors) -
 
 def _first_half(text: str) -> str | None:
     try:
-        text.encode()  # by far the fastest way to look
+        text.encode()  # by far the fastest check
         return None
     except UnicodeEncodeError as e:
         return text[e.start]
@@ -354,11 +362,11 @@ def _read_json_lines(span: Span, options: ReadOptions, errors: InputErrors) -> I
             if text:
                 yield Chunk(text, True, True)
     if not span.file.compression:
-        errors.count_lines(Lines(path, after, span.stop, number - 1))  # the last line is what follows a newline
+        errors.count_lines(Lines(path, after, span.stop, number - 1))  # the last line has no newline
 
 
 def _lines(blocks: Iterator[bytes]) -> Iterator[bytes | None]:
-    """Lines without their newline, the last perhaps empty; None in the place of one above MAX_LINE_BYTES."""
+    """Lines without their newline, the last one maybe empty; None for a line above MAX_LINE_BYTES."""
     held: list[bytes] = []
     size = 0
     for block in blocks:
@@ -375,7 +383,7 @@ def _lines(blocks: Iterator[bytes]) -> Iterator[bytes | None]:
     yield b"".join(held) if size <= MAX_LINE_BYTES else None
 
 
-# Python's int() refuses more than 4,300 digits, and no number is asked for its value.
+# parse_int: Python's int() refuses more than 4,300 digits, and the values of numbers are not needed.
 _parse = json.JSONDecoder(parse_int=len).decode
 
 
@@ -406,31 +414,31 @@ def _of_line(line: bytes | None, place: Place, options: ReadOptions, errors: Inp
 
 
 def _is_given_twice(text: str, options: ReadOptions) -> bool:
-    """Whether a line is a JSON object that has the text key twice itself: of these Python keeps the last.
+    """Whether a line is a JSON object that itself has the text key twice; Python would keep only the last value.
 
     Raises:
-      RecursionError: the line is nested deeper than a decoder with a hook can follow.
+      RecursionError: the line is nested too deeply for a decoder with a hook.
     """
     if next(itertools.islice(options.key_in_json.finditer(text), 1, None), None) is None:
         return False
     keys: list[str] = []
 
     def note(pairs: list[tuple[str, Any]]) -> None:
-        keys[:] = [name for name, _ in pairs]  # of the object that ends last, which is the outermost
+        keys[:] = [name for name, _ in pairs]  # the object that ends last is the outermost
 
     json.JSONDecoder(object_pairs_hook=note, parse_int=len).decode(text)
     return keys.count(options.text_key) > 1
 
 
 def _of_value(value: Any, place: Place, options: ReadOptions, errors: InputErrors) -> str | bytes | None:
-    """The text of a record; None when there is none, which was counted or raised."""
+    """The text of a record; None if it has none, which has been counted or raised."""
     if not isinstance(value, str | bytes):
         _bad("text that is no string", place._replace(note=type(value).__name__), options, errors)
         return None
     if not value:
         errors.record("empty document", place)
         return None
-    if isinstance(value, bytes):  # of Parquet
+    if isinstance(value, bytes):  # from Parquet
         if options.raw:
             return value
         value = _decode(value, place, options)
@@ -444,7 +452,7 @@ def _of_value(value: Any, place: Place, options: ReadOptions, errors: InputError
 
 @functools.lru_cache(maxsize=1)
 def _open_parquet(path: pathlib.Path, size: int, mtime_ns: int) -> tuple[Any, list[int]]:
-    """The file, and the number of rows before each of its row groups. To open one takes time for each row group."""
+    """The file, and the number of rows before each of its row groups. Cached: opening takes time for each row group."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -452,11 +460,11 @@ def _open_parquet(path: pathlib.Path, size: int, mtime_ns: int) -> tuple[Any, li
     import pyarrow
 
     try:
-        opened = pyarrow.OSFile(os.fsencode(path))  # a name need not be UTF-8
+        opened = pyarrow.OSFile(os.fsencode(path))  # a file name may not be UTF-8
         table = pyarrow.parquet.ParquetFile(opened, page_checksum_verification=True)
         groups = map(table.metadata.row_group, range(table.num_row_groups))
         return table, list(itertools.accumulate((group.num_rows for group in groups), initial=0))
-    except (OSError, ValueError, pyarrow.ArrowException) as e:  # names of columns may be no UTF-8
+    except (OSError, ValueError, pyarrow.ArrowException) as e:  # also for column names that are not UTF-8
         raise DataError(f"{path} is not a Parquet file that can be read: {_first_line(e)}") from None
 
 
@@ -483,12 +491,12 @@ def _read_parquet(span: Span, options: ReadOptions, errors: InputErrors) -> Iter
                 text = _of_value(value, Place(str(path), "row", number), options, errors)
                 if text:
                     yield Chunk(text, True, True)
-    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as e:  # values of other types raise any
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as e:  # values of other types
         raise DataError(f"{path} cannot be read after row {number}: {_first_line(e)}") from None
 
 
 def _values(column: Any) -> list[Any]:
-    """Strings as bytes, for nothing says that they are UTF-8."""
+    """The values, with strings as bytes, because Parquet does not check that they are UTF-8."""
     import pyarrow
 
     if isinstance(column, pyarrow.ExtensionArray):
@@ -506,13 +514,13 @@ def _values(column: Any) -> list[Any]:
 def _bad(kind: str, where: str | Place, options: ReadOptions, errors: InputErrors) -> None:
     if options.bad_records == "error":
         raise DataError(
-            f"{kind}: {_exact(where)}; mend it, or pass --bad_records=skip to leave such records out, counted"
+            f"{kind}: {_exact(where)}; fix it, or pass --bad_records=skip to count such records and leave them out"
         )
     errors.record(kind, where)
 
 
 def _exact(where: str | Place) -> str | Place:
-    """The line counted from the beginning of the file, which is read for it: only where reading ends with it."""
+    """The place with its line counted from the beginning of the file, which is read for that: only before an error."""
     if isinstance(where, str) or not where.after:
         return where
     with open(where.path, "rb") as f:

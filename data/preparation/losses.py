@@ -1,4 +1,4 @@
-"""What a tokenizer does not keep of a text, counted: unknown tokens, and texts that do not decode to themselves."""
+"""Counts text that a tokenizer loses: unknown tokens, and texts that do not decode to themselves."""
 
 import numpy as np
 
@@ -9,14 +9,14 @@ from data.tokenizers.base import Tokenizer, name_finder
 UNKNOWN = "unknown token, in place of text that the tokenizer cannot express"
 CHANGED = "text that does not decode to itself (of those compared: one character in 16)"
 SPELLED = "text that spells a special token, encoded as ordinary text"
-LOSSES = (UNKNOWN, CHANGED)  # with these nobody knows how many bytes of text the tokens stand for
+LOSSES = (UNKNOWN, CHANGED)  # then the number of bytes that the tokens stand for is not known
 
-COMPARED = 1 << 12  # characters of a text that are compared at most
-SHARE = 16  # of all characters one in so many, and COMPARED at the beginning of a unit
+COMPARED = 1 << 12  # the most characters of a text that are compared
+SHARE = 16  # one in this many characters is compared, and COMPARED at the beginning of a unit
 
 
 class Losses:
-    """Looks at the texts of a unit and their tokens, and adds to its problems."""
+    """Compares the texts of a unit with their tokens, and adds to its errors."""
 
     def __init__(self, codec: Tokenizer, errors: InputErrors):
         self.codec = codec
@@ -24,7 +24,7 @@ class Losses:
         self._names = name_finder(codec.special_tokens)
         self._unknown = codec.unknown_id
         self._lossless = codec.lossless
-        self._due = float(COMPARED)  # characters to be compared by now
+        self._due = float(COMPARED)  # characters that should have been compared by now
 
     def look(self, part: Part, ids: np.ndarray) -> None:
         """Counts what was lost in `ids`, the tokens of `part`."""
@@ -47,7 +47,7 @@ class Losses:
             return
         self._due -= len(text)
         decoded = self.codec.decode(self.codec.encode(text))
-        if decoded not in (text, f" {text}"):  # some put a space before each text
+        if decoded not in (text, f" {text}"):  # some tokenizers put a space before each text
             pairs = enumerate(zip(text, decoded, strict=False))
             at = next((i for i, (a, b) in pairs if a != b), min(len(text), len(decoded)))
             shown = f"{text[max(at - 10, 0) : at + 20]!r} becomes {decoded[max(at - 10, 0) : at + 20]!r}"

@@ -1,4 +1,4 @@
-"""Units to shards: the tokens of all units in the order of the plan, cut into shards, hashed on the way."""
+"""Units to shards: concatenates the tokens of all units in order, splits them into shards, and hashes these."""
 
 import dataclasses
 import hashlib
@@ -17,12 +17,16 @@ from data.storage import files
 from data.token_files import formats
 
 SHARD_TOKENS = 100_000_000
-COPY_TOKENS = 1 << 22  # held in memory
-NOTE_UNITS = 8  # merged between two notes; 64 MiB of text
+COPY_TOKENS = 1 << 22  # in memory at a time
+NOTE_UNITS = 8  # units between two records of the progress; 64 MiB of text
 
 
 class _SplitWriter:
-    """Writes one split: shards, and where each document begins. `written`: what `state` returned, to go on from it."""
+    """Writes one split: shards, and where each document begins.
+
+    Args:
+      written: what `state` returned, to resume from it.
+    """
 
     def __init__(self, folder: pathlib.Path, split: str, job: encode.Job, written: dict[str, Any] | None = None):
         self.folder = folder
@@ -46,10 +50,10 @@ class _SplitWriter:
         with self._path.open("rb") as f:
             self._sha256 = hashlib.file_digest(f, "sha256")
         if self._sha256.hexdigest() != written["sha256"]:
-            raise DataError(f"{self._path} is not what was written; {start_again(folder)}")
+            raise DataError(f"{self._path} has changed; {start_again(folder)}")
 
     def state(self) -> dict[str, Any]:
-        """What was written so far, which is on the disk from now on."""
+        """Syncs what was written to disk, and returns what is needed to resume from here."""
         for file in (self._offsets, self._file):
             file.flush()
             os.fsync(file.fileno())
@@ -71,7 +75,7 @@ class _SplitWriter:
         self.shards.append(formats.Shard(self._path.name, self._shard_tokens, self._sha256.hexdigest()))
 
     def unit(self, tokens: pathlib.Path, ends: np.ndarray, text_bytes: int) -> None:
-        """Appends the tokens of a file; `ends`, relative to its first, are where documents end."""
+        """Appends the tokens of a unit's file; `ends` are the ends of documents, relative to its first token."""
         begins = np.concatenate([[self._begin], ends + self.tokens])
         if len(ends):
             begins[:-1].astype("<u8").tofile(self._offsets)
@@ -91,7 +95,7 @@ class _SplitWriter:
                     self._open_shard()
 
     def close(self) -> formats.Split:
-        if self.tokens > self._begin:  # cut off by the split: a document without an end
+        if self.tokens > self._begin:  # a document without an end: the split begins inside it
             np.array([self._begin], "<u8").tofile(self._offsets)
             self.documents += 1
             self.longest = max(self.longest, self.tokens - self._begin)
@@ -105,25 +109,25 @@ class _SplitWriter:
 
 
 def _opened_at(path: pathlib.Path, size: int) -> IO[bytes]:
-    """A file to go on with after its first `size` bytes; what a run that was killed wrote behind them goes."""
+    """A file to append to after its first `size` bytes; later ones, of a killed preparation, are removed."""
     file = path.open("r+b" if size else "wb")
     if os.fstat(file.fileno()).st_size < size:
-        raise DataError(f"{path} became shorter than it was noted; {start_again(path.parent)}")
+        raise DataError(f"{path} is shorter than recorded; {start_again(path.parent)}")
     file.truncate(size)
     file.seek(0, os.SEEK_END)
     return file
 
 
 class Merge:
-    """Writes the shards and document offsets of both splits into `partial`, unit by unit in the order of the plan.
+    """Writes the shards and document offsets of both splits into `partial`, unit by unit in order.
 
-    Units may be added in any order: each is appended when those before it have been. Now and then what was written is
-    noted, and the files of the units in it are removed: a corpus needs the room of its tokens once. A later Merge of
-    the same folder goes on from there.
+    Units may be added in any order; each is appended after those before it. Every NOTE_UNITS units the progress is
+    recorded and the files of the appended units are removed, so the tokens of a corpus take disk space only once. A
+    later Merge of the same folder resumes from there.
 
     Attributes:
-      next: the unit that is appended next; those before it are done.
-      tokens: of all units that were appended.
+      next: the unit to append next; those before it are done.
+      tokens: in all units that were appended.
     """
 
     def __init__(self, partial: pathlib.Path, job: encode.Job):
@@ -146,7 +150,7 @@ class Merge:
         return sum(writer.tokens for writer in self.writers.values())
 
     def add(self, index: int, result: dict) -> None:
-        """`result`: what encode.encode returned for unit `index`."""
+        """Adds unit `index`; `result` is what encode_unit returned."""
         self._waiting[index] = result
         while self.next in self._waiting:
             self._append(self._waiting.pop(self.next))
@@ -173,7 +177,7 @@ class Merge:
         self._noted = self.next
 
     def finish(self) -> tuple[dict[str, formats.Split], dict[str, Any]]:
-        """The splits of the manifest; the summary: documents, tokens, bytes per token, longest document, problems."""
+        """The splits of the manifest, and the summary: documents, tokens, bytes per token, longest document, errors."""
         assert not self._waiting
         splits = {split: writer.close() for split, writer in self.writers.items()}
         tokens, text_bytes = (sum(getattr(s, what) for s in splits.values()) for what in ("tokens", "text_bytes"))
@@ -191,16 +195,16 @@ class Merge:
 
 
 def _duplicates(partial: pathlib.Path, num_units: int) -> int:
-    """Documents whose text occurred before; 16 bytes of memory for each document."""
+    """The number of documents whose text occurred before; needs 16 bytes of memory for each document."""
     stems = (partial / "units" / f"{index:06d}" for index in range(num_units))
     found = [np.fromfile(stem.with_suffix(".hashes"), "<u8") for stem in stems]
-    pieces = np.concatenate([np.empty(0, "<u8"), *found]).reshape(-1, 2)
-    whole = pieces[:, 1] == 3
+    chunks = np.concatenate([np.empty(0, "<u8"), *found]).reshape(-1, 2)
+    complete = chunks[:, 1] == 3
     long, held = [], b""
-    for piece, ends in pieces[~whole].tolist():  # equal texts are cut into equal pieces
-        held += piece.to_bytes(8, "little")
+    for chunk, ends in chunks[~complete].tolist():  # equal texts have equal chunks
+        held += chunk.to_bytes(8, "little")
         if ends & 2:
             long.append(int.from_bytes(hashlib.blake2b(held, digest_size=8).digest(), "little"))
             held = b""
-    hashes = np.concatenate([pieces[whole, 0], np.array(long, "<u8")])
+    hashes = np.concatenate([chunks[complete, 0], np.array(long, "<u8")])
     return len(hashes) - len(np.unique(hashes))

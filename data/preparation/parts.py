@@ -1,7 +1,7 @@
-"""What is encoded in one go: the texts of a unit with their splits, long ones cut at seams (data/tokenizers/seams.py).
+"""Parts are encoded one by one: the texts of a unit with their splits. Long texts are divided at seams (seams.py).
 
-Two units that share a long text both look at the same characters around the cut between them, so they agree where the
-one ends and the other begins. At the cut of --split=last the validation text begins as a text of its own.
+Two units that share a long text examine the same characters around the border between them, so they agree where one
+ends and the other begins. With --split=last the validation text begins as a text of its own.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ class Part(NamedTuple):
     text: str | bytes
     ends: bool  # whether a document ends with it
     path: str  # of its file
-    left: Seam | None = None  # that it begins at
-    right: Seam | None = None  # that it ends at
+    left: Seam | None = None  # at its beginning
+    right: Seam | None = None  # at its end
 
 
 class Splitting(NamedTuple):
@@ -47,17 +47,17 @@ def parts_of_unit(
     errors: InputErrors,
     hashes: list[tuple[int, int]] | None = None,
 ) -> Iterator[Part]:
-    """The parts of a unit in order. Appends to `hashes` that of each piece, and whether a document begins (1) and ends
-    (2) with it.
+    """The parts of a unit in order.
 
     Args:
-      character: how many there are in the units before.
+      character: the number of characters in the units before it.
+      hashes: gets the hash of each chunk appended, and 1 if a document begins with it, plus 2 if one ends with it.
     """
     cut = splitting.cut if splitting.kind == "last" else None
     for span in unit:
         path = str(span.file.path)
         chunks = documents.read_chunks(span, options, errors)
-        in_chunks = codec.joins and span.file.kind == "text"  # records are whole
+        in_chunks = codec.joins and span.file.kind == "text"  # records are not divided
         for chunk, before, after in _with_context(chunks, span) if in_chunks else _without_context(chunks):
             if hashes is not None:
                 hashes.append((_hash(chunk.text), chunk.begins + 2 * chunk.ends))
@@ -85,14 +85,14 @@ def _split(chunk: documents.Chunk, span: documents.Span, splitting: Splitting) -
     if splitting.kind == "file":
         assert span.split is not None
         return span.split
-    # A file of text is one document that may come in several pieces, so its name decides.
+    # A text file is one document, maybe in several chunks, so its name decides.
     key = os.fsencode(span.file.name) if span.file.kind == "text" else chunk.text
     return "val" if _hash(key) < splitting.val_fraction * 2**64 else "train"
 
 
 def _seam(codec: Tokenizer, before: str, after: str, character: int, cut: int | None) -> Seam | None:
-    """The seam where a text was cut after `character`; None if there was no cut, or no seam. It is not moved across
-    the `cut` between training and validation."""
+    """The seam near the border after `character` characters; None if no text is divided there, or without a seam. A
+    seam is never on the other side of the `cut` between training and validation."""
     if cut is not None and character > cut:
         before = before[-(character - cut) :]
     elif cut is not None:
@@ -103,13 +103,13 @@ def _seam(codec: Tokenizer, before: str, after: str, character: int, cut: int | 
 
 
 def _moved(text: str, before: str, after: str, left: int, right: int) -> str:
-    """The text between the seams, which are so many characters behind the ends of `text`."""
+    """The text between two seams that are `left` and `right` characters after the ends of `text`."""
     text = text[left:] if left >= 0 else before[left:] + text
     return text + after[:right] if right >= 0 else text[:right]
 
 
 def _window() -> int:
-    """Characters around a cut that are looked at: fewer than any piece but the last of a text has."""
+    """The characters examined on each side of a border: fewer than any chunk has, except the last of a text."""
     return min(seams.WINDOW, documents.UNIT_BYTES // 16)
 
 
@@ -120,7 +120,7 @@ def _without_context(chunks: Iterator[documents.Chunk]) -> Iterator[tuple[docume
 def _with_context(
     chunks: Iterator[documents.Chunk], span: documents.Span
 ) -> Iterator[tuple[documents.Chunk, str, str]]:
-    """Each piece with the characters before and after it in its document, so many as are looked at."""
+    """Each chunk with the characters before and after it in its document that are examined."""
     tail = ""
     for chunk, following in itertools.pairwise(itertools.chain(chunks, [None])):
         assert chunk is not None and isinstance(chunk.text, str)
@@ -135,8 +135,8 @@ def _with_context(
 
 
 def _beside(file: File, at: int, before: bool) -> str:
-    """The characters before or after a byte of a file, so many as are looked at."""
-    size = 4 * _window() + 4  # a character has at most four bytes; what the ends cut off is not used
+    """The characters before or after a byte of a file that are examined."""
+    size = 4 * _window() + 4  # a character has at most four bytes; incomplete ones at the ends are not used
     with file.open() as f:
         f.seek(max(at - size, 0) if before else at)
         text = f.read(min(size, at) if before else size).decode("utf-8", "replace")

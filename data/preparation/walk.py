@@ -1,4 +1,4 @@
-"""Which files a folder or a glob means: one traversal for both. What it leaves out is counted."""
+"""The files of a folder or a glob, by one traversal for both. What it leaves out is counted."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ from data.storage import names
 from data.token_files import formats
 
 ALL = "**"  # the pattern of every file that is not hidden
-PARQUET_METADATA = ("_metadata", "_common_metadata")  # of a folder of Parquet files: they hold no rows
+PARQUET_METADATA = ("_metadata", "_common_metadata")  # files without rows in a folder of Parquet files
 NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
@@ -32,15 +32,15 @@ def walk(
 ) -> list[Found]:
     """The files below `root` that `pattern` (see names.matches) selects, sorted by name.
 
-    Links are followed. Every real file is taken once. Every real folder is entered once, or again where another step of
-    the pattern comes next; so loops end. What has no link in its name comes first, then links as they are sorted.
+    Links are followed. Every real file is taken once. Every real folder is entered once, or again if another step of
+    the pattern comes next; so loops end. Paths without links are visited first, then links in sorted order.
 
     Args:
-      left_out: counts what the pattern selects, but is no file to read.
-      skip: (path of a folder, name in it) of what is passed over and not counted.
+      left_out: counts entries that the pattern selects but that are not files to read.
+      skip: whether to ignore an entry without counting it, by the path of its folder and its name.
 
     Raises:
-      DataError: a folder or file cannot be looked at.
+      DataError: a folder or file cannot be read.
     """
     return _Walk(pattern, left_out, skip).run(os.fspath(root))
 
@@ -52,8 +52,8 @@ class _Walk:
         self.skip = skip
         self.found: list[Found] = []
         self.taken: set[tuple[int, int]] = set()
-        self.entered: dict[tuple[int, int], list[frozenset[int]]] = {}  # with which steps of the pattern to come
-        self.links: list[tuple[str, str]] = []  # (name, path): of the round after this one
+        self.entered: dict[tuple[int, int], list[frozenset[int]]] = {}  # and the next steps of the pattern
+        self.links: list[tuple[str, str]] = []  # (name, path), to be visited in the next round
 
     def run(self, root: str) -> list[Found]:
         self._real([("", root, _status(root))])
@@ -72,7 +72,7 @@ class _Walk:
         return sorted(self.found)
 
     def _real(self, pending: list[tuple[str, str, os.stat_result]]) -> None:
-        """Takes files and folders, and all below them that is not behind a link."""
+        """Takes files and folders, and everything below them that is not behind a link."""
         files = []
         while pending:
             name, path, status = pending.pop()
@@ -96,7 +96,7 @@ class _Walk:
                 self.found.append(Found(name, path, status.st_size))
 
     def _folder(self, name: str, path: str, status: os.stat_result) -> list[tuple[str, str, os.stat_result]]:
-        """What is in a folder and is no link, last first."""
+        """The entries of a folder that are not links, the last one first."""
         steps = names.next_steps(name, self.pattern)
         if not steps:
             if names.matches(name, self.pattern):
@@ -130,7 +130,7 @@ class _Walk:
         return inside
 
     def _may_be(self, name: str) -> bool:
-        """Whether the pattern selects this name, or one below it."""
+        """Whether the pattern may select this name, or one below it."""
         return bool(names.matched_steps(name, self.pattern))
 
     def _again(self, path: str) -> None:
@@ -138,7 +138,7 @@ class _Walk:
 
 
 def is_own(folder: str, inside: list[str]) -> bool:
-    """Whether a folder with these names in it is a dataset, or what a preparation has not finished."""
+    """Whether a folder with these entries is a dataset, or an unfinished one."""
     path = pathlib.Path(folder)
     dataset = formats.MANIFEST in inside and formats.is_dataset(path)
     return dataset or (output.MARK in inside and output.is_unfinished(path))

@@ -1,11 +1,11 @@
-"""Local copies of a bucket's objects.
+"""Copies of a bucket's objects in a folder on this machine.
 
     CACHE/files/gs/BUCKET/KEY            a copy of the object
-    CACHE/state/gs/BUCKET/HASH.json      its record: key, generation, and the copy's size and mtime
-    CACHE/state/gs/BUCKET/HASH.lock      flock of the process on this machine that fetches it
-    CACHE/state/gs/BUCKET/HASH.partial   what it has fetched so far
+    CACHE/state/gs/BUCKET/HASH.json      its record: key, generation, and the size and time of the copy
+    CACHE/state/gs/BUCKET/HASH.lock      held by the process on this machine that fetches it
+    CACHE/state/gs/BUCKET/HASH.partial   the part that has been fetched so far
 
-A copy that differs from its record (truncated, changed) is fetched again. Only copies that match it are removed.
+A copy that does not match its record (truncated, changed) is fetched again. Only a copy that matches it is removed.
 """
 
 import base64
@@ -32,7 +32,7 @@ class Record:
     modified_ns: int
 
     def describes(self, status: os.stat_result | None) -> bool:
-        """Whether this is the copied file, unchanged since."""
+        """Whether this is the file that was copied, unchanged."""
         return (
             status is not None
             and stat.S_ISREG(status.st_mode)
@@ -53,11 +53,11 @@ class Cache:
         return self._folder.joinpath(self._files, *names.safe_parts(key))
 
     def refresh(self, key: str, is_current: Callable[[bytes], bool], download: Callable[[IO[bytes]], bytes]) -> None:
-        """Brings the copy up to date. The replacement is atomic, even across a power failure.
+        """Updates the copy to the object's current content, atomically, even if the power fails.
 
         Args:
           is_current: whether the object still has this generation.
-          download: writes the object into a file and returns its generation.
+          download: writes the object into a file, and returns its generation.
         """
         with (
             self._locked(key) as (state, name),
@@ -81,13 +81,13 @@ class Cache:
                 os.replace(f"{name}.json.partial", f"{name}.json", src_dir_fd=state, dst_dir_fd=state)
 
     def keys(self) -> set[str]:
-        """Of all that was copied at any time and not removed since."""
+        """The keys of all copies that have not been removed."""
         with names.open_parent(self._folder, f"{self._state}/-") as (state, _):
             found = [_read(state, name[:-5]) for name in os.listdir(state) if name.endswith(".json")]
         return {record.key for record in found if record is not None}
 
     def remove(self, key: str) -> None:
-        """The copy, if it is as it was recorded, and its record."""
+        """Removes the record of a copy, and the copy if it matches the record."""
         with (
             self._locked(key) as (state, name),
             names.open_parent(self._folder, f"{self._files}/{key}") as (folder, last),
@@ -101,7 +101,7 @@ class Cache:
 
     @contextlib.contextmanager
     def _locked(self, key: str) -> Iterator[tuple[int, str]]:
-        """Yields a descriptor of the folder of records and this key's base name there; one process at a time."""
+        """The folder of records, and the name of this key's files there; for one process at a time."""
         name = hashlib.sha256(os.fsencode(key)).hexdigest()
         with names.open_parent(self._folder, f"{self._state}/{name}") as (state, _):
             lock = os.open(f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666, dir_fd=state)
@@ -113,7 +113,7 @@ class Cache:
 
 
 def _read(state: int, name: str) -> Record | None:
-    """The record; None if there is none, or not one of this version."""
+    """A record; None if it is missing, or is not of this version."""
     try:
         with os.fdopen(os.open(f"{name}.json", os.O_RDONLY | os.O_NOFOLLOW, dir_fd=state), "rb") as f:
             record = Record(**json.loads(f.read()))
@@ -128,7 +128,7 @@ def _read(state: int, name: str) -> Record | None:
 
 @contextlib.contextmanager
 def _partial(state: int, name: str) -> Iterator[IO[bytes]]:
-    """A new file that is removed on failure: the disk may be full because of it."""
+    """A new file that is removed after a failure, because it would take disk space that may be missing."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(name, dir_fd=state)
     opened = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=state)
@@ -149,7 +149,7 @@ def _status(folder: int, name: str) -> os.stat_result | None:
 
 
 def _clear(folder: int, name: str) -> None:
-    """Removes a folder of that name if it holds no files: the store once had objects below it."""
+    """Removes a folder of that name if it has no files: the store used to have objects below that name."""
     if (status := _status(folder, name)) is not None and stat.S_ISDIR(status.st_mode):
         for _, below, _, at in os.fwalk(name, topdown=False, dir_fd=folder):
             for other in below:

@@ -1,6 +1,6 @@
-"""Data in object stores (gs://, s3://): copied into a local cache (cache.py) and then read like local data.
+"""Data in object stores (gs://, s3://): copied into a local cache (cache.py), and read from there.
 
-Only what the store lists is read, never anything else in the cache. Stores are read through tensorstore
+Only objects that the store lists are read, even if the cache has others. Stores are read through tensorstore
 (docs/data.md: credentials).
 """
 
@@ -20,7 +20,7 @@ from data.storage.cache import Cache
 log = logging.getLogger("meshlm")
 
 SCHEMES = ("gs://", "s3://")
-BLOCK_BYTES = 64 << 20  # fetched at a time, and held in memory
+BLOCK_BYTES = 64 << 20  # fetched, and in memory, at a time
 TIMEOUT_S = 60  # for one block
 CACHE_VARIABLE = "MESHLM_CACHE"
 
@@ -33,7 +33,7 @@ def parse(path: str) -> tuple[str, str, str]:
     """The scheme, the bucket and the key ('' for the whole bucket) of gs://BUCKET/KEY or s3://BUCKET/KEY.
 
     Raises:
-      DataError: the key is not a path below a folder, such as a/../b or, from gs://BUCKET//data, /data.
+      DataError: the key is not a path below a folder, such as a/../b, or /data in gs://BUCKET//data.
     """
     scheme, _, rest = path.partition("://")
     bucket, _, key = rest.partition("/")
@@ -53,10 +53,10 @@ def cache_folder() -> pathlib.Path:
 
 @functools.cache
 def fetch(path: str) -> str:
-    """The local path of a file, folder or glob in a store, after fetching what is new; once for each in a process.
+    """Downloads what is new of a file, folder or glob in a store; returns its local path. Cached for the process.
 
     Raises:
-      DataError: nothing is there, it cannot be read, or the cache is full or unusable.
+      DataError: it does not exist or cannot be read, or the disk is full.
     """
     scheme, bucket, key = parse(path)
     if not key:
@@ -74,37 +74,37 @@ def fetch(path: str) -> str:
             _refresh_copy(store, name, cache, f"{scheme}://{bucket}/{name}")
         _fetched[path] = [cache.path(name) for name in keys]
         if len({(s.st_dev, s.st_ino) for s in map(os.stat, _fetched[path])}) < len(keys):
-            raise DataError(f"{path} has names that {cache_folder()} does not tell apart; set {CACHE_VARIABLE}")
+            raise DataError(f"{path} has names that {cache_folder()} cannot distinguish; set {CACHE_VARIABLE}")
     except OSError as e:
         why = e.strerror or e
-        raise DataError(f"cannot keep {path} in {cache_folder()}: {why}; make room, or set {CACHE_VARIABLE}") from None
+        raise DataError(f"cannot store {path} in {cache_folder()}: {why}; make room, or set {CACHE_VARIABLE}") from None
     return str(cache.path(key))
 
 
 def fetch_files(path: str) -> list[pathlib.Path]:
-    """The copies of all that the store has for a file, folder or glob, after fetching them. Raises as `local`."""
+    """Downloads a file, folder or glob in a store; returns the local copies of all its objects. Raises as `fetch`."""
     fetch(path)
     return _fetched[path]
 
 
 def source_of(copy: pathlib.Path) -> str:
-    """Of a copy, or of a folder of copies, the path in its store."""
+    """The path in the store of a copy, or of a folder of copies."""
     _, scheme, *below = copy.relative_to(cache_folder()).parts
     return f"{scheme}://{'/'.join(below)}"
 
 
 def read_head(path: str, count: int) -> bytes:
-    """The first bytes of an object; nothing if it is not there, or has fewer. Raises DataError."""
+    """The first bytes of an object; empty if it does not exist, or has fewer. Raises DataError."""
     scheme, bucket, key = parse(path)
     found = _read(_open(scheme, bucket, path), os.fsencode(key), path, slice(0, count))
     return found.value if found is not None and found.state == "value" else b""
 
 
-_fetched: dict[str, list[pathlib.Path]] = {}  # of each path that `local` has fetched
+_fetched: dict[str, list[pathlib.Path]] = {}  # the copies of each path that `fetch` has downloaded
 
 
 def _stale_keys(copied: set[str], keys: list[str], key: str) -> set[str]:
-    """Of what was copied, what `key` would select, or what is in the way of what it selects, and the store has not."""
+    """The copies of deleted objects that `key` would select, or that are in the way of objects that it selects."""
     folders = {folder for name in keys for folder in itertools.accumulate(name.split("/"), "{}/{}".format)}
     gone = copied - set(keys)
     below = tuple(f"{name}/" for name in keys)
@@ -117,7 +117,7 @@ def _stale_keys(copied: set[str], keys: list[str], key: str) -> set[str]:
 
 
 def open_store(location: str) -> Any:
-    """A folder, gs://BUCKET/PATH or s3://BUCKET/PATH as a tensorstore.KvStore of what is below. Raises DataError."""
+    """A folder, gs://BUCKET/PATH or s3://BUCKET/PATH as a tensorstore.KvStore. Raises DataError."""
     import tensorstore
 
     if not is_remote(location):
@@ -138,7 +138,7 @@ def _open(scheme: str, bucket: str, path: str) -> Any:
 
 
 def _matching(store: Any, key: str, path: str) -> list[str]:
-    """Sorted keys of the object, folder or glob `key`. Raises DataError for one that cannot be a local path."""
+    """The sorted keys of the object, folder or glob `key`. Raises DataError for one that is not a path in a folder."""
     import tensorstore
 
     glob_at = min((key.index(c) for c in "*?[" if c in key), default=len(key))
@@ -154,14 +154,14 @@ def _matching(store: Any, key: str, path: str) -> list[str]:
 
 
 def _selected(there: set[str], key: str) -> set[str]:
-    """Those that are the object `key`, are in the folder `key`, or match the pattern `key`."""
+    """Those that are the object `key`, are in the folder `key`, or are selected by the pattern `key`."""
     return {
         n for n in there if n == key or n.startswith(f"{key}/") or (names.is_pattern(key) and names.matches(n, key))
     }
 
 
 def _companions(found: set[str], there: set[str]) -> set[str]:
-    """Megatron's tokens and their index: without it they would be taken for something else."""
+    """The .bin and .idx beside each: Megatron's tokens need their index to be recognised."""
     stems = {name[:-4] for name in found if name.endswith((".bin", ".idx"))}
     return {stem + suffix for stem in stems for suffix in (".bin", ".idx")} & there
 
@@ -173,7 +173,7 @@ def _after(prefix: str) -> bytes:
 
 
 def _refresh_copy(store: Any, key: str, cache: Cache, name: str) -> None:
-    """Makes the copy in the cache the object's content of now."""
+    """Updates the copy in the cache to the object's current content."""
     raw = os.fsencode(key)
 
     def is_current(generation: bytes) -> bool:
@@ -193,10 +193,10 @@ def _refresh_copy(store: Any, key: str, cache: Cache, name: str) -> None:
 
 
 def read_blocks(store: Any, key: bytes, name: str) -> Iterator[Any]:
-    """An object in pieces, as tensorstore's ReadResults of one generation. Raises DataError."""
+    """The blocks of an object, as tensorstore's ReadResults of one generation. Raises DataError."""
     at, generation = 0, None
     while True:
-        # A store rejects a range that extends past the end of the object, and does not report its size.
+        # A store refuses a range beyond the end of an object, and does not give its size.
         full = _read(store, key, name, slice(at + BLOCK_BYTES - 1, at + BLOCK_BYTES)) is not None
         block = _read(store, key, name, slice(at, at + BLOCK_BYTES if full else None) if at or full else None)
         if block is None:  # the object ended with the last block
@@ -223,7 +223,7 @@ class _OutOfRange(Exception):
 
 
 def _call(path: str, method: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """The answer to a call of tensorstore. Raises DataError, and _OutOfRange for bytes that are not there."""
+    """The result of a call of tensorstore. Raises DataError, and _OutOfRange for bytes beyond the end."""
     try:
         return method(*arguments, **named).result(timeout=TIMEOUT_S)
     except TimeoutError:
