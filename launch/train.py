@@ -208,12 +208,13 @@ def check_processes_agree(processes: Processes, config: Config) -> Sources:
     """Makes sure that all processes are about to train the same run, before anything is written. Returns the data."""
     from data import sources
     from launch import distributed
-    from trainer import sampling, sharding, xla_options
+    from trainer import optimizer, sampling, sharding, xla_options
     from trainer.parallel.partitioner import MeshPartitioner
 
     processes.check_same("setting", distributed.identity(config))
     # Quick to find out: whether the mesh divides devices, batch and model, and whether there is an attention kernel.
     placed = processes.run_on_all("mesh", lambda: MeshPartitioner(config, sharding.make_mesh(config)))
+    processes.run_on_all("optimizer", lambda: optimizer.chosen(config.optimizer))
     xla_options.use_precision(config.model.dtype, placed.mesh)  # before the settings in use are recorded
     data = processes.run_on_all("data", lambda: sources.open_sources(config.data, config.model.vocab_size))
     tokenizer = data.tokenizer_source.manifest.tokenizer_sha256
