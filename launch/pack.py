@@ -26,11 +26,11 @@ def main(dataset: str = "") -> int:
     if not dataset or SEQ_LEN.value is None:
         raise ConfigError("name a dataset and a length: python -m launch.pack DATASET --seq_len=1024")
     start = time.monotonic()
-    index, there = packing.pack_dataset(pathlib.Path(cli.local_path(dataset)), SEQ_LEN.value)
+    index, existed = packing.pack_dataset(pathlib.Path(cli.local_path(dataset)), SEQ_LEN.value)
     cli.log.info(
         "%s: %s rows of %d tokens, %.3f %% of them used, %s",
         index.path, f"{index.rows:,}", index.seq_len + 1, 100 * index.utilisation,
-        "existed already" if there else f"{time.monotonic() - start:.1f} s",
+        "existed already" if existed else f"{time.monotonic() - start:.1f} s",
     )  # fmt: skip
     cli.log.info(
         "%s of %s documents cut (%.1f %%); windows would cut %s (%.1f %%)",

@@ -142,6 +142,6 @@ def test_hosts_that_pack_one_folder_at_once(tmp_path):
     first.wait()
     ended = [(*process.communicate(timeout=60), process.returncode) for process in others]
     assert all(code == 0 and not stderr for _, stderr, code in ended), ended
-    assert sum("was there" in stdout for stdout, *_ in ended) == 2
+    assert sum("existed already" in stdout for stdout, *_ in ended) == 2
     assert sorted(os.listdir(dataset)) == sorted([*before, "train.packed-16.bin"])
     packing.read_index(dataset, formats.read_manifest(dataset), 16).load()

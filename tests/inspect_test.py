@@ -86,9 +86,9 @@ def test_what_is_said_of_a_dataset(text):
         assert report["check"][name] == {"nbytes": 2 * split.tokens, "largest_id": max(s.max() for s in tokens.shards)}
         assert report["text"][name][0]["ids"][:5] == tokens.shards[0][:5].tolist()
     page = call(text).stdout
-    for part in (manifest.fingerprint(), f"{manifest.splits['train'].tokens:,}", "whole:", "made from source"):
+    for part in (manifest.fingerprint(), f"{manifest.splits['train'].tokens:,}", "intact:", "made from source"):
         assert part in page
-    assert "whole:" not in call(text, "--nocheck").stdout
+    assert "intact:" not in call(text, "--nocheck").stdout
 
 
 def flip(path, at=-1):

@@ -434,7 +434,7 @@ def test_packed_by_the_command_trained_killed_and_resumed(prepared, tmp_path):
     assert f"python -m launch.pack {dataset} --seq_len=32" in refused
     out = runs.finish(runs.start(command))
     assert "% of them used" in out and "documents cut" in out
-    assert "was there" in runs.finish(runs.start(command))
+    assert "existed already" in runs.finish(runs.start(command))
     whole, run = tmp_path / "whole", tmp_path / "run"
     runs.train(whole, dataset, **fields)
     process = runs.start(runs.command(run, dataset, **fields))

@@ -508,7 +508,7 @@ def test_standard_input(tmp_path):
     assert sum(s.documents for s in formats.read_manifest(out).splits.values()) == 60
     before = contents(out)
     again = prepare_stdin(raw, f"--out={out}", "--stdin_format=jsonl", "--count_duplicates")
-    assert again.returncode == 0 and b"was there" in again.stdout and contents(out) == before
+    assert again.returncode == 0 and b"exists already" in again.stdout and contents(out) == before
     other = prepare_stdin(raw + b'{"text": "more"}\n', f"--out={out}", "--stdin_format=jsonl")
     assert other.returncode == 3 and b"--overwrite" in other.stderr and contents(out) == before
     assert prepare_stdin(b"", f"--out={tmp_path / 'none'}").returncode == 3
@@ -617,7 +617,7 @@ def test_text_that_names_a_tokenizer_of_another_dataset_is_compared_by_content(f
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])
-def test_a_tokenizer_that_changed_before_a_run_goes_on(kind, folder, tmp_path):
+def test_a_tokenizer_that_changed_before_a_run_resumes(kind, folder, tmp_path):
     """Units of the tokenizer that was there before are not used with the new one."""
     given = tmp_path / "given"
 

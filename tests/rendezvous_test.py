@@ -74,12 +74,12 @@ def test_all_are_let_in_when_all_have_come(size):
 @pytest.mark.parametrize(
     ("stranger", "said"),
     [
-        (peer(1, pid=2), "came as the second of its number, after host "),
-        (peer(1)._replace(host="elsewhere"), "came as the second of its number, after host "),
-        (peer(1)._replace(life="another container"), "came as the second of its number, after host "),
-        (peer(0), "came to a run of 3 processes; give all the same --num_processes"),
-        (peer(7), "came to a run of 3 processes"),
-        (peer(2, "/runs/b"), "is to train --workdir=/runs/b, and process 0 at localhost:"),
+        (peer(1, pid=2), "is the second with its number, after host "),
+        (peer(1)._replace(host="elsewhere"), "is the second with its number, after host "),
+        (peer(1)._replace(life="another container"), "is the second with its number, after host "),
+        (peer(0), "joined a run of 3 processes; give all the same --num_processes"),
+        (peer(7), "joined a run of 3 processes"),
+        (peer(2, "/runs/b"), "has --workdir=/runs/b, and process 0 at localhost:"),
     ],
 )
 def test_who_does_not_belong_is_refused_and_the_others_are_not(stranger, said):
@@ -225,7 +225,7 @@ def test_one_folder_by_any_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ends", [True, False])
-def test_the_earlier_life_of_process_0_is_waited_for(ends, tmp_path):
+def test_the_earlier_attempt_of_process_0_is_waited_for(ends, tmp_path):
     """It may still be saving. That its port is not free is not a mistake in the settings."""
     port, reasons = runs.free_port(), []
     earlier = [
@@ -236,11 +236,11 @@ def test_the_earlier_life_of_process_0_is_waited_for(ends, tmp_path):
         threading.Timer(1.0, release, [earlier]).start()
         Rendezvous(f"localhost:{port}", port, 2, str(tmp_path), timeout_s=10.0, progress=reasons.append).close()
     else:
-        with pytest.raises(Stopped, match=f"port {port} of this host is not free: an earlier life of this run"):
+        with pytest.raises(Stopped, match=f"port {port} of this host is not free: an earlier attempt of this run"):
             Rendezvous(f"localhost:{port}", port, 2, str(tmp_path), timeout_s=1.0, progress=reasons.append)
         with pytest.raises(ConfigError, match="another run or program has it"):
             Rendezvous(f"localhost:{port}", port, 2, str(tmp_path / "other"), timeout_s=1.0, progress=reasons.append)
-    assert set(reasons) == {f"an earlier life of this run still has port {port}"}
+    assert set(reasons) == {f"an earlier attempt of this run still has port {port}"}
     release(earlier)
 
 

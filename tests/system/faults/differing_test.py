@@ -162,11 +162,11 @@ def commands_of_gang(run, data) -> list[list[str]]:
     return [runs.command(run, data, *flags, f"--process_id={i}", num_train_steps=9) for i in range(2)]
 
 
-def assert_refused_at_the_door(folders: dict[int, pathlib.Path], run: pathlib.Path, data) -> None:
+def assert_not_admitted(folders: dict[int, pathlib.Path], run: pathlib.Path, data) -> None:
     """Process 1 exits with 2 and both say why. Process 0 keeps waiting for one from the right folder."""
     first, second = gang = start_gang(folders, run, data)
     with runs.ending(*gang):
-        said = f"is to train --workdir={(folders[1] / run).resolve()}, and process 0 at localhost:"
+        said = f"has --workdir={(folders[1] / run).resolve()}, and process 0 at localhost:"
         line = runs.finish(second, 2)
         assert said in line and f"--workdir={(folders[0] / run).resolve()};" in line
         assert said in wait_for_line(first, "refused: process 1") and first.poll() is None
@@ -237,7 +237,7 @@ def test_a_run_directory_that_is_not_shared(tmp_path, data):
 
 def test_a_run_directory_in_the_current_folder(tmp_path, data, monkeypatch):
     """Fault 24: each process is started in another folder."""
-    assert_refused_at_the_door(folders_of_hosts(tmp_path, monkeypatch), pathlib.Path("run"), data)
+    assert_not_admitted(folders_of_hosts(tmp_path, monkeypatch), pathlib.Path("run"), data)
 
 
 @pytest.mark.parametrize("how", ["links", "mounts"])
@@ -257,4 +257,4 @@ def test_a_run_directory_under_two_names(tmp_path, data, how, monkeypatch):
     with contextlib.ExitStack() as mounts:
         for folder in folders.values():
             mounts.enter_context(runs.mounted(folder / "shared", "--bind", tmp_path / "shared"))
-        assert_refused_at_the_door(folders, pathlib.Path("shared/run"), data)
+        assert_not_admitted(folders, pathlib.Path("shared/run"), data)

@@ -84,7 +84,7 @@ def test_a_second_interrupt_where_the_first_cannot_work(tmp_path, data, referenc
         time.sleep(1)
         assert gang[0].poll() is None
         gang[0].send_signal(signal.SIGINT)
-        assert "Ctrl-C again leaves at once" in runs.finish(gang[0], code=130, within_s=2)
+        assert "Ctrl-C again exits at once" in runs.finish(gang[0], code=130, within_s=2)
     interrupted.goes_on(run, data, reference, size=1)
 
 
