@@ -53,7 +53,9 @@ def simulate(size: int) -> dict[str, tuple[int, int, int]]:
     gang.all(lambda p: p.listen_for_requests(lambda: None, lambda: None, lambda error: None))
     store = gang.store
     for name, event in EVENTS.items():
-        calls, sent, store.most_keys = store.calls, store.sent, 0
+        calls = store.calls
+        sent = store.sent
+        store.most_keys = 0
         gang.all(event)
         costs[name] = (store.calls - calls, store.sent - sent, store.most_keys)
     gang.close()

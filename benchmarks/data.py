@@ -122,7 +122,7 @@ def cold_rows(path: pathlib.Path, windows: loader.TokenWindows) -> list[tuple[st
 
 def prepare_rows(folder: pathlib.Path) -> list[tuple[str, str]]:
     """The real command on JSON lines and on text: the source code of this Python, repeated."""
-    texts = [f.path.read_text(encoding="utf-8") for f in corpus.find("python-stdlib", folder).files]
+    texts = [f.path.read_text(encoding="utf-8") for f in corpus.find_files("python-stdlib", folder).files]
     source, written, number = folder / "corpus", 0, 0
     source.mkdir()
     while written < CORPUS_MB.value * 1e6:

@@ -8,7 +8,9 @@ class PeakMemory:
     """Largest sum of proportional set sizes (man 5 proc) of a process and its children, sampled."""
 
     def __init__(self, pid: int):
-        self.pid, self.peak, self.stop = pid, 0, threading.Event()
+        self.pid = pid
+        self.peak = 0
+        self.stop = threading.Event()
         self.thread = threading.Thread(target=self._watch)
         self.thread.start()
 

@@ -101,7 +101,7 @@ def products(size: int = 2048) -> Callable[[int], float]:
 def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary, "set")
-        manifest = pipeline.prepare(folder, source=flags.FLAGS.source, tokenizer="char", min_frequency=100)
+        manifest = pipeline.prepare_dataset(folder, source=flags.FLAGS.source, tokenizer="char", min_frequency=100)
         config, steps = recipe("cpu", manifest.vocab_size), STEPS[SIZE.value]
         if SIZE.value == "large":
             config = recipe("", manifest.vocab_size)

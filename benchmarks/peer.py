@@ -43,7 +43,8 @@ class Spec:
 class Block(nn.Module):
     def __init__(self, spec: Spec):
         super().__init__()
-        self.spec, width = spec, spec.num_heads * spec.head_dim
+        self.spec = spec
+        width = spec.num_heads * spec.head_dim
         self.attention_norm = nn.LayerNorm(spec.embed_dim, bias=spec.bias)
         self.qkv = nn.Linear(spec.embed_dim, 3 * width, bias=spec.bias)
         self.out = nn.Linear(width, spec.embed_dim, bias=spec.bias)
@@ -95,7 +96,8 @@ class Peer:
     """The model, its optimizer and one step's tokens on the first GPU, or else the CPU."""
 
     def __init__(self, spec: Spec):
-        self.spec, self.device = spec, "cuda" if torch.cuda.is_available() else "cpu"
+        self.spec = spec
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         on_gpu = self.device == "cuda"
         torch.manual_seed(0)
         torch.set_float32_matmul_precision("high")  # TF32 for float32 on a GPU, as JAX does

@@ -51,7 +51,8 @@ class Stepper:
     """A compiled train step and its batches."""
 
     def __init__(self, config: Config, folder: pathlib.Path, manifest: formats.Manifest):
-        self.config, mesh = config, sharding.make_mesh(config)
+        self.config = config
+        mesh = sharding.make_mesh(config)
         jax.set_mesh(mesh)
         self.program = Program(config, mesh)
         self.state = self.program.init()
@@ -81,7 +82,8 @@ def loader_tokens_per_s(folder: pathlib.Path, seq_len: int = 1024, rows: int = 5
     shard = formats.Shard(path.name, 1 << 29, "")
     split = formats.Split(1 << 29, 1 << 29, 1, (shard,))
     manifest = formats.Manifest("uint16", 1 << 16, None, "", {"train": split}, {})
-    hash_limit, formats.HASH_AT_START_BYTES = formats.HASH_AT_START_BYTES, 0
+    hash_limit = formats.HASH_AT_START_BYTES
+    formats.HASH_AT_START_BYTES = 0
     windows = loader.TokenWindows(formats.TokenFiles(folder, manifest, "train"), seq_len=seq_len, seed=0)
     formats.HASH_AT_START_BYTES = hash_limit
     windows.rows(np.arange(windows.num_windows // 4))  # warm the page cache
@@ -119,7 +121,7 @@ def main(argv: list[str]) -> None:
     rows: list[tuple[str, str]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
-        manifest = pipeline.prepare(folder / "set", source=source, tokenizer="char", min_frequency=100)
+        manifest = pipeline.prepare_dataset(folder / "set", source=source, tokenizer="char", min_frequency=100)
         small, large = (Stepper(recipe(v, manifest.vocab_size), folder / "set", manifest) for v in ("cpu", ""))
         times: dict[str, list[float]] = {"small": [], "large": []}
         for _ in range(ROUNDS.value):

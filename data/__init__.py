@@ -1,1 +1,1 @@
-"""Corpora, tokenizers, token shards, the order of samples, the loader. Knows nothing of models or training."""
+"""Corpora, tokenizers, token shards, the order of sequences, the loader. Does not know models or training."""

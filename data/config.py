@@ -1,43 +1,61 @@
-"""What the data package needs to know. No heavy imports: a launcher validates this before it loads JAX."""
+"""The data section of the configuration. No heavy imports: a launcher validates it before it loads JAX."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
 
-FORMATS = ("meshlm", "nanogpt", "llmc", "megatron", "olmo")
 DTYPES = ("uint16", "uint32")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    # Dataset folder written by launch.prepare; or token files of FORMATS: a file, a folder or a glob; or several of
-    # these, separated by commas.
+    # A dataset folder written by launch.prepare; or token files of another program: a file, a folder or a glob; or
+    # several of these, separated by commas.
     path: str = ""
-    weights: str = ""  # of several: 0.7,0.3; by stages, each from a sample on: 0:0.7,0.3; 50000:0.5,0.5. '': all alike
-    seq_len: int = 64  # tokens predicted per sample, T; a sample is T + 1 tokens long
-    mask_documents: bool = False  # no token sees another document, and positions restart with each
-    packed: bool = False  # rows of whole documents, as launch.pack laid them out, in place of windows
-    eos_id: int = -1  # the token after each document; -1: the one that the dataset names
-    prefetch: int = 2  # batches read ahead by the loader's thread
-    source: str = ""  # what launch.prepare makes `path` from; quoted when `path` does not exist yet
+    # Of several sources: 0.7,0.3; in stages, each from a sequence of the run on: 0:0.7,0.3; 50000:0.5,0.5. '': equal.
+    weights: str = ""
+    seq_len: int = 64  # T, the tokens predicted per sequence; a sequence has T + 1 tokens
+    mask_documents: bool = False  # tokens attend only within their document, and positions restart with each document
+    packed: bool = False  # rows of complete documents, as launch.pack arranged them, instead of windows
+    eos_id: int = -1  # the token after each document; -1: the dataset's own
+    prefetch: int = 2  # batches that the loader's thread reads ahead
+    source: str = ""  # what launch.prepare makes `path` from; part of the error message if `path` does not exist yet
     tokenizer: str = "char"  # likewise
-    # For token files that are read in place; for several sources one for all, or one for each, separated by commas:
-    format: str = ""  # one of FORMATS; '': detected
-    dtype: str = ""  # uint16 or uint32, where the files do not say (nanogpt, olmo); '': uint16
+    # For token files that are read in place. With several sources: one value for all, or one for each, separated by
+    # commas.
+    format: str = ""  # meshlm, or a format of data/token_files/external.py; '': detected
+    dtype: str = ""  # uint16 or uint32, if the files do not say (nanogpt, olmo); '': uint16
     val_path: str = ""  # validation files; '': those of `path` with the word val, valid or validation in their name
-    tokenizer_path: str = (
-        ""  # a tokenizer, as --tokenizer of launch.prepare; '': no samples, model.vocab_size must be given
-    )
+    # A tokenizer, as --tokenizer of launch.prepare. '': no text is generated, and model.vocab_size must be given.
+    tokenizer_path: str = ""
+
+    # What a change means for a run that is resumed (trainer.config.changes); fields that are not named may not change.
+    # The fingerprint says whether another path has the same data. Weights may change from a sequence on that the run
+    # has not trained on yet (mixture.check_change).
+    ON_RESUME: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        (
+            "path", "weights", "prefetch", "source", "tokenizer", "format", "dtype", "val_path", "tokenizer_path",
+        ),
+        "harmless",
+    )  # fmt: skip
 
     def __post_init__(self):
         if self.seq_len < 2:
             raise ValueError(f"data.seq_len is {self.seq_len}; it must be at least 2 tokens")
         if self.eos_id < -1:
-            raise ValueError(f"data.eos_id is {self.eos_id}; it must be a token, or -1 for the dataset's own")
+            raise ValueError(f"data.eos_id is {self.eos_id}; it must be a token id, or -1 for the dataset's own")
         if self.prefetch < 1:
             raise ValueError(f"data.prefetch is {self.prefetch}; it must be at least 1 batch")
-        for name, choices in (("format", FORMATS), ("dtype", DTYPES)):
-            for value in getattr(self, name).split(","):
-                if value.strip() and value.strip() not in choices:
-                    raise ValueError(f"data.{name} is {value!r}; it must be one of {', '.join(choices)}, or empty")
+        self._check_choices("dtype", DTYPES)
+        if self.format:  # imported only if needed: the readers need NumPy
+            from data.token_files.external import format_names
+
+            self._check_choices("format", format_names())
+
+    def _check_choices(self, name: str, choices: tuple[str, ...]) -> None:
+        for value in getattr(self, name).split(","):
+            if value.strip() and value.strip() not in choices:
+                raise ValueError(f"data.{name} is {value!r}; it must be one of {', '.join(choices)}, or empty")
 
     @property
     def document_end(self) -> int | None:

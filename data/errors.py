@@ -1,11 +1,11 @@
-"""The class family of errors that a user can cause; each ends a command in one line and an exit code.
+"""Errors that a user can cause; each ends a command with one line and an exit code.
 
-The root lives here because data is the lowest package that raises one; trainer/errors.py adds the others.
+The base class is here because data is the lowest package that raises one; trainer/errors.py adds the others.
 """
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what is wrong and what to do; `exit_code` is documented."""
+    """An error that the user can fix. The message says what is wrong and what to do; `exit_code` is documented."""
 
     exit_code = 1
 

@@ -1,12 +1,12 @@
-"""Batches from token files: a pure function of (seed, dataset, samples consumed), read ahead by one thread.
+"""Batches from token files: a pure function of (seed, dataset, sequences consumed), read ahead by one thread.
 
 Indices used here:
-  g       sample of the run, 0, 1, 2, …; never resets
+  g       the number of a sequence in the run, 0, 1, 2, …; never resets
   epoch   g // num_windows
-  window  permute(g % num_windows): which stretch of seq_len + 1 tokens; windows of one epoch do not overlap but for
-          the one token that is both the last target of a window and the first input of the next
+  window  permute(g % num_windows): which seq_len + 1 consecutive tokens; windows of one epoch do not overlap, except
+          for the one token that is both the last target of a window and the first input of the next
   phase   where the first window of a shard starts in this epoch, so that window borders move between epochs
-Packed documents (data.packed) have rows in place of windows, the same in every epoch, in another order.
+Packed documents (data.packed) have rows instead of windows: the same rows in every epoch, in another order.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from data.errors import DataError
 from data.storage import mmap_advice
 from data.token_files.formats import TokenFiles
 
-if TYPE_CHECKING:  # windows are looked at without devices too
+if TYPE_CHECKING:  # launch.inspect reads windows without JAX
     import jax
 
     from data.batch import Batch
 
-# Positions permuted at once: a call costs nearly the same for one as for thousands, and batches ask in order.
+# Positions permuted at once: a call costs nearly the same for one as for thousands, and batches need them in order.
 BLOCK = 1 << 14
-# Mapped files may take this much of this process's memory: touched pages count as its own, and mapping them anew costs
-# more than the gather.
+# The most memory of this process that mapped files may take: touched pages count as its own. Releasing them more often
+# would cost more than the gather, because they are mapped again.
 RESIDENT_BYTES = mmap_advice.memory_bytes() // 4
-CHECK_ROWS = 1 << 14  # between looks at it
+CHECK_ROWS = 1 << 14  # rows read between two checks of the memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Unreached:
-    """What no window holds, in any epoch."""
+    """What no window contains, in any epoch."""
 
-    files: int  # shorter than a window
-    tokens: int  # of these
-    tails: int  # tokens at the ends of other files, fewer than seq_len of each
+    files: int  # files shorter than a window
+    tokens: int  # the tokens of these files
+    tails: int  # tokens at the ends of other files, fewer than seq_len in each
 
     def __str__(self) -> str:
-        """'' when all tokens are read."""
+        """'' if all tokens are read."""
         parts = []
         if self.files:
             parts.append(f"{self.files:,} file(s) shorter than a window ({self.tokens:,} tokens)")
@@ -57,12 +57,12 @@ class Unreached:
 
 
 class Windows:
-    """Rows of seq_len + 1 tokens of a split, in the order of a keyed permutation; a subclass says what window w holds.
+    """Rows of seq_len + 1 tokens of a split, in the order of a keyed permutation. A subclass defines the windows.
 
     Attributes:
-      num_windows: of an epoch.
+      num_windows: in an epoch.
       dtype: of the files.
-      unreached: what is never read.
+      unreached: the tokens that are never read.
     """
 
     unreached = Unreached(0, 0, 0)
@@ -74,35 +74,35 @@ class Windows:
         self.seed = seed
         self.split = split
         self.dtype = files.shards[0].dtype
-        self._unchecked = 0  # rows since memory was looked at
+        self._unchecked = 0  # rows read since the last check of the memory
         self._block = functools.lru_cache(maxsize=4)(self._permuted_block)
 
     def rows(self, g: np.ndarray) -> np.ndarray:
-        """Tokens of samples g: [len(g), seq_len + 1] in the dtype of the files."""
+        """Tokens of the sequences g: [len(g), seq_len + 1] in the dtype of the files."""
         out = self._gather(g)
         self.files.check_ids(out, f"the {self.split} split")
         self._bound_memory(len(g))
         return out
 
     def loss_mask(self, g: np.ndarray) -> np.ndarray | None:
-        """Which targets of samples g count: bool [len(g), seq_len]; None: all."""
+        """Which targets of the sequences g count: bool [len(g), seq_len]; None: all."""
         return None
 
     def will_need(self, g: np.ndarray) -> None:
-        """Has the kernel read the rows of samples g, which `rows` will be asked for next, if the files are cold."""
+        """Asks the kernel to read the sequences g from disk, if they are not cached: `rows` will need them next."""
         raise NotImplementedError
 
     def _gather(self, g: np.ndarray) -> np.ndarray:
         raise NotImplementedError
 
     def _shuffled(self, g: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """For each epoch met: which it is, which of g lie there, and which windows they are."""
+        """For each epoch in g: its number, the indices into g that belong to it, and their windows."""
         epochs, position = np.divmod(np.asarray(g, np.int64), self.num_windows)
         for epoch, here in _groups(epochs):
             yield epoch, here, self._windows(epoch, position[here])
 
     def _bound_memory(self, rows: int) -> None:
-        """Gives mapped files back before they fill the memory that this process may be charged for."""
+        """Releases mapped files before their pages take more memory than this process may use for them."""
         self._unchecked += rows
         if self._unchecked >= CHECK_ROWS:
             self._unchecked = 0
@@ -123,18 +123,18 @@ class Windows:
 
 
 class TokenWindows(Windows):
-    """Windows over the shards of a split, each where the one before it ends."""
+    """Consecutive windows over the shards of a split."""
 
     def __init__(self, files: TokenFiles, *, seq_len: int, seed: int, split: str = "train"):
-        # One window is given up per shard so that every phase in [0, seq_len) leaves the same number of windows.
+        # Each shard loses one window, so that every phase in [0, seq_len) leaves the same number of windows.
         counts = [
-            max(len(shard) // seq_len - 1, 1) if len(shard) > seq_len else 0  # a shard shorter than a window is unused
+            max(len(shard) // seq_len - 1, 1) if len(shard) > seq_len else 0  # a shorter shard is not used
             for shard in files.shards
         ]
         self.first_window = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         lengths = [len(shard) for shard in files.shards]
         short = [length for length in lengths if 0 < length <= seq_len]
-        # The last phase ends at a multiple of seq_len; of one window all phases are tried.
+        # The last phase ends at a multiple of seq_len. A shard of one window uses every phase that fits.
         tails = [length % seq_len for length in lengths if length >= 2 * seq_len]
         self.unreached = Unreached(len(short), sum(short), sum(tails))
         super().__init__(files, int(self.first_window[-1]), seq_len=seq_len, seed=seed, split=split)
@@ -147,11 +147,11 @@ class TokenWindows(Windows):
             )
 
     def _gather(self, g: np.ndarray) -> np.ndarray:
-        """One gather per (epoch, shard) met."""
+        """One gather for each (epoch, shard) in g."""
         out = None
         for here, shard, windows in self._places(g):
             gathered = shard.gather(windows).view(self.dtype).reshape(-1, self.seq_len + 1)
-            if len(gathered) == len(g):  # as almost always: nothing to join, no second copy
+            if len(gathered) == len(g):  # the usual case: nothing to join, no second copy
                 out = gathered
             else:
                 out = np.empty((len(g), self.seq_len + 1), self.dtype) if out is None else out
@@ -164,7 +164,7 @@ class TokenWindows(Windows):
             mmap_advice.will_need(shard.rows, windows * shard.rows.strides[0], shard.rows.itemsize)
 
     def _places(self, g: np.ndarray) -> Iterator[tuple[np.ndarray, ShardWindows, np.ndarray]]:
-        """For each (epoch, shard) met: which of g lie there, the windows of that shard, and which of those they are."""
+        """For each (epoch, shard) in g: the indices into g, the windows of that shard, and which of them are meant."""
         for epoch, of_epoch, windows in self._shuffled(g):
             for shard, mine in _groups(np.searchsorted(self.first_window, windows, side="right") - 1):
                 yield of_epoch[mine], self._rows_of(shard, epoch), windows[mine] - self.first_window[shard]
@@ -179,11 +179,11 @@ class TokenWindows(Windows):
 
 
 class ShardWindows:
-    """`count` windows of seq_len + 1 tokens, seq_len apart; views, no token is copied.
+    """`count` windows of seq_len + 1 tokens, seq_len apart, as views: no token is copied.
 
     Attributes:
-      rows: the windows, one item each: void [count]. Items of a row's width are gathered by numpy's one-dimensional
-        path, which is faster than rows of a two-dimensional view.
+      rows: the windows, one item each: void [count]. NumPy gathers items of a one-dimensional array faster than rows
+        of a two-dimensional view.
     """
 
     def __init__(self, tokens: np.ndarray, count: int, seq_len: int):
@@ -196,9 +196,9 @@ class ShardWindows:
     def gather(self, windows: np.ndarray) -> np.ndarray:
         """Copies of these windows: void [len(windows)].
 
-        A few C calls; a Python loop over rows would fight other threads for the interpreter lock. First and last bytes
-        of all rows are touched before: these waits for memory overlap, where the copies would wait one after the other.
-        A third less time for rows of 2 KiB (docs/performance.md).
+        A few C calls; a Python loop over rows would compete with other threads for the interpreter lock. The first and
+        last bytes of all rows are read first, because these memory accesses overlap, while the copies would wait for
+        memory one after another: a third less time for rows of 2 KiB (docs/performance.md).
         """
         for touched in (self._first, self._last):
             _ = touched[windows]
@@ -206,21 +206,22 @@ class ShardWindows:
 
 
 class PackedWindows(Windows):
-    """The rows of a packing (packing.py): whole documents side by side, filled up with the end-of-text token."""
+    """The rows of a packing (packing.py): complete documents side by side, padded with the end-of-text token."""
 
     def __init__(self, files: TokenFiles, index: packing.Index, *, seed: int, split: str = "train"):
         super().__init__(files, index.rows, seq_len=index.seq_len, seed=seed, split=split)
-        self.index, self.eos_id = index, index.eos_id
+        self.index = index
+        self.eos_id = index.eos_id
         self.pieces, self.first_piece = index.load()
         self.first_token = np.cumsum([0, *map(len, files.shards)])
 
     def _gather(self, g: np.ndarray) -> np.ndarray:
-        """One gather per shard met: every row lies in one."""
+        """One gather for each shard: a row is always in one shard."""
         out = np.full((len(g), self.seq_len + 1), self.eos_id, self.dtype)
-        places = np.arange(self.seq_len + 1)
+        column = np.arange(self.seq_len + 1)
         for here, shard, starts, lengths, used in self._places(g):
             filled = np.zeros(out.shape, bool)
-            filled[here] = places < used[:, None]
+            filled[here] = column < used[:, None]
             out[filled] = shard[packing.spans(starts, lengths)]
         return out
 
@@ -248,8 +249,8 @@ class PackedWindows(Windows):
             mmap_advice.will_need(shard, starts * shard.itemsize, lengths * shard.itemsize)
 
     def _places(self, g: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """For each shard met: which of g lie there, its tokens, start and length of each piece of these rows, one row
-        after the other, and the tokens of each row."""
+        """For each shard: the indices into g of its rows, its tokens, start and length of each piece of these rows (row
+        by row), and the number of tokens in each row."""
         rows = np.empty(len(g), np.int64)
         for _, here, windows in self._shuffled(g):
             rows[here] = windows
@@ -264,7 +265,7 @@ class PackedWindows(Windows):
 
 
 def _groups(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Each value met and where it is; mostly there is one, which is found without a sort."""
+    """Each distinct value and its indices. Usually there is only one value, which is found without a sort."""
     if not len(values):
         return
     if (first := int(values[0])) == values[-1] and (values == first).all():
@@ -275,10 +276,10 @@ def _groups(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 
 
 class MixedWindows:
-    """Windows of several sources by weights (mixture.py), or of one.
+    """Windows of several sources mixed by weights (mixture.py), or of one source.
 
     Args:
-      packings: of the sources that are read packed.
+      packings: the packing of each source, if they are read packed.
 
     Attributes:
       sources: the windows of each.
@@ -305,7 +306,7 @@ class MixedWindows:
         self.seq_len = seq_len
 
     def rows(self, g: np.ndarray) -> np.ndarray:
-        """Tokens of samples g: [len(g), seq_len + 1] in the widest dtype of the sources."""
+        """Tokens of the sequences g: [len(g), seq_len + 1] in the widest dtype of the sources."""
         if len(self.sources) == 1:
             return self.sources[0].rows(g)
         out = np.empty((len(g), self.seq_len + 1), self.dtype)
@@ -329,15 +330,15 @@ class MixedWindows:
             self.sources[source].will_need(index)
 
     def _parts(self, g: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """For each source met: which it is, which of g are its, and which of its samples these are."""
+        """For each source: its index, the indices into g that belong to it, and their numbers in that source."""
         source, index = self.mixture.locate(g)
         for met, here in _groups(source):
             yield met, here, index[here]
 
-    def epochs(self, samples_consumed: int) -> dict[str, float]:
-        """train/epoch, and of several sources train/epoch/NAME."""
-        consumed = self.mixture.consumed(samples_consumed)
-        epochs = {"train/epoch": samples_consumed / sum(s.num_windows for s in self.sources)}
+    def epochs(self, sequences_consumed: int) -> dict[str, float]:
+        """train/epoch, and with several sources train/epoch/NAME."""
+        consumed = self.mixture.consumed(sequences_consumed)
+        epochs = {"train/epoch": sequences_consumed / sum(s.num_windows for s in self.sources)}
         if len(self.sources) > 1:
             for name, source, count in zip(self.names, self.sources, consumed, strict=True):
                 epochs[f"train/epoch/{name}"] = float(count / source.num_windows)
@@ -345,7 +346,7 @@ class MixedWindows:
 
 
 class Loader:
-    """Global batches of jax.Arrays. Its only state is the number of samples consumed, which the caller keeps.
+    """Global batches of jax.Arrays. Its only state is the number of sequences consumed, which the caller keeps.
 
     Every process computes the order of the whole global batch and reads only the rows that its own devices hold.
 
@@ -367,21 +368,23 @@ class Loader:
         self.document_end = document_end
         self._held = np.concatenate([np.arange(*span) for span in held_rows(sharding, global_batch_size)])
 
-    def batch(self, samples_consumed: int) -> Batch:
-        """The batch after `samples_consumed` samples: global_batch_size rows, tokens in the dtype of the files."""
+    def batch(self, sequences_consumed: int) -> Batch:
+        """The batch after `sequences_consumed` sequences: global_batch_size rows, tokens in the dtype of the files."""
         from data.batch import from_tokens
 
         def read(rows: np.ndarray) -> Batch:
-            g = samples_consumed + rows
+            g = sequences_consumed + rows
             return from_tokens(
                 self.windows.rows(g), loss_mask=self.windows.loss_mask(g), document_end=self.document_end
             )
 
         return put(self.sharding, self.global_batch_size, read)
 
-    def prefetched(self, samples_consumed: int, ahead: int) -> Prefetch:
+    def prefetched(self, sequences_consumed: int, ahead: int) -> Prefetch:
+        """The batches from there on, up to `ahead` of them made in advance by a thread."""
+
         def make(i: int) -> Batch:
-            following = samples_consumed + (i + 1) * self.global_batch_size
+            following = sequences_consumed + (i + 1) * self.global_batch_size
             self.windows.will_need(following + self._held)
             return self.batch(following - self.global_batch_size)
 
@@ -389,7 +392,7 @@ class Loader:
 
 
 def held_rows(sharding: jax.sharding.Sharding, num_rows: int) -> list[tuple[int, int]]:
-    """The spans [start, stop) of rows that devices of this process hold; each once."""
+    """The ranges [start, stop) of rows that this process's devices hold, without repetition."""
     indices = sharding.addressable_devices_indices_map((num_rows,)).values()
     return sorted({(index or (slice(None),))[0].indices(num_rows)[:2] for index in indices})
 
@@ -413,9 +416,9 @@ def put(sharding: jax.sharding.Sharding, num_rows: int, read: Callable[[np.ndarr
 
 
 class Prefetch:
-    """Runs `make(0), make(1), …` on a thread: `ahead` results wait, one more is in the making.
+    """Runs `make(0), make(1), …` on a thread; up to `ahead` results wait while it makes one more.
 
-    An error in the thread is raised by the `next()` that would have had the result, and ends it.
+    An error in the thread is raised by the `next()` that would have returned the result, and ends the iteration.
     """
 
     def __init__(self, make: Callable[[int], Batch], ahead: int):
@@ -452,13 +455,13 @@ class Prefetch:
         return item
 
     def close(self) -> None:
-        """Stops the thread and waits for it, so that no file is read after this returns."""
+        """Stops the thread and waits for it, so that no file is read afterwards."""
         self._stop.set()
         self._thread.join()
 
 
 def evaluation_windows(files: TokenFiles, seq_len: int, limit: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Fixed windows over a validation split, in file order: every token but the first of a shard is a target once.
+    """Fixed windows over a validation split, in file order: each token except the first of a shard is a target once.
 
     Args:
       limit: at most this many windows, spread evenly over the split; 0 for all.
@@ -488,9 +491,9 @@ def evaluation_batches(
     limit: int = 0,
     document_end: int | None = None,
 ) -> Iterator[Batch]:
-    """Batches of batch_size rows, with loss_weights; the same at any process count.
+    """Batches of batch_size rows, with loss_weights; the same for any number of processes.
 
-    The last batch is padded with rows of which no target counts.
+    The last batch is padded with rows whose targets do not count.
 
     Args:
       limit: as of evaluation_windows.

@@ -1,16 +1,16 @@
-"""The order of samples: an O(1) keyed permutation, and nothing else.
+"""The order of sequences: an O(1) keyed permutation, and nothing else.
 
-Sample g of a run (g counts from 0 and never resets) belongs to epoch g // n and is the window permute(g % n) of
+Sequence g of a run (g counts from 0 and never resets) belongs to epoch g // n and is the window permute(g % n) of
 that epoch. A balanced Feistel network with cycle walking gives a bijection on [0, n) for every n (Black and Rogaway,
-"Ciphers with Arbitrary Finite Domains", 2002), so no permutation is ever stored and any sample can be asked for at
-any time, on any number of processes.
+"Ciphers with Arbitrary Finite Domains", 2002). So no permutation is stored, and any process can compute any sequence
+at any time.
 """
 
 import hashlib
 
 import numpy as np
 
-# Part of every dataset fingerprint: a change of the order is a change of the data. Golden vectors freeze it.
+# Part of every dataset fingerprint: a change of the order changes the data. Golden vectors in the tests fix it.
 VERSION = "feistel-1"
 ROUNDS = 8
 
@@ -34,7 +34,7 @@ def permute(index: np.ndarray, n: int, *key: object) -> np.ndarray:
     Args:
       index: int64 array of any shape, each in [0, n).
       n: size of the domain, 1 <= n < 2**62.
-      key: what selects the permutation, for example (seed, split, epoch).
+      key: selects the permutation, for example (seed, split, epoch).
 
     Returns:
       int64 array of the same shape.
@@ -52,9 +52,9 @@ def permute(index: np.ndarray, n: int, *key: object) -> np.ndarray:
         return (left << half_bits) | right
 
     index = np.asarray(index)
-    x = cipher(index.astype(np.uint64).reshape(-1))  # a scalar of numpy would warn of the overflow that is meant here
-    # Cycle walking: the network permutes [0, 4**half_bits); values outside [0, n) are sent round again. The domain
-    # is less than 4 n (n > 1), so a few passes over ever fewer values suffice.
+    x = cipher(index.astype(np.uint64).reshape(-1))  # an array: NumPy warns of the intended overflow for a scalar
+    # Cycle walking: the network permutes [0, 4**half_bits), and values outside [0, n) are permuted again. The domain
+    # is smaller than 4 n (n > 1), so a few passes over fewer and fewer values suffice.
     outside = x >= np.uint64(n)
     while outside.any():
         x[outside] = cipher(x[outside])

@@ -1,11 +1,11 @@
-"""Documents packed into rows of seq_len + 1 tokens, offline: an index beside the tokens, which stay where they are.
+"""Documents packed into rows of seq_len + 1 tokens, offline: an index beside the token files, which do not change.
 
 Best-fit-decreasing (Ding et al., "Fewer Truncations Improve Language Modeling", arXiv 2404.10830): from the longest to
-the shortest, each document goes into the fullest row that still has room for it. One longer than a row is cut into
-whole rows first, and its rest is packed. Each shard is packed by itself, so a row never lies in two files.
+the shortest, each document goes into the fullest row that still has room for it. A document longer than a row is first
+cut into full rows, and its remainder is packed. Each shard is packed by itself, so a row is never in two files.
 
-    DATASET/train.packed-1024.bin   header: JSON, filled up with spaces to HEADER_BYTES; then
-                                    a piece each: uint64 start in the split's tokens, uint32 length; ordered by row
+    DATASET/train.packed-1024.bin   header: JSON, padded with spaces to HEADER_BYTES; then
+                                    the pieces, ordered by row: uint64 start in the split's tokens, uint32 length
                                     uint64 [rows + 1]: the first piece of each row
 """
 
@@ -23,14 +23,14 @@ from data.storage import files, mmap_advice
 from data.token_files import formats, integrity
 
 FORMAT = "meshlm-packing"
-VERSION = 1  # changes with the rows of the same documents: tests/packing_test.py freezes them
+VERSION = 1  # to be raised if the same documents give other rows; tests/packing_test.py fixes these
 HEADER_BYTES = 1024
 PIECE = np.dtype([("start", "<u8"), ("length", "<u4")])
 
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """What the header says."""
+    """The fields of the header."""
 
     path: pathlib.Path
     fingerprint: str  # of the dataset's manifest
@@ -41,19 +41,19 @@ class Index:
     tokens: int
     documents: int
     cut: int  # documents in more than one piece
-    cut_by_windows: int  # documents that no window of the first phase holds whole
-    sha256: str  # of all that follows the header
+    cut_by_windows: int  # documents that are not inside one window of the first phase, for comparison
+    sha256: str  # of everything after the header
 
     @property
     def utilisation(self) -> float:
-        """Share of the rows' tokens that are no padding."""
+        """Share of the rows' tokens that are not padding."""
         return self.tokens / (self.rows * (self.seq_len + 1))
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
         """Pieces (PIECE [pieces]) and the first piece of each row (int64 [rows + 1]), memory-mapped and checked.
 
         Raises:
-          DataError: the file was cut off or damaged.
+          DataError: the file is truncated or damaged.
         """
         expected = HEADER_BYTES + self.pieces * PIECE.itemsize + (self.rows + 1) * 8
         if (size := self.path.stat().st_size) != expected:
@@ -88,10 +88,11 @@ def index_path(folder: pathlib.Path, seq_len: int, split: str = "train") -> path
 
 
 def read_index(folder: pathlib.Path, manifest: formats.Manifest, seq_len: int, split: str = "train") -> Index:
-    """The index of a dataset for rows of seq_len + 1 tokens; its content is checked by Index.load.
+    """The index of a dataset for rows of seq_len + 1 tokens. Index.load checks its content.
 
     Raises:
-      DataError: there is none, or it belongs to another dataset, length or version; with the command that makes it.
+      DataError: it is missing, or belongs to another dataset, length or version; the message has the command that
+        makes it.
     """
     path = index_path(folder, seq_len, split)
     try:
@@ -103,7 +104,7 @@ def read_index(folder: pathlib.Path, manifest: formats.Manifest, seq_len: int, s
     except OSError as e:
         raise DataError(f"{path} cannot be read: {e.strerror}") from None
     if index is None:
-        raise DataError(f"{path} is no index that this version reads; remove it and run: {command(folder, seq_len)}")
+        raise DataError(f"{path} is not an index of this version; remove it and run: {command(folder, seq_len)}")
     spec = manifest.splits[split]
     wanted = (manifest.fingerprint(), seq_len, manifest.eos_id, spec.tokens, spec.documents)
     if (index.fingerprint, index.seq_len, index.eos_id, index.tokens, index.documents) != wanted:
@@ -114,23 +115,23 @@ def read_index(folder: pathlib.Path, manifest: formats.Manifest, seq_len: int, s
     return index
 
 
-def verify(folder: pathlib.Path, manifest: formats.Manifest, split: str = "train") -> list[Index]:
-    """All packings of a split, every byte of them checked: the rows by their hash, each number of a header.
+def verify_packings(folder: pathlib.Path, manifest: formats.Manifest, split: str = "train") -> list[Index]:
+    """All packings of a split, with every byte checked: the rows by their hash, and each number of the headers.
 
     Raises:
-      DataError: one is damaged, or packs another dataset; with the command that makes it again.
+      DataError: one is damaged, or belongs to another dataset; the message has the command that makes it again.
     """
     found = []
     for path in sorted(folder.glob(f"{split}.packed-*.bin")):
         length = path.stem.rpartition("-")[2]
         if not length.isdecimal():
-            raise DataError(f"{path} is no index of launch.pack; move it away")
+            raise DataError(f"{path} is not an index of launch.pack; move it away")
         index = read_index(folder, manifest, int(length), split)
         index.load()
         cut = count_cut(folder, manifest, index.seq_len, split)
         if (index.cut, index.cut_by_windows) != cut:
             raise DataError(
-                f"{path} has a header that does not belong to its dataset; remove it and run: "
+                f"{path} has a header with numbers of another dataset; remove it and run: "
                 f"{command(folder, index.seq_len)}"
             )
         found.append(index)
@@ -138,7 +139,7 @@ def verify(folder: pathlib.Path, manifest: formats.Manifest, split: str = "train
 
 
 def count_cut(folder: pathlib.Path, manifest: formats.Manifest, seq_len: int, split: str) -> tuple[int, int]:
-    """Documents that lie in several pieces, and those that no window of the first phase holds whole."""
+    """The documents in more than one piece, and those that are not inside one window of the first phase."""
     spec, first = manifest.splits[split], 0
     offsets = np.memmap(folder / f"{split}.documents.bin", "<i8", mode="r")
     whole = np.zeros(2, np.int64)
@@ -150,7 +151,7 @@ def count_cut(folder: pathlib.Path, manifest: formats.Manifest, seq_len: int, sp
 
 
 def _read_header(path: pathlib.Path) -> Index | None:
-    """None for anything but an index of this version."""
+    """The header of an index; None if the file is not an index of this version."""
     with path.open("rb") as f:
         raw = f.read(HEADER_BYTES)
     try:
@@ -167,10 +168,10 @@ def _read_header(path: pathlib.Path) -> Index | None:
         return None
 
 
-def pack(folder: pathlib.Path, seq_len: int, split: str = "train") -> tuple[Index, bool]:
-    """Packs a split of a prepared dataset and returns the index, and whether it was there already.
+def pack_dataset(folder: pathlib.Path, seq_len: int, split: str = "train") -> tuple[Index, bool]:
+    """Packs a split of a prepared dataset; returns the index, and whether it existed already.
 
-    An index of other data is replaced; a file under its name that is none is left alone.
+    An index of other data is replaced; an unrelated file of that name is never overwritten.
 
     Raises:
       DataError: there is no such dataset, it has no end-of-text token or no tokens, or it is damaged.
@@ -184,8 +185,8 @@ def pack(folder: pathlib.Path, seq_len: int, split: str = "train") -> tuple[Inde
     try:
         if (index := _usable(path, folder, manifest, seq_len, split)) is not None:
             return index, True
-        with files.locked(path, wait=True) as alone:  # each host of a job may pack the folder that they share
-            if alone:
+        with files.locked(path, wait=True) as exclusive:  # each host of a job may pack the shared folder
+            if exclusive:
                 files.remove_half_written(path)
             if (index := _usable(path, folder, manifest, seq_len, split)) is not None:
                 return index, True
@@ -194,13 +195,13 @@ def pack(folder: pathlib.Path, seq_len: int, split: str = "train") -> tuple[Inde
         name = str(e.filename or path)
         written = name.startswith((str(path), str(files.lock_path(path))))
         what = f"write {path}" if written else f"read {name}"
-        raise DataError(f"cannot {what}: {e.strerror}; mend that, then start the same command again") from None
+        raise DataError(f"cannot {what}: {e.strerror}; fix that, then run the same command again") from None
 
 
 def _usable(
     path: pathlib.Path, folder: pathlib.Path, manifest: formats.Manifest, seq_len: int, split: str
 ) -> Index | None:
-    """The index that is there, if it belongs to this dataset; None where there is none, or one to be replaced.
+    """The existing index, if it belongs to this dataset; None if there is none, or one that may be replaced.
 
     Raises:
       DataError: the file is not an index.
@@ -213,15 +214,15 @@ def _usable(
         return index
     except DataError:
         if not is_index(path):
-            raise DataError(f"{path} is no index of launch.pack; move it away, it would be overwritten") from None
+            raise DataError(f"{path} is not an index of launch.pack; move it away, it would be overwritten") from None
         return None
 
 
 def check_packable(path: str, manifest: formats.Manifest) -> None:
-    """Raises DataError where documents are not told apart."""
+    """Raises DataError for a dataset whose documents are not separated."""
     if manifest.eos_id is None:
         raise DataError(
-            f"{path} has no end-of-text token between documents, so there is nothing to pack; prepare several "
+            f"{path} has no end-of-text token between documents, so it cannot be packed; prepare several "
             "documents, or leave config.data.packed false"
         )
 
@@ -240,8 +241,8 @@ def _write(path: pathlib.Path, folder: pathlib.Path, manifest: formats.Manifest,
     offsets = np.memmap(offsets_path, "<i8", mode="r")
     assert manifest.eos_id is not None
     digest, first_pieces, pieces = hashlib.sha256(), [np.zeros(1, np.int64)], 0
-    whole = np.zeros(2, np.int64)  # documents in one piece; in one window of the first phase
-    with files.written(path) as f:
+    whole = np.zeros(2, np.int64)  # documents in one piece, and in one window of the first phase
+    with files.atomic_write(path) as f:
         f.write(bytes(HEADER_BYTES))
         first = 0
         for tokens in shards:
@@ -272,14 +273,14 @@ def _write(path: pathlib.Path, folder: pathlib.Path, manifest: formats.Manifest,
 
 
 def _begins(offsets: np.ndarray, first: int, stop: int) -> np.ndarray:
-    """Where documents begin in [first, stop), int64; the rest of one from the shard before begins at `first`."""
+    """Where documents begin in [first, stop), int64; the rest of a document of the shard before begins at `first`."""
     low, high = np.searchsorted(offsets, [first, stop])
-    begins = np.unique(np.append(offsets[low:high], first))  # documents without a token begin where the next one does
+    begins = np.unique(np.append(offsets[low:high], first))  # an empty document begins where the next one does
     return begins[begins < stop]
 
 
 def _whole(offsets: np.ndarray, first: int, stop: int, tokens: int, seq_len: int) -> np.ndarray:
-    """How many documents of the shard [first, stop) fit a row whole, and a window of the first phase."""
+    """How many documents of the shard [first, stop) fit into a row, and into a window of the first phase."""
     low, high = np.searchsorted(offsets, [first, stop])
     begins, ends = offsets[low:high], offsets[low + 1 : high + 1]
     if high == len(offsets):
@@ -299,15 +300,16 @@ def _check_ends(tokens: np.ndarray, ends: np.ndarray, eos_id: int, path: pathlib
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    pieces: np.ndarray  # PIECE [pieces], ordered by row, in a row as in the file
-    row_ends: np.ndarray  # int64 [rows]: pieces up to the end of each row
+    pieces: np.ndarray  # PIECE [pieces], ordered by row, and within a row as in the file
+    row_ends: np.ndarray  # int64 [rows]: the number of pieces up to the end of each row
 
 
 def pack_shard(begins: np.ndarray, stop: int, width: int, *, closed: bool = True) -> Packed:
-    """Packs the documents that begin at `begins` (int64, rising; the last one ends at `stop`) into rows of `width`.
+    """Packs the documents that begin at `begins` (int64, ascending; the last one ends at `stop`) into rows of `width`.
 
-    `closed`: the last one ends with an end-of-text token. One that does not has a row to itself, where no other
-    document would seem to be its continuation.
+    Args:
+      closed: the last document ends with an end-of-text token. One that does not gets a row of its own, so that no
+        other document looks like its continuation.
     """
     lengths = np.diff(np.append(begins, stop))
     counts = -(-lengths // width)
@@ -325,50 +327,51 @@ def pack_shard(begins: np.ndarray, stop: int, width: int, *, closed: bool = True
 
 
 def best_fit_decreasing(lengths: np.ndarray, width: int) -> np.ndarray:
-    """The row of each piece, int64: rows 0, 1, 2, … of `width`; all lengths in [1, width].
+    """The row of each piece, int64: rows 0, 1, 2, … of `width`. All lengths must be in [1, width].
 
-    Pieces of one length are alike, and so are rows with the same room, so both are handled in groups: a row that is the
-    best fit for one piece is it for the next of that length too, until it has no room for another. Each group of rows
-    that is used up has less than half its room left, so there are O(width log width) steps of array operations.
+    Pieces of one length are interchangeable, and so are rows with the same free capacity, so both are handled in
+    groups: the row that fits one piece best also fits the next piece of that length best, until it is too full. Each
+    group of rows that is used up has less than half of its capacity left, so there are O(width log width) array
+    operations.
     """
     order = np.argsort(-lengths, kind="stable")
     sizes, counts = np.unique(lengths, return_counts=True)
     rows = np.empty(len(lengths), np.int64)
-    free: dict[int, np.ndarray] = {}  # rows by their room
-    rooms: list[int] = []  # the keys of `free`, rising
+    free_rows: dict[int, np.ndarray] = {}  # by their free capacity
+    capacities: list[int] = []  # the keys of `free_rows`, ascending
     opened = first = 0
 
-    def give(room: int, of: np.ndarray) -> None:
-        if not room or not len(of):
+    def return_rows(capacity: int, returned: np.ndarray) -> None:
+        if not capacity or not len(returned):
             return
-        if room not in free:
-            bisect.insort(rooms, room)
-            free[room] = np.empty(0, np.int64)
-        free[room] = np.concatenate([free[room], of])
+        if capacity not in free_rows:
+            bisect.insort(capacities, capacity)
+            free_rows[capacity] = np.empty(0, np.int64)
+        free_rows[capacity] = np.concatenate([free_rows[capacity], returned])
 
     for size, count in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True):
         end = first + count
         while first < end:
-            at = bisect.bisect_left(rooms, size)
-            if at == len(rooms):
+            best = bisect.bisect_left(capacities, size)
+            if best == len(capacities):
                 new = -(-(end - first) // (width // size))
-                give(width, np.arange(opened, opened + new))
+                return_rows(width, np.arange(opened, opened + new))
                 opened += new
-                at = len(rooms) - 1
-            room = rooms.pop(at)
-            there, each = free.pop(room), room // size
-            placed = min(end - first, len(there) * each)
-            full, rest = divmod(placed, each)  # rows that take all they can, pieces in one row more
-            touched = full + bool(rest)
-            rows[order[first : first + placed]] = np.repeat(there[:touched], each)[:placed]
+                best = len(capacities) - 1
+            capacity = capacities.pop(best)
+            group, per_row = free_rows.pop(capacity), capacity // size
+            placed = min(end - first, len(group) * per_row)
+            full, rest = divmod(placed, per_row)  # rows filled with `per_row` pieces, and pieces in one further row
+            used = full + bool(rest)
+            rows[order[first : first + placed]] = np.repeat(group[:used], min(per_row, placed))[:placed]
             first += placed
-            give(room - each * size, there[:full])
-            give(room - rest * size, there[full:touched])
-            give(room, there[touched:])
+            return_rows(capacity - per_row * size, group[:full])
+            return_rows(capacity - rest * size, group[full:used])
+            return_rows(capacity, group[used:])
     return rows
 
 
 def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """start, start + 1, …, start + length - 1 of each, one after the other: int64 [sum of lengths]."""
+    """start, start + 1, …, start + length - 1 for each pair, concatenated: int64 [sum of lengths]."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)

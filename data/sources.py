@@ -1,6 +1,7 @@
-"""What a run reads: one dataset, or several mixed by weights, with one vocabulary between them.
+"""What a run reads: one dataset, or several mixed by weights that share a vocabulary.
 
-data.path names the sources, separated by commas; data.weights how they are mixed (mixture.py). Nothing here needs JAX.
+data.path names the sources, separated by commas; data.weights says how they are mixed (mixture.py). Nothing here needs
+JAX.
 """
 
 import dataclasses
@@ -22,25 +23,25 @@ from data.token_files import external, formats
 class Sources:
     datasets: dict[str, Dataset]  # by name, in the order of data.path
     stages: tuple[mixture.Stage, ...]
-    speaker: Dataset  # whose vocabulary and tokenizer are those of all
-    packings: dict[str, packing.Index] = dataclasses.field(default_factory=dict)  # of all, where data.packed
+    tokenizer_source: Dataset  # its vocabulary and tokenizer are used for all
+    packings: dict[str, packing.Index] = dataclasses.field(default_factory=dict)  # of each, if data.packed
 
     @property
     def vocab_size(self) -> int:
-        """0: nobody knows."""
-        return self.speaker.vocab_size
+        """0 if it is not known."""
+        return self.tokenizer_source.vocab_size
 
     @property
     def tokenizer_path(self) -> str:
-        """'' for none."""
-        return self.speaker.tokenizer_path
+        """'' if there is none."""
+        return self.tokenizer_source.tokenizer_path
 
     def load_tokenizer(self) -> tokenizers.Tokenizer | None:
-        """None where nobody said which. Raises DataError."""
-        return self.speaker.load_tokenizer()
+        """None if the configuration names none. Raises DataError."""
+        return self.tokenizer_source.load_tokenizer()
 
     def eos_id(self) -> int | None:
-        """The token after each document: a prepared dataset's, else the tokenizer's."""
+        """The token after each document: that of a prepared dataset, or else of the tokenizer."""
         found = [d.manifest.eos_id for d in self.datasets.values() if d.manifest.eos_id is not None]
         tokenizer = None if found else self.load_tokenizer()
         return found[0] if found else tokenizer.eos_id if tokenizer is not None else None
@@ -50,8 +51,8 @@ class Sources:
         return max(d.largest_id for d in self.datasets.values())
 
     def fingerprint(self) -> str:
-        """16 hex digits that change with any token and with the order of samples; not with the weights, which a run may
-        change from a sample on."""
+        """16 hex digits that change with any token and with the order of sequences. They do not change with the
+        weights, which a run may change for later sequences."""
         prints = [d.manifest.fingerprint() for d in self.datasets.values()]
         if self.packings:  # other rows in another order
             prints = [index.sha256 + of_data for index, of_data in zip(self.packings.values(), prints, strict=True)]
@@ -61,20 +62,20 @@ class Sources:
         return hashlib.sha256(json.dumps([mixture.VERSION, prints]).encode()).hexdigest()[:16]
 
     def files(self, split: str) -> dict[str, formats.TokenFiles]:
-        """Of every source; 'val': of those that have something to predict there. Raises DataError."""
+        """The token files of each source; for 'val', of those that have a token to predict. Raises DataError."""
         return {name: d.files(split) for name, d in self.datasets.items() if split == "train" or d.has(split)}
 
 
 def open_sources(config: DataConfig, vocab_size: int = 0) -> Sources:
-    """Opens all that config.path names; arguments and errors as of open_dataset.
+    """Opens all sources of config.path; for the arguments and errors see open_dataset.
 
-    Token files of other programs take the vocabulary of the prepared datasets they are mixed with, unless
-    data.tokenizer_path names one. Prepared datasets must have been made with the same tokenizer.
+    Token files of other programs get the vocabulary of the prepared datasets that they are mixed with, unless
+    data.tokenizer_path names a tokenizer. All prepared datasets must have been made with the same tokenizer.
     """
     configs = _config_of_each(config)
     datasets: dict[str, Dataset] = {}
     prepared: Dataset | None = None
-    # Prepared ones first: they know the vocabulary.
+    # Prepared datasets first, because they define the vocabulary.
     for name, of_source in sorted(configs.items(), key=lambda item: not is_prepared(item[1])):
         data = datasets[name] = open_dataset(of_source, vocab_size)
         if is_prepared(of_source):
@@ -90,7 +91,7 @@ def open_sources(config: DataConfig, vocab_size: int = 0) -> Sources:
         if data.vocab_size != vocab_size and len(datasets) > 1 and vocab_size:
             raise DataError(
                 f"the tokenizer of {data.path} has {data.vocab_size} tokens, but others have {vocab_size}; "
-                "sources of one run share one tokenizer"
+                "the sources of a run must share one tokenizer"
             )
     if len(datasets) > 1:
         _check_distinct(datasets)
@@ -103,26 +104,27 @@ def open_sources(config: DataConfig, vocab_size: int = 0) -> Sources:
 
 
 def _check_distinct(datasets: dict[str, Dataset]) -> None:
-    """Raises DataError for a file that trains and is in another source, too: it would train twice, or also validate."""
+    """Raises DataError for a training file that is in another source too: the run would train on it twice, or train and
+    validate on it."""
     found: dict[tuple[int, int], tuple[str, str, pathlib.Path]] = {}
     for name, data in datasets.items():
         for split, path in data.paths():
             try:
                 stat = path.stat()
-            except OSError:  # which is said when it is opened
+            except OSError:  # reported when it is opened
                 continue
             other, of, path_there = found.setdefault((stat.st_dev, stat.st_ino), (name, split, path))
             if other != name and "train" in (split, of):
-                how = "trains in both" if split == of else "trains in one and validates in the other"
+                how = "both train on" if split == of else "one trains and the other validates on"
                 raise DataError(
-                    f"{path} of source {name!r} and {path_there} of source {other!r} are one file, which {how}; name "
-                    "it in one source, and weigh it by data.weights"
+                    f"{path} of source {name!r} and {path_there} of source {other!r} are the same file, which {how}; "
+                    "name it in one source, and set its share with data.weights"
                 )
 
 
 def packing_of(data: Dataset, seq_len: int) -> packing.Index:
-    """Raises DataError where it cannot be packed, or is not yet."""
-    if data.foreign_files:
+    """The packing of a dataset. Raises DataError if it cannot be packed, or has not been."""
+    if data.external_files:
         raise DataError(
             f"{data.path} was not prepared by launch.prepare, and only that can be packed; leave data.packed false"
         )
@@ -137,9 +139,7 @@ def _config_of_each(config: DataConfig) -> dict[str, DataConfig]:
         path, val_path = paths[0], ",".join(_separated(config.val_path))
         return {_name(path): dataclasses.replace(config, path=path, val_path=val_path)}
     if os.path.exists(config.path):
-        raise DataError(
-            rf"{config.path} is there, with a comma in its name; write \, for a comma that is part of a path"
-        )
+        raise DataError(rf"{config.path} exists, with a comma in its name; write \, for a comma that is part of a path")
     if "" in paths:
         raise DataError(f"data.path names an empty source: {config.path}")
     per_source = {
@@ -156,20 +156,20 @@ def _config_of_each(config: DataConfig) -> dict[str, DataConfig]:
 
 
 def _separated(text: str) -> list[str]:
-    r"""What stands between commas; '\,' is a comma that separates nothing."""
+    r"""The values between commas; '\,' is a comma inside a value."""
     values = [value.replace("\\,", ",") for value in re.split(r"(?<!\\),", text)]
     return [value.strip() for value in values] if len(values) > 1 else values
 
 
 def names_of(paths: list[str]) -> list[str]:
-    """Of each source, for metrics: the last part of its path, and as much before it as tells it from the others.
+    """The name of each source in metrics: the last part of its path, and as much before it as makes it unique.
 
     Raises:
-      DataError: a path is there twice.
+      DataError: a path is given twice.
     """
     places = [os.path.normpath(path) for path in paths]
     if twice := [path for path in places if places.count(path) > 1]:
-        raise DataError(f"data.path names two sources {_name(twice[0])!r} with one path; weigh it by data.weights")
+        raise DataError(f"data.path has the source {_name(twice[0])!r} twice; set its share with data.weights")
     depths = [0] * len(paths)
     while True:
         found = [_name(path, depth) for path, depth in zip(paths, depths, strict=True)]
@@ -181,7 +181,7 @@ def names_of(paths: list[str]) -> list[str]:
 def _name(path: str, depth: int = 0) -> str:
     """datasets/books is books, tokens/fineweb_*.bin is fineweb, tokens/*.bin is tokens.
 
-    With a `depth`: so many parts, without wildcards and the suffixes of token files; in the end the whole path.
+    With a `depth`: that many parts, without wildcards and the suffixes of token files, or at most the full path.
     """
     parts = list(pathlib.PurePath(path).parts)
     if depth == 0:
@@ -194,7 +194,7 @@ def _name(path: str, depth: int = 0) -> str:
 
 
 def _spread(field: str, text: str, count: int) -> list[str]:
-    """One value for all, or one for each, separated by commas."""
+    """The values of a field for `count` sources: one for all, or one for each, separated by commas."""
     values = [value.strip() for value in _separated(text)]
     if len(values) == 1 and field != "val_path":
         values *= count

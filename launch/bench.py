@@ -1,14 +1,14 @@
-"""Time the train step on the devices there are; print one row of JSON. Needs no dataset: tokens are random.
+"""Time the train step on the available devices, and print one row of JSON. Needs no dataset: tokens are random.
 
   python -m launch.bench --config=configs/gpt2_124m.py [--steps=20] [--warmup=3] [--rounds=5] [--trace=DIR]
                          [--peer [--torch_python=PYTHON]] [--config.section.field=value ...]
 
-A round is --steps steps, and only its end waits for the devices; medians are over rounds, the state is donated as in
-training. A number is printed only after the losses were looked at: the first is what an untrained model must have, and
-all are finite. With --peer a plain GPT in PyTorch (benchmarks/peer.py) takes turns with ours, a round each, on one
-device. Without config.model.vocab_size the vocabulary has 50304 tokens, and the row says so.
+A round is --steps steps, and only its end waits for the devices; medians are over rounds, and the state is donated as
+in training. Numbers are printed only if the first loss is that of an untrained model and all losses are finite. With
+--peer, a plain GPT in PyTorch (benchmarks/peer.py) takes turns with ours, a round each, on one device. Without
+config.model.vocab_size the vocabulary has 50304 tokens, and the row says so.
 
-Several processes: on TPU pods and under Slurm or Open MPI they find each other; process 0 prints.
+Several processes find each other on TPU pods and under Slurm or Open MPI; process 0 prints.
 Exit codes: 0 done, 2 configuration, 4 the losses are wrong.
 """
 
@@ -23,11 +23,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from data.storage import malloc
-from launch import cli, environment, runtime, standalone
-from trainer.config import Config
+from launch import cli, environment, runtime
+from trainer.config import Config, complete_without_dataset
 from trainer.errors import ConfigError, Diverged
 from trainer.reporting import flops
 
@@ -36,13 +35,13 @@ if TYPE_CHECKING:
     from trainer.state import Program
 
 CONFIG = cli.define_config()
-STEPS = flags.DEFINE_integer("steps", 20, "Steps of a round.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 20, "Steps in a round.", lower_bound=1)
 WARMUP = flags.DEFINE_integer("warmup", 3, "Steps before the first round.", lower_bound=1)
-ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds.", lower_bound=1)
-TRACE = cli.define_path("trace", None, "Folder for a profile of a few more steps, and the compiled program's text.")
-PEER = flags.DEFINE_bool("peer", False, "Take turns with a GPT in PyTorch of the same size, on one device.")
-PEER_COMPILE = flags.DEFINE_bool("peer_compile", None, "Whether the peer uses torch.compile; default: on a GPU.")
-TORCH_PYTHON = cli.define_path("torch_python", sys.executable, "A Python that has torch.")
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Number of rounds.", lower_bound=1)
+TRACE = cli.define_path("trace", None, "Folder for a profile of a few more steps and the text of the compiled program.")
+PEER = flags.DEFINE_bool("peer", False, "Take turns with a PyTorch GPT of the same size, on one device.")
+PEER_COMPILE = flags.DEFINE_bool("peer_compile", None, "Use torch.compile for the peer; default: on a GPU.")
+TORCH_PYTHON = cli.define_path("torch_python", sys.executable, "A Python with torch.")
 
 TRACED_STEPS = 5
 LOSS_TOLERANCE = 0.03
@@ -51,12 +50,12 @@ PEER_FILE = pathlib.Path(__file__).parent.parent / "benchmarks" / "peer.py"
 
 def main() -> None:
     given = cli.config_from(CONFIG.value)
-    config = standalone.complete(given)
+    config = complete_without_dataset(given)
     if PEER.value:
         check_peer()
     malloc.tune_allocator()
     runtime.use_gpu_memory()
-    if PEER.value:  # two programs on one device: JAX would else take most of its memory at once
+    if PEER.value:  # two programs on one device: JAX would take most of its memory at once
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     environment.load_jax()
     import jax
@@ -65,7 +64,7 @@ def main() -> None:
     from trainer import xla_options
 
     distributed.initialize(None, None, None)
-    jax.config.update("jax_enable_compilation_cache", False)  # compile_s is of a compilation
+    jax.config.update("jax_enable_compilation_cache", False)  # compile_s must be the time of a compilation
     if jax.process_index() != 0:
         cli.quiet_console()
     try:
@@ -79,12 +78,12 @@ def main() -> None:
         ) from e
     row |= {"vocab_size": config.model.vocab_size, "vocab_size_is_default": not given.model.vocab_size}
     if jax.process_index() == 0:
-        print(json.dumps({"config": config_flags.get_config_filename(flags.FLAGS["config"])} | row))
+        print(json.dumps({"config": CONFIG.value.name} | row))
     distributed.shutdown()
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """The row: what was timed, how fast it is and, with --peer, how fast the peer."""
+    """The row: what was timed, its speed and, with --peer, the speed of the peer."""
     import jax
 
     bench = Bench(config)
@@ -129,8 +128,8 @@ class Bench:
     """The compiled train step, its state and a batch.
 
     Attributes:
-      losses: of every step so far.
-      compile_s: seconds from the traced function to the executable.
+      losses: of all steps so far.
+      compile_s: seconds from tracing the function to the executable.
     """
 
     def __init__(self, config: Config):
@@ -141,7 +140,8 @@ class Bench:
         from trainer.state import Program
         from trainer.step import make_train_step
 
-        self.config, self.mesh = config, sharding.make_mesh(config)
+        self.config = config
+        self.mesh = sharding.make_mesh(config)
         jax.set_mesh(self.mesh)
         self.program = Program(config, self.mesh)
         self.batch = random_batch(self.program)
@@ -153,7 +153,7 @@ class Bench:
         self.losses: list[float] = []
 
     def run(self, steps: int) -> float:
-        """Seconds a step; the devices are awaited at the end alone."""
+        """Seconds per step; waits for the devices only at the end."""
         import jax
 
         losses: list[Any] = []
@@ -167,7 +167,7 @@ class Bench:
         return seconds
 
     def trace(self, folder: pathlib.Path) -> None:
-        """A profile (for TensorBoard, XProf, or benchmarks/gpu.py), and step.hlo.txt to tell its operations by."""
+        """Writes a profile (for TensorBoard, XProf or benchmarks/gpu.py), and step.hlo.txt to name its operations."""
         import jax
 
         with jax.profiler.trace(str(folder)):
@@ -175,7 +175,7 @@ class Bench:
         (folder / "step.hlo.txt").write_text(self.step.as_text())
 
     def about(self) -> dict[str, Any]:
-        """What was timed, and on what."""
+        """What was timed, and on which devices."""
         import jax
 
         from trainer.reporting import metrics
@@ -206,7 +206,7 @@ class Bench:
 
 
 def rounds(bench: Bench, peer: "Peer | None") -> tuple[list[float], list[float]]:
-    """Seconds a step in each round, ours and the peer's, taking turns."""
+    """Seconds per step in each round, ours and the peer's, in turns."""
     bench.run(WARMUP.value)
     check_losses(bench.config, bench.losses)
     if peer is not None:
@@ -220,28 +220,28 @@ def rounds(bench: Bench, peer: "Peer | None") -> tuple[list[float], list[float]]
 
 
 def expected_first_loss(config: Config) -> float:
-    """ln V + embed_dim std² / 2 of random targets: the head, of deviation std, gives a normalised stream normal logits,
-    and the mean of exp of those is exp of half their variance."""
+    """ln V + embed_dim std² / 2 for random targets: a head of standard deviation std gives a normalised stream normally
+    distributed logits, and the mean of their exp is exp of half their variance."""
     from model.layers import INIT_STD
 
     return math.log(config.model.vocab_size) + config.model.embed_dim * INIT_STD**2 / 2
 
 
 def check_losses(config: Config, losses: list[float]) -> None:
-    """Raises Diverged where the losses are not those of a model that works."""
+    """Raises Diverged if the losses are not those of a working model."""
     wrong = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
     if wrong is not None:
-        raise Diverged(f"the loss of step {wrong + 1} is {losses[wrong]}; no time of such a step is worth anything")
+        raise Diverged(f"the loss of step {wrong + 1} is {losses[wrong]}; the time of such a step means nothing")
     expected = expected_first_loss(config)
     if abs(losses[0] - expected) > LOSS_TOLERANCE * expected:
         raise Diverged(
-            f"the first loss is {losses[0]:.4f}; untrained, on random tokens, it must be within {LOSS_TOLERANCE:.0%} "
-            f"of ln {config.model.vocab_size} + embed_dim std² / 2 = {expected:.4f}"
+            f"the first loss is {losses[0]:.4f}; of an untrained model on random tokens, it must be within "
+            f"{LOSS_TOLERANCE:.0%} of ln {config.model.vocab_size} + embed_dim std² / 2 = {expected:.4f}"
         )
 
 
 def speed(config: Config, times: list[float]) -> dict[str, Any]:
-    """Rates of the median round, and the step times of all; mfu only for a device whose peak is known."""
+    """Rates of the median round, and the range of step times; mfu only for a device with a known peak."""
     import jax
 
     step, devices = statistics.median(times), jax.device_count()
@@ -267,21 +267,21 @@ def speed(config: Config, times: list[float]) -> dict[str, Any]:
 
 
 def check_peer() -> None:
-    """Raises ConfigError where the peer could not run."""
+    """Raises ConfigError if the peer cannot run."""
     if not PEER_FILE.exists():
-        raise ConfigError(f"--peer needs {PEER_FILE}, which is in the repository and not in an installed package")
+        raise ConfigError(f"--peer needs {PEER_FILE}, which is in the repository but not in an installed package")
     code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)"
     try:
         without_torch = subprocess.run([TORCH_PYTHON.value, "-c", code], capture_output=True).returncode
     except OSError as e:
         raise ConfigError(f"--torch_python={TORCH_PYTHON.value} cannot be started: {e.strerror}") from None
     if without_torch:
-        raise ConfigError(f"--peer: {TORCH_PYTHON.value} has no torch; name a Python that has with --torch_python")
+        raise ConfigError(f"--peer: {TORCH_PYTHON.value} has no torch; name a Python with it by --torch_python")
 
 
 def peer_spec(config: Config, devices: int) -> dict[str, Any]:
-    """benchmarks/peer.py's Spec: our sizes, the rows of one of our `devices`, and a feed-forward as wide as makes a
-    layer's matrices as large as ours."""
+    """benchmarks/peer.py's Spec: our sizes, the rows of one of our `devices`, and a feed-forward width with which the
+    matrices of a layer are as large as ours."""
     model, width = config.model, config.model.num_heads * config.model.head_size
     layer = flops.attention_params(model) + flops.mlp_params(model)
     return {
@@ -304,17 +304,18 @@ def peer_spec(config: Config, devices: int) -> dict[str, Any]:
 
 
 class Peer:
-    """benchmarks/peer.py in a process of its own, which waits while ours is timed.
+    """benchmarks/peer.py in its own process, which waits while ours is timed.
 
     Attributes:
-      about: torch's version, device, whether compiled, number of parameters.
-      losses: the last of each round.
+      about: torch's version, the device, whether it is compiled, and the number of parameters.
+      losses: the last loss of each round.
     """
 
     def __init__(self, config: Config):
         import jax
 
-        self.config, self.spec = config, peer_spec(config, jax.device_count()) | {"compile": PEER_COMPILE.value}
+        self.config = config
+        self.spec = peer_spec(config, jax.device_count()) | {"compile": PEER_COMPILE.value}
         command = [TORCH_PYTHON.value, str(PEER_FILE), json.dumps(self.spec)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.losses: list[float] = []
@@ -324,17 +325,17 @@ class Peer:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise ConfigError(f"--peer: its process ended with {self.process.wait()}; its last lines are above")
+            raise ConfigError(f"--peer: its process ended with {self.process.wait()}; its output is above")
         return json.loads(line)
 
     def run(self, steps: int) -> float:
-        """Seconds a step. Raises Diverged where its loss is not finite."""
+        """Seconds per step. Raises Diverged if its loss is not finite."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{steps}\n")
         self.process.stdin.flush()
         answer = self._answer()
         if not math.isfinite(answer["loss"]):
-            raise Diverged(f"the peer's loss is {answer['loss']}; nothing beside it is worth anything")
+            raise Diverged(f"the peer's loss is {answer['loss']}; a comparison with it means nothing")
         self.losses.append(answer["loss"])
         return answer["seconds"]
 
@@ -343,7 +344,7 @@ class Peer:
             self.process.communicate()
 
     def speed(self, times: list[float]) -> dict[str, Any]:
-        """Its part of the row, from the seconds a step of each round."""
+        """The peer's part of the row, from its seconds per step in each round."""
         model, spec, step = self.config.model, self.spec, statistics.median(times)
         of_gpt2 = (model.mlp, model.norm, model.position) == ("gelu", "layernorm", "learned")
         what = "GPT-2 blocks"

@@ -1,4 +1,4 @@
-"""Joining the processes of a run: found, waited for with a limit, counted; and what has to be the same on all."""
+"""Joins the processes of a run, with time limits, and lists what must be the same on all of them."""
 
 import contextlib
 import hashlib
@@ -14,9 +14,10 @@ from typing import Any
 
 import jax
 
-from launch import cli, door, environment
-from trainer.config import Config, flatten
+from launch import cli, environment, rendezvous
+from trainer.config import Config
 from trainer.errors import ConfigError, Stopped
+from trainer.fields import flatten
 from trainer.reliability import run_directory
 
 PROGRESS_S = 10.0
@@ -33,19 +34,19 @@ def initialize(
     timeout_s: int = START_S,
     heartbeat_s: int = HEARTBEAT_S,
 ) -> int:
-    """Joins the processes, by the flags or by what the cluster says (TPU pod, Slurm, Open MPI, …); a lone one stays so.
+    """Joins the processes, if there are several, by the flags or by the cluster's environment (TPU pod, Slurm, …).
 
     Args:
-      run: what all of them are to train, as it was typed.
+      run: the value of --workdir, which all processes must share.
       timeout_s: how long to wait for the coordinator and for the others.
-      heartbeat_s: a process not heard of for so long is dead, and the others leave.
+      heartbeat_s: a process without a heartbeat for this long counts as dead, and the others exit.
 
     Returns:
-      How many processes this one was told of. JAX goes by what the coordinator was told, so it is to be compared.
+      The number of processes by this process's settings. JAX uses that of the coordinator, so the two must be compared.
 
     Raises:
-      ConfigError: only some of the flags, or impossible values; another run or program has the port; the environment
-        speaks of processes that nobody knows how to join.
+      ConfigError: only some of the flags, or impossible values; another run or program uses the port; the environment
+        has several processes, but not how to join them.
       Stopped: the coordinator cannot be reached.
     """
     given = (coordinator_address, num_processes, process_id)
@@ -55,57 +56,60 @@ def initialize(
         _host_and_port(coordinator_address)
     local_device_ids = None
     if coordinator_address is None:
-        # JAX's own detection, taken apart so that the coordinator can be tried before JAX aborts over it.
+        # JAX's own detection, called by itself so that the coordinator can be tried before JAX, which would abort.
         from jax._src.clusters import ClusterEnv
 
         coordinator_address, num_processes, process_id, local_device_ids = (
             ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, timeout_s)
         )
-        if coordinator_address is None or (num_processes or 1) == 1:  # no cluster around
-            _check_claims()
+        if coordinator_address is None or (num_processes or 1) == 1:  # not on a cluster
+            _check_single()
             environment.find_devices()
             return 1
     assert num_processes is not None and process_id is not None
     if process_id >= num_processes:
         raise ConfigError(f"--process_id={process_id} must be below --num_processes={num_processes}")
-    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself (launch/signals.py)
+    jax.config.update("jax_enable_preemption_service", False)  # it would handle SIGTERM (launch/signals.py)
     _meet(coordinator_address, num_processes, process_id, run, timeout_s)
     joining = f"the devices of all {num_processes} processes, which met at {coordinator_address}"
-    with _limit(joining, timeout_s, lambda: "see the logs of all, and start all again"):
+    with _limit(joining, timeout_s, lambda: "see the logs of all processes, and start them again"):
         try:
             jax.distributed.initialize(
                 coordinator_address,
                 num_processes,
                 process_id,
                 local_device_ids,
-                cluster_detection_method="deactivate",  # or Slurm's variables would add the devices to our flags
-                initialization_timeout=2 * timeout_s,  # ours ends in a message, JAX's in SIGABRT
+                cluster_detection_method="deactivate",  # otherwise Slurm's variables would add devices to our flags
+                initialization_timeout=2 * timeout_s,  # ours ends with a message, JAX's with SIGABRT
                 heartbeat_timeout_seconds=heartbeat_s,
                 shutdown_timeout_seconds=timeout_s,
             )
         except (RuntimeError, ValueError) as e:
             reason = " ".join(str(e).split())[:200]
-            raise Stopped(f"cannot join the processes at {coordinator_address}: {reason}; start all again") from None
-        environment.find_devices()  # a backend waits for all processes, too
+            raise Stopped(
+                f"cannot join the processes at {coordinator_address}: {reason}; start all of them again"
+            ) from None
+        environment.find_devices()  # a backend also waits for all processes
     return num_processes
 
 
 def _meet(address: str, size: int, process: int, run: str, timeout_s: float) -> None:
-    """Returns on all when all have come to process 0, and its port is free for JAX."""
+    """Returns, on all processes, when all have connected to process 0 and its port is free for JAX."""
     host, port = _host_and_port(address)
-    _pass_by_proxies(host)
+    _bypass_proxies(host)
     if process:
-        waiting = _Progress(f"the coordinator at {address}", timeout_s)
-        door.knock((host, port), door.Visitor.myself(process, run), timeout_s, waiting)
+        waiting = _WaitMessage(f"the coordinator at {address}", timeout_s)
+        rendezvous.join((host, port), rendezvous.Peer.myself(process, run), timeout_s, waiting)
         return
-    entrance = door.Door(address, port, size, run, timeout_s, _Progress(f"port {port} of this host", timeout_s))
+    waiting = _WaitMessage(f"port {port} of this host", timeout_s)
+    meeting = rendezvous.Rendezvous(address, port, size, run, timeout_s=timeout_s, progress=waiting)
 
     def who() -> str:
-        shown = ", ".join(map(str, entrance.missing[:10]))
+        shown = ", ".join(map(str, meeting.missing[:10]))
         return f"start the missing ones: {shown}" if shown else ""
 
-    with contextlib.closing(entrance), _limit(f"all {size} processes at {address}", timeout_s, who):
-        for refused in entrance.wait():
+    with contextlib.closing(meeting), _limit(f"all {size} processes at {address}", timeout_s, who):
+        for refused in meeting.wait():
             cli.log.warning("refused: %s", refused)
 
 
@@ -114,45 +118,46 @@ def _host_and_port(address: str) -> tuple[str, int]:
     try:
         if not host.strip("[]").encode("idna") or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 1 << 16:
             raise ValueError
-    except ValueError:  # also a name that no host has
+    except ValueError:  # also for an impossible host name
         raise ConfigError(f"--coordinator_address={address} is not HOST:PORT") from None
     return host.strip("[]"), int(port)
 
 
-# How a launcher says how many processes it has started, without JAX knowing how to find them.
+# Variables with the number of processes that launchers set. JAX cannot find the other processes from them.
 COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE", "JAX_NUM_PROCESSES")
 
 
-def _check_claims() -> None:
-    """Raises ConfigError when this process is one of several, by its environment, and would train alone."""
+def _check_single() -> None:
+    """Raises ConfigError if the environment says that this is one of several processes: it would train by itself."""
     # A step of a job (srun) may have fewer tasks than the job.
     slurm = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS"
-    alone = "--coordinator_address=HOST:PORT --num_processes=N --process_id=I for each"
+    flags = "--coordinator_address=HOST:PORT --num_processes=N --process_id=I to each"
     for name in (slurm, *COUNTS):
         if os.environ.get(name, "").isdecimal() and int(os.environ[name]) > 1:
-            how = "start it with srun, or by launch/slurm/train.sbatch" if name == slurm else f"pass {alone}"
+            how = "start it with srun, or by launch/slurm/train.sbatch" if name == slurm else f"pass {flags}"
             raise ConfigError(
                 f"{name}={os.environ[name]} says that this is one of several processes, but not how they find each "
-                f"other; {how}; or unset {name} to train with this process alone"
+                f"other; {how}; or unset {name} to train with only this process"
             )
     if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        raise ConfigError(f"JAX_COORDINATOR_ADDRESS={address} alone does not say who this process is; pass {alone}")
+        raise ConfigError(f"JAX_COORDINATOR_ADDRESS={address} does not say which process this is; pass {flags}")
 
 
-def _pass_by_proxies(host: str) -> None:
-    """gRPC would go to the coordinator through the proxy of the environment, which does not know the way."""
+def _bypass_proxies(host: str) -> None:
+    """Excludes the coordinator from the environment's proxies, which gRPC would use and which cannot reach it."""
     if any(name.lower().endswith("_proxy") for name in os.environ):
-        jax.config.update("jax_check_proxy_envs", False)  # it warns of what is settled here
+        jax.config.update("jax_check_proxy_envs", False)  # it warns about what is solved here
         usual = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
         before = {name: os.environ.get(name) or usual for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy")}
         os.environ |= {name: ",".join(filter(None, (value, host))) for name, value in before.items()}
 
 
-class _Progress:
-    """Says now and then that it waits, and why."""
+class _WaitMessage:
+    """Logs from time to time what this process waits for, and why."""
 
     def __init__(self, what: str, timeout_s: float):
-        self._what, self._timeout_s = what, timeout_s
+        self._what = what
+        self._timeout_s = timeout_s
         self._started = self._shown = time.monotonic()
 
     def __call__(self, reason: str) -> None:
@@ -169,10 +174,10 @@ def _progress_s(timeout_s: float) -> float:
 
 @contextlib.contextmanager
 def _limit(what: str, timeout_s: float, advice: Callable[[], str]) -> Iterator[None]:
-    """Says that it waits, and ends the process at the limit: JAX would abort without a word about why.
+    """Logs that it waits, and ends the process at the limit with a message; JAX would abort without one.
 
     Args:
-      advice: what to do then; '' if there is nothing to wait for any more.
+      advice: what the user should do then; '' if the wait is over.
     """
     done, started = threading.Event(), time.monotonic()
 
@@ -180,8 +185,8 @@ def _limit(what: str, timeout_s: float, advice: Callable[[], str]) -> Iterator[N
         while not done.wait(_progress_s(timeout_s)):
             waited = time.monotonic() - started
             if waited > timeout_s:
-                if said := advice():
-                    cli.log.error("error: not %s are here after %.0f s; %s", what, waited, said)
+                if text := advice():
+                    cli.log.error("error: waited %.0f s for %s; %s", waited, what, text)
                     os._exit(cli.STOPPED)
                 return
             cli.log.info("waiting for %s: %.0f of %.0f s", what, waited, timeout_s)
@@ -194,13 +199,13 @@ def _limit(what: str, timeout_s: float, advice: Callable[[], str]) -> Iterator[N
 
 
 def shutdown() -> None:
-    """Leaves together, where every process gets here: one that ended first would take the others down with 134."""
+    """Ends JAX's service on all processes together: if one ended first, the others would abort with 134."""
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What must be the same on all before anything is written: config, code, versions, devices, the environment."""
+    """What must be the same on all processes before anything is written: config, code, versions, devices, variables."""
     return {
         **{f"config.{name}": value for name, value in flatten(config).items()},
         "code": code_version(),
@@ -212,7 +217,7 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def code_version() -> str:
-    """SHA-256 of our source files, cut to 16 digits."""
+    """The first 16 digits of the SHA-256 of our source files."""
     root, digest = pathlib.Path(__file__).parent.parent, hashlib.sha256()
     for path in sorted(path for package in PACKAGES for path in (root / package).rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")

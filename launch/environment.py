@@ -62,8 +62,8 @@ def load_jax() -> None:
     try:
         import jax  # noqa: F401
     except ValueError as e:
-        raise ConfigError(f"JAX does not start with what is in the environment: {e}; correct the variable") from None
-    for options, why in ((NUMBERS, "would make another run of this configuration"), (WORKING, "cannot work here")):
+        raise ConfigError(f"JAX does not start with this environment: {e}; correct the variable") from None
+    for options, why in ((NUMBERS, "would change the results of this configuration"), (WORKING, "does not work here")):
         for option, right in options.items():
             value = option_of_jax(option, right)
             if value not in (right if isinstance(right, tuple) else (right,)):
@@ -100,7 +100,7 @@ def _given(name: str) -> str:
     """The value of a variable. If XLA_FLAGS names a file, its text, which may change until the next attempt."""
     text = os.environ.get(name, "")
     if name == "XLA_FLAGS" and text and not text.lstrip().startswith("-"):
-        with contextlib.suppress(OSError, ValueError):  # XLA has read it, but it is gone now
+        with contextlib.suppress(OSError, ValueError):  # XLA has read the file, but it was deleted since
             return pathlib.Path(text).read_text()
     return text
 
@@ -140,8 +140,8 @@ def _check_xla_flags() -> None:
         os._exit(0)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     os.close(write)
-    with os.fdopen(read, "rb") as said:
-        words = said.read().decode("utf-8", "backslashreplace")
+    with os.fdopen(read, "rb") as pipe:
+        words = pipe.read().decode("utf-8", "backslashreplace")
     if os.waitpid(child, 0)[1]:
         found = re.search(r"^[EF]\d.*?\] (.*)", words, re.MULTILINE)
         raise ConfigError(f"XLA_FLAGS={os.environ['XLA_FLAGS']}: {found[1] if found else 'XLA rejects them'}")
@@ -160,7 +160,7 @@ def find_devices() -> None:
     except (RuntimeError, AssertionError) as e:
         reason = " ".join(str(e).split()).partition(" (set JAX_PLATFORMS")[0]
         if re.search(OF_OTHERS, reason):
-            raise Stopped(f"another process is missing, or has no devices: {reason}; start all again") from None
+            raise Stopped(f"another process is missing, or has no devices: {reason}; start all of them again") from None
         asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
         lasting = isinstance(e, AssertionError) or re.search(
             "not in the list of known|cannot open shared object", reason

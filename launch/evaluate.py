@@ -1,10 +1,10 @@
-"""The loss of a checkpoint over the whole validation split: every token is predicted once.
+"""Evaluate a checkpoint on the full validation split: every token is predicted once.
 
   python -m launch.evaluate --workdir=runs/tiny [--step=1000] [--data_path=PATH] [--json]
 
-With --json one object: step, tokens (trained on), val/loss (nats a token), val/perplexity, val/bits_per_byte (where the
-bytes of the text are known: not for token files read in place). A loss that is not finite is null there, and the exit
-code is then 4.
+With --json, one object: step, tokens (trained on), val/loss (nats per token), val/perplexity, val/bits_per_byte (if
+the bytes of the text are known, which they are not for external token files). A loss that is not finite is null there,
+and the exit code is then 4.
 """
 
 import dataclasses
@@ -14,8 +14,10 @@ import math
 from launch import cli, inference
 from trainer.errors import ConfigError, Diverged
 
-DATA_PATH = cli.define_data_path("data_path", None, "Where the run's dataset lies now, in place of config.data.path.")
-VAL_PATH = cli.define_data_path("val_path", None, "Likewise of config.data.val_path.")
+DATA_PATH = cli.define_data_path(
+    "data_path", None, "The current path of the run's dataset, instead of config.data.path."
+)
+VAL_PATH = cli.define_data_path("val_path", None, "Likewise for config.data.val_path.")
 
 
 def main() -> int:
@@ -30,28 +32,28 @@ def measure() -> int:
     from trainer.evaluation import evaluate
     from trainer.step import make_eval_step
 
-    config = dataclasses.replace(run.config.data, tokenizer_path="")  # not needed, and perhaps not there
+    config = dataclasses.replace(run.config.data, tokenizer_path="")  # not needed, and maybe missing
     given = {"path": DATA_PATH.value, "val_path": VAL_PATH.value}
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     try:
         data = sources.open_sources(config, run.config.model.vocab_size)
     except FileNotFoundError as e:
-        raise ConfigError(f"the dataset of {run.path} is not at {e}; name its place now with --data_path") from None
+        raise ConfigError(f"the dataset of {run.path} is not at {e}; name its path with --data_path") from None
     if data.fingerprint() != run.meta["data_fingerprint"]:
-        raise ConfigError(f"{config.path} is not the dataset of {run.path}; name that one with --data_path")
+        raise ConfigError(f"{config.path} is not the dataset of {run.path}; name the right one with --data_path")
     files = data.files("val")
     if not files:
-        raise ConfigError(f"{config.path} has nothing to validate on; prepare it with --val_fraction above 0")
+        raise ConfigError(f"{config.path} has no validation data; prepare it with --val_fraction above 0")
     batch = sharding.named(run.program.mesh, "batch")
     result = evaluate(make_eval_step(run.program), run.params, files, run.config, batch_sharding=batch, num_windows=0)
-    assert result is not None  # nobody interrupts it
+    assert result is not None  # it cannot be interrupted here
     row = {"step": run.meta["step"], "tokens": run.tokens, **result}
     if inference.JSON.value:
         print(json.dumps({name: value if math.isfinite(value) else None for name, value in row.items()}))
     else:
         print("\n".join(f"{name:<18}{value:,.6g}" for name, value in row.items()))
     if not math.isfinite(result["val/loss"]):
-        raise Diverged(f"the loss of step {run.meta['step']} is not finite; --step=N takes an earlier checkpoint")
+        raise Diverged(f"the loss of step {run.meta['step']} is not finite; --step=N uses an earlier checkpoint")
     return 0
 
 

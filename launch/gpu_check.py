@@ -127,7 +127,7 @@ def list_gpus() -> list[Gpu]:
     fields = "index,uuid,name,driver_version,memory.total,memory.used"
     rows = [row.split(", ") for row in smi(f"--query-gpu={fields}", "--format=csv,noheader,nounits").splitlines()]
     if not rows or any(len(row) != 6 for row in rows):
-        raise ConfigError(f"nvidia-smi lists no GPU, but {rows[:1]}")
+        raise ConfigError(f"nvidia-smi does not list a GPU, but {rows[:1]}")
     return [Gpu(index, uuid, name, driver, mib(total), mib(used)) for index, uuid, name, driver, total, used in rows]
 
 
@@ -140,7 +140,7 @@ def smi(*arguments: str) -> str:
     try:
         done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=SMI_S)
     except subprocess.TimeoutExpired:
-        raise ConfigError(f"nvidia-smi gave no answer in {SMI_S} s: a GPU hangs; see dmesg for Xid, reboot") from None
+        raise ConfigError(f"nvidia-smi did not answer in {SMI_S} s: a GPU hangs; see dmesg for Xid, reboot") from None
     if done.returncode:
         said = " ".join((done.stdout + done.stderr).split())
         why = next((why for words, why in SMI_FAILURES.items() if words in said), "see dmesg")
@@ -149,11 +149,11 @@ def smi(*arguments: str) -> str:
 
 
 def mib(text: str) -> int:
-    return int(text) if text.isdigit() else 0  # [N/A], where a GPU shares the memory of the CPU
+    return int(text) if text.isdigit() else 0  # [N/A] if a GPU shares the memory of the CPU
 
 
 def check_driver(report: Report, listed: list[Gpu], cuda: int | None) -> None:
-    """Asks the library that JAX will use: a container may have another than nvidia-smi knows of."""
+    """Checks the library that JAX will use: a container may have another one than nvidia-smi reports."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -207,13 +207,13 @@ def check_memory(report: Report, gpus: list[Gpu]) -> None:
         owners = [f"pid {pid} ({name})" for uuid, pid, name in rows if uuid == gpu.uuid]
         report.error(
             f"GPU {gpu.index}: {gpu.used_mib:,} of {gpu.total_mib:,} MiB are taken by "
-            f"{', '.join(owners) or 'a process that is not visible here, perhaps of another container'}, and "
+            f"{', '.join(owners) or 'a process that is not visible here, maybe in another container'}, and "
             f"training takes {fraction:.0%}; end it, or leave the GPU out with CUDA_VISIBLE_DEVICES"
         )
 
 
 def check_links(report: Report, gpus: list[Gpu]) -> None:
-    """Gradients and weights cross the links each step; PCIe has a tenth of NVLink's speed."""
+    """Warns of slow links: gradients and weights cross them in each step, and PCIe has a tenth of NVLink's speed."""
     links = read_topology(smi("topo", "-m"))
     indices = [gpu.index for gpu in gpus]
     pairs = [(a, b) for a in indices for b in indices if int(a) < int(b)]
@@ -222,7 +222,7 @@ def check_links(report: Report, gpus: list[Gpu]) -> None:
         return
     kinds = ", ".join(sorted({links[pair] for pair in slow}))
     some = ", ".join(f"{a}-{b}" for a, b in slow[:4]) + (", …" if len(slow) > 4 else "")
-    which = "no two GPUs have" if len(slow) == len(pairs) else f"of {len(pairs)} pairs of GPUs {len(slow)} have no"
+    which = "no two GPUs have" if len(slow) == len(pairs) else f"of {len(pairs)} pairs of GPUs, {len(slow)} do not have"
     report.warning(
         f"{which} NVLink between them ({some}: {kinds}): what the GPUs send each other goes over PCIe; "
         "config.mesh.data sends least (docs/scaling.md)"

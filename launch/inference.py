@@ -1,4 +1,4 @@
-"""What sampling and evaluation share: a finished or running run, opened for reading only."""
+"""What sampling and evaluation share: opening a finished or running run, only to read it."""
 
 import contextlib
 import dataclasses
@@ -15,17 +15,17 @@ from trainer.config import Config, changes, from_dict
 from trainer.errors import ConfigError
 from trainer.reliability import run_directory
 
-if TYPE_CHECKING:  # brings JAX, which a mistyped flag need not wait for
+if TYPE_CHECKING:  # imports JAX; a mistyped flag is reported without it
     from trainer.state import Program
 
 WORKDIR = cli.define_run_path("workdir", None, "Run directory of launch.train.")
-STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; the newest when not given.", lower_bound=0)
+STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; default: the newest.", lower_bound=0)
 JSON = flags.DEFINE_bool("json", False, "Print JSON, one object a line, and nothing else on stdout.")
 
 
 @dataclasses.dataclass
-class Run:
-    """A checkpoint's parameters on this machine's devices, with what is needed to use them."""
+class LoadedRun:
+    """A checkpoint's parameters on this machine's devices, with its configuration and program."""
 
     path: pathlib.Path
     config: Config
@@ -35,16 +35,16 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on."""
+        """The number of tokens that it was trained on."""
         return self.meta["samples"] * self.config.data.seq_len
 
 
 @contextlib.contextmanager
 def memory_of_devices(advice: str) -> Iterator[None]:
-    """Too little of it within ends in one line with `advice`. Raises ConfigError."""
+    """Reports too little memory of the devices in one line with `advice`. Raises ConfigError."""
     try:
         yield
-    except RuntimeError as e:  # JAX's are
+    except RuntimeError as e:  # the base class of JAX's errors
         from trainer import xla_options
 
         if not xla_options.is_out_of_memory(e):
@@ -52,13 +52,13 @@ def memory_of_devices(advice: str) -> Iterator[None]:
         raise ConfigError(xla_options.out_of_memory(e) + advice) from e
 
 
-def open_run() -> Run:
+def open_run() -> LoadedRun:
     """Opens --workdir at --step. Raises ConfigError or CheckpointError."""
     if not WORKDIR.value:
         raise ConfigError("--workdir is missing; name a run directory of launch.train")
     path = pathlib.Path(WORKDIR.value)
     recorded = run_directory.read_config(path)
-    # Whatever kernel trained it may not be on this machine.
+    # The kernel that trained it may not exist on this machine.
     config = dataclasses.replace(recorded, model=dataclasses.replace(recorded.model, attention="auto"))
 
     malloc.tune_allocator()
@@ -81,8 +81,8 @@ def open_run() -> Run:
     if differs := changes(from_dict(meta["config"], recorded=True), recorded)["refused"]:
         raise ConfigError(
             f"{path / 'config.json'} is not what step {step} was trained with; {'; '.join(differs)}; restore it, or "
-            "remove it: the checkpoint has it, too"
+            "remove it: the checkpoint has a copy"
         )
     if (path / "tokenizer").exists():
         identity.check_tokenizer(meta, tokenizers.load(path / "tokenizer"), path)
-    return Run(path, config, program, params, meta)
+    return LoadedRun(path, config, program, params, meta)

@@ -1,14 +1,14 @@
-"""Look at the data of a run: what it is, whether it is whole, and what is in it.
+"""Inspect the data of a run: what it is, whether it is intact, and what it contains.
 
   python -m launch.inspect PATH [--seq_len=64 --batch_size=4 --seed=0 --sample=G --packed] [--json]
 
 PATH is a dataset folder of launch.prepare, or token files of other programs as in --config.data.path (a file, a
-folder or a glob; then --format, --dtype, --val_path, --tokenizer_path and --vocab_size may say what the files do not),
-here or in an object store (gs://, s3://).
-Every byte is read and checked (--nocheck: only what the start of a run checks), what a run never reads is counted, some
-text is shown, and the batch that begins at sample G, exactly as a run with this seed, seq_len and data.packed trains on
-it; step n takes the samples from (n - 1) x batch. Nothing is written. Exit codes: 0 whole, 2 flags, 3 damaged or not
-there.
+folder or a glob; --format, --dtype, --val_path, --tokenizer_path and --vocab_size then say what the files do not), on
+this machine or in an object store (gs://, s3://).
+It reads and checks every byte (--nocheck: only what the start of a run checks), counts the tokens that a run never
+reads, and shows some text and the batch that begins at sequence G, exactly as a run with this seed, seq_len and
+data.packed trains on it; step n begins at sequence (n - 1) x batch size. It writes nothing.
+Exit codes: 0 intact, 2 flags, 3 damaged or missing.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from data import dataset, packing, sources
-from data.config import DTYPES, FORMATS, DataConfig
+from data.config import DTYPES, DataConfig
 from data.errors import DataError
 from data.loader import PackedWindows, TokenWindows, Unreached, Windows
 from data.token_files import external, integrity
@@ -29,13 +29,17 @@ from launch import cli
 from trainer.errors import ConfigError
 
 SEQ_LEN = flags.DEFINE_integer("seq_len", 64, "As config.data.seq_len of the run.", lower_bound=1)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Samples to show.", lower_bound=1, upper_bound=1 << 16)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Sequences to show.", lower_bound=1, upper_bound=1 << 16)
 SEED = flags.DEFINE_integer("seed", 0, "As config.seed of the run.", lower_bound=0, upper_bound=2**32 - 1)
 SAMPLE = flags.DEFINE_integer(
-    "sample", 0, "First sample of the batch, of the whole run.", lower_bound=0, upper_bound=1 << 62
+    "sample",
+    0,
+    "The first sequence of the batch, counted from the start of the run.",
+    lower_bound=0,
+    upper_bound=1 << 62,
 )
 PACKED = flags.DEFINE_bool("packed", False, "As config.data.packed of the run.")
-FORMAT = flags.DEFINE_enum("format", "", ["", *FORMATS], "As config.data.format; empty: detected.")
+FORMAT = flags.DEFINE_enum("format", "", ["", *external.format_names()], "As config.data.format; empty: detected.")
 DTYPE = flags.DEFINE_enum("dtype", "", ["", *DTYPES], "As config.data.dtype.")
 VAL_PATH = cli.define_data_path("val_path", "", "As config.data.val_path.")
 TOKENIZER_PATH = cli.define_data_path("tokenizer_path", "", "As config.data.tokenizer_path.")
@@ -45,7 +49,7 @@ VOCAB_SIZE = flags.DEFINE_integer(
 CHECK = flags.DEFINE_bool("check", True, "Read and check every byte.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object, and nothing else on stdout.")
 
-WINDOWS_SHOWN, WINDOW_TOKENS = 3, 64  # of each split
+EXCERPTS, EXCERPT_TOKENS = 3, 64  # shown of each split
 
 
 def main(path: str = "") -> int:
@@ -68,22 +72,22 @@ def main(path: str = "") -> int:
     report: dict[str, Any] = about(data)
     if CHECK.value:
         start = time.monotonic()
-        found = integrity.verify(data)
+        found = integrity.verify_dataset(data)
         report["check"] = {name: dataclasses.asdict(split) for name, split in found.items()}
-        if not data.foreign_files:
-            report["packed"] = [packed(index) for index in packing.verify(data.folder, data.manifest)]
+        if not data.external_files:
+            report["packed"] = [packed(index) for index in packing.verify_packings(data.folder, data.manifest)]
         report["check_s"] = round(time.monotonic() - start, 3)
     tokenizer = data.load_tokenizer()
-    report["text"] = {name: windows(data, name, tokenizer) for name in data.manifest.splits if data.has(name)}
+    report["text"] = {name: excerpts(data, name, tokenizer) for name in data.manifest.splits if data.has(name)}
     order = windows_of(data)
     report["left_out"] = left_out(data, order)
     report["batch"] = batch(order, tokenizer)
-    print(json.dumps(report) if JSON.value else page(report))
+    print(json.dumps(report) if JSON.value else format_report(report))
     return 0
 
 
 def about(data: dataset.Dataset) -> dict[str, Any]:
-    """What the manifest says, or what the headers of foreign files do."""
+    """The content of the manifest, or of the headers of external files."""
     manifest = data.manifest
     splits = {}
     for name, split in manifest.splits.items():
@@ -92,20 +96,20 @@ def about(data: dataset.Dataset) -> dict[str, Any]:
             "documents": split.documents or None,
             "text_bytes": split.text_bytes or None,
             "bytes_per_token": split.text_bytes / split.tokens if split.text_bytes and split.tokens else None,
-            "files": [str(f.path) for f in data.foreign_files[name]]
-            if data.foreign_files
+            "files": [str(f.path) for f in data.external_files[name]]
+            if data.external_files
             else [str(data.folder / shard.file) for shard in split.shards],
         }
     return {
         "path": data.path,
-        "format": manifest.request["format"] if data.foreign_files else "meshlm",
+        "format": manifest.request["format"] if data.external_files else "meshlm",
         "fingerprint": manifest.fingerprint(),
         "dtype": manifest.dtype,
         "vocab_size": data.vocab_size or None,
         "eos_id": manifest.eos_id,
-        "request": None if data.foreign_files else manifest.request,
+        "request": None if data.external_files else manifest.request,
         "splits": splits,
-        "other_files": external.others(data.path, data.foreign_files),
+        "other_files": external.unread_files(data.path, data.external_files),
     }
 
 
@@ -113,27 +117,27 @@ def shown(ids: np.ndarray, tokenizer: Tokenizer | None) -> dict[str, Any]:
     return {"ids": ids.tolist()} | ({"text": tokenizer.decode(ids)} if tokenizer is not None else {})
 
 
-def windows(data: dataset.Dataset, split: str, tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
-    """Stretches from the beginning, the middle and so on of the first file that has tokens."""
+def excerpts(data: dataset.Dataset, split: str, tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
+    """Evenly spaced excerpts of the first file that has tokens."""
     files = data.files(split)
     tokens = next(shard for shard in files.shards if len(shard))
     out = []
-    for i in range(WINDOWS_SHOWN):
-        start = len(tokens) * i // WINDOWS_SHOWN
-        ids = tokens[start : start + WINDOW_TOKENS]
+    for i in range(EXCERPTS):
+        start = len(tokens) * i // EXCERPTS
+        ids = tokens[start : start + EXCERPT_TOKENS]
         files.check_ids(ids, f"the {split} split")
         out.append({"token": start, **shown(ids, tokenizer)})
     return out
 
 
 def packed(index: packing.Index) -> dict[str, Any]:
-    """Of a packing whose every byte was checked."""
+    """The report of a packing, of which every byte was checked."""
     fields = ("seq_len", "rows", "utilisation", "documents", "cut", "cut_by_windows")
     return {name: getattr(index, name) for name in fields}
 
 
 def windows_of(data: dataset.Dataset) -> Windows:
-    """What a run reads."""
+    """The windows that a run reads."""
     files = data.files("train")
     if PACKED.value:
         return PackedWindows(files, sources.packing_of(data, SEQ_LEN.value), seed=SEED.value)
@@ -141,11 +145,11 @@ def windows_of(data: dataset.Dataset) -> Windows:
 
 
 def left_out(data: dataset.Dataset, order: Windows) -> dict[str, Any]:
-    """What a run with this seq_len never reads, documents that lie in no row whole, and splits that are empty."""
+    """The tokens that a run with this seq_len never reads, the documents that are cut, and the empty splits."""
     cut = None
     if isinstance(order, PackedWindows):
         cut = order.index.cut
-    elif not data.foreign_files:
+    elif not data.external_files:
         integrity.check_documents(data.folder / "train.documents.bin", data.manifest.splits["train"])
         cut = packing.count_cut(data.folder, data.manifest, SEQ_LEN.value, "train")[1]
     empty = [name for name in ("train", "val") if not data.has(name)]
@@ -165,8 +169,8 @@ def batch(order: Windows, tokenizer: Tokenizer | None) -> dict[str, Any]:
     }
 
 
-def page(report: dict[str, Any]) -> str:
-    """The same for people: numbers with units, each text on a line, quoted."""
+def format_report(report: dict[str, Any]) -> str:
+    """The report for people: numbers with units, each text on a line, quoted."""
     vocabulary = f"vocabulary {report['vocab_size'] or 'not known'}, end of text {report['eos_id']}"
     lines = [f"{report['path']}: {report['format']}, {report['dtype']}, {vocabulary}, data {report['fingerprint']}"]
     if report["request"]:
@@ -179,13 +183,13 @@ def page(report: dict[str, Any]) -> str:
             line += f", {split['text_bytes']:,} bytes of text, {split['bytes_per_token']:.3f} a token"
         lines.append(line)
     if others := report["other_files"]:
-        lines.append(f"{len(others)} other entries of the folder are no token files: {', '.join(others[:5])}")
+        lines.append(f"{len(others)} other entries of the folder are not token files: {', '.join(others[:5])}")
     if "check" in report:
         nbytes = sum(split["nbytes"] for split in report["check"].values())
         largest = max(split["largest_id"] for split in report["check"].values())
-        lines.append(f"whole: {nbytes:,} bytes read in {report['check_s']:.1f} s, largest id {largest}")
-    for name, stretches in report["text"].items():
-        lines += [f"{name} from token {s['token']:,}: {quoted(s)}" for s in stretches]
+        lines.append(f"intact: {nbytes:,} bytes read in {report['check_s']:.1f} s, largest id {largest}")
+    for name, shown_of_split in report["text"].items():
+        lines += [f"{name} from token {s['token']:,}: {quoted(s)}" for s in shown_of_split]
     rows, missed = report["batch"], report["left_out"]
     for index in report.get("packed", ()):
         lines.append(
@@ -195,19 +199,19 @@ def page(report: dict[str, Any]) -> str:
     if never := str(Unreached(*(missed[field.name] for field in dataclasses.fields(Unreached)))):
         lines.append(f"never read with seq_len {rows['seq_len']}: {never}")
     if missed["documents_cut"]:
-        lines.append(f"{missed['documents_cut']:,} training document(s) are cut: no row holds them whole")
-    lines += [f"the {name} split holds nothing to predict" for name in missed["empty_splits"]]
+        lines.append(f"{missed['documents_cut']:,} training document(s) are cut: they are not inside one row")
+    lines += [f"the {name} split has no token to predict" for name in missed["empty_splits"]]
     lines.append(
-        f"batch at sample {rows['sample']} (epoch {rows['epoch']:.3f} of {rows['samples_per_epoch']:,} samples), "
+        f"batch at sequence {rows['sample']} (epoch {rows['epoch']:.3f} of {rows['samples_per_epoch']:,} sequences), "
         f"seed {rows['seed']}, seq_len {rows['seq_len']}:"
     )
     lines += [f"  {rows['sample'] + i}: {quoted(row)}" for i, row in enumerate(rows["rows"])]
     return "\n".join(lines)
 
 
-def quoted(stretch: dict[str, Any]) -> str:
+def quoted(excerpt: dict[str, Any]) -> str:
     """The text as JSON, or the ids."""
-    return json.dumps(stretch["text"], ensure_ascii=False) if "text" in stretch else " ".join(map(str, stretch["ids"]))
+    return json.dumps(excerpt["text"], ensure_ascii=False) if "text" in excerpt else " ".join(map(str, excerpt["ids"]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""meshlm COMMAND [--flags]: the commands of launch/ as one program, which no file of the current folder can shadow.
+"""meshlm COMMAND [--flags]: the commands of launch/ as one program, which files of the current folder cannot shadow.
 
-`meshlm train …` is `python -m launch.train …`; `meshlm COMMAND --help` says what it takes.
+`meshlm train …` is `python -m launch.train …`; `meshlm COMMAND --help` describes its flags.
 """
 
 import difflib
@@ -11,17 +11,17 @@ import sys
 import launch
 
 COMMANDS = {
-    "train": "train a model, or go on with a run",
-    "sample": "write text with a trained model",
+    "train": "train a model, or resume a run",
+    "sample": "generate text with a trained model",
     "evaluate": "the loss of a checkpoint on held-out text",
-    "prepare": "make a dataset of text",
-    "inspect": "what is in a dataset or token files, every byte checked",
-    "pack": "rows of whole documents",
-    "tokenizer": "train, show and try tokenizers",
-    "plan": "compile for machines that are not here: does it fit",
+    "prepare": "make a dataset from text",
+    "inspect": "show and check a dataset or token files",
+    "pack": "pack complete documents into rows",
+    "tokenizer": "train, show and use tokenizers",
+    "plan": "compile for machines that are not here: memory, speed",
     "bench": "time the step of a recipe",
-    "supervise": "start a command again while it makes progress",
-    "gpu_check": "what is wrong with drivers, wheels and links",
+    "supervise": "restart a command while it makes progress",
+    "gpu_check": "check drivers, wheels and links of GPUs",
 }
 
 
@@ -34,9 +34,9 @@ def main() -> None:
     if words[0] not in COMMANDS:
         near = difflib.get_close_matches(words[0], COMMANDS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        print(f"error: {words[0]!a} is none of the commands {', '.join(COMMANDS)}{hint}", file=sys.stderr)
+        print(f"error: {words[0]!a} is not one of the commands {', '.join(COMMANDS)}{hint}", file=sys.stderr)
         sys.exit(2)
-    # Before whatever PYTHONPATH names: an empty part of it is the current folder.
+    # Before all of PYTHONPATH: an empty part of it is the current folder.
     sys.path.insert(0, str(pathlib.Path(launch.__file__).parent.parent))
     sys.argv[:2] = [words[0]]
     runpy.run_module(f"launch.{words[0]}", run_name="__main__", alter_sys=True)

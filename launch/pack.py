@@ -2,10 +2,10 @@
 
   python -m launch.pack DATASET --seq_len=1024
 
-Each row holds whole documents and, where none fits any more, padding of which no loss is counted; only documents longer
-than a row are cut. The tokens stay where they are: an index of what each row holds is written beside them
-(train.packed-1024.bin), once for each seq_len. Of several that are started at once, the others wait for the first and
-find its index. Exit codes: 0 done, or done before; 2 flags; 3 the dataset cannot be packed.
+Each row has complete documents, and padding (without loss) if no other document fits; only documents longer than a row
+are cut. The token files do not change: an index of the rows is written beside them (train.packed-1024.bin), one for
+each seq_len. If several are started at the same time, they wait for the first and use its index.
+Exit codes: 0 done, or done before; 2 flags; 3 the dataset cannot be packed.
 """
 
 import pathlib
@@ -26,14 +26,14 @@ def main(dataset: str = "") -> int:
     if not dataset or SEQ_LEN.value is None:
         raise ConfigError("name a dataset and a length: python -m launch.pack DATASET --seq_len=1024")
     start = time.monotonic()
-    index, there = packing.pack(pathlib.Path(cli.local_path(dataset)), SEQ_LEN.value)
+    index, existed = packing.pack_dataset(pathlib.Path(cli.local_path(dataset)), SEQ_LEN.value)
     cli.log.info(
         "%s: %s rows of %d tokens, %.3f %% of them used, %s",
         index.path, f"{index.rows:,}", index.seq_len + 1, 100 * index.utilisation,
-        "was there" if there else f"{time.monotonic() - start:.1f} s",
+        "existed already" if existed else f"{time.monotonic() - start:.1f} s",
     )  # fmt: skip
     cli.log.info(
-        "%s of %s documents cut (%.1f %%); windows cut %s (%.1f %%)",
+        "%s of %s documents cut (%.1f %%); windows would cut %s (%.1f %%)",
         f"{index.cut:,}", f"{index.documents:,}", 100 * index.cut / index.documents,
         f"{index.cut_by_windows:,}", 100 * index.cut_by_windows / index.documents,
     )  # fmt: skip

@@ -1,13 +1,12 @@
-"""What a recipe costs on machines that are not here: does it fit, what crosses which network, how fast can it be at
-best.
+"""Plan a run for machines that are not here: does it fit, what crosses which network, what is the best possible speed.
 
   python -m launch.plan --config=configs/llama_8b.py --topology=v5p:4x4x4 [--num_slices=2] [--json] [--search]
 
-The real train step, evaluation and sampling are compiled for the named TPU slices or GPU nodes, on any computer; no
-account, no accelerator.
-Needs the compilers: pip install -e ".[plan]". No dataset is read: model.vocab_size is the recipe's, or 50,304.
+The real train step, evaluation and sampling are compiled for the named TPU slices or GPU nodes, on any computer,
+without an account or an accelerator. Needs the compilers: pip install -e ".[plan]". No dataset is read:
+model.vocab_size is the recipe's, or 50,304.
 
-Exit codes: 0 it fits, 1 it does not (the largest batch that does is printed), 2 configuration.
+Exit codes: 0 it fits, 1 it does not (the largest batch that fits is printed), 2 configuration.
 """
 
 import dataclasses
@@ -16,17 +15,18 @@ from typing import Any
 
 from absl import flags
 
-from launch import cli, environment, standalone
+from launch import cli, environment
 from model.config import ModelConfig
+from trainer.config import complete_without_dataset
 from trainer.errors import ConfigError
 from trainer.planning import topology
 
 CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_string("topology", None, "Slice or node, as v5p:4x4x4, v6e:16x16 or h100:8.")
-NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "TPU slices, or nodes of GPUs, joined by a slow network.")
+NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "TPU slices, or GPU nodes, joined by a slow network.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object, and nothing else on stdout.")
-SEARCH = flags.DEFINE_bool("search", False, "Compile other meshes, remat policies and batches, too, and rank them.")
-CANDIDATES = flags.DEFINE_integer("candidates", 6, "Most programs that --search compiles; a minute or two each.")
+SEARCH = flags.DEFINE_bool("search", False, "Also compile other meshes, remat policies and batches, and rank them.")
+CANDIDATES = flags.DEFINE_integer("candidates", 6, "The most programs that --search compiles, at a minute or two each.")
 
 MIB, GIB = 2**20, 2**30
 
@@ -34,34 +34,33 @@ MIB, GIB = 2**20, 2**30
 def main() -> int:
     if not TOPOLOGY.value:
         raise ConfigError("--topology is missing; name a machine, for example --topology=v5p:4x4x4")
-    config = standalone.complete(cli.config_from(CONFIG.value))
+    config = complete_without_dataset(cli.config_from(CONFIG.value))
     topology.parse(TOPOLOGY.value, NUM_SLICES.value)
     topology.prepare_environment()
     environment.load_jax()
-    from trainer.planning import plan as planning
-    from trainer.planning import search
+    from trainer.planning import plan, search
 
     machine = topology.describe(TOPOLOGY.value, NUM_SLICES.value)
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, num_slices=NUM_SLICES.value))
     if SEARCH.value:
-        plans = search.search(config, machine, CANDIDATES.value, progress=lambda line: cli.log.info("%s", line))
-        if not plans:
-            raise ConfigError(f"nothing that --search tried fits {TOPOLOGY.value}; take a larger slice")
-        print(json.dumps([as_json(p) for p in plans]) if JSON.value else search.table(plans))
+        found = search.search(config, machine, CANDIDATES.value, progress=lambda line: cli.log.info("%s", line))
+        if not found:
+            raise ConfigError(f"nothing that --search tried fits {TOPOLOGY.value}; choose a larger slice")
+        print(json.dumps([as_json(p) for p in found]) if JSON.value else search.table(found))
         return 0
-    plan = planning.make(config, machine)
-    smaller = None if plan.fits else planning.largest_batch(plan, machine)
+    planned = plan.make(config, machine)
+    smaller = None if planned.fits else plan.largest_batch(planned, machine)
     if JSON.value:
-        print(json.dumps(as_json(plan) | {"largest_batch": smaller.config.global_batch_size if smaller else None}))
+        print(json.dumps(as_json(planned) | {"largest_batch": smaller.config.global_batch_size if smaller else None}))
     else:
-        print(page(plan))
-        if not plan.fits:
-            print(advice(plan, smaller))
-    return 0 if plan.fits else 1
+        print(format_plan(planned))
+        if not planned.fits:
+            print(advice(planned, smaller))
+    return 0 if planned.fits else 1
 
 
-def page(plan: Any) -> str:
-    """The plan for a reader."""
+def format_plan(plan: Any) -> str:
+    """The plan for people."""
     from trainer import sharding
     from trainer.planning.plan import ASSUMPTIONS
     from trainer.reporting import flops
@@ -74,26 +73,26 @@ def page(plan: Any) -> str:
     lines = [
         f"{slices}{plan.topology}: {plan.devices} devices, mesh {mesh}",
         f"model     {plan.num_params:,} parameters, {model.dtype}, attention {plan.kernel}, remat {model.remat}",
-        f"batch     {config.global_batch_size} x {config.data.seq_len} = {config.tokens_per_step:,} tokens a step, "
-        f"{rows} sequence(s) a device at a time, {config.grad_accum_steps} part(s)",
+        f"batch     {config.global_batch_size} x {config.data.seq_len} = {config.tokens_per_step:,} tokens per step, "
+        f"{rows} sequence(s) on a device at a time, {config.grad_accum_steps} microbatch(es)",
         f"memory    {verdict}: {plan.peak / GIB:.2f} GiB at most of {plan.usable / GIB:.2f} usable on each device",
         *(f"          {part:<12}{size / GIB:9.3f} GiB" for part, size in plan.memory.items()),
         *(f"          in {name:<12}{size / GIB:6.3f} GiB at most" for name, size in plan.beside.items()),
     ]
     if plan.collectives:
         sums = f"sums of gradients in {plan.sums_dtype}"
-        lines.append(f"network   what a device takes part in, each step; {sums}")
+        lines.append(f"network   collectives of each device in a step; {sums}")
         lines += [f"          {_collective(row, model)}" for row in plan.collectives]
     lines.append(
-        f"flops     {plan.model_flops / 1e12:.2f} T a device and step by {flops.FORMULA}; "
-        f"{plan.hardware_flops / 1e12:.2f} T with what is recomputed and without what the kernel skips"
+        f"flops     {plan.model_flops / 1e12:.2f} T per device and step by {flops.FORMULA}; "
+        f"{plan.hardware_flops / 1e12:.2f} T with recomputation, and without what the kernel skips"
     )
     lines.append(f"roofline  {ASSUMPTIONS}")
     lines += [f"          {name:<32}{seconds * 1e3:10.1f} ms" for name, seconds in plan.seconds.items()]
     if plan.fits:
         per_device = config.tokens_per_step / plan.step_s / plan.devices
         lines.append(
-            f"at best   {plan.step_s * 1e3:.1f} ms a step, {per_device:,.0f} tokens/s a device, "
+            f"at best   {plan.step_s * 1e3:.1f} ms per step, {per_device:,.0f} tokens/s per device, "
             f"MFU {100 * plan.mfu:.0f} %; {config.num_train_steps:,} steps in {plan.hours:,.1f} h = "
             f"{plan.hours * plan.devices:,.0f} device hours"
         )
@@ -103,13 +102,13 @@ def page(plan: Any) -> str:
 def _collective(row: Any, model: ModelConfig) -> str:
     from trainer.planning.plan import axes_of
 
-    outside = "outside of them" if model.scan_layers else "in all"  # unrolled, layers cannot be told apart
-    often = f"{row.executions / model.num_layers:g} a layer" if row.in_layers else f"{row.executions} {outside}"
+    outside = "outside of layers" if model.scan_layers else "in all"  # unrolled layers cannot be distinguished
+    often = f"{row.executions / model.num_layers:g} per layer" if row.in_layers else f"{row.executions} {outside}"
     across = ", across slices" if row.crosses_slices else ""
-    kept = f", {row.sliced / MIB:,.1f} of them to keep a part" if row.sliced else ""
+    kept = f", {row.sliced / MIB:,.1f} of them to keep a shard" if row.sliced else ""
     return (
         f"{row.kind:<19}{axes_of(row):<16}{often:<20}{row.bytes / row.executions / MIB:10,.1f} MiB each, "
-        f"{row.sent / MIB:10,.1f} sent a step{across}{kept}"
+        f"{row.sent / MIB:10,.1f} sent per step{across}{kept}"
     )
 
 
@@ -118,11 +117,11 @@ def advice(plan: Any, smaller: Any) -> str:
     if smaller is not None:
         return (
             f"fits with --config.global_batch_size={smaller.config.global_batch_size} ({smaller.peak / GIB:.2f} GiB), "
-            f"or with the batch in more parts: --config.grad_accum_steps above {config.grad_accum_steps}"
+            f"or with more microbatches: --config.grad_accum_steps above {config.grad_accum_steps}"
         )
     return (
-        "no batch was found that fits; split the parameters over more devices (--config.mesh.fsdp, .tensor), recompute "
-        "more (--config.model.remat=full), or see what --search finds"
+        "no batch fits; shard the parameters over more devices (--config.mesh.fsdp, .tensor), recompute more "
+        "(--config.model.remat=full), or try --search"
     )
 
 

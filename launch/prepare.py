@@ -1,20 +1,20 @@
-"""Turn text into a dataset that launch.train reads.
+"""Prepare a dataset for launch.train from text.
 
   python -m launch.prepare --source=PATH|DIR|GLOB|-|python-stdlib|tinyshakespeare --tokenizer=char|byte|bpe:N|PATH
     --out=DATASET
 
-Files are text (each one document), JSON lines or Parquet (a document a record, its text under --text_key), told by
-their first bytes (--format says otherwise); gzip and zstd are read as they are; - is standard input. A single text is
-split as nanoGPT does: the first 90 % of its characters train. Several are split whole, by a hash of their names;
-records by a hash of their text. An end-of-text token is put after each document.
+Files are text (one document each), JSON lines or Parquet (each record is a document, with its text under --text_key),
+recognised by their first bytes unless --format is given. Files compressed by gzip and zstd are read directly; - is
+standard input. A single text is split as in nanoGPT: the first 90 % of its characters are for training. Several texts
+are split as complete files, by a hash of their names, and records by a hash of their text. An end-of-text token follows
+each document.
 
 Tokenizers: characters, bytes, byte-level BPE trained on a sample of the text (bpe:16384, or bpe:16384:llama3 with Llama
-3's split pattern), or one there is: a tokenizer.json, .tiktoken, minbpe or SentencePiece file (launch.tokenizer).
+3's split pattern), or an existing one: a tokenizer.json, .tiktoken, minbpe or SentencePiece file (launch.tokenizer).
 
-Killed, it goes on when the same command is started again; the dataset is the same, byte for byte, for any number of
-kills and --workers. What was wrong with the input is counted, and the first of each kind named, at the end and in
-DATASET/summary.json. Exit codes: 0 done, 2 flags, 3 the source or --out cannot be used, 130 Ctrl-C,
-128 + n other signals.
+If it is killed, the same command resumes; the dataset is the same, byte for byte, for any number of kills and workers.
+Errors in the input are counted, and the first ones of each kind named, at the end and in DATASET/summary.json.
+Exit codes: 0 done, 2 flags, 3 the source or --out cannot be used, 130 Ctrl-C, 128 + n other signals.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from trainer.reporting.console import StatusLine, duration
 
 SOURCE = cli.define_path("source", None, "File, directory, glob, -, python-stdlib or tinyshakespeare.")
 TOKENIZER = cli.define_path(
-    "tokenizer", "char", "char, byte, bpe:16384 (trained here), or PATH of a tokenizer or of a dataset that has one."
+    "tokenizer", "char", "char, byte, bpe:16384 (trained here), or the PATH of a tokenizer or of a dataset with one."
 )
 OUT = cli.define_path("out", None, "Folder to write, for example datasets/mine.")
 VAL_FRACTION = flags.DEFINE_float(
@@ -47,45 +47,50 @@ SPLIT = flags.DEFINE_enum(
     "split",
     "auto",
     pipeline.SPLITS,
-    "What validates: the last characters, whole files, or whole documents. auto: last for a single text, file for "
-    "several, document where there are records.",
+    "The validation text: the last characters, complete files, or complete documents. auto: last for a single text, "
+    "file for several, document if there are records.",
 )
-TEXT_KEY = flags.DEFINE_string("text_key", "text", "Where the text is: key of JSON lines, column of Parquet.")
+TEXT_KEY = flags.DEFINE_string("text_key", "text", "The key of the text in JSON lines, or its column in Parquet.")
 MIN_FREQUENCY = flags.DEFINE_integer(
     "min_frequency", 1, "Characters rarer than this become <unk> (char only).", lower_bound=1
 )
-SPECIAL_TOKENS = flags.DEFINE_list("special_tokens", [], "Further tokens, such as <unk>, comma-separated.")
+SPECIAL_TOKENS = flags.DEFINE_list("special_tokens", [], "Additional tokens, such as <unk>, separated by commas.")
 INVALID_UTF8 = flags.DEFINE_enum(
-    "invalid_utf8", "replace", ["replace", "error"], "Where text is not UTF-8: put U+FFFD and count, or stop."
+    "invalid_utf8", "replace", ["replace", "error"], "If text is not UTF-8: replace it by U+FFFD and count, or stop."
 )
 BAD_RECORDS = flags.DEFINE_enum(
     "bad_records",
     "error",
     ["error", "skip"],
-    "Broken JSON, a record without text, a compressed file cut off: stop, or leave out and count.",
+    "For broken JSON, a record without text, a truncated compressed file: stop, or leave it out and count.",
 )
 FORMAT = flags.DEFINE_enum(
-    "format", "auto", recognize.KINDS, "What all files are; auto: each is told by its first bytes and its name."
+    "format",
+    "auto",
+    recognize.KINDS,
+    "The format of all files; auto: detected from the first bytes and the name of each.",
 )
 STDIN_FORMAT = flags.DEFINE_enum(
-    "stdin_format", "txt", ["txt", "jsonl", "parquet", "txt.gz", "jsonl.gz", "jsonl.zst"], "What --source=- is."
+    "stdin_format", "txt", ["txt", "jsonl", "parquet", "txt.gz", "jsonl.gz", "jsonl.zst"], "The format of --source=-."
 )
 MAX_INVALID = flags.DEFINE_float(
     "max_invalid",
     0.01,
-    "Largest share of characters that are NUL, or U+FFFD where text is not UTF-8; above it the corpus is refused.",
+    "Largest share of characters that are NUL, or U+FFFD for invalid UTF-8; a corpus with more is refused.",
     lower_bound=0.0,
     upper_bound=1.0,
 )
-WORKERS = flags.DEFINE_integer("workers", 0, "Processes; 0 for one a core that this job may use.", lower_bound=0)
+WORKERS = flags.DEFINE_integer(
+    "workers", 0, "Number of processes; 0: one for each core that this job may use.", lower_bound=0
+)
 COUNT_DUPLICATES = flags.DEFINE_bool("count_duplicates", False, "Count documents whose text occurred before.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a dataset at --out that another request made.")
 cli.check_flag("tokenizer", tokenizers.needs_texts)
 cli.check_flag("special_tokens", base.check_special_tokens)
 
 
-class Progress:
-    """MB/s, tokens/s and time left of each pass over the corpus; what an earlier run had done does not count."""
+class ProgressLine:
+    """Shows MB/s, tokens/s and remaining time of each pass over the corpus, without the work of an earlier run."""
 
     def __init__(self) -> None:
         self.status = StatusLine()
@@ -94,7 +99,10 @@ class Progress:
     def __call__(self, stage: str, done: int, total: int, tokens: int) -> None:
         now = time.monotonic()
         if stage != self.stage:
-            self.stage, self.start, self.done, self.tokens = stage, now, done, tokens
+            self.stage = stage
+            self.start = now
+            self.done = done
+            self.tokens = tokens
             return
         if (seconds := now - self.start) < 0.5:  # too early for a rate
             return
@@ -112,7 +120,7 @@ def main() -> int:
         raise ConfigError("--source and --out are needed, for example --source=python-stdlib --out=datasets/mine")
     malloc.tune_allocator()
     cli.end_in_one_line()
-    out = Output(pathlib.Path(OUT.value)).path  # a folder that is replaced may be the one we are in
+    out = Output(pathlib.Path(OUT.value)).path  # resolved: the current folder may be the one that is replaced
     with sourced(SOURCE.value, out.parent) as source:
         make(out, source)
     return 0
@@ -120,17 +128,17 @@ def main() -> int:
 
 @contextlib.contextmanager
 def sourced(source: str, folder: pathlib.Path) -> Iterator[str]:
-    """The path of a source; what comes from standard input or a pipe is kept in `folder` meanwhile."""
+    """The path of a source; standard input or a pipe is stored in `folder` meanwhile."""
     if source != "-" and not corpus.is_pipe(source):
         yield source
         return
     with contextlib.ExitStack() as stack:
-        stream = sys.stdin.buffer if source == "-" else stack.enter_context(corpus.opened(source))
+        stream = sys.stdin.buffer if source == "-" else stack.enter_context(corpus.open_source(source))
         yield str(stack.enter_context(spool.spooled(stream, folder, STDIN_FORMAT.value)))
 
 
 def make(out: pathlib.Path, source: str) -> None:
-    start, progress = time.monotonic(), Progress()
+    start, progress = time.monotonic(), ProgressLine()
     request = {
         "source": source,
         "tokenizer": TOKENIZER.value,
@@ -143,11 +151,11 @@ def make(out: pathlib.Path, source: str) -> None:
         "bad_records": BAD_RECORDS.value,
         "format": FORMAT.value,
     }
-    if not OVERWRITE.value and (found := pipeline.there(out, **request)) is not None:
-        report(out, found, "was there, by the same request")
+    if not OVERWRITE.value and (found := pipeline.existing_dataset(out, **request)) is not None:
+        report(out, found, "exists already, made by the same request")
         return
     try:
-        made = pipeline.prepare(
+        made = pipeline.prepare_dataset(
             out,
             overwrite=OVERWRITE.value,
             workers=WORKERS.value,
@@ -184,8 +192,8 @@ def report(out: pathlib.Path, manifest: formats.Manifest, how: str) -> None:
     if summary.get("loses_text"):
         share = summary["problems"]["counts"].get(losses.UNKNOWN, 0) / max(summary["tokens"], 1)
         cli.log.warning(
-            "the tokenizer loses text (%.2g %% of the tokens are unknown, the rest below): no val/bits_per_byte will "
-            "be reported, for nobody knows how many bytes the tokens stand for",
+            "the tokenizer loses text (%.2g %% of the tokens are unknown; see below): val/bits_per_byte will not be "
+            "reported, because the number of bytes that the tokens stand for is not known",
             100 * share,
         )
     for problems in (summary.get("left_out", {"counts": {}}), summary["problems"]):

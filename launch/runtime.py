@@ -24,13 +24,13 @@ def use_compilation_cache(run: pathlib.Path, folder: str | None = None) -> None:
     """
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", None)  # JAX has read the variable itself
+    jax.config.update("jax_compilation_cache_dir", None)  # JAX has read the variable already
     if folder is None:
         folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(run.absolute().parent / ".xla"))
     if not folder:
         return
     if "://" in folder:
-        raise ConfigError(f"the compilation cache {folder} is in an object store; name a folder, or '' for none")
+        raise ConfigError(f"the compilation cache {folder} is in an object store; name a local folder, or '' for none")
     path = pathlib.Path(folder)
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def _others_who_write(folder: pathlib.Path) -> str:
     """Why users other than this one and root can put files there; '' if they cannot."""
     status, above = folder.stat(), folder.parent.stat()
     if status.st_uid not in (os.geteuid(), 0):
-        return "it is another user's"
+        return "it belongs to another user"
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return "other users can write there"
     if above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX:
@@ -59,7 +59,7 @@ def _others_who_write(folder: pathlib.Path) -> str:
 
 
 def use_gpu_memory() -> None:
-    """Lets JAX have most of a GPU's memory, unless the environment says how much. Call it before JAX is loaded.
+    """Lets JAX use most of a GPU's memory, unless the environment sets the share. Call it before JAX is loaded.
 
     Raises ConfigError if that is not a share of it.
     """

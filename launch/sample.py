@@ -1,9 +1,9 @@
-"""Write text with a trained model.
+"""Generate text with a trained model.
 
   python -m launch.sample --workdir=runs/tiny --prompt='def ' [--max_new_tokens=500 --temperature=0.8 --top_p=0.95]
 
-Sample i depends on --seed and i alone. --temperature=0 takes the most likely token each time. With --json each sample
-is one line {"step", "sample", "seed", "prompt", "text"}, text without the prompt.
+Sample i depends only on --seed and i. --temperature=0 always takes the most likely token. With --json each sample is
+one line {"step", "sample", "seed", "prompt", "text"}, where text does not include the prompt.
 """
 
 import json
@@ -15,14 +15,20 @@ from launch import cli, inference
 from trainer.errors import ConfigError
 
 PROMPT = flags.DEFINE_string("prompt", "\n", "Text to continue.")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 500, "Tokens to write.", lower_bound=1)
-TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Below 1 safer, above 1 wilder, 0 greedy.", lower_bound=0.0)
-TOP_K = flags.DEFINE_integer("top_k", 0, "Choose among the k most likely tokens; 0: all.", lower_bound=0)
-TOP_P = flags.DEFINE_float(
-    "top_p", 1.0, "Choose among the most likely tokens that make up this probability.", lower_bound=0.0, upper_bound=1.0
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 500, "Number of tokens to generate.", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.8, "Below 1: more likely tokens; above 1: less likely ones; 0: greedy.", lower_bound=0.0
 )
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "How many.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "Of the random choices.", lower_bound=0, upper_bound=2**32 - 1)
+TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from the k most likely tokens; 0: from all.", lower_bound=0)
+TOP_P = flags.DEFINE_float(
+    "top_p",
+    1.0,
+    "Sample from the most likely tokens that have this total probability.",
+    lower_bound=0.0,
+    upper_bound=1.0,
+)
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Number of samples.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the random choices.", lower_bound=0, upper_bound=2**32 - 1)
 
 
 def main() -> int:
@@ -33,7 +39,7 @@ def main() -> int:
 def write() -> int:
     if not math.isfinite(TEMPERATURE.value):
         raise ConfigError(
-            f"--temperature={TEMPERATURE.value} is not a finite number; 1 samples what the model predicts"
+            f"--temperature={TEMPERATURE.value} is not a finite number; 1 samples from the predicted distribution"
         )
     if not PROMPT.value:
         raise ConfigError("--prompt is empty; give at least one character, for example --prompt=$'\\n'")
@@ -43,7 +49,7 @@ def write() -> int:
 
     if not (run.path / "tokenizer").exists():
         raise ConfigError(
-            f"{run.path} has no tokenizer: it trained on token files alone; the same launch.train command with "
+            f"{run.path} has no tokenizer, because it was trained on token files; the same launch.train command with "
             "--config.data.tokenizer_path=PATH adds one"
         )
     tokenizer = tokenizers.load(run.path / "tokenizer")

@@ -1,4 +1,4 @@
-"""Signals ask for a save and exit code 42; a second Ctrl-C leaves at once with 130.
+"""A signal requests a save and exit code 42; a second Ctrl-C exits at once with 130.
 
 A thread reads signal numbers from a pipe that Python's C handler writes to. This works while the main thread is in the
 compiler, a collective or a save, when a handler written in Python would have to wait.
@@ -18,12 +18,12 @@ if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
     STOPS += (signal.SIGHUP,)
 
 
-class Signals:
+class StopSignals:
     """Starts to listen. Until `connect` there is nothing to save, and a signal exits at once with 42."""
 
     def __init__(self) -> None:
         self._stop: Callable[[], None] | None = None
-        self._asked = False
+        self._requested = False
         self._changing = threading.Lock()
         self._pipe, write = os.pipe()
         os.set_blocking(write, False)
@@ -51,19 +51,19 @@ class Signals:
                 interrupts += number == signal.SIGINT
                 if interrupts > 1:
                     os._exit(130)
-                if self._asked:
+                if self._requested:
                     continue
-                self._asked = True
+                self._requested = True
                 with self._changing:
                     if self._stop is None:
-                        _say(b"\nStopped before the first step; there was nothing to save.\n")
+                        _print(b"\nStopped before the first step; there was nothing to save.\n")
                         os._exit(cli.STOPPED)
-                _say(b"\nStopping after this step; saving. Ctrl-C again leaves at once.\n")
+                _print(b"\nStopping after this step; saving. Ctrl-C again exits at once.\n")
                 # On its own thread, so that a second Ctrl-C is seen while the processes agree on a step.
                 threading.Thread(target=self._stop, name="stop", daemon=True).start()
 
 
-def _say(line: bytes) -> None:
+def _print(line: bytes) -> None:
     """Waits for half a second at most: a paused terminal (Ctrl-S) or a full pipe must not prevent a stop."""
 
     def write() -> None:

@@ -41,14 +41,14 @@ PROCESS = flags.DEFINE_integer(
     lower_bound=0,
 )
 MAX_RESTARTS = flags.DEFINE_integer(
-    "max_restarts_without_progress", 3, "Restarts in a row without a new committed step.", lower_bound=1
+    "max_restarts_without_progress", 3, "Restarts in a row without a new checkpoint.", lower_bound=1
 )
 BACKOFF_S = flags.DEFINE_float(
     "backoff_s", 1.0, "Wait before a restart; doubled after each one without progress.", lower_bound=0
 )
-MAX_BACKOFF_S = flags.DEFINE_float("max_backoff_s", 60.0, "Longest wait.", lower_bound=0)
+MAX_BACKOFF_S = flags.DEFINE_float("max_backoff_s", 60.0, "Longest delay.", lower_bound=0)
 
-PASSED_ON = (*STOPS, signal.SIGQUIT)  # Ctrl-\: the trainer logs the stacks of its threads, and continues
+FORWARDED = (*STOPS, signal.SIGQUIT)  # Ctrl-\: the trainer logs the stacks of its threads, and continues
 PR_SET_PDEATHSIG = 1  # Linux: the signal a process gets when its parent dies
 
 
@@ -65,40 +65,43 @@ def main(*command: str) -> int:
 
 def supervise(command: Sequence[str], run: pathlib.Path, process: int) -> int:
     """Runs attempts until one ends the run or too many make no progress; returns the exit code."""
-    signals, journal = Signals(), restarts.RestartLog(run, process)
-    earlier = len(journal.attempts)
-    best, first_wait = restarts.newest_step(run), min(BACKOFF_S.value, MAX_BACKOFF_S.value)
-    fruitless, wait = -1, first_wait  # restarts since the last progress; the first attempt is not a restart
+    signals, restart_log = SignalQueue(), restarts.RestartLog(run, process)
+    earlier = len(restart_log.attempts)
+    best = restarts.newest_step(run)
+    first_wait = wait = min(BACKOFF_S.value, MAX_BACKOFF_S.value)
+    restarts_without_progress = -1  # the first attempt is not a restart
     while True:
-        journal.begin()
-        returncode, told_to_stop = _live(command, signals)
-        life = journal.end(returncode)
-        code = life.code
-        if told_to_stop or not _may_restart(code):
+        restart_log.begin()
+        returncode, stop_requested = _run_once(command, signals)
+        attempt = restart_log.end(returncode)
+        code = attempt.code
+        if stop_requested or not _may_restart(code):
             break
-        fruitless += 1
-        if life.last_step > best:
-            best, fruitless, wait = life.last_step, 0, first_wait
-        if fruitless == MAX_RESTARTS.value:
-            codes = ", ".join(str(life.code) for life in journal.attempts[-fruitless:])
+        restarts_without_progress += 1
+        if attempt.last_step > best:
+            best = attempt.last_step
+            restarts_without_progress = 0
+            wait = first_wait
+        if restarts_without_progress == MAX_RESTARTS.value:
+            codes = ", ".join(str(attempt.code) for attempt in restart_log.attempts[-restarts_without_progress:])
             log.error(
                 "error: %d restarts in a row without a new checkpoint, exit codes %s; giving up; see %s and %s",
-                *(fruitless, codes, run / f"log.{process}.txt", journal.path),
+                *(restarts_without_progress, codes, run / f"log.{process}.txt", restart_log.path),
             )
             break
         if sys.stdout.isatty():
             print()  # the trainer may have left a progress line there
         log.info(
             "Attempt %d ended: %s; checkpoint at step %d, %d steps lost. Restarting in %g s.",
-            *(life.life, life.cause, life.last_step, life.lost_steps, wait),
+            *(attempt.life, attempt.cause, attempt.last_step, attempt.lost_steps, wait),
         )
-        if _told_to_stop_within(wait, signals):
-            log.info("Stopped between two attempts; the same command resumes from step %d.", life.last_step)
+        if _stopped_while_waiting(wait, signals):
+            log.info("Stopped between two attempts; the same command resumes from step %d.", attempt.last_step)
             code = cli.STOPPED
             break
         wait = min(2 * wait, MAX_BACKOFF_S.value)
-    if life.last_step or len(journal.attempts) > earlier + 1:  # an immediate configuration error needs no table
-        for line in restarts.table(journal.attempts, since=earlier):
+    if attempt.last_step or len(restart_log.attempts) > earlier + 1:  # an immediate configuration error needs no table
+        for line in restarts.table(restart_log.attempts, since=earlier):
             log.info("%s", line)
     return code
 
@@ -108,23 +111,23 @@ def _may_restart(code: int) -> bool:
     return code in (1, cli.STOPPED) or (code >= 128 and code != 130)
 
 
-class Signals:
+class SignalQueue:
     """Signals as a queue to read from: they interrupt nothing, so none arrives at a bad moment."""
 
     def __init__(self) -> None:
         self._read, write = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write)
-        for number in (*PASSED_ON, signal.SIGCHLD):
+        for number in (*FORWARDED, signal.SIGCHLD):
             signal.signal(number, lambda number, frame: None)
 
     def read(self, seconds: float | None = None) -> list[int]:
-        """Waits for signals, for `seconds` at most; their numbers in the order they came."""
+        """Waits for signals, at most for `seconds`; returns their numbers in order."""
         ready, _, _ = select.select([self._read], [], [], seconds)
         return list(os.read(self._read, 4096)) if ready else []
 
 
-def _live(command: Sequence[str], signals: Signals) -> tuple[int, bool]:
+def _run_once(command: Sequence[str], signals: SignalQueue) -> tuple[int, bool]:
     """Runs the command once and passes signals on; returns its return code, and whether a signal was to stop it."""
     try:
         # In its own session a terminal's Ctrl-C does not reach it directly, so it arrives only once, from here.
@@ -132,13 +135,13 @@ def _live(command: Sequence[str], signals: Signals) -> tuple[int, bool]:
         child = subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent(), close_fds=False)
     except OSError as e:
         raise ConfigError(f"{command[0]} cannot be started: {e.strerror}") from None
-    told_to_stop = False
+    stop_requested = False
     while child.poll() is None:
         for number in signals.read():
-            if number in PASSED_ON:
-                told_to_stop |= number in STOPS
+            if number in FORWARDED:
+                stop_requested |= number in STOPS
                 child.send_signal(number)
-    return child.returncode, told_to_stop
+    return child.returncode, stop_requested
 
 
 def end_with_parent() -> Callable[[], None]:
@@ -156,7 +159,7 @@ def end_with_parent() -> Callable[[], None]:
     return call
 
 
-def _told_to_stop_within(seconds: float, signals: Signals) -> bool:
+def _stopped_while_waiting(seconds: float, signals: SignalQueue) -> bool:
     end = time.monotonic() + seconds
     while True:
         left = max(end - time.monotonic(), 0.0)
@@ -167,7 +170,7 @@ def _told_to_stop_within(seconds: float, signals: Signals) -> bool:
 
 
 def _flag(command: Sequence[str], name: str) -> str | None:
-    """The value of --name=VALUE or --name VALUE in a command; the last one, as the command itself has it."""
+    """The value of --name=VALUE or --name VALUE in a command; the last one, as the command itself uses it."""
     value = None
     for i, word in enumerate(command):
         given, equals, text = word.partition("=")

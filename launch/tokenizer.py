@@ -1,4 +1,4 @@
-"""Look at a tokenizer, use it, or train one.
+"""Show, use or train a tokenizer.
 
   python -m launch.tokenizer show   --tokenizer=TOKENIZER [--start=256 --rows=40]
   python -m launch.tokenizer encode --tokenizer=TOKENIZER TEXT | --file=FILE | < FILE     [--ids_only]
@@ -6,8 +6,8 @@
   python -m launch.tokenizer train  --source=PATH|DIR|GLOB --vocab_size=16384 --out=FILE.json|FILE.model
 
 TOKENIZER is a dataset or run folder, a tokenizer.json or a folder with one, a .tiktoken file (or FILE:PATTERN), a
-minbpe or SentencePiece .model, or byte. `train` makes byte-level BPE; FILE.model is minbpe's format. A TEXT that begins
-with - goes after --. Exit codes: 0 done, 2 flags, 3 a tokenizer or source that cannot be used.
+minbpe or SentencePiece .model, or byte. `train` makes byte-level BPE; FILE.model is minbpe's format. Write -- before a
+TEXT that begins with -. Exit codes: 0 done, 2 flags, 3 a tokenizer or source that cannot be used.
 """
 
 import itertools
@@ -31,20 +31,23 @@ from trainer.errors import ConfigError
 TOKENIZER = cli.define_path("tokenizer", None, "Dataset or run folder, or tokenizer file.")
 FILE = cli.define_path("file", None, "encode: UTF-8 text to read.")
 IDS_ONLY = flags.DEFINE_bool("ids_only", False, "encode: print the ids and nothing else.")
-START = flags.DEFINE_integer("start", None, "show: first id; where merges begin, if not given.", lower_bound=0)
-ROWS = flags.DEFINE_integer("rows", 20, "show: how many tokens.", lower_bound=0)
+START = flags.DEFINE_integer("start", None, "show: first id; default: the first merged token.", lower_bound=0)
+ROWS = flags.DEFINE_integer("rows", 20, "show: number of tokens.", lower_bound=0)
 SOURCE = cli.define_path("source", None, "train: file, directory, glob or python-stdlib.")
 TEXT_KEY = flags.DEFINE_string("text_key", "text", "train: key of the text in JSON lines and Parquet.")
-FORMAT = flags.DEFINE_enum("format", "auto", recognize.KINDS, "train: what all files are; auto: each is looked at.")
+FORMAT = flags.DEFINE_enum("format", "auto", recognize.KINDS, "train: format of all files; auto: detected for each.")
 BAD_RECORDS = flags.DEFINE_enum(
-    "bad_records", "error", ["error", "skip"], "train: what cannot be read as text: stop, or leave out and count."
+    "bad_records",
+    "error",
+    ["error", "skip"],
+    "train: if a record or file is not text: stop, or leave it out and count.",
 )
-VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 16384, "train: tokens in all.", upper_bound=base.MAX_ID + 1)
-PATTERN = flags.DEFINE_enum("pattern", "gpt2", list(hf_json.PATTERNS), "train: how text is cut before merges.")
-SPECIAL_TOKENS = flags.DEFINE_list("special_tokens", ["<|endoftext|>"], "train: comma-separated.")
+VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 16384, "train: number of tokens.", upper_bound=base.MAX_ID + 1)
+PATTERN = flags.DEFINE_enum("pattern", "gpt2", list(hf_json.PATTERNS), "train: how text is split before merges.")
+SPECIAL_TOKENS = flags.DEFINE_list("special_tokens", ["<|endoftext|>"], "train: separated by commas.")
 MIN_FREQUENCY = flags.DEFINE_integer("min_frequency", 1, "train: rarer pairs are not merged.", lower_bound=1)
 SAMPLE_MB = flags.DEFINE_integer(
-    "sample_mb", tokenizer_sample.BYTES >> 20, "train: read about so much, spread evenly.", lower_bound=1
+    "sample_mb", tokenizer_sample.BYTES >> 20, "train: size of the sample of the text, spread evenly.", lower_bound=1
 )
 OUT = cli.define_path("out", None, "train: file to write, .json or .model.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "train: replace --out.")
@@ -89,7 +92,7 @@ def show() -> None:
 
 
 def _merges(tokenizer: tokenizers.Tokenizer) -> dict[int, tuple[int, int]]:
-    """Of each token that merges make, the ids of its parts."""
+    """For each token that a merge makes, the ids of its parts."""
     if not isinstance(tokenizer, JsonTokenizer):
         return {}
     found: dict[int, tuple[int, int]] = {}
@@ -129,7 +132,7 @@ def _text() -> str:
 
 
 def split(pieces: list[bytes], colour: bool) -> str:
-    """Tokens told apart by background colours, or by brackets. What is no printable character is escaped."""
+    """Tokens separated by background colours, or by brackets. Characters that are not printable are escaped."""
     texts = [cli.visible(shown(piece)) for piece in pieces]
     if not colour:
         return "".join(f"[{text}]" for text in texts)
@@ -137,7 +140,7 @@ def split(pieces: list[bytes], colour: bool) -> str:
 
 
 def shown(piece: bytes) -> str:
-    r"""The text; \xNN for bytes that are a part of a character only."""
+    r"""The text; \xNN for bytes that are only a part of a character."""
     return piece.decode("utf-8", errors="backslashreplace")
 
 
@@ -159,11 +162,11 @@ def train() -> None:
     if out.exists() and not OVERWRITE.value:
         raise ConfigError(f"{out} exists; choose another --out, or --overwrite")
     start = time.monotonic()
-    files, problems = corpus.find(SOURCE.value, cache=out.parent, kind=FORMAT.value, bad_records=BAD_RECORDS.value)
-    reading = documents.Reading(TEXT_KEY.value, bad_records=BAD_RECORDS.value)
-    texts = tokenizer_sample.texts(documents.plan(files), reading, problems, SAMPLE_MB.value << 20)
+    files, errors = corpus.find_files(SOURCE.value, cache=out.parent, kind=FORMAT.value, bad_records=BAD_RECORDS.value)
+    options = documents.ReadOptions(TEXT_KEY.value, bad_records=BAD_RECORDS.value)
+    texts = tokenizer_sample.texts(documents.plan_units(files), options, errors, SAMPLE_MB.value << 20)
     if (first := next(texts, None)) is None:
-        raise DataError(f"--source={SOURCE.value} holds no text to train on")
+        raise DataError(f"--source={SOURCE.value} has no text to train on")
     tokenizer = hf_json.train_bpe(
         itertools.chain([first], texts),
         VOCAB_SIZE.value,
@@ -171,14 +174,14 @@ def train() -> None:
         special_tokens=SPECIAL_TOKENS.value,
         min_frequency=MIN_FREQUENCY.value,
     )
-    raw = minbpe.write(tokenizer) if out.suffix == ".model" else tokenizer.file()[1]
+    raw = minbpe.to_minbpe(tokenizer) if out.suffix == ".model" else tokenizer.file()[1]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_durably(out, raw)
     except OSError as e:
         raise DataError(f"cannot write {out}: {e.strerror}") from None
-    for kind, count in problems.counts.items():
-        cli.log.info("%s: %d, such as %s", kind, count, problems.examples[kind][0])
+    for kind, count in errors.counts.items():
+        cli.log.info("%s: %d, such as %s", kind, count, errors.examples[kind][0])
     cli.log.info("%s: vocabulary %d, %.1f s", out, tokenizer.vocab_size, time.monotonic() - start)
 
 

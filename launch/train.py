@@ -1,16 +1,17 @@
-"""Train a model, or go on with a run: the same command on the same --workdir resumes it.
+"""Train a model, or resume a run: the same command with the same --workdir continues it.
 
   python -m launch.train --config=configs/tiny.py --workdir=runs/tiny [--config.section.field=value ...]
 
-Ctrl-C or SIGTERM saves and leaves with 42; the same command goes on from there. A second Ctrl-C leaves at once, with
-130. Exit codes: 0 done, 2 configuration, 3 data or checkpoint unusable, 4 diverged, 42 stopped and resumable.
+Ctrl-C or SIGTERM saves and exits with 42; the same command resumes from there. A second Ctrl-C exits at once, with 130.
+Exit codes: 0 done, 2 configuration, 3 data or checkpoint unusable, 4 diverged, 42 stopped and resumable.
 
-Several processes: on TPU pods and under Slurm or Open MPI they find each other; elsewhere give each
+Several processes find each other on TPU pods and under Slurm or Open MPI; elsewhere give each of them
 --coordinator_address, --num_processes and --process_id.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import functools
 import logging
@@ -37,18 +38,18 @@ if TYPE_CHECKING:
     from trainer.reliability.coordination import Processes
     from trainer.reliability.mirror import Mirror
 
-TOLD_S = 1.0  # from a failed collective to the error of another process that explains it
-FAILED_S = 5.0  # from the error of another process to the end of this one, whatever it waits for
+EXPLANATION_S = 1.0  # how long to wait after a failed collective for the other process's error that explains it
+FAILED_S = 5.0  # after another process failed, this one exits within this time, even if it waits for something
 
 CONFIG = cli.define_config()
-WORKDIR = cli.define_run_path("workdir", None, "Run directory; made, or resumed when it holds a run.")
+WORKDIR = cli.define_run_path("workdir", None, "Run directory; created, or resumed if it holds a run.")
 ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
-    "allow_config_change", False, "Resume although the learning rate, batch size and the like were changed."
+    "allow_config_change", False, "Resume although the learning rate, the batch size or similar settings have changed."
 )
 COORDINATOR_ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes in all.", lower_bound=1)
-STEAL_LOCK = flags.DEFINE_bool("steal_lock", False, "Take the run over from the job that holds it, at once.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
+STEAL_LOCK = flags.DEFINE_bool("steal_lock", False, "Take the run over at once from the job that holds it.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.", lower_bound=0)
 START_TIMEOUT = flags.DEFINE_integer(
     "start_timeout_s",
     300,
@@ -58,13 +59,13 @@ START_TIMEOUT = flags.DEFINE_integer(
 HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
     "heartbeat_timeout_s",
     100,
-    "Seconds after which a process not heard of counts as dead; the others leave.",
+    "Seconds without a heartbeat after which a process counts as dead and the others exit.",
     lower_bound=1,
 )
 COMPILATION_CACHE = cli.define_run_path(
     "compilation_cache",
     None,
-    "Folder for compiled programs; empty for none; default: $JAX_COMPILATION_CACHE_DIR, or .xla beside --workdir.",
+    "Folder for compiled programs; empty: none. Default: $JAX_COMPILATION_CACHE_DIR, or .xla beside --workdir.",
 )
 
 MORE_MEMORY = (
@@ -76,92 +77,216 @@ MORE_MEMORY = (
 def main() -> int:
     if not WORKDIR.value:
         raise ConfigError("--workdir is missing; name a folder for the run, for example --workdir=runs/tiny")
-    run = pathlib.Path(WORKDIR.value)
-    listening = signals.Signals()
-    gang = (COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    # One process is answered before JAX is loaded, which takes a second; of several, all hear of one's mistake.
-    config = prepare(run) if runtime.seems_alone(*gang) else None
+    run_dir = pathlib.Path(WORKDIR.value)
+    stop_signals = signals.StopSignals()
+    process_flags = (COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    # A single process checks its configuration before it imports JAX, which takes a second. Several processes check
+    # theirs after they have joined, so that all of them report the error of one.
+    config = resolve_config(run_dir) if runtime.seems_alone(*process_flags) else None
 
+    load_jax()
+    from launch import distributed
+
+    num_processes = distributed.initialize(
+        *process_flags, run=WORKDIR.value, timeout_s=START_TIMEOUT.value, heartbeat_s=HEARTBEAT_TIMEOUT.value
+    )
+    job = Job.begin(run_dir)
+    try:
+        job.processes.check_same("number of processes", {"--num_processes": num_processes})
+        config = job.processes.run_on_all("configuration", lambda: config or resolve_config(run_dir))
+        runtime.use_compilation_cache(run_dir, COMPILATION_CACHE.value)
+        finished = train(job, config, stop_signals)
+    except BaseException as e:
+        job.processes.report_error(e)
+        job.processes.exit_barrier(e)
+        raise
+    distributed.shutdown()
+    stop_signals.close()
+    return report_end(run_dir, config, finished)
+
+
+def resolve_config(run_dir: pathlib.Path) -> Config:
+    """The configuration, completed from the dataset and compared with that of the run. Raises UserError."""
+    config = run_directory.resolve(cli.config_from(CONFIG.value))
+    run_directory.check_mirror(run_dir, config.checkpoint.mirror)
+    return run_directory.check_changes(run_dir, config, ALLOW_CONFIG_CHANGE.value)
+
+
+def load_jax() -> None:
+    """Settings that must be made before JAX starts, then JAX itself. Raises ConfigError."""
     malloc.tune_allocator()
     runtime.use_gpu_memory()
     environment.load_jax()
-    from launch import distributed
-    from trainer.reliability.coordination import Processes
-
     watchdog.dump_on_quit(None)
-    told = distributed.initialize(
-        *gang, run=WORKDIR.value, timeout_s=START_TIMEOUT.value, heartbeat_s=HEARTBEAT_TIMEOUT.value
-    )
-    processes, locks = Processes(START_TIMEOUT.value), list[RunLock]()
-    processes.listen_for_errors(
-        lambda error: leave_with(error, processes, locks, after_s=FAILED_S if error.process else 0)
-    )
-    try:
-        processes.check_same("number of processes", {"--num_processes": told})
-        config = processes.run_on_all("configuration", lambda: config or prepare(run))
-        runtime.use_compilation_cache(run, COMPILATION_CACHE.value)
-        finished = train(run, config, processes, locks, listening)
-    except BaseException as e:
-        processes.report_error(e)
-        processes.exit_barrier(e)
-        raise
-    distributed.shutdown()
-    listening.close()
-    command = f"python -m launch.sample --workdir={shlex.quote(str(run))}"
-    if config.sample.prompt.isprintable():
-        command += f" --prompt={shlex.quote(config.sample.prompt)}"
-    if finished:
-        cli.log.info("Everything is in %s (metrics.jsonl, tensorboard/, checkpoints/). Go on: %s", run, command)
-        return 0
-    cli.log.info("Stopped and saved in %s; the same command goes on from here.", run)
-    return cli.STOPPED
 
 
-def train(
-    run: pathlib.Path, config: Config, processes: Processes, locks: list[RunLock], listening: signals.Signals
-) -> bool:
-    """Whether the run is finished; if not, it was stopped and saved."""
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """This process's part in a run: the other processes, and the locks that it holds (process 0)."""
+
+    run_dir: pathlib.Path
+    processes: Processes
+    locks: list[RunLock] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def begin(cls, run_dir: pathlib.Path) -> Job:
+        """A job that exits as soon as another process reports an error."""
+        from trainer.reliability.coordination import Processes
+
+        job = cls(run_dir, Processes(START_TIMEOUT.value))
+        job.processes.listen_for_errors(lambda error: job.exit_with(error, after_s=FAILED_S if error.process else 0))
+        return job
+
+    def release_locks(self) -> None:
+        for lock in self.locks:
+            lock.release()
+
+    def exit_with(self, error: UserError, after_s: float) -> None:
+        """Exits for an error outside the main thread, which may wait for ever for a process that has ended.
+
+        If the main thread does not wait, it exits by itself within `after_s`, and may first wait for a save. Process 0
+        waits for the saves of all processes before it reports its own error to them.
+        """
+        time.sleep(after_s)
+        cli.log.error("error: %s", error)
+        self.processes.exit_barrier(error)
+        self.release_locks()
+        os._exit(error.exit_code)
+
+    def exit_deaf(self, error: UserError) -> None:
+        """Exits because requests to stop or to save cannot be received any more."""
+        self.processes.report_error(error)
+        self.exit_with(error, after_s=FAILED_S)
+
+    def exit_before_first_step(self) -> None:
+        """Exits at a request to stop before the first step: there is nothing to save, and compiling takes minutes."""
+        cli.log.info("Stopped before the first step was done; the same command resumes the run.")
+        self.processes.exit_barrier()
+        self.release_locks()
+        os._exit(cli.STOPPED)
+
+    def exit_without_run(self, message: str) -> None:
+        """Exits because another job has taken the run over: nothing more may be written to it."""
+        error = ConfigError(message)
+        cli.log.error("error: %s", error)
+        threading.Timer(EXPLANATION_S, os._exit, [error.exit_code]).start()
+        self.processes.report_error(error)
+        self.processes.exit_barrier()
+        os._exit(error.exit_code)
+
+
+def train(job: Job, config: Config, stop_signals: signals.StopSignals) -> bool:
+    """Trains to the last step, or until a request to stop. Returns whether the run is finished."""
     import jax
 
     from trainer import xla_options
     from trainer.loop import Trainer
-    from trainer.reliability.coordination import STOP
 
     dog = trainer = None
     try:
-        data, mirror = enter(run, config, processes, locks)
-        dog = watchdog.Watchdog(run, config.watchdog, processes.index, of=processes.size)
-        processes.watched_by(lambda: dog.phase(watchdog.WAITING))
-        processes.listen_for_requests(
-            on_stop=lambda: give_up(config.watchdog.stop_s),
-            on_early_stop=lambda: leave_at_once(processes, locks),
-            on_disconnect=lambda error: leave_deaf(error, processes, locks),
-        )
-        listening.connect(lambda: processes.request(STOP))
-        trainer = Trainer(config, run, data, processes, dog, mirror=mirror)
+        data = check_processes_agree(job.processes, config)
+        mirror = enter_run_directory(job, config, data)
+        dog = watchdog.Watchdog(job.run_dir, config.watchdog, job.processes.index, of=job.processes.size)
+        handle_stop_requests(job, config, dog, stop_signals)
+        trainer = Trainer(config, job.run_dir, data, job.processes, dog, mirror=mirror)
         finished = trainer.train()
-        processes.close()
+        job.processes.close()
         return finished
     except jax.errors.JaxRuntimeError as e:
         if xla_options.is_out_of_memory(e):
             raise out_of_memory(e, stepped=trainer is not None and trainer.has_stepped) from e
-        if processes.size == 1:
+        if job.processes.size == 1:
             raise
-        if (told := processes.remote_error(within_s=TOLD_S)) is not None:
-            raise told from None
-        logging.exception("meshlm: a collective failed")
-        reason = " ".join(str(e).split())[:200]
-        raise Stopped(f"a collective failed, probably as another process is gone; see the other logs: {reason}") from e
+        raise explain_failed_collective(e, job.processes) from e
     finally:
         if dog is not None:
             dog.close()
-        for lock in locks:
-            lock.release()
+        job.release_locks()
+
+
+def check_processes_agree(processes: Processes, config: Config) -> Sources:
+    """Makes sure that all processes are about to train the same run, before anything is written. Returns the data."""
+    from data import sources
+    from launch import distributed
+    from trainer import optimizer, sampling, sharding, xla_options
+    from trainer.parallel.partitioner import MeshPartitioner
+
+    processes.check_same("setting", distributed.identity(config))
+    # Quick to find out: whether the mesh divides devices, batch and model, and whether there is an attention kernel.
+    placed = processes.run_on_all("mesh", lambda: MeshPartitioner(config, sharding.make_mesh(config)))
+    processes.run_on_all("optimizer", lambda: optimizer.chosen(config.optimizer))
+    xla_options.use_precision(config.model.dtype, placed.mesh)  # before the settings in use are recorded
+    data = processes.run_on_all("data", lambda: sources.open_sources(config.data, config.model.vocab_size))
+    tokenizer = data.tokenizer_source.manifest.tokenizer_sha256
+    processes.check_same("dataset", {"tokens and order": data.fingerprint(), "tokenizer": tokenizer})
+    processes.run_on_all("prompt", lambda: sampling.prompt_of(config, data.load_tokenizer()))
+    return data
+
+
+def enter_run_directory(job: Job, config: Config, data: Sources) -> Mirror | None:
+    """Takes the run, makes sure that all processes see its directory, and logs there. Process 0 gets the mirror."""
+    run_dir, processes = job.run_dir, job.processes
+    mirror = processes.run_on_process_0("run directory", lambda: take_run(job, config, data))
+    # Every process must find there what process 0 has just written, and by the same path, or Orbax refuses each save.
+    environment_json = processes.run_on_all("shared run directory", lambda: run_directory.recorded(run_dir))
+    seen = {"environment.json": environment_json, "path": str(run_dir.resolve())}
+    processes.check_same("run directory (it must be shared by all)", seen)
+    if processes.index:
+        cli.quiet_console()
+    log = run_dir / f"log.{processes.index}.txt"
+    processes.run_on_all("log", lambda: reading.writing(lambda: cli.log_to_file(log), log))
+    return mirror
+
+
+def take_run(job: Job, config: Config, data: Sources) -> Mirror | None:
+    """Locks the run and its mirror, compares both with this configuration, and records it; for process 0."""
+    from trainer.reliability import identity
+    from trainer.reliability.mirror import Mirror
+
+    run_dir, steal = job.run_dir, STEAL_LOCK.value
+    job.locks.append(RunLock(run_dir, steal=steal, on_lost=job.exit_without_run))
+    if place := config.checkpoint.mirror:
+        flag = "--config.checkpoint.mirror"  # if the mirror vanishes, the run continues
+        job.locks.append(RunLock(place, flag=flag, steal=steal, on_lost=job.exit_without_run, regain=True))
+    # Both are compared before any file of the run changes.
+    if (newest := identity.newest_meta(run_dir / "checkpoints")) is not None:
+        identity.check(newest, config, data, run_dir)
+    if changed := environment.changes(run_dir):
+        cli.log.info("changed   the environment: %s; results may differ from here on", changed)
+    mirror = None
+    if place:
+        check_copy = functools.partial(identity.check, config=config, data=data, where=place)
+        step, strict = (newest or {}).get("step"), not ALLOW_CONFIG_CHANGE.value
+        mirror = Mirror(place, run_dir / "checkpoints", config, check=check_copy, newest=step, strict=strict)
+    run_directory.record(run_dir, config, data, sys.argv, environment.numbers())
+    return mirror
+
+
+def handle_stop_requests(job: Job, config: Config, dog: watchdog.Watchdog, stop_signals: signals.StopSignals) -> None:
+    """From here on a signal to any process stops all of them after a step, saved."""
+    from trainer.reliability.coordination import STOP
+
+    job.processes.watched_by(lambda: dog.phase(watchdog.WAITING))
+    job.processes.listen_for_requests(
+        on_stop=lambda: exit_if_stuck(config.watchdog.stop_s),
+        on_early_stop=job.exit_before_first_step,
+        on_disconnect=job.exit_deaf,
+    )
+    stop_signals.connect(lambda: job.processes.request(STOP))
+
+
+def exit_if_stuck(after_s: float) -> None:
+    """Exits if this process has not stopped `after_s` after the request: it must, before the machine is taken away."""
+    time.sleep(after_s)
+    threading.Timer(watchdog.DUMP_LIMIT_S, os._exit, [cli.STOPPED]).start()  # in case the log is what is stuck
+    cli.log.error("error: not stopped %.0f s after the request; exiting. The stack trace is on stderr", after_s)
+    faulthandler.dump_traceback()
+    os._exit(cli.STOPPED)
 
 
 def out_of_memory(error: Exception, stepped: bool) -> UserError:
-    """In one line. Once steps were done in this life, they or another program may have left too little by chance; else
-    the next life would end like this one."""
+    """The error in one line. If steps were already done, another program may have taken the memory, and a restart may
+    help; otherwise the next attempt would end in the same way."""
     from trainer import xla_options
 
     what = xla_options.out_of_memory(error)
@@ -170,114 +295,25 @@ def out_of_memory(error: Exception, stepped: bool) -> UserError:
     return ConfigError(what + MORE_MEMORY)
 
 
-def prepare(run: pathlib.Path) -> Config:
-    """The configuration, completed by the dataset and compared with the run's."""
-    config = run_directory.resolve(cli.config_from(CONFIG.value))
-    run_directory.check_mirror(run, config.checkpoint.mirror)
-    return run_directory.check_changes(run, config, ALLOW_CONFIG_CHANGE.value)
+def explain_failed_collective(error: Exception, processes: Processes) -> UserError:
+    """The error of the other process that made a collective fail here, if it reports one soon."""
+    if (reported := processes.remote_error(within_s=EXPLANATION_S)) is not None:
+        return reported
+    logging.exception("meshlm: a collective failed")
+    reason = " ".join(str(error).split())[:200]
+    return Stopped(f"a collective failed, probably because another process has ended; see the other logs: {reason}")
 
 
-def enter(
-    run: pathlib.Path, config: Config, processes: Processes, locks: list[RunLock]
-) -> tuple[Sources, Mirror | None]:
-    """Makes sure that all processes are about to train the same, and takes the run; process 0 gets its locks.
-
-    Returns the dataset and, on process 0, the mirror.
-    """
-    from data import sources
-    from launch import distributed
-    from trainer import optimizer, sampling, sharding, xla_options
-    from trainer.parallel.partitioner import MeshPartitioner
-    from trainer.reliability import identity
-    from trainer.reliability.mirror import Mirror
-
-    # Before anything is written: a refused gang leaves no run behind. Axes, devices, batch and model must divide, and a
-    # kernel be found; the answer should not wait for the rest.
-    processes.check_same("setting", distributed.identity(config))
-    placed = processes.run_on_all("mesh", lambda: MeshPartitioner(config, sharding.make_mesh(config)))
-    processes.run_on_all("optimizer", lambda: optimizer.chosen(config.optimizer))
-    xla_options.use_precision(config.model.dtype, placed.mesh)  # before what holds is recorded
-    data = processes.run_on_all("data", lambda: sources.open_sources(config.data, config.model.vocab_size))
-    tokenizer = data.speaker.manifest.tokenizer_sha256
-    processes.check_same("dataset", {"tokens and order": data.fingerprint(), "tokenizer": tokenizer})
-    processes.run_on_all("prompt", lambda: sampling.prompt_of(config, data.load_tokenizer()))
-
-    def lost(message: str) -> None:
-        """The run is another job's now: nothing more may be written to it."""
-        error = ConfigError(message)
-        cli.log.error("error: %s", error)
-        threading.Timer(TOLD_S, os._exit, [error.exit_code]).start()
-        processes.report_error(error)
-        processes.exit_barrier()
-        os._exit(error.exit_code)
-
-    def take() -> Mirror | None:
-        locks.append(RunLock(run, steal=STEAL_LOCK.value, on_lost=lost))
-        if place := config.checkpoint.mirror:
-            flag = "--config.checkpoint.mirror"  # a place for copies that vanishes must not end the run
-            locks.append(RunLock(place, flag=flag, steal=STEAL_LOCK.value, on_lost=lost, regain=True))
-        # Both are compared before any file of the run changes.
-        if (newest := identity.newest_meta(run / "checkpoints")) is not None:
-            identity.check(newest, config, data, run)
-        if changed := environment.changes(run):
-            cli.log.info("changed   the environment: %s; numbers may be others from here on", changed)
-        mirror = None
-        if place:
-            of_copy = functools.partial(identity.check, config=config, data=data, where=place)
-            step, strict = (newest or {}).get("step"), not ALLOW_CONFIG_CHANGE.value
-            mirror = Mirror(place, run / "checkpoints", config, check=of_copy, newest=step, strict=strict)
-        run_directory.record(run, config, data, sys.argv, environment.numbers())
-        return mirror
-
-    mirror = processes.run_on_process_0("run directory", take)
-    # Every process must find there what process 0 has just written.
-    seen = processes.run_on_all("shared run directory", lambda: run_directory.recorded(run))
-    # And under the same name, or Orbax would refuse each save.
-    where = {"environment.json": seen, "path": str(run.resolve())}
-    processes.check_same("run directory (it must be shared by all)", where)
-    if processes.index:
-        cli.quiet_console()
-    log = run / f"log.{processes.index}.txt"
-    processes.run_on_all("log", lambda: reading.writing(lambda: cli.log_to_file(log), log))
-    return data, mirror
-
-
-def leave_at_once(processes: Processes, locks: list[RunLock]) -> None:
-    """Told to stop before the first step was done: there is nothing to save, and a compilation may take minutes."""
-    cli.log.info("Stopped before the first step was done; the same command goes on from here.")
-    processes.exit_barrier()
-    for lock in locks:
-        lock.release()
-    os._exit(cli.STOPPED)
-
-
-def leave_with(error: UserError, processes: Processes, locks: list[RunLock], after_s: float) -> None:
-    """For an error that is not of the main thread, which may wait for ever for a process that has ended.
-
-    It ends by itself within `after_s` where it does not wait, and may have a save to wait for. Process 0 has waited for
-    the saves of all before it told the others of its error.
-    """
-    time.sleep(after_s)
-    cli.log.error("error: %s", error)
-    processes.exit_barrier(error)
-    for lock in locks:
-        lock.release()
-    os._exit(error.exit_code)
-
-
-def leave_deaf(error: UserError, processes: Processes, locks: list[RunLock]) -> None:
-    """Requests to stop and to save would come to nothing from now on."""
-    processes.report_error(error)
-    leave_with(error, processes, locks, after_s=FAILED_S)
-
-
-def give_up(after_s: float) -> None:
-    """A process that was told to stop and is stuck must still leave, before the machine is taken away."""
-    time.sleep(after_s)
-    threading.Timer(watchdog.DUMP_LIMIT_S, os._exit, [cli.STOPPED]).start()  # should the log be what is stuck
-    cli.log.error("error: not stopped %.0f s after being asked to; leaving. Where it is stands on stderr", after_s)
-    faulthandler.dump_traceback()
-    os._exit(cli.STOPPED)
+def report_end(run_dir: pathlib.Path, config: Config, finished: bool) -> int:
+    """Says how to continue, and returns the exit code."""
+    if not finished:
+        cli.log.info("Stopped and saved in %s; the same command resumes from here.", run_dir)
+        return cli.STOPPED
+    command = f"python -m launch.sample --workdir={shlex.quote(str(run_dir))}"
+    if config.sample.prompt.isprintable():
+        command += f" --prompt={shlex.quote(config.sample.prompt)}"
+    cli.log.info("Everything is in %s (metrics.jsonl, tensorboard/, checkpoints/). Next: %s", run_dir, command)
+    return 0
 
 
 if __name__ == "__main__":

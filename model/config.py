@@ -1,6 +1,8 @@
 """Configuration of the transformer. No heavy imports: a launcher validates it before loading JAX."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
 
 POSITIONS = ("rope", "learned")
 NORMS = ("layernorm", "rmsnorm")
@@ -42,6 +44,13 @@ class ModelConfig:
     # Derived by the launcher, from the dataset:
     vocab_size: int = 0  # 0: the tokenizer's
     max_seq_len: int = 0  # longest context; 0: data.seq_len
+
+    # What a change means for a run that is resumed (trainer.config.changes); fields that are not named may not change.
+    # The harmless ones change only the rounding of sums.
+    ON_RESUME: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("remat", "scan_layers", "attention"), "harmless"),
+        **dict.fromkeys(("dropout", "dropout_end", "dropout_scale", "dtype"), "flag"),
+    }
 
     def __post_init__(self):
         def require(ok: bool, message: str):

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from launch import bench, standalone
+from launch import bench
 from tests import runs
-from trainer.config import from_dict
+from trainer.config import DEFAULT_VOCAB_SIZE, complete_without_dataset, from_dict
 from trainer.reporting import flops
 
 TINY = {
@@ -61,7 +61,7 @@ def test_rates_agree_with_each_other_and_no_mfu_is_guessed():
     assert row["steps_per_s"] == pytest.approx(1 / row["step_time_s"])
     assert row["tokens_per_s"] == pytest.approx(256 / row["step_time_s"])
     assert row["tokens_per_s_per_device"] == pytest.approx(row["tokens_per_s"] / 2)
-    config = standalone.complete(
+    config = complete_without_dataset(
         from_dict({"data": {"seq_len": 32}, "model": {"embed_dim": 32, "num_layers": 2, "vocab_size": 300}})
     )
     assert row["tflops_per_device"] == pytest.approx(
@@ -104,9 +104,9 @@ def test_peer_takes_turns(mlp):
     ],
 )
 def test_peer_has_as_many_parameters_in_a_layer(model, mlp_dim):
-    config = standalone.complete(from_dict({"model": {"embed_dim": 2048, **model}}))
+    config = complete_without_dataset(from_dict({"model": {"embed_dim": 2048, **model}}))
     spec = bench.peer_spec(config, devices=4)
-    assert spec["mlp_dim"] == mlp_dim and spec["rows"] == 4 and spec["vocab_size"] == standalone.VOCAB_SIZE
+    assert spec["mlp_dim"] == mlp_dim and spec["rows"] == 4 and spec["vocab_size"] == DEFAULT_VOCAB_SIZE
 
 
 def test_losses_are_looked_at_before_a_number_is_printed():
@@ -119,7 +119,7 @@ def test_losses_are_looked_at_before_a_number_is_printed():
     ("first", "part"), [(5.71, None), (5.0, "first loss is 5.0000"), (6.5, "5.710"), (float("nan"), "step 1 is nan")]
 )
 def test_first_loss_is_that_of_an_untrained_model(first, part):
-    config = standalone.complete(from_dict({"model": {"embed_dim": 32, "vocab_size": 300}}))
+    config = complete_without_dataset(from_dict({"model": {"embed_dim": 32, "vocab_size": 300}}))
     if part is None:
         bench.check_losses(config, [first, 1.0])
     else:

@@ -397,7 +397,7 @@ def test_the_home_in_fields_of_the_configuration(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     config = tiny.get_config()
     config.data.path, config.data.val_path, config.checkpoint.mirror = r"~/a, ~/b,c\,~d", "./~", "~/m"
-    found = cli.config_from(config)
+    found = cli.config_from(cli.Recipe("tiny.py", config))
     assert (found.data.path, found.data.val_path) == (r"/home/me/a, /home/me/b,c\,~d", "./~")
     assert found.checkpoint.mirror == "/home/me/m"
 

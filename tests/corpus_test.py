@@ -35,7 +35,7 @@ def write(folder: pathlib.Path, files: dict[str, str | bytes]) -> pathlib.Path:
 
 
 def names(source: object, cache: pathlib.Path) -> list[str]:
-    return [d.name for d in corpus.find(str(source), cache).files]
+    return [d.name for d in corpus.find_files(str(source), cache).files]
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def texts(tmp_path):
 
 
 def test_file(texts, tmp_path):
-    (document,) = corpus.find(str(texts / "b.txt"), tmp_path).files
+    (document,) = corpus.find_files(str(texts / "b.txt"), tmp_path).files
     assert (document.name, document.path.read_text(), document.size()) == ("b.txt", "bee", 3)
 
 
@@ -84,7 +84,7 @@ def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path):
 def test_nothing_there_is_an_error_that_names_the_source_and_the_corpora(source, texts, tmp_path):
     """`sub*` matches a folder only, which is not text."""
     with pytest.raises(DataError) as e:
-        corpus.find(str(texts / source), tmp_path)
+        corpus.find_files(str(texts / source), tmp_path)
     assert source in str(e.value) and "python-stdlib" in str(e.value) and "tinyshakespeare" in str(e.value)
     assert e.value.exit_code == 3
 
@@ -94,7 +94,7 @@ def test_nothing_in_it_is_an_error(source, tmp_path):
     write(tmp_path, {"empty.txt": "", "hollow/1.txt": "", "hollow/2.txt": ""})
     (tmp_path / "no-files").mkdir()
     with pytest.raises(DataError, match="empty"):
-        corpus.find(str(tmp_path / source), tmp_path)
+        corpus.find_files(str(tmp_path / source), tmp_path)
 
 
 # Trees of all kinds against a plain reading
@@ -192,7 +192,7 @@ def test_any_folder_is_read_as_a_plain_reading_does(entries):
         grow(folder, entries, loops=True)
         expected, left = read_plainly(folder)
         try:
-            files, left_out = corpus.find(folder, pathlib.Path("unused"))
+            files, left_out = corpus.find_files(folder, pathlib.Path("unused"))
         except DataError as e:
             assert not expected and all(KINDS[kind] in str(e) for kind in left)
             return
@@ -213,7 +213,7 @@ def test_any_glob_selects_the_files_that_pythons_does_and_each_once(entries, pat
         matches = glob.glob(pattern, root_dir=folder, recursive=True)
         matches = [m for m in matches if os.path.isfile(f"{folder}/{m}") and os.path.getsize(f"{folder}/{m}")]
         try:
-            files = corpus.find(f"{folder}/{pattern}", pathlib.Path("unused")).files
+            files = corpus.find_files(f"{folder}/{pattern}", pathlib.Path("unused")).files
         except DataError:
             files = []
         plain = "/".join(itertools.takewhile(lambda part: not glob.has_magic(part), pattern.split("/")))
@@ -227,7 +227,7 @@ def test_a_loop_is_entered_once(tmp_path):
     for at, target in (("self", "."), ("b/up", ".."), ("b/me", "me"), ("x", "y"), ("y", "x")):
         (texts / at).symlink_to(target)
     for source in (texts, texts / "**", texts / "**/*.txt"):
-        files, left_out = corpus.find(str(source), tmp_path)
+        files, left_out = corpus.find_files(str(source), tmp_path)
         assert [file.name for file in files] == ["a.txt", "b/c.txt"]
         assert sum(left_out.counts.values()) == 5
 
@@ -238,7 +238,7 @@ def test_a_link_out_of_the_folder_is_followed_and_a_name_without_a_link_is_kept(
     (texts / "part").symlink_to(tmp_path / "disk")
     (texts / "a.txt").symlink_to("z/b.txt")
     (texts / "q").symlink_to(tmp_path / "disk")
-    files, left_out = corpus.find(str(texts), tmp_path)
+    files, left_out = corpus.find_files(str(texts), tmp_path)
     assert [file.name for file in files] == ["part/c.txt", "z/b.txt"]
     (kind,) = left_out.counts
     assert left_out.counts[kind] == 2 and left_out.examples[kind] == [str(texts / "a.txt"), str(texts / "q")]
@@ -263,7 +263,7 @@ def test_what_may_not_be_read_is_an_error_that_names_it(secret, source, tmp_path
     closed.chmod(0)
     script = (
         "import pathlib, sys\nfrom data.preparation import corpus\n"
-        "corpus.is_pipe(sys.argv[1]) or corpus.find(sys.argv[1], pathlib.Path('.'))"
+        "corpus.is_pipe(sys.argv[1]) or corpus.find_files(sys.argv[1], pathlib.Path('.'))"
     )
     command = [sys.executable, "-c", script, f"{texts}{source}"]
     if os.geteuid() == 0:
@@ -280,14 +280,14 @@ def test_own_output_is_never_read(tmp_path):
     dataset = {formats.MANIFEST: '{"format": "meshlm-tokens"}', "train-00000.bin": b"\0\1", "summary.json": "{}"}
     texts = write(tmp_path / "texts", {"a.txt": "1", "ds.partial/x.txt": "half", "other/ds.partial/y.txt": "mine"})
     write(texts / "old", dataset)
-    files, left_out = corpus.find(str(texts), tmp_path, own=[texts / "ds", texts / "ds.partial"])
+    files, left_out = corpus.find_files(str(texts), tmp_path, own=[texts / "ds", texts / "ds.partial"])
     assert [file.name for file in files] == ["a.txt", "other/ds.partial/y.txt"]
     assert left_out.summary() == {
         "counts": {"dataset, left out": 1},
         "examples": {"dataset, left out": [str(texts / "old")]},
     }
     with pytest.raises(DataError, match="dataset, left out"):
-        corpus.find(str(texts / "old"), tmp_path)
+        corpus.find_files(str(texts / "old"), tmp_path)
 
 
 def test_what_is_not_text_is_an_error_or_is_left_out_and_counted(tmp_path):
@@ -296,8 +296,8 @@ def test_what_is_not_text_is_an_error_or_is_left_out_and_counted(tmp_path):
         tmp_path / "texts", {"a.txt": "1", "b.zip": b"PK\x03\x04" + bytes(99), "c.png": png, "_metadata": "PAR1"}
     )
     with pytest.raises(DataError, match=r"b\.zip is a zip archive.*--bad_records=skip"):
-        corpus.find(str(texts), tmp_path)
-    files, left_out = corpus.find(str(texts), tmp_path, bad_records="skip")
+        corpus.find_files(str(texts), tmp_path)
+    files, left_out = corpus.find_files(str(texts), tmp_path, bad_records="skip")
     assert [file.name for file in files] == ["a.txt"]
     assert left_out.examples == {
         "metadata of Parquet files, left out": [str(texts / "_metadata")],
@@ -306,15 +306,15 @@ def test_what_is_not_text_is_an_error_or_is_left_out_and_counted(tmp_path):
     }
     for name in ("b.zip", "c.png"):  # a file that was named is meant
         with pytest.raises(DataError, match=name):
-            corpus.find(str(texts / name), tmp_path, bad_records="skip")
-        assert corpus.find(str(texts / name), tmp_path, kind="text").files[0].kind == "text"
-    assert len(corpus.find(str(texts), tmp_path, kind="text").files) == 3
+            corpus.find_files(str(texts / name), tmp_path, bad_records="skip")
+        assert corpus.find_files(str(texts / name), tmp_path, kind="text").files[0].kind == "text"
+    assert len(corpus.find_files(str(texts), tmp_path, kind="text").files) == 3
 
 
 def test_kinds_of_files_in_one_folder(tmp_path):
     record = '{"text": "x"}\n'
     texts = write(tmp_path / "texts", {"a.txt": "x", "b.jsonl": "x", "c.json": record, "d.parquet": "PAR1"})
-    files = corpus.find(str(texts), tmp_path).files
+    files = corpus.find_files(str(texts), tmp_path).files
     assert [(file.name, file.kind) for file in files] == [
         ("a.txt", "text"),
         ("b.jsonl", "jsonl"),
@@ -326,11 +326,11 @@ def test_kinds_of_files_in_one_folder(tmp_path):
 def test_a_pipe_is_said_to_be_one(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="--source=- <"):
-        corpus.find(str(tmp_path / "pipe"), tmp_path)
+        corpus.find_files(str(tmp_path / "pipe"), tmp_path)
 
 
 def test_python_stdlib_is_there_sorted_readable_and_always_the_same(tmp_path):
-    first = corpus.find("python-stdlib", tmp_path).files
+    first = corpus.find_files("python-stdlib", tmp_path).files
     found = [d.name for d in first]
     assert len(found) > 100 and {"dataclasses.py", "json/decoder.py"} <= set(found)
     assert found == sorted(set(found))
@@ -379,7 +379,7 @@ def test_tinyshakespeare_is_downloaded_once_and_kept(serve, tmp_path, monkeypatc
     requests = serve(text)
     cache = tmp_path / "new" / "cache"
     for _ in range(2):
-        (document,) = corpus.find("tinyshakespeare", cache).files
+        (document,) = corpus.find_files("tinyshakespeare", cache).files
         assert document.path.read_bytes() == text
     assert len(requests) == 1 and [p.name for p in cache.iterdir()] == ["tinyshakespeare.txt"]
 
@@ -392,14 +392,14 @@ def test_the_frozen_hash_is_that_of_the_known_file():
 def test_a_download_of_something_else_is_an_error_and_is_not_kept(serve, tmp_path):
     serve(b"<html>sign in to the hotel's network</html>")
     with pytest.raises(DataError, match="sha256"):
-        corpus.find("tinyshakespeare", tmp_path)
+        corpus.find_files("tinyshakespeare", tmp_path)
     assert not any(tmp_path.iterdir())
 
 
 def test_a_cached_file_with_the_wrong_hash_is_an_error_that_names_it(tmp_path):
     path = write(tmp_path, {"tinyshakespeare.txt": "First Citizen: cut sh"}) / "tinyshakespeare.txt"
     with pytest.raises(DataError) as e:
-        corpus.find("tinyshakespeare", tmp_path)
+        corpus.find_files("tinyshakespeare", tmp_path)
     assert str(path) in str(e.value) and corpus.SHAKESPEARE_SHA256 in str(e.value) and "21 bytes" in str(e.value)
     assert path.read_text() == "First Citizen: cut sh"  # the user's file is theirs to remove
 
@@ -416,7 +416,7 @@ def test_no_network_says_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch
         s.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
         monkeypatch.setattr(corpus, "SHAKESPEARE_URL", f"http://127.0.0.1:{s.getsockname()[1]}/input.txt")
         with pytest.raises(DataError) as e:
-            corpus.find("tinyshakespeare", tmp_path / "cache")
+            corpus.find_files("tinyshakespeare", tmp_path / "cache")
     assert_says_what_to_fetch(e.value, tmp_path / "cache")
 
 
@@ -424,7 +424,7 @@ def test_no_network_says_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch
 def test_a_failed_download_says_what_to_fetch_and_where_to_put_it(length, status, serve, tmp_path):
     serve(b"First Citizen:", length, status)
     with pytest.raises(DataError) as e:
-        corpus.find("tinyshakespeare", tmp_path / "cache")
+        corpus.find_files("tinyshakespeare", tmp_path / "cache")
     if isinstance(e.value.__context__, urllib.error.HTTPError):
         e.value.__context__.close()  # its socket; a command would end here
     assert_says_what_to_fetch(e.value, tmp_path / "cache")
@@ -432,14 +432,14 @@ def test_a_failed_download_says_what_to_fetch_and_where_to_put_it(length, status
 
 @pytest.fixture
 def many(tmp_path):
-    return corpus.find(
+    return corpus.find_files(
         str(write(tmp_path / "many", {f"{i:03}.txt": "x" * (50 + i) for i in range(100)})), tmp_path
     ).files
 
 
 @pytest.mark.parametrize("val_fraction", [0.01, 0.1, 0.5])
 def test_split_keeps_documents_whole_loses_none_and_meets_the_fraction(many, val_fraction):
-    train, val = corpus.split(many, val_fraction)
+    train, val = corpus.split_files(many, val_fraction)
     assert train and val
     assert sorted([*train, *val], key=lambda d: d.name) == many
     assert [d.name for d in train] == sorted(d.name for d in train)
@@ -449,8 +449,8 @@ def test_split_keeps_documents_whole_loses_none_and_meets_the_fraction(many, val
 
 def test_split_goes_by_name_and_is_frozen(many):
     """A corpus prepared again, elsewhere or by a later version, must not leak old validation text into training."""
-    _, val = corpus.split(many, 0.04)
-    assert corpus.split(list(reversed(many)), 0.04)[1] == list(reversed(val))  # whatever order they come in
+    _, val = corpus.split_files(many, 0.04)
+    assert corpus.split_files(list(reversed(many)), 0.04)[1] == list(reversed(val))  # whatever order they come in
     expected = ["014.txt", "037.txt", "059.txt", "076.txt", "077.txt"]
     assert [d.name for d in val] == expected, "the split has changed: validation text would turn into training text"
 
@@ -458,12 +458,12 @@ def test_split_goes_by_name_and_is_frozen(many):
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("val_fraction", [1e-9, 0.5, 0.999])
 def test_split_leaves_a_document_on_each_side(many, count, val_fraction):
-    train, val = corpus.split(many[:count], val_fraction)
+    train, val = corpus.split_files(many[:count], val_fraction)
     assert train and val and len(train) + len(val) == count
 
 
 def test_split_of_nothing_for_validation(many):
-    assert corpus.split(many, 0.0) == (many, [])
+    assert corpus.split_files(many, 0.0) == (many, [])
 
 
 SIZES = st.lists(st.integers(1, 20) | st.integers(1, 10_000), min_size=2, max_size=9)
@@ -477,7 +477,7 @@ def test_split_is_never_far_off_where_there_is_a_better_one(sizes, val_fraction)
         for file, size in zip(files, sizes, strict=True):
             with file.path.open("wb") as f:
                 f.truncate(size)
-        train, val = corpus.split(files, val_fraction)
+        train, val = corpus.split_files(files, val_fraction)
     assert train and val and [*train, *val] != val
     size = dict(zip(files, sizes, strict=True))
     share = sum(size[file] for file in val) / sum(sizes)
@@ -498,7 +498,7 @@ def test_json_and_tokenizers_beside_text_are_left_out_and_counted(tmp_path):
         (tmp_path / "link").unlink(missing_ok=True)
         (tmp_path / "link").symlink_to("texts/t.txt")
         for kind, source in (("auto", folder), ("auto", folder / "*"), ("text", folder)):
-            found = corpus.find(str(source), tmp_path, kind=kind, tokenizer=tokenizer)
+            found = corpus.find_files(str(source), tmp_path, kind=kind, tokenizer=tokenizer)
             assert "t.txt" not in [file.name for file in found.files]
             assert found.left_out.counts["the tokenizer, left out"] == 1
             if kind == "auto":
@@ -506,12 +506,12 @@ def test_json_and_tokenizers_beside_text_are_left_out_and_counted(tmp_path):
                 assert found.left_out.counts["not text, left out"] == 2
                 assert "jq -c ." in str(found.left_out.examples)
     with pytest.raises(DataError, match="is the tokenizer; name the text"):
-        corpus.find(str(folder / "t.txt"), tmp_path, kind="text", tokenizer=tmp_path / "link")
+        corpus.find_files(str(folder / "t.txt"), tmp_path, kind="text", tokenizer=tmp_path / "link")
     with pytest.raises(DataError, match=r"package\.json is one JSON value.*jq -c"):
-        corpus.find(str(folder / "package.json"), tmp_path)
+        corpus.find_files(str(folder / "package.json"), tmp_path)
     (folder / "c.jsonl").write_text('{\n "text": "x"\n}\n')  # a file that is named as records would be missed
     with pytest.raises(DataError, match=r"c\.jsonl is JSON over several lines.*--bad_records=skip"):
-        corpus.find(str(folder), tmp_path)
+        corpus.find_files(str(folder), tmp_path)
 
 
 def test_a_tokenizer_is_not_trained_on_with_itself(tmp_path):
@@ -521,7 +521,7 @@ def test_a_tokenizer_is_not_trained_on_with_itself(tmp_path):
     for name in ("tok.json", "set/tokenizer.json", "copy.txt"):
         (folder / name).write_bytes(raw)
     for spec in ("tok.json", "set"):
-        manifest = pipeline.prepare(tmp_path / f"out {spec}", source=str(folder), tokenizer=str(folder / spec))
+        manifest = pipeline.prepare_dataset(tmp_path / f"out {spec}", source=str(folder), tokenizer=str(folder / spec))
         assert sum(split.documents for split in manifest.splits.values()) == 30
         left_out = pipeline.read_summary(tmp_path / f"out {spec}")["left_out"]["counts"]
         assert left_out == {"the tokenizer, left out": 1, "not text, left out": 2}
@@ -530,12 +530,12 @@ def test_a_tokenizer_is_not_trained_on_with_itself(tmp_path):
 @pytest.mark.parametrize("name", ["*.txt", "?.txt", "[ab].txt", "d*/a.txt", "a[b].txt"])
 def test_the_name_of_a_file_that_is_a_pattern_of_others_is_refused(tmp_path, name):
     folder = write(tmp_path / "gl", {name: "oops"})
-    (meant,) = corpus.find(f"{folder}/{name}", tmp_path).files  # as the only match it is unambiguous
+    (meant,) = corpus.find_files(f"{folder}/{name}", tmp_path).files  # as the only match it is unambiguous
     assert meant.path == folder / name
     write(folder, {"a.txt": "1", "b.txt": "2", "ab.txt": "3", "d/a.txt": "4"})
     with pytest.raises(DataError, match=r"as a pattern it selects \d other file\(s\), such as .*; write ") as e:
-        corpus.find(f"{folder}/{name}", tmp_path)
+        corpus.find_files(f"{folder}/{name}", tmp_path)
     escaped = str(e.value).split("; write ")[1].split(" for the one")[0]
-    assert [file.path for file in corpus.find(escaped, tmp_path).files] == [folder / name]
+    assert [file.path for file in corpus.find_files(escaped, tmp_path).files] == [folder / name]
     (folder / name).rename(folder / "renamed")
-    assert corpus.find(f"{folder}/{name}", tmp_path).files
+    assert corpus.find_files(f"{folder}/{name}", tmp_path).files

@@ -78,7 +78,7 @@ for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID", "START_TIMEOU
     setattr(train, name, types.SimpleNamespace(value=None))
 train.WORKDIR = types.SimpleNamespace(value=sys.argv[1])
 for module, name in (
-    (train.signals, "Signals"), (train.malloc, "tune_allocator"), (train.watchdog, "dump_on_quit"),
+    (train.signals, "StopSignals"), (train.malloc, "tune_allocator"), (train.watchdog, "dump_on_quit"),
     (train.runtime, "use_gpu_memory"), (train.runtime, "seems_alone"), (train.environment, "load_jax"),
     (distributed, "initialize"),
 ):
@@ -110,7 +110,7 @@ def test_nobody_is_said_to_be_missing_when_all_have_come(monkeypatch, caplog, ad
     with distributed._limit("all 2 processes at host0:1", 0.2, lambda: advice):
         time.sleep(0.5)
     assert set(left) == ({42} if advice else set())
-    assert ("error: not all 2 processes at host0:1 are here after 0 s; start the missing" in caplog.text) == bool(left)
+    assert ("error: waited 0 s for all 2 processes at host0:1; start the missing" in caplog.text) == bool(left)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_the_coordinator_is_not_sought_through_a_proxy(monkeypatch, variables, e
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     try:
-        distributed._pass_by_proxies("host0")
+        distributed._bypass_proxies("host0")
     finally:
         jax.config.update("jax_check_proxy_envs", True)
     found = dict(os.environ)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import tokenizers
-from data.preparation import corpus, documents, problems
+from data.preparation import corpus, documents, input_errors
 
 MARK = b"\xef\xbb\xbf"
 PARTS = [
@@ -56,22 +56,22 @@ def compressed(raw: bytes, cuts: list[int]) -> dict[str, bytes]:
     }
 
 
-def read(path: pathlib.Path, sizes, **reading) -> tuple[list[documents.Piece], problems.Problems]:
-    """All pieces, and the problems as merged from the units' files."""
+def read(path: pathlib.Path, sizes, **options) -> tuple[list[documents.Chunk], input_errors.InputErrors]:
+    """All pieces, and the errors as merged from the units' files."""
     unit, search, block = sizes
     small = {"UNIT_BYTES": unit, "LINE_SEARCH_BYTES": search, "BLOCK_BYTES": block, "ZSTD_BYTES": block}
-    found, merged = [], problems.Problems()
-    with mock.patch.multiple(documents, **small), mock.patch.object(problems, "EXAMPLES", 1000):
+    found, merged = [], input_errors.InputErrors()
+    with mock.patch.multiple(documents, **small), mock.patch.object(input_errors, "EXAMPLES", 1000):
         kind, compression = (*path.name.split(".")[1:], "")[:2]
-        for unit in documents.plan([corpus.File(path.name, path, kind.replace("txt", "text"), compression)]):
-            own = problems.Problems()
-            for stretch in unit:
-                found += documents.read(stretch, documents.Reading(bad_records="skip", **reading), own)
-            merged.add(problems.Problems.from_json(json.loads(json.dumps(own.to_json()))))
+        for unit in documents.plan_units([corpus.File(path.name, path, kind.replace("txt", "text"), compression)]):
+            own = input_errors.InputErrors()
+            for span in unit:
+                found += documents.read_chunks(span, documents.ReadOptions(bad_records="skip", **options), own)
+            merged.add(input_errors.InputErrors.from_json(json.loads(json.dumps(own.to_json()))))
     return found, merged
 
 
-def joined(pieces: list[documents.Piece]) -> list:
+def joined(pieces: list[documents.Chunk]) -> list:
     """The documents."""
     texts, parts = [], []
     for text, begins, ends in pieces:
@@ -92,8 +92,8 @@ def test_text_is_read_whole_and_cut_at_the_same_places_however_it_is_compressed(
     expected = {
         "byte order mark, taken off": int(raw.startswith(MARK)),
         "empty document": int(not text),
-        problems.NUL: text.count(b"\0"),
-        problems.REPLACED: whole.count("\ufffd") - text.count("\ufffd".encode()),
+        input_errors.NUL: text.count(b"\0"),
+        input_errors.REPLACED: whole.count("\ufffd") - text.count("\ufffd".encode()),
     }
     with tempfile.TemporaryDirectory() as folder:
         before = None
@@ -109,7 +109,7 @@ def test_text_is_read_whole_and_cut_at_the_same_places_however_it_is_compressed(
             assert joined(read(path, sizes, raw=True)[0]) == [text] * bool(text)
             assert before in (None, pieces)
             before = pieces
-            for kind, value in (problems.NUL, b"\0"), (problems.REPLACED, None):
+            for kind, value in (input_errors.NUL, b"\0"), (input_errors.REPLACED, None):
                 for place in found.examples.get(kind, []):
                     there = raw[place.number :]
                     assert there.startswith(value) if value else there[:4].decode("utf-8", "replace")[0] == "\ufffd"
@@ -142,9 +142,9 @@ def plain_records(raw: bytes) -> tuple[list[str], set[tuple[str, int]]]:
         else:
             text = record["text"].encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
             if b'"text": "\xe9' in line or text != record["text"]:
-                wrong.add((problems.REPLACED, number))
+                wrong.add((input_errors.REPLACED, number))
             if "\0" in text:
-                wrong.add((problems.NUL, number))
+                wrong.add((input_errors.NUL, number))
             texts.append(text)
     return texts, wrong
 
@@ -200,8 +200,8 @@ def test_parquet_gives_its_rows_whatever_strings_are_made_of(values, kind, rows,
             for kind, numbers in {
                 "text that is no string": [n for n, value in numbered if value is None],
                 "empty document": [n for n, value in numbered if value == b""],
-                problems.REPLACED: [n for n, value in numbered if value and b"\xe9" in value],
-                problems.NUL: [n for n, value in numbered if value and b"\0" in value],
+                input_errors.REPLACED: [n for n, value in numbered if value and b"\xe9" in value],
+                input_errors.NUL: [n for n, value in numbered if value and b"\0" in value],
             }.items()
             if numbers
         }
@@ -216,8 +216,8 @@ WORDS = ["word", "don't", "123", "(x)", "é東", "!", " ", "  ", "\n", "\n\n", "
 def test_a_text_that_is_cut_at_a_good_place_has_the_tokens_of_the_whole(parts, at):
     text = "".join(parts)
     raw = text.encode()
-    at += documents.cut(raw[at:])
-    good = any(place.match(text, len(raw[:at].decode())) for place in documents.PLACES[:2])
+    at += documents.split_point(raw[at:])
+    good = any(place.match(text, len(raw[:at].decode())) for place in documents.SPLIT_PLACES[:2])
     for codec in CODECS if good else []:
         apart = [*codec.encode(raw[:at].decode()), *codec.encode(raw[at:].decode())]
         assert apart == codec.encode(text).tolist()

@@ -15,33 +15,33 @@ import zstandard
 
 from data.errors import DataError
 from data.preparation import corpus, documents, pipeline
-from data.preparation.problems import REPLACED
+from data.preparation.input_errors import REPLACED
 from tests.texts import damaged as damages
 
 SKIP = {"bad_records": "skip"}
 
 
-def plan(path: pathlib.Path) -> list[documents.Unit]:
+def plan(path: pathlib.Path) -> list[documents.WorkUnit]:
     """The units of a file that is what its name says, whatever is in it."""
     kind, compression = (*path.name.split(".")[1:], "")[:2]
     kind = {"txt": "text", "ndjson": "jsonl"}.get(kind, kind)
-    return documents.plan([corpus.File(path.name, path, kind, compression)])
+    return documents.plan_units([corpus.File(path.name, path, kind, compression)])
 
 
-def read(path: pathlib.Path, **reading) -> tuple[list, documents.Problems]:
+def read(path: pathlib.Path, **options) -> tuple[list, documents.InputErrors]:
     """All documents of a file, and what was wrong."""
-    texts, parts, problems = [], [], documents.Problems()
+    texts, parts, errors = [], [], documents.InputErrors()
     for unit in plan(path):
-        for stretch in unit:
-            for text, begins, ends in documents.read(stretch, documents.Reading(**reading), problems):
+        for span in unit:
+            for text, begins, ends in documents.read_chunks(span, documents.ReadOptions(**options), errors):
                 assert text and begins == (not parts)
                 parts.append(text)
                 if ends:
                     texts.append(type(text)().join(parts))
                     parts = []
     assert not parts
-    problems.examples = problems.summary()["examples"]
-    return texts, problems
+    errors.examples = errors.summary()["examples"]
+    return texts, errors
 
 
 def lines(*records) -> bytes:
@@ -76,10 +76,10 @@ def test_a_bad_record_stops_or_is_skipped_and_counted(bad, kind, named, suffix, 
     with pytest.raises(DataError) as e:
         read(path)
     assert all(part in str(e.value) for part in (f"{path} line 2", kind, named, "--bad_records=skip"))
-    texts, problems = read(path, **SKIP)
+    texts, errors = read(path, **SKIP)
     assert texts == ["good", "last"]
-    assert problems.counts == {kind: 2}
-    assert [f"{path} line {n}" in where for n, where in zip((2, 4), problems.examples[kind], strict=True)] == [True] * 2
+    assert errors.counts == {kind: 2}
+    assert [f"{path} line {n}" in where for n, where in zip((2, 4), errors.examples[kind], strict=True)] == [True] * 2
 
 
 @pytest.mark.parametrize("key", ["text", 'a "b" \\/', "\n\t", "Ünï", "\U0001d11e", "a\u2028.*"])
@@ -91,8 +91,8 @@ def test_any_spelling_of_a_key_is_that_key(key, tmp_path):
         (tmp_path / "a.jsonl").write_text(
             f'{{{one}: "a", {other} : "b"}}\n{{{one}: "c", "d": {{{other}: 1}}}}', "utf-8"
         )
-        texts, problems = read(tmp_path / "a.jsonl", text_key=key, **SKIP)
-        assert texts == ["c"] and problems.counts == {"record with the text key twice": 1}
+        texts, errors = read(tmp_path / "a.jsonl", text_key=key, **SKIP)
+        assert texts == ["c"] and errors.counts == {"record with the text key twice": 1}
 
 
 def test_records_of_any_depth_are_read_or_broken(tmp_path):
@@ -100,8 +100,8 @@ def test_records_of_any_depth_are_read_or_broken(tmp_path):
     for depth in range(960, 1010):
         value = "[" * depth + "{}" + "]" * depth
         (tmp_path / "a.jsonl").write_bytes(lines(f'{{"text": "a", "m": {{"text": {value}}}}}'.encode(), LAST))
-        texts, problems = read(tmp_path / "a.jsonl", **SKIP)
-        assert (texts, problems.counts) in ((["a", "last"], {}), (["last"], {"broken JSON": 1})), depth
+        texts, errors = read(tmp_path / "a.jsonl", **SKIP)
+        assert (texts, errors.counts) in ((["a", "last"], {}), (["last"], {"broken JSON": 1})), depth
 
 
 def test_other_places_of_the_text_key_are_not_the_key(tmp_path):
@@ -119,9 +119,9 @@ def test_lines_are_numbered_through_the_file_although_it_is_cut(tmp_path, monkey
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(*[GOOD] * 50, b"bad", *[GOOD] * 50, b"bad"))
     assert sum(map(len, plan(path))) > 5
-    texts, problems = read(path, **SKIP)
+    texts, errors = read(path, **SKIP)
     assert len(texts) == 100
-    assert [where.split(" (")[0] for where in problems.examples["broken JSON"]] == [
+    assert [where.split(" (")[0] for where in errors.examples["broken JSON"]] == [
         f"{path} line 51",
         f"{path} line 102",
     ]
@@ -129,41 +129,41 @@ def test_lines_are_numbered_through_the_file_although_it_is_cut(tmp_path, monkey
 
 def test_all_are_counted_and_a_few_named(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines(*[b"bad"] * 1000))
-    texts, problems = read(tmp_path / "a.jsonl", **SKIP)
-    assert texts == [] and problems.counts == {"broken JSON": 1000} and len(problems.examples["broken JSON"]) == 3
+    texts, errors = read(tmp_path / "a.jsonl", **SKIP)
+    assert texts == [] and errors.counts == {"broken JSON": 1000} and len(errors.examples["broken JSON"]) == 3
 
 
 def test_empty_documents_and_blank_lines(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(GOOD, {"text": ""}, b"", b"  ", LAST)[:-1])  # no newline at the end
-    texts, problems = read(path)
+    texts, errors = read(path)
     assert texts == ["good", "last"]
-    assert problems.counts == {"empty document": 1}
-    assert problems.examples["empty document"] == [f"{path} line 2"]
+    assert errors.counts == {"empty document": 1}
+    assert errors.examples["empty document"] == [f"{path} line 2"]
 
 
 def test_nul_is_kept_and_counted(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines({"text": "a\0b"}))
     (tmp_path / "b.txt").write_bytes(b"one\0two")
     for name, text in (("a.jsonl", "a\0b"), ("b.txt", "one\0two")):
-        texts, problems = read(tmp_path / name)
-        assert texts == [text] and problems.counts == {"NUL characters": 1}
-        assert str(tmp_path / name) in problems.examples["NUL characters"][0]
+        texts, errors = read(tmp_path / name)
+        assert texts == [text] and errors.counts == {"NUL characters": 1}
+        assert str(tmp_path / name) in errors.examples["NUL characters"][0]
 
 
 def test_invalid_utf8_is_replaced_and_counted_or_named_with_its_offset(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("gut \ufffd é ".encode() + b"\xe9 \xff\xfe end")
-    texts, problems = read(path)
+    texts, errors = read(path)
     assert texts == ["gut \ufffd é \ufffd \ufffd\ufffd end"]
-    assert problems.counts == {"invalid UTF-8, now U+FFFD": 3}  # the one in the input is not damage
+    assert errors.counts == {"invalid UTF-8, now U+FFFD": 3}  # the one in the input is not damage
     with pytest.raises(DataError, match=r"0xe9 at offset 11.*--invalid_utf8=replace"):
         read(path, invalid_utf8="error")
     assert read(path, raw=True)[0] == [path.read_bytes()]
     records = tmp_path / "a.jsonl"
     records.write_bytes(lines(GOOD, b'{"text": "\xe9"}'))
-    texts, problems = read(records)
-    assert texts == ["good", "\ufffd"] and problems.examples["invalid UTF-8, now U+FFFD"] == [f"{records} line 2"]
+    texts, errors = read(records)
+    assert texts == ["good", "\ufffd"] and errors.examples["invalid UTF-8, now U+FFFD"] == [f"{records} line 2"]
     with pytest.raises(DataError, match="line 2 is not UTF-8"):
         read(records, invalid_utf8="error")
 
@@ -173,9 +173,9 @@ def test_invalid_utf8_is_counted_by_characters_and_stops_everything_when_asked_t
     bad = [b"\xe9 \xf0\x9f\x98 \xff\xfe", b"\xed\xa0\x80", b"\\ud83d \\ud83d", b"\xe9\\udc00"]
     for raw, times in zip(bad, (4, 3, 2, 2), strict=True):
         (tmp_path / "a.jsonl").write_bytes(lines(GOOD, b'{"text": "' + raw + b'"}', GOOD))
-        texts, problems = read(tmp_path / "a.jsonl")
-        assert texts[1].count("\ufffd") == times and problems.counts == {REPLACED: times}
-        assert problems.invalid_share == times / sum(map(len, texts))
+        texts, errors = read(tmp_path / "a.jsonl")
+        assert texts[1].count("\ufffd") == times and errors.counts == {REPLACED: times}
+        assert errors.invalid_share == times / sum(map(len, texts))
         with pytest.raises(DataError, match="line 2 is not UTF-8"):
             read(tmp_path / "a.jsonl", invalid_utf8="error", **SKIP)
     path = tmp_path / "a.parquet"
@@ -198,10 +198,10 @@ def test_a_byte_order_mark_is_taken_off_the_beginning_of_a_file(suffix, tmp_path
         path = tmp_path / f"a.{kind}{suffix}"
         path.write_bytes(compress(raw))
         for raw in (False, True):
-            texts, problems = read(path, raw=raw)
+            texts, errors = read(path, raw=raw)
             assert texts == [text.encode() if raw else text for text in expected]
-            assert problems.counts.pop("byte order mark, taken off") == 1
-            assert problems.counts == ({} if expected else {"empty document": 1})
+            assert errors.counts.pop("byte order mark, taken off") == 1
+            assert errors.counts == ({} if expected else {"empty document": 1})
 
 
 def test_numbers_may_be_of_any_length(tmp_path):
@@ -221,9 +221,9 @@ def test_halves_of_surrogate_pairs(tmp_path):
     """JSON may hold a half, which nothing else can encode. Complete pairs are decoded."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(b'{"text": "a\\ud83d b"}', b'{"text": "\\ud83d\\ude00"}'))
-    texts, problems = read(path)
+    texts, errors = read(path)
     assert texts == ["a\ufffd b", "\U0001f600"]
-    assert problems.counts == {"invalid UTF-8, now U+FFFD": 1}
+    assert errors.counts == {"invalid UTF-8, now U+FFFD": 1}
 
 
 CHECKED_ZSTD = zstandard.ZstdCompressor(write_checksum=True).compress
@@ -246,13 +246,13 @@ def test_a_compressed_file_cut_off_or_damaged(kind, compress, tmp_path):
         with pytest.raises(DataError, match=r"damaged compressed file|broken JSON") as e:
             read(path)
         assert str(path) in str(e.value)
-        texts, problems = read(path, **SKIP)
-        assert problems.counts["damaged compressed file"] == 1
+        texts, errors = read(path, **SKIP)
+        assert errors.counts["damaged compressed file"] == 1
         if damaged == whole[: len(whole) // 2] and kind == "jsonl":  # what came before the damage is kept
             assert 1000 < len(texts) < 19_000
     path.write_bytes(whole + whole)  # members one after the other, as gzip and zstd allow
-    texts, problems = read(path)
-    assert not problems.counts
+    texts, errors = read(path)
+    assert not errors.counts
     assert texts == [(raw + raw).decode()] if kind == "txt" else len(texts) == 40_000
 
 
@@ -281,7 +281,10 @@ def test_little_is_held_of_a_file_that_is_small_until_it_is_decompressed(suffix,
     path.write_bytes(compress(bytes(100 << 20)))
     (unit,) = plan(path)
     tracemalloc.start()
-    size = sum(len(piece.text) for piece in documents.read(unit[0], documents.Reading(raw=True), documents.Problems()))
+    size = sum(
+        len(piece.text)
+        for piece in documents.read_chunks(unit[0], documents.ReadOptions(raw=True), documents.InputErrors())
+    )
     assert size == 100 << 20 and tracemalloc.get_traced_memory()[1] < 70 << 20
     tracemalloc.stop()
 
@@ -291,8 +294,8 @@ def test_characters_across_the_blocks_of_a_compressed_file(tmp_path, monkeypatch
     path = tmp_path / "a.txt.gz"
     text = "aé東\U0001f600" * 50
     path.write_bytes(gzip.compress(text.encode() + b"\xe6\x9d"))  # and an incomplete one
-    texts, problems = read(path)
-    assert texts == [text + "\ufffd"] and problems.counts == {"invalid UTF-8, now U+FFFD": 1}
+    texts, errors = read(path)
+    assert texts == [text + "\ufffd"] and errors.counts == {"invalid UTF-8, now U+FFFD": 1}
 
 
 def test_a_very_long_line_is_taken_and_counted(tmp_path, monkeypatch):
@@ -300,9 +303,9 @@ def test_a_very_long_line_is_taken_and_counted(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(GOOD, {"text": "x" * (3 << 20)}, LAST))
     monkeypatch.setattr(documents, "UNIT_BYTES", 1 << 18)
-    texts, problems = read(path)
+    texts, errors = read(path)
     assert [len(text) for text in texts] == [4, 3 << 20, 4]
-    assert [(kind[:16], where) for kind, (where,) in problems.examples.items()] == [
+    assert [(kind[:16], where) for kind, (where,) in errors.examples.items()] == [
         ("line longer than", f"{path} line 2")
     ]
 
@@ -316,8 +319,8 @@ def test_a_line_that_is_too_long_is_a_bad_record(suffix, tmp_path, monkeypatch):
     path.write_bytes(gzip.compress(raw) if suffix else raw)
     with pytest.raises(DataError, match=r"record longer than 1 MiB: .* line 2; .*--bad_records=skip"):
         read(path)
-    texts, problems = read(path, **SKIP)
-    assert texts == [most["text"], "last"] and problems.counts == {"record longer than 1 MiB": 2}
+    texts, errors = read(path, **SKIP)
+    assert texts == [most["text"], "last"] and errors.counts == {"record longer than 1 MiB": 2}
 
 
 def test_the_line_of_an_error_is_counted_from_the_beginning_of_the_file(tmp_path, monkeypatch):
@@ -329,10 +332,10 @@ def test_the_line_of_an_error_is_counted_from_the_beginning_of_the_file(tmp_path
     with pytest.raises(DataError, match=f"{path} line 71 is not UTF-8"):
         read(path, invalid_utf8="error")
     # A part that is read by itself, as for a tokenizer's sample, says where its count begins.
-    stretch = plan(path)[-1][0]
-    problems = documents.Problems()
-    list(documents.read(stretch, documents.Reading(**SKIP), problems))
-    (where,) = problems.summary()["examples"]["broken JSON"]
+    span = plan(path)[-1][0]
+    errors = documents.InputErrors()
+    list(documents.read_chunks(span, documents.ReadOptions(**SKIP), errors))
+    (where,) = errors.summary()["examples"]["broken JSON"]
     number, after = map(int, re.match(rf"{path} line (\d+) after byte (\d+) ", where).groups())
     assert path.read_bytes()[after:].split(b"\n")[number - 1] == b"bad"
 
@@ -354,8 +357,8 @@ def test_a_text_without_newlines_is_cut_between_characters(tmp_path, monkeypatch
     for text in ("東" * 100, "é" * 99, "\U0001f600x" * 55):
         (tmp_path / "a.txt").write_text(text, encoding="utf-8")
         assert len(plan(tmp_path / "a.txt")) > 2
-        texts, problems = read(tmp_path / "a.txt")
-        assert texts == [text] and not problems.counts
+        texts, errors = read(tmp_path / "a.txt")
+        assert texts == [text] and not errors.counts
 
 
 def test_parquet_without_the_column_of_text_or_no_parquet_at_all(tmp_path):
@@ -375,9 +378,9 @@ def test_parquet_without_the_column_of_text_or_no_parquet_at_all(tmp_path):
 def test_parquet_rows_are_numbered_through_the_file(tmp_path):
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b", "", None]}), path, row_group_size=2)
-    texts, problems = read(path, **SKIP)
+    texts, errors = read(path, **SKIP)
     assert texts == ["a", "b"]
-    assert problems.examples == {
+    assert errors.examples == {
         "text that is no string": [f"{path} row 2 (NoneType)", f"{path} row 5 (NoneType)"],
         "empty document": [f"{path} row 4"],
     }
@@ -450,7 +453,7 @@ def test_texts_and_records_together_are_bytes_for_the_byte_tokenizer(split, tmp_
     (source / "b.txt").write_text(texts[20])
     pyarrow.parquet.write_table(pyarrow.table({"text": texts[21:50]}), source / "c.parquet", row_group_size=7)
     (source / "d.jsonl.gz").write_bytes(gzip.compress(lines(*({"text": text} for text in texts[50:]))))
-    manifest = pipeline.prepare(tmp_path / "out", source=str(source), tokenizer="byte", split=split)
+    manifest = pipeline.prepare_dataset(tmp_path / "out", source=str(source), tokenizer="byte", split=split)
     found = {
         name: np.concatenate([np.fromfile(tmp_path / "out" / shard.file, "<u2") for shard in of.shards])
         for name, of in manifest.splits.items()
@@ -473,7 +476,7 @@ def test_a_file_that_shrinks_or_vanishes_after_the_plan(tmp_path):
     for act in (lambda: path.write_text("some"), path.unlink):
         act()
         with pytest.raises(DataError, match=str(path)):
-            list(documents.read(unit[0], documents.Reading(), documents.Problems()))
+            list(documents.read_chunks(unit[0], documents.ReadOptions(), documents.InputErrors()))
 
 
 def test_a_text_has_the_same_tokens_plain_compressed_and_uncut(tmp_path, monkeypatch):
@@ -485,6 +488,6 @@ def test_a_text_has_the_same_tokens_plain_compressed_and_uncut(tmp_path, monkeyp
         for suffix, raw in files.items():
             (tmp_path / f"in.{suffix}").write_bytes(raw)
             out = tmp_path / f"{suffix}-{unit_bytes}"
-            pipeline.prepare(out, source=str(tmp_path / f"in.{suffix}"), tokenizer="bpe:300", val_fraction=0.0)
+            pipeline.prepare_dataset(out, source=str(tmp_path / f"in.{suffix}"), tokenizer="bpe:300", val_fraction=0.0)
             datasets.add((out / "train-00000.bin").read_bytes())
     assert len(datasets) == 1

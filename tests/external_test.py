@@ -1,5 +1,6 @@
 """Token files of other programs: the right tokens or an error that names files and numbers, never something between."""
 
+import ast
 import bz2
 import gzip
 import io
@@ -378,7 +379,7 @@ def test_sound_uint16_tokens_raise_no_alarm(vocab_size):
     for count in (64, 70, 300, 5000):
         for kind, ids in streams(rng, vocab_size, count).items():
             for dtype in ("<u2", "<u4"):
-                seen = widths.look(ids.astype(dtype).tobytes())
+                seen = widths.detect_layout(ids.astype(dtype).tobytes())
                 assert seen is None or seen.numpy == dtype, (kind, count, dtype)
 
 
@@ -424,7 +425,7 @@ def test_one_file_is_read_once(tmp_path):
         for name in ("other.bin", "val.bin"):
             link(tmp_path / "train.bin", tmp_path / name)
             data = open_(tmp_path)
-            assert len(data.foreign_files["train"]) == 1 and not data.has("val")
+            assert len(data.external_files["train"]) == 1 and not data.has("val")
             refused(tmp_path / "train.bin", "train.bin", val_path=str(tmp_path / name))
             (tmp_path / name).unlink()
 
@@ -444,21 +445,21 @@ def megatron_documents(folder, lengths, eos=None):
 
 
 def test_masked_documents_want_their_end_in_the_tokens(tmp_path, monkeypatch):
-    ends.check([megatron_documents(tmp_path, [7, 9, 30], eos=5)], 5)
+    ends.check_documents_end([megatron_documents(tmp_path, [7, 9, 30], eos=5)], 5)
     for eos, count in ((6, 0), (12, 1)):  # nowhere, and by chance
         with pytest.raises(DataError) as e:
-            ends.check([megatron_documents(tmp_path, [7, 9, 30], eos=5)], eos)
+            ends.check_documents_end([megatron_documents(tmp_path, [7, 9, 30], eos=5)], eos)
         for part in ("x.bin, which has 3 documents,", f"holds it {count} times in 46 tokens", "--append-eod", "eos_id"):
             assert part in str(e.value)
     (tmp_path / "x.idx").unlink()
     (tmp_path / "x.bin").write_bytes(llmc([5, 1, 2] * 5000))  # without an index of documents, one end is enough
-    ends.check([open_(tmp_path / "x.bin")], 5)
+    ends.check_documents_end([open_(tmp_path / "x.bin")], 5)
     monkeypatch.setattr(fingerprint, "WHOLE_BYTES", 100)
     monkeypatch.setattr(fingerprint, "SAMPLED_BLOCKS", 4)
     monkeypatch.setattr(fingerprint, "BLOCK_BYTES", 64)
-    ends.check([open_(tmp_path / "x.bin")], 5)
+    ends.check_documents_end([open_(tmp_path / "x.bin")], 5)
     with pytest.raises(DataError, match="holds it 0 times in 128 tokens"):
-        ends.check([open_(tmp_path / "x.bin")], 6)
+        ends.check_documents_end([open_(tmp_path / "x.bin")], 6)
 
 
 def test_a_run_with_masked_documents_that_never_end_is_refused(tmp_path):
@@ -837,3 +838,45 @@ def test_mistakes_are_answered_before_jax_is_loaded(prepared, tmp_path):
     )
     assert result.returncode == 3 and "jax loaded: False" in result.stdout
     assert result.stderr.startswith("error: data.dtype is uint32") and len(result.stderr.splitlines()) == 1
+
+
+# One place for formats
+
+
+def big_tokens(path: pathlib.Path, dtype: str) -> external.TokenFile:
+    """A reader of a made-up format: eight bytes of magic, then uint32 tokens."""
+    return external.TokenFile(path, "ours", "uint32", 8, (path.stat().st_size - 8) // 4)
+
+
+def test_a_new_format_is_a_reader_and_nothing_else(tmp_path, monkeypatch):
+    """The configuration knows it, its tokens are read and identified, and errors list it."""
+    tree = {"data": {"path": str(tmp_path / "*.ours"), "format": "ours"}, "model": {"vocab_size": 1000}}
+    (tmp_path / "a.ours").write_bytes(b"OUR FILE" + np.array(TOKENS, "<u4").tobytes())
+    with pytest.raises(ConfigError) as e:
+        from_dict(tree)
+    known = "meshlm, nanogpt, llmc, megatron, olmo"
+    assert str(e.value) == f"config.data.format is 'ours'; it must be one of {known}, or empty"
+    monkeypatch.setitem(external.READERS, "ours", big_tokens)
+    data = sources.open_sources(from_dict(tree).data, 1000)
+    (found,) = data.datasets.values()
+    assert [tokens.tolist() for tokens in found.files("train").shards] == [TOKENS] and found.largest_id == 999
+    assert found.manifest.request == {"format": "ours"} and len(found.manifest.fingerprint()) == 16
+    with pytest.raises(ConfigError, match=f"{known}, ours, or empty"):
+        from_dict({"data": {"format": "theirs"}})
+
+
+def test_only_the_readers_know_the_names_of_formats():
+    """A source file that repeats one would have to be changed with the table."""
+    root = pathlib.Path(__file__).parent.parent
+    named = set()
+    packages = ("configs", "data", "launch", "model", "trainer")
+    for path in (path for package in packages for path in (root / package).rglob("*.py")):
+        strings = (node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
+        if set(external.READERS) & {s for s in strings if isinstance(s, str)}:
+            named.add(path.relative_to(root).as_posix())
+    assert named == {"data/token_files/external.py"}
+
+
+def test_the_configuration_stays_light(tmp_path):
+    code = "import sys, trainer.config as c; c.from_dict({}); sys.exit('numpy' in sys.modules or 'jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=runs.ROOT).returncode == 0

@@ -59,7 +59,7 @@ def test_a_lock_names_its_owner_and_ends_with_it(tmp_path):
     holder = start(HOLD, tmp_path / "x")
     try:
         assert holder.stdout and holder.stdout.readline()
-        with pytest.raises(files.Held, match=f"process {holder.pid}"), files.locked(tmp_path / "x"):
+        with pytest.raises(files.LockHeld, match=f"process {holder.pid}"), files.locked(tmp_path / "x"):
             pass
         assert files.lock_path(tmp_path / "x").exists()
     finally:
@@ -99,11 +99,11 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
 
 def test_writers_of_one_path_do_not_harm_each_other(tmp_path):
     path = tmp_path / "x"
-    with files.written(path) as one, files.written(path) as other:
+    with files.atomic_write(path) as one, files.atomic_write(path) as other:
         one.write(b"one" * 1000)
         other.write(b"other")
     assert path.read_bytes() == b"one" * 1000
-    with pytest.raises(ZeroDivisionError), files.written(path) as f:
+    with pytest.raises(ZeroDivisionError), files.atomic_write(path) as f:
         f.write(b"half")
         raise ZeroDivisionError
     assert path.read_bytes() == b"one" * 1000 and os.listdir(tmp_path) == ["x"]
@@ -122,7 +122,7 @@ STOPPED = """
 import os, pathlib, signal, sys
 from data import packing
 packing.pack_shard = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGSTOP)
-packing.pack(pathlib.Path(sys.argv[1]), 16)
+packing.pack_dataset(pathlib.Path(sys.argv[1]), 16)
 """
 PACK = "import sys; from launch import cli, pack; cli.run(pack.main, arguments=1)"
 
@@ -131,7 +131,7 @@ def test_hosts_that_pack_one_folder_at_once(tmp_path):
     """The others wait for the first; when it is killed, one of them writes the index, and the others find it."""
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(50)))
     dataset = tmp_path / "set"
-    pipeline.prepare(dataset, source=str(tmp_path / "in.jsonl"), tokenizer="byte")
+    pipeline.prepare_dataset(dataset, source=str(tmp_path / "in.jsonl"), tokenizer="byte")
     before = sorted(os.listdir(dataset))
     first = start(STOPPED, dataset)
     os.waitid(os.P_PID, first.pid, os.WSTOPPED | os.WNOWAIT)
@@ -142,6 +142,6 @@ def test_hosts_that_pack_one_folder_at_once(tmp_path):
     first.wait()
     ended = [(*process.communicate(timeout=60), process.returncode) for process in others]
     assert all(code == 0 and not stderr for _, stderr, code in ended), ended
-    assert sum("was there" in stdout for stdout, *_ in ended) == 2
+    assert sum("existed already" in stdout for stdout, *_ in ended) == 2
     assert sorted(os.listdir(dataset)) == sorted([*before, "train.packed-16.bin"])
     packing.read_index(dataset, formats.read_manifest(dataset), 16).load()

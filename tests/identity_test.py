@@ -37,7 +37,9 @@ def meta(config, data):
 
 
 def other(data, tokenizer):
-    return dataclasses.replace(data, speaker=dataclasses.replace(data.speaker, load_tokenizer=lambda: tokenizer))
+    return dataclasses.replace(
+        data, tokenizer_source=dataclasses.replace(data.tokenizer_source, load_tokenizer=lambda: tokenizer)
+    )
 
 
 def test_the_same_run_goes_on(config, data, meta):

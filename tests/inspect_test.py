@@ -40,7 +40,7 @@ def text(tmp_path_factory):
     (folder / "text").mkdir()
     for i in range(12):
         (folder / "text" / f"{i}.txt").write_text(runs.text(6000)[i * 300 :])
-    pipeline.prepare(folder / "set", source=str(folder / "text"), tokenizer="char", val_fraction=0.3)
+    pipeline.prepare_dataset(folder / "set", source=str(folder / "text"), tokenizer="char", val_fraction=0.3)
     return folder / "set"
 
 
@@ -65,7 +65,7 @@ def test_the_batch_is_the_one_a_run_trains_on(text):
 def test_the_batch_of_packed_rows(text):
     refused = call(text, "--seq_len=48", "--packed", code=3)
     assert f"python -m launch.pack {text} --seq_len=48" in refused.stderr
-    index, _ = packing.pack(text, 48)
+    index, _ = packing.pack_dataset(text, 48)
     flags = ("--seq_len=48", "--batch_size=8", "--seed=5", "--sample=70", "--packed", "--json")
     report = json.loads(call(text, *flags).stdout)
     rows = PackedWindows(opened(text).files("train"), index, seed=5).rows(70 + np.arange(8))
@@ -87,9 +87,9 @@ def test_what_is_said_of_a_dataset(text):
         assert report["check"][name] == {"nbytes": 2 * split.tokens, "largest_id": max(s.max() for s in tokens.shards)}
         assert report["text"][name][0]["ids"][:5] == tokens.shards[0][:5].tolist()
     page = call(text).stdout
-    for part in (manifest.fingerprint(), f"{manifest.splits['train'].tokens:,}", "whole:", "made from source"):
+    for part in (manifest.fingerprint(), f"{manifest.splits['train'].tokens:,}", "intact:", "made from source"):
         assert part in page
-    assert "whole:" not in call(text, "--nocheck").stdout
+    assert "intact:" not in call(text, "--nocheck").stdout
 
 
 def flip(path, at=-1):
@@ -122,7 +122,7 @@ def test_damage_is_one_line_and_exit_3(name, text, tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "HASH_AT_START_BYTES", 0)
     monkeypatch.setattr(integrity, "CHUNK_BYTES", 64)
     with pytest.raises(DataError) as e:
-        integrity.verify(opened(tmp_path / "set"))
+        integrity.verify_dataset(opened(tmp_path / "set"))
     for part in parts:
         assert part in result.stderr and part in str(e.value)
 
@@ -132,17 +132,19 @@ def tiny(tmp_path_factory):
     """Every kind of file that a dataset folder has, as small as it can be; packed for two lengths."""
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "in.jsonl").write_text("".join(json.dumps({"text": "ab" * (i % 7 + 1)}) + "\n" for i in range(30)))
-    pipeline.prepare(folder / "tok", source=str(folder / "in.jsonl"), tokenizer="bpe:260")
-    pipeline.prepare(folder / "set", source=str(folder / "in.jsonl"), tokenizer=str(folder / "tok"), val_fraction=0.3)
+    pipeline.prepare_dataset(folder / "tok", source=str(folder / "in.jsonl"), tokenizer="bpe:260")
+    pipeline.prepare_dataset(
+        folder / "set", source=str(folder / "in.jsonl"), tokenizer=str(folder / "tok"), val_fraction=0.3
+    )
     for seq_len in (8, 16):
-        packing.pack(folder / "set", seq_len)
+        packing.pack_dataset(folder / "set", seq_len)
     return folder / "set"
 
 
 def check(folder):
     data = opened(folder)
-    integrity.verify(data)
-    packing.verify(folder, data.manifest)
+    integrity.verify_dataset(data)
+    packing.verify_packings(folder, data.manifest)
 
 
 def test_every_byte_of_every_file_is_checked(tiny, tmp_path):
@@ -193,7 +195,7 @@ def test_offsets_of_earlier_versions_are_compared_with_the_tokens(tiny, tmp_path
         for i in range(0, len(raw), step):
             path.write_bytes(raw[:i] + bytes([raw[i] ^ (1 + i % 255)]) + raw[i + 1 :])
             with pytest.raises(DataError, match=r"train\.documents\.bin"):
-                integrity.verify(opened(tmp_path / "set"))
+                integrity.verify_dataset(opened(tmp_path / "set"))
         path.write_bytes(raw)
         check(tmp_path / "set")
 
@@ -232,9 +234,9 @@ def test_what_no_window_reads_is_said(tiny, tmp_path):
 
 
 def test_chunks_do_not_change_what_is_found_and_memory_stays_small(text, tmp_path, monkeypatch):
-    whole = integrity.verify(opened(text))
+    whole = integrity.verify_dataset(opened(text))
     monkeypatch.setattr(integrity, "CHUNK_BYTES", 64)
-    assert integrity.verify(opened(text)) == whole
+    assert integrity.verify_dataset(opened(text)) == whole
     monkeypatch.setattr(integrity, "CHUNK_BYTES", 1 << 18)
     make_dataset.write(tmp_path, [np.arange(4 << 20) % 1000], vocab_size=1000)
     (tmp_path / "train.documents.bin").write_bytes(bytes(8))

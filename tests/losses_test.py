@@ -13,7 +13,7 @@ from data import tokenizers
 from data.preparation import losses, pipeline
 from data.preparation.losses import CHANGED, SPELLED, UNKNOWN
 from data.token_files import formats
-from data.tokenizers.base import Tokenizer, finder
+from data.tokenizers.base import Tokenizer, name_finder
 from data.tokenizers.characters import CharTokenizer
 from data.tokenizers.hf_json import JsonTokenizer
 from tests import families, runs
@@ -27,7 +27,7 @@ def prepared(
         tokenizers.save(codec, folder / "tokenizer")
         codec = str(folder)
     (folder / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    manifest = pipeline.prepare(folder / "out", source=str(folder / "x.jsonl"), tokenizer=codec, **request)
+    manifest = pipeline.prepare_dataset(folder / "out", source=str(folder / "x.jsonl"), tokenizer=codec, **request)
     summary = pipeline.read_summary(folder / "out")
     assert summary["loses_text"] == any(kind in summary["problems"]["counts"] for kind in losses.LOSSES)
     assert manifest.loses_text == summary["loses_text"]
@@ -97,7 +97,7 @@ def test_one_character_in_sixteen_is_compared(monkeypatch):
     codec = CharTokenizer("a")
     monkeypatch.setattr(CharTokenizer, "lossless", False)
     monkeypatch.setattr(codec, "encode", lambda text: calls.append(text) or [0] * len(text))
-    look = losses.Losses(codec, pipeline.documents.Problems())
+    look = losses.Losses(codec, pipeline.documents.InputErrors())
     for size in [1000] * 1000 + [10_000_000]:
         look.look(losses.Part("train", "a" * size, True, "x"), codec.encode("a")[:0])
     compared = sum(len(text) for text in calls[:]) - 1001
@@ -109,7 +109,7 @@ def test_names_are_found_as_a_plain_search_finds_them(names):
     text = "<eos> <|a|>b<|a|> </s>x\n<eo"
     expected = [name for name in names for _ in range(text.count(name)) if name != "<|a|>"]
     expected += ["<|a|>"] if "<|a|>" in names else []
-    assert sorted(finder(names)(text)) == sorted(expected)
+    assert sorted(name_finder(names)(text)) == sorted(expected)
 
 
 def test_the_command_says_that_text_is_lost(tmp_path):

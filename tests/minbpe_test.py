@@ -104,13 +104,13 @@ def test_the_first_example_of_minbpe():
 def test_written_and_read_again(trained):
     tokenizer, pattern, merges = trained
     ordered = {"<x>": 317, "<|endoftext|>": 400}
-    assert minbpe.write(tokenizer) == model(pattern, merges, ordered)
+    assert minbpe.to_minbpe(tokenizer) == model(pattern, merges, ordered)
 
 
 @pytest.mark.parametrize("pattern", ["gpt2", "llama3"])
 def test_a_trained_bpe_is_written(pattern):
     tokenizer = train_bpe(CORPUS, 320, pattern=pattern)
-    raw = minbpe.write(tokenizer)
+    raw = minbpe.to_minbpe(tokenizer)
     again = MinbpeTokenizer(raw)
     assert raw.splitlines()[1].decode() == hf_json.PATTERNS[pattern] and raw.splitlines()[3] == b"<|endoftext|> 319"
     merges = [tuple(map(int, line.split())) for line in raw.decode().splitlines()[4:]]
@@ -136,7 +136,7 @@ def test_what_cannot_be_written_says_why(change, words):
     del spec["model"]["vocab"]["<s>"]
     change(spec)
     with pytest.raises(DataError, match=words):
-        minbpe.write(JsonTokenizer(json.dumps(spec).encode()))
+        minbpe.to_minbpe(JsonTokenizer(json.dumps(spec).encode()))
 
 
 @pytest.mark.parametrize(

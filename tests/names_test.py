@@ -21,7 +21,7 @@ def test_any_name_has_a_place_below_the_folder_or_is_refused(tmp_path):
     for _ in range(3000):
         name = "".join(rng.choice(ALPHABET) for _ in range(rng.randint(0, 6)))
         try:
-            with names.opened(inside, name) as (folder, last):
+            with names.open_parent(inside, name) as (folder, last):
                 os.close(os.open(last, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, dir_fd=folder))
         except DataError:
             continue
@@ -40,19 +40,19 @@ def test_any_name_has_a_place_below_the_folder_or_is_refused(tmp_path):
 )
 def test_a_name_without_a_place_is_refused(name):
     with pytest.raises(DataError, match="rename it"):
-        names.parts(name)
+        names.safe_parts(name)
 
 
 def test_links_lead_nowhere(tmp_path):
     """This includes a link that appears between two uses."""
     (tmp_path / "elsewhere").mkdir()
-    with names.opened(tmp_path / "cache", "a/b/c"):
+    with names.open_parent(tmp_path / "cache", "a/b/c"):
         pass
     (tmp_path / "cache/a/b").rmdir()
     (tmp_path / "cache/a/b").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match="b is a link or a file"), names.opened(tmp_path / "cache", "a/b/c"):
+    with pytest.raises(OSError, match="b is a link or a file"), names.open_parent(tmp_path / "cache", "a/b/c"):
         pass
-    with names.opened(tmp_path / "cache", "d/e") as (folder, last):
+    with names.open_parent(tmp_path / "cache", "d/e") as (folder, last):
         (tmp_path / "cache/d").rename(tmp_path / "cache/f")
         (tmp_path / "cache/d").symlink_to(tmp_path / "elsewhere")
         os.close(os.open(last, os.O_CREAT | os.O_WRONLY, dir_fd=folder))
@@ -87,7 +87,7 @@ def test_patterns_are_those_of_the_file_system(tmp_path):
                 if os.path.isfile(p)
             }
             assert {name for name in there if names.matches(name, pattern)} == expected, pattern
-            assert names.find(root, pattern) == (sorted(expected), 0), pattern
+            assert names.find_files(root, pattern) == (sorted(expected), 0), pattern
 
 
 def test_every_file_once_by_its_own_name(tmp_path):
@@ -106,13 +106,13 @@ def test_every_file_once_by_its_own_name(tmp_path):
     ):
         (root / link).symlink_to(target)
     (root / "z.txt").hardlink_to(root / "b/2.txt")
-    assert names.find(root, "**/*.txt") == (["1.txt", "b/2.txt", "part/3.txt"], 2)
-    assert names.find(root, "*/*.txt")[0] == [
+    assert names.find_files(root, "**/*.txt") == (["1.txt", "b/2.txt", "part/3.txt"], 2)
+    assert names.find_files(root, "*/*.txt")[0] == [
         "b/2.txt",
         "part/3.txt",
         "self/1.txt",
     ]  # no other name of it has two parts
-    assert names.find(tmp_path / "none", "*") == ([], 0)
+    assert names.find_files(tmp_path / "none", "*") == ([], 0)
 
 
 def test_a_folder_that_cannot_hold_a_match_is_not_entered(tmp_path, monkeypatch):
@@ -127,27 +127,27 @@ def test_a_folder_that_cannot_hold_a_match_is_not_entered(tmp_path, monkeypatch)
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert names.find(tmp_path, "*/tokens/*.bin") == (["a/tokens/1.bin"], 0)
+    assert names.find_files(tmp_path, "*/tokens/*.bin") == (["a/tokens/1.bin"], 0)
     with pytest.raises(PermissionError):
-        names.find(tmp_path, "**/*.bin")
+        names.find_files(tmp_path, "**/*.bin")
 
 
 def test_a_pattern_stays_below_its_folder():
-    assert names.split("/a/b/*/c") == (pathlib.Path("/a/b"), "*/c")
-    assert names.split("*.txt") == (pathlib.Path("."), "*.txt")
+    assert names.split_at_wildcard("/a/b/*/c") == (pathlib.Path("/a/b"), "*/c")
+    assert names.split_at_wildcard("*.txt") == (pathlib.Path("."), "*.txt")
     with pytest.raises(DataError, match="after a wildcard"):
-        names.split("a/*/../b")
+        names.split_at_wildcard("a/*/../b")
 
 
 @pytest.mark.parametrize(
     "name", ["validate", "my_vals", "valset", "trainval", "VALID-set", "x-validations", "devset", "tests"]
 )
 def test_names_of_files_that_may_be_held_out(name):
-    assert names.says(f"{name}.bin", names.TEST)
+    assert names.has_word(f"{name}.bin", names.TEST)
 
 
 @pytest.mark.parametrize(
     "name", ["train", "interval", "value", "latest", "device", "contest", "valley", "dataset", "data"]
 )
 def test_names_of_other_files(name):
-    assert not names.says(f"{name}_0.bin", names.TEST)
+    assert not names.has_word(f"{name}_0.bin", names.TEST)

@@ -41,7 +41,7 @@ def place(tmp_path):
 
 
 def run(out: pathlib.Path, source: pathlib.Path, tokenizer: str = "byte", **changes) -> formats.Manifest:
-    return pipeline.prepare(out, source=str(source), tokenizer=tokenizer, val_fraction=0.3, **changes)
+    return pipeline.prepare_dataset(out, source=str(source), tokenizer=tokenizer, val_fraction=0.3, **changes)
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes | str]:
@@ -64,7 +64,7 @@ before, asked = sys.argv[3:5]
 out, kept = place / "out", source.parent / "kept"
 
 def make(tokenizer):
-    pipeline.prepare(out, source=str(source), tokenizer=tokenizer, val_fraction=0.3, overwrite=True)
+    pipeline.prepare_dataset(out, source=str(source), tokenizer=tokenizer, val_fraction=0.3, overwrite=True)
 
 def in_a_child(function):
     child = os.fork()

@@ -25,7 +25,7 @@ from data import loader, mixture, packing, sources
 from data.batch import Batch, from_tokens
 from data.config import DataConfig
 from data.errors import DataError
-from data.preparation.pipeline import prepare
+from data.preparation.pipeline import prepare_dataset
 from data.storage import files
 from data.token_files import formats
 from tests import runs
@@ -141,7 +141,7 @@ def test_a_realistic_distribution_leaves_little_padding():
 @pytest.fixture
 def packed(tmp_path):
     write(tmp_path, lengths_like_text(400), 1000, 1017, 3000)
-    packing.pack(tmp_path, T)
+    packing.pack_dataset(tmp_path, T)
     return tmp_path
 
 
@@ -149,8 +149,8 @@ def test_rows_hold_whole_documents_and_an_epoch_every_token_once(tmp_path):
     lengths = lengths_like_text(500)
     shards = (1000, 1017, 3000)  # one of them as long as a row
     tokens = write(tmp_path, lengths, *shards, ends=False)
-    index, there = packing.pack(tmp_path, T)
-    assert not there and packing.pack(tmp_path, T) == (index, True)
+    index, there = packing.pack_dataset(tmp_path, T)
+    assert not there and packing.pack_dataset(tmp_path, T) == (index, True)
     windows = open_windows(tmp_path)
     for epoch in (0, 1):
         rows = windows.rows(epoch * index.rows + np.arange(index.rows))
@@ -183,7 +183,7 @@ def test_any_lengths_and_shards_are_read_as_they_were_written(lengths, borders, 
         path, total = pathlib.Path(folder), sum(lengths)
         shards = sorted({border % total for border in borders} - {0})
         tokens = write(path, lengths, *shards, ends=ends)
-        index, _ = packing.pack(path, seq_len)
+        index, _ = packing.pack_dataset(path, seq_len)
         windows, g = open_windows(path, seq_len), np.arange(index.rows)
         rows = windows.rows(g)
         assert sorted(rows.tolist()) == sorted(expected_rows(index, tokens))
@@ -201,7 +201,7 @@ def test_any_lengths_and_shards_are_read_as_they_were_written(lengths, borders, 
 def test_cut_by_windows_counts_what_windows_cut(tmp_path):
     """By hand: rows of 5, windows [0, 5), [4, 9), [8, 13): the document at 3 is in two, that at 8 in one."""
     write(tmp_path, [3, 5, 5])
-    index, _ = packing.pack(tmp_path, 4)
+    index, _ = packing.pack_dataset(tmp_path, 4)
     assert (index.cut, index.cut_by_windows, index.rows) == (0, 1, 3)
     pieces, first = index.load()
     assert pieces.tolist() == [(3, 5), (8, 5), (0, 3)] and first.tolist() == [0, 1, 2, 3]
@@ -210,7 +210,7 @@ def test_cut_by_windows_counts_what_windows_cut(tmp_path):
 def test_the_index_is_frozen(tmp_path):
     """A run in progress relies on its rows: a change here must change packing.VERSION, too."""
     write(tmp_path, [i * i * 7919 % 41 + 2 for i in range(400)], 1000)
-    index, _ = packing.pack(tmp_path, T)
+    index, _ = packing.pack_dataset(tmp_path, T)
     assert (index.rows, index.pieces, index.sha256[:16]) == (529, 696, "9fd12f2cf89a171f")
 
 
@@ -218,7 +218,7 @@ def test_the_same_documents_give_the_same_file(tmp_path):
     files = []
     for name in ("a", "b"):
         write(tmp_path / name, lengths_like_text(400), 1000)
-        index, _ = packing.pack(tmp_path / name, T)
+        index, _ = packing.pack_dataset(tmp_path / name, T)
         files.append(index.path.read_bytes())
     assert files[0] == files[1]
 
@@ -259,7 +259,7 @@ def test_a_damaged_or_foreign_index_is_refused_and_packed_again(packed, how):
         open_windows(packed)
     assert said in str(e.value) and f"python -m launch.pack {packed} --seq_len={T}" in str(e.value)
     assert "\n" not in str(e.value)
-    _, there = packing.pack(packed, T)
+    _, there = packing.pack_dataset(packed, T)
     assert not there
     open_windows(packed).rows(np.arange(10))
 
@@ -284,7 +284,7 @@ def test_a_file_that_is_no_index_is_left_alone(packed):
     path = packing.index_path(packed, 8)
     path.write_bytes(b"mine")
     with pytest.raises(DataError, match="move it away"):
-        packing.pack(packed, 8)
+        packing.pack_dataset(packed, 8)
     assert path.read_bytes() == b"mine"
 
 
@@ -292,7 +292,7 @@ def test_offsets_of_other_tokens_are_refused(tmp_path):
     write(tmp_path, [5, 9, 4])
     (tmp_path / "train.documents.bin").write_bytes(np.array([0, 6, 14], "<u8").tobytes())
     with pytest.raises(DataError, match=r"ends with token 7 and not with the end-of-text token 1"):
-        packing.pack(tmp_path, T)
+        packing.pack_dataset(tmp_path, T)
     assert not list(tmp_path.glob("*.packed*.bin"))
 
 
@@ -304,8 +304,8 @@ def prepared(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("packed")
     lines = runs.text(20_000).splitlines()
     (folder / "in.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    prepare(folder / "dataset", source=str(folder / "in.jsonl"), tokenizer="char")
-    packing.pack(folder / "dataset", 32)
+    prepare_dataset(folder / "dataset", source=str(folder / "in.jsonl"), tokenizer="char")
+    packing.pack_dataset(folder / "dataset", 32)
     return folder / "dataset"
 
 
@@ -322,14 +322,14 @@ def test_what_cannot_be_packed_is_refused(prepared, tmp_path):
     with pytest.raises(DataError, match=r"is not packed for data\.seq_len 48; pack it with: .* --seq_len=48"):
         sources.open_sources(DataConfig(path=str(prepared), seq_len=48, packed=True))
     one_text = runs.dataset(tmp_path)
-    for refused in (lambda: open_(one_text), lambda: packing.pack(one_text, 32)):
+    for refused in (lambda: open_(one_text), lambda: packing.pack_dataset(one_text, 32)):
         with pytest.raises(DataError, match="no end-of-text token between documents"):
             refused()
     np.arange(100, dtype="<u2").tofile(tmp_path / "tokens.bin")
     with pytest.raises(DataError, match=r"tokens\.bin was not prepared by launch\.prepare"):
         open_(tmp_path / "tokens.bin")
     with pytest.raises(DataError, match=r"is not a dataset of launch\.prepare"):
-        packing.pack(tmp_path / "nothing", 32)
+        packing.pack_dataset(tmp_path / "nothing", 32)
 
 
 def packed_loader(prepared: pathlib.Path, mesh: jax.sharding.Mesh, batch: int = 16) -> loader.Loader:
@@ -346,7 +346,7 @@ def test_batches_are_the_same_on_every_mesh(prepared):
 
 def test_packed_sources_are_mixed(packed, tmp_path):
     write(tmp_path / "other", lengths_like_text(100, seed=2))
-    packing.pack(tmp_path / "other", T)
+    packing.pack_dataset(tmp_path / "other", T)
     folders = {"a": packed, "b": tmp_path / "other"}
     files = {n: formats.TokenFiles(f, formats.read_manifest(f), "train") for n, f in folders.items()}
     indexes = {n: packing.read_index(f, formats.read_manifest(f), T) for n, f in folders.items()}
@@ -448,7 +448,7 @@ def test_what_follows_the_documents_of_a_row_as_padding_changes_no_gradient(prep
 
 def test_packed_by_the_command_trained_killed_and_resumed(prepared, tmp_path):
     dataset = tmp_path / "dataset"
-    prepare(dataset, source=str(prepared.parent / "in.jsonl"), tokenizer="char")
+    prepare_dataset(dataset, source=str(prepared.parent / "in.jsonl"), tokenizer="char")
     fields = {
         "num_train_steps": 30, "data__packed": "true", "data__mask_documents": "true", "eval__every_steps": 10,
         "sample__prompt": "mesh",
@@ -458,7 +458,7 @@ def test_packed_by_the_command_trained_killed_and_resumed(prepared, tmp_path):
     assert f"python -m launch.pack {dataset} --seq_len=32" in refused
     out = runs.finish(runs.start(command))
     assert "% of them used" in out and "documents cut" in out
-    assert "was there" in runs.finish(runs.start(command))
+    assert "existed already" in runs.finish(runs.start(command))
     whole, run = tmp_path / "whole", tmp_path / "run"
     runs.train(whole, dataset, **fields)
     process = runs.start(runs.command(run, dataset, **fields))
@@ -489,4 +489,4 @@ def test_a_lock_that_cannot_be_made_is_about_writing(tmp_path, monkeypatch, code
 
     monkeypatch.setattr(files, "_take", refuses)
     with pytest.raises(DataError, match=rf"cannot write {tmp_path}/train\.packed-4\.bin: {os.strerror(code)}"):
-        packing.pack(tmp_path, 4)
+        packing.pack_dataset(tmp_path, 4)

@@ -53,7 +53,7 @@ def folder(tmp_path):
 
 
 def run(out: pathlib.Path, source: pathlib.Path, tokenizer: str = "char", **changes) -> formats.Manifest:
-    return pipeline.prepare(out, source=str(source), tokenizer=tokenizer, **changes)
+    return pipeline.prepare_dataset(out, source=str(source), tokenizer=tokenizer, **changes)
 
 
 def test_one_file_is_prepared_as_nanogpt_does_it(file, tmp_path):
@@ -114,7 +114,7 @@ def test_several_documents_stay_whole_and_each_ends_with_eos(kind, folder, tmp_p
         assert np.array_equal([d[-1] for d in np.split(ids, starts[1:])], [manifest.eos_id] * len(starts))
         assert spec.text_bytes == sum(len(d.encode("utf-8")) for d in documents)  # without the eos
         found[split] = documents
-    train, val = corpus.split(corpus.find(str(folder), tmp_path).files, 0.3)
+    train, val = corpus.split_files(corpus.find_files(str(folder), tmp_path).files, 0.3)
     assert found == {
         "train": [d.path.read_text("utf-8") for d in train],
         "val": [d.path.read_text("utf-8") for d in val],
@@ -281,15 +281,15 @@ KILLED = """
 import os, pathlib, signal, sys
 from data.preparation import documents, encode, pipeline
 documents.UNIT_BYTES = 40
-encode_unit, calls = encode.encode, []
+encode_unit, calls = encode.encode_unit, []
 def encode_then_die(*args):
     calls.append(encode_unit(*args))
     if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return calls[-1]
-encode.encode = encode_then_die
+encode.encode_unit = encode_then_die
 out, source = map(pathlib.Path, sys.argv[1:])
-pipeline.prepare(out, source=str(source), tokenizer="char", val_fraction=0.3, overwrite=True)
+pipeline.prepare_dataset(out, source=str(source), tokenizer="char", val_fraction=0.3, overwrite=True)
 """
 
 
@@ -310,13 +310,13 @@ def test_a_killed_run_leaves_the_name_as_it_was_and_the_next_goes_on(replacing, 
 
     monkeypatch.setattr(documents, "UNIT_BYTES", 40)
     encoded = []
-    encode_unit = encode.encode
+    encode_unit = encode.encode_unit
 
     def note(index, *args):
         encoded.append(index)
         return encode_unit(index, *args)
 
-    monkeypatch.setattr(encode, "encode", note)
+    monkeypatch.setattr(encode, "encode_unit", note)
     run(out, folder, val_fraction=0.3, overwrite=replacing)
     assert encoded and encoded[0] == 3
     assert not (tmp_path / "out.partial").exists()
@@ -508,7 +508,7 @@ def test_standard_input(tmp_path):
     assert sum(s.documents for s in formats.read_manifest(out).splits.values()) == 60
     before = contents(out)
     again = prepare_stdin(raw, f"--out={out}", "--stdin_format=jsonl", "--count_duplicates")
-    assert again.returncode == 0 and b"was there" in again.stdout and contents(out) == before
+    assert again.returncode == 0 and b"exists already" in again.stdout and contents(out) == before
     other = prepare_stdin(raw + b'{"text": "more"}\n', f"--out={out}", "--stdin_format=jsonl")
     assert other.returncode == 3 and b"--overwrite" in other.stderr and contents(out) == before
     assert prepare_stdin(b"", f"--out={tmp_path / 'none'}").returncode == 3
@@ -617,7 +617,7 @@ def test_text_that_names_a_tokenizer_of_another_dataset_is_compared_by_content(f
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])
-def test_a_tokenizer_that_changed_before_a_run_goes_on(kind, folder, tmp_path):
+def test_a_tokenizer_that_changed_before_a_run_resumes(kind, folder, tmp_path):
     """Units of the tokenizer that was there before are not used with the new one."""
     given = tmp_path / "given"
 

@@ -189,7 +189,7 @@ def check(seed: int, root: pathlib.Path) -> str:
         reading, refused = None, e
     with tiny_units(rng):
         try:
-            manifest = pipeline.prepare(root / "out", **dataclasses.asdict(asked))
+            manifest = pipeline.prepare_dataset(root / "out", **dataclasses.asdict(asked))
         except UserError as e:
             assert len(str(e)) < 3000 and not (root / "out").exists()
             assert refused or not reading.certain or not splits_have_train(corpus, reading, asked), f"refused: {e}"
@@ -224,21 +224,21 @@ def killed_and_resumed(rng: random.Random, root: pathlib.Path, corpus: Corpus, a
     """If a preparation ends at a random unit and starts again, the dataset has the same bytes."""
     left = rng.randrange(4)
 
-    def dying(*args, real=encode.encode):
+    def dying(*args, real=encode.encode_unit):
         nonlocal left
         left -= 1
         if left < 0:
             raise Killed
         return real(*args)
 
-    real, encode.encode = encode.encode, dying
+    real, encode.encode_unit = encode.encode_unit, dying
     try:
-        pipeline.prepare(root / "again", **dataclasses.asdict(asked))
+        pipeline.prepare_dataset(root / "again", **dataclasses.asdict(asked))
     except Killed:
         pass
     finally:
-        encode.encode = real
-    pipeline.prepare(root / "again", **dataclasses.asdict(asked))
+        encode.encode_unit = real
+    pipeline.prepare_dataset(root / "again", **dataclasses.asdict(asked))
     first, second = (
         {p.relative_to(root / name): p.read_bytes() for p in (root / name).rglob("*") if p.is_file()}
         for name in ("out", "again")

@@ -26,9 +26,9 @@ def store(tmp_path, monkeypatch):
     with object_store.running() as running:
         for name, value in environment(running, tmp_path / "cache").items():
             monkeypatch.setenv(name, value)
-        remote.local.cache_clear()
+        remote.fetch.cache_clear()
         yield running
-    remote.local.cache_clear()
+    remote.fetch.cache_clear()
 
 
 def environment(store: object_store.Store, cache: pathlib.Path) -> dict[str, str]:
@@ -50,17 +50,17 @@ def test_a_folder_is_fetched_once_and_again_where_it_changed(scheme, store):
     store.put("data/set/tokenizer/x.json", b"tokens")
     store.put("data/setter.bin", b"another")
     path = f"{scheme}://a-bucket/data/set/"
-    folder = pathlib.Path(remote.local(path))
+    folder = pathlib.Path(remote.fetch(path))
     assert contents(folder) == {"manifest.json": b"{}", "tokenizer/x.json": b"tokens"}
-    assert remote.local(path) == str(folder)
+    assert remote.fetch(path) == str(folder)
     store.requests.clear()
-    remote.local.cache_clear()  # as in a new process
-    assert remote.local(path) == str(folder)
+    remote.fetch.cache_clear()  # as in a new process
+    assert remote.fetch(path) == str(folder)
     assert store.requests == []
     store.put("data/set/manifest.json", b"{ }")
     del store.objects["data/set/tokenizer/x.json"]
-    remote.local.cache_clear()
-    remote.local(path)
+    remote.fetch.cache_clear()
+    remote.fetch(path)
     assert contents(folder) == {"manifest.json": b"{ }"}
     assert {request.split()[0] for request in store.requests} == {"data/set/manifest.json"}
 
@@ -71,17 +71,17 @@ def test_objects_are_whole_in_blocks_of_any_size(scheme, size, store, monkeypatc
     monkeypatch.setattr(remote, "BLOCK_BYTES", 64)
     content = os.urandom(size)
     store.put("tokens.bin", content)
-    assert pathlib.Path(remote.local(f"{scheme}://a-bucket/tokens.bin")).read_bytes() == content
+    assert pathlib.Path(remote.fetch(f"{scheme}://a-bucket/tokens.bin")).read_bytes() == content
 
 
 @schemes
 def test_globs_and_what_belongs_to_what_they_match(scheme, store):
     for key in ("t/a_1.bin", "t/a_2.bin", "t/a_2.idx", "t/b.bin", "t/deep/a_3.bin"):
         store.put(key, key.encode())
-    found = pathlib.Path(remote.local(f"{scheme}://a-bucket/t/a_*.bin"))
+    found = pathlib.Path(remote.fetch(f"{scheme}://a-bucket/t/a_*.bin"))
     assert found.name == "a_*.bin"
     assert contents(found.parent) == {n: f"t/{n}".encode() for n in ("a_1.bin", "a_2.bin", "a_2.idx")}
-    alone = remote.local(f"{scheme}://a-bucket/t/a_2.idx")
+    alone = remote.fetch(f"{scheme}://a-bucket/t/a_2.idx")
     assert pathlib.Path(alone).with_suffix(".bin").read_bytes() == b"t/a_2.bin"
 
 
@@ -97,29 +97,29 @@ def test_an_object_that_changes_while_it_is_read_is_noticed(store, monkeypatch):
 
     monkeypatch.setattr(object_store.Handler, "content", change_then_send)
     with pytest.raises(DataError, match=r"gs://a-bucket/tokens\.bin changed while it was read"):
-        remote.local("gs://a-bucket/tokens.bin")
+        remote.fetch("gs://a-bucket/tokens.bin")
     assert not contents(remote.cache_folder() / "files")
 
 
 @schemes
 def test_what_is_wrong_is_said_in_one_line(scheme, store, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=rf"nothing at {scheme}://a-bucket/none.*cp"):
-        remote.local(f"{scheme}://a-bucket/none")
+        remote.fetch(f"{scheme}://a-bucket/none")
     with pytest.raises(DataError, match=r"names no object"):
-        remote.local(f"{scheme}://a-bucket/")
+        remote.fetch(f"{scheme}://a-bucket/")
     store.put("a/../../etc", b"x")
     with pytest.raises(DataError, match=r"'\.\.' in its name"):
-        remote.local(f"{scheme}://a-bucket/a")
+        remote.fetch(f"{scheme}://a-bucket/a")
     with pytest.raises(DataError, match=r"cannot read .*://My!Data/mine.*[Ii]nvalid"):
-        remote.local(f"{scheme}://My!Data/mine")
+        remote.fetch(f"{scheme}://My!Data/mine")
     store.put("b.bin", b"x")
     monkeypatch.setenv("MESHLM_CACHE", "/proc/none")
     with pytest.raises(DataError, match=r"cannot keep .*MESHLM_CACHE"):
-        remote.local(f"{scheme}://a-bucket/b.bin")
+        remote.fetch(f"{scheme}://a-bucket/b.bin")
     store.denied = True
     credentials = {"gs": "gcloud auth application-default login", "s3": "AWS_SECRET_ACCESS_KEY"}[scheme]
     with pytest.raises(DataError, match=credentials) as e:
-        remote.local(f"{scheme}://a-bucket/b.bin")
+        remote.fetch(f"{scheme}://a-bucket/b.bin")
     assert "\n" not in str(e.value)
 
 
@@ -135,10 +135,10 @@ def test_no_key_writes_or_removes_anything_outside_the_cache(scheme, store, tmp_
         store.put(key, b"theirs")
     for path in (f"/{victim}", str(victim), "a", "a/", "a//", "c", "c/.", "e/..", "e", "g", "../x", "/", "i", "*//*"):
         with pytest.raises(DataError):
-            remote.local(f"{scheme}://a-bucket/{path}")
+            remote.fetch(f"{scheme}://a-bucket/{path}")
     for bucket in ("..", ".", ""):
         with pytest.raises(DataError):
-            remote.local(f"{scheme}://{bucket}/a")
+            remote.fetch(f"{scheme}://{bucket}/a")
     assert contents(victim) == {"thesis.tex": b"years of work", "train.bin": b"mine"}
     assert {path.name for path in tmp_path.iterdir()} <= {"victim", "cache"} and not contents(tmp_path / "cache")
 
@@ -158,23 +158,25 @@ def test_a_pattern_is_that_of_a_disk_and_what_is_listed_is_what_is_read(scheme, 
     """This holds whatever another run has fetched; hidden parts and folders below a match do not count."""
     for key in ("t/0.bin", "t/a/1.bin", "t/b/c/2.bin", "t/.h/3.bin", "t/x.bin/4.bin"):
         store.put(key, key.encode())
-    remote.local(f"{scheme}://a-bucket/t")
+    remote.fetch(f"{scheme}://a-bucket/t")
     store.put("t/b/c/2.bin", b"changed")
     del store.objects["t/a/1.bin"]
-    remote.local.cache_clear()
-    found = {path.parent.name: path.read_bytes() for path in external.find(f"{scheme}://a-bucket/t/**/*.bin")}
+    remote.fetch.cache_clear()
+    found = {
+        path.parent.name: path.read_bytes() for path in external.find_token_files(f"{scheme}://a-bucket/t/**/*.bin")
+    }
     assert found == {"t": b"t/0.bin", "c": b"changed", "x.bin": b"t/x.bin/4.bin"}
-    assert [path.name for path in external.find(f"{scheme}://a-bucket/t/*.bin")] == ["0.bin"]
-    assert [path.name for path in external.find(f"{scheme}://a-bucket/t")] == ["0.bin"]
+    assert [path.name for path in external.find_token_files(f"{scheme}://a-bucket/t/*.bin")] == ["0.bin"]
+    assert [path.name for path in external.find_token_files(f"{scheme}://a-bucket/t")] == ["0.bin"]
 
 
 def test_an_index_that_left_the_store_is_not_found_beside_the_tokens(store):
     for key in ("t/a.bin", "t/a.idx"):
         store.put(key, b"x")
-    remote.local("gs://a-bucket/t/a.bin")
+    remote.fetch("gs://a-bucket/t/a.bin")
     del store.objects["t/a.idx"]
-    remote.local.cache_clear()
-    assert not pathlib.Path(remote.local("gs://a-bucket/t/a.bin")).with_suffix(".idx").exists()
+    remote.fetch.cache_clear()
+    assert not pathlib.Path(remote.fetch("gs://a-bucket/t/a.bin")).with_suffix(".idx").exists()
 
 
 @pytest.mark.parametrize(
@@ -182,10 +184,10 @@ def test_an_index_that_left_the_store_is_not_found_beside_the_tokens(store):
 )
 def test_a_copy_that_is_not_as_it_was_made_is_fetched_again(damage, store):
     store.put("set/tokens.bin", b"all of it")
-    copy = pathlib.Path(remote.local("gs://a-bucket/set"), "tokens.bin")
+    copy = pathlib.Path(remote.fetch("gs://a-bucket/set"), "tokens.bin")
     copy.write_bytes(damage(copy.read_bytes()))
-    remote.local.cache_clear()
-    remote.local("gs://a-bucket/set")
+    remote.fetch.cache_clear()
+    remote.fetch("gs://a-bucket/set")
     assert copy.read_bytes() == b"all of it"
 
 
@@ -194,13 +196,13 @@ def test_only_copies_are_removed_from_the_cache(store):
     store.put("set/manifest.json", b"{}")
     store.put("set/train.packed-8.bin", b"old")
     store.put("set/gone.bin", b"x")
-    folder = pathlib.Path(remote.local("gs://a-bucket/set"))
+    folder = pathlib.Path(remote.fetch("gs://a-bucket/set"))
     (folder / "train.packed-16.bin").write_bytes(b"mine")
     (folder / "train.packed-8.bin").write_bytes(b"mine, too")
     for key in ("set/train.packed-8.bin", "set/gone.bin"):
         del store.objects[key]
-    remote.local.cache_clear()
-    remote.local("gs://a-bucket/set")
+    remote.fetch.cache_clear()
+    remote.fetch("gs://a-bucket/set")
     mine = {"train.packed-16.bin": b"mine", "train.packed-8.bin": b"mine, too"}
     assert contents(folder) == {"manifest.json": b"{}", **mine}
 
@@ -208,17 +210,17 @@ def test_only_copies_are_removed_from_the_cache(store):
 def test_an_object_becomes_a_folder_and_a_folder_an_object(store):
     store.put("set/a", b"file")
     store.put("set/b/c/d", b"deep")
-    folder = pathlib.Path(remote.local("gs://a-bucket/set"))
+    folder = pathlib.Path(remote.fetch("gs://a-bucket/set"))
     del store.objects["set/a"], store.objects["set/b/c/d"]
     store.put("set/a/e", b"below")
     store.put("set/b", b"flat")
-    remote.local.cache_clear()
-    remote.local("gs://a-bucket/set/b")
-    remote.local("gs://a-bucket/set/a/e")
+    remote.fetch.cache_clear()
+    remote.fetch("gs://a-bucket/set/b")
+    remote.fetch("gs://a-bucket/set/a/e")
     assert contents(folder) == {"a/e": b"below", "b": b"flat"}
     store.put("set/b/x", b"both")
     with pytest.raises(DataError, match="has both set/b and set/b/x"):
-        remote.local("gs://a-bucket/set")
+        remote.fetch("gs://a-bucket/set")
 
 
 def test_a_link_in_the_cache_leads_nowhere(store, tmp_path):
@@ -229,27 +231,27 @@ def test_a_link_in_the_cache_leads_nowhere(store, tmp_path):
     bucket.mkdir(parents=True)
     (bucket / "set").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(DataError, match="set is a link or a file there"):
-        remote.local("gs://a-bucket/set")
+        remote.fetch("gs://a-bucket/set")
     (bucket / "set").unlink()
     (bucket / "set").mkdir()
     (bucket / "set/a.bin").symlink_to(tmp_path / "elsewhere/a.bin")
-    assert contents(pathlib.Path(remote.local("gs://a-bucket/set"))) == {"a.bin": b"theirs"}
+    assert contents(pathlib.Path(remote.fetch("gs://a-bucket/set"))) == {"a.bin": b"theirs"}
     assert (tmp_path / "elsewhere/a.bin").read_bytes() == b"mine"
 
 
 def test_a_disk_that_is_full_is_left_as_it_was(store, monkeypatch):
     """Nothing is left of what did not fit: it would take up the space that is missing."""
     store.put("set/a.bin", b"old")
-    folder = pathlib.Path(remote.local("gs://a-bucket/set"))
+    folder = pathlib.Path(remote.fetch("gs://a-bucket/set"))
     store.put("set/a.bin", b"new")
-    remote.local.cache_clear()
+    remote.fetch.cache_clear()
 
     def full(file: IO[bytes]) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(cache, "close_durably", full)
     with pytest.raises(DataError, match="No space left on device; make room, or set MESHLM_CACHE"):
-        remote.local("gs://a-bucket/set")
+        remote.fetch("gs://a-bucket/set")
     assert contents(folder) == {"a.bin": b"old"}
     assert not [name for name in contents(remote.cache_folder() / "state") if name.endswith(".partial")]
 
@@ -258,7 +260,7 @@ def test_keys_of_any_characters(store):
     """They are the same in the cache."""
     for key in ("set/caf\xe9 \u4e2d.bin", "set/#?%.bin", "set/back\\slash.bin", "set/~.bin"):
         store.put(key, key.encode())
-    folder = pathlib.Path(remote.local("gs://a-bucket/set"))
+    folder = pathlib.Path(remote.fetch("gs://a-bucket/set"))
     assert contents(folder) == {key.removeprefix("set/"): content for key, content in store.objects.items()}
 
 
@@ -273,7 +275,7 @@ def test_files_of_a_dataset_in_a_store_are_never_taken_for_loose_ones(scheme, st
             sources.open_sources(DataConfig(path=f"{path}/{pattern}"), 60_000)
     sources.open_sources(DataConfig(path=path))
     del store.objects["sets/dataset/manifest.json"]
-    remote.local.cache_clear()
+    remote.fetch.cache_clear()
     assert sources.open_sources(DataConfig(path=f"{path}/train-*.bin"), 60_000)
 
 

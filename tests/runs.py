@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Container, Iterable, Iterator
 
-from data.preparation.pipeline import prepare
+from data.preparation.pipeline import prepare_dataset
 
 ROOT = pathlib.Path(__file__).parent.parent
 TIMEOUT_S = 180
@@ -46,7 +46,7 @@ def text(characters: int = 40_000) -> str:
 def dataset(folder: pathlib.Path) -> pathlib.Path:
     source = folder / "corpus.txt"
     source.write_text(text())
-    prepare(folder / "dataset", source=str(source), tokenizer="char")
+    prepare_dataset(folder / "dataset", source=str(source), tokenizer="char")
     return folder / "dataset"
 
 

@@ -45,7 +45,7 @@ def any_text(rng: random.Random, length: int, run: int = 300) -> str:
 
 def cut_in_two(encode, text: str, at: int) -> np.ndarray | None:
     """The tokens of the two parts of a text, as two processes make them; None if a check refuses the cut."""
-    seam = seams.find(encode, text[max(at - seams.WINDOW, 0) : at], text[at : at + seams.WINDOW])
+    seam = seams.find_seam(encode, text[max(at - seams.WINDOW, 0) : at], text[at : at + seams.WINDOW])
     if seam is None:
         return None
     stop = max(at - seams.WINDOW, 0) + seam.at
@@ -94,7 +94,7 @@ def prepared(folder, text: bytes, codec, **request) -> tuple[dict[str, list[int]
     arguments = {key: value for key, value in request.items() if key != "name"}
     out = folder / "out"
     source = str(folder / request.get("name", "x.txt"))
-    manifest = pipeline.prepare(out, source=source, tokenizer=str(folder), overwrite=out.exists(), **arguments)
+    manifest = pipeline.prepare_dataset(out, source=source, tokenizer=str(folder), overwrite=out.exists(), **arguments)
     rows = {split: np.fromfile(out / f"{split}-00000.bin", manifest.dtype).tolist() for split in ("train", "val")}
     return rows, pipeline.read_summary(out)
 
@@ -121,7 +121,7 @@ def test_no_text_crosses_the_cut_to_validation(offset, tiny_units, tmp_path):
     codec = families.make("llama2")
     text = "\n".join(["  the quick  fox "] * 1000)
     text = text[: text.index("\n", 4000) + 1].ljust(4000) + text
-    first = documents.cut(text[4000:4064].encode()) + 4000
+    first = documents.split_point(text[4000:4064].encode()) + 4000
     fraction = 1 - (first + offset + 0.5) / len(text)
     rows, _ = prepared(tmp_path, text.encode(), codec, val_fraction=fraction)
     cut = first + offset
@@ -145,7 +145,7 @@ def test_bytes_that_are_no_text_near_a_cut(tiny_units, tmp_path):
 
 
 def test_a_place_where_no_seam_is_found_is_counted(tiny_units, tmp_path, monkeypatch):
-    monkeypatch.setattr(seams, "find", lambda *args: None)
+    monkeypatch.setattr(seams, "find_seam", lambda *args: None)
     codec = families.make("llama2")
     _, summary = prepared(tmp_path, b"hello " * 2000, codec, val_fraction=0.0)
     assert summary["problems"]["counts"][parts.NO_SEAM] == 2

@@ -15,7 +15,7 @@ import pytest
 from data import sources, tokenizers
 from data.config import DataConfig
 from data.errors import DataError
-from data.preparation.pipeline import prepare
+from data.preparation.pipeline import prepare_dataset
 from data.token_files import formats
 from tests import runs
 
@@ -46,7 +46,7 @@ def three(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("sources")
     lines = WORDS.splitlines()
     (folder / "in.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    prepare(folder / "fresh", source=str(folder / "in.jsonl"), tokenizer="bpe:300", val_fraction=0.2)
+    prepare_dataset(folder / "fresh", source=str(folder / "in.jsonl"), tokenizer="bpe:300", val_fraction=0.2)
     codec = tokenizers.load(folder / "fresh" / "tokenizer")
     upper = [np.append(codec.encode(line.upper()), codec.eos_id) for line in lines]
     titled = [np.append(codec.encode(line.title()), codec.eos_id) for line in lines]
@@ -85,11 +85,11 @@ def test_the_fingerprint_follows_tokens_and_order_but_not_weights_or_folders(thr
 
 
 def test_other_tokenizers_are_refused(three, tmp_path):
-    prepare(tmp_path / "chars", source=str(three / "in.jsonl"), tokenizer="char")
+    prepare_dataset(tmp_path / "chars", source=str(three / "in.jsonl"), tokenizer="char")
     with pytest.raises(DataError, match=r"chars was prepared with another tokenizer than .*fresh") as e:
         open_(f"{three / 'fresh'},{tmp_path / 'chars'}")
     assert f"--tokenizer={three / 'fresh'}" in str(e.value)
-    prepare(tmp_path / "same", source=str(three / "in.jsonl"), tokenizer=str(three / "fresh"), val_fraction=0.5)
+    prepare_dataset(tmp_path / "same", source=str(three / "in.jsonl"), tokenizer=str(three / "fresh"), val_fraction=0.5)
     assert open_(f"{three / 'fresh'},{tmp_path / 'same'}").vocab_size == open_(str(three / "fresh")).vocab_size
 
 

@@ -29,7 +29,7 @@ def test_the_same_text_is_the_same_file_and_the_last_user_removes_it(tmp_path):
             with spool.spooled(io.BytesIO(TEXT + b"x"), tmp_path, "txt") as other:
                 assert other != first and other.read_bytes() == TEXT + b"x"
         assert first.read_bytes() == TEXT and names(tmp_path) == [first.name]
-        assert spool.content(first) and not spool.content(tmp_path / "a.txt")
+        assert spool.content_hash(first) and not spool.content_hash(tmp_path / "a.txt")
     assert not names(tmp_path)
 
 

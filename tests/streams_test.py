@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from data.preparation.pipeline import prepare
+from data.preparation.pipeline import prepare_dataset
 from tests import runs
 
 # As on a machine without any locale, and with Python's own UTF-8 mode off.
@@ -27,7 +27,7 @@ def run(tmp_path_factory):
     """A run that was trained with a closed stdout, on text in many scripts."""
     folder = tmp_path_factory.mktemp("streams")
     (folder / "corpus.txt").write_text("größe naïve 你好 привет 😀 " * 600, encoding="utf-8")
-    prepare(folder / "dataset", source=str(folder / "corpus.txt"), tokenizer="char")
+    prepare_dataset(folder / "dataset", source=str(folder / "corpus.txt"), tokenizer="char")
     fields = {"num_train_steps": 2, "sample__prompt": "r", "sample__max_new_tokens": 30}
     ended = in_shell(runs.command(folder / "run", folder / "dataset", **fields), ">&-")
     assert ended.returncode == 0 and ended.stdout == "" and "Traceback" not in ended.stderr, ended
@@ -70,7 +70,7 @@ def test_a_configuration_that_was_changed_by_hand_is_not_evaluated(run, tmp_path
 STANDING_STILL = """
 import os, pathlib, sys, time
 from launch import signals
-listening = signals.Signals()
+listening = signals.StopSignals()
 listening.connect(lambda: pathlib.Path(sys.argv[1]).touch())
 os.set_blocking(2, False)
 try:

@@ -11,8 +11,10 @@ from data.preparation import corpus, documents, tokenizer_sample
 
 
 def texts(folder, max_bytes: int = tokenizer_sample.BYTES) -> list[str]:
-    files = corpus.find(str(folder), folder).files
-    return list(tokenizer_sample.texts(documents.plan(files), documents.Reading(), documents.Problems(), max_bytes))
+    files = corpus.find_files(str(folder), folder).files
+    return list(
+        tokenizer_sample.texts(documents.plan_units(files), documents.ReadOptions(), documents.InputErrors(), max_bytes)
+    )
 
 
 def test_all_of_a_small_corpus_whatever_its_files(tmp_path):

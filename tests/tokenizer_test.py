@@ -49,7 +49,7 @@ def test_train_writes_what_others_read(trained):
     assert ours.vocab_size == 400 and ours.eos_id == 399
     theirs = library.Tokenizer.from_file(str(trained / "t.json"))
     assert theirs.encode(TEXT).ids == ours.encode(TEXT).tolist() and theirs.decode(ours.encode(TEXT).tolist()) == TEXT
-    assert minbpe.write(ours) == (trained / "t.model").read_bytes()
+    assert minbpe.to_minbpe(ours) == (trained / "t.model").read_bytes()
 
 
 def test_train_does_not_replace(trained):

@@ -54,8 +54,8 @@ def test_round_trip_through_json():
         ({"mesh": {"data": 0}}, ["mesh.data is 0"]),
         ({"optimizer": {"schedule": "cosin"}}, ["optimizer.schedule is 'cosin'", "cosine"]),
         ({"optimizer": {"b2": 1.0}}, ["optimizer.b2 is 1.0", "below 1"]),
-        ({"optimizer": {"peak_lr": "x"}}, ["optimizer.peak_lr is 'x'", "float"]),
-        ({"model": {"num_layers": 1.5}}, ["model.num_layers is 1.5", "int"]),
+        ({"optimizer": {"peak_lr": "x"}}, ["optimizer.peak_lr is 'x'", "must be a number"]),
+        ({"model": {"num_layers": 1.5}}, ["model.num_layers is 1.5", "a whole number"]),
         ({"model": {"layers": 2}}, ["model.layers", "num_layers"]),
         ({"sample": {"top_p": 0.0}}, ["sample.top_p is 0.0"]),
         ({"checkpoint": {"keep_last": 0}}, ["checkpoint.keep_last is 0"]),
@@ -155,10 +155,3 @@ def test_the_type_of_the_moments_cannot_change_at_a_resume():
     found = changes(Config(), from_dict({"optimizer": {"moments_dtype": "bfloat16", "b2": 0.95}}))
     assert found["refused"] == ["config.optimizer.moments_dtype: 'float32' -> 'bfloat16'"]
     assert found["flag"] == ["config.optimizer.b2: 0.99 -> 0.95"] and not found["harmless"]
-
-
-def test_every_field_is_a_plain_value():
-    """json, ConfigDict and the command line carry nothing else."""
-    for name, value in dataclasses.asdict(Config()).items():
-        leaves = value.values() if isinstance(value, dict) else [value]
-        assert all(type(leaf) in (int, float, str, bool) for leaf in leaves), name

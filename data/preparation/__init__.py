@@ -1,1 +1,1 @@
-"""From a corpus to a dataset folder: which files, their documents, workers, shards."""
+"""From a corpus to a dataset folder: its files, their documents, workers, shards."""

@@ -1,4 +1,4 @@
-"""Where text comes from: a file, a directory, a glob, or a corpus known by name. A corpus is a list of files."""
+"""The files of a corpus, which is a file, a directory, a glob, or a corpus known by name."""
 
 import dataclasses
 import errno
@@ -15,37 +15,37 @@ from typing import IO, NamedTuple
 
 from data.errors import DataError
 from data.preparation import recognize, spool, walk
-from data.preparation.problems import Problems
+from data.preparation.input_errors import InputErrors
 from data.storage import names
 from data.storage.files import write_durably
 
 SHAKESPEARE_REPOSITORY_FILE = "karpathy/char-rnn, file data/tinyshakespeare/input.txt"
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-# Folders of the standard library that are not what a reader would call its source.
+# Folders of the standard library that are not its own source code.
 STDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "__pycache__", "lib2to3", "pydoc_data", "encodings"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class File:
-    """`name` does not depend on where the corpus lies, so splits by name are the same anywhere."""
+    """A file of a corpus. `name` is relative to the corpus, so splits by name do not depend on its location."""
 
     name: str
     path: pathlib.Path
-    kind: str = recognize.TEXT  # 'text' (the file is one document), 'jsonl' or 'parquet' (a document a record)
+    kind: str = recognize.TEXT  # 'text' (the file is one document), 'jsonl' or 'parquet' (each record is one)
     compression: str = ""  # or 'gz', 'zst'
-    content: str = ""  # a hash, where it is known: then inode and times say nothing (see spool)
+    content: str = ""  # a hash of the content, if known; then inode and times are not compared (see spool)
 
     def size(self) -> int:
         """Bytes on disk, now."""
         return self.path.stat().st_size
 
     def open(self) -> IO[bytes]:
-        return opened(self.path)
+        return open_source(self.path)
 
 
-def opened(path: str | pathlib.Path) -> IO[bytes]:
-    """Raises DataError where it cannot be opened."""
+def open_source(path: str | pathlib.Path) -> IO[bytes]:
+    """Raises DataError if it cannot be opened."""
     try:
         return open(path, "rb")
     except OSError as e:
@@ -54,18 +54,18 @@ def opened(path: str | pathlib.Path) -> IO[bytes]:
 
 class Found(NamedTuple):
     files: list[File]  # sorted by name
-    left_out: Problems
+    left_out: InputErrors
 
 
 def is_there(source: str) -> bool:
-    """Whether `find` would look at something that is on this machine."""
+    """Whether the source is on this machine."""
     if source == "tinyshakespeare":
         return False
-    root = source if os.path.lexists(source) else names.split(source)[0]
+    root = source if os.path.lexists(source) else names.split_at_wildcard(source)[0]
     return source == "python-stdlib" or os.path.lexists(root)
 
 
-def find(
+def find_files(
     source: str,
     cache: pathlib.Path,
     *,
@@ -74,20 +74,20 @@ def find(
     own: Sequence[pathlib.Path] = (),
     tokenizer: pathlib.Path | None = None,
 ) -> Found:
-    """The files of `source`, and what was left out of it.
+    """The files of `source`, and what was left out.
 
     Args:
       source: PATH of a file or directory, a glob (** allowed), 'python-stdlib' or 'tinyshakespeare'.
       cache: where a download is kept.
-      kind: of all files, one of recognize.KINDS; 'auto' to look at each.
-      bad_records: 'skip' leaves out what cannot be read as text in a folder or a glob; 'error' says what it is.
-      own: what the preparation itself writes; passed over.
-      tokenizer: a file that is not text, whatever it holds; left out.
+      kind: of all files, one of recognize.KINDS; 'auto' detects it for each.
+      bad_records: 'skip' leaves out files of a folder or glob that are not text; 'error' reports the first one.
+      own: paths that the preparation itself writes; ignored.
+      tokenizer: the tokenizer's file, which is left out even if it looks like text.
 
     Raises:
-      DataError: nothing there, or nothing in it; a file that cannot be looked at, or is not text.
+      DataError: the source does not exist or has no text; a file cannot be read, or is not text.
     """
-    left_out = Problems()
+    left_out = InputErrors()
     if source == "python-stdlib":
         return Found(_python_stdlib(), left_out)
     if source == "tinyshakespeare":
@@ -100,36 +100,36 @@ def find(
         if not_text is not None and os.path.samestat(status, not_text):
             raise DataError(f"--source={source} is the tokenizer; name the text")
         return Found([_named(path, status, kind)], left_out)
-    root, pattern = (path, walk.ALL) if status is not None else names.split(source)
+    root, pattern = (path, walk.ALL) if status is not None else names.split_at_wildcard(source)
     there = walk.walk(root, pattern, left_out, _skip(own)) if _status(root) is not None else []
     if status is None and not there:
         raise DataError(
             f"--source={source} is not a file, a directory or a glob that matches a text, and not one of the corpora "
-            f"known by name: python-stdlib, tinyshakespeare. {_told(left_out)}"
+            f"known by name: python-stdlib, tinyshakespeare. {_listed(left_out)}"
         )
     if not_text is not None:
         there = [one for one in there if not _is_tokenizer(one, not_text, left_out)]
     files = [file for one in there if (file := _recognized(one, kind, bad_records, left_out)) is not None]
     if not files:
-        raise DataError(f"--source={source} holds no text: {_told(left_out) or 'it is empty'}")
+        raise DataError(f"--source={source} holds no text: {_listed(left_out) or 'it is empty'}")
     return Found(files, left_out)
 
 
 def named_as_held_out(source: str, files: Sequence[File]) -> list[str]:
-    """Of a folder or a glob, the files that are named as for validation or tests: nothing else tells them apart."""
+    """The files of a folder or a glob whose names say that they are for validation or tests."""
     if source in ("python-stdlib", "tinyshakespeare") or os.path.isfile(source):
         return []
-    return [file.name for file in files if names.says(file.name, names.TEST)]
+    return [file.name for file in files if names.has_word(file.name, names.TEST)]
 
 
 def is_pipe(source: str) -> bool:
-    """Whether it can be read only once. Raises DataError where it cannot be looked at."""
+    """Whether the source is a pipe, which can be read only once. Raises DataError if that cannot be found out."""
     status = _status(pathlib.Path(source))
     return status is not None and stat.S_ISFIFO(status.st_mode)
 
 
 def _status(path: pathlib.Path) -> os.stat_result | None:
-    """None where nothing is."""
+    """None if there is no such file."""
     try:
         return path.stat()
     except (OSError, ValueError) as e:
@@ -140,14 +140,14 @@ def _status(path: pathlib.Path) -> os.stat_result | None:
 
 def _named(path: pathlib.Path, status: os.stat_result, kind: str) -> File:
     if not stat.S_ISREG(status.st_mode):
-        raise DataError(f"--source={path} is not a file; write what it gives to one, or use --source=- < {path}")
+        raise DataError(f"--source={path} is not a regular file; write its content to one, or use --source=- < {path}")
     if not status.st_size:
         raise DataError(f"--source={path} holds no text: it is empty")
     found = recognize.recognize(path, kind)
-    return File(path.name, path, found.name, found.compression, spool.content(path))
+    return File(path.name, path, found.name, found.compression, spool.content_hash(path))
 
 
-def _recognized(there: walk.Found, kind: str, bad_records: str, left_out: Problems) -> File | None:
+def _recognized(there: walk.Found, kind: str, bad_records: str, left_out: InputErrors) -> File | None:
     path = pathlib.Path(there.path)
     try:
         found = recognize.recognize(path, kind)
@@ -155,19 +155,19 @@ def _recognized(there: walk.Found, kind: str, bad_records: str, left_out: Proble
         if not e.is_beside and bad_records == "error":
             raise DataError(f"{e}; --bad_records=skip leaves such files out, counted") from None
         what = f"{e.what}; {e.advice}" if e.is_beside and not e.is_media else e.what
-        left_out.found("media, left out" if e.is_media else "not text, left out", f"{path} ({what})")
+        left_out.record("media, left out" if e.is_media else "not text, left out", f"{path} ({what})")
         return None
     return File(there.name, path, found.name, found.compression)
 
 
-def _is_tokenizer(there: walk.Found, tokenizer: os.stat_result, left_out: Problems) -> bool:
+def _is_tokenizer(there: walk.Found, tokenizer: os.stat_result, left_out: InputErrors) -> bool:
     if there.size != tokenizer.st_size or not os.path.samestat(os.stat(there.path), tokenizer):
         return False
-    left_out.found("the tokenizer, left out", there.path)
+    left_out.record("the tokenizer, left out", there.path)
     return True
 
 
-def _told(left_out: Problems) -> str:
+def _listed(left_out: InputErrors) -> str:
     return "; ".join(f"{kind}: {n}, first {left_out.examples[kind][0]}" for kind, n in left_out.counts.items())
 
 
@@ -179,7 +179,7 @@ def _skip(own: Sequence[pathlib.Path]) -> walk.Skip:
 
 def _python_stdlib() -> list[File]:
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    there = walk.walk(root, "**/*.py", Problems(), lambda folder, name: name in STDLIB_SKIP)
+    there = walk.walk(root, "**/*.py", InputErrors(), lambda folder, name: name in STDLIB_SKIP)
     return [File(one.name, path) for one in there if _is_utf8(path := pathlib.Path(one.path))]
 
 
@@ -200,7 +200,7 @@ def tinyshakespeare(cache: pathlib.Path) -> pathlib.Path:
                 raw = response.read()
         except (urllib.error.URLError, http.client.HTTPException, OSError) as e:
             raise DataError(
-                f"cannot download tinyshakespeare ({getattr(e, 'reason', e)}); fetch it by other means from GitHub "
+                f"cannot download tinyshakespeare ({getattr(e, 'reason', e)}); download it in another way from GitHub "
                 f"({SHAKESPEARE_REPOSITORY_FILE}), put it at {path} and run this again, or name your copy with "
                 "--source=PATH"
             ) from None
@@ -209,7 +209,7 @@ def tinyshakespeare(cache: pathlib.Path) -> pathlib.Path:
             cache.mkdir(parents=True, exist_ok=True)
             write_durably(path, raw)
         except OSError as e:
-            raise DataError(f"cannot keep tinyshakespeare at {path}: {e.strerror}") from None
+            raise DataError(f"cannot write tinyshakespeare to {path}: {e.strerror}") from None
     else:
         _check_sha256(path.read_bytes(), str(path))
     return path
@@ -220,18 +220,19 @@ def _check_sha256(raw: bytes, where: str) -> None:
     if found != SHAKESPEARE_SHA256:
         raise DataError(
             f"{where} is not tinyshakespeare: sha256 {found} ({len(raw)} bytes), expected {SHAKESPEARE_SHA256} "
-            "(1115394 bytes); remove it and fetch it again"
+            "(1115394 bytes); remove it and download it again"
         )
 
 
-def split(files: list[File], val_fraction: float) -> tuple[list[File], list[File]]:
-    """Train and validation files, whole, chosen by a hash of their names until `val_fraction` of the bytes is met.
+def split_files(files: list[File], val_fraction: float) -> tuple[list[File], list[File]]:
+    """Training and validation files; a hash of the names chooses validation files until they have `val_fraction` of the
+    bytes.
 
-    A file that would make it more than twice that share, or most of the corpus, is passed over. At least one file stays
-    on each side. A corpus of one file is not split here (see prepare).
+    A file is skipped if the validation files would have more than twice that share, or most of the corpus. At least one
+    file stays on each side. A corpus of one file is not split here (see pipeline.make_plan).
     """
     if val_fraction > 0.5:
-        val, train = split(files, 1 - val_fraction)
+        val, train = split_files(files, 1 - val_fraction)
         return train, val
     sizes = {file.name: file.size() for file in files}
     wanted = val_fraction * sum(sizes.values())

@@ -1,8 +1,8 @@
-"""Documents out of files. A stretch is a part of one file that can be read alone: a byte range of text or JSON lines,
-row groups of Parquet, a whole compressed file. A unit is a few stretches: what one worker does at a time, and what a
-preparation that was killed need not do again.
+"""Documents read from files. A span is a part of one file that can be read by itself: a byte range of text or JSON
+lines, row groups of Parquet, or a complete compressed file. A work unit is a few spans: a worker's task, and what a
+preparation that was killed does not repeat.
 
-The cuts depend on the files alone, never on the number of workers, so neither does the result.
+The borders depend only on the files and not on the number of workers, so neither does the result.
 """
 
 import codecs
@@ -20,90 +20,98 @@ from typing import IO, Any, NamedTuple
 
 from data.errors import DataError
 from data.preparation.corpus import File
-from data.preparation.problems import NUL, REPLACED, Lines, Place, Problems
+from data.preparation.input_errors import NUL, REPLACED, InputErrors, Lines, Place
 
-UNIT_BYTES = 8 << 20  # a worker holds some 20 bytes of memory for each
-LONG_LINE_BYTES = 64 << 20  # of a record; taken, and counted: most often newlines were lost
-MAX_LINE_BYTES = 1 << 30  # a longer one is a bad record: reading it would take several times the memory
-LINE_SEARCH_BYTES = 1 << 16  # in which a place is looked for where a text can be cut
+UNIT_BYTES = 8 << 20  # of a work unit; a worker needs some 20 bytes of memory for each
+LONG_LINE_BYTES = 64 << 20  # a longer record is used, but counted: usually its newlines were lost
+MAX_LINE_BYTES = 1 << 30  # a longer record is a bad record: reading it would take several times the memory
+LINE_SEARCH_BYTES = 1 << 16  # searched for a place at which a text can be split
 BLOCK_BYTES = 1 << 16  # read or decompressed at a time
 ZSTD_BYTES = 256  # given to zstandard at a time: four of them may become 128 KiB
 ZSTD_WINDOW_BYTES = 1 << 31  # as `zstd --long=31` writes
-ROWS = 128  # of Parquet, held at a time
+ROWS = 128  # of Parquet, in memory at a time
 BYTE_ORDER_MARK = codecs.BOM_UTF8
 
 
 @dataclasses.dataclass(frozen=True)
-class Stretch:
+class Span:
+    """A part of a file that can be read by itself."""
+
     file: File
-    start: int  # bytes; of Parquet, the row group; of a compressed file 0
+    start: int  # in bytes; for Parquet, in row groups; for a compressed file 0
     stop: int
-    first: bool  # whether the file begins here; with a byte order mark, `start` is after it
+    first: bool  # whether the file begins here; `start` is after a byte order mark
     last: bool  # whether the file ends here
     size: int  # bytes on disk, for the progress
-    split: str | None = None  # 'train' or 'val' where the whole file goes to one
+    split: str | None = None  # 'train' or 'val' if the complete file belongs to one
 
 
-Unit = tuple[Stretch, ...]
+WorkUnit = tuple[Span, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
-    """How files are read: the key of the text in a record, and what is done with what cannot be read."""
+class ReadOptions:
+    """How files are read: the key of the text in a record, and what happens to text that cannot be read."""
 
     text_key: str = "text"
-    invalid_utf8: str = "replace"  # by U+FFFD, counted; or 'error'
-    bad_records: str = "error"  # or 'skip', counted: broken JSON, no text under the key, a compressed file cut off
-    raw: bool = False  # text as bytes, whatever they are; of a record, the UTF-8 of its text
+    invalid_utf8: str = "replace"  # with U+FFFD, and count; or 'error'
+    # Or 'skip', and count: broken JSON, a record without text under the key, a truncated compressed file.
+    bad_records: str = "error"
+    raw: bool = False  # text as bytes, valid or not; of a record, its text in UTF-8
 
     @functools.cached_property
     def key_in_json(self) -> re.Pattern[str]:
-        """The text key as JSON may spell it: each character as it is, or as an escape."""
+        """A pattern of the text key in JSON, where each character may be written as it is or as an escape."""
         return re.compile(f'"{"".join(map(_spellings, self.text_key))}"\\s*:')
 
 
 def _spellings(character: str) -> str:
-    """The pattern of a character in a string of JSON (RFC 8259, section 7)."""
-    units = character.encode("utf-16-be", "surrogatepass").hex(" ", 2).split()  # two of what is beyond U+FFFF
+    """The pattern of a character in a JSON string (RFC 8259, section 7)."""
+    units = character.encode("utf-16-be", "surrogatepass").hex(" ", 2).split()  # two for a character beyond U+FFFF
     short, long = json.dumps(character)[1:-1], "".join(rf"\\u(?i:{unit})" for unit in units)
     return rf"(?:\\?{re.escape(character)}|{re.escape(short)}|{long})"
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
+    """A document, or a part of a long one."""
+
     text: str | bytes  # never empty
     begins: bool  # whether a document begins with it
-    ends: bool
+    ends: bool  # whether a document ends with it
 
 
-def bytes_of(unit: Unit) -> int:
+def bytes_of(unit: WorkUnit) -> int:
     """Bytes on disk."""
-    return sum(stretch.size for stretch in unit)
+    return sum(span.size for span in unit)
 
 
-def plan(files: list[File], splits: dict[str, str] | None = None) -> list[Unit]:
-    """The units of all files in their order: large files cut, small ones together. `splits`: of each file's name.
+def plan_units(files: list[File], splits: dict[str, str] | None = None) -> list[WorkUnit]:
+    """The work units of all files in order: large files are divided, small ones are grouped.
+
+    Args:
+      splits: 'train' or 'val' for the name of each file, if complete files are split.
 
     Raises:
       DataError: a file cannot be read.
     """
-    units: list[Unit] = []
-    current: list[Stretch] = []
+    units: list[WorkUnit] = []
+    current: list[Span] = []
     filled = 0
     for file in files:
-        for stretch in _stretches(file):
+        for span in _spans(file):
             if splits is not None:
-                stretch = dataclasses.replace(stretch, split=splits[file.name])
-            if current and filled + stretch.size > UNIT_BYTES:
+                span = dataclasses.replace(span, split=splits[file.name])
+            if current and filled + span.size > UNIT_BYTES:
                 units.append(tuple(current))
                 current, filled = [], 0
-            current.append(stretch)
-            filled += stretch.size
+            current.append(span)
+            filled += span.size
     return [*units, tuple(current)] if current else units
 
 
-def _stretches(file: File) -> Iterator[Stretch]:
+def _spans(file: File) -> Iterator[Span]:
     try:
-        yield from _cuts(file, file.size())
+        yield from _file_spans(file, file.size())
     except OSError as e:
         raise DataError(_cannot_read(file, e)) from None
 
@@ -112,27 +120,27 @@ def _cannot_read(file: File, error: OSError) -> str:
     return f"cannot read {file.path}: {error.strerror or _first_line(error)}"
 
 
-def _cuts(file: File, size: int) -> Iterator[Stretch]:
+def _file_spans(file: File, size: int) -> Iterator[Span]:
     if file.kind == "parquet":
         groups = _parquet(file)[0].num_row_groups
         some = max(1, UNIT_BYTES * groups // size)
         for start in range(0, max(1, groups), some):
             stop = min(start + some, groups)
-            yield Stretch(file, start, stop, start == 0, stop == groups, size * (stop - start) // max(1, groups))
+            yield Span(file, start, stop, start == 0, stop == groups, size * (stop - start) // max(1, groups))
     elif file.compression:
-        yield Stretch(file, 0, size, True, True, size)
+        yield Span(file, 0, size, True, True, size)
     else:
         with file.open() as f:
             start = begin = len(BYTE_ORDER_MARK) if f.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK else 0
-            cut = _cut_text if file.kind == "text" else _cut_lines
+            cut = _text_split if file.kind == "text" else _line_split
             while size - start > UNIT_BYTES and (stop := cut(f, start + UNIT_BYTES, size)) < size:
-                yield Stretch(file, start, stop, start == begin, False, stop - start)
+                yield Span(file, start, stop, start == begin, False, stop - start)
                 start = stop
-        yield Stretch(file, start, size, start == begin, True, size - start)
+        yield Span(file, start, size, start == begin, True, size - start)
 
 
-def _cut_lines(f: IO[bytes], at: int, size: int) -> int:
-    """The place after the first newline from `at` on."""
+def _line_split(f: IO[bytes], at: int, size: int) -> int:
+    """The offset after the first newline from `at` on."""
     f.seek(at)
     while block := f.read(BLOCK_BYTES):
         if (newline := block.find(b"\n")) >= 0:
@@ -141,111 +149,111 @@ def _cut_lines(f: IO[bytes], at: int, size: int) -> int:
     return size
 
 
-def _cut_text(f: IO[bytes], at: int, size: int) -> int:
+def _text_split(f: IO[bytes], at: int, size: int) -> int:
     f.seek(at)
-    return at + cut(f.read(3 + LINE_SEARCH_BYTES))
+    return at + split_point(f.read(3 + LINE_SEARCH_BYTES))
 
 
-# Tokenizers begin a token at a single space between two words, and after a newline between two lines; so a text cut
-# there has the tokens of the whole. Runs of white space can be one token.
-PLACES = [re.compile(place) for place in (r"(?<=\S)(?= \S)", r"(?<=\S\n)(?=\S)", r"(?=\s)")]
+# Tokenizers begin a token at a single space between two words, and after a newline between two lines; so the parts of a
+# text that is split there have the tokens of the complete text. A run of white space can be one token.
+SPLIT_PLACES = [re.compile(place) for place in (r"(?<=\S)(?= \S)", r"(?<=\S\n)(?=\S)", r"(?=\s)")]
 
 
-def cut(window: bytes) -> int:
-    """Where in `window`, a part of a text in UTF-8, the text is cut: before a single space, else after a single
-    newline, else before other white space, else between characters."""
+def split_point(window: bytes) -> int:
+    """The offset in `window`, a part of a UTF-8 text, at which the text is split: before a single space, else after a
+    single newline, else before other white space, else between characters."""
     begin = _rest_of_character(window)
     text = window[begin:].decode("utf-8", "surrogateescape")
-    for place in PLACES:
+    for place in SPLIT_PLACES:
         if found := place.search(text):
             return begin + len(text[: found.start()].encode("utf-8", "surrogateescape"))
     return begin
 
 
 def _rest_of_character(raw: bytes) -> int:
-    """How many bytes at the beginning may be the rest of a character: continuation bytes, 0b10xxxxxx, at most three."""
+    """How many bytes at the start may be the rest of a character: continuation bytes, 0b10xxxxxx, at most three."""
     return next((i for i, byte in enumerate(raw[:3]) if byte & 0xC0 != 0x80), min(3, len(raw)))
 
 
-def read(stretch: Stretch, reading: Reading, problems: Problems) -> Iterator[Piece]:
-    """The documents of a stretch in order, long texts in pieces; bytes where reading.raw, else str. A text has the
-    same pieces whether its file is compressed or not. Empty documents are counted and left out.
+def read_chunks(span: Span, options: ReadOptions, errors: InputErrors) -> Iterator[Chunk]:
+    """The documents of a span in order, long texts in several chunks; bytes if options.raw, else str. A text has the
+    same chunks whether its file is compressed or not. Empty documents are counted and left out.
 
     Raises:
-      DataError: the file cannot be read, or holds what `reading` does not allow; it names file and place.
+      DataError: the file cannot be read, or has something that `options` do not allow; it names file and place.
     """
-    kind = {"text": _read_text, "jsonl": _read_json_lines, "parquet": _read_parquet}[stretch.file.kind]
+    kind = {"text": _read_text, "jsonl": _read_json_lines, "parquet": _read_parquet}[span.file.kind]
     try:
-        for piece in kind(stretch, reading, problems):
-            problems.characters += len(piece.text)
-            yield piece
+        for chunk in kind(span, options, errors):
+            errors.characters += len(chunk.text)
+            yield chunk
     except OSError as e:
-        raise DataError(_cannot_read(stretch.file, e)) from None
+        raise DataError(_cannot_read(span.file, e)) from None
 
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-def _read_text(stretch: Stretch, reading: Reading, problems: Problems) -> Iterator[Piece]:
-    with stretch.file.open() as f:
-        offset, blocks = _content(f, stretch, reading, problems)
-        pieces = _cut_up(blocks) if stretch.file.compression else iter([b"".join(blocks)])
-        begins = stretch.first
-        raw = next(pieces)
+def _read_text(span: Span, options: ReadOptions, errors: InputErrors) -> Iterator[Chunk]:
+    with span.file.open() as f:
+        offset, blocks = _content(f, span, options, errors)
+        chunks = _rechunk(blocks) if span.file.compression else iter([b"".join(blocks)])
+        begins = span.first
+        raw = next(chunks)
         while raw:
-            following = next(pieces, b"")
-            text = raw if reading.raw else _text(raw, stretch.file, offset, reading, problems)
-            yield Piece(text, begins, stretch.last and not following)
+            following = next(chunks, b"")
+            text = raw if options.raw else _text(raw, span.file, offset, options, errors)
+            yield Chunk(text, begins, span.last and not following)
             offset, raw, begins = offset + len(raw), following, False
         if begins:
-            problems.found("empty document", str(stretch.file.path))
+            errors.record("empty document", str(span.file.path))
 
 
-def _cut_up(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """The pieces of a text that comes in blocks, as `plan` cuts one that is on a disk; at least one, perhaps empty."""
+def _rechunk(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """The chunks of a text that comes in blocks, split as plan_units splits one on disk; at least one, maybe empty."""
     held = bytearray()
     for block in itertools.chain(blocks, [None]):
         held += block or b""
         enough = UNIT_BYTES + 3 + LINE_SEARCH_BYTES
         while len(held) >= enough or (block is None and len(held) > UNIT_BYTES):
-            at = UNIT_BYTES + cut(bytes(held[UNIT_BYTES:enough]))
+            at = UNIT_BYTES + split_point(bytes(held[UNIT_BYTES:enough]))
             yield bytes(held[:at])
             del held[:at]
     yield bytes(held)
 
 
-def _content(f: IO[bytes], stretch: Stretch, reading: Reading, problems: Problems) -> tuple[int, Iterator[bytes]]:
-    """The bytes of text or JSON lines, decompressed, without a byte order mark; and the offset of the first."""
-    start, blocks = stretch.start, _on_disk(f, stretch)
-    if stretch.file.compression:
-        blocks, head = _decompressed(f, stretch, reading, problems), b""
+def _content(f: IO[bytes], span: Span, options: ReadOptions, errors: InputErrors) -> tuple[int, Iterator[bytes]]:
+    """The bytes of text or JSON lines, decompressed and without a byte order mark, and the offset of the first byte."""
+    start, blocks = span.start, _on_disk(f, span)
+    if span.file.compression:
+        blocks, head = _decompressed(f, span, options, errors), b""
         while len(head) < len(BYTE_ORDER_MARK) and (block := next(blocks, b"")):
             head += block
         start = len(BYTE_ORDER_MARK) if head.startswith(BYTE_ORDER_MARK) else 0
         blocks = itertools.chain([head[start:]], blocks)
-    if stretch.first and start:
-        problems.found("byte order mark, taken off", str(stretch.file.path))
+    if span.first and start:
+        errors.record("byte order mark, taken off", str(span.file.path))
     return start, blocks
 
 
-def _on_disk(f: IO[bytes], stretch: Stretch) -> Iterator[bytes]:
-    f.seek(stretch.start)
-    left = stretch.stop - stretch.start
+def _on_disk(f: IO[bytes], span: Span) -> Iterator[bytes]:
+    f.seek(span.start)
+    left = span.stop - span.start
     while left:
         block = f.read(min(left, BLOCK_BYTES))
         if not block:
-            raise DataError(f"{stretch.file.path} became shorter while it was read; start again")
+            raise DataError(f"{span.file.path} became shorter while it was read; run the command again")
         left -= len(block)
         yield block
 
 
-def _decompressed(f: IO[bytes], stretch: Stretch, reading: Reading, problems: Problems) -> Iterator[bytes]:
-    """Blocks, none of them empty; of a damaged file what comes before the damage."""
+def _decompressed(f: IO[bytes], span: Span, options: ReadOptions, errors: InputErrors) -> Iterator[bytes]:
+    """Blocks, none of them empty; of a damaged file, those before the damage."""
     try:
-        yield from filter(None, _gunzip(f) if stretch.file.compression == "gz" else _unzstd(f, stretch.file))
+        yield from filter(None, _gunzip(f) if span.file.compression == "gz" else _unzstd(f, span.file))
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        _bad("damaged compressed file", f"{stretch.file.path} ({e})", reading, problems)
+        _bad("damaged compressed file", f"{span.file.path} ({e})", options, errors)
 
 
 def _gunzip(f: IO[bytes]) -> Iterator[bytes]:
@@ -253,7 +261,7 @@ def _gunzip(f: IO[bytes]) -> Iterator[bytes]:
 
 
 def _unzstd(f: IO[bytes], file: File) -> Iterator[bytes]:
-    """As _gunzip; zstandard's own reader takes a frame that is cut off for the end of the file."""
+    """As _gunzip. zstandard's own reader would take a truncated frame for the end of the file."""
     try:
         import zstandard
     except ImportError:
@@ -265,9 +273,9 @@ def _unzstd(f: IO[bytes], file: File) -> Iterator[bytes]:
             try:
                 yield frame.decompress(raw)
             except zstandard.ZstdError as e:
-                if "allocation" in str(e).lower():  # nothing is wrong with the file
+                if "allocation" in str(e).lower():  # the file is sound
                     raise DataError(f"cannot decompress {file.path}: {e}; its window needs up to 2 GiB") from None
-                hint = "; perhaps it was compressed with one: zstd -d -D FILE" if "ictionary" in str(e) else ""
+                hint = "; perhaps it was compressed with a dictionary: zstd -d -D FILE" if "ictionary" in str(e) else ""
                 raise EOFError(f"{e}{hint}") from None
             begun, raw = not frame.eof, frame.unused_data
             if frame.eof:
@@ -278,16 +286,16 @@ def _unzstd(f: IO[bytes], file: File) -> Iterator[bytes]:
 
 def _not_utf8(where: str) -> DataError:
     return DataError(
-        f"{where}; convert the file, use --invalid_utf8=replace, or --tokenizer=byte, which takes any bytes of text"
+        f"{where}; convert the file, use --invalid_utf8=replace, or --tokenizer=byte, which accepts any bytes of text"
     )
 
 
-def _text(raw: bytes, file: File, offset: int, reading: Reading, problems: Problems) -> str:
-    """A piece of a text file, which begins at `offset`; newlines stay as they are."""
+def _text(raw: bytes, file: File, offset: int, options: ReadOptions, errors: InputErrors) -> str:
+    """Decodes a chunk of a text file, which begins at `offset`; newlines are kept as they are."""
     if nuls := raw.count(b"\0"):
-        problems.found(NUL, Place(str(file.path), "offset", offset + raw.index(b"\0")), nuls)
+        errors.record(NUL, Place(str(file.path), "offset", offset + raw.index(b"\0")), nuls)
     parts, start = [], 0
-    while start < len(raw):  # by blocks, because strict decoding is several times faster, and most blocks allow it
+    while start < len(raw):  # in blocks: strict decoding is several times faster, and works for most
         stop = start + BLOCK_BYTES
         stop += _rest_of_character(raw[stop : stop + 3])
         part = raw[start:stop]
@@ -295,17 +303,17 @@ def _text(raw: bytes, file: File, offset: int, reading: Reading, problems: Probl
             text = part.decode("utf-8")
         except UnicodeDecodeError as e:
             at = offset + start + e.start
-            if reading.invalid_utf8 == "error":
+            if options.invalid_utf8 == "error":
                 raise _not_utf8(f"{file.path} is not UTF-8: byte 0x{part[e.start]:02x} at offset {at}") from None
             text = part.decode("utf-8", "replace")
             replaced = text.count("\ufffd") - part.count("\ufffd".encode())
-            problems.found(REPLACED, Place(str(file.path), "offset", at), replaced)
+            errors.record(REPLACED, Place(str(file.path), "offset", at), replaced)
         parts.append(text)
         start = stop
     return "".join(parts)
 
 
-# Stands for bytes of a record that are not UTF-8 until they are counted; JSON may hold such halves as escapes, too.
+# Replaces the bytes of a record that are not UTF-8 until they are counted. JSON escapes may spell such halves, too.
 HALF = "\ud800"
 
 
@@ -317,48 +325,48 @@ def _half(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("half of a surrogate pair", _half)
 
 
-def _decode(raw: bytes, place: Place, reading: Reading) -> str:
+def _decode(raw: bytes, place: Place, options: ReadOptions) -> str:
     try:
-        return raw.decode("utf-8", "strict" if reading.invalid_utf8 == "error" else "half of a surrogate pair")
+        return raw.decode("utf-8", "strict" if options.invalid_utf8 == "error" else "half of a surrogate pair")
     except UnicodeDecodeError:
         raise _not_utf8(f"{_exact(place)} is not UTF-8") from None
 
 
-def _whole(text: str, place: Place, reading: Reading, problems: Problems) -> str:
-    """`text` with U+FFFD for halves of surrogate pairs, counted."""
+def _whole(text: str, place: Place, options: ReadOptions, errors: InputErrors) -> str:
+    """`text` with U+FFFD instead of halves of surrogate pairs, which are counted."""
     replaced = 0
     while (half := _first_half(text)) is not None:
         replaced += text.count(half)
         text = text.replace(half, "\ufffd")
-    if replaced and reading.invalid_utf8 == "error":
+    if replaced and options.invalid_utf8 == "error":
         raise _not_utf8(f"{_exact(place)} is not UTF-8: it has half of a surrogate pair")
     if replaced:
-        problems.found(REPLACED, place, replaced)
+        errors.record(REPLACED, place, replaced)
     return text
 
 
 def _first_half(text: str) -> str | None:
     try:
-        text.encode()  # by far the fastest way to look
+        text.encode()  # by far the fastest check
         return None
     except UnicodeEncodeError as e:
         return text[e.start]
 
 
-def _read_json_lines(stretch: Stretch, reading: Reading, problems: Problems) -> Iterator[Piece]:
-    path, after = str(stretch.file.path), 0 if stretch.first else stretch.start
-    with stretch.file.open() as f:
+def _read_json_lines(span: Span, options: ReadOptions, errors: InputErrors) -> Iterator[Chunk]:
+    path, after = str(span.file.path), 0 if span.first else span.start
+    with span.file.open() as f:
         number = 0
-        for number, line in enumerate(_lines(_content(f, stretch, reading, problems)[1]), 1):
-            text = _of_line(line, Place(path, "line", number, after=after), reading, problems)
+        for number, line in enumerate(_lines(_content(f, span, options, errors)[1]), 1):
+            text = _of_line(line, Place(path, "line", number, after=after), options, errors)
             if text:
-                yield Piece(text, True, True)
-    if not stretch.file.compression:
-        problems.read_lines(Lines(path, after, stretch.stop, number - 1))  # the last line is what follows a newline
+                yield Chunk(text, True, True)
+    if not span.file.compression:
+        errors.count_lines(Lines(path, after, span.stop, number - 1))  # the last line has no newline
 
 
 def _lines(blocks: Iterator[bytes]) -> Iterator[bytes | None]:
-    """Lines without their newline, the last perhaps empty; None in the place of one above MAX_LINE_BYTES."""
+    """Lines without their newline, the last one maybe empty; None for a line above MAX_LINE_BYTES."""
     held: list[bytes] = []
     size = 0
     for block in blocks:
@@ -375,76 +383,76 @@ def _lines(blocks: Iterator[bytes]) -> Iterator[bytes | None]:
     yield b"".join(held) if size <= MAX_LINE_BYTES else None
 
 
-# Python's int() refuses more than 4,300 digits, and no number is asked for its value.
+# parse_int: Python's int() refuses more than 4,300 digits, and the values of numbers are not needed.
 _parse = json.JSONDecoder(parse_int=len).decode
 
 
-def _of_line(line: bytes | None, place: Place, reading: Reading, problems: Problems) -> str | bytes | None:
+def _of_line(line: bytes | None, place: Place, options: ReadOptions, errors: InputErrors) -> str | bytes | None:
     if line is None:
-        _bad(f"record longer than {MAX_LINE_BYTES >> 20} MiB", place, reading, problems)
+        _bad(f"record longer than {MAX_LINE_BYTES >> 20} MiB", place, options, errors)
         return None
     if not line or line.isspace():
         return None
     if len(line) > LONG_LINE_BYTES:
-        problems.found(f"line longer than {LONG_LINE_BYTES >> 20} MiB", place)
+        errors.record(f"line longer than {LONG_LINE_BYTES >> 20} MiB", place)
     try:
-        text = _decode(line, place, reading)
+        text = _decode(line, place, options)
         record = _parse(text)
-        is_given_twice = _is_given_twice(text, reading)
+        is_given_twice = _is_given_twice(text, options)
     except (ValueError, RecursionError) as e:
-        _bad("broken JSON", place._replace(note=str(e)[:80]), reading, problems)
+        _bad("broken JSON", place._replace(note=str(e)[:80]), options, errors)
         return None
-    if not isinstance(record, dict) or reading.text_key not in record:
+    if not isinstance(record, dict) or options.text_key not in record:
         keys = ", ".join(sorted(map(str, record))[:8]) if isinstance(record, dict) else type(record).__name__
-        note = f"no {reading.text_key!r}; it has: {keys}"
-        _bad("record without the text key", place._replace(note=note), reading, problems)
+        note = f"no {options.text_key!r}; it has: {keys}"
+        _bad("record without the text key", place._replace(note=note), options, errors)
         return None
     if is_given_twice:
-        _bad("record with the text key twice", place, reading, problems)
+        _bad("record with the text key twice", place, options, errors)
         return None
-    return _of_value(record[reading.text_key], place, reading, problems)
+    return _of_value(record[options.text_key], place, options, errors)
 
 
-def _is_given_twice(text: str, reading: Reading) -> bool:
-    """Whether a line is a JSON object that has the text key twice itself: of these Python keeps the last.
+def _is_given_twice(text: str, options: ReadOptions) -> bool:
+    """Whether a line is a JSON object that itself has the text key twice; Python would keep only the last value.
 
     Raises:
-      RecursionError: the line is nested deeper than a decoder with a hook can follow.
+      RecursionError: the line is nested too deeply for a decoder with a hook.
     """
-    if next(itertools.islice(reading.key_in_json.finditer(text), 1, None), None) is None:
+    if next(itertools.islice(options.key_in_json.finditer(text), 1, None), None) is None:
         return False
     keys: list[str] = []
 
     def note(pairs: list[tuple[str, Any]]) -> None:
-        keys[:] = [name for name, _ in pairs]  # of the object that ends last, which is the outermost
+        keys[:] = [name for name, _ in pairs]  # the object that ends last is the outermost
 
     json.JSONDecoder(object_pairs_hook=note, parse_int=len).decode(text)
-    return keys.count(reading.text_key) > 1
+    return keys.count(options.text_key) > 1
 
 
-def _of_value(value: Any, place: Place, reading: Reading, problems: Problems) -> str | bytes | None:
-    """The text of a record; None when there is none, which was counted or raised."""
+def _of_value(value: Any, place: Place, options: ReadOptions, errors: InputErrors) -> str | bytes | None:
+    """The text of a record; None if it has none, which has been counted or raised."""
     if not isinstance(value, str | bytes):
-        _bad("text that is no string", place._replace(note=type(value).__name__), reading, problems)
+        _bad("text that is no string", place._replace(note=type(value).__name__), options, errors)
         return None
     if not value:
-        problems.found("empty document", place)
+        errors.record("empty document", place)
         return None
-    if isinstance(value, bytes):  # of Parquet
-        if reading.raw:
+    if isinstance(value, bytes):  # from Parquet
+        if options.raw:
             return value
-        value = _decode(value, place, reading)
-    text = _whole(value, place, reading, problems)
-    if reading.raw:
+        value = _decode(value, place, options)
+    text = _whole(value, place, options, errors)
+    if options.raw:
         return text.encode()
     if nuls := text.count("\0"):
-        problems.found(NUL, place, nuls)
+        errors.record(NUL, place, nuls)
     return text
 
 
 @functools.lru_cache(maxsize=1)
 def _open_parquet(path: pathlib.Path, size: int, mtime_ns: int) -> tuple[Any, list[int]]:
-    """The file, and the number of rows before each of its row groups. To open one takes time for each row group."""
+    """The file, and the number of rows before each of its row groups. Cached: opening takes time for each row group."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -452,11 +460,11 @@ def _open_parquet(path: pathlib.Path, size: int, mtime_ns: int) -> tuple[Any, li
     import pyarrow
 
     try:
-        opened = pyarrow.OSFile(os.fsencode(path))  # a name need not be UTF-8
+        opened = pyarrow.OSFile(os.fsencode(path))  # a file name may not be UTF-8
         table = pyarrow.parquet.ParquetFile(opened, page_checksum_verification=True)
         groups = map(table.metadata.row_group, range(table.num_row_groups))
         return table, list(itertools.accumulate((group.num_rows for group in groups), initial=0))
-    except (OSError, ValueError, pyarrow.ArrowException) as e:  # names of columns may be no UTF-8
+    except (OSError, ValueError, pyarrow.ArrowException) as e:  # also for column names that are not UTF-8
         raise DataError(f"{path} is not a Parquet file that can be read: {_first_line(e)}") from None
 
 
@@ -465,30 +473,30 @@ def _parquet(file: File) -> tuple[Any, list[int]]:
     return _open_parquet(file.path, stat.st_size, stat.st_mtime_ns)
 
 
-def _read_parquet(stretch: Stretch, reading: Reading, problems: Problems) -> Iterator[Piece]:
+def _read_parquet(span: Span, options: ReadOptions, errors: InputErrors) -> Iterator[Chunk]:
     import pyarrow
 
-    path, key = stretch.file.path, reading.text_key
-    table, rows_before = _parquet(stretch.file)
+    path, key = span.file.path, options.text_key
+    table, rows_before = _parquet(span.file)
     names = table.schema_arrow.names
     if names.count(key) != 1:
         if key in names:
             raise DataError(f"{path} has two columns {key!r}; rename one")
         raise DataError(f"{path} has no column {key!r}; name one with --text_key: {', '.join(names[:8])}")
-    number, groups = rows_before[stretch.start], list(range(stretch.start, stretch.stop))
+    number, groups = rows_before[span.start], list(range(span.start, span.stop))
     try:
         for batch in table.iter_batches(ROWS, row_groups=groups, columns=[key], use_threads=False):
             for value in _values(batch.column(key)):
                 number += 1
-                text = _of_value(value, Place(str(path), "row", number), reading, problems)
+                text = _of_value(value, Place(str(path), "row", number), options, errors)
                 if text:
-                    yield Piece(text, True, True)
-    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as e:  # values of other types raise any
+                    yield Chunk(text, True, True)
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as e:  # values of other types
         raise DataError(f"{path} cannot be read after row {number}: {_first_line(e)}") from None
 
 
 def _values(column: Any) -> list[Any]:
-    """Strings as bytes, for nothing says that they are UTF-8."""
+    """The values, with strings as bytes, because Parquet does not check that they are UTF-8."""
     import pyarrow
 
     if isinstance(column, pyarrow.ExtensionArray):
@@ -503,16 +511,16 @@ def _values(column: Any) -> list[Any]:
     return column.cast(binary.get(column.type, column.type)).to_pylist()
 
 
-def _bad(kind: str, where: str | Place, reading: Reading, problems: Problems) -> None:
-    if reading.bad_records == "error":
+def _bad(kind: str, where: str | Place, options: ReadOptions, errors: InputErrors) -> None:
+    if options.bad_records == "error":
         raise DataError(
-            f"{kind}: {_exact(where)}; mend it, or pass --bad_records=skip to leave such records out, counted"
+            f"{kind}: {_exact(where)}; fix it, or pass --bad_records=skip to count such records and leave them out"
         )
-    problems.found(kind, where)
+    errors.record(kind, where)
 
 
 def _exact(where: str | Place) -> str | Place:
-    """The line counted from the beginning of the file, which is read for it: only where reading ends with it."""
+    """The place with its line counted from the beginning of the file, which is read for that: only before an error."""
     if isinstance(where, str) or not where.after:
         return where
     with open(where.path, "rb") as f:

@@ -1,8 +1,8 @@
-"""What a worker does: one unit of a corpus surveyed (characters counted) or encoded (tokens into files of their own).
+"""A worker's task: to survey one unit of a corpus (count its characters) or to encode it (into token files).
 
-A unit's files, in PARTIAL/units/: I.train.tokens and I.val.tokens; I.train.ends and I.val.ends (uint64: where, in the
-tokens of this unit, each document ends that ends here); I.hashes (when asked for; see parts.py); and I.json, which is
-written last: if it is there, the unit is done.
+The files of unit I in PARTIAL/units/: I.train.tokens and I.val.tokens; I.train.ends and I.val.ends (uint64: the end of
+each document that ends in this unit, in the tokens of the unit); I.hashes (if requested; see parts.py); and I.json,
+which is written last: if it exists, the unit is done.
 """
 
 import dataclasses
@@ -17,14 +17,14 @@ import numpy as np
 from data import tokenizers
 from data.errors import DataError
 from data.preparation import documents
+from data.preparation.input_errors import InputErrors
 from data.preparation.losses import Losses
-from data.preparation.parts import NO_SEAM, Part, Splitting, parts
-from data.preparation.problems import Problems
+from data.preparation.parts import NO_SEAM, Part, Splitting, parts_of_unit
 from data.storage import files
 from data.token_files import formats
 from data.tokenizers import characters
 
-VERSION = 4  # of the unit files; a preparation does not go on with another version's
+VERSION = 4  # of the unit files; a preparation does not resume from those of another version
 SPLITS = ("train", "val")
 BATCH_CHARACTERS = 1 << 18  # encoded in one call
 
@@ -33,28 +33,28 @@ BATCH_CHARACTERS = 1 << 18  # encoded in one call
 class Job:
     """What is the same for every unit.
 
-    `split`: 'file' (each stretch names its own), 'document' (a hash of the text below val_fraction is validation) or
+    `split`: 'file' (each span names its own), 'document' (validation if a hash of the text is below val_fraction) or
     'last' (characters from `cut` on are validation).
     """
 
     partial: pathlib.Path
-    reading: documents.Reading
+    options: documents.ReadOptions
     tokenizer_sha256: str
     vocab_size: int
     eos_id: int | None
     split: str
     val_fraction: float
     cut: int = 0
-    hashes: bool = False  # of documents, to count duplicates
+    hashes: bool = False  # write hashes of documents, to count duplicates
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the tokens of a shard."""
+        """The dtype of the tokens in a shard."""
         return np.dtype(formats.token_dtype(self.vocab_size)).newbyteorder("<")
 
     @property
     def unit_dtype(self) -> np.dtype:
-        """Of the tokens of a unit: as narrow as they fit, for the disk is what a preparation waits for."""
+        """The dtype of the tokens in a unit's files: as narrow as possible, because the disk limits a preparation."""
         return np.dtype(np.uint8) if self.vocab_size <= 256 else self.dtype
 
 
@@ -65,16 +65,16 @@ class Survey:
     counts: np.ndarray  # how often each occurs, int64
 
 
-def survey(unit: documents.Unit, reading: documents.Reading, index: int) -> Survey:
-    """Counts the characters of unit `index` (bytes where reading.raw)."""
+def survey_unit(unit: documents.WorkUnit, options: documents.ReadOptions, index: int) -> Survey:
+    """Counts the characters of unit `index` (bytes if options.raw)."""
     counts = np.zeros(tokenizers.CODE_POINTS, np.int64)
-    pieces = (piece for stretch in unit for piece in documents.read(stretch, reading, Problems()))
-    for batch in _batches(pieces):  # many small documents cost as much as one
-        if reading.raw:
-            raw = b"".join(piece.text for piece in batch if isinstance(piece.text, bytes))
+    chunks = (chunk for span in unit for chunk in documents.read_chunks(span, options, InputErrors()))
+    for batch in _batches(chunks):  # joined, because many small documents cost as much as one
+        if options.raw:
+            raw = b"".join(chunk.text for chunk in batch if isinstance(chunk.text, bytes))
             counts[:256] += characters.byte_counts(np.frombuffer(raw, np.uint8))
         else:
-            characters.count("".join(piece.text for piece in batch if isinstance(piece.text, str)), counts)
+            characters.count("".join(chunk.text for chunk in batch if isinstance(chunk.text, str)), counts)
     found = np.flatnonzero(counts)
     return Survey(int(counts.sum()), found.astype(np.uint32), counts[found])
 
@@ -84,23 +84,28 @@ def _tokenizer(folder: pathlib.Path, sha256: str) -> tokenizers.Tokenizer:
     return tokenizers.load(folder, sha256)
 
 
-def encode(index: int, unit: documents.Unit, first_character: int, job: Job) -> dict:
-    """Writes a unit's files and returns what its .json holds. `first_character`: characters in the units before it.
+def encode_unit(index: int, unit: documents.WorkUnit, first_character: int, job: Job) -> dict:
+    """Writes a unit's files and returns the content of its .json.
+
+    Args:
+      first_character: the number of characters in the units before it.
 
     Raises:
-      DataError: the unit cannot be read, or there is no room for the files.
+      DataError: the unit cannot be read, or the disk is full.
     """
     stem = job.partial / "units" / f"{index:06d}"
-    problems = Problems()
+    errors = InputErrors()
     codec = _tokenizer(job.partial / "tokenizer", job.tokenizer_sha256)
     try:
         outputs = {split: _Output(stem, split, job) for split in SPLITS}
         hashes: list[tuple[int, int]] | None = [] if job.hashes else None
-        losses = Losses(codec, problems)
+        losses = Losses(codec, errors)
         splitting = Splitting(job.split, job.val_fraction, job.cut)
-        texts = parts(unit, first_character, splitting, job.reading, codec, problems, hashes)
+        texts = parts_of_unit(
+            unit, first_character, splitting, options=job.options, codec=codec, errors=errors, hashes=hashes
+        )
         for batch in _batches(texts):
-            for part, ids in zip(batch, _encode_batch(codec, batch, problems), strict=True):
+            for part, ids in zip(batch, _encode_batch(codec, batch, errors), strict=True):
                 losses.look(part, ids)
                 outputs[part.split].add(ids, _utf8_bytes(part.text), part.ends)
         for output in outputs.values():
@@ -111,12 +116,12 @@ def encode(index: int, unit: documents.Unit, first_character: int, job: Job) -> 
             "tokens": {split: output.tokens for split, output in outputs.items()},
             "text_bytes": {split: output.text_bytes for split, output in outputs.items()},
             "sizes": {split: _sizes(stem, split) for split in SPLITS},
-            "problems": problems.to_json(),
+            "problems": errors.to_json(),
         }
         files.write_durably(stem.with_suffix(".json"), json.dumps(result).encode())
     except OSError as e:
         raise DataError(
-            f"cannot write {stem.parent}: {e.strerror}; make room, then start the same command again"
+            f"cannot write {stem.parent}: {e.strerror}; make room, then run the same command again"
         ) from None
     return result
 
@@ -125,8 +130,8 @@ def _utf8_bytes(text: str | bytes) -> int:
     return len(text) if isinstance(text, bytes) or text.isascii() else len(text.encode())
 
 
-def finished(job: Job, index: int) -> dict | None:
-    """What `encode` returned for a unit that is done; None if it is not, or its files are not those it wrote."""
+def finished_unit(job: Job, index: int) -> dict | None:
+    """What encode_unit returned for a unit that is done; None if it is not done, or its files were changed."""
     stem = job.partial / "units" / f"{index:06d}"
     try:
         result = json.loads(stem.with_suffix(".json").read_bytes())
@@ -137,27 +142,27 @@ def finished(job: Job, index: int) -> dict | None:
 
 
 def _sizes(stem: pathlib.Path, split: str) -> list[int]:
-    """Of the files of a unit, in bytes."""
+    """The sizes of a unit's files, in bytes."""
     return [stem.with_suffix(f".{split}.{what}").stat().st_size for what in ("tokens", "ends")]
 
 
-def _encode_batch(codec: tokenizers.Tokenizer, batch: list[Part], problems: Problems) -> list[np.ndarray]:
+def _encode_batch(codec: tokenizers.Tokenizer, batch: list[Part], errors: InputErrors) -> list[np.ndarray]:
     texts = [(part.left.before if part.left else "") + part.text for part in batch if isinstance(part.text, str)]
-    if not texts:  # the byte tokenizer alone reads raw, and always
+    if not texts:  # only the byte tokenizer reads raw bytes, and it always does
         return [tokenizers.ByteTokenizer.encode_bytes(part.text) for part in batch if isinstance(part.text, bytes)]
     rows = []
     for part, ids in zip(batch, codec.encode_batch(texts), strict=True):
         row = part.left.take(ids) if part.left else ids
         same = row is not None
-        if row is None:  # the text alone, as if it began a document
+        if row is None:  # the seam does not hold: the text by itself, as if it began a document
             row = codec.encode(str(part.text))
         if not same or (part.right and not part.right.ends(row)):
-            problems.found(NO_SEAM, f"{part.path} ({part.text[:40]!r} …)")
+            errors.record(NO_SEAM, f"{part.path} ({part.text[:40]!r} …)")
         rows.append(row)
     return rows
 
 
-T = TypeVar("T", documents.Piece, Part)
+T = TypeVar("T", documents.Chunk, Part)
 
 
 def _batches(parts: Iterator[T]) -> Iterator[list[T]]:
@@ -176,7 +181,9 @@ class _Output:
     """One split of a unit."""
 
     def __init__(self, stem: pathlib.Path, split: str, job: Job):
-        self.stem, self.split, self.eos_id = stem, split, job.eos_id
+        self.stem = stem
+        self.split = split
+        self.eos_id = job.eos_id
         self.dtype = job.unit_dtype
         self.file: IO[bytes] = self._path("tokens").open("wb")
         self.tokens = self.text_bytes = 0

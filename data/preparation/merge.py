@@ -1,4 +1,4 @@
-"""Units to shards: the tokens of all units in the order of the plan, cut into shards, hashed on the way."""
+"""Units to shards: concatenates the tokens of all units in order, splits them into shards, and hashes these."""
 
 import dataclasses
 import hashlib
@@ -11,21 +11,27 @@ import numpy as np
 
 from data.errors import DataError
 from data.preparation import encode, losses
+from data.preparation.input_errors import InputErrors
 from data.preparation.output import MERGED, read_note, start_again
-from data.preparation.problems import Problems
 from data.storage import files
 from data.token_files import formats
 
 SHARD_TOKENS = 100_000_000
-COPY_TOKENS = 1 << 22  # held in memory
-NOTE_UNITS = 8  # merged between two notes; 64 MiB of text
+COPY_TOKENS = 1 << 22  # in memory at a time
+NOTE_UNITS = 8  # units between two records of the progress; 64 MiB of text
 
 
 class _SplitWriter:
-    """Writes one split: shards, and where each document begins. `written`: what `state` returned, to go on from it."""
+    """Writes one split: shards, and where each document begins.
+
+    Args:
+      written: what `state` returned, to resume from it.
+    """
 
     def __init__(self, folder: pathlib.Path, split: str, job: encode.Job, written: dict[str, Any] | None = None):
-        self.folder, self.split, self.job = folder, split, job
+        self.folder = folder
+        self.split = split
+        self.job = job
         self.shards: list[formats.Shard] = []
         self.tokens = self.text_bytes = self.documents = self.longest = 0
         self._begin = 0  # of the document that is being written
@@ -44,10 +50,10 @@ class _SplitWriter:
         with self._path.open("rb") as f:
             self._sha256 = hashlib.file_digest(f, "sha256")
         if self._sha256.hexdigest() != written["sha256"]:
-            raise DataError(f"{self._path} is not what was written; {start_again(folder)}")
+            raise DataError(f"{self._path} has changed; {start_again(folder)}")
 
     def state(self) -> dict[str, Any]:
-        """What was written so far, which is on the disk from now on."""
+        """Syncs what was written to disk, and returns what is needed to resume from here."""
         for file in (self._offsets, self._file):
             file.flush()
             os.fsync(file.fileno())
@@ -61,14 +67,15 @@ class _SplitWriter:
     def _open_shard(self) -> None:
         self._path = self._shard_path()
         self._file = self._path.open("wb")
-        self._sha256, self._shard_tokens = hashlib.sha256(), 0
+        self._sha256 = hashlib.sha256()
+        self._shard_tokens = 0
 
     def _close_shard(self) -> None:
         files.close_durably(self._file)
         self.shards.append(formats.Shard(self._path.name, self._shard_tokens, self._sha256.hexdigest()))
 
     def unit(self, tokens: pathlib.Path, ends: np.ndarray, text_bytes: int) -> None:
-        """Appends the tokens of a file; `ends`, relative to its first, are where documents end."""
+        """Appends the tokens of a unit's file; `ends` are the ends of documents, relative to its first token."""
         begins = np.concatenate([[self._begin], ends + self.tokens])
         if len(ends):
             begins[:-1].astype("<u8").tofile(self._offsets)
@@ -88,7 +95,7 @@ class _SplitWriter:
                     self._open_shard()
 
     def close(self) -> formats.Split:
-        if self.tokens > self._begin:  # cut off by the split: a document without an end
+        if self.tokens > self._begin:  # a document without an end: the split begins inside it
             np.array([self._begin], "<u8").tofile(self._offsets)
             self.documents += 1
             self.longest = max(self.longest, self.tokens - self._begin)
@@ -102,36 +109,37 @@ class _SplitWriter:
 
 
 def _opened_at(path: pathlib.Path, size: int) -> IO[bytes]:
-    """A file to go on with after its first `size` bytes; what a run that was killed wrote behind them goes."""
+    """A file to append to after its first `size` bytes; later ones, of a killed preparation, are removed."""
     file = path.open("r+b" if size else "wb")
     if os.fstat(file.fileno()).st_size < size:
-        raise DataError(f"{path} became shorter than it was noted; {start_again(path.parent)}")
+        raise DataError(f"{path} is shorter than recorded; {start_again(path.parent)}")
     file.truncate(size)
     file.seek(0, os.SEEK_END)
     return file
 
 
 class Merge:
-    """Writes the shards and document offsets of both splits into `partial`, unit by unit in the order of the plan.
+    """Writes the shards and document offsets of both splits into `partial`, unit by unit in order.
 
-    Units may be added in any order: each is appended when those before it have been. Now and then what was written is
-    noted, and the files of the units in it are removed: a corpus needs the room of its tokens once. A later Merge of
-    the same folder goes on from there.
+    Units may be added in any order; each is appended after those before it. Every NOTE_UNITS units the progress is
+    recorded and the files of the appended units are removed, so the tokens of a corpus take disk space only once. A
+    later Merge of the same folder resumes from there.
 
     Attributes:
-      next: the unit that is appended next; those before it are done.
-      tokens: of all units that were appended.
+      next: the unit to append next; those before it are done.
+      tokens: in all units that were appended.
     """
 
     def __init__(self, partial: pathlib.Path, job: encode.Job):
-        self.partial, self.job = partial, job
-        state: dict[str, Any] = {"next": 0, "writers": {}, "problems": Problems().to_json()}
+        self.partial = partial
+        self.job = job
+        state: dict[str, Any] = {"next": 0, "writers": {}, "problems": InputErrors().to_json()}
         if (partial / MERGED).exists():
             state = read_note(partial / MERGED)
         try:
             writers = {split: state["writers"].get(split) for split in encode.SPLITS}
             self.writers = {split: _SplitWriter(partial, split, job, written) for split, written in writers.items()}
-            self.problems = Problems.from_json(state["problems"])
+            self.errors = InputErrors.from_json(state["problems"])
         except (KeyError, TypeError, ValueError, AttributeError):
             raise DataError(f"{partial / MERGED} is damaged; {start_again(partial)}") from None
         self._waiting: dict[int, dict] = {}
@@ -142,7 +150,7 @@ class Merge:
         return sum(writer.tokens for writer in self.writers.values())
 
     def add(self, index: int, result: dict) -> None:
-        """`result`: what encode.encode returned for unit `index`."""
+        """Adds unit `index`; `result` is what encode_unit returned."""
         self._waiting[index] = result
         while self.next in self._waiting:
             self._append(self._waiting.pop(self.next))
@@ -151,7 +159,7 @@ class Merge:
                 self._note()
 
     def _append(self, result: dict) -> None:
-        self.problems.add(Problems.from_json(result["problems"]))
+        self.errors.add(InputErrors.from_json(result["problems"]))
         for split, writer in self.writers.items():
             ends = np.fromfile(self._unit(self.next, f".{split}.ends"), "<u8").astype(np.int64)
             writer.unit(self._unit(self.next, f".{split}.tokens"), ends, result["text_bytes"][split])
@@ -161,7 +169,7 @@ class Merge:
 
     def _note(self) -> None:
         writers = {split: writer.state() for split, writer in self.writers.items()}
-        state = {"next": self.next, "writers": writers, "problems": self.problems.to_json()}
+        state = {"next": self.next, "writers": writers, "problems": self.errors.to_json()}
         files.write_durably(self.partial / MERGED, json.dumps(state).encode())
         for index in range(self._noted, self.next):
             for suffix in (".json", *(f".{split}.{what}" for split in encode.SPLITS for what in ("ends", "tokens"))):
@@ -169,7 +177,7 @@ class Merge:
         self._noted = self.next
 
     def finish(self) -> tuple[dict[str, formats.Split], dict[str, Any]]:
-        """The splits of the manifest; the summary: documents, tokens, bytes per token, longest document, problems."""
+        """The splits of the manifest, and the summary: documents, tokens, bytes per token, longest document, errors."""
         assert not self._waiting
         splits = {split: writer.close() for split, writer in self.writers.items()}
         tokens, text_bytes = (sum(getattr(s, what) for s in splits.values()) for what in ("tokens", "text_bytes"))
@@ -178,8 +186,8 @@ class Merge:
             "tokens": tokens,
             "bytes_per_token": text_bytes / tokens if tokens else None,
             "longest_document_tokens": max(w.longest for w in self.writers.values()),
-            "loses_text": any(self.problems.counts[kind] for kind in losses.LOSSES),
-            "problems": self.problems.summary(),
+            "loses_text": any(self.errors.counts[kind] for kind in losses.LOSSES),
+            "problems": self.errors.summary(),
         }
         if self.job.hashes:
             summary["duplicates"] = _duplicates(self.partial, self.next)
@@ -187,16 +195,16 @@ class Merge:
 
 
 def _duplicates(partial: pathlib.Path, num_units: int) -> int:
-    """Documents whose text occurred before; 16 bytes of memory for each document."""
+    """The number of documents whose text occurred before; needs 16 bytes of memory for each document."""
     stems = (partial / "units" / f"{index:06d}" for index in range(num_units))
     found = [np.fromfile(stem.with_suffix(".hashes"), "<u8") for stem in stems]
-    pieces = np.concatenate([np.empty(0, "<u8"), *found]).reshape(-1, 2)
-    whole = pieces[:, 1] == 3
+    chunks = np.concatenate([np.empty(0, "<u8"), *found]).reshape(-1, 2)
+    complete = chunks[:, 1] == 3
     long, held = [], b""
-    for piece, ends in pieces[~whole].tolist():  # equal texts are cut into equal pieces
-        held += piece.to_bytes(8, "little")
+    for chunk, ends in chunks[~complete].tolist():  # equal texts have equal chunks
+        held += chunk.to_bytes(8, "little")
         if ends & 2:
             long.append(int.from_bytes(hashlib.blake2b(held, digest_size=8).digest(), "little"))
             held = b""
-    hashes = np.concatenate([pieces[whole, 0], np.array(long, "<u8")])
+    hashes = np.concatenate([chunks[complete, 0], np.array(long, "<u8")])
     return len(hashes) - len(np.unique(hashes))

@@ -1,12 +1,12 @@
-"""Where a dataset is written and how it gets its name: by one process at a time, without harm to what is not ours.
+"""Where a dataset is written and how it gets its name: by one process at a time, without harm to files of others.
 
-    NAME.partial              what is being written; its first file is MARK, put into a new or an empty folder
-    .NAME.meshlm-lock         is held from before the first look at NAME.partial until NAME is complete
-    .NAME.meshlm-replaced     the dataset that was NAME, from when the new one is complete until it is removed
+    NAME.partial              the unfinished dataset; its first file is MARK, written into a new or empty folder
+    .NAME.meshlm-lock         held from before NAME.partial is first examined until NAME is complete
+    .NAME.meshlm-replaced     the previous dataset NAME, from when the new one is complete until it is removed
 
-So a kill at any point leaves the old dataset or the new one, and the next preparation of NAME ends what was begun. Only
-a folder with the mark is cleared, only a dataset is replaced, and only files that its manifest names, or that have the
-names of an unfinished one's, are ever removed: a folder that holds anything else is refused.
+So a kill at any point leaves the old dataset or the new one, and the next preparation of NAME finishes the change. Only
+a folder with the mark is cleared, and only a dataset is replaced. Only files that its manifest names, or that are named
+as those of an unfinished dataset, are ever removed: a folder with any other file is refused.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ from data.tokenizers import hf_json, minbpe, sentencepiece_file, tiktoken_file
 
 log = logging.getLogger("meshlm")
 
-PATH_BYTES = 4095  # of a whole path, on Linux
+PATH_BYTES = 4095  # of a complete path, on Linux
 INSIDE_BYTES = 100  # of a path below the dataset: no file there has a longer one
 MARK = "meshlm-unfinished.json"
 FORMAT = "meshlm-unfinished-dataset"
-CHARACTERS, MERGED = "characters.json", "merged.json"  # what is known so far
+CHARACTERS, MERGED = "characters.json", "merged.json"  # the progress so far
 _TOKENIZER_FILES = (
     tokenizers.FILE_NAME,
     hf_json.FILE_NAME,
@@ -49,7 +49,7 @@ def _any_of(names: tuple[str, ...]) -> str:
 
 PACKED = re.compile(r"(train|val)\.packed-\d+\.bin")
 PACKED_LOCK = re.compile(r"\.(train|val)\.packed-\d+\.bin\.meshlm-lock")
-# The files that preparations and launch.pack write, in each folder.
+# The names of the files that preparations and launch.pack write, for each folder.
 _OWN = {
     "units": re.compile(r"\d+\.(json|hashes|(train|val)\.(tokens|ends))"),
     "tokenizer": re.compile(_any_of(_TOKENIZER_FILES)),
@@ -61,32 +61,32 @@ _OWN = {
 
 @dataclasses.dataclass(frozen=True)
 class _Mark:
-    folder: int  # its inode: a copy of an unfinished dataset is not taken for the dataset itself
-    key: str  # of what is being prepared; "" while what is of another is removed
+    folder: int  # its inode: tells an unfinished dataset from a copy of it
+    key: str  # identifies what is being prepared; "" while files of another request are removed
 
 
 def is_unfinished(folder: pathlib.Path) -> bool:
-    """Whether a preparation began to write a dataset in this folder."""
+    """Whether a preparation started to write a dataset in this folder."""
     return _read_mark(folder) is not None
 
 
 class Output:
-    """A dataset folder that is there, or is to be.
+    """A dataset folder that exists or is to be made.
 
     Attributes:
-      path: where it is or will be, without links.
-      partial: where it is written.
-      own: all that may be there because of it.
+      path: of the dataset, with links resolved.
+      partial: the folder in which it is written.
+      own: all paths that a preparation of it may use.
 
     Raises:
-      DataError: the path cannot be that of a dataset.
+      DataError: a dataset cannot have this path.
     """
 
     def __init__(self, path: pathlib.Path):
         try:
             self.path = path.resolve()
         except (OSError, RuntimeError, ValueError) as e:
-            raise DataError(f"--out={path} cannot be followed: {getattr(e, 'strerror', None) or e}") from None
+            raise DataError(f"--out={path} cannot be resolved: {getattr(e, 'strerror', None) or e}") from None
         if not self.path.name or self.path.name.endswith(".partial"):
             raise DataError(f"--out={path} cannot be the name of a dataset; choose another")
         self.partial = self.path.with_name(f"{self.path.name}.partial")
@@ -95,48 +95,48 @@ class Output:
         self._check_lengths(path)
 
     def _check_lengths(self, path: pathlib.Path) -> None:
-        """Raises DataError when a name that is used before the end, or after it, is too long."""
+        """Raises DataError if a file name or path that a preparation uses would be too long."""
         name = len(os.fsencode(self.path.name))
         beside = max(len(os.fsencode(place.name)) for place in self.own) - name
         if name + beside > names.PART_BYTES or len(os.fsencode(self.partial)) + INSIDE_BYTES > PATH_BYTES:
             raise DataError(
-                f"--out={path} is too long: file systems take {names.PART_BYTES} bytes between slashes, {PATH_BYTES} "
-                "in all, and other names are needed beside and below it; choose one of at most "
+                f"--out={path} is too long: file systems allow {names.PART_BYTES} bytes between slashes, {PATH_BYTES} "
+                "in all, and longer names are used beside and below it; choose one of at most "
                 f"{names.PART_BYTES - beside} bytes, in a folder with a shorter path"
             )
 
     def has_dataset(self) -> bool:
-        """Whether a dataset is at `path`, damaged or not. Raises DataError when something else is."""
+        """Whether `path` is a dataset, damaged or not. Raises DataError if it is something else."""
         try:
             if formats.is_dataset(self.path):
                 return True
         except OSError as e:
             raise DataError(f"cannot read {self.path}: {e.strerror}") from None
-        if os.path.lexists(self.path):  # it is never replaced, whatever the flags
+        if os.path.lexists(self.path):  # not even --overwrite replaces it
             raise DataError(f"{self.path} exists and is not a dataset; choose another --out")
         return False
 
     def was_interrupted(self) -> bool:
-        """Whether a preparation was killed while it replaced the dataset or gave it its name."""
+        """Whether a preparation was killed while it replaced or renamed the dataset."""
         return os.path.lexists(self._replaced) or is_unfinished(self.path)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """No other process prepares this dataset meanwhile; what a killed one was about to end is ended.
+        """Holds the lock, so that no other process prepares this dataset; first finishes what a killed one left.
 
         Raises:
-          DataError: another process has it; and for every OSError: nothing can be written.
+          DataError: another process has the lock; also for every OSError in the block: a file cannot be written.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with files.locked(self.path):
                 self._recover()
                 yield
-        except files.Held as e:
+        except files.LockHeld as e:
             raise DataError(f"{self.path} is being written by {e}") from None
         except OSError as e:
             where, why = e.filename or self.partial, e.strerror or e
-            raise DataError(f"cannot write {where}: {why}; start the same command again when that is mended") from None
+            raise DataError(f"cannot write {where}: {why}; fix that, then run the same command again") from None
 
     def _recover(self) -> None:
         if os.path.lexists(self._replaced):
@@ -152,10 +152,10 @@ class Output:
             (self.path / MARK).unlink()
 
     def begin(self, key: str) -> None:
-        """Makes `partial`, with what an earlier run of the same key has done there; what is of another is removed.
+        """Makes `partial`, or keeps it if it is from an earlier run with the same key; files of other keys are removed.
 
         Raises:
-          DataError: it, or the dataset that is to be replaced, has something in it that no preparation writes.
+          DataError: it, or the dataset that is to be replaced, contains a file that preparations do not write.
         """
         if self.has_dataset():
             _check_own(self.path)
@@ -175,7 +175,7 @@ class Output:
                     f"{self.partial} is a copy of an unfinished dataset of another request; remove it or choose "
                     "another --out"
                 )
-            self._write_mark(dataclasses.replace(here, key=""))  # first: no run of the old key may go on with a part
+            self._write_mark(dataclasses.replace(here, key=""))  # first: no run of the old key may resume from a part
             _remove_files(path for path in _files(self.partial)[0] if path.name != MARK)
         if mark != here:
             self._write_mark(here)
@@ -186,11 +186,11 @@ class Output:
         files.write_durably(self.partial / MARK, text.encode())
 
     def is_complete(self) -> bool:
-        """Whether all of `partial` is written: its manifest is the last."""
+        """Whether `partial` is complete: its manifest is written last."""
         return (self.partial / formats.MANIFEST).exists()
 
     def publish(self) -> None:
-        """Gives the complete dataset its name. What was there before is removed when the new one has it.
+        """Renames the complete dataset to its name, then removes the previous one.
 
         Raises:
           DataError: something that is not a dataset has appeared there.
@@ -212,12 +212,12 @@ class Output:
 
 
 def read_note(path: pathlib.Path) -> Any:
-    """JSON that a preparation wrote for itself. Raises DataError."""
+    """Reads JSON that a preparation wrote for itself. Raises DataError."""
     return files.read_json(path, start_again(path.parent))
 
 
 def start_again(partial: pathlib.Path) -> str:
-    return f"remove {partial} and start again"
+    return f"remove {partial} and run the command again"
 
 
 def _read_mark(folder: pathlib.Path) -> _Mark | None:
@@ -229,7 +229,7 @@ def _read_mark(folder: pathlib.Path) -> _Mark | None:
 
 
 def _files(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
-    """What lies in a folder of ours: the files that preparations write, and everything else."""
+    """The entries of a dataset folder: files that preparations write, and everything else."""
     own: list[pathlib.Path] = []
     others: list[pathlib.Path] = []
     named, unfinished = _named(folder), is_unfinished(folder)
@@ -246,12 +246,12 @@ def _files(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Path]
 
 
 def _is_ours(path: pathlib.Path, folder: str, named: set[str] | None, unfinished: bool) -> bool:
-    """Whether a file has the name of one of ours, and nothing says that it is another's.
+    """Whether a file is named as one that preparations write, and the manifest does not contradict that.
 
     Args:
-      folder: in which it lies, a key of _OWN.
+      folder: its folder, a key of _OWN.
       named: see _named.
-      unfinished: whether the mark is there, so that there may be files that a complete dataset does not have.
+      unfinished: whether the mark exists, so that there may be files that a complete dataset does not have.
     """
     half = files.WRITING.fullmatch(path.name)
     whole = half[1] if half else path.name
@@ -266,8 +266,8 @@ def _is_ours(path: pathlib.Path, folder: str, named: set[str] | None, unfinished
 
 
 def _named(folder: pathlib.Path) -> set[str] | None:
-    """The files that the manifest of a complete dataset names (of an earlier version's: those it may have); None when
-    nobody can say, because there is no manifest, or it is damaged."""
+    """The files that the manifest of a complete dataset names (for one of an earlier version: those that it may have);
+    None if the manifest is missing or damaged."""
     try:
         manifest = formats.read_manifest(folder)
     except (FileNotFoundError, DataError):
@@ -286,11 +286,11 @@ def _is_half_written(path: pathlib.Path) -> bool:
 
 
 def _check_own(folder: pathlib.Path) -> None:
-    """Raises DataError for a folder with anything in it that no preparation writes, or for what is not a folder."""
+    """Raises DataError if `folder` contains a file that preparations do not write, or is not a folder."""
     if folder.is_symlink() or not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; move it away, then start again")
+        raise DataError(f"{folder} is not a folder; move it away, then run the command again")
     if (folder / "plan").is_file() and (folder / "units").is_dir() and not is_unfinished(folder):
-        raise DataError(f"{folder} was left unfinished by an earlier version; remove it, then start again")
+        raise DataError(f"{folder} was left unfinished by an earlier version; remove it, then run the command again")
     if others := sorted(_files(folder)[1]):
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise DataError(
@@ -304,10 +304,10 @@ def _remove_files(paths: Iterable[pathlib.Path]) -> None:
 
 
 def _remove(folder: pathlib.Path) -> None:
-    """Removes a dataset; its manifest last, so that what a kill leaves of it is still known to be one."""
+    """Removes a dataset, its manifest last, so that what a kill leaves is still recognised as one."""
     own, others = _files(folder)
-    if others:  # they came after the first look
-        log.warning("%s stays: it has files that are not from launch.prepare", folder)
+    if others:  # they appeared after the first check
+        log.warning("%s is kept: it has files that are not from launch.prepare", folder)
         return
     manifest = folder / formats.MANIFEST
     _remove_files(path for path in own if path != manifest)

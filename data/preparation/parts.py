@@ -1,7 +1,7 @@
-"""What is encoded in one go: the texts of a unit with their splits, long ones cut at seams (data/tokenizers/seams.py).
+"""Parts are encoded one by one: the texts of a unit with their splits. Long texts are divided at seams (seams.py).
 
-Two units that share a long text both look at the same characters around the cut between them, so they agree where the
-one ends and the other begins. At the cut of --split=last the validation text begins as a text of its own.
+Two units that share a long text examine the same characters around the border between them, so they agree where one
+ends and the other begins. With --split=last the validation text begins as a text of its own.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from data.preparation import documents
 from data.preparation.corpus import File
-from data.preparation.problems import Problems
+from data.preparation.input_errors import InputErrors
 from data.tokenizers import seams
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.seams import Seam
@@ -25,8 +25,8 @@ class Part(NamedTuple):
     text: str | bytes
     ends: bool  # whether a document ends with it
     path: str  # of its file
-    left: Seam | None = None  # that it begins at
-    right: Seam | None = None  # that it ends at
+    left: Seam | None = None  # at its beginning
+    right: Seam | None = None  # at its end
 
 
 class Splitting(NamedTuple):
@@ -37,105 +37,106 @@ class Splitting(NamedTuple):
     cut: int
 
 
-def parts(
-    unit: documents.Unit,
+def parts_of_unit(
+    unit: documents.WorkUnit,
     character: int,
     splitting: Splitting,
-    reading: documents.Reading,
+    *,
+    options: documents.ReadOptions,
     codec: Tokenizer,
-    problems: Problems,
+    errors: InputErrors,
     hashes: list[tuple[int, int]] | None = None,
 ) -> Iterator[Part]:
-    """The parts of a unit in order. Appends to `hashes` that of each piece, and whether a document begins (1) and ends
-    (2) with it.
+    """The parts of a unit in order.
 
     Args:
-      character: how many there are in the units before.
+      character: the number of characters in the units before it.
+      hashes: gets the hash of each chunk appended, and 1 if a document begins with it, plus 2 if one ends with it.
     """
     cut = splitting.cut if splitting.kind == "last" else None
-    for stretch in unit:
-        path = str(stretch.file.path)
-        pieces = documents.read(stretch, reading, problems)
-        in_pieces = codec.joins and stretch.file.kind == "text"  # records are whole
-        for piece, before, after in _with_neighbours(pieces, stretch) if in_pieces else _alone(pieces):
+    for span in unit:
+        path = str(span.file.path)
+        chunks = documents.read_chunks(span, options, errors)
+        in_chunks = codec.joins and span.file.kind == "text"  # records are not divided
+        for chunk, before, after in _with_context(chunks, span) if in_chunks else _without_context(chunks):
             if hashes is not None:
-                hashes.append((_hash(piece.text), piece.begins + 2 * piece.ends))
-            text, shift, left, right = piece.text, 0, None, None
-            if in_pieces and isinstance(text, str) and not (piece.begins and piece.ends):
+                hashes.append((_hash(chunk.text), chunk.begins + 2 * chunk.ends))
+            text, shift, left, right = chunk.text, 0, None, None
+            if in_chunks and isinstance(text, str) and not (chunk.begins and chunk.ends):
                 left = _seam(codec, before, text[: _window()], character, cut)
                 right = _seam(codec, text[-_window() :], after, character + len(text), cut)
                 if left is None and before and character != cut:
-                    problems.found(NO_SEAM, f"{path} ({before[-20:] + text[:20]!r})")
+                    errors.record(NO_SEAM, f"{path} ({before[-20:] + text[:20]!r})")
                 shift = left.shift if left else 0
                 text = _moved(text, before, after, shift, right.shift if right else 0)
             if cut is not None:
                 at = min(max(cut - character - shift, 0), len(text))
-                character += len(piece.text)
+                character += len(chunk.text)
                 if text[:at]:
                     whole = at == len(text)
-                    yield Part("train", text[:at], piece.ends and whole, path, left, right if whole else None)
+                    yield Part("train", text[:at], chunk.ends and whole, path, left, right if whole else None)
                 if text[at:]:
-                    yield Part("val", text[at:], piece.ends, path, None if at else left, right)
+                    yield Part("val", text[at:], chunk.ends, path, None if at else left, right)
             else:
-                yield Part(_split(piece, stretch, splitting), text, piece.ends, path, left, right)
+                yield Part(_split(chunk, span, splitting), text, chunk.ends, path, left, right)
 
 
-def _split(piece: documents.Piece, stretch: documents.Stretch, splitting: Splitting) -> str:
+def _split(chunk: documents.Chunk, span: documents.Span, splitting: Splitting) -> str:
     if splitting.kind == "file":
-        assert stretch.split is not None
-        return stretch.split
-    # A file of text is one document that may come in several pieces, so its name decides.
-    key = os.fsencode(stretch.file.name) if stretch.file.kind == "text" else piece.text
+        assert span.split is not None
+        return span.split
+    # A text file is one document, maybe in several chunks, so its name decides.
+    key = os.fsencode(span.file.name) if span.file.kind == "text" else chunk.text
     return "val" if _hash(key) < splitting.val_fraction * 2**64 else "train"
 
 
 def _seam(codec: Tokenizer, before: str, after: str, character: int, cut: int | None) -> Seam | None:
-    """The seam where a text was cut after `character`; None if there was no cut, or no seam. It is not moved across
-    the `cut` between training and validation."""
+    """The seam near the border after `character` characters; None if no text is divided there, or without a seam. A
+    seam is never on the other side of the `cut` between training and validation."""
     if cut is not None and character > cut:
         before = before[-(character - cut) :]
     elif cut is not None:
         after = after[: cut - character]
     if not before or not after or codec.phased:
         return None
-    return seams.find(codec.encode, before, after, min(seams.REACH, documents.UNIT_BYTES // 64))
+    return seams.find_seam(codec.encode, before, after, min(seams.REACH, documents.UNIT_BYTES // 64))
 
 
 def _moved(text: str, before: str, after: str, left: int, right: int) -> str:
-    """The text between the seams, which are so many characters behind the ends of `text`."""
+    """The text between two seams that are `left` and `right` characters after the ends of `text`."""
     text = text[left:] if left >= 0 else before[left:] + text
     return text + after[:right] if right >= 0 else text[:right]
 
 
 def _window() -> int:
-    """Characters around a cut that are looked at: fewer than any piece but the last of a text has."""
+    """The characters examined on each side of a border: fewer than any chunk has, except the last of a text."""
     return min(seams.WINDOW, documents.UNIT_BYTES // 16)
 
 
-def _alone(pieces: Iterator[documents.Piece]) -> Iterator[tuple[documents.Piece, str, str]]:
-    return ((piece, "", "") for piece in pieces)
+def _without_context(chunks: Iterator[documents.Chunk]) -> Iterator[tuple[documents.Chunk, str, str]]:
+    return ((chunk, "", "") for chunk in chunks)
 
 
-def _with_neighbours(
-    pieces: Iterator[documents.Piece], stretch: documents.Stretch
-) -> Iterator[tuple[documents.Piece, str, str]]:
-    """Each piece with the characters before and after it in its document, so many as are looked at."""
+def _with_context(
+    chunks: Iterator[documents.Chunk], span: documents.Span
+) -> Iterator[tuple[documents.Chunk, str, str]]:
+    """Each chunk with the characters before and after it in its document that are examined."""
     tail = ""
-    for piece, following in itertools.pairwise(itertools.chain(pieces, [None])):
-        assert piece is not None and isinstance(piece.text, str)
+    for chunk, following in itertools.pairwise(itertools.chain(chunks, [None])):
+        assert chunk is not None and isinstance(chunk.text, str)
         before = after = ""
-        if not piece.begins:
-            before = tail or _beside(stretch.file, stretch.start, before=True)
-        if not piece.ends:
-            head = following.text[: _window()] if following else _beside(stretch.file, stretch.stop, before=False)
+        if not chunk.begins:
+            before = tail or _beside(span.file, span.start, before=True)
+        if not chunk.ends:
+            head = following.text[: _window()] if following else _beside(span.file, span.stop, before=False)
             after = str(head)
-        yield piece, before, after
-        tail = piece.text[-_window() :]
+        yield chunk, before, after
+        tail = chunk.text[-_window() :]
 
 
 def _beside(file: File, at: int, before: bool) -> str:
-    """The characters before or after a byte of a file, so many as are looked at."""
-    size = 4 * _window() + 4  # a character has at most four bytes; what the ends cut off is not used
+    """The characters before or after a byte of a file that are examined."""
+    size = 4 * _window() + 4  # a character has at most four bytes; incomplete ones at the ends are not used
     with file.open() as f:
         f.seek(max(at - size, 0) if before else at)
         text = f.read(min(size, at) if before else size).decode("utf-8", "replace")

@@ -1,8 +1,8 @@
-"""Corpus to dataset folder: plan, survey, tokenizer, units, merge, manifest.
+"""From a corpus to a dataset folder: plan, survey, tokenizer, units, merge, manifest.
 
-The plan cuts the corpus into units (documents.py); workers encode them in any order (encode.py); the merge
-appends them in the order of the plan (merge.py). So the dataset is the same, byte for byte, for any number of
-workers, and a preparation that was killed goes on with the units it lacks.
+The plan divides the corpus into units (documents.py), workers encode them in any order (encode.py), and the merge
+appends them in order (merge.py). So the dataset is the same, byte for byte, for any number of workers, and a
+preparation that was killed resumes with the missing units.
 """
 
 import dataclasses
@@ -22,30 +22,32 @@ import numpy as np
 from data import tokenizers
 from data.errors import DataError
 from data.preparation import corpus, documents, encode, merge, spool, tokenizer_sample
+from data.preparation.input_errors import InputErrors
 from data.preparation.output import CHARACTERS, Output, read_note, start_again
 from data.preparation.pool import Pool, cores
-from data.preparation.problems import Problems
 from data.storage import files
 from data.token_files import formats, integrity
 from data.tokenizers.base import check_special_tokens
 
 log = logging.getLogger("meshlm")
 
-INLINE_BYTES = 32 << 20  # a corpus up to this size is done in this process: workers take longer to start
+INLINE_BYTES = 32 << 20  # a corpus up to this size is prepared in this process: workers take longer to start
 SPLITS = ("auto", "last", "file", "document")
 
-Progress = Callable[[str, int, int, int], None]  # what is being done, bytes done, bytes in all, tokens so far
+PreparationProgress = Callable[
+    [str, int, int, int], None
+]  # what is being done, bytes done, bytes in all, tokens so far
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a dataset is made of and how; two equal requests of the same files give the same bytes.
+    """What a dataset is made from, and how; two equal requests for the same files give the same bytes.
 
-    `split` says what validates. 'last': the last val_fraction of the characters (bytes for the byte tokenizer), as with
-    nanoGPT; 'file': whole files, by a hash of their names; 'document': whole documents, by a hash of their text, so
-    that copies of one are on one side; 'auto': 'last' for one file of text, 'file' for several, 'document' where there
-    are JSON lines or Parquet. `text_key`: of JSON lines, or the column of Parquet. `format`: of all files, one of
-    recognize.KINDS. The rest: see documents.Reading.
+    `split` chooses the validation text. 'last': the last val_fraction of the characters (bytes for the byte tokenizer),
+    as in nanoGPT; 'file': complete files, by a hash of their names; 'document': complete documents, by a hash of their
+    text, so that copies are on the same side; 'auto': 'last' for one text file, 'file' for several, 'document' if there
+    are JSON lines or Parquet. `text_key`: the key in JSON lines, or the column of Parquet. `format`: of all files, one
+    of recognize.KINDS. For the rest see documents.ReadOptions.
     """
 
     source: str
@@ -67,23 +69,23 @@ Stamp = tuple[int | str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class PreparationPlan:
     request: Request
-    units: list[documents.Unit]
+    units: list[documents.WorkUnit]
     split: str  # 'auto' resolved
-    reading: documents.Reading
-    eos: bool  # after each document; one text alone has none, as nanoGPT's
-    source: str = ""  # its identity
-    stamps: dict[pathlib.Path, Stamp] = dataclasses.field(default_factory=dict)  # of the files, before they were cut
-    left_out: Problems = dataclasses.field(default_factory=Problems)  # of the source
+    options: documents.ReadOptions
+    eos: bool  # an end-of-text token after each document; a single text has none, as in nanoGPT
+    source: str = ""  # identifies the files of the source
+    stamps: dict[pathlib.Path, Stamp] = dataclasses.field(default_factory=dict)  # of the files, before they were read
+    left_out: InputErrors = dataclasses.field(default_factory=InputErrors)  # files of the source
 
     @functools.cached_property
     def bytes(self) -> int:
         return sum(map(documents.bytes_of, self.units))
 
     def key(self, tokenizer: tokenizers.Tokenizer | None, count_duplicates: bool) -> str:
-        """Changes with all that decides what is written: the request, the content of a tokenizer that is there
-        already, the files (see _stamp), how they are cut, and the code.
+        """Changes with everything that determines the dataset: the request, the content of an existing tokenizer, the
+        files (see _stamp), their division into units, and the version of the code.
         """
         given = None
         if tokenizer is not None:
@@ -96,52 +98,52 @@ class Plan:
                 digest.update(json.dumps(where).encode())
         return digest.hexdigest()
 
-    def check_unchanged(self, unit: documents.Unit) -> None:
-        """Raises DataError for a file that is no longer the one that was planned: what was read of it may be mixed."""
+    def check_unchanged(self, unit: documents.WorkUnit) -> None:
+        """Raises DataError if a file has changed since the plan was made: what was read may be a mixture."""
         for path in {s.file.path for s in unit}:
             if self.stamps.get(path) not in (None, _stamp(path)):
-                raise DataError(f"{path} was changed or replaced while it was read; start again when it stays as it is")
+                raise DataError(f"{path} was changed or replaced while it was read; start again when it is stable")
 
 
-def prepare(
+def prepare_dataset(
     out: pathlib.Path,
     *,
     overwrite: bool = False,
     workers: int = 0,
     count_duplicates: bool = False,
     max_invalid: float = 0.01,
-    progress: Progress = lambda *args: None,
+    progress: PreparationProgress = lambda *args: None,
     **request,
 ) -> formats.Manifest:
-    """Writes the dataset folder `out` and returns its manifest; what was counted on the way: see read_summary.
+    """Writes the dataset folder `out` and returns its manifest; read_summary returns what was counted.
 
-    The folder appears under its name only when it is complete. A killed run leaves `OUT.partial`, with which the next
-    one goes on if it asks for the same of the same files. A folder made by the same request, and whole, is left alone.
+    The folder gets its name only when it is complete. A preparation that is killed leaves `OUT.partial`, from which the
+    next one resumes if its request and files are the same. A complete folder made by the same request is kept.
 
     Args:
-      workers: processes; 0 for one a core.
-      count_duplicates: of documents; the count is in the summary.
-      max_invalid: the largest share of characters that are NUL, or U+FFFD in the place of bytes that are not UTF-8.
+      workers: number of processes; 0: one for each core.
+      count_duplicates: count duplicate documents; the number is in the summary.
+      max_invalid: the largest share of characters that are NUL, or U+FFFD instead of bytes that are not UTF-8.
       progress: called as units finish.
       request: the fields of Request.
 
     Raises:
-      DataError: the source cannot be used, or changed meanwhile; nothing in it trains, or too much of it is not text;
-        `out` is not a dataset; it is damaged or of another request and `overwrite` is false; another process is
-        preparing it; there is no room.
+      DataError: the source cannot be used, or changed meanwhile; it has no training text, or too much of it is not
+        text; `out` is not a dataset; it is damaged or from another request and `overwrite` is false; another process
+        is preparing it; the disk is full.
     """
     asked, output = Request(**request), Output(out)
     check_special_tokens(asked.special_tokens)
-    found = None if overwrite else there(out, **request)
+    found = None if overwrite else existing_dataset(out, **request)
     if found is not None:
         return found
-    if not tokenizers.needs_texts(asked.tokenizer):  # a mistyped one is found before the corpus is looked for
+    if not tokenizers.needs_texts(asked.tokenizer):  # a mistyped name is reported before the corpus is searched
         tokenizers.make(asked.tokenizer, special_tokens=asked.special_tokens)
     if pathlib.Path(os.path.realpath(asked.source)).is_relative_to(output.partial):
-        raise DataError(f"--source={asked.source} lies where the dataset is written until it is complete; move it away")
+        raise DataError(f"--source={asked.source} is in the folder in which the dataset is written; move it away")
     plan = make_plan(asked, output.path)
     with output.locked():
-        if not overwrite and output.has_dataset():  # it came while the files were looked for
+        if not overwrite and output.has_dataset():  # it was made while the files were searched
             return _intact(output.path, asked)
         given = None
         if not tokenizers.needs_texts(asked.tokenizer):
@@ -150,17 +152,19 @@ def prepare(
         if not output.is_complete():
             many = plan.bytes > INLINE_BYTES
             with Pool(max(1, min(workers or cores(), len(plan.units))) if many else 1) as pool:
-                job, merged = _encode(output.partial, plan, given, count_duplicates, pool, progress)
+                job, merged = _encode(
+                    output.partial, plan, given, pool, count_duplicates=count_duplicates, progress=progress
+                )
             _finish(plan, job, merged, max_invalid)
         output.publish()
     return formats.read_manifest(output.path)
 
 
-def there(out: pathlib.Path, **request) -> formats.Manifest | None:
-    """The manifest of the dataset that is at `out`, made by this request and whole; None where nothing is there yet.
+def existing_dataset(out: pathlib.Path, **request) -> formats.Manifest | None:
+    """The manifest of a complete dataset at `out` that was made by this request; None if there is no dataset yet.
 
     Raises:
-      DataError: something else is there, or a dataset that is damaged or was made by another request.
+      DataError: `out` is something else, or a dataset that is damaged or was made by another request.
     """
     output = Output(out)
     if not output.has_dataset() or output.was_interrupted():
@@ -169,7 +173,7 @@ def there(out: pathlib.Path, **request) -> formats.Manifest | None:
 
 
 def read_summary(out: pathlib.Path) -> dict[str, Any]:
-    """What `prepare` counted; empty for a dataset of an earlier version, which did not. Raises DataError."""
+    """What the preparation counted; empty for a dataset of an earlier version. Raises DataError."""
     path, advice = out / formats.SUMMARY, "copy it again or prepare again with --overwrite"
     summary = files.read_json(path, advice) if path.exists() else {}
     if not isinstance(summary, dict):
@@ -177,13 +181,13 @@ def read_summary(out: pathlib.Path) -> dict[str, Any]:
     return summary
 
 
-def make_plan(request: Request, out: pathlib.Path) -> Plan:
-    """Finds the files and cuts them. Raises DataError. `out`: the dataset; a download is kept beside it."""
+def make_plan(request: Request, out: pathlib.Path) -> PreparationPlan:
+    """Finds the files and divides them into units; a download is kept beside the dataset `out`. Raises DataError."""
     found, left_out = _find(request, out)
     if named := corpus.named_as_held_out(request.source, found):
         log.warning(
-            "WARNING: %d file(s) are named as for validation or tests, and are trained on as all others are, except "
-            "what --val_fraction takes: %s%s; name the files to train on, for example by a glob",
+            "WARNING: %d file(s) are named as for validation or tests, but are used for training like all others, "
+            "except for the share of --val_fraction: %s%s; name the files to train on, for example by a glob",
             len(named), ", ".join(map(repr, named[:3])), " …" if len(named) > 3 else "",
         )  # fmt: skip
     stamps = _stamps(found)
@@ -194,17 +198,17 @@ def make_plan(request: Request, out: pathlib.Path) -> Plan:
         split = "document" if records else "last" if one_text else "file"
     of_file = None
     if split == "file":
-        train, val = corpus.split(found, request.val_fraction)
+        train, val = corpus.split_files(found, request.val_fraction)
         of_file = {file.name: "train" for file in train} | {file.name: "val" for file in val}
-    reading = documents.Reading(
+    options = documents.ReadOptions(
         request.text_key, request.invalid_utf8, request.bad_records, raw=request.tokenizer == "byte"
     )
-    units, identity = documents.plan(found, of_file), _identity(found, stamps)
-    return Plan(request, units, split, reading, not one_text, identity, stamps, left_out)
+    units, identity = documents.plan_units(found, of_file), _identity(found, stamps)
+    return PreparationPlan(request, units, split, options, not one_text, identity, stamps, left_out)
 
 
 def _find(request: Request, out: pathlib.Path) -> corpus.Found:
-    return corpus.find(
+    return corpus.find_files(
         request.source,
         out.parent,
         kind=request.format,
@@ -219,26 +223,27 @@ def _stamps(found: list[corpus.File]) -> dict[pathlib.Path, Stamp]:
 
 
 def _identity(found: list[corpus.File], stamps: dict[pathlib.Path, Stamp]) -> str:
-    """Changes with the files of a source: their names, sizes and times; not when they are moved to another disk."""
+    """Changes with the names, sizes and times of the files of a source, but not if they are moved to another disk."""
     content = [(file.name, *stamps[file.path][:2]) for file in found]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _stamp(path: pathlib.Path) -> Stamp:
-    """Changes when a file is written or replaced, also by one of the same size and time; not at a mount elsewhere."""
+    """Changes if a file is written or replaced, even by one of the same size and time, but not if it is mounted at
+    another place."""
     try:
         stat = path.stat()
     except OSError as e:
         raise DataError(f"cannot read {path}: {e.strerror}") from None
-    if content := spool.content(path):  # each run writes it anew
+    if content := spool.content_hash(path):  # each run writes the file again
         return (content,)
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
 def _intact(out: pathlib.Path, request: Request) -> formats.Manifest:
-    """The manifest of the dataset that is there; DataError when it is damaged or was made by another request."""
+    """The manifest of an existing dataset. Raises DataError if it is damaged or was made by another request."""
     manifest = formats.read_manifest(out)
-    if Request("", "").to_json() | manifest.request != request.to_json():  # an earlier version knew fewer fields
+    if Request("", "").to_json() | manifest.request != request.to_json():  # an earlier version had fewer fields
         raise DataError(
             f"{out} was prepared by another request ({manifest.request}); choose another --out, or --overwrite"
         )
@@ -251,33 +256,38 @@ def _intact(out: pathlib.Path, request: Request) -> formats.Manifest:
         now = tokenizers.make(request.tokenizer, special_tokens=request.special_tokens, eos=eos)
         if (now.to_json(), now.file()) != (codec.to_json(), codec.file()):
             raise DataError(
-                f"{out} was prepared with another tokenizer than {request.tokenizer} is now; choose another --out, or "
+                f"{out} was prepared with a tokenizer that differs from {request.tokenizer}; choose another --out, or "
                 "--overwrite"
             )
-    recorded = read_summary(out).get("source", "")  # not there in a dataset of an earlier version
+    recorded = read_summary(out).get("source", "")  # missing in a dataset of an earlier version
     if recorded and corpus.is_there(request.source):
         found = _find(request, out).files
         if _identity(found, _stamps(found)) != recorded:
             raise DataError(
-                f"{out} was prepared from other files than --source={request.source} has now (their names, sizes or "
-                "times differ); choose another --out, or --overwrite"
+                f"{out} was prepared from files that differ from those of --source={request.source} in names, sizes or "
+                "times; choose another --out, or --overwrite"
             )
     return manifest
 
 
 def _encode(
     partial: pathlib.Path,
-    plan: Plan,
+    plan: PreparationPlan,
     given: tokenizers.Tokenizer | None,
-    count_duplicates: bool,
     pool: Pool,
-    progress: Progress,
+    *,
+    count_duplicates: bool,
+    progress: PreparationProgress,
 ) -> tuple[encode.Job, merge.Merge]:
-    """The tokenizer, and all units encoded and merged. `given`: the tokenizer, when it is not made from the text."""
+    """Makes the tokenizer, then encodes and merges all units.
+
+    Args:
+      given: the tokenizer, if it is not made from the text.
+    """
     codec, characters = _tokenizer(partial, plan, given, pool, progress)
     job = encode.Job(
         partial=partial,
-        reading=plan.reading,
+        options=plan.options,
         tokenizer_sha256=formats.sha256_file(partial / "tokenizer" / tokenizers.FILE_NAME),
         vocab_size=codec.vocab_size,
         eos_id=codec.eos_id if plan.eos else None,
@@ -289,18 +299,18 @@ def _encode(
     return job, _encode_units(plan, characters, job, pool, progress)
 
 
-def _finish(plan: Plan, job: encode.Job, merged: merge.Merge, max_invalid: float) -> None:
-    """Writes the summary and the manifest, unless the corpus turned out to be unusable."""
+def _finish(plan: PreparationPlan, job: encode.Job, merged: merge.Merge, max_invalid: float) -> None:
+    """Writes the summary and the manifest. Raises DataError if the corpus turned out to be unusable."""
     splits, summary = merged.finish()
     summary |= {"left_out": plan.left_out.summary(), "source": plan.source}
     source = f"--source={plan.request.source}"
     if not splits["train"].tokens:
-        raise DataError(f"{source} holds no text to train on{_said(summary)}")
-    if (share := merged.problems.invalid_share) > max_invalid:
+        raise DataError(f"{source} holds no text to train on{_problem_list(summary)}")
+    if (share := merged.errors.invalid_share) > max_invalid:
         raise DataError(
-            f"{source} is not UTF-8 text: {share:.3%} of its characters are invalid{_said(summary)}; convert it, for "
-            f"example with iconv, or pass --max_invalid={math.ceil(share * 1000) / 1000:g} (the byte tokenizer takes "
-            "any bytes, except in JSON)"
+            f"{source} is not UTF-8 text: {share:.3%} of its characters are invalid{_problem_list(summary)}; "
+            f"convert it, for example with iconv, or pass --max_invalid={math.ceil(share * 1000) / 1000:g} (the byte "
+            "tokenizer accepts any bytes, except in JSON)"
         )
     files.write_durably(job.partial / formats.SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
     manifest = formats.Manifest(
@@ -316,47 +326,52 @@ def _finish(plan: Plan, job: encode.Job, merged: merge.Merge, max_invalid: float
     files.write_durably(job.partial / formats.MANIFEST, manifest.to_json().encode())
 
 
-def _said(summary: dict[str, Any]) -> str:
-    """What was counted, with the first place of each kind."""
+def _problem_list(summary: dict[str, Any]) -> str:
+    """The input errors, with the first place of each kind."""
     problems = summary["problems"]
     counts = [f"{kind}: {n}, first in {problems['examples'][kind][0]}" for kind, n in problems["counts"].items()]
     if summary["documents"] and not counts:
-        counts = [f"all {summary['documents']} document(s) validate; lower --val_fraction or choose another --split"]
+        advice = "lower --val_fraction or choose another --split"
+        counts = [f"all {summary['documents']} document(s) are for validation; {advice}"]
     return f" ({'; '.join(counts)})" if counts else ""
 
 
 def notices(manifest: formats.Manifest) -> list[str]:
-    """What is wrong with the split of a dataset, though it can be used."""
+    """Warnings about the split of a dataset that can nevertheless be used."""
     wanted = manifest.request.get("val_fraction", 0)
     train, val = (manifest.splits[split].text_bytes for split in encode.SPLITS)
     if not wanted:
         return []
     if not manifest.splits["val"].tokens:
         return [
-            f"no text validates although --val_fraction is {wanted:g}: there are few documents; raise it, or choose "
-            "--split=last, which cuts the text itself"
+            f"there is no validation text although --val_fraction is {wanted:g}: there are few documents; raise it, or "
+            "choose --split=last, which divides the text itself"
         ]
     share = val / max(train + val, 1)
     if wanted / 2 <= share <= wanted * 2:
         return []
     return [
-        f"{share:.1%} of the text validates although --val_fraction is {wanted:g}: documents or files stay whole, and "
-        "there are few, or one is large; --split=last cuts the text itself"
+        f"{share:.1%} of the text is for validation although --val_fraction is {wanted:g}: documents or files are not "
+        "divided, and there are few, or one is large; --split=last divides the text itself"
     ]
 
 
 def _tokenizer(
-    partial: pathlib.Path, plan: Plan, codec: tokenizers.Tokenizer | None, pool: Pool, progress: Progress
+    partial: pathlib.Path,
+    plan: PreparationPlan,
+    codec: tokenizers.Tokenizer | None,
+    pool: Pool,
+    progress: PreparationProgress,
 ) -> tuple[tokenizers.Tokenizer, list[int]]:
-    """The tokenizer, made or kept from an earlier run, and the characters of each unit (0 where nobody needs them)."""
+    """The tokenizer, made or kept from an earlier run, and the characters of each unit (0 if they are not needed)."""
     counted, folder = partial / CHARACTERS, partial / "tokenizer"
     if not counted.exists():
         request = plan.request
         if codec is None and request.tokenizer != "char":
-            texts = tokenizer_sample.texts(plan.units, plan.reading, documents.Problems())
+            texts = tokenizer_sample.texts(plan.units, plan.options, documents.InputErrors())
             codec = tokenizers.make(
                 request.tokenizer,
-                _told(texts, min(tokenizer_sample.BYTES, plan.bytes), progress),
+                _with_progress(texts, min(tokenizer_sample.BYTES, plan.bytes), progress),
                 special_tokens=request.special_tokens,
                 min_frequency=request.min_frequency,
                 eos=plan.eos,
@@ -364,14 +379,14 @@ def _tokenizer(
         characters, counts = [0] * len(plan.units), np.zeros(tokenizers.CODE_POINTS, np.int64)
         if codec is None or plan.split == "last":
             done = 0
-            jobs = ((unit, plan.reading, index) for index, unit in enumerate(plan.units))
-            for (unit, _, index), survey in pool.run(encode.survey, jobs):
+            jobs = ((unit, plan.options, index) for index, unit in enumerate(plan.units))
+            for (unit, _, index), survey in pool.run(encode.survey_unit, jobs):
                 plan.check_unchanged(unit)
                 characters[index] = survey.characters
                 counts[survey.code_points] += survey.counts
                 done += documents.bytes_of(unit)
                 progress("reading", done, plan.bytes, 0)
-        shutil.rmtree(folder, ignore_errors=True)  # of a life that was killed meanwhile
+        shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed while it wrote the tokenizer
         tokenizers.save(codec or _char_tokenizer(plan, counts), folder)
         for path in (*folder.iterdir(), folder):
             files.sync(path)
@@ -382,14 +397,14 @@ def _tokenizer(
     return tokenizers.load(folder), characters
 
 
-def _char_tokenizer(plan: Plan, counts: np.ndarray) -> tokenizers.CharTokenizer:
+def _char_tokenizer(plan: PreparationPlan, counts: np.ndarray) -> tokenizers.CharTokenizer:
     names = list(plan.request.special_tokens)
     if plan.eos and tokenizers.END_OF_TEXT not in names:
         names.append(tokenizers.END_OF_TEXT)
     return tokenizers.CharTokenizer.of_counts(counts, min_frequency=plan.request.min_frequency, special_tokens=names)
 
 
-def _told(texts: Iterable[str], total: int, progress: Progress) -> Iterator[str]:
+def _with_progress(texts: Iterable[str], total: int, progress: PreparationProgress) -> Iterator[str]:
     done = 0
     for text in texts:
         yield text
@@ -397,8 +412,10 @@ def _told(texts: Iterable[str], total: int, progress: Progress) -> Iterator[str]
         progress("training the tokenizer on", done, total, 0)
 
 
-def _encode_units(plan: Plan, characters: list[int], job: encode.Job, pool: Pool, progress: Progress) -> merge.Merge:
-    """Encodes what is left, and merges meanwhile."""
+def _encode_units(
+    plan: PreparationPlan, characters: list[int], job: encode.Job, pool: Pool, progress: PreparationProgress
+) -> merge.Merge:
+    """Encodes the remaining units, and merges them as they finish."""
     before = np.concatenate([[0], np.cumsum(characters)])
     merged = merge.Merge(job.partial, job)
     done = sum(map(documents.bytes_of, plan.units[: merged.next]))
@@ -412,11 +429,11 @@ def _encode_units(plan: Plan, characters: list[int], job: encode.Job, pool: Pool
         tokens += sum(result["tokens"].values())
         progress("encoding", done, plan.bytes, tokens)
 
-    finished = {index: encode.finished(job, index) for index in range(merged.next, len(plan.units))}
+    finished = {index: encode.finished_unit(job, index) for index in range(merged.next, len(plan.units))}
     left = [(index, plan.units[index], int(before[index]), job) for index, r in finished.items() if r is None]
     for index, result in finished.items():
         if result is not None:
             add(index, result)
-    for (index, *_), result in pool.run(encode.encode, left):
+    for (index, *_), result in pool.run(encode.encode_unit, left):
         add(index, result)
     return merged

@@ -1,4 +1,4 @@
-"""Worker processes that never outlive their parent; or none, for little work."""
+"""Worker processes that never outlive their parent."""
 
 import collections
 import concurrent.futures
@@ -16,19 +16,19 @@ from typing import Any
 from data.errors import DataError
 from data.storage import malloc
 
-ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-IN_FLIGHT = 4  # jobs a worker that are handed over ahead of time
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+IN_FLIGHT = 4  # jobs per worker that are submitted in advance
 CGROUPS = pathlib.Path("/sys/fs/cgroup")
 
 
 def cores() -> int:
-    """The cores that this process may use: its affinity (taskset, Slurm), or its cgroup's share (containers)."""
+    """The number of cores that this process may use, by its affinity (taskset, Slurm) and its cgroup's quota."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([allowed, *map(math.ceil, _quotas())]))
 
 
 def _quotas() -> Iterator[float]:
-    """Cores of each cgroup around this process that has a quota (cgroups of version 2, and `cpu` of version 1)."""
+    """The quotas, in cores, of the cgroups around this process (cgroups of version 2, and `cpu` of version 1)."""
     with contextlib.suppress(OSError):
         for line in pathlib.Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, name = line.split(":", 2)
@@ -42,15 +42,15 @@ def _quotas() -> Iterator[float]:
                         numbers = [(folder / f"cpu.cfs_{what}_us").read_text() for what in ("quota", "period")]
                     else:
                         numbers = (folder / "cpu.max").read_text().split()
-                    quota, period = map(float, numbers)  # without a limit "max", or -1
+                    quota, period = map(float, numbers)  # "max" or -1 if there is no limit
                     if quota > 0:
                         yield quota / period
 
 
 class Pool:
-    """Runs functions in `workers` processes, or in this one when that is 1.
+    """Runs functions in `workers` processes, or in this process if that is 1.
 
-    Workers end when this process does, however it ends, and at once when the `with` block is left by an exception.
+    Workers end when this process does, however it ends, and at once if an exception leaves the `with` block.
     """
 
     def __init__(self, workers: int):
@@ -58,8 +58,8 @@ class Pool:
         self._executor = None
         if workers > 1:
             context = multiprocessing.get_context("spawn")
-            ours, self._lifeline = context.Pipe(duplex=False)  # workers read it, and see when it is closed
-            with _interrupts_later():  # it starts the process that removes its semaphores in the end
+            ours, self._lifeline = context.Pipe(duplex=False)  # workers read from it until it is closed
+            with _interrupts_later():  # it starts a process that removes its semaphores at the end
                 self._executor = concurrent.futures.ProcessPoolExecutor(
                     workers, context, initializer=_start, initargs=(ours,)
                 )
@@ -79,7 +79,7 @@ class Pool:
         """(job, function(*job)) of every job, as they finish.
 
         Raises:
-          DataError: a worker was killed, most often for want of memory; and whatever `function` raises.
+          DataError: a worker was killed, usually because of too little memory. Also what `function` raises.
         """
         if self._executor is None:
             yield from ((job, function(*job)) for job in jobs)
@@ -97,21 +97,21 @@ class Pool:
                     yield running.pop(future), future.result()
         except concurrent.futures.BrokenExecutor:
             raise DataError(
-                "a worker process was killed, most often for want of memory; start the same command again with fewer "
-                "--workers: it goes on with what is left"
+                "a worker process was killed, usually because of too little memory; run the same command again with "
+                "fewer --workers: it resumes with the remaining work"
             ) from None
 
 
 @contextlib.contextmanager
 def _interrupts_later() -> Iterator[None]:
-    """Ctrl-C and the like reach this process after the block, and never a worker that is started in it, which ends with
-    its parent."""
-    # Workers inherit what is blocked. That does not hold it back from this process: its other threads hear it.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
+    """Defers Ctrl-C and similar signals until after the block. Workers that are started in it never receive them; they
+    end with their parent."""
+    # Workers inherit the blocked signals. Blocking does not defer them here, because other threads get them.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
     heard: list[int] = []
     handlers: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        for number in ENDS:
+        for number in END_SIGNALS:
             if callable(signal.getsignal(number)):
                 handlers[number] = signal.signal(number, lambda number, frame: heard.append(number))
     try:
@@ -125,7 +125,7 @@ def _interrupts_later() -> Iterator[None]:
 
 
 def _start(lifeline: Connection) -> None:
-    """In a new worker: threads are the other workers', and the end of its parent is its own."""
+    """Sets up a new worker: libraries use one thread, because each core has a worker, and it ends with its parent."""
     malloc.tune_allocator()
     os.environ["RAYON_NUM_THREADS"] = "1"
 

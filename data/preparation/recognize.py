@@ -1,6 +1,6 @@
-"""What a file is: text, JSON lines, Parquet, or nothing to train on. The one place that knows kinds of files.
+"""Detects what a file is: text, JSON lines, Parquet, or not text. The only place that knows kinds of files.
 
-A file is told by its first bytes, after decompression; its name decides only what these leave open.
+The first bytes decide, after decompression; the name decides only if they leave it open.
 """
 
 import codecs
@@ -16,16 +16,16 @@ from collections.abc import Iterator
 
 from data.errors import DataError
 
-HEAD_BYTES = 1 << 16  # of a file, and of what it holds decompressed
-BLOCK_BYTES = 1 << 10  # given to a decompressor at a time: what comes before a damage is seen
-MAX_WRONG = 0.1  # of the first bytes: NULs and bytes that are not UTF-8; a text in Latin-1 has fewer
-MAX_NUL = 0.005  # of the first bytes: binary records have them in the numbers between their texts
-SEEN_LINES = 20  # in which records are looked for: the first may be cut off, or a header
-FEW_BYTES = 256  # a shorter file counts as so long: one odd byte does not make it binary
+HEAD_BYTES = 1 << 16  # read from a file, and from its decompressed content
+BLOCK_BYTES = 1 << 10  # given to a decompressor at a time, so that data before a damaged place is used
+MAX_WRONG = 0.1  # share of the first bytes that are NUL or not UTF-8; a text in Latin-1 has fewer
+MAX_NUL = 0.005  # share of the first bytes; binary records have NULs in the numbers between their texts
+SEEN_LINES = 20  # lines searched for records: the first may be truncated, or a header
+FEW_BYTES = 256  # a shorter file counts as this long, so that one odd byte does not make it binary
 TEXT, JSONL, PARQUET = "text", "jsonl", "parquet"
 KINDS = ("auto", TEXT, JSONL, PARQUET)
 
-# RFC 1952; RFC 8878, of which a frame may be skippable.
+# RFC 1952 and RFC 8878, including its skippable frames.
 COMPRESSIONS = ((re.compile(rb"\x1f\x8b"), "gz"), (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), "zst"))
 COMPRESSION_SUFFIXES = {".gz": "gz", ".gzip": "gz", ".zst": "zst", ".zstd": "zst"}
 PROGRAMS = {"gz": "gzip", "zst": "zstd"}
@@ -38,7 +38,7 @@ TO_UTF8 = "convert it with iconv -t UTF-8"
 TOKENS = "launch.train reads token files itself: --config.data.path"
 NO_TEXT = "leave it out"
 
-# First bytes (a pattern), what such a file is, what to do. These are text themselves.
+# A pattern of the first bytes, what such a file is, and what to do. These files are text themselves.
 REFUSED_TEXT = (
     (
         rb"version https://git-lfs\S*\n|/annex/objects/\S+\s*\Z",
@@ -55,13 +55,13 @@ REFUSED_TEXT = (
         TO_RECORDS,
     ),
 )
-# Of tokenizers that are text themselves: minbpe's, tiktoken's (single bytes first), merges.txt, tokenizer.json.
+# Tokenizers that are text themselves: minbpe's, tiktoken's (single bytes first), merges.txt, tokenizer.json.
 TOKENIZERS = (
     rb"minbpe v\d+\r?\n|([A-Za-z0-9+/]{2}== \d+\r?\n){8}|#version: \d[^\n]*\n(\S+ \S+\r?\n){3}",
     rb'\{\s*"version"\s*:\s*"[^"]*"\s*,\s*"truncation"\s*:',
     rb'\{(?=\s*")(?=.*(?<!\\)"added_tokens"\s*:)(?=.*(?<!\\)"(pre_tokenizer|model)"\s*:)',
 )
-# The same of files that hold bytes which no text has; text may begin with the letters of any of them.
+# The same for files with bytes that text does not have; a text may begin with the letters of any of them.
 REFUSED = (
     (rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-32", TO_UTF8),
     (rb"\xff\xfe|\xfe\xff", "UTF-16", TO_UTF8),
@@ -87,7 +87,7 @@ REFUSED = (
     (rb".{6}\0\0\{\"", "safetensors: a model's weights", NO_TEXT),
     (rb"GGUF[\x01-\x09]\0", "a GGUF model", NO_TEXT),
 )
-# Of files that are often beside text: in a folder they are left out. Java's classes begin like Mach-O.
+# Files that are often in a folder with text and are left out there. Java's classes begin like Mach-O.
 MEDIA = (
     (
         rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a|BM.{4}\0\0\0\0|II\*\0|MM\0\*|\0\0\x01\0|8BPS\0\x01|RIFF.{4}WEBP",
@@ -98,7 +98,7 @@ MEDIA = (
     (rb"\0\x01\0\0\0.{7}|OTTO\0|ttcf\0|wOF[F2](\0\x01\0\0|OTTO|true|ttcf)", "a font"),
     (rb"\x7fELF|MZ.{0,64}\0|[\xce\xcf]\xfa\xed\xfe|\xca\xfe\xba\xbe|\0asm", "a program"),
 )
-# Suffixes of what first bytes do not show.
+# Suffixes of files that their first bytes do not identify.
 REFUSED_SUFFIXES = {
     ".csv": ("a table", TO_RECORDS),
     ".tsv": ("a table", TO_RECORDS),
@@ -129,7 +129,7 @@ REFUSED_SUFFIXES = {
     ".mds": ("MosaicML shards", TO_RECORDS),
 }
 OFFICE_SUFFIXES = {".docx", ".xlsx", ".pptx", ".odt", ".ods", ".odp", ".epub"}
-# Media whose first bytes are of many kinds; only what is not text is taken for them.
+# Media with various first bytes; the suffix counts only if the file is not text.
 MEDIA_SUFFIXES = {
     ".bmp",
     ".mp3",
@@ -155,35 +155,42 @@ _NOT_OF_TEXT = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")
 _MEDIA = [(re.compile(pattern, re.DOTALL), what) for pattern, what in MEDIA]
 _BEGINS_OBJECT = re.compile(rb'\s*\{\s*("([^"\\]|\\.)*"\s*:|\})')
 _BEGINS_ARRAY = re.compile(rb'\s*\[\s*\{\s*("([^"\\]|\\.)*"\s*:|\})')
-_BEGINS_JSON_ARRAY = re.compile(rb'\s*\[\s*[\[{"]')  # of what may be texts, in a file that is named .json
+_BEGINS_JSON_ARRAY = re.compile(rb'\s*\[\s*[\[{"]')  # an array of what may be texts, in a file named .json
 _BEGINS_TEXT = re.compile(rb'\s*("|\[\s*[\[{"])')
 _BEGINS_VALUES = re.compile(rb"\s*\[\s*((-?\d[\d.eE+-]*|true|false|null)\s*[,\]]|\])")  # an array of anything else
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Kind:
-    name: str  # 'text' (the file is one document), 'jsonl' or 'parquet' (a document a record)
+    name: str  # 'text' (the file is one document), 'jsonl' or 'parquet' (each record is one)
     compression: str  # 'gz', 'zst' or ''
 
 
 class Refusal(DataError):
-    """A file that holds no text. `what` it is; `is_media`: images, sound, fonts and programs; `is_beside`: these and
-    others that lie beside text, so that a folder is read without them."""
+    """A file that is not text.
+
+    Attributes:
+      what: what it is instead.
+      is_media: it is an image, sound, a font or a program.
+      is_beside: it is media, or another kind of file that is often in a folder with text; a folder is read without it.
+    """
 
     def __init__(self, path: pathlib.Path, what: str, advice: str, is_media: bool = False, is_beside: bool = False):
         super().__init__(f"{path} is {what}; {advice}, or say --format=text to take it as it is")
-        self.what, self.advice = what, advice
-        self.is_media, self.is_beside = is_media, is_media or is_beside
+        self.what = what
+        self.advice = advice
+        self.is_media = is_media
+        self.is_beside = is_media or is_beside
 
 
 def recognize(path: pathlib.Path, asked: str = "auto") -> Kind:
-    """What a file is.
+    """Detects what a file is.
 
     Args:
-      asked: one of KINDS; anything but 'auto' is what it is, whatever it holds.
+      asked: one of KINDS; any except 'auto' is taken as given, whatever the file contains.
 
     Raises:
-      Refusal: there is nothing to train on in it, or it must be said what it is.
+      Refusal: the file is not text, or its kind must be given.
       DataError: it cannot be read.
     """
     try:
@@ -254,13 +261,13 @@ def _text_or_records(path: pathlib.Path, suffix: str, head: bytes, is_whole: boo
         raise Refusal(path, "JSON objects that are not one a line", "write them so, for example with jq -c .")
     if len(lines) > 1 and all(map(_is_text_value, lines[: min(SEEN_LINES, len(lines) - (not is_whole))])):
         raise Refusal(
-            path, "JSON values that are no records", "write one record a line, for example with jq -c '{text: .}'"
+            path, "JSON values that are not records", "write one record a line, for example with jq -c '{text: .}'"
         )
     return TEXT
 
 
 def _is_object(line: bytes, is_cut: bool) -> bool:
-    """Whether a line is a JSON object, or begins like one where the end of the head cuts it."""
+    """Whether a line is a JSON object, or begins like one if the end of the head truncates it."""
     if is_cut or not line.lstrip().startswith(b"{"):
         return is_cut and _BEGINS_OBJECT.match(line) is not None
     try:
@@ -283,8 +290,11 @@ def _is_text_value(line: bytes) -> bool:
 
 
 def _is_one_of_many(head: bytes, as_text: bool = False) -> bool:
-    """Whether another value follows the first object or string, which may have several lines; `as_text`: whether both
-    are objects, of which the first is not empty, as a text does not begin."""
+    """Whether another value follows the first object or string, which may have several lines.
+
+    Args:
+      as_text: whether both are objects and the first is not empty; a text does not begin like that.
+    """
     text = head.decode("utf-8", "replace").lstrip()
     try:
         first, end = json.JSONDecoder(parse_int=len).raw_decode(text)
@@ -297,7 +307,7 @@ def _is_one_of_many(head: bytes, as_text: bool = False) -> bool:
 
 
 def _is_over_several_lines(head: bytes) -> bool:
-    """Whether the first value has a newline in it, which a JSON line never has; strings have none."""
+    """Whether the first value contains a newline, which a JSON line never does; strings escape it."""
     text = head.decode("utf-8-sig", "replace").lstrip()
     if text.partition("\n")[0].rstrip() in ("{", "["):
         return True
@@ -309,7 +319,7 @@ def _is_over_several_lines(head: bytes) -> bool:
 
 
 def _share_wrong(head: bytes) -> float:
-    """Of the bytes, those that are NUL or not UTF-8. A character that the end of the head cuts is not wrong."""
+    """The share of bytes that are NUL or not UTF-8. A character truncated by the end of the head does not count."""
     text = codecs.getincrementaldecoder("utf-8")("replace").decode(head)
     wrong = head.count(0)
     if not head.isascii():
@@ -318,7 +328,7 @@ def _share_wrong(head: bytes) -> float:
 
 
 def _decompressed(raw: bytes, compression: str, path: pathlib.Path) -> bytes:
-    """The first HEAD_BYTES of what is inside; less of a damaged file, which its reader reports."""
+    """The first HEAD_BYTES of the content; fewer if the file is damaged, which its reader reports."""
     head = bytearray()
     for block in _gunzip(raw) if compression == "gz" else _unzstd(raw, path):
         head += block

@@ -1,8 +1,7 @@
-"""Standard input kept in a file while it is prepared: it is read more than once.
+"""Keeps standard input in a file during a preparation, which reads it more than once.
 
-The file is named by its content, so that the same text is the same file, also after a kill. Who uses one holds a shared
-lock on it, and whoever finds one without a lock removes it: at the end of a preparation, or of a later one when that
-was killed.
+The file is named by its content, so that the same text is the same file, also after a kill. A preparation holds a
+shared lock on its file. When it ends, it removes the files without a lock: its own, and those of killed preparations.
 """
 
 import contextlib
@@ -23,7 +22,7 @@ OURS = re.compile(re.escape(PREFIX) + r"(([0-9a-f]{32})\.[a-z.]+|[0-9a-z_]{8}\.p
 
 @contextlib.contextmanager
 def spooled(stream: IO[bytes], folder: pathlib.Path, suffix: str) -> Iterator[pathlib.Path]:
-    """Yields the path of a file in `folder` that holds all that comes from `stream`, and is removed afterwards.
+    """Yields the path of a file in `folder` with the content of `stream`; the file is removed afterwards.
 
     Raises:
       DataError: the folder cannot be written.
@@ -35,7 +34,7 @@ def spooled(stream: IO[bytes], folder: pathlib.Path, suffix: str) -> Iterator[pa
             path = folder / f"{PREFIX}{_copy(stream, f)}.{suffix}"
             kept = _named(f, path)
     except OSError as e:
-        raise DataError(f"cannot keep standard input in {folder}: {e.strerror}") from None
+        raise DataError(f"cannot store standard input in {folder}: {e.strerror}") from None
     try:
         with kept:
             yield path
@@ -43,8 +42,8 @@ def spooled(stream: IO[bytes], folder: pathlib.Path, suffix: str) -> Iterator[pa
         _remove_unused(folder)
 
 
-def content(path: pathlib.Path) -> str:
-    """What tells the content of a file that is kept here, whenever it was written; '' for any other."""
+def content_hash(path: pathlib.Path) -> str:
+    """The content hash of a file written by `spooled`; '' for any other file."""
     ours = OURS.fullmatch(path.name)
     return ours[2] or "" if ours else ""
 
@@ -59,20 +58,20 @@ def _copy(stream: IO[bytes], f: IO[bytes]) -> str:
 
 
 def _named(f: IO[bytes], path: pathlib.Path) -> IO[bytes]:
-    """The file at `path`, locked: that of another preparation of the same text, or `f` under this name."""
+    """The file at `path`, locked: that of another preparation of the same text, or `f` linked to this name."""
     while True:
         with contextlib.suppress(FileExistsError):
             os.link(f.name, path)
         try:
             kept = path.open("rb")
-        except FileNotFoundError:  # its last user removed it just now
+        except FileNotFoundError:  # its last user has just removed it
             continue
         _lock(kept)
         if not _is_at(kept, path):
             kept.close()
-        elif _digest(kept) == content(path):
+        elif _digest(kept) == content_hash(path):
             return kept
-        else:  # cut off, by a power failure
+        else:  # truncated by a power failure
             kept.close()
             path.unlink(missing_ok=True)
 
@@ -91,7 +90,7 @@ def _remove_unused(folder: pathlib.Path) -> None:
 
 
 def _lock(f: IO[bytes], how: int = fcntl.LOCK_SH) -> bool:
-    """Some file systems have no locks."""
+    """Whether the lock was taken; some file systems do not have locks."""
     try:
         fcntl.flock(f, how)
     except OSError:

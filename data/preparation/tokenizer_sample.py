@@ -1,20 +1,20 @@
-"""Text to train a tokenizer on: a corpus, or parts of it spread evenly. The same files give the same text."""
+"""The text on which a tokenizer is trained: a corpus, or an even sample of it. The same files give the same text."""
 
 from collections.abc import Iterator, Sequence
 
 from data.preparation import documents
-from data.preparation.problems import Problems
+from data.preparation.input_errors import InputErrors
 
-BYTES = 200 << 20  # more changes a vocabulary little, and training holds every distinct word in memory
-PARTS = 200  # at most: a place to read from costs time, however little is read there
+BYTES = 200 << 20  # more text hardly changes a vocabulary, and training keeps every distinct word in memory
+PARTS = 200  # the most places to read from: each costs time, however little is read there
 
 
 def texts(
-    units: Sequence[documents.Unit], reading: documents.Reading, problems: Problems, max_bytes: int = BYTES
+    units: Sequence[documents.WorkUnit], options: documents.ReadOptions, errors: InputErrors, max_bytes: int = BYTES
 ) -> Iterator[str]:
-    """About `max_bytes` of text in UTF-8, from the beginnings of units; all of plain files that are not larger.
+    """About `max_bytes` of text in UTF-8, from the beginnings of units; all text of plain files that are not larger.
 
-    After each unit as large a share of the bytes has been taken as of the corpus (on disk) lies behind.
+    After each unit, the share of `max_bytes` that was taken equals the share of the corpus (on disk) that was passed.
 
     Raises:
       DataError: a file cannot be read.
@@ -26,9 +26,9 @@ def texts(
         wanted = max_bytes * passed // max(total, 1)
         if wanted - taken < min(max_bytes // PARTS, documents.bytes_of(unit)):
             continue
-        for piece in (piece for stretch in unit for piece in documents.read(stretch, reading, problems)):
-            assert isinstance(piece.text, str), "training needs text, not reading.raw"
-            taken += len(piece.text.encode())
-            yield piece.text
+        for chunk in (chunk for span in unit for chunk in documents.read_chunks(span, options, errors)):
+            assert isinstance(chunk.text, str), "training needs text, not options.raw"
+            taken += len(chunk.text.encode())
+            yield chunk.text
             if taken >= wanted:
                 break

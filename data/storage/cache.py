@@ -1,11 +1,11 @@
-"""Local copies of a bucket's objects.
+"""Copies of a bucket's objects in a folder on this machine.
 
     CACHE/files/gs/BUCKET/KEY            a copy of the object
-    CACHE/state/gs/BUCKET/HASH.json      its record: key, generation, and the copy's size and mtime
-    CACHE/state/gs/BUCKET/HASH.lock      flock of the process on this machine that fetches it
-    CACHE/state/gs/BUCKET/HASH.partial   what it has fetched so far
+    CACHE/state/gs/BUCKET/HASH.json      its record: key, generation, and the size and time of the copy
+    CACHE/state/gs/BUCKET/HASH.lock      held by the process on this machine that fetches it
+    CACHE/state/gs/BUCKET/HASH.partial   the part that has been fetched so far
 
-A copy that differs from its record (truncated, changed) is fetched again. Only copies that match it are removed.
+A copy that does not match its record (truncated, changed) is fetched again. Only a copy that matches it is removed.
 """
 
 import base64
@@ -32,7 +32,7 @@ class Record:
     modified_ns: int
 
     def describes(self, status: os.stat_result | None) -> bool:
-        """Whether this is the copied file, unchanged since."""
+        """Whether this is the file that was copied, unchanged."""
         return (
             status is not None
             and stat.S_ISREG(status.st_mode)
@@ -46,19 +46,23 @@ class Cache:
 
     def __init__(self, folder: pathlib.Path, scheme: str, bucket: str):
         self._folder = folder
-        self._files, self._state = f"files/{scheme}/{bucket}", f"state/{scheme}/{bucket}"
+        self._files = f"files/{scheme}/{bucket}"
+        self._state = f"state/{scheme}/{bucket}"
 
     def path(self, key: str) -> pathlib.Path:
-        return self._folder.joinpath(self._files, *names.parts(key))
+        return self._folder.joinpath(self._files, *names.safe_parts(key))
 
     def refresh(self, key: str, is_current: Callable[[bytes], bool], download: Callable[[IO[bytes]], bytes]) -> None:
-        """Brings the copy up to date. The replacement is atomic, even across a power failure.
+        """Updates the copy to the object's current content, atomically, even if the power fails.
 
         Args:
           is_current: whether the object still has this generation.
-          download: writes the object into a file and returns its generation.
+          download: writes the object into a file, and returns its generation.
         """
-        with self._locked(key) as (state, name), names.opened(self._folder, f"{self._files}/{key}") as (folder, last):
+        with (
+            self._locked(key) as (state, name),
+            names.open_parent(self._folder, f"{self._files}/{key}") as (folder, last),
+        ):
             record = _read(state, name)
             copied = record is not None and record.key == key and record.describes(_status(folder, last))
             if record is not None and copied and is_current(base64.b64decode(record.generation)):
@@ -77,14 +81,17 @@ class Cache:
                 os.replace(f"{name}.json.partial", f"{name}.json", src_dir_fd=state, dst_dir_fd=state)
 
     def keys(self) -> set[str]:
-        """The keys of all copies ever made and not removed since."""
-        with names.opened(self._folder, f"{self._state}/-") as (state, _):
+        """The keys of all copies that have not been removed."""
+        with names.open_parent(self._folder, f"{self._state}/-") as (state, _):
             found = [_read(state, name[:-5]) for name in os.listdir(state) if name.endswith(".json")]
         return {record.key for record in found if record is not None}
 
     def remove(self, key: str) -> None:
-        """Removes the record, and the copy if it matches it."""
-        with self._locked(key) as (state, name), names.opened(self._folder, f"{self._files}/{key}") as (folder, last):
+        """Removes the record of a copy, and the copy if it matches the record."""
+        with (
+            self._locked(key) as (state, name),
+            names.open_parent(self._folder, f"{self._files}/{key}") as (folder, last),
+        ):
             record = _read(state, name)
             if record is None or record.key != key:
                 return
@@ -94,9 +101,9 @@ class Cache:
 
     @contextlib.contextmanager
     def _locked(self, key: str) -> Iterator[tuple[int, str]]:
-        """Yields a descriptor of the folder of records and this key's base name there; one process at a time."""
+        """The folder of records, and the name of this key's files there; for one process at a time."""
         name = hashlib.sha256(os.fsencode(key)).hexdigest()
-        with names.opened(self._folder, f"{self._state}/{name}") as (state, _):
+        with names.open_parent(self._folder, f"{self._state}/{name}") as (state, _):
             lock = os.open(f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666, dir_fd=state)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -106,12 +113,12 @@ class Cache:
 
 
 def _read(state: int, name: str) -> Record | None:
-    """The record; None if there is none, or not one of this version."""
+    """A record; None if it is missing, or is not of this version."""
     try:
         with os.fdopen(os.open(f"{name}.json", os.O_RDONLY | os.O_NOFOLLOW, dir_fd=state), "rb") as f:
             record = Record(**json.loads(f.read()))
             base64.b64decode(record.generation)
-            names.parts(record.key)
+            names.safe_parts(record.key)
             return record
     except FileNotFoundError:
         return None
@@ -121,7 +128,7 @@ def _read(state: int, name: str) -> Record | None:
 
 @contextlib.contextmanager
 def _partial(state: int, name: str) -> Iterator[IO[bytes]]:
-    """A new file that is removed on failure: the disk may be full because of it."""
+    """A new file that is removed after a failure, because it would take disk space that may be missing."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(name, dir_fd=state)
     opened = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=state)
@@ -142,7 +149,7 @@ def _status(folder: int, name: str) -> os.stat_result | None:
 
 
 def _clear(folder: int, name: str) -> None:
-    """Removes a folder of that name if it holds no files: the store once had objects below it."""
+    """Removes a folder of that name if it has no files: the store used to have objects below that name."""
     if (status := _status(folder, name)) is not None and stat.S_ISDIR(status.st_mode):
         for _, below, _, at in os.fwalk(name, topdown=False, dir_fd=folder):
             for other in below:

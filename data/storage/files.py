@@ -1,4 +1,4 @@
-"""Files that are written atomically, and locks that end with the process that holds them."""
+"""Files that are complete or absent, and locks that end with their owner."""
 
 import contextlib
 import errno
@@ -17,19 +17,19 @@ from data.errors import DataError
 
 log = logging.getLogger("meshlm")
 
-OWNER = re.compile(r".* process \d+")  # the content of a lock
-WRITING = re.compile(r"(.+)\.writing-[0-9a-f]{16}")  # the partial file that a killed process leaves behind
+OWNER = re.compile(r".* process \d+")  # the content of a lock file
+WRITING = re.compile(r"(.+)\.writing-[0-9a-f]{16}")  # the name of a file that a killed process did not finish
 
 
-class Held(Exception):
-    """Another process holds a lock; the message names it."""
+class LockHeld(Exception):
+    """Another process holds the lock; the text says which."""
 
 
 @contextlib.contextmanager
-def written(path: pathlib.Path) -> Iterator[IO[bytes]]:
-    """A file to write that appears at `path` when the block ends: atomically, and durably across a power failure.
+def atomic_write(path: pathlib.Path) -> Iterator[IO[bytes]]:
+    """A file to write, which gets the name `path` when the block ends: complete, even after a power failure, or absent.
 
-    Until then it has a unique temporary name, so concurrent writers of one path do not interfere: the last one wins.
+    Until then it has a unique name, so processes that write one path at the same time do not interfere; the last wins.
     """
     partial = path.with_name(f"{path.name}.writing-{secrets.token_hex(8)}")
     try:
@@ -43,12 +43,12 @@ def written(path: pathlib.Path) -> Iterator[IO[bytes]]:
 
 
 def write_durably(path: pathlib.Path, content: bytes) -> None:
-    with written(path) as f:
+    with atomic_write(path) as f:
         f.write(content)
 
 
 def read_json(path: pathlib.Path, advice: str) -> Any:
-    """The content of a JSON file of meshlm. Raises DataError, with `advice`, if it is damaged."""
+    """The content of a JSON file. Raises DataError, with `advice`, if it is damaged."""
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError):
@@ -62,7 +62,7 @@ def close_durably(file: IO[bytes]) -> None:
 
 
 def sync(path: pathlib.Path) -> None:
-    """Fsyncs a file, or a folder and so the names in it, if the file system can."""
+    """Makes the content of a file, or the names in a folder, survive a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -81,18 +81,17 @@ def lock_path(path: pathlib.Path) -> pathlib.Path:
 def locked(path: pathlib.Path, wait: bool = False) -> Iterator[bool]:
     """Lets one process at a time work on `path`, which need not exist. The lock of a dead process is free.
 
-    The lock is the file `.NAME.meshlm-lock` beside `path`, so that renaming or replacing `path` does not affect the
-    lock.
+    The lock is the file `.NAME.meshlm-lock` beside `path`, so that `path` itself can be renamed or replaced under it.
 
     Args:
-      wait: whether to wait for the process that holds it.
+      wait: whether to wait for the process that holds the lock.
 
     Yields:
-      True if the lock is exclusive; False, after a warning, if the file system lacks flock(2).
+      whether the lock is exclusive: some file systems do not have flock(2), which is logged.
 
     Raises:
-      Held: another process holds it, and `wait` is false.
-      DataError: something else has its name.
+      LockHeld: another process holds it, and `wait` is false.
+      DataError: another file has the name of the lock.
       OSError: the lock cannot be written.
     """
     place = lock_path(path)
@@ -102,27 +101,27 @@ def locked(path: pathlib.Path, wait: bool = False) -> Iterator[bool]:
             yield real
         finally:
             if _is_at(handle, place):
-                place.unlink()  # while held: a waiting process sees that it is gone, and makes a new one
+                place.unlink()  # while it is held: a process that waits for it notices, and makes a new one
 
 
 def _take(place: pathlib.Path, wait: bool) -> tuple[IO[str], bool]:
-    said = False
+    waiting = False
     while True:
         handle = os.fdopen(os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "r+")
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if said else fcntl.LOCK_NB))
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if waiting else fcntl.LOCK_NB))
         except BlockingIOError:
             owner = handle.read().strip() or "another process"
             handle.close()
             if not wait:
-                raise Held(owner) from None
+                raise LockHeld(owner) from None
             log.info("waiting for %s, which holds %s", owner, place)
-            said = True
+            waiting = True
             continue
         except OSError as e:
             log.warning("%s cannot be locked (%s); make sure that no other process writes there", place, e.strerror)
             return handle, False
-        if _is_at(handle, place):  # otherwise its holder removed it before releasing it
+        if _is_at(handle, place):  # otherwise its owner removed it before unlocking it
             break
         handle.close()
     if (content := handle.read()) and not OWNER.fullmatch(content):
@@ -143,7 +142,7 @@ def _is_at(handle: IO[str], place: pathlib.Path) -> bool:
 
 
 def remove_half_written(path: pathlib.Path) -> None:
-    """Removes partial files of `path` that killed processes left; no process may be writing it (see `locked`)."""
+    """Removes unfinished files of `path` that killed processes left; no process may be writing it (see `locked`)."""
     for other in path.parent.iterdir():
         if (found := WRITING.fullmatch(other.name)) and found[1] == path.name and other.is_file():
             other.unlink(missing_ok=True)

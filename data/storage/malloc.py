@@ -1,4 +1,4 @@
-"""The C library's allocator. Imports nothing heavy: it must be tuned before anything allocates."""
+"""Settings of the C library's allocator. Imports nothing else, because it must be set before anything allocates."""
 
 import ctypes
 import sys
@@ -9,9 +9,9 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.
 def tune_allocator() -> None:
     """Lets glibc keep freed memory instead of returning it to the kernel.
 
-    Otherwise large buffers that are reallocated all the time, by XLA's CPU backend for each step or by numpy for each
-    piece of text, are mapped and unmapped each time, and their page faults cost up to a third of a small step and half
-    of the kernel's share of a preparation (docs/performance.md). Does nothing without glibc.
+    Otherwise, large buffers that are allocated repeatedly (by XLA's CPU backend for each step, by NumPy for each chunk
+    of text) are mapped and unmapped every time. Their page faults cost up to a third of a small step, and half of the
+    kernel's time in a preparation (docs/performance.md). Has no effect without glibc.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -19,7 +19,7 @@ def tune_allocator() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    mallopt(M_ARENA_MAX, 1)  # other threads' arenas return full heaps whatever the threshold
+    mallopt(M_ARENA_MAX, 1)  # the arenas of other threads return memory whatever the threshold
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(M_TOP_PAD, 64 << 20)

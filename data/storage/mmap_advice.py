@@ -1,8 +1,8 @@
-"""Advice to the kernel about memory-mapped files: prefetch these rows; drop the pages of this file.
+"""Advice to the kernel about memory-mapped files: to read rows soon, and to release pages.
 
-One system call covers all rows of a batch: process_madvise (Linux 5.10; man 2 process_madvise). A Python loop of
-madvise calls costs four times as much and holds the interpreter lock. If the kernel lacks the call, cold files are
-simply read without prefetch.
+One system call serves all rows of a batch: process_madvise (Linux 5.10; man 2 process_madvise). A Python loop of
+madvise calls costs four times as much and holds the interpreter lock. If the kernel does not have the call, files that
+are not cached are read without this help.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ import sys
 import numpy as np
 
 PAGE = mmap.PAGESIZE
-MAX_RANGES = 1024  # per call: IOV_MAX
+MAX_RANGES = 1024  # in one call: IOV_MAX
 PROCESS_MADVISE = 440  # the same number on every Linux
 
 
@@ -29,8 +29,8 @@ def _self() -> int:
 
 
 def will_need(array: np.ndarray, offsets: np.ndarray, length: int | np.ndarray) -> None:
-    """Prefetches `length` bytes (one number, or one per offset) at each of `offsets` (bytes from the array's start);
-    does not wait for them."""
+    """Starts to read `length` bytes (one number, or one for each) at each of `offsets` (in bytes, from the array's
+    start), and does not wait for them."""
     libc = _libc()
     if libc is None or not array.size:
         return
@@ -48,7 +48,7 @@ def will_need(array: np.ndarray, offsets: np.ndarray, length: int | np.ndarray) 
 
 
 def release(array: np.ndarray) -> None:
-    """Drops a mapped file's pages from this process's memory; the kernel keeps them cached while it has room."""
+    """Removes a mapped file from this process's memory; the kernel may still cache its pages."""
     libc = _libc()
     if libc is not None and array.size:
         start = array.ctypes.data // PAGE * PAGE
@@ -57,7 +57,7 @@ def release(array: np.ndarray) -> None:
 
 
 def mapped_bytes() -> int:
-    """Bytes of files in this process's memory (man 5 proc, statm); 0 if unknown."""
+    """The bytes of files in this process's memory (man 5 proc, statm); 0 if it is not known."""
     try:
         with open("/proc/self/statm") as f:
             return int(f.read().split()[2]) * PAGE
@@ -66,5 +66,5 @@ def mapped_bytes() -> int:
 
 
 def memory_bytes() -> int:
-    """Physical memory of this machine."""
+    """The memory of this machine."""
     return os.sysconf("SC_PHYS_PAGES") * PAGE

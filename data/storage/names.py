@@ -1,7 +1,7 @@
-"""Untrusted names (objects in a store, files in a folder) and the patterns that select them.
+"""External names: of objects in a store, of files in a folder, and the patterns that select them.
 
-A name is a path below a folder, with '/' between its parts. Everything that is written, replaced or removed by such a
-name goes through `parts` or `opened`; only `matches` defines what a pattern means, on a disk and in a store.
+A name is a path below a folder, with '/' between its parts. Only `safe_parts` and `open_parent` turn such a name into a
+path that is written, replaced or removed, and only `matches` defines what a pattern means, on a disk and in a store.
 """
 
 import contextlib
@@ -18,29 +18,29 @@ from collections.abc import Iterable, Iterator
 
 from data.errors import DataError
 
-PART_BYTES = 255  # limit for one part of a path, in the usual file systems
-NAME_BYTES = 3072  # limit for a full name: a path has at most 4096, including the folder
+PART_BYTES = 255  # of one part of a path, in the usual file systems
+NAME_BYTES = 3072  # of a complete name: a path has at most 4096, including the folder
 WILDCARDS = re.compile(r"[*?[]")
 
 
-# Safe places
+# Safe paths
 
 
-def parts(name: str, what: str = "") -> list[str]:
-    """The parts of a name that is a safe path below any folder.
+def safe_parts(name: str, what: str = "") -> list[str]:
+    """The parts of a name that is a path below any folder.
 
     Args:
-      name: untrusted.
-      what: what the error calls it; "": the name itself.
+      name: an external name.
+      what: how errors refer to it.
 
     Raises:
-      DataError: a part is empty, '.' or '..' (an absolute name has an empty one), has a NUL, or is too long for a file
+      DataError: a part is empty, '.' or '..' (an absolute name has an empty part), has a NUL, or is too long for a file
         system.
     """
     found, what = name.split("/"), what or repr(name)
     if odd := [part for part in found if part in ("", ".", "..")]:
         which = repr(odd[0]) if odd[0] else "an empty part (two slashes in a row, or one at an end)"
-        raise DataError(f"{what} has {which} in its name, which is not a place below a folder; rename it")
+        raise DataError(f"{what} has {which} in its name, which is not a path below a folder; rename it")
     try:
         encoded = os.fsencode(name)
     except UnicodeEncodeError:
@@ -49,14 +49,14 @@ def parts(name: str, what: str = "") -> list[str]:
         raise DataError(f"{what} has a NUL character, which no file name can have; rename it")
     if len(encoded) > NAME_BYTES or max(map(len, encoded.split(b"/"))) > PART_BYTES:
         raise DataError(
-            f"{what[:200]} is too long a name for a file system ({PART_BYTES} bytes between slashes, {NAME_BYTES} in "
-            "all); rename it"
+            f"{what[:200]} has a name that is too long for a file system ({PART_BYTES} bytes between slashes, "
+            f"{NAME_BYTES} in all); rename it"
         )
     return found
 
 
 def check_apart(names: Iterable[str], what: str) -> None:
-    """Raises DataError if a name is a folder of another one: a store can hold both, a file system cannot."""
+    """Raises DataError if a name is also the folder of another: a store may have both, but a file system cannot."""
     files = set(names)
     for name in sorted(files):
         for folder in itertools.accumulate(name.split("/")[:-1], "{}/{}".format):
@@ -65,17 +65,17 @@ def check_apart(names: Iterable[str], what: str) -> None:
 
 
 @contextlib.contextmanager
-def opened(root: pathlib.Path, name: str) -> Iterator[tuple[int, str]]:
-    """Yields a descriptor of the folder of `name` below `root`, created if it is missing, and the name's last part.
+def open_parent(root: pathlib.Path, name: str) -> Iterator[tuple[int, str]]:
+    """A descriptor (dir_fd) of the folder that contains `name` below `root`, and the last part of the name.
 
-    No folder below `root` may be a link, even if it becomes one meanwhile: it would lead elsewhere. Use the descriptor
-    (as dir_fd) and the last part for everything else.
+    Missing folders are made. No folder below `root` may be a link, even if it becomes one meanwhile: it would lead to
+    another place.
 
     Raises:
       DataError: the name is not a path below a folder.
       OSError: a folder is a link or a file, or cannot be made.
     """
-    *folders, last = parts(name)
+    *folders, last = safe_parts(name)
     root.mkdir(parents=True, exist_ok=True)
     at = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -85,7 +85,7 @@ def opened(root: pathlib.Path, name: str) -> Iterator[tuple[int, str]]:
             try:
                 below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
             except NotADirectoryError as e:
-                raise OSError(e.errno, f"{part} is a link or a file there, and not a folder") from None
+                raise OSError(e.errno, f"{part} is a link or a file, and not a folder") from None
             os.close(at)
             at = below
         yield at, last
@@ -99,8 +99,8 @@ VALIDATION = re.compile("val|valid|validation")
 TEST = re.compile("(train)?(test|dev|eval|evaluation|holdout|heldout|val|valid|validate|validation)(s|set|sets|data)?")
 
 
-def says(name: str, words: re.Pattern[str]) -> bool:
-    """Whether a name contains one of the words by itself, between non-letters; case does not matter."""
+def has_word(name: str, words: re.Pattern[str]) -> bool:
+    """Whether a name contains one of the words, not as a part of a longer word; upper case does not matter."""
     return any(map(words.fullmatch, re.split(r"[^a-z]+", name.lower())))
 
 
@@ -112,26 +112,26 @@ def is_pattern(path: str) -> bool:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern selects a name; both are relative to the same folder, with '/' between their parts.
+    """Whether a pattern selects a name; both relative to the same folder, with '/' between their parts.
 
-    `*`, `?` and `[…]` match characters within one part. `**` as a full part matches any number of parts, even 0; at the
-    end, at least one. A part that begins with '.' matches only a part of the pattern that also does, never `**`.
+    `*`, `?` and `[…]` stand for characters of one part. `**` as a part stands for any number of parts, including none;
+    at the end, for at least one. A part that begins with '.' is selected only by a part of the pattern that does too.
     """
-    return len(_steps(pattern)) in reached(name, pattern)
+    return len(_steps(pattern)) in matched_steps(name, pattern)
 
 
-def may_hold(folder: str, pattern: str) -> bool:
-    """Whether a pattern may select names below this folder; '' is the folder that both are relative to."""
-    return bool(going_on(folder, pattern))
+def may_contain(folder: str, pattern: str) -> bool:
+    """Whether a pattern may select a name below this folder; '' is the folder to which both are relative."""
+    return bool(next_steps(folder, pattern))
 
 
-def going_on(folder: str, pattern: str) -> frozenset[int]:
-    """Indices of the pattern's steps that may come next below this folder; a subset of them selects nothing more."""
-    return reached(folder, pattern) - {len(_steps(pattern))}
+def next_steps(folder: str, pattern: str) -> frozenset[int]:
+    """The steps of the pattern that may come next below this folder. Fewer steps select a subset of the names."""
+    return matched_steps(folder, pattern) - {len(_steps(pattern))}
 
 
-def reached(name: str, pattern: str) -> frozenset[int]:
-    """The numbers of steps that may be matched after all parts of the name; empty: nothing there can match."""
+def matched_steps(name: str, pattern: str) -> frozenset[int]:
+    """The numbers of steps of the pattern that all parts of the name may match; empty if it cannot match."""
     steps = _steps(pattern)
     reached = _with_skipped({0}, steps)
     for part in name.split("/") if name else ():
@@ -149,7 +149,7 @@ def reached(name: str, pattern: str) -> frozenset[int]:
 
 
 def _with_skipped(reached: set[int], steps: tuple[re.Pattern[str] | None, ...]) -> set[int]:
-    """Adds the states reached when `**` matches no parts."""
+    """Adds those that are reached if `**` stands for no part."""
     for at in sorted(reached):
         while at < len(steps) and steps[at] is None:
             at += 1
@@ -170,7 +170,7 @@ def _step(piece: str) -> re.Pattern[str]:
     return re.compile(hidden + fnmatch.translate(piece))
 
 
-def split(pattern: str) -> tuple[pathlib.Path, str]:
+def split_at_wildcard(pattern: str) -> tuple[pathlib.Path, str]:
     """The folder before the first wildcard, and the pattern of the names below it.
 
     Raises:
@@ -180,41 +180,41 @@ def split(pattern: str) -> tuple[pathlib.Path, str]:
     root = list(itertools.takewhile(lambda piece: not is_pattern(piece), pieces))
     below = pieces[len(root) :]
     if ".." in below:
-        raise DataError(f"{pattern} has '..' after a wildcard; write the folder that is meant")
+        raise DataError(f"{pattern} has '..' after a wildcard; write the folder without it")
     return pathlib.Path(*root), "/".join(below)
 
 
 def check_one_meaning(path: str) -> None:
-    """Raises DataError for an existing path that, as a pattern, also selects other files.
+    """Raises DataError for the name of an existing file that, as a pattern, also selects other files.
 
-    Such a name arises if a command writes to a pattern that matches nothing, as in `> *.txt`.
+    Such a file results, for example, from `> *.txt` in a folder without text files.
     """
     if not is_pattern(path) or ".." in pathlib.PurePath(path).parts:
         return
-    root, pattern = split(path)
+    root, pattern = split_at_wildcard(path)
     try:
-        others = [root / name for name in find(root, pattern)[0] if root / name != pathlib.Path(path)]
+        others = [root / name for name in find_files(root, pattern)[0] if root / name != pathlib.Path(path)]
     except OSError as e:
         raise DataError(f"cannot read {e.filename}: {e.strerror}") from None
     if others:
         raise DataError(
             f"{path} exists, and as a pattern it selects {len(others)} other file(s), such as {others[0]}; write "
-            f"{glob.escape(path)} for the one, or rename it and write the pattern for the others"
+            f"{glob.escape(path)} for this file, or rename it and write the pattern for the others"
         )
 
 
-def find(root: pathlib.Path, pattern: str) -> tuple[list[str], int]:
-    """The files below `root` that a pattern selects, sorted; and the number of further names of the same files.
+def find_files(root: pathlib.Path, pattern: str) -> tuple[list[str], int]:
+    """The files below `root` that a pattern selects, sorted, and the number of further names of the same files.
 
-    Links are followed. Every real folder is entered once, or again if other steps of the pattern come next, and every
-    real file is taken once, so that loops end and no file counts twice: under a name without links in it, or else under
-    the first in sorted order.
+    Links are followed. Every real folder is entered once, or again if another step of the pattern comes next, and every
+    real file is taken once, so loops end and no file counts twice. A file gets a name without links, or else the first
+    name in sorted order.
 
     Raises:
-      OSError: a folder that may hold matches cannot be read.
+      OSError: a folder that may contain selected files cannot be read.
     """
     found: list[str] = []
-    seen: dict[tuple[int, int], list[frozenset[int]]] = {}  # (device, inode) to the steps to come at each visit
+    seen: dict[tuple[int, int], list[frozenset[int]]] = {}  # and the next steps of the pattern
     repeated = 0
     pending, links = [""], list[str]()
     while pending or links:
@@ -222,10 +222,10 @@ def find(root: pathlib.Path, pattern: str) -> tuple[list[str], int]:
             links.sort(reverse=True)
         name = (pending or links).pop()
         selected = bool(name) and matches(name, pattern)
-        status = _status(root / name) if selected or may_hold(name, pattern) else None
+        status = _status(root / name) if selected or may_contain(name, pattern) else None
         if status is None:
             continue
-        steps, before = going_on(name, pattern), seen.setdefault((status.st_dev, status.st_ino), [])
+        steps, before = next_steps(name, pattern), seen.setdefault((status.st_dev, status.st_ino), [])
         is_new = not any(steps <= others for others in before)
         if stat.S_ISREG(status.st_mode) and selected:
             found += [name] if not before else []
@@ -240,7 +240,7 @@ def find(root: pathlib.Path, pattern: str) -> tuple[list[str], int]:
 
 
 def _status(path: pathlib.Path) -> os.stat_result | None:
-    """The status; None for a dangling or circular link."""
+    """None for a broken link."""
     try:
         return path.stat()
     except OSError as e:

@@ -1,6 +1,6 @@
-"""Data in object stores (gs://, s3://): copied into a local cache (cache.py) and then read like local data.
+"""Data in object stores (gs://, s3://): copied into a local cache (cache.py), and read from there.
 
-Only what the store lists is read, never anything else in the cache. Stores are read through tensorstore
+Only objects that the store lists are read, even if the cache has others. Stores are read through tensorstore
 (docs/data.md: credentials).
 """
 
@@ -20,7 +20,7 @@ from data.storage.cache import Cache
 log = logging.getLogger("meshlm")
 
 SCHEMES = ("gs://", "s3://")
-BLOCK_BYTES = 64 << 20  # fetched at a time, and held in memory
+BLOCK_BYTES = 64 << 20  # fetched, and in memory, at a time
 TIMEOUT_S = 60  # for one block
 CACHE_VARIABLE = "MESHLM_CACHE"
 
@@ -33,14 +33,14 @@ def parse(path: str) -> tuple[str, str, str]:
     """The scheme, the bucket and the key ('' for the whole bucket) of gs://BUCKET/KEY or s3://BUCKET/KEY.
 
     Raises:
-      DataError: the key is not a path below a folder, such as a/../b or, from gs://BUCKET//data, /data.
+      DataError: the key is not a path below a folder, such as a/../b, or /data in gs://BUCKET//data.
     """
     scheme, _, rest = path.partition("://")
     bucket, _, key = rest.partition("/")
     key = key.removesuffix("/")
     if not bucket:
         raise DataError(f"{path} names no bucket; write {scheme}://BUCKET/PATH")
-    names.parts(f"{bucket}/{key}" if key else bucket, path)
+    names.safe_parts(f"{bucket}/{key}" if key else bucket, path)
     return scheme, bucket, key
 
 
@@ -52,11 +52,11 @@ def cache_folder() -> pathlib.Path:
 
 
 @functools.cache
-def local(path: str) -> str:
-    """The local path of a file, folder or glob in a store, after fetching what is new; once per process and path.
+def fetch(path: str) -> str:
+    """Downloads what is new of a file, folder or glob in a store; returns its local path. Cached for the process.
 
     Raises:
-      DataError: nothing is there, it cannot be read, or the cache is full or unusable.
+      DataError: it does not exist or cannot be read, or the disk is full.
     """
     scheme, bucket, key = parse(path)
     if not key:
@@ -68,51 +68,56 @@ def local(path: str) -> str:
         raise DataError(f"there is nothing at {path}; put a dataset there, for example with {copy} DATASET {path}")
     cache = Cache(cache_folder(), scheme, bucket)
     try:
-        for gone in _not_there_any_more(cache.keys(), keys, key):
+        for gone in _stale_keys(cache.keys(), keys, key):
             cache.remove(gone)
         for name in keys:
-            _fetch(store, name, cache, f"{scheme}://{bucket}/{name}")
-        _copies[path] = [cache.path(name) for name in keys]
-        if len({(s.st_dev, s.st_ino) for s in map(os.stat, _copies[path])}) < len(keys):
-            raise DataError(f"{path} has names that {cache_folder()} cannot tell apart; set {CACHE_VARIABLE}")
+            _refresh_copy(store, name, cache, f"{scheme}://{bucket}/{name}")
+        _fetched[path] = [cache.path(name) for name in keys]
+        if len({(s.st_dev, s.st_ino) for s in map(os.stat, _fetched[path])}) < len(keys):
+            raise DataError(f"{path} has names that {cache_folder()} cannot distinguish; set {CACHE_VARIABLE}")
     except OSError as e:
         why = e.strerror or e
-        raise DataError(f"cannot keep {path} in {cache_folder()}: {why}; make room, or set {CACHE_VARIABLE}") from None
+        raise DataError(f"cannot store {path} in {cache_folder()}: {why}; make room, or set {CACHE_VARIABLE}") from None
     return str(cache.path(key))
 
 
-def files(path: str) -> list[pathlib.Path]:
-    """The copies of all objects of a file, folder or glob, after fetching what is new. Raises like `local`."""
-    local(path)
-    return _copies[path]
+def fetch_files(path: str) -> list[pathlib.Path]:
+    """Downloads a file, folder or glob in a store; returns the local copies of all its objects. Raises as `fetch`."""
+    fetch(path)
+    return _fetched[path]
 
 
-def original(copy: pathlib.Path) -> str:
-    """The path in the store of a copy or of a folder of copies."""
+def source_of(copy: pathlib.Path) -> str:
+    """The path in the store of a copy, or of a folder of copies."""
     _, scheme, *below = copy.relative_to(cache_folder()).parts
     return f"{scheme}://{'/'.join(below)}"
 
 
-def begins(path: str, count: int) -> bytes:
-    """The first `count` bytes of an object; b"" if it does not exist or is shorter. Raises DataError."""
+def read_head(path: str, count: int) -> bytes:
+    """The first bytes of an object; empty if it does not exist, or has fewer. Raises DataError."""
     scheme, bucket, key = parse(path)
     found = _read(_open(scheme, bucket, path), os.fsencode(key), path, slice(0, count))
     return found.value if found is not None and found.state == "value" else b""
 
 
-_copies: dict[str, list[pathlib.Path]] = {}  # of each path that `local` has fetched
+_fetched: dict[str, list[pathlib.Path]] = {}  # the copies of each path that `fetch` has downloaded
 
 
-def _not_there_any_more(copied: set[str], keys: list[str], key: str) -> set[str]:
-    """Copies that the store no longer has, and that `key` would select or that block the path of what it selects."""
+def _stale_keys(copied: set[str], keys: list[str], key: str) -> set[str]:
+    """The copies of deleted objects that `key` would select, or that are in the way of objects that it selects."""
     folders = {folder for name in keys for folder in itertools.accumulate(name.split("/"), "{}/{}".format)}
     gone = copied - set(keys)
     below = tuple(f"{name}/" for name in keys)
-    return _selected(gone, key) | _beside(set(keys), gone) | (gone & folders) | {n for n in gone if n.startswith(below)}
+    return (
+        _selected(gone, key)
+        | _companions(set(keys), gone)
+        | (gone & folders)
+        | {n for n in gone if n.startswith(below)}
+    )
 
 
 def open_store(location: str) -> Any:
-    """A folder, gs://BUCKET/PATH or s3://BUCKET/PATH as a tensorstore.KvStore of what is below. Raises DataError."""
+    """A folder, gs://BUCKET/PATH or s3://BUCKET/PATH as a tensorstore.KvStore. Raises DataError."""
     import tensorstore
 
     if not is_remote(location):
@@ -129,34 +134,34 @@ def _open(scheme: str, bucket: str, path: str) -> Any:
     spec: dict[str, Any] = {"driver": "gcs" if scheme == "gs" else "s3", "bucket": bucket}
     if scheme == "s3" and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
         spec |= {"endpoint": endpoint, "aws_region": os.environ.get("AWS_REGION", "us-east-1")}
-    return _ask(path, tensorstore.KvStore.open, spec)
+    return _call(path, tensorstore.KvStore.open, spec)
 
 
 def _matching(store: Any, key: str, path: str) -> list[str]:
-    """Sorted keys of the object, folder or glob `key`. Raises DataError for one that cannot be a local path."""
+    """The sorted keys of the object, folder or glob `key`. Raises DataError for one that is not a path in a folder."""
     import tensorstore
 
     glob_at = min((key.index(c) for c in "*?[" if c in key), default=len(key))
     prefix = key[:glob_at].removesuffix(".bin").removesuffix(".idx")
-    listed = _ask(path, store.list, tensorstore.KvStore.KeyRange(os.fsencode(prefix), _after(prefix)))
+    listed = _call(path, store.list, tensorstore.KvStore.KeyRange(os.fsencode(prefix), _after(prefix)))
     there = {os.fsdecode(name) for name in listed if not name.endswith(b"/")}
     found = _selected(there, key)
-    found |= _beside(found, there)
+    found |= _companions(found, there)
     for name in found:
-        names.parts(name, f"{path} has an object {name!r}, which")
+        names.safe_parts(name, f"{path} has an object {name!r}, which")
     names.check_apart(found, path)
     return sorted(found)
 
 
 def _selected(there: set[str], key: str) -> set[str]:
-    """Those that are the object `key`, are in the folder `key`, or match the pattern `key`."""
+    """Those that are the object `key`, are in the folder `key`, or are selected by the pattern `key`."""
     return {
         n for n in there if n == key or n.startswith(f"{key}/") or (names.is_pattern(key) and names.matches(n, key))
     }
 
 
-def _beside(found: set[str], there: set[str]) -> set[str]:
-    """Adds Megatron's .idx to a .bin and vice versa: a .bin without its index would be taken for another format."""
+def _companions(found: set[str], there: set[str]) -> set[str]:
+    """The .bin and .idx beside each: Megatron's tokens need their index to be recognised."""
     stems = {name[:-4] for name in found if name.endswith((".bin", ".idx"))}
     return {stem + suffix for stem in stems for suffix in (".bin", ".idx")} & there
 
@@ -167,8 +172,8 @@ def _after(prefix: str) -> bytes:
     return raw[:-1] + bytes([raw[-1] + 1]) if raw else b""
 
 
-def _fetch(store: Any, key: str, cache: Cache, name: str) -> None:
-    """Brings the object's copy in the cache up to date."""
+def _refresh_copy(store: Any, key: str, cache: Cache, name: str) -> None:
+    """Updates the copy in the cache to the object's current content."""
     raw = os.fsencode(key)
 
     def is_current(generation: bytes) -> bool:
@@ -177,7 +182,7 @@ def _fetch(store: Any, key: str, cache: Cache, name: str) -> None:
 
     def download(f: IO[bytes]) -> bytes:
         start, generation = time.monotonic(), b""
-        for block in blocks(store, raw, name):
+        for block in read_blocks(store, raw, name):
             f.write(block.value)
             generation = block.stamp.generation
         if f.tell() >= BLOCK_BYTES:
@@ -187,11 +192,11 @@ def _fetch(store: Any, key: str, cache: Cache, name: str) -> None:
     cache.refresh(key, is_current, download)
 
 
-def blocks(store: Any, key: bytes, name: str) -> Iterator[Any]:
-    """An object in pieces, as tensorstore's ReadResults of one generation. Raises DataError."""
+def read_blocks(store: Any, key: bytes, name: str) -> Iterator[Any]:
+    """The blocks of an object, as tensorstore's ReadResults of one generation. Raises DataError."""
     at, generation = 0, None
     while True:
-        # A store rejects a range that extends past the end of the object, and does not report its size.
+        # A store refuses a range beyond the end of an object, and does not give its size.
         full = _read(store, key, name, slice(at + BLOCK_BYTES - 1, at + BLOCK_BYTES)) is not None
         block = _read(store, key, name, slice(at, at + BLOCK_BYTES if full else None) if at or full else None)
         if block is None:  # the object ended with the last block
@@ -208,7 +213,7 @@ def blocks(store: Any, key: bytes, name: str) -> Iterator[Any]:
 def _read(store: Any, key: bytes, name: str, byte_range: slice | None, if_not_equal: bytes | None = None) -> Any:
     """tensorstore's ReadResult; None if the object does not have all these bytes."""
     try:
-        return _ask(name, store.read, key, byte_range=byte_range, if_not_equal=if_not_equal)
+        return _call(name, store.read, key, byte_range=byte_range, if_not_equal=if_not_equal)
     except _OutOfRange:
         return None
 
@@ -217,8 +222,8 @@ class _OutOfRange(Exception):
     pass
 
 
-def _ask(path: str, method: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """The result of a tensorstore call. Raises DataError, and _OutOfRange for bytes past the end."""
+def _call(path: str, method: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """The result of a call of tensorstore. Raises DataError, and _OutOfRange for bytes beyond the end."""
     try:
         return method(*arguments, **named).result(timeout=TIMEOUT_S)
     except TimeoutError:

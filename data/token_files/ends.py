@@ -1,4 +1,4 @@
-"""Whether documents end with the token of data.mask_documents: one that occurs nowhere would mask nothing."""
+"""Checks that documents end with the token that data.mask_documents uses; one that never occurs would mask nothing."""
 
 from collections.abc import Iterable, Iterator
 
@@ -8,15 +8,15 @@ from data.dataset import Dataset
 from data.errors import DataError
 from data.token_files import fingerprint
 
-DOCUMENTS_WITH_ENDS = 0.9  # of those that an index names: fewer, and it is another token that ends them
+DOCUMENTS_WITH_ENDS = 0.9  # share of the documents in an index; if fewer have this end, they end with another token
 
 
-def check(datasets: Iterable[Dataset], eos_id: int) -> None:
-    """Raises DataError when the training tokens of a dataset of several documents do not hold their end, `eos_id`."""
+def check_documents_end(datasets: Iterable[Dataset], eos_id: int) -> None:
+    """Raises DataError if the training tokens of a dataset of several documents do not contain their end, `eos_id`."""
     for data in datasets:
         documents = data.manifest.splits["train"].documents
-        if not data.foreign_files and (documents <= 1 or data.manifest.eos_id == eos_id):
-            continue  # one text is one document; launch.prepare writes an end after each
+        if not data.external_files and (documents <= 1 or data.manifest.eos_id == eos_id):
+            continue  # a single text is one document, and launch.prepare writes an end after each
         shards = data.files("train").shards
         whole = sum(len(shard) for shard in shards) * shards[0].itemsize <= fingerprint.WHOLE_BYTES
         looked = found = 0
@@ -25,14 +25,14 @@ def check(datasets: Iterable[Dataset], eos_id: int) -> None:
         if not found or (whole and found < DOCUMENTS_WITH_ENDS * documents):
             of = f", which has {documents:,} documents," if documents else ""
             raise DataError(
-                f"token {eos_id} ends documents for data.mask_documents, but {data.path}{of} holds it {found:,} times "
-                f"in {looked:,} tokens; set data.eos_id to the token that ends them, write the tokens again with one "
+                f"token {eos_id} ends documents for data.mask_documents, but {data.path}{of} has it {found:,} times in "
+                f"{looked:,} tokens; set data.eos_id to the token that ends them, write the tokens again with one "
                 "after each document (Megatron's --append-eod), or leave data.mask_documents false"
             )
 
 
 def _parts(shards: list[np.ndarray], whole: bool) -> Iterator[np.ndarray]:
-    """All tokens in pieces, or blocks spread evenly over each shard."""
+    """All tokens in chunks, or blocks spread evenly over each shard."""
     for tokens in shards:
         size = (fingerprint.CHUNK_BYTES if whole else fingerprint.BLOCK_BYTES) // tokens.itemsize
         if whole or len(tokens) <= fingerprint.SAMPLED_BLOCKS * size:

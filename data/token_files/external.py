@@ -1,8 +1,8 @@
 """Token files of other programs, read in place: nanoGPT, llm.c, Megatron and OLMo. Nothing is copied, written or
-unpickled; every number in a header is checked against the files before a token is used.
+unpickled, and every number in a header is compared with the files before a token is used.
 
-This module decides which files a path means, and reads their kinds and headers. Layouts: docs/formats.md. Checks of
-their content: fingerprint.py; what is not a token file: not_tokens.py.
+This module finds the files of a path, their formats and their headers. For the layouts see docs/formats.md, for the
+content fingerprint.py, and for files that are not token files not_tokens.py.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from data.token_files import formats, not_tokens
 log = logging.getLogger("meshlm")
 
 SUFFIXES = (".bin", ".npy", ".idx")
-# llm.c's token files, which begin with 256 int32: magic -> (version, dtype), from its dev/data/data_common.py.
+# llm.c's files begin with 256 int32: magic -> (version, dtype), from its dev/data/data_common.py.
 LLMC = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
 LLMC_HEADER_BYTES = 1024
 LLMC_OTHERS = {20240522: "an llm.c evaluation file", 20240326: "an llm.c model"}
@@ -32,8 +32,8 @@ NUMPY_MAGIC = b"\x93NUMPY"
 MEGATRON_MAGIC = b"MMIDIDX\0\0"
 MEGATRON_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
 MEGATRON_DTYPES = ("", "uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16")
-MEGATRON_NAMES = ("_document", "_sentence")  # suffixes that its preprocess_data.py gives both files
-MEGATRON_CHUNK = 1 << 20  # sequences checked at once: an index may be larger than memory
+MEGATRON_NAMES = ("_document", "_sentence")  # its preprocess_data.py ends the names of both files like this
+MEGATRON_CHUNK = 1 << 20  # sequences checked at a time, because an index may be larger than memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +44,16 @@ class TokenFile:
     offset: int  # bytes before the first token
     tokens: int
     documents: int = 0  # 0: the format does not say
+    headerless: bool = False  # raw tokens: nothing in the file says how wide they are
 
     @property
     def dtype(self) -> str:
-        """The type it is read as: unsigned of the same width, so that a negative id becomes a very large one."""
+        """The dtype for reading: the unsigned type of the same width, so that negative ids become very large ones."""
         return self.stored_dtype if self.stored_dtype.startswith("u") else "u" + self.stored_dtype
 
     @property
     def id_limit(self) -> int:
-        """All ids of an intact file are below this, whatever the vocabulary."""
+        """Ids of a sound file are below this, whatever the vocabulary."""
         return int(np.iinfo(self.stored_dtype).max) + 1
 
     @property
@@ -61,13 +62,14 @@ class TokenFile:
 
 
 class Files(formats.TokenFiles):
-    """The memory-mapped token files of one split, as formats.TokenFiles has them; text_bytes is 0 (unknown)."""
+    """The token files of one split, memory-mapped; attributes as of formats.TokenFiles, with text_bytes 0 (unknown)."""
 
     advice = "it belongs to another vocabulary or data.dtype"
 
     def __init__(self, files: list[TokenFile], vocab_size: int):
-        self.vocab_size = min(vocab_size or files[0].id_limit, files[0].id_limit)  # 0: unknown
-        self.tokens, self.text_bytes = sum(f.tokens for f in files), 0
+        self.vocab_size = min(vocab_size or files[0].id_limit, files[0].id_limit)  # 0: not known
+        self.tokens = sum(f.tokens for f in files)
+        self.text_bytes = 0
         self.paths = [f.path for f in files]
         self.shards = [_mapped(f) for f in files]
 
@@ -80,30 +82,30 @@ def _mapped(file: TokenFile) -> np.ndarray:
 
 
 def check_size(file: TokenFile) -> None:
-    """Raises DataError if the file's size has changed since its header was read."""
+    """Raises DataError if the size of the file has changed since its header was read."""
     if (size := file.path.stat().st_size) != file.offset + file.nbytes:
         raise DataError(
             f"{file.path} is {size} bytes, and was {file.offset + file.nbytes} a moment ago; start again when no "
-            "process writes it any more"
+            "program writes it any more"
         )
 
 
-def find(path: str) -> list[pathlib.Path]:
-    """The token files that a file, a folder (its .bin and .npy) or a glob means, here or in a store, sorted by name.
+def find_token_files(path: str) -> list[pathlib.Path]:
+    """The token files of a file, a folder (its .bin and .npy) or a glob, on this machine or in a store, sorted by name.
 
     Raises:
       DataError: there are none.
       OSError: a folder cannot be read.
     """
-    place = pathlib.Path(remote.local(path) if remote.is_remote(path) else path)
-    if place.exists() and not remote.is_remote(path):  # in a store, a path means everything that it selects
+    place = pathlib.Path(remote.fetch(path) if remote.is_remote(path) else path)
+    if place.exists() and not remote.is_remote(path):  # a store has no such names by accident
         names.check_one_meaning(path)
-    found = remote.files(path) if remote.is_remote(path) else _here(place)
+    found = remote.fetch_files(path) if remote.is_remote(path) else _find_local(place)
     if place.is_dir():
         if (place / "tokenizer" / tokenizers.FILE_NAME).exists():  # its document offsets are not tokens
-            raise DataError(f"{path} is a meshlm dataset; leave data.format empty (manifest lost: prepare it again)")
+            raise DataError(f"{path} is a meshlm dataset; leave data.format empty (without a manifest: prepare again)")
         found = [p for p in found if p.parent == place and p.suffix in SUFFIXES and not p.name.startswith(".")]
-    # Megatron's index stands for the .bin beside it, so that a glob may match both.
+    # Megatron's index stands for the tokens beside it, so that a glob may select both.
     files = sorted({p.with_suffix(".bin") if p.suffix == ".idx" else p for p in found})
     if not files:
         raise DataError(
@@ -113,36 +115,37 @@ def find(path: str) -> list[pathlib.Path]:
     return files
 
 
-def selection(place: pathlib.Path) -> tuple[pathlib.Path, str]:
-    """The folder that a path means, and the pattern of the names below it. Raises DataError."""
-    return (place, "*") if place.is_dir() else names.split(str(place))
+def folder_and_pattern(place: pathlib.Path) -> tuple[pathlib.Path, str]:
+    """The folder of a path or glob, and the pattern of the names below it. Raises DataError."""
+    return (place, "*") if place.is_dir() else names.split_at_wildcard(str(place))
 
 
-def _here(place: pathlib.Path) -> list[pathlib.Path]:
-    """The file, the files in the folder, or those that the glob selects; a file with two names only once."""
+def _find_local(place: pathlib.Path) -> list[pathlib.Path]:
+    """The file, the files of the folder, or those that the glob selects; a file with two names is listed once."""
     if place.is_file():
         return [place]
-    root, pattern = selection(place)
-    found, repeated = names.find(root, pattern) if pattern else ([], 0)
+    root, pattern = folder_and_pattern(place)
+    found, repeated = names.find_files(root, pattern) if pattern else ([], 0)
     if repeated:
         log.warning(
-            "%s: %d name(s) are links to files that have another name there; each file is read once (versions before "
-            "this one read it again, and their runs do not resume: list the files without the links)", place, repeated
+            "%s: %d name(s) are links to files that have another name there; each file is read once (earlier versions "
+            "read it twice, and their runs cannot be resumed like this: list the files without the links)",
+            place, repeated,
         )  # fmt: skip
     return [root / name for name in found]
 
 
-def read(paths: list[pathlib.Path], kind: str, dtype: str) -> list[TokenFile]:
-    """Reads and checks the headers of the files, which must be of one kind and type.
+def read_headers(paths: list[pathlib.Path], kind: str, dtype: str) -> list[TokenFile]:
+    """Reads and checks the headers of the files, which must all have one format and type.
 
     Args:
-      kind: a key of READERS, or '' to detect it.
+      kind: one of READERS, or '' to detect it.
       dtype: 'uint16' or 'uint32', for files that do not say; '' for uint16.
 
     Raises:
-      DataError: a file contradicts itself, its index, `dtype`, or the file before it, or holds something else.
+      DataError: a file contradicts itself, its index, `dtype` or the file before it, or is not a token file.
     """
-    files = [READERS[kind or detect(path)](path, dtype) for path in paths]
+    files = [READERS[kind or detect_format(path)](path, dtype) for path in paths]
     _check_distinct(paths)
     first = files[0]
     for file in files:
@@ -153,21 +156,21 @@ def read(paths: list[pathlib.Path], kind: str, dtype: str) -> list[TokenFile]:
                     "a glob in data.path"
                 )
     if dtype and dtype != first.dtype:
-        raise DataError(f"data.dtype is {dtype}, but {first.path} holds {first.stored_dtype}; leave data.dtype empty")
+        raise DataError(f"data.dtype is {dtype}, but {first.path} has {first.stored_dtype}; leave data.dtype empty")
     return files
 
 
 def _check_distinct(paths: list[pathlib.Path]) -> None:
-    """Raises DataError for one file under two names: it would be trained on twice, or be in training and validation."""
+    """Raises DataError for one file under two names: the run would train on it twice, or train and validate on it."""
     names: dict[tuple[int, int], pathlib.Path] = {}
     for path in paths:
         stat = path.stat()
         if (other := names.setdefault((stat.st_dev, stat.st_ino), path)) != path:
-            raise DataError(f"{other} and {path} are one file under two names; name it once")
+            raise DataError(f"{other} and {path} are the same file under two names; name it once")
 
 
-def others(path: str, files: Mapping[str, list[TokenFile]]) -> list[str]:
-    """Files in the folder data.path that are not read; empty if data.path is not a folder."""
+def unread_files(path: str, files: Mapping[str, list[TokenFile]]) -> list[str]:
+    """The other files in the folder of data.path, which are not read; empty if it is not a folder."""
     folder = pathlib.Path(path)
     if not files or not folder.is_dir():
         return []
@@ -176,24 +179,24 @@ def others(path: str, files: Mapping[str, list[TokenFile]]) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.name not in read and not p.name.startswith("."))
 
 
-def detect(path: pathlib.Path) -> str:
-    """The kind of a file, by name, neighbour and first bytes. Raises DataError if it is not a token file."""
+def detect_format(path: pathlib.Path) -> str:
+    """The format of a file, by its name, its index and its first bytes. Raises DataError if it is not a token file."""
     if path.suffix == ".npy":
         return "olmo"
     if path.suffix != ".bin":
-        raise DataError(f"{path} is neither .bin nor .npy; say what it is with data.format ({', '.join(READERS)})")
+        raise DataError(f"{path} is neither .bin nor .npy; set data.format ({', '.join(READERS)})")
     if path.with_suffix(".idx").exists():
         return "megatron"
     if path.stem.endswith(MEGATRON_NAMES):
         raise DataError(
             f"{path} is named as Megatron's tokens are, but {path.with_suffix('.idx').name} is not beside it; copy it "
-            "there, or set data.format to nanogpt (and data.dtype) if there never was one"
+            "there, or set data.format to nanogpt (and data.dtype) if there is none"
         )
     head = _head(path, LLMC_HEADER_BYTES)
     magic = int.from_bytes(head[:4], "little")
     if magic in LLMC:
         return "llmc"
-    # 253 zeros in a row are not text: if read as nanoGPT's, a damaged or newer header would be trained on.
+    # 253 zeros in a row are a damaged or newer header; read as nanoGPT's file, it would be trained on.
     if magic in LLMC_OTHERS or (len(head) == LLMC_HEADER_BYTES and not any(head[12:])):
         what = LLMC_OTHERS.get(magic, "not a known llm.c file, although it has such a header")
         raise DataError(f"{path} is {what} (magic {magic}); name files of training tokens, or set data.format")
@@ -206,20 +209,20 @@ def _head(path: pathlib.Path, count: int) -> bytes:
 
 
 def _refuse_others(path: pathlib.Path) -> None:
-    """Raises DataError if this is neither a token file nor the index of one."""
+    """Raises DataError for a file that is neither a token file nor the index of one."""
     head = _head(path, not_tokens.HEAD_BYTES)
-    what = not_tokens.kind(head)
+    what = not_tokens.describe(head)
     if path.name.endswith(DOCUMENTS) and not any(head[:8]):
         what = "the document offsets of a dataset of launch.prepare; name the folder of the dataset"
     if what:
-        raise DataError(f"{path} holds no tokens: it is {what}")
+        raise DataError(f"{path} does not contain tokens: it is {what}")
 
 
 def _headerless(kind: str, path: pathlib.Path, dtype: str) -> TokenFile:
-    """Reads a file of only raw tokens, like those of nanoGPT's prepare.py and OLMo's memmaps."""
+    """Raw tokens to the last byte, as in nanoGPT's prepare.py and OLMo's memmaps."""
     if _head(path, len(NUMPY_MAGIC)) == NUMPY_MAGIC:
         raise DataError(
-            f"{path} was saved by numpy.save, with a header, and is not a raw memmap such as OLMo's; write only "
+            f"{path} was saved by numpy.save, with a header, and is not a raw memmap as OLMo's files are; write only "
             "the tokens: numpy.load(FILE).astype('uint16').tofile(OTHER), or 'uint32' for a vocabulary above 65,536"
         )
     _refuse_others(path)
@@ -229,10 +232,10 @@ def _headerless(kind: str, path: pathlib.Path, dtype: str) -> TokenFile:
         raise DataError(f"{path} is empty: 0 bytes; copy it again or leave it out")
     if size % width:
         raise DataError(
-            f"{path} is {size} bytes, not a multiple of the {width} bytes of a {dtype} token; it was cut off, or "
+            f"{path} is {size} bytes, not a multiple of the {width} bytes of a {dtype} token; it is truncated, or "
             "data.dtype is not its type"
         )
-    return TokenFile(path, kind, dtype, 0, size // width)
+    return TokenFile(path, kind, dtype, 0, size // width, headerless=True)
 
 
 def _llmc(path: pathlib.Path, dtype: str) -> TokenFile:
@@ -248,7 +251,7 @@ def _llmc(path: pathlib.Path, dtype: str) -> TokenFile:
     if tokens < 0 or size != expected:
         raise DataError(
             f"{path} is {size} bytes, expected {expected} ({LLMC_HEADER_BYTES} and {tokens} tokens of {stored}); "
-            "it was cut off or replaced: copy it again"
+            "it was truncated or replaced: copy it again"
         )
     return TokenFile(path, "llmc", stored, LLMC_HEADER_BYTES, tokens)
 
@@ -278,10 +281,10 @@ def _megatron(path: pathlib.Path, dtype: str) -> TokenFile:
         )
     expected = MEGATRON_HEADER.size + 12 * sequences + 8 * boundaries
     raw = np.asarray(np.memmap(index, np.uint8, "r"))
-    if (size := len(raw)) not in (expected, expected + sequences):  # the modes of the sequences may follow, a byte each
+    if (size := len(raw)) not in (expected, expected + sequences):  # the mode of each sequence, one byte, may follow
         raise DataError(
             f"{index}, the index of {path}, is {size} bytes, expected {expected} ({sequences} sequences, {boundaries} "
-            "document boundaries); it was cut off or replaced: copy both again"
+            "document boundaries); it was truncated or replaced: copy both again"
         )
     ends = MEGATRON_HEADER.size + np.cumsum([0, 4 * sequences, 8 * sequences, 8 * boundaries])
     lengths, offsets, documents = (
@@ -292,7 +295,7 @@ def _megatron(path: pathlib.Path, dtype: str) -> TokenFile:
     end, size = _end_of_sequences(lengths, offsets, width, path, index), path.stat().st_size
     if end != size:
         raise DataError(
-            f"{path} is {size} bytes, but the sequences of {index} end at byte {end}; one of the two was cut off or "
+            f"{path} is {size} bytes, but the sequences of {index} end at byte {end}; one of the two was truncated or "
             "replaced: copy both again"
         )
     return TokenFile(path, "megatron", stored, 0, size // width, boundaries - 1)
@@ -309,8 +312,8 @@ def _check_documents(documents: np.ndarray, sequences: int, path: pathlib.Path, 
         if falls.size:
             i = int(falls[0])
             raise DataError(
-                f"{index}: document {start + i} of {path} starts at sequence {part[i]} and ends at "
-                f"{part[i + 1]}; copy both again"
+                f"{index}: document {start + i} of {path} starts at sequence {part[i]} and ends at {part[i + 1]}; copy "
+                "both again"
             )
 
 
@@ -327,15 +330,21 @@ def _end_of_sequences(
             i = int(wrong[0])
             raise DataError(
                 f"{index}: sequence {start + i} has {part[i]} tokens at byte {offsets[start + i]} of {path}, expected "
-                f"at byte {expected[i]}, after the one before; only gapless files are read: preprocess again"
+                f"at byte {expected[i]}, after the one before; only files without gaps are read: preprocess again"
             )
         end += width * int(part.sum())
     return end
 
 
+# The formats of other programs: a new one is a function here, and what `detect_format` knows it by.
 READERS: dict[str, Callable[[pathlib.Path, str], TokenFile]] = {
     "nanogpt": functools.partial(_headerless, "nanogpt"),
     "llmc": _llmc,
     "megatron": _megatron,
     "olmo": functools.partial(_headerless, "olmo"),
 }
+
+
+def format_names() -> tuple[str, ...]:
+    """What data.format may name: meshlm, which is a dataset folder (formats.py), and the formats of other programs."""
+    return ("meshlm", *READERS)

@@ -1,4 +1,4 @@
-"""Fingerprints of token files without a manifest, and checks of their ids: read once at the start."""
+"""The content of token files without a manifest: its fingerprint, and checks of the ids. Read once at the start."""
 
 import dataclasses
 import functools
@@ -14,27 +14,26 @@ from data.token_files import external, widths
 from data.token_files.external import TokenFile
 from data.tokenizers.base import MAX_ID
 
-# Up to this size a split is hashed in full at the start of a run, and every id is checked; of a larger one, only the
-# header and blocks at fixed positions from head to tail. Changing these constants changes the fingerprint of every
-# larger dataset.
+# Up to this size, all of a split is hashed at the start of a run, and every id is checked. Of a larger split, only the
+# header, the first and the last block and blocks between them, at fixed positions, are read. Changing these constants
+# changes the fingerprint of every large dataset.
 WHOLE_BYTES = 1 << 30
 CHUNK_BYTES = 16 << 20
 SAMPLED_BLOCKS, BLOCK_BYTES = 256, 64 << 10
-LOOKED_AT_BLOCKS = 16  # of a file without a header, to detect the width of its tokens
-TOKENS_TO_TELL = 64  # fewer zeros may be real tokens
-HEADERLESS = ("nanogpt", "olmo")
+WIDTH_BLOCKS = 16  # blocks of a file without a header that are examined for the width of its tokens
+ZEROS_ARE_DAMAGE = 64  # a file of only zeros is damaged if it has this many; fewer may be tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    digest: str  # sha256 of header and tokens; 'sampled:…' if not all of them were read
+    digest: str  # of header and tokens; 'sampled:…' if not all of them were read
     largest_id: int  # among the tokens that were read; -1 if there are none
-    layout: widths.Layout | None  # what the tokens of a file without a header look like; None: unknown
-    hole: int  # first byte of the first block read that is all zeros; -1: none
+    layout: widths.Layout | None  # what the tokens of a file without a header look like; None: unclear
+    hole: int  # the first byte of a block that is all zeros; -1 if there is none
 
 
-def contents(files: list[TokenFile], whole: bool = False) -> list[Content]:
-    """The contents of a split's files; sampled above WHOLE_BYTES, unless `whole`. Cached until a file changes."""
+def read_contents(files: list[TokenFile], whole: bool = False) -> list[Content]:
+    """The content of the files of a split: all if `whole` or up to WHOLE_BYTES, otherwise sampled. Cached."""
     whole = whole or sum(f.nbytes for f in files) <= WHOLE_BYTES
     return [_content(f, f.path.stat().st_mtime_ns, os.path.getsize(f.path), whole) for f in files]
 
@@ -56,14 +55,14 @@ def _content(file: TokenFile, mtime_ns: int, size: int, whole: bool) -> Content:
             if hole < 0 and (block := _zeros(raw)) >= 0:
                 hole = start + block * BLOCK_BYTES
         layout = None
-        if file.kind in HEADERLESS:
-            blocks = (_read(f, start, length // 8 * 8) for start, length in _blocks(file, LOOKED_AT_BLOCKS))
-            layout = widths.look(b"".join(blocks))
+        if file.headerless:
+            blocks = (_read(f, start, length // 8 * 8) for start, length in _blocks(file, WIDTH_BLOCKS))
+            layout = widths.detect_layout(b"".join(blocks))
     return Content(("" if whole else "sampled:") + digest.hexdigest(), largest, layout, hole)
 
 
 def _zeros(raw: bytes) -> int:
-    """The index of the first block of `raw` that is all zeros; -1 if there is none."""
+    """The first block of `raw` that is all zeros; -1 if there is none."""
     blocks = np.frombuffer(raw, np.uint64, len(raw) // BLOCK_BYTES * BLOCK_BYTES // 8).reshape(-1, BLOCK_BYTES // 8)
     found = np.flatnonzero(~blocks.any(axis=1))
     return int(found[0]) if found.size else -1
@@ -72,12 +71,12 @@ def _zeros(raw: bytes) -> int:
 def _read(f: BinaryIO, start: int, length: int) -> bytes:
     f.seek(start)
     if len(raw := f.read(length)) != length:
-        raise DataError(f"{f.name} became shorter while it was read; start again when no process writes it any more")
+        raise DataError(f"{f.name} became shorter while it was read; start again when no program writes it any more")
     return raw
 
 
 def _spans(file: TokenFile, whole: bool) -> Iterator[tuple[int, int]]:
-    """(first byte, bytes) of what is read: all tokens, or evenly spaced blocks from the first to the last."""
+    """(first byte, bytes) of the parts to read: all tokens, or evenly spaced blocks from the first to the last."""
     if not whole and file.nbytes > SAMPLED_BLOCKS * BLOCK_BYTES:
         yield from _blocks(file, SAMPLED_BLOCKS)
         return
@@ -87,40 +86,40 @@ def _spans(file: TokenFile, whole: bool) -> Iterator[tuple[int, int]]:
 
 
 def _blocks(file: TokenFile, count: int) -> Iterator[tuple[int, int]]:
-    """(first byte, bytes) of `count` evenly spaced blocks from first to last token; of a small file, all."""
+    """(first byte, bytes) of `count` evenly spaced blocks from the first to the last token; of a small file, all."""
     end = file.offset + file.nbytes
     if file.nbytes <= count * BLOCK_BYTES:
         for start in range(file.offset, end, BLOCK_BYTES):
             yield start, min(BLOCK_BYTES, end - start)
         return
-    word = 8  # bytes: a multiple of two tokens of any type, so that every block begins at an even token
+    word = 8  # bytes, two tokens of any type or more: every block begins at an even token
     for i in range(count - 1):
         yield file.offset + (file.nbytes - BLOCK_BYTES) * i // (count - 1) // word * word, BLOCK_BYTES
     tail = file.offset + (file.nbytes - BLOCK_BYTES) // word * word
     yield tail, end - tail
 
 
-def check(file: TokenFile, found: Content, dtype: str, vocab_size: int) -> None:
-    """Raises DataError if the ids cannot be what they are read as."""
-    if file.kind in HEADERLESS:
+def check_ids(file: TokenFile, found: Content, dtype: str, vocab_size: int) -> None:
+    """Raises DataError if the ids cannot be of the type or vocabulary that they are read with."""
+    if file.headerless:
         _check_width(file, found, dtype, vocab_size)
-    if found.largest_id == 0 and file.tokens >= TOKENS_TO_TELL:
-        raise DataError(f"{file.path} holds only zeros, like an unfinished copy; copy it again")
+    if found.largest_id == 0 and file.tokens >= ZEROS_ARE_DAMAGE:
+        raise DataError(f"{file.path} has only zeros, as an unfinished copy has; copy it again")
     if found.hole >= 0 and not dtype:
         raise DataError(
-            f"{file.path} holds {BLOCK_BYTES} zeros in a row from byte {found.hole} on, like an unfinished copy; "
+            f"{file.path} has {BLOCK_BYTES} zeros in a row from byte {found.hole} on, as an unfinished copy has; "
             f"copy it again, or set data.dtype to {file.dtype} if they are its padding"
         )
     if found.largest_id >= file.id_limit:
-        raise DataError(f"{file.path} holds negative ids in its {file.stored_dtype} tokens; preprocess it again")
+        raise DataError(f"{file.path} has negative ids in its {file.stored_dtype} tokens; preprocess it again")
     if vocab_size and found.largest_id >= vocab_size:
         raise DataError(
-            f"token id {found.largest_id} in {file.path} is outside the vocabulary of {vocab_size}; it needs "
-            "another model.vocab_size, data.tokenizer_path or data.dtype"
+            f"token id {found.largest_id} in {file.path} is outside the vocabulary of {vocab_size}; it needs another "
+            "model.vocab_size, data.tokenizer_path or data.dtype"
         )
-    if found.largest_id > MAX_ID:  # even if the vocabulary is unknown
+    if found.largest_id > MAX_ID:  # also if the vocabulary is not known
         raise DataError(
-            f"token id {found.largest_id} in {file.path} is in no vocabulary: it is a marker such as -1, "
+            f"token id {found.largest_id} in {file.path} is too large for any vocabulary: it is a mark such as -1, "
             f"or the tokens are not {file.stored_dtype}; write them again, or set data.dtype"
         )
 
@@ -128,26 +127,26 @@ def check(file: TokenFile, found: Content, dtype: str, vocab_size: int) -> None:
 def _check_width(file: TokenFile, found: Content, dtype: str, vocab_size: int) -> None:
     """Raises DataError if the bytes of a file without a header look like tokens of another type.
 
-    A `dtype` that the user gave decides ambiguous cases, but does not override clear evidence.
+    A `dtype` that the user set decides unclear cases, but does not permit an impossible one.
     """
     seen = found.layout
     if seen and seen.bytes == 8:
         raise DataError(
-            f"{file.path} holds 64-bit tokens, which are not read; write them as 32-bit ones: "
+            f"{file.path} has 64-bit tokens, which are not supported; write them as 32-bit ones: "
             f"numpy.fromfile(FILE, '{seen.numpy}').astype('<u4').tofile(OTHER), and set data.dtype to uint32"
         )
     if seen and seen.big_endian and (seen.bytes == 4 or not dtype):
         raise DataError(
-            f"{file.path} seems to hold big-endian {8 * seen.bytes}-bit tokens, or not to begin with a token; write "
+            f"{file.path} seems to have big-endian {8 * seen.bytes}-bit tokens, or not to begin with a token; write "
             f"them again: numpy.fromfile(FILE, '{seen.numpy}').astype('<u{seen.bytes}').tofile(OTHER)"
         )
     if seen and seen.bytes == 4 and not dtype:
         raise DataError(
             f"nearly every second uint16 of {file.path} is below {widths.UPPER_HALF_LIMIT}, as in uint32 tokens; set "
-            "data.dtype to uint32, or to uint16 if they are uint16"
+            "data.dtype to uint32, or to uint16 if that is right"
         )
     if seen and seen.bytes == 2 and file.dtype == "uint32" and vocab_size <= 1 << 18:
-        raise DataError(f"{file.path} seems to hold uint16 tokens, and not uint32; set data.dtype to uint16")
+        raise DataError(f"{file.path} seems to have uint16 tokens, and not uint32; set data.dtype to uint16")
     if vocab_size > 1 << 16 and not dtype:
         raise DataError(
             f"{file.path} does not say the type of its tokens, and a vocabulary of {vocab_size} does not fit uint16; "

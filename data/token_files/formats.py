@@ -1,5 +1,5 @@
-"""The dataset folder: manifest.json, raw little-endian token shards, document offsets, tokenizer/. Written once,
-read many times. Files are checked when read: a truncated or missing one is an error that names it and both sizes.
+"""The dataset folder: manifest.json, raw little-endian token shards, document offsets, tokenizer/. It is written once.
+All that is read is checked: a truncated, missing or unrelated file is an error that names it and both sizes.
 
     DATASET/manifest.json                 see Manifest
     DATASET/train-00000.bin               tokens, uint16 or uint32, no header; likewise val-00000.bin
@@ -24,14 +24,13 @@ FORMAT = "meshlm-tokens"
 VERSION = 1
 MANIFEST = "manifest.json"
 SUMMARY = "summary.json"
-MARK = re.compile(
-    rb'\s*(\{\s*"format"\s*:\s*)?"%s"' % FORMAT.encode()
-)  # another program's manifest may mention ours further on
+# At the beginning of the file only: another program's manifest may mention us further on.
+MARK = re.compile(rb'\s*(\{\s*"format"\s*:\s*)?"%s"' % FORMAT.encode())
 MARK_BYTES = 1024
-OUTSIDE = ("request", "files", "loses_text")  # not in the fingerprint: they do not change the tokens
-PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")  # for a file in the folder itself
-# At the start of a run, every shard of a split up to this size is read and hashed (under a second); shards of a larger
-# split are checked by size only. The largest id of every batch is always checked.
+NOT_IN_FINGERPRINT = ("request", "files", "loses_text")  # they do not affect the tokens
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")  # of a file in the folder itself
+# Up to this size, every start of a run reads and hashes all shards (in under a second). The shards of a larger dataset
+# are checked by size. In any dataset the largest id of every batch is checked.
 HASH_AT_START_BYTES = 1 << 30
 
 
@@ -45,7 +44,7 @@ class Shard:
 @dataclasses.dataclass(frozen=True)
 class Split:
     tokens: int
-    text_bytes: int  # UTF-8 bytes of the text that was encoded; needed for bits per byte
+    text_bytes: int  # UTF-8 bytes of the encoded text, for bits per byte
     documents: int
     shards: tuple[Shard, ...]
 
@@ -57,16 +56,15 @@ class Manifest:
     eos_id: int | None  # the token after each document, if any
     tokenizer_sha256: str
     splits: dict[str, Split]
-    request: dict  # what launch.prepare was asked for; not part of the fingerprint
-    # sha256 of the folder's other files, by name; not part of the fingerprint; empty if an earlier version wrote it.
+    request: dict  # the settings of launch.prepare; not part of the fingerprint
+    # sha256 of the other files of the folder, by name; not part of the fingerprint; empty in earlier versions.
     files: dict[str, str] = dataclasses.field(default_factory=dict)
-    loses_text: bool = (
-        False  # whether the tokenizer does: then its tokens do not cover all of text_bytes; not in the fingerprint
-    )
+    # The tokenizer lost text, so the tokens do not stand for all of text_bytes; not part of the fingerprint.
+    loses_text: bool = False
 
     def fingerprint(self) -> str:
-        """16 hex digits that change with any token, the tokenizer, or the algorithm that orders the samples."""
-        content = {k: v for k, v in dataclasses.asdict(self).items() if k not in OUTSIDE}
+        """16 hex digits that change with any token, the tokenizer, or the algorithm that orders the sequences."""
+        content = {k: v for k, v in dataclasses.asdict(self).items() if k not in NOT_IN_FINGERPRINT}
         canonical = json.dumps([VERSION, order.VERSION, content], sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -83,7 +81,7 @@ def token_dtype(vocab_size: int) -> str:
 
 
 def is_dataset(folder: pathlib.Path) -> bool:
-    """Whether this is a dataset of any version, damaged or not: its manifest begins with meshlm's mark.
+    """Whether the folder is a dataset of any version, damaged or not: its manifest begins with our mark.
 
     Raises:
       OSError: the manifest cannot be read.
@@ -96,7 +94,7 @@ def is_dataset(folder: pathlib.Path) -> bool:
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest:
-    """Raises FileNotFoundError if there is no manifest, DataError if it cannot be used."""
+    """The manifest. Raises FileNotFoundError if it is missing, DataError if it cannot be used."""
     path = folder / MANIFEST
     text = path.read_bytes()
     try:
@@ -104,7 +102,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
         if raw.pop("format") != FORMAT or raw.pop("version") != VERSION:
             raise ValueError(f"not format {FORMAT!r} version {VERSION}")
         fingerprint = raw.pop("fingerprint")
-        raw.pop("sha256", None)  # of the full manifest, for launch.inspect; training accepts a `request` edited by hand
+        raw.pop("sha256", None)  # checked only by launch.inspect: `request` may be edited by hand
         splits = {
             name: Split(**(s | {"shards": tuple(Shard(**shard) for shard in s["shards"])}))
             for name, s in raw.pop("splits").items()
@@ -122,7 +120,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
 
 
 def _check_values(manifest: Manifest) -> None:
-    """Raises ValueError for what no version writes: even a forged manifest cannot name files outside the folder."""
+    """Raises ValueError for values that no version writes, so that even a forged manifest names only files inside."""
     if not isinstance(manifest.request, dict):
         raise ValueError(f"request {manifest.request!r}")
     if not isinstance(manifest.loses_text, bool):
@@ -139,7 +137,7 @@ def _check_values(manifest: Manifest) -> None:
             if not PLAIN_NAME.fullmatch(file):
                 raise ValueError(f"file name {file!r}")
         if not all(isinstance(s.sha256, str) for s in split.shards):
-            raise ValueError(f"a hash of the {name} split is not a string")
+            raise ValueError(f"a hash of the {name} split is not text")
     if wrong := [n for n in counts if type(n) is not int or n < 0]:
         raise ValueError(f"number {wrong[0]!r}")
     if manifest.eos_id is not None and manifest.eos_id >= manifest.vocab_size:
@@ -152,7 +150,7 @@ def _check_values(manifest: Manifest) -> None:
 
 
 def hash_files(folder: pathlib.Path, splits: Iterable[str]) -> dict[str, str]:
-    """Manifest.files: sha256 of all files of a finished dataset except the manifest and the shards."""
+    """The value of Manifest.files: the hashes of all files of a dataset except the manifest and the shards."""
     paths = [
         folder / SUMMARY,
         *(folder / f"{name}.documents.bin" for name in splits),
@@ -171,8 +169,8 @@ class TokenFiles:
 
     Attributes:
       shards: list of uint16 or uint32 arrays (memory maps), one for each shard.
-      tokens: total number of tokens.
-      text_bytes: bytes of text that they encode; 0: unknown, because the tokenizer loses some.
+      tokens: the number of tokens.
+      text_bytes: bytes of the text that they stand for; 0 if not known, because the tokenizer lost some.
     """
 
     advice = "it does not belong to this tokenizer: prepare again with --overwrite"
@@ -183,7 +181,8 @@ class TokenFiles:
         spec = manifest.splits[split]
         dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self.vocab_size = manifest.vocab_size
-        self.tokens, self.text_bytes = spec.tokens, 0 if manifest.loses_text else spec.text_bytes
+        self.tokens = spec.tokens
+        self.text_bytes = 0 if manifest.loses_text else spec.text_bytes
         self.shards = []
         self.paths = [folder / shard.file for shard in spec.shards]
         check_hash = spec.tokens * dtype.itemsize <= HASH_AT_START_BYTES
@@ -198,17 +197,17 @@ class TokenFiles:
             if size != expected:
                 raise DataError(
                     f"{path} is {size} bytes, expected {expected} ({shard.tokens} tokens of {manifest.dtype}); "
-                    "it was cut off or replaced: copy it again or prepare again with --overwrite"
+                    "it was truncated or replaced: copy it again or prepare again with --overwrite"
                 )
             if check_hash and (found := sha256_file(path)) != shard.sha256:
                 raise DataError(
-                    f"{path} has the right size ({size} bytes) but not the content its manifest names (sha256 "
+                    f"{path} has the right size ({size} bytes) but not the content of its manifest (sha256 "
                     f"{found[:12]}…, expected {shard.sha256[:12]}…); copy it again or prepare again with --overwrite"
                 )
             self.shards.append(np.memmap(path, dtype=dtype, mode="r") if shard.tokens else np.empty(0, dtype))
 
     def check_ids(self, tokens: np.ndarray, where: str) -> None:
-        """Raises DataError if a token is outside the vocabulary: an embedding lookup would silently clamp it."""
+        """Raises DataError if a token is outside the vocabulary: an embedding lookup would clamp it silently."""
         if tokens.size and (largest := int(tokens.max())) >= self.vocab_size:
             raise DataError(
                 f"token id {largest} in {where} is outside the vocabulary of {self.vocab_size}; {self.paths[0]} or a "

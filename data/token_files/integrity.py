@@ -1,4 +1,4 @@
-"""Every byte of a dataset, read once and compared with what is said of it, in constant memory."""
+"""Reads every byte of a dataset once and compares it with the manifest, in constant memory."""
 
 import dataclasses
 import hashlib
@@ -16,26 +16,26 @@ CHUNK_BYTES = 16 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Of one split."""
+    """What was read of one split."""
 
-    nbytes: int  # that were read
-    largest_id: int  # -1 without a token
+    nbytes: int
+    largest_id: int  # -1 if there are no tokens
 
 
-def verify(data: Dataset) -> dict[str, Found]:
-    """Reads all files whole: hashes of a dataset folder, ids of any data, document offsets, the tokenizer, packed rows.
+def verify_dataset(data: Dataset) -> dict[str, Found]:
+    """Reads all files completely and checks the hashes of a dataset folder, the ids, document offsets and tokenizer.
 
-    Datasets of earlier versions have hashes of their tokens and tokenizer alone; their document offsets are compared
-    with the end-of-text tokens. The sizes and headers of foreign files were compared when they were opened; of their
-    content nothing is said.
+    Datasets of earlier versions have hashes only of their tokens and tokenizer; their document offsets are compared
+    with the end-of-text tokens. The sizes and headers of external files were compared when they were opened; there are
+    no hashes of their content.
 
     Raises:
-      DataError: the first damage that is met, with the file and both numbers.
+      DataError: the first damage found, with the file and both numbers.
     """
     try:
         data.load_tokenizer()
-        if data.foreign_files:
-            return {name: _foreign(files, data.vocab_size) for name, files in data.foreign_files.items()}
+        if data.external_files:
+            return {name: _check_external(files, data.vocab_size) for name, files in data.external_files.items()}
         _check_manifest(data.folder, data.manifest)
         found = {name: _split(data.folder, data.manifest, name) for name in data.manifest.splits}
         check_files(data.folder, data.manifest)
@@ -44,17 +44,17 @@ def verify(data: Dataset) -> dict[str, Found]:
         raise DataError(f"{e.filename} cannot be read: {e.strerror}") from None
 
 
-def _foreign(files: list[external.TokenFile], vocab_size: int) -> Found:
+def _check_external(files: list[external.TokenFile], vocab_size: int) -> Found:
     largest = -1
-    for file, found in zip(files, fingerprint.contents(files, whole=True), strict=True):
-        fingerprint.check(file, found, file.dtype, vocab_size)
+    for file, found in zip(files, fingerprint.read_contents(files, whole=True), strict=True):
+        fingerprint.check_ids(file, found, file.dtype, vocab_size)
         largest = max(largest, found.largest_id)
     return Found(sum(f.nbytes for f in files), largest)
 
 
 def _split(folder: pathlib.Path, manifest: formats.Manifest, name: str) -> Found:
     spec = manifest.splits[name]
-    files = formats.TokenFiles(folder, manifest, name)  # sizes, and hashes of a small split: cheap things first
+    files = formats.TokenFiles(folder, manifest, name)  # first the cheap checks: sizes, and hashes of a small split
     dtype, largest, nbytes = np.dtype(manifest.dtype).newbyteorder("<"), -1, 0
     for shard in spec.shards:
         path, digest = folder / shard.file, hashlib.sha256()
@@ -64,7 +64,7 @@ def _split(folder: pathlib.Path, manifest: formats.Manifest, name: str) -> Found
             largest = max(largest, int(np.frombuffer(raw, dtype).max()))
         if digest.hexdigest() != shard.sha256:
             raise DataError(
-                f"{path} has the right size but not the content its manifest names (sha256 {digest.hexdigest()[:12]}…, "
+                f"{path} has the right size but not the content of its manifest (sha256 {digest.hexdigest()[:12]}…, "
                 f"expected {shard.sha256[:12]}…); copy it again or prepare again with --overwrite"
             )
         _check_largest(largest, path, manifest.vocab_size)
@@ -76,21 +76,21 @@ def _split(folder: pathlib.Path, manifest: formats.Manifest, name: str) -> Found
 
 
 def _check_manifest(folder: pathlib.Path, manifest: formats.Manifest) -> None:
-    """Every byte of it. One of an earlier version has no hash of its notes, and was compared when it was opened."""
+    """Checks every byte of a manifest. One of an earlier version has no `files`, and was checked when it was opened."""
     path = folder / formats.MANIFEST
     if manifest.files and path.read_bytes() != manifest.to_json().encode():
         raise DataError(f"{path} was changed by hand or damaged; copy it again or prepare again with --overwrite")
 
 
 def check_files(folder: pathlib.Path, manifest: formats.Manifest) -> None:
-    """The files that are neither the manifest nor shards. Raises DataError."""
+    """Checks the files that are neither the manifest nor shards. Raises DataError."""
     for name, sha256 in manifest.files.items():
         path = folder / name
         if not path.exists():
             raise DataError(f"{path} is missing; copy the whole folder again or prepare again with --overwrite")
         if (found := formats.sha256_file(path)) != sha256:
             raise DataError(
-                f"{path} is not the file its manifest names (sha256 {found[:12]}…, expected {sha256[:12]}…); copy it "
+                f"{path} is not the file of its manifest (sha256 {found[:12]}…, expected {sha256[:12]}…); copy it "
                 "again or prepare again with --overwrite"
             )
 
@@ -107,7 +107,7 @@ def _check_largest(largest: int, path: pathlib.Path, limit: int) -> None:
 
 
 def check_documents(path: pathlib.Path, split: formats.Split) -> None:
-    """Offsets of documents: as many as there are, from 0, rising, inside the split."""
+    """Raises DataError unless there is an offset for each document, from 0, ascending, inside the split."""
     try:
         size = path.stat().st_size
     except FileNotFoundError:
@@ -120,22 +120,22 @@ def check_documents(path: pathlib.Path, split: formats.Split) -> None:
         return
     offsets = np.memmap(path, "<u8", "r")
     if offsets[0] != 0:
-        raise DataError(f"{path}: the first of the offsets is {offsets[0]} and not 0; copy it again")
+        raise DataError(f"{path}: the first offset is {offsets[0]} and not 0; copy it again")
     for start in range(0, len(offsets), CHUNK_BYTES // 8):
         part = offsets[start : start + CHUNK_BYTES // 8 + 1]
         if (part[1:] <= part[:-1]).any() or part[-1] >= split.tokens:
             raise DataError(
-                f"{path}: offsets do not rise, or lie beyond the {split.tokens} tokens of the split; copy it again"
+                f"{path}: offsets are not ascending, or beyond the {split.tokens} tokens of the split; copy it again"
             )
 
 
 def _check_begins(path: pathlib.Path, files: formats.TokenFiles, eos_id: int) -> None:
-    """Raises DataError unless each document but the first begins after an end-of-text token."""
+    """Raises DataError unless each document except the first begins after an end-of-text token."""
     offsets, first = np.memmap(path, "<i8", "r")[1:], 0
     for tokens in files.shards:
         for start in range(0, len(tokens), CHUNK_BYTES // tokens.itemsize):
             part = tokens[start : start + CHUNK_BYTES // tokens.itemsize]
-            low, high = np.searchsorted(offsets, [first + 1, first + len(part) + 1])  # whose end lies in this part
+            low, high = np.searchsorted(offsets, [first + 1, first + len(part) + 1])  # those that end in this part
             before = offsets[low:high] - 1 - first
             if (wrong := np.flatnonzero(part[before] != eos_id)).size:
                 raise DataError(

@@ -1,15 +1,15 @@
-"""Recognizes files that are not token files, whatever their name, by their first bytes.
+"""Recognises files that are not token files, whatever their names, by their first bytes.
 
-Any bytes may be tokens. So each pattern here fixes about 32 bits or more at the beginning of a file, and text is
-recognized only if a full block is text.
+Any bytes may be tokens. So a pattern here fixes about 32 bits or more of a file's beginning, and text is recognised by
+a complete block.
 """
 
 import codecs
 import re
 
 HEAD_BYTES = 1 << 16
-TEXT_BYTES = 8  # fewer are not enough to recognize text
-# First bytes (a pattern), what such a file is, what to do.
+TEXT_BYTES = 8  # fewer bytes are not recognised as text
+# A pattern of the first bytes, what such a file is, and what to do.
 KINDS = [
     (re.compile(pattern, re.DOTALL), f"{what}; {advice}")
     for pattern, what, advice in (
@@ -39,18 +39,18 @@ KINDS = [
 CONTROL = re.compile(rb"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f\x7f]")
 
 
-def kind(head: bytes) -> str:
-    """What the file that begins with `head` (HEAD_BYTES, or all of it) is, and what to do; '' if it may be tokens."""
-    for pattern, told in KINDS:
+def describe(head: bytes) -> str:
+    """What a file is that begins with `head` (HEAD_BYTES, or all of it), and what to do; '' if it may be tokens."""
+    for pattern, description in KINDS:
         if pattern.match(head):
-            return told
+            return description
     if _is_text(head):
         return "text; prepare it with python -m launch.prepare, or fetch the file again if a server answered with this"
     return ""
 
 
 def _is_text(head: bytes) -> bool:
-    """Whether all of it is printable UTF-8, or printable ASCII in UTF-16 after a byte order mark."""
+    """Whether all of it is printable UTF-8, or ASCII in UTF-16 after a byte order mark."""
     if len(head) < TEXT_BYTES:
         return False
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):

@@ -1,8 +1,9 @@
-"""Detects the width of tokens in a file without a header from the positions of its zeros.
+"""Detects the width of the tokens in a file without a header, by the positions of its zeros.
 
-Ids are small compared with the range of their type. So the upper half of nearly every uint32 is 0 to 3 (ids up to
-262,143), and the lower half is not. Shares are compared, over blocks from the whole file, so that a single odd id, such
-as -1, or a header before the tokens does not matter. In uint16 tokens the lower byte takes more values.
+Tokens are small compared with the range of their type. So the upper half of nearly every uint32 is 0 to 3 (ids up to
+262,143), and the lower half is not. Shares are compared, over blocks of the complete file, so a single odd id, such as
+-1, or a header before the tokens does not matter. For uint16 tokens the two bytes decide: the lower one takes more
+values.
 """
 
 import dataclasses
@@ -10,27 +11,27 @@ import dataclasses
 import numpy as np
 
 UPPER_HALF_LIMIT = 4
-# (a, b, n): the share of words below the limit, or zero, is >= a in upper halves and <= b in lower ones, over at
-# least n 16-bit words: fewer may look so by chance. A share between a and b is inconclusive: a vocabulary of a few
-# tokens has zeros everywhere.
+# Shares of 16-bit words that are below the limit, or zero: for upper halves at least the first number, for lower halves
+# at most the second. The third is the number of words that are needed, because with fewer the shares are random. Shares
+# between the two decide nothing: a vocabulary of a few tokens has zeros everywhere.
 LIMITS = ((0.9, 0.5, 128), (0.999, 0.9, 1024))
-# In uint16 tokens, high bytes have less entropy than low ones, whether ids are in a natural or in a random order.
+# uint16 of any vocabulary: high bytes have less entropy than low bytes, whether ids are in natural or random order.
 SWAPPED_BITS, SWAPPED_WORDS = 1.0, 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    bytes: int  # per token: 2, 4 or 8
+    bytes: int  # of a token: 2, 4 or 8
     big_endian: bool
 
     @property
     def numpy(self) -> str:
-        """The name of the dtype in numpy."""
+        """The dtype's name in NumPy."""
         return f"{'>' if self.big_endian else '<'}u{self.bytes}"
 
 
-def look(raw: bytes) -> Layout | None:
-    """The likely layout of `raw` (tokens, starting at a multiple of 8 bytes); None if unclear."""
+def detect_layout(raw: bytes) -> Layout | None:
+    """The layout that `raw` (tokens, from a multiple of 8 bytes on) seems to have; None: unclear."""
     words = np.frombuffer(raw, "<u2", len(raw) // 8 * 4).reshape(-1, 4)
     if words.size < LIMITS[0][2]:
         return None
@@ -51,6 +52,6 @@ def look(raw: bytes) -> Layout | None:
 
 
 def _entropy(values: np.ndarray) -> float:
-    """Entropy in bits."""
+    """In bits."""
     share = np.bincount(values.ravel(), minlength=256) / values.size
     return float(-(share[share > 0] * np.log2(share[share > 0])).sum())

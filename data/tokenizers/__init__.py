@@ -1,7 +1,7 @@
-"""The entry point for tokenizers: make one from a spec, save it into a folder, load it. Nothing is ever unpickled.
+"""Tokenizers: made from a spec, saved into a folder, loaded from it. Nothing is ever unpickled.
 
-A spec is `char` or `bpe:16384` (or `bpe:16384:llama3`, with another pattern), both trained on text; `byte`; or the path
-of an existing tokenizer, whose kind is detected from its content, not its name.
+A spec is `char` or `bpe:16384` (or `bpe:16384:llama3`, with another pattern), which are made from text; `byte`; or the
+path of an existing tokenizer, whose kind is detected from its content, whatever its name.
 """
 
 import hashlib
@@ -48,19 +48,19 @@ __all__ = [
 ]
 
 KINDS: dict[str, type[ByteTokenizer] | type[CharTokenizer]] = {t.kind: t for t in (CharTokenizer, ByteTokenizer)}
-FileTokenizer = JsonTokenizer | MinbpeTokenizer | RankTokenizer | PieceTokenizer  # each has a standard file of its own
+FileTokenizer = JsonTokenizer | MinbpeTokenizer | RankTokenizer | PieceTokenizer  # have a standard file
 FILE_KINDS: dict[str, type[FileTokenizer]] = {
     t.kind: t for t in (JsonTokenizer, MinbpeTokenizer, RankTokenizer, PieceTokenizer)
 }
 FILE_NAME = "meshlm_tokenizer.json"
-# Looked for, in this order, in a model folder of another system.
+# In the folder of a model of another system, in order of preference.
 STANDARD_NAMES = (hf_json.FILE_NAME, "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 MAX_BYTES = 1 << 30
 EXPECTED = (
     "expected a tokenizer.json, a .tiktoken file, a minbpe .model, a SentencePiece .model, a folder with one of them "
     "or a dataset; or char, byte, bpe:16384"
 )
-# First bytes of files that users name by mistake, and what they are.
+# Files that people name by mistake, by their first bytes.
 MISTAKEN = (
     (rb"\x89PNG|\xff\xd8\xff|GIF8", "an image"),
     (rb"\x80[\x02-\x05]", "a pickle, which is never opened"),
@@ -74,7 +74,7 @@ MISTAKEN = (
 
 
 def needs_texts(spec: str) -> bool:
-    """Whether this spec is trained on text (char, bpe:N). Raises DataError for a malformed bpe spec."""
+    """Whether a tokenizer of this spec is made from text (char, bpe:N). Raises DataError for a malformed bpe spec."""
     return spec == "char" or _bpe(spec) is not None
 
 
@@ -86,34 +86,32 @@ def make(
     min_frequency: int = 1,
     eos: bool = False,
 ) -> Tokenizer:
-    """The tokenizer that `spec` asks for.
+    """The tokenizer of a spec.
 
     Args:
-      texts: what char and bpe:N are trained on.
-      special_tokens: names for a new tokenizer. A tokenizer from a file keeps its own: each name given must be one of
-        them, and the first becomes its end-of-text token (a dataset's tokenizer keeps the one it has).
+      texts: the texts from which char and bpe:N are made.
+      special_tokens: the names that a new tokenizer gets. A tokenizer from a file keeps its own: each name given must
+        be one of them, and the first becomes its end-of-text token (that of a dataset keeps its end-of-text token).
       min_frequency: char: rarer characters become <unk>; bpe: rarer pairs are not merged.
-      eos: whether an end-of-text token will follow each document. If so, char and byte get <eos>, and a tokenizer from
-        a file must have one. BPE always has <|endoftext|> (or the one among special_tokens).
+      eos: whether an end-of-text token follows each document. char and byte then get <eos>, BPE always has
+        <|endoftext|> (or the one among special_tokens); a tokenizer from a file must have one.
 
     Raises:
-      DataError: there is no such tokenizer, it is damaged, or it lacks the special tokens asked for.
+      DataError: the tokenizer does not exist, is damaged, or lacks the requested special tokens.
     """
     names = list(special_tokens)
     check_special_tokens(names)
     trained = _bpe(spec)
     if spec not in KINDS and trained is None:
         return _from_path(spec, names, eos)
-    if trained and not find_eos(names):  # always: it may be used for other documents
+    if trained and not find_eos(names):  # always, because it may be used on other documents
         names.append(END_OF_TEXT_NAMES[0])
     elif eos and not trained and END_OF_TEXT not in names:
         names.append(END_OF_TEXT)
     if spec == "byte":
         return ByteTokenizer(names)
     if texts is None:
-        raise DataError(
-            f"tokenizer {spec} must be trained on text, and there is none here; name an existing tokenizer or dataset"
-        )
+        raise DataError(f"a {spec} tokenizer must be trained on text; name an existing tokenizer or dataset instead")
     if trained:
         size, pattern = trained
         return train_bpe(texts, size, pattern=pattern, special_tokens=names, min_frequency=min_frequency)
@@ -121,7 +119,7 @@ def make(
 
 
 def _bpe(spec: str) -> tuple[int, str] | None:
-    """(vocabulary, pattern) of bpe:N[:PATTERN]; None for a spec of another kind."""
+    """(vocabulary size, pattern) of bpe:N[:PATTERN]; None for a spec of another kind."""
     kind, _, rest = spec.partition(":")
     if kind != "bpe":
         return None
@@ -141,7 +139,7 @@ def file_of(spec: str) -> pathlib.Path | None:
 
 
 def _located(spec: str) -> tuple[pathlib.Path, str]:
-    """The file that `spec` names, and the pattern after its name, if any. Raises DataError."""
+    """The file of a spec, and the pattern after its name. Raises DataError."""
     path = pathlib.Path(spec)
     if path.is_dir():
         for folder in (path, path / "tokenizer"):
@@ -149,7 +147,7 @@ def _located(spec: str) -> tuple[pathlib.Path, str]:
                 return folder / FILE_NAME, ""
         found = [path / name for name in STANDARD_NAMES if (path / name).is_file()]
         if not found:
-            raise DataError(f"{path} holds no tokenizer; {EXPECTED}")
+            raise DataError(f"{path} does not contain a tokenizer; {EXPECTED}")
         path = found[0]
     pattern = ""
     if not path.exists() and ":" in spec:
@@ -169,14 +167,14 @@ def _from_path(spec: str, names: list[str], eos: bool) -> Tokenizer:
     if issubclass(kind, RankTokenizer):
         tokenizer: Tokenizer = kind(raw, str(path), wanted, pattern)
     elif pattern:
-        raise DataError(f"{path} is a {kind.kind} file; only a .tiktoken file takes a pattern, not :{pattern}")
+        raise DataError(f"{path} is a {kind.kind} file; only a .tiktoken file takes a pattern, such as :{pattern}")
     else:
         tokenizer = kind(raw, str(path), wanted)
     return _with_specials(tokenizer, str(path), names, eos)
 
 
 def _with_specials(tokenizer: Tokenizer, where: str, names: list[str], eos: bool) -> Tokenizer:
-    """Returns `tokenizer`. Raises DataError if it lacks one of `names`, or an end-of-text token that `eos` requires."""
+    """`tokenizer`, if it has the requested special tokens. Raises DataError otherwise."""
     if unknown := [name for name in names if name not in tokenizer.special_tokens]:
         known = ", ".join(tokenizer.special_tokens[:10]) or "none"
         raise DataError(
@@ -201,7 +199,7 @@ def _read(path: pathlib.Path) -> bytes:
 
 
 def _kind(raw: bytes, path: pathlib.Path) -> str:
-    """The key of FILE_KINDS that the content fits. Raises DataError if there is none."""
+    """The key in FILE_KINDS of a file, by its content. Raises DataError."""
     if not raw:
         raise DataError(f"{path} is empty; {EXPECTED}")
     for pattern, what in MISTAKEN:
@@ -216,13 +214,13 @@ def _kind(raw: bytes, path: pathlib.Path) -> str:
         return MinbpeTokenizer.kind
     if re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\r?(\n|$)", raw):
         return RankTokenizer.kind
-    if re.match(rb"(?s)\n.{1,3}\n", raw):  # protobuf: field 1, the first piece, whose field 1 is its text
+    if re.match(rb"(?s)\n.{1,3}\n", raw):  # protobuf: the first piece, and in it its text
         return PieceTokenizer.kind
     raise DataError(f"{path} is not a tokenizer of a known kind; {EXPECTED}")
 
 
 def save(tokenizer: Tokenizer, folder: pathlib.Path) -> pathlib.Path:
-    """Writes meshlm_tokenizer.json, whose path is returned, and the tokenizer's own standard file into `folder`."""
+    """Writes meshlm_tokenizer.json and the tokenizer's standard file into `folder`; returns the path of the first."""
     folder.mkdir(parents=True, exist_ok=True)
     spec, file = tokenizer.to_json(), tokenizer.file()
     if file is not None:
@@ -238,16 +236,16 @@ def load(folder: pathlib.Path, sha256: str = "") -> Tokenizer:
     """Reads what `save` wrote.
 
     Args:
-      sha256: the hash that meshlm_tokenizer.json must have; "": any. It holds that of the other file, always checked.
+      sha256: the hash that meshlm_tokenizer.json must have. It has the hash of the other file, which is always checked.
 
     Raises:
-      DataError: a file is missing, is not a tokenizer, or is not the one that was saved.
+      DataError: a file is missing, is not a tokenizer, or differs from the saved one.
     """
     path = folder / FILE_NAME
     try:
         raw = path.read_bytes()
         if sha256 and hashlib.sha256(raw).hexdigest() != sha256:
-            raise DataError(f"{path} is not the tokenizer the dataset was made with; prepare it again (--overwrite)")
+            raise DataError(f"{path} is not the tokenizer of the dataset; prepare it again (--overwrite)")
         spec = json.loads(raw.decode("utf-8"))
         if "file" not in spec:
             return KINDS[spec["kind"]].from_json(spec)

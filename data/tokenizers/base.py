@@ -1,7 +1,7 @@
-"""What all tokenizers share: the interface, special tokens, and repair of text that UTF-8 cannot express.
+"""The interface of all tokenizers, special tokens, and text that cannot be encoded.
 
-Text that spells the name of a special token is ordinary text: no tokenizer here ever encodes it as that token, so a
-document cannot forge an end of text. `finder` lists such text. Decoding writes a special token as its name.
+Text that spells the name of a special token is ordinary text: no tokenizer here makes a special token from it, so a
+document cannot forge the end of another. `name_finder` finds such text. Decoding writes a special token as its name.
 """
 
 import contextlib
@@ -14,10 +14,10 @@ import numpy as np
 
 from data.errors import DataError
 
-MAX_ID = (1 << 24) - 1  # a file with a larger one is damaged: no vocabulary is that large
+MAX_ID = (1 << 24) - 1  # a file with a larger id is damaged: vocabularies are smaller
 END_OF_TEXT = "<eos>"
-# Names of the end-of-text token in files of other systems; the first one that a tokenizer has is used. Base models'
-# names precede chat models': <|eot_id|> and <|im_end|> end a turn, not a text.
+# Names of the token after a document in files of other systems; the first one that a tokenizer has is used. Those of
+# base models come before those of chat models: <|eot_id|> and <|im_end|> end a turn, not a text.
 END_OF_TEXT_NAMES = (
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -36,11 +36,14 @@ END_OF_TEXT_NAMES = (
 class Tokenizer(Protocol):
     """Text to token ids and back.
 
-    `specials` maps the id of each special token to its name, in order of ids, and `special_tokens` lists the names.
-    `eos_id` is the token after each document, `unknown_id` the one that stands for text that cannot be expressed.
-    `lossless`: whether every text is known to decode to itself, except for unknown tokens. `joins`: whether a token may
-    span several characters. `phased`: whether tokens depend on the number of characters before them, as when text is
-    split into pieces of a fixed length.
+    Attributes:
+      specials: the special tokens, id to name, in the order of their ids.
+      special_tokens: their names.
+      eos_id: the token after a document, if there is one.
+      unknown_id: the token for text that the tokenizer cannot express, if there is one.
+      lossless: every text decodes to itself, except for unknown tokens.
+      joins: a token may depend on more than one character.
+      phased: a token may depend on the number of characters before it, as if text is split into a fixed length.
     """
 
     kind: str
@@ -55,7 +58,7 @@ class Tokenizer(Protocol):
 
     @property
     def eos(self) -> str:
-        """Name of the end-of-text token; "" for none."""
+        """Name of the end-of-text token; "" if there is none."""
         return "" if self.eos_id is None else self.specials[self.eos_id]
 
     def encode(self, text: str) -> np.ndarray:
@@ -71,7 +74,7 @@ class Tokenizer(Protocol):
         ...
 
     def token_bytes(self, id: int) -> bytes:
-        """The UTF-8 bytes of one token, possibly part of a character; for a special token, its name."""
+        """The UTF-8 bytes of one token, maybe a part of a character; for a special token, its name."""
         ...
 
     def to_json(self) -> dict[str, Any]:
@@ -79,17 +82,17 @@ class Tokenizer(Protocol):
         ...
 
     def file(self) -> tuple[str, bytes] | None:
-        """Name and content of the tokenizer's own standard file; None if meshlm_tokenizer.json holds everything."""
+        """Name and content of the tokenizer's standard file; None if meshlm_tokenizer.json has everything."""
         return None
 
 
-def finder(names: Collection[str]) -> Callable[[str], list[str]]:
-    """A function that lists each occurrence of one of `names` in a text; at one place, only the longest name."""
+def name_finder(names: Collection[str]) -> Callable[[str], list[str]]:
+    """A function that lists all occurrences of the names in a text; of two at the same place, the longer one."""
     beginnings = {name[:2] for name in names}
     expression = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
 
     def found(text: str) -> list[str]:
-        # Substring search is some thirty times faster than a regular expression, and most texts spell no name.
+        # str.find is some thirty times faster than a regular expression, and most texts contain none.
         return expression.findall(text) if any(beginning in text for beginning in beginnings) else []
 
     return found
@@ -100,7 +103,7 @@ def find_eos(names: Collection[str]) -> str | None:
 
 
 def encodable(text: str) -> str:
-    """`text` with every lone surrogate, which UTF-8 cannot express, replaced by U+FFFD; pairs are joined."""
+    """`text` with U+FFFD for every lone surrogate, which UTF-8 cannot express; pairs are joined."""
     try:
         text.encode()
         return text
@@ -126,7 +129,7 @@ def decode_around(
 
 
 def choose_eos(where: str, specials: Mapping[str, int], wanted: str | None) -> int | None:
-    """The id of `wanted`; if that is None, of the first known end-of-text name, if any. Raises DataError."""
+    """The id of `wanted`, or of the first known end-of-text name if that is None. Raises DataError."""
     name = find_eos(specials) if wanted is None else wanted
     if name is not None and name not in specials:
         known = ", ".join(list(specials)[:10]) or "none"
@@ -135,10 +138,10 @@ def choose_eos(where: str, specials: Mapping[str, int], wanted: str | None) -> i
 
 
 def check_special_tokens(names: Sequence[str]) -> None:
-    """Raises DataError for a name that is empty, given twice or not valid Unicode."""
+    """Raises DataError for a name that is empty, given twice, or not Unicode text."""
     for i, name in enumerate(names):
         if not name or name in names[:i] or encodable(name) != name:
-            raise DataError(f"special token {name!r} is empty, given twice or not valid Unicode")
+            raise DataError(f"special token {name!r} is empty, given twice or not Unicode text")
 
 
 def parse_json(raw: bytes, where: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Character and byte tokenizers: the two that need neither a library nor a file of their own."""
+"""Characters and bytes: the two tokenizers without a library and without a file of their own."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from data.errors import DataError
 from data.tokenizers.base import END_OF_TEXT, Tokenizer, decode_around, encodable
 
 UNKNOWN = "<unk>"
-CODE_POINTS = 0x110000  # in Unicode
+CODE_POINTS = 0x110000  # of Unicode
 
 
 def code_points(text: str) -> np.ndarray:
@@ -19,7 +19,7 @@ def code_points(text: str) -> np.ndarray:
 def count(text: str, counts: np.ndarray) -> None:
     """Adds the number of occurrences of each code point to `counts`, int64 [CODE_POINTS]."""
     utf8 = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
-    counts[:128] += byte_counts(utf8)[:128]  # in UTF-8 these bytes are always characters by themselves
+    counts[:128] += byte_counts(utf8)[:128]  # in UTF-8 these bytes are always characters of their own
     if (high := utf8 >= 128).any():
         seen = np.bincount(code_points(utf8[high].tobytes().decode("utf-8", "surrogatepass")))
         counts[: len(seen)] += seen
@@ -35,7 +35,7 @@ def byte_counts(raw: np.ndarray) -> np.ndarray:
 
 
 class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes, ids 0 to 255, then the special tokens. Encodes anything; decoding turns stray bytes into U+FFFD."""
+    """UTF-8 bytes, ids 0 to 255, then the special tokens. Encodes any text; invalid bytes are decoded to U+FFFD."""
 
     kind = "byte"
     lossless = True
@@ -71,14 +71,14 @@ class ByteTokenizer(Tokenizer):
         return cls(spec["special_tokens"])
 
 
-STRETCH = 1 << 14  # characters encoded at once; in most languages many such stretches are pure ASCII
+CHUNK = 1 << 14  # characters encoded at a time; in most languages many chunks are only ASCII
 
 
 class CharTokenizer(Tokenizer):
     """Characters, ids in code point order (as nanoGPT's), then the special tokens.
 
-    A character outside the vocabulary becomes `<unk>` if that is one of the special tokens; otherwise it is an error,
-    because dropping it would silently change the text.
+    A character outside the vocabulary becomes `<unk>` if that is one of the special tokens. Otherwise it is an error,
+    because dropping it would change the text silently.
     """
 
     kind = "char"
@@ -92,12 +92,12 @@ class CharTokenizer(Tokenizer):
         self.specials = dict(enumerate(self.special_tokens, start=len(characters)))
         self.vocab_size = len(self.pieces)
         self.eos_id = self._special_id(END_OF_TEXT)
-        # A lookup table over code points: one indexing operation on a text's UTF-32 form gives its ids.
+        # A lookup table over code points turns text into ids by one indexing operation on its UTF-32 form.
         self.unknown_id = self._special_id(UNKNOWN)
         missing = self.vocab_size if self.unknown_id is None else self.unknown_id
         self._table = np.full(CODE_POINTS, missing, np.uint32)
         self._table[[ord(c) for c in characters]] = np.arange(len(characters), dtype=np.uint32)
-        # The same for ASCII stretches, with bytes.translate, five times faster; 255 marks an id that does not fit.
+        # For ASCII, bytes.translate does the same five times faster; 255 stands for an id that does not fit.
         self._ascii = bytes(np.minimum(self._table[:128], 255).astype(np.uint8)) + bytes([255]) * 128
 
     def _special_id(self, token: str) -> int | None:
@@ -117,7 +117,7 @@ class CharTokenizer(Tokenizer):
     def of_counts(
         cls, counts: np.ndarray, *, min_frequency: int = 1, special_tokens: Sequence[str] = ()
     ) -> "CharTokenizer":
-        """Like `train`, but from the number of occurrences of each code point, int64 [CODE_POINTS]."""
+        """As `train`, from the number of occurrences of each code point, int64 [CODE_POINTS]."""
         kept = "".join(map(chr, np.flatnonzero(counts >= max(min_frequency, 1))))
         specials = list(special_tokens)
         if len(kept) < np.count_nonzero(counts) and UNKNOWN not in specials:
@@ -127,13 +127,13 @@ class CharTokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         """Token ids, uint32 [number of characters]. Raises DataError on a character without an id."""
         ids = np.empty(len(text), np.uint32)
-        for start in range(0, len(text), STRETCH):
-            stretch = text[start : start + STRETCH]
-            narrow = stretch.encode().translate(self._ascii) if stretch.isascii() else b"\xff"
+        for start in range(0, len(text), CHUNK):
+            chunk = text[start : start + CHUNK]
+            narrow = chunk.encode().translate(self._ascii) if chunk.isascii() else b"\xff"
             if b"\xff" in narrow:
-                ids[start : start + STRETCH] = self._table[code_points(stretch)]
+                ids[start : start + CHUNK] = self._table[code_points(chunk)]
             else:
-                ids[start : start + STRETCH] = np.frombuffer(narrow, np.uint8)
+                ids[start : start + CHUNK] = np.frombuffer(narrow, np.uint8)
         if ids.size and ids.max() >= self.vocab_size:
             missing = sorted(set(text) - set(self.characters))
             shown = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in missing[:5])

@@ -1,4 +1,4 @@
-"""Tokenizers in Hugging Face's format, `tokenizer.json`: any that its library reads, and BPE trained here.
+"""Tokenizers in a `tokenizer.json`, the format of Hugging Face's library: all that it reads, and BPE trained here.
 
 If such a file is plain byte-level BPE, tiktoken encodes: the same ids, some five times faster (ranks.py).
 """
@@ -29,12 +29,12 @@ from data.tokenizers.base import (
 from data.tokenizers.ranks import BYTE_CHARACTERS, BYTE_OF
 
 FILE_NAME = "tokenizer.json"
-# Patterns that split text before merging, in the regex syntax of the tokenizers library (Oniguruma).
+# How text is split before merges (pre-tokenization), as regular expressions of the tokenizers library (Oniguruma).
 PATTERNS = {"gpt2": ranks.GPT2_PATTERN, "llama3": ranks.PATTERNS["llama3"]}
 
-WORD = 999  # longest word that training sees in one piece; a multiple of 3: Llama 3's pattern splits digits by threes
+WORD = 999  # the most characters of a word in training; a multiple of 3, as Llama 3's pattern splits digits
 _LONG_RUN = re.compile(rf"(?<!\S)\S{{{WORD + 1},}}|(?<!\s)\s{{{WORD + 1},}}")
-# A word of PATTERNS is one of these, plus at most a character before it, or line ends after it.
+# A word of PATTERNS is one of these, except for a character or line ends.
 _KINDS = r"\p{L}++|\p{N}++|[^\s\p{L}\p{N}]++|\s++"
 
 
@@ -47,17 +47,17 @@ def _library() -> Any:
 
 
 class JsonTokenizer(Tokenizer):
-    """A tokenizer.json. Its special tokens are the added tokens marked special, and its end-of-text token. The byte
-    tokens of byte_fallback are ordinary ones, although a trainer can add them only as special tokens.
+    """A tokenizer.json. Its special tokens are the added tokens that are marked as such, and the end-of-text token. The
+    byte tokens of byte_fallback are ordinary tokens, although trainers have to add them as special ones.
 
-    Truncation, padding, dropout and post-processing ([CLS], [SEP], a leading <s>) in the file are ignored: only text is
-    encoded, the same way each time. If BPE has no unknown token, a character that it cannot express is an error (the
-    library would silently drop it).
+    The file's truncation, padding, dropout and post-processing ([CLS], [SEP], a first <s>) are not used: only the text
+    is encoded, the same way each time. If BPE has no unknown token, a character that it cannot express is an error (the
+    library would drop it silently).
 
     Args:
-      raw: the file.
+      raw: the content of the file.
       where: its name in errors.
-      eos: name of the end-of-text token; None: the first known name that the file has; "": none.
+      eos: name of the end-of-text token; None: the first known name; "": none.
 
     Raises:
       DataError: not a tokenizer.json, damaged, or without the token `eos`.
@@ -66,7 +66,8 @@ class JsonTokenizer(Tokenizer):
     kind = "tokenizer.json"
 
     def __init__(self, raw: bytes, where: str = FILE_NAME, eos: str | None = None, accelerate: bool = True):
-        self._raw, self._where = raw, where
+        self._raw = raw
+        self._where = where
         self.spec = parse_json(raw, where)
         with refusing(f"{where} is not a tokenizer.json, or is damaged"):
             self._read(eos)
@@ -88,8 +89,8 @@ class JsonTokenizer(Tokenizer):
         self.specials = dict(sorted((id, name) for name, id in specials.items()))
         self.special_tokens = list(self.specials.values())
 
-        # The library finds the names of added tokens in text, and models may hold them as pieces. The copy that
-        # encodes gives special tokens names that no text contains, because they are random for each instance.
+        # The library finds the names of added tokens in text, and models may have them as pieces. In the copy that
+        # encodes, special tokens have names that text cannot contain, because they are drawn at random each time.
         secret = secrets.token_hex(16)
         hidden = {name: name + secret for name in specials}
         copy = self.spec | {"truncation": None, "padding": None, "post_processor": None}
@@ -103,7 +104,7 @@ class JsonTokenizer(Tokenizer):
                 vocabulary = named | copy["model"]["vocab"]
                 self._unknown = max(vocabulary.values(), default=-1) + 1
                 copy["model"] |= {"vocab": vocabulary | {f"?{secret}": self._unknown}, "unk_token": f"?{secret}"}
-        self.unknown_id = model.get("unk_id")  # Unigram has an id; other models name the token
+        self.unknown_id = model.get("unk_id")  # Unigram has an id, other models a name
         if model.get("unk_token"):
             named = {token["content"]: token["id"] for token in added}
             self.unknown_id = (model["vocab"] | named).get(model["unk_token"])
@@ -111,12 +112,16 @@ class JsonTokenizer(Tokenizer):
         self._check(copy["added_tokens"], {hidden[name]: name for name in specials})
 
     def _check(self, added: list[dict[str, Any]], names: dict[str, str]) -> None:
-        """Reads the vocabulary and checks that each id belongs to one token. `names`: hidden name to real name."""
+        """Takes the vocabulary from the library. Raises DataError unless each token has an id of its own.
+
+        Args:
+          names: the original names of hidden tokens.
+        """
         tokens = self._library.get_vocab(with_added_tokens=True)
         for token in added:
             if (id := tokens.get(token["content"])) != token["id"]:
                 name = names.get(token["content"], token["content"])
-                raise DataError(f"{self._where} gives the added token {name!r} the ids {token['id']} and {id}")
+                raise DataError(f"{self._where} gives the added token {name!r} id {token['id']}, and {id}")
         if len(set(tokens.values())) < len(tokens):
             raise DataError(f"{self._where} gives two tokens the same id")
         self._pieces = {id: names.get(token, token) for token, id in tokens.items() if id != self._unknown}
@@ -154,9 +159,9 @@ class JsonTokenizer(Tokenizer):
     def _checked(self, encoding: Any, text: str) -> np.ndarray:
         ids = np.array(encoding.ids, np.uint32)
         if self._unknown is not None and (ids == self._unknown).any():
-            characters = dict.fromkeys(text)  # deduplicated: there may be millions
-            alone = (c for c in characters if self._unknown in self._library.encode(c, add_special_tokens=False).ids)
-            missing = next(alone, text[0])
+            characters = dict.fromkeys(text)  # each once: there may be millions
+            unknown = (c for c in characters if self._unknown in self._library.encode(c, add_special_tokens=False).ids)
+            missing = next(unknown, text[0])
             raise DataError(
                 f"{self._where} cannot express {missing!r} (U+{ord(missing):04X}) and has no unknown token; "
                 "choose a byte-level tokenizer, or leave the character out"
@@ -175,7 +180,7 @@ class JsonTokenizer(Tokenizer):
     def token_bytes(self, id: int) -> bytes:
         if id in self._added:
             return self._added[id].encode()
-        piece = self._pieces.get(id, "")  # a vocabulary may have holes
+        piece = self._pieces.get(id, "")  # a vocabulary may have unused ids
         if self.byte_level:
             return bytes(BYTE_OF[c] for c in piece)
         model = self.spec["model"]
@@ -205,7 +210,7 @@ class JsonTokenizer(Tokenizer):
         return FILE_NAME, self._raw
 
     def merges(self) -> list[tuple[str, str]]:
-        """The pairs in order of rank, as the file writes them; empty if the model is not BPE."""
+        """The pairs in order of their rank, as in the file; empty if the model is not BPE."""
         with refusing(f"{self._where} is damaged"):
             return [_pair(merge) for merge in self.spec["model"].get("merges") or []]
 
@@ -216,7 +221,7 @@ def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
 
 
 def _hide(model: dict[str, Any], hidden: dict[str, str]) -> dict[str, Any]:
-    """`model` with pieces renamed as in `hidden`; merges that use or make one of them are dropped."""
+    """`model` with renamed pieces; a merge that would make one of them is left out."""
     copy = dict(model)
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):
@@ -232,7 +237,7 @@ def _hide(model: dict[str, Any], hidden: dict[str, str]) -> dict[str, Any]:
 
 
 def _byte_tokens(model: dict[str, Any]) -> dict[str, int]:
-    """The tokens <0x00> to <0xFF> of a model with byte_fallback, and their ids; empty without byte_fallback."""
+    """The tokens <0x00> to <0xFF> of a model with byte_fallback, and their ids."""
     if not model.get("byte_fallback"):
         return {}
     vocabulary = model["vocab"]
@@ -241,12 +246,12 @@ def _byte_tokens(model: dict[str, Any]) -> dict[str, int]:
 
 
 def _mentions(part: Any, word: str) -> bool:
-    """Whether the spec of a decoder or pre-tokenizer contains the string `word` anywhere (as a type or an argument)."""
+    """Whether a component, or one inside it, is of type `word` or replaces that text."""
     return part is not None and json.dumps(word) in json.dumps(part)
 
 
 def pre_tokenizer(pattern: str) -> dict[str, Any]:
-    """Splits text by `pattern`, then writes its bytes as BYTE_CHARACTERS. Without a pattern the text is one piece."""
+    """Splits text by `pattern`, then writes its bytes as BYTE_CHARACTERS. With an empty pattern it is not split."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     if pattern == PATTERNS["gpt2"]:
         return byte_level | {"use_regex": True}
@@ -255,7 +260,10 @@ def pre_tokenizer(pattern: str) -> dict[str, Any]:
 
 
 def byte_level_json(merges: Sequence[tuple[str, str]], pattern: str, specials: dict[str, int]) -> bytes:
-    """A tokenizer.json of byte-level BPE: ids 0 to 255 are the bytes, merge i makes id 256 + i; `specials`: name to id.
+    """A tokenizer.json of byte-level BPE: ids 0 to 255 are the bytes, and merge i makes id 256 + i.
+
+    Args:
+      specials: names of the special tokens, and their ids.
 
     Raises:
       DataError: two merges make the same token, or a special token has the name of an ordinary one.
@@ -303,17 +311,17 @@ def train_bpe(
 ) -> JsonTokenizer:
     """Byte-level BPE that encodes any text: the 256 bytes, then merges, then the special tokens.
 
-    The same texts in any order give the same tokenizer. If the text has too few pairs, the vocabulary is smaller.
-    Memory grows with the number of distinct words: pass a sample of a few GB at most. A word (a match of the pattern)
-    of more than WORD characters is split, because time grows with the square of its length.
+    The same texts in any order give the same tokenizer. Text with too few pairs gives a smaller vocabulary. Memory
+    grows with the number of distinct words: pass a few GB at most. A word (by the pattern) of more than WORD characters
+    is divided, because time grows with the square of its length.
 
     Args:
-      vocab_size: total number of tokens, including special ones.
+      vocab_size: the number of tokens, including the special ones.
       pattern: 'gpt2' (which llama.cpp can read) or 'llama3'.
       min_frequency: rarer pairs are not merged.
 
     Raises:
-      DataError: `vocab_size` is too small for the bytes and special tokens; or the pattern or a special token is bad.
+      DataError: too small a vocabulary for the bytes and special tokens, an unknown pattern, or a bad special token.
     """
     check_special_tokens(special_tokens)
     if pattern not in PATTERNS:
@@ -339,17 +347,15 @@ def train_bpe(
 
 
 def _without_long_words(text: str) -> Iterator[str]:
-    """Yields the text in parts, split only inside words of more than WORD characters, which are rare."""
+    """The text in parts, divided only inside words of more than WORD characters, which are rare."""
     import regex  # tiktoken needs it, too
 
     start = 0
     blocks = (text[at : at + WORD // 2] for at in range(0, len(text) - WORD // 2 + 1, WORD // 2))
-    if not any(
-        len(block.split(maxsplit=1)) < 2 for block in blocks
-    ):  # no run can be that long, as in nearly every text
+    if not any(len(block.split(maxsplit=1)) < 2 for block in blocks):  # no word can be that long: nearly every text
         yield text
         return
-    for run in _LONG_RUN.finditer(text):  # a word has white space only at its ends, or is all white space
+    for run in _LONG_RUN.finditer(text):  # a word has white space only at its ends, or consists of it
         for word in regex.finditer(_KINDS, text, pos=run.start(), endpos=run.end()):
             for cut in range(word.start() + WORD, word.end(), WORD):
                 yield text[start:cut]
@@ -358,13 +364,13 @@ def _without_long_words(text: str) -> Iterator[str]:
 
 
 def _train(tokenizer: Any, texts: Iterable[str], trainer: Any) -> None:
-    """Trains in a thread, because the library ignores signals: Ctrl-C then ends the wait, and with it the process."""
+    """Trains on a thread, because the library ignores signals: Ctrl-C ends the wait for it, and so the process."""
     failed: list[BaseException] = []
 
     def train() -> None:
         try:
             tokenizer.train_from_iterator(texts, trainer)
-        except BaseException as e:  # re-raised by the waiting thread
+        except BaseException as e:  # raised again by the waiting thread
             failed.append(e)
 
     thread = threading.Thread(target=train, daemon=True)

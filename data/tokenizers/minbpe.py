@@ -1,7 +1,7 @@
 """minbpe's `.model` files (github.com/karpathy/minbpe, base.py: save and load), read and written.
 
-The lines are: `minbpe v1`; the pattern that splits text, or an empty line; the number of special tokens; `name id` for
-each; then `a b` for each merge: merge i makes id 256 + i from the ids a and b.
+A line `minbpe v1`; the expression that splits text, or an empty line; the number of special tokens; a line `name id`
+for each of them; then a line `a b` for each merge, the i-th of which makes id 256 + i from the ids a and b.
 """
 
 import itertools
@@ -14,14 +14,14 @@ from data.tokenizers.ranks import BYTE_CHARACTERS
 
 FILE_NAME = "minbpe.model"
 FIRST_LINE = "minbpe v1"
-MAX_TOKEN_BYTES = 1 << 16  # in a damaged file, each further merge may double a token
+MAX_TOKEN_BYTES = 1 << 16  # in a damaged file, each line may double the length of a token
 
 
 class MinbpeTokenizer(JsonTokenizer):
-    """A minbpe .model, as byte-level BPE with the same ids. Text between matches of its pattern is kept.
+    """A minbpe .model, as byte-level BPE with the same ids. Text between matches of the expression is kept.
 
     Raises:
-      DataError: not a minbpe .model, damaged, or with a pattern that the tokenizers library reads differently.
+      DataError: no such file, damaged, or an expression that means something else to the tokenizers library.
     """
 
     kind = "minbpe"
@@ -41,7 +41,7 @@ class MinbpeTokenizer(JsonTokenizer):
 
 
 def _parse(raw: bytes, where: str) -> tuple[str, dict[str, int], list[tuple[str, str]]]:
-    """The pattern, special tokens to ids, and the merges in BYTE_CHARACTERS."""
+    """Pattern, special tokens with their ids, and merges in BYTE_CHARACTERS."""
     tokens = list(BYTE_CHARACTERS)
     merges: list[tuple[str, str]] = []
     specials: dict[str, int] = {}
@@ -65,20 +65,17 @@ def _parse(raw: bytes, where: str) -> tuple[str, dict[str, int], list[tuple[str,
             merges.append((tokens[a], tokens[b]))
             tokens.append(token)
     except (ValueError, IndexError, StopIteration):
-        raise DataError(
-            f"{where} line {number} is not a valid line of a minbpe .model, or the file is damaged"
-        ) from None
+        raise DataError(f"{where} line {number} is not that of a minbpe .model, or the file is damaged") from None
     ids = list(specials.values())
     if len(specials) < count or len(set(ids)) < len(ids) or not all(len(tokens) <= i <= MAX_ID for i in ids):
-        raise DataError(
-            f"{where}: its {count} special tokens do not each have a name and an id above {len(tokens) - 1}"
-        )
+        raise DataError(f"{where}: its {count} special tokens need a name each, and ids above {len(tokens) - 1}")
     check_special_tokens(list(specials))
     return pattern.strip(), specials, merges
 
 
 def _check_pattern(pattern: str, where: str) -> None:
-    """minbpe splits with the regex package; the tokenizers library must split alike (except the newest characters)."""
+    """Raises DataError unless the tokenizers library splits text as the regex package does, which minbpe uses (except
+    for the newest characters)."""
     if not pattern:
         return
     try:
@@ -87,24 +84,22 @@ def _check_pattern(pattern: str, where: str) -> None:
         raise DataError(f"{where} needs the regex package: pip install 'meshlm[data]'") from None
     from tokenizers import Regex, pre_tokenizers
 
-    with refusing(f"{where}: its pattern {pattern!r} cannot be used"):
+    with refusing(f"{where}: its expression {pattern!r} cannot be used"):
         split, compiled = pre_tokenizers.Split(Regex(pattern), "isolated"), regex.compile(pattern)
         for text in ranks.TRICKY:
             here = [text[start:stop] for _, (start, stop) in split.pre_tokenize_str(text)]
             if [match.group() for match in compiled.finditer(text) if match.group()] != here:
-                raise DataError(
-                    f"{where}: its pattern {pattern!r} skips some text, or the tokenizers library splits differently"
-                )
+                raise DataError(f"{where}: its expression {pattern!r} leaves text out, or splits it differently here")
 
 
-def write(tokenizer: JsonTokenizer) -> bytes:
-    """The .model file of a byte-level BPE whose ids are the bytes, then the merges in order.
+def to_minbpe(tokenizer: JsonTokenizer) -> bytes:
+    """The .model of a byte-level BPE whose ids are the bytes, then the merges in order.
 
     Raises:
-      DataError: `tokenizer` is not such a BPE, or a special token or the pattern does not fit the format.
+      DataError: the tokenizer is not of this kind, or has special tokens with spaces.
     """
     spec, where = tokenizer.spec, "the tokenizer cannot be written as a minbpe .model:"
-    pattern = ranks.cut_by(spec)
+    pattern = ranks.split_pattern(spec)
     if pattern is None:
         raise DataError(f"{where} it is not plain byte-level BPE (no normalizer, prefix space, dropout or added words)")
     order = ranks.rank_order(spec["model"] | {"ignore_merges": False}, tokenizer.plain)
@@ -117,7 +112,7 @@ def write(tokenizer: JsonTokenizer) -> bytes:
     if spaced := [name for name in tokenizer.special_tokens if name.split() != [name]]:
         raise DataError(f"{where} special token {spaced[0]!r} has a space in it")
     if pattern.strip() != pattern or "\n" in pattern:
-        raise DataError(f"{where} its pattern {pattern!r} does not fit on a line")
+        raise DataError(f"{where} its expression {pattern!r} does not fit on a line")
     ids = {name: id for id, name in tokenizer.specials.items()}
     lines = [FIRST_LINE, pattern, str(len(ids)), *(f"{name} {ids[name]}" for name in tokenizer.special_tokens)]
     lines += [f"{tokenizer.plain[a]} {tokenizer.plain[b]}" for a, b in tokenizer.merges()]

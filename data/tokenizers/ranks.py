@@ -1,8 +1,8 @@
-"""Byte-level BPE by ranks, as tiktoken runs it: the fast way through a tokenizer.json, and `.tiktoken` files.
+"""Byte-level BPE by ranks, as in tiktoken: a fast way to encode with a tokenizer.json, and `.tiktoken` files.
 
 tiktoken merges the adjacent pair whose concatenation has the lowest rank. A tokenizer.json lists merges instead. Both
-give the same ids if `rank_order` finds an order of tokens for which that is proved, and `same_cuts` finds that both
-libraries read the pattern alike; otherwise tiktoken is not used.
+give the same ids if `rank_order` finds an order of tokens for which that is proved, and if `splits_alike` knows that
+the expression means the same to both. Otherwise tiktoken is not used.
 """
 
 import itertools
@@ -23,9 +23,9 @@ def _byte_characters() -> list[str]:
 BYTE_CHARACTERS = _byte_characters()
 BYTE_OF = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
 
-# GPT-2's own pattern (encoder.py), also that of the tokenizers library's ByteLevel(use_regex=True) and of llama.cpp.
+# GPT-2's own expression (encoder.py), which the tokenizers library's ByteLevel(use_regex=True) and llama.cpp have too.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Patterns that split text, in tiktoken's regex syntax (possessive ++ instead of +: the same matches, faster). From
+# How text is split, as tiktoken's regular expressions (possessive ++ instead of +: the same matches, faster). From
 # tiktoken_ext/openai_public.py (r50k_base, cl100k_base, o200k_base) and Llama 3's tokenizer.py.
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -40,7 +40,7 @@ PATTERNS = {
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 
-# Text that shows whether the regular expressions, Unicode tables and merges of two libraries differ.
+# Text that shows differences between regular expressions, Unicode tables and merges of two libraries.
 TRICKY = (
     "Hello world, it's 3 o'clock; I'LL say we've HE'D they're can't 'tis ſ'ſ K'K o\u2019clock ''' ' s 't'",
     " lead  two   three\tand \t tabs\n\n\nlines \r\n \r\n  x\n \n  trailing   ",
@@ -51,22 +51,22 @@ TRICKY = (
     "def f(x):\n    return {'a': [1, 2]} != None  # <|endoftext|> <eos> </s> ___ --- +++ /* */\n\n\treturn\n",
     "\x00\x01\x02 \x7f \x80\x9f NUL a\x00b ÿĀġĠ Ċ ▁ ##x",
 )
-# Letters and digits that Unicode 14 to 17 added: a library knows only those that existed when it was built.
+# Letters and digits of Unicode 14 to 17: a library knows those of the version with which it was built.
 NEW_CHARACTERS = (
     "a\u0c5db a\u2c2fb \U00010570 \U0001df25 \U00031350a \U0002ebf0a \u1c89a \U00010d4aa \U0001ccf05 \U00011bc0"
     " 1\U00011bf0 \U00011db0a \U0001e4d0 \U000323b0a \ua7cea \U00016ea0a \U0001e5d0a"
 )
 
-# The regex syntax that Oniguruma (the tokenizers library) and Rust (tiktoken) read alike. It excludes ^ and $ (which
-# match at lines in Oniguruma), "." and \w \d \h \b, {1,3}+ (possessive in only one of them), other look-around, and
-# references. Of (?i:…) it allows only the contractions; TRICKY has every character that folds to their letters.
+# The parts of expressions that Oniguruma (the tokenizers library) and Rust (tiktoken) read in the same way. These are
+# not among them: ^ and $ (Oniguruma's are those of a line), "." and \w \d \h \b, {1,3}+ (possessive only in one of
+# them), other look-around, references. Of (?i:…) only the contractions; TRICKY has all characters that fold to them.
 _CHARACTER = r"(?:\\p\{[A-Z][a-z]?\}|\\[sSrnt]|[^\\\[\](){}|?*+^$.&~-])"
 _ITEM = rf"(?:{_CHARACTER}|\[\^?(?:[A-Za-z0-9]-[A-Za-z0-9]|{_CHARACTER})+\])(?:[?*+]\+?|\{{\d(?:,\d?)?\}}(?!\+))?"
 _FOLDED = r"\(\?i:(?:'|\[sdmt\]|\||s|t|re|ve|m|ll|d)+\)\??"
 _PLAIN_EXPRESSION = re.compile(rf"(?:{_ITEM}|{_FOLDED}|\(\?!\\S\)|\||\(\?:|\))+")
 
-# A special token that tiktoken gets but is never allowed to match: without one it searches at each character and takes
-# twice as long. (Its encode_ordinary does not search, but raises a Rust panic instead of a ValueError.)
+# A special token that tiktoken gets but may never find: without any, it searches at each character and takes twice as
+# long. (Its encode_ordinary does not search, but panics in Rust when `encode` raises a ValueError.)
 NEVER = "<|endoftext|>"
 
 Encode = Callable[[str], np.ndarray]
@@ -75,23 +75,23 @@ Encode = Callable[[str], np.ndarray]
 def accelerated(
     spec: dict[str, Any], plain: dict[str, int], encode: Encode
 ) -> Callable[[str], np.ndarray | None] | None:
-    """tiktoken in place of `encode`; None if it is not installed, or its ids are not proved to be the same.
+    """A function that encodes with tiktoken, or None if it is not installed or its ids are not proved to be the same.
 
     Args:
       spec: a tokenizer.json that the tokenizers library has accepted.
-      plain: its tokens to ids, except the added ones.
-      encode: the library's own encoding of a text.
+      plain: its tokens except the added ones, and their ids.
+      encode: encodes a text with the library.
 
     Returns:
       a function from text to the ids that `encode` gives. It returns None for a text that tiktoken cannot split (very
-      long runs of white space), or part of which the pattern does not match.
+      long runs of white space), or from which its expression leaves something out.
     """
     try:
         import tiktoken
     except ImportError:
         return None
-    pattern = cut_by(spec)
-    if pattern is None or not same_cuts(pattern) or (order := rank_order(spec["model"], plain)) is None:
+    pattern = split_pattern(spec)
+    if pattern is None or not splits_alike(pattern) or (order := rank_order(spec["model"], plain)) is None:
         return None
     try:
         encoding = tiktoken.Encoding(
@@ -100,10 +100,10 @@ def accelerated(
             mergeable_ranks={bytes(BYTE_OF[c] for c in token): rank for rank, token in enumerate(order)},
             special_tokens={NEVER: len(order)},
         )
-    except ValueError:  # a regular expression that it cannot compile
+    except ValueError:  # a regular expression that it does not support
         return None
     ids = np.array([plain[token] for token in order], np.uint32)
-    lengths = np.array(list(map(len, order)), np.uint32)  # in characters, each of which stands for a byte
+    lengths = np.array(list(map(len, order)), np.uint32)  # a character of a token is a byte of text
 
     def fast(text: str) -> np.ndarray | None:
         try:
@@ -111,7 +111,7 @@ def accelerated(
         except ValueError:  # "Max stack size exceeded for backtracking"
             return None
         whole = lengths[found].sum(dtype=np.int64) == (len(text) if text.isascii() else len(text.encode()))
-        return ids[found] if whole else None  # the library keeps unmatched text as a piece, tiktoken drops it
+        return ids[found] if whole else None  # text between two matches is a word to the library; tiktoken drops it
 
     for text in (*TRICKY, NEW_CHARACTERS):
         if (found := fast(text)) is None or not np.array_equal(found, encode(text)):
@@ -119,8 +119,8 @@ def accelerated(
     return fast
 
 
-def cut_by(spec: dict[str, Any]) -> str | None:
-    """The regular expression that splits text, "" if there is none; None if the file is not plain byte-level BPE."""
+def split_pattern(spec: dict[str, Any]) -> str | None:
+    """The regular expression that splits text, "" if text is not split; None if this is not plain byte-level BPE."""
     model, before = spec["model"], spec.get("pre_tokenizer") or {}
     parts = before.get("pretokenizers", []) if before.get("type") == "Sequence" else [before]
     byte_level = parts[-1] if parts else {}
@@ -145,9 +145,9 @@ def cut_by(spec: dict[str, Any]) -> str | None:
     return split["pattern"].get("Regex")
 
 
-def same_cuts(pattern: str) -> bool:
-    """Whether both libraries read the pattern alike, and it does not match the empty text."""
-    import regex  # tiktoken depends on it, too
+def splits_alike(pattern: str) -> bool:
+    """Whether both libraries read the expression in the same way, and it does not match an empty text."""
+    import regex  # tiktoken needs it, too
 
     if not pattern:
         return True
@@ -155,16 +155,16 @@ def same_cuts(pattern: str) -> bool:
 
 
 def rank_order(model: dict[str, Any], plain: dict[str, int]) -> list[str] | None:
-    """Tokens by rank, such that tiktoken's rule merges as `model` does; None if no order is proved to.
+    """The tokens by rank, such that tiktoken's rule merges as `model` does; None if that is not proved for any order.
 
-    Ranks are the bytes, then the products of merges in order; merges with the same product must be consecutive. Merges
-    inside a span that no merge crosses do not depend on its surroundings. So two parts of a token are adjacent only if
-    they are the last two when the token is encoded by itself. Hence the rules agree if
-    - every split of a token into two tokens is a merge (files converted from ranks, such as Llama 3's): both rules
-      choose among the same pairs, and each product has one pair; full words must be looked up first (ignore_merges),
+    Ranks are the bytes, then the products of merges in order; the merges with the same product must be consecutive. The
+    merges inside a span whose borders no merge crosses do not depend on the text around it. So two parts of a token are
+    adjacent only if they are the last two parts when the token is encoded by itself. Hence the rules agree if
+    - every way to divide a token into two tokens is a merge (files converted from ranks, such as Llama 3's): both rules
+      choose from the same pairs, and one product has one rank; complete words must be looked up first (ignore_merges),
       as tiktoken does; or
-    - each token, encoded by itself, is one token (trained files, such as GPT-2's): its last two parts are a merge, so
-      tiktoken has no other pair, and each product has one pair.
+    - each token, encoded by itself, is itself (trained files, such as GPT-2's): its last two parts are a merge, so
+      tiktoken has no other pairs, and one product has one rank.
     """
     import tokenizers
 
@@ -175,17 +175,17 @@ def rank_order(model: dict[str, Any], plain: dict[str, int]) -> list[str] | None
         return None
     if model.get("ignore_merges"):
         order = [*rank, *(token for token in plain if token not in rank)]
-        if _every_cut(order, plain, set(merges)):
+        if _every_split_is_a_merge(order, plain, set(merges)):
             return order
         if len(order) > len(rank):
             return None
-    alone = tokenizers.Tokenizer(tokenizers.models.BPE({token: plain[token] for token in rank}, merges))
-    encodings = alone.encode_batch_fast(list(rank), add_special_tokens=False)
+    model_only = tokenizers.Tokenizer(tokenizers.models.BPE({token: plain[token] for token in rank}, merges))
+    encodings = model_only.encode_batch_fast(list(rank), add_special_tokens=False)
     reached = all(encoding.ids == [plain[token]] for token, encoding in zip(rank, encodings, strict=True))
     return list(rank) if reached else None
 
 
-def _every_cut(tokens: Iterable[str], known: Container[str], merges: Container[tuple[str, str]]) -> bool:
-    """Whether every split of a token into two known ones is one of `merges`."""
-    cuts = ((token[:i], token[i:]) for token in tokens for i in range(1, len(token)))
-    return all((left, right) in merges for left, right in cuts if left in known and right in known)
+def _every_split_is_a_merge(tokens: Iterable[str], known: Container[str], merges: Container[tuple[str, str]]) -> bool:
+    """Whether each division of a token into two known tokens is one of `merges`."""
+    pairs = ((token[:i], token[i:]) for token in tokens for i in range(1, len(token)))
+    return all((left, right) in merges for left, right in pairs if left in known and right in known)

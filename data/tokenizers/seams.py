@@ -1,17 +1,18 @@
-"""Encodes long texts in parts whose concatenated tokens are those of the full text.
+"""Divides long texts into parts whose concatenated tokens are those of the complete text.
 
-Tokenizers join characters across any place, put a space before a text, strip its ends, and look at what surrounds a
-word. So a text is split at a seam: a place where the tokens of the text around it, a window, begin with the tokens of
-the text before it. The text after a seam is encoded with the window's first part in front, whose tokens are then
-removed. That is correct if the tokens near the seam depend only on the window; so the tokens of both parts are compared
-with the window's, and if they differ, `ends` or `take` says so.
+Tokenizers join characters across any border, put a space before a text, strip its ends, and depend on the context of a
+word. So a text is divided at a seam: a place at which the tokens of the text around it (a window) begin with the tokens
+of the part before it. The text after a seam is encoded after the window's first half, whose tokens are then removed.
+This is correct if the tokens near the seam depend only on the window. Therefore the tokens of both parts are compared
+with the window's, and the caller learns if they differ.
 
-Equal ids identify a place only if the ids a little further on differ. They identify nothing in a run of one id, such as
-unknown words or N in DNA, or of a few ids that repeat. Nor is there a seam if the tokens depend on how far away the
-text begins, as when it is split into sixes: so windows that begin later must have the same tokens, too.
+Equal ids identify a place only if the ids a little further on differ. They do not in a sequence of one id, such as
+unknown words or a run of N in DNA, or of a few ids that repeat. There is also no seam if the tokens depend on the
+distance from the beginning of the text, as if it is split into sixes: so windows that begin elsewhere must have the
+same tokens.
 
-Unigram models add up scores from the beginning of a call, so rounding decides between two segmentations of the same
-score (an odd run of newlines as pairs and one). A part may then use the other one; both decode to the same text.
+Unigram models sum scores from the beginning of a call, so rounding decides between two segmentations with the same
+score (an odd run of newlines as pairs and a single one). Then a part may get the other one; both are the same text.
 """
 
 import dataclasses
@@ -19,12 +20,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-WINDOW = 1024  # characters on each side of a cut
-REACH = 256  # characters that a cut may move
-WORDS, PLACES = 16, 32  # ends of words tried as seams, and other places on each side
-TOKENS = 16  # before a seam; they must not repeat
-BEGINNINGS = 2  # of windows that are compared, one character apart
-PART = 1 << 18  # characters per call, if seams are found; libraries need some 160 bytes for each
+WINDOW = 1024  # characters examined on each side of a border
+REACH = 256  # the most characters by which a border is moved
+WORDS, PLACES = 16, 32  # beginnings of words, and other places on each side, that are tried
+TOKENS = 16  # tokens before a seam that must not repeat
+BEGINNINGS = 2  # windows with a later beginning that are compared
+PART = 1 << 18  # characters encoded in one call, if seams are found; libraries need some 160 bytes for each
 
 Encode = Callable[[str], np.ndarray]
 EncodeBatch = Callable[[Sequence[str]], list[np.ndarray]]
@@ -32,7 +33,15 @@ EncodeBatch = Callable[[Sequence[str]], list[np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class Seam:
-    """A place in `window`, `shift` characters after the cut, and the window's tokens before and after it."""
+    """A place at which a text can be divided.
+
+    Attributes:
+      window: the text around it.
+      at: the place in `window`.
+      shift: characters from the border that was asked for to this place.
+      head: tokens of the window before it.
+      rest: tokens of the window after it.
+    """
 
     window: str
     at: int
@@ -42,28 +51,28 @@ class Seam:
 
     @property
     def before(self) -> str:
-        """The text to put before the text after the seam when encoding it."""
+        """The text after which the text behind the seam is encoded."""
         return self.window[: self.at]
 
     def ends(self, ids: np.ndarray) -> bool:
-        """Whether `ids`, of a text that ends here, end like the window's tokens before the seam."""
+        """Whether the tokens of a text that ends here end as the window's head does."""
         n = max(len(self.head) // 2, 1)
         return np.array_equal(ids[-n:], self.head[-n:])
 
     def take(self, ids: np.ndarray) -> np.ndarray | None:
-        """The tokens of a text, from those of `before` + text; None if they differ from the window's."""
+        """The tokens of a text, from those of `before` and the text; None if they differ from the window's."""
         n = len(self.rest) // 2
         start = len(self.head)
         same = np.array_equal(ids[:start], self.head) and np.array_equal(ids[start : start + n], self.rest[:n])
         return ids[start:] if same else None
 
 
-def find(encode: Encode, before: str, after: str, reach: int = REACH) -> Seam | None:
-    """A seam at most `reach` characters from where the texts meet; None if there is none.
+def find_seam(encode: Encode, before: str, after: str, reach: int = REACH) -> Seam | None:
+    """A seam at most `reach` characters from the border of two texts; None if there is none.
 
     Args:
-      before: the characters of the document right before the cut, at most WINDOW.
-      after: likewise right after it.
+      before: the last characters, WINDOW or fewer, before the border in its document.
+      after: the first characters after it, likewise.
     """
     window = before + after
     whole = encode(window)
@@ -76,12 +85,12 @@ def find(encode: Encode, before: str, after: str, reach: int = REACH) -> Seam | 
 
 
 def _repeats(ids: np.ndarray) -> bool:
-    """Whether the ids are periodic, so that the same ids may also occur further on in the text."""
+    """Whether the ids repeat with some period, so that equal ids may occur further on in the text."""
     return any(np.array_equal(ids[period:], ids[:-period]) for period in range(1, max(len(ids) // 2, 1) + 1))
 
 
 def _is_local(encode: Encode, seam: Seam) -> bool:
-    """Whether windows that begin later, one character apart, have the same tokens on both sides of the seam."""
+    """Whether windows that begin some characters later have the same tokens on both sides of the seam."""
     for start in range(seam.at // 2, min(seam.at // 2 + BEGINNINGS, seam.at)):
         head, whole = encode(seam.window[start : seam.at]), encode(seam.window[start:])
         n = max(len(head) // 2, 1)
@@ -92,14 +101,14 @@ def _is_local(encode: Encode, seam: Seam) -> bool:
 
 
 def _places(window: str, cut: int, reach: int) -> Iterator[int]:
-    """Indices into `window`: the cut, then the nearest ends of words, then any places, nearest first."""
+    """The border itself, the nearest beginnings of words, then other places in `window`, the nearest first."""
     near = sorted(range(max(cut - reach, 1), min(cut + reach, len(window) - 1) + 1), key=lambda at: abs(at - cut))
     words = [at for at in near if window[at].isspace() and not window[at - 1].isspace()]
     return iter(dict.fromkeys([cut, *words[:WORDS], *near[: 2 * PLACES]]))
 
 
 def encode_batch(encode: EncodeBatch, texts: Sequence[str]) -> list[np.ndarray]:
-    """Tokens of each text; to bound memory, `encode` gets about PART characters per call at most."""
+    """Tokens of each text, by calls of `encode` with at most about PART characters, to limit memory."""
     found: list[np.ndarray] = []
     group: list[str] = []
     characters = 0
@@ -117,24 +126,24 @@ def encode_batch(encode: EncodeBatch, texts: Sequence[str]) -> list[np.ndarray]:
 
 
 def encode_long(encode: Encode, text: str) -> np.ndarray:
-    """Tokens of a text, in parts of about PART characters; longer ones if there is no seam, or it fails."""
+    """Tokens of a text, encoded in parts of about PART characters; in longer ones if a seam is missing or fails."""
     found: list[np.ndarray] = []
     last: Seam | None = None
     start, size = 0, PART
     while start < len(text):
         cut = start + size
         within = cut + WINDOW < len(text)
-        seam = find(encode, text[cut - WINDOW : cut], text[cut : cut + WINDOW]) if within else None
+        seam = find_seam(encode, text[cut - WINDOW : cut], text[cut : cut + WINDOW]) if within else None
         if within and seam is None:
             size *= 2
             continue
         stop = cut + seam.shift if seam else len(text)
         ids = encode((last.before if last else "") + text[start:stop])
         part = last.take(ids) if last else ids
-        if part is None:  # the tokens after the seam differ from the window's
+        if part is None:  # the tokens after the seam differ from those in the window
             return encode(text)
         if seam and not seam.ends(part):
-            size *= 2  # so that all attempts together take as long as the last one
+            size *= 2  # so that all attempts together take about as long as the last one
             continue
         found.append(part)
         start, size, last = stop, PART, seam

@@ -1,4 +1,4 @@
-"""SentencePiece `.model` files, read with the sentencepiece package."""
+"""SentencePiece `.model` files, by the sentencepiece package."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -16,15 +16,15 @@ SPACE = "▁"  # stands for a space in pieces
 class PieceTokenizer(Tokenizer):
     """A SentencePiece model. Special tokens are its control pieces and <unk>; user-defined pieces are found in text.
 
-    Decoding gives the text as the model normalises it (often without a leading space, and with single spaces inside).
+    Decoding gives the text as the model normalises it (often without a space at the beginning, and with single spaces).
 
     Args:
-      raw: the file.
+      raw: the content of the file.
       where: its name in errors.
-      eos: name of the end-of-text token; None: the model's own, or else the first known name it has; "": none.
+      eos: name of the end-of-text token; None: the model's own, or the first known name; "": none.
 
     Raises:
-      DataError: not a SentencePiece model, damaged, or without the token `eos`; or the package is missing.
+      DataError: not such a file, damaged, without the token `eos`, or the sentencepiece package is missing.
     """
 
     kind = "sentencepiece"
@@ -34,7 +34,8 @@ class PieceTokenizer(Tokenizer):
             import sentencepiece
         except ImportError:
             raise DataError(f"{where} needs the sentencepiece package: pip install 'meshlm[data]'") from None
-        self._raw, self._where = raw, where
+        self._raw = raw
+        self._where = where
         with refusing(f"{where} is not a SentencePiece model, or is damaged"):
             model = self._model = sentencepiece.SentencePieceProcessor(model_proto=raw)
             self.vocab_size = model.get_piece_size()

@@ -1,7 +1,7 @@
 """`.tiktoken` files: lines of `base64 rank`, as OpenAI and Meta publish them. tiktoken encodes.
 
-The file holds neither the pattern that splits text nor the special tokens; both are inferred from the number of ranks,
-unless the user names another pattern.
+The file has neither the expression that splits text nor the special tokens; both are known from the number of ranks, or
+the user names the expression.
 """
 
 import base64
@@ -40,14 +40,14 @@ class RankTokenizer(Tokenizer):
     """Byte-level BPE by ranks.
 
     Args:
-      raw: the file.
+      raw: the content of the file.
       where: its name in errors.
-      eos: name of the end-of-text token; None: the first known name that it has; "": none.
-      pattern: one of ranks.PATTERNS; "": inferred from the number of ranks. A file that is not in KNOWN, or that gets
-        another pattern than the one there, has a single special token, <|endoftext|>, after its ranks.
+      eos: name of the end-of-text token; None: the first known name; "": none.
+      pattern: one of ranks.PATTERNS; "": known from the number of ranks. A file that is not in KNOWN has one special
+        token, <|endoftext|>, after its ranks.
 
     Raises:
-      DataError: not such a file, damaged, or of an unknown pattern; or the tiktoken package is missing.
+      DataError: not such a file, damaged, an unknown pattern, or tiktoken is missing.
     """
 
     kind = "tiktoken"
@@ -58,14 +58,15 @@ class RankTokenizer(Tokenizer):
             import tiktoken
         except ImportError:
             raise DataError(f"{where} needs the tiktoken package: pip install 'meshlm[data]'") from None
-        self._raw, self._where = raw, where
+        self._raw = raw
+        self._where = where
         self._ranks = _parse(raw, where)
         known, specials = KNOWN.get(len(self._ranks), ("", {}))
         self.pattern = pattern or known
         if self.pattern not in PATTERNS:
             raise DataError(
-                f"{where} has {len(self._ranks):,} ranks, which is not a known file, or its pattern is unknown; "
-                f"name the pattern that splits text, as {where}:PATTERN, one of {', '.join(PATTERNS)}"
+                f"{where} has {len(self._ranks):,} ranks, which is not a known file, or an unknown pattern; name the "
+                f"pattern that splits text, as {where}:PATTERN, with one of {', '.join(PATTERNS)}"
             )
         if self.pattern != known:
             specials = {END: max(self._ranks.values()) + 1}
@@ -83,7 +84,7 @@ class RankTokenizer(Tokenizer):
         text = encodable(text)
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except ValueError:  # a run of white space too long for tiktoken's regex engine, but not for the regex package
+        except ValueError:  # a run of white space that is too long for tiktoken's expressions, but not for regex
             import regex
 
             pieces = regex.findall(PATTERNS[self.pattern], text)
@@ -123,6 +124,6 @@ def _parse(raw: bytes, where: str) -> dict[bytes, int]:
     if missing or len(set(ranks.values())) < len(lines) or min(ranks.values()) < 0 or max(ranks.values()) > MAX_ID:
         raise DataError(
             f"{where} is damaged: of {len(lines):,} ranks, {missing} of the 256 bytes are missing, "
-            f"and {len(lines) - len(set(ranks.values())):,} are duplicates; or a rank is out of range"
+            f"and {len(lines) - len(set(ranks.values())):,} occur twice; or a rank is not valid"
         )
     return ranks

@@ -79,5 +79,5 @@ if [[ -n $DRY_RUN ]]; then
 elif ((PROCESSES == 1)); then
   exec "${WORDS[@]}"
 else
-  exec "$PYTHON" -m launch.gang "${LINES[@]}"
+  exec "$PYTHON" -m launch.local_launcher "${LINES[@]}"
 fi

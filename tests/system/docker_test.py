@@ -109,7 +109,7 @@ def test_sigterm_reaches_the_trainer(image, tmp_path):
     with runs.ending(process):
         runs.wait_for_rows(run, process, count=5)
         process.send_signal(signal.SIGTERM)
-        assert "the same command goes on from here" in runs.finish(process, 42, within_s=30)
+        assert "the same command resumes from here" in runs.finish(process, 42, within_s=30)
     step = runs.rows(run)[-1]["step"]
     words = command("python", *runs.command(run, data, num_train_steps=step + 3, optimizer__decay_steps=200)[1:])
     done = subprocess.run(words, cwd=image, env=environment(), text=True, capture_output=True, timeout=runs.TIMEOUT_S)

@@ -132,7 +132,7 @@ def test_one_process_needs_no_coordinator():
 def gang(*commands: list[str]) -> subprocess.Popen:
     """Starts the commands in one process group, as a terminal would."""
     lines = [shlex.join(command) for command in commands]
-    argv = [sys.executable, "-m", "launch.gang", *lines]
+    argv = [sys.executable, "-m", "launch.local_launcher", *lines]
     pipe, both = subprocess.PIPE, subprocess.STDOUT
     return subprocess.Popen(argv, cwd=runs.ROOT, text=True, stdout=pipe, stderr=both, start_new_session=True)
 

@@ -256,7 +256,7 @@ class Mirror:
         ):  # its clients need all of an object at once; Orbax's files have 2 GB at most
             self._write(key, path.read_bytes())
             return
-        with names.opened(pathlib.Path(self.location), key) as (folder, last):
+        with names.open_parent(pathlib.Path(self.location), key) as (folder, last):
             partial = f"{last}{PARTIAL}"
             there = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666, dir_fd=folder)
             with path.open("rb") as source, os.fdopen(there, "wb") as f:
@@ -411,10 +411,10 @@ class Mirror:
         shutil.rmtree(partial, ignore_errors=True)
         prefix = f"checkpoints/{step}/"
         for name in self._keys(prefix):
-            with names.opened(partial, name.removeprefix(prefix)) as (folder, last):
+            with names.open_parent(partial, name.removeprefix(prefix)) as (folder, last):
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
                 with os.fdopen(os.open(last, flags, 0o666, dir_fd=folder), "wb") as f:
-                    for block in remote.blocks(self._store, os.fsencode(name), f"{self.location}/{name}"):
+                    for block in remote.read_blocks(self._store, os.fsencode(name), f"{self.location}/{name}"):
                         f.write(block.value)
                         self.on_progress()
                     close_durably(f)

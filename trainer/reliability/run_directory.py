@@ -6,7 +6,6 @@
 No heavy imports: all of this is checked before JAX is loaded, so that a mistake is reported at once.
 """
 
-import dataclasses
 import datetime
 import functools
 import importlib.metadata
@@ -27,7 +26,7 @@ from data.errors import DataError
 from data.storage import files, remote
 from data.token_files import ends
 from trainer import schedule
-from trainer.config import Config, changes, from_dict, to_json
+from trainer.config import Config, changes, complete, from_dict, to_json
 from trainer.errors import ConfigError
 from trainer.reliability import identity, reading, restarts
 
@@ -69,26 +68,21 @@ def resolve(config: Config) -> Config:
             f"config.model.vocab_size is {model.vocab_size}, but the tokenizer {found.tokenizer_path} has "
             f"{vocab_size} tokens; leave it 0"
         )
-    if model.max_seq_len and model.max_seq_len < config.data.seq_len:
-        raise ConfigError(
-            f"config.model.max_seq_len = {model.max_seq_len} is below config.data.seq_len = {config.data.seq_len}"
-        )
-    model = dataclasses.replace(model, vocab_size=vocab_size, max_seq_len=model.max_seq_len or config.data.seq_len)
+    eos_id = found.eos_id() if config.data.mask_documents or config.data.packed else None
+    config = complete(config, vocab_size=vocab_size, eos_id=eos_id)
     data = config.data
-    if data.packed and data.eos_id not in (-1, found.eos_id()):
+    if data.packed and data.eos_id not in (-1, eos_id):
         raise ConfigError(
-            f"config.data.eos_id is {data.eos_id}, but documents of {data.path} end with {found.eos_id()}; leave it -1"
+            f"config.data.eos_id is {data.eos_id}, but documents of {data.path} end with {eos_id}; leave it -1"
         )
-    if (data.mask_documents or data.packed) and data.eos_id == -1 and (eos_id := found.eos_id()) is not None:
-        data = dataclasses.replace(data, eos_id=eos_id)
-    if data.mask_documents and not 0 <= data.eos_id < model.vocab_size:
+    if data.mask_documents and not 0 <= data.eos_id < vocab_size:
         raise ConfigError(
             f"config.data.mask_documents needs the token that ends a document: {data.path} has none; set "
-            f"config.data.eos_id to a token below {model.vocab_size}"
+            f"config.data.eos_id to a token below {vocab_size}"
         )
     if data.mask_documents:
-        ends.check(found.datasets.values(), data.eos_id)
-    return dataclasses.replace(config, model=model, data=data)
+        ends.check_documents_end(found.datasets.values(), data.eos_id)
+    return config
 
 
 def read_config(run_dir: pathlib.Path) -> Config:

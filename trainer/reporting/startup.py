@@ -86,11 +86,11 @@ def _of_schedule(config: Config) -> Lines:
 
 
 def _in_place(dataset: Dataset) -> str:
-    if not dataset.foreign_files:
+    if not dataset.external_files:
         return ""
-    files, held_out = (len(dataset.foreign_files.get(split, ())) for split in ("train", "val"))
+    files, held_out = (len(dataset.external_files.get(split, ())) for split in ("train", "val"))
     kind = f"{dataset.manifest.request['format']} {dataset.manifest.dtype}"
-    others = len(external.others(dataset.path, dataset.foreign_files))
+    others = len(external.unread_files(dataset.path, dataset.external_files))
     left_out = f", {others} other entries of the folder are skipped" if others else ""
     return f"; {kind}, read in place: {files} file(s) to train on, {held_out} to validate on{left_out}"
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from data.preparation.pipeline import prepare
+from data.preparation.pipeline import prepare_dataset
 from tests import runs
 from tests.system.faults.interrupted import WHOLE_STEPS as STEPS
 from tests.system.faults.storage_test import wait_for_line
@@ -38,13 +38,13 @@ def test_another_tokenizer(tmp_path, data, whole):
     """Fault 19: it is refused, because the tokens would mean something else. (Another dataset: train_test.)"""
     source = tmp_path / "corpus.txt"
     source.write_text(runs.text())
-    prepare(tmp_path / "bytes", source=str(source), tokenizer="byte")
+    prepare_dataset(tmp_path / "bytes", source=str(source), tokenizer="byte")
     before = (whole / "config.json").read_bytes()
     line = one_line(runs.train(whole, tmp_path / "bytes", num_train_steps=STEPS, code=2))
     assert "config.model.vocab_size: 19 -> " in line
     # A vocabulary of the same size, but other tokens for the same text.
     (tmp_path / "swapped.txt").write_text(runs.text().replace("m", "M"))
-    prepare(tmp_path / "swapped", source=str(tmp_path / "swapped.txt"), tokenizer="char")
+    prepare_dataset(tmp_path / "swapped", source=str(tmp_path / "swapped.txt"), tokenizer="char")
     run = shutil.copytree(whole, tmp_path / "run")
     out = runs.train(run, tmp_path / "swapped", num_train_steps=STEPS, code=2)
     assert "another dataset" in out.splitlines()[-1]
@@ -162,11 +162,11 @@ def commands_of_gang(run, data) -> list[list[str]]:
     return [runs.command(run, data, *flags, f"--process_id={i}", num_train_steps=9) for i in range(2)]
 
 
-def assert_refused_at_the_door(folders: dict[int, pathlib.Path], run: pathlib.Path, data) -> None:
+def assert_not_admitted(folders: dict[int, pathlib.Path], run: pathlib.Path, data) -> None:
     """Process 1 exits with 2 and both say why. Process 0 keeps waiting for one from the right folder."""
     first, second = gang = start_gang(folders, run, data)
     with runs.ending(*gang):
-        said = f"is to train --workdir={(folders[1] / run).resolve()}, and process 0 at localhost:"
+        said = f"has --workdir={(folders[1] / run).resolve()}, and process 0 at localhost:"
         line = runs.finish(second, 2)
         assert said in line and f"--workdir={(folders[0] / run).resolve()};" in line
         assert said in wait_for_line(first, "refused: process 1") and first.poll() is None
@@ -237,7 +237,7 @@ def test_a_run_directory_that_is_not_shared(tmp_path, data):
 
 def test_a_run_directory_in_the_current_folder(tmp_path, data, monkeypatch):
     """Fault 24: each process is started in another folder."""
-    assert_refused_at_the_door(folders_of_hosts(tmp_path, monkeypatch), pathlib.Path("run"), data)
+    assert_not_admitted(folders_of_hosts(tmp_path, monkeypatch), pathlib.Path("run"), data)
 
 
 @pytest.mark.parametrize("how", ["links", "mounts"])
@@ -257,4 +257,4 @@ def test_a_run_directory_under_two_names(tmp_path, data, how, monkeypatch):
     with contextlib.ExitStack() as mounts:
         for folder in folders.values():
             mounts.enter_context(runs.mounted(folder / "shared", "--bind", tmp_path / "shared"))
-        assert_refused_at_the_door(folders, pathlib.Path("shared/run"), data)
+        assert_not_admitted(folders, pathlib.Path("shared/run"), data)

@@ -85,5 +85,5 @@ def test_a_crash_loop_ends(tmp_path, data):
     supervisor = [sys.executable, "-m", "launch.supervise", "--backoff_s=0.1", "--", "prlimit", "--cpu=1:9"]
     with runs.ending(runs.start([*supervisor, *runs.command(run, data)])) as (process,):
         out = runs.finish(process, 128 + signal.SIGXCPU, within_s=60)
-    assert [f"Life {i} ended: signal SIGXCPU" in out for i in range(1, 5)] == [True, True, True, False]
+    assert [f"Attempt {i} ended: signal SIGXCPU" in out for i in range(1, 5)] == [True, True, True, False]
     assert "3 restarts in a row without a new checkpoint, exit codes 152, 152, 152; giving up" in out

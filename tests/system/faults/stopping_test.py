@@ -70,7 +70,7 @@ def test_a_process_that_cannot_stop_leaves_by_the_deadline(tmp_path, data, refer
         time.sleep(0.5)  # until the other process is in the collective
         gang[0].send_signal(signal.SIGTERM)
         out = runs.finish(gang[0], code=42, within_s=SOON_S)
-    assert "not stopped 2 s after being asked to" in out and "Thread 0x" in out
+    assert "not stopped 2 s after the request" in out and "Thread 0x" in out
     interrupted.goes_on(run, data, reference, size=1)
 
 
@@ -84,7 +84,7 @@ def test_a_second_interrupt_where_the_first_cannot_work(tmp_path, data, referenc
         time.sleep(1)
         assert gang[0].poll() is None
         gang[0].send_signal(signal.SIGINT)
-        assert "Ctrl-C again leaves at once" in runs.finish(gang[0], code=130, within_s=2)
+        assert "Ctrl-C again exits at once" in runs.finish(gang[0], code=130, within_s=2)
     interrupted.goes_on(run, data, reference, size=1)
 
 

@@ -1,10 +1,11 @@
-"""What was wrong with the input, and where: everything is counted, a few places of each kind are named."""
+"""Errors in the input: all are counted, and a few places of each kind are named."""
 
 import collections
 from typing import Any, NamedTuple
 
-EXAMPLES = 3  # of each kind that are named; all are counted
-REPLACED = "invalid UTF-8, now U+FFFD"  # in characters, as the next
+EXAMPLES = 3  # places of each kind that are named
+# Kinds of errors are keys in summary.json. The next two are counted in characters.
+REPLACED = "invalid UTF-8, now U+FFFD"
 NUL = "NUL characters"
 
 
@@ -13,7 +14,7 @@ class Place(NamedTuple):
     what: str  # 'line', 'row' or 'offset'
     number: int
     note: str = ""
-    after: int = 0  # lines are counted from this byte on; not 0 while nobody has counted those before it
+    after: int = 0  # lines are counted from this byte on; not 0 until the lines before it have been counted
 
     def __str__(self) -> str:
         after = f" after byte {self.after}" if self.after else ""
@@ -21,7 +22,7 @@ class Place(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """How many newlines there are in bytes [start, stop) of a file."""
+    """The number of newlines in bytes [start, stop) of a file."""
 
     path: str
     start: int
@@ -29,65 +30,66 @@ class Lines(NamedTuple):
     newlines: int
 
 
-class Problems:
-    """A unit counts lines from its own first byte on; `add`, in the order of the plan, counts them through the file."""
+class InputErrors:
+    """Errors of a unit, which counts lines from its own first byte on. `add`, called in the order of the units, makes
+    them lines of the file."""
 
     def __init__(self) -> None:
         self.counts: collections.Counter[str] = collections.Counter()
         self.examples: dict[str, list[str | Place]] = {}
-        self.characters = 0  # of all text that was read; bytes for the byte tokenizer
-        self.lines: Lines | None = None  # of what was read last
+        self.characters = 0  # in all text that was read; bytes for the byte tokenizer
+        self.lines: Lines | None = None  # of the part that was read last
 
     @property
     def invalid_share(self) -> float:
-        """Of all characters, those that are NUL, or U+FFFD in the place of bytes that are not UTF-8."""
+        """The share of characters that are NUL, or U+FFFD instead of bytes that are not UTF-8."""
         return (self.counts[REPLACED] + self.counts[NUL]) / max(self.characters, 1)
 
-    def found(self, kind: str, where: str | Place, times: int = 1) -> None:
+    def record(self, kind: str, where: str | Place, times: int = 1) -> None:
         self.counts[kind] += times
         examples = self.examples.setdefault(kind, [])
         if len(examples) < EXAMPLES:
-            examples.append(self._from_the_beginning(where))
+            examples.append(self._from_file_start(where))
 
-    def read_lines(self, lines: Lines) -> None:
-        """Tells how many lines there were in what was read last."""
+    def count_lines(self, lines: Lines) -> None:
+        """Records the number of lines in the part that was read last."""
         before = self.lines
         if before is not None and (before.path, before.stop) == (lines.path, lines.start):
             lines = lines._replace(start=before.start, newlines=before.newlines + lines.newlines)
         self.lines = lines
 
-    def add(self, other: "Problems") -> None:
-        """Adds those of what comes right after."""
+    def add(self, other: "InputErrors") -> None:
+        """Adds the errors of the unit that follows."""
         self.counts.update(other.counts)
         self.characters += other.characters
         for kind, examples in other.examples.items():
             mine = self.examples.setdefault(kind, [])
-            mine.extend(map(self._from_the_beginning, examples[: EXAMPLES - len(mine)]))
+            mine.extend(map(self._from_file_start, examples[: EXAMPLES - len(mine)]))
         if other.lines is not None:
-            self.read_lines(other.lines)
+            self.count_lines(other.lines)
 
-    def _from_the_beginning(self, where: str | Place) -> str | Place:
+    def _from_file_start(self, where: str | Place) -> str | Place:
         lines = self.lines
         if lines is None or isinstance(where, str) or (where.path, where.after) != (lines.path, lines.stop):
             return where
         return where._replace(number=where.number + lines.newlines, after=lines.start)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, for the file of a unit."""
+        """Everything, for the file of a unit."""
         return dict(vars(self))
 
     @classmethod
-    def from_json(cls, written: dict[str, Any]) -> "Problems":
-        problems = cls()
-        problems.counts.update(written["counts"])
-        problems.characters = written["characters"]
-        problems.lines = Lines(*written["lines"]) if written["lines"] else None
+    def from_json(cls, written: dict[str, Any]) -> "InputErrors":
+        errors = cls()
+        errors.counts.update(written["counts"])
+        errors.characters = written["characters"]
+        errors.lines = Lines(*written["lines"]) if written["lines"] else None
         for kind, examples in written["examples"].items():
-            problems.examples[kind] = [e if isinstance(e, str) else Place(*e) for e in examples]
-        return problems
+            errors.examples[kind] = [e if isinstance(e, str) else Place(*e) for e in examples]
+        return errors
 
     def summary(self) -> dict[str, Any]:
-        """For people: how often each kind was found, and where first."""
+        """For summary.json: how often each kind was found, and the first places."""
         return {
             "counts": dict(self.counts),
             "examples": {kind: list(map(str, examples)) for kind, examples in self.examples.items()},

@@ -1,6 +1,6 @@
 """Run the processes of one run on this machine as one command; launch/local/run.sh execs it.
 
-  python -m launch.gang LINE ...
+  python -m launch.local_launcher LINE ...
 
 Each LINE is a command, quoted as for a shell. Its output lines are prefixed with its number. SIGTERM, SIGINT, SIGUSR1,
 SIGHUP and SIGQUIT are passed on to all, each time they arrive. A run needs all of its processes: ten seconds after one
@@ -61,42 +61,42 @@ class Member:
 def main(*lines: str) -> int:
     if not lines:
         raise ConfigError("a command for each process is missing; launch/local/run.sh writes them")
-    signals = supervise.Signals()
-    gang = [Member(i, shlex.split(line)) for i, line in enumerate(lines)]
-    until_all_have_ended(gang, signals)
-    until_all_is_printed(gang, signals)
-    return most_telling([member.code or 0 for member in gang])
+    signals = supervise.SignalQueue()
+    members = [Member(i, shlex.split(line)) for i, line in enumerate(lines)]
+    wait_until_all_end(members, signals)
+    wait_for_output(members, signals)
+    return most_informative([member.code or 0 for member in members])
 
 
-def until_all_have_ended(gang: list[Member], signals: supervise.Signals) -> None:
+def wait_until_all_end(members: list[Member], signals: supervise.SignalQueue) -> None:
     due: float | None = None  # when the remaining commands get the next SIGTERM
-    while running := [member for member in gang if member.code is None]:
+    while running := [member for member in members if member.code is None]:
         now = time.monotonic()
-        if due is None and len(running) < len(gang):
+        if due is None and len(running) < len(members):
             due = now + GRACE_S
         if due is not None and now >= due:
-            ended = [f"process {member.number} with {member.code}" for member in gang if member not in running]
+            ended = [f"process {member.number} with {member.code}" for member in members if member not in running]
             log.info("Ended: %s. Stopping the others.", ", ".join(ended))
-            tell(running, signal.SIGTERM)
+            send(running, signal.SIGTERM)
             due = now + GRACE_S
         for number in signals.read(None if due is None else due - now):
-            if number in supervise.PASSED_ON:
-                tell(running, number)
+            if number in supervise.FORWARDED:
+                send(running, number)
 
 
-def until_all_is_printed(gang: list[Member], signals: supervise.Signals) -> None:
+def wait_for_output(members: list[Member], signals: supervise.SignalQueue) -> None:
     """A killed supervisor leaves a trainer that is still saving; another stop signal skips the wait for it."""
-    while any(member.printer.poll() is None for member in gang):
+    while any(member.printer.poll() is None for member in members):
         if set(signals.read()) & set(supervise.STOPS):
             return
 
 
-def tell(members: list[Member], number: int) -> None:
+def send(members: list[Member], number: int) -> None:
     for member in members:
         member.process.send_signal(number)
 
 
-def most_telling(codes: Sequence[int]) -> int:
+def most_informative(codes: Sequence[int]) -> int:
     """First a code that forbids a restart, then a crash, then 42."""
     final = (2, 3, 4, 130)
     for code in final:
