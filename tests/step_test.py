@@ -17,6 +17,7 @@ from tests import runs
 from tests.batches import on_mesh, tokens_of
 from trainer import sharding
 from trainer.config import Config, from_dict
+from trainer.parallel.partitioner import MeshPartitioner
 from trainer.state import Program
 from trainer.step import make_eval_step, make_train_step
 
@@ -118,6 +119,67 @@ def test_dropout_is_the_same_on_every_mesh(dataset, name):
     for a, b in zip(one, there, strict=True):
         assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-5)
         assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-4)
+
+
+class Recording(MeshPartitioner):
+    """Keeps every dropout mask that a step draws, on meshes of the axis `data`.
+
+    Attributes:
+      rows: (shape of the mask, row in its microbatch, bits of the row) of each mask and row.
+    """
+
+    def __init__(self, config: Config, mesh: jax.sharding.Mesh):
+        super().__init__(config, mesh)
+        self.rows: list[tuple[tuple[int, ...], int, bytes]] = []
+
+    def bernoulli(self, key, p, shape):
+        def keep(mask):
+            replica = jax.lax.axis_index("data") if self.mesh.shape["data"] > 1 else 0
+            jax.debug.callback(self._keep, replica, mask)
+            return mask
+
+        same = jax.sharding.PartitionSpec()
+        return sharding.by_device(keep, self.mesh, same, same)(super().bernoulli(key, p, shape))
+
+    def _keep(self, replica, mask) -> None:
+        first = int(replica) * len(mask)
+        self.rows += [(mask.shape[1:], first + i, np.asarray(row).tobytes()) for i, row in enumerate(mask)]
+
+
+ACCUM, LAYERS = 2, 2
+ROWS_OF_A_STEP = 16 * (1 + 3 * LAYERS)  # each of 16 rows: embedding; attention weights and both results of each layer
+
+
+def masks_of_steps(dataset, name: str, steps: list[tuple[int, int]]) -> list[list]:
+    """The rows of Recording of each of `steps`, (number of the step, seed), all with the same batch."""
+    cfg, mesh = config(model={"dropout": 0.3, "num_layers": LAYERS}, grad_accum_steps=ACCUM), mesh_of(name)
+    recording, found = Recording(cfg, mesh), []
+    with jax.set_mesh(mesh):
+        program = Program(cfg, mesh, recording)
+        state, batch = jax.device_get(program.init()), batches(dataset, cfg, mesh).batch(0)
+        shardings = jax.tree.map(lambda s: s.sharding, program.state)
+        train_step, eval_step = make_train_step(program), make_eval_step(program)
+        for step, seed in steps:
+            before = jax.device_put(dataclasses.replace(state, step=np.int32(step)), shardings)
+            jax.block_until_ready(train_step(before, batch, np.uint32(seed)))
+            jax.effects_barrier()
+            found.append(sorted(recording.rows))
+            recording.rows.clear()
+        eval_step(state.params, batch.replace(loss_weights=np.ones(batch.targets.shape, bool)))
+        jax.effects_barrier()
+        assert not recording.rows, "an evaluation drops nothing"
+    return found
+
+
+def test_no_two_rows_are_dropped_alike(dataset):
+    """Every step, seed, microbatch, layer, row and place in a layer has bits of its own, the same on any mesh."""
+    steps = [(0, 0), (1, 0), (7, 0), (0, 1), (0, 0)]
+    one, data = (masks_of_steps(dataset, name, steps) for name in ("one", "data"))
+    assert one == data, "each row is dropped as on one device"
+    assert one[0] == one[-1], "the step and the seed decide"
+    bits = [row for of_step in one[:-1] for _, _, row in of_step]
+    assert len(bits) == (len(steps) - 1) * ROWS_OF_A_STEP
+    assert len(set(bits)) == len(bits)
 
 
 def test_z_loss_is_in_the_gradient_but_not_in_the_reported_loss(dataset):

@@ -531,10 +531,14 @@ def test_activations_are_placed_by_the_names_of_their_axes(config):
             seen.update(axes)
             return x
 
-        def linear(self, x, w, b, axes):
+        def linear(self, x, w, axes):
             # Batch and sequence are one axis of a product with a weight, unless the sequence is split.
             assert x.shape[:-1] == ((3, 7) if self.context_parallel else (3 * 7,))
-            return super().linear(x, w, b, axes)
+            return super().linear(x, w, axes)
+
+        def add_bias(self, y, b, axes):
+            assert y.shape[:-1] == (3, 7)
+            return super().add_bias(y, b, axes)
 
     params = tiny_models.make(config)[1]
     for context_parallel in (False, True):
