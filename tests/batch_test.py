@@ -129,7 +129,7 @@ def test_the_loss_mask_of_packed_rows_leaves_out_an_end_after_an_end(tmp_path, s
     manifest = dataclasses.replace(manifest, eos_id=END, splits={"train": split})
     (tmp_path / formats.MANIFEST).write_text(manifest.to_json())
     (tmp_path / "train.documents.bin").write_bytes(borders[:-1].astype("<u8").tobytes())
-    index, _ = packing.pack(tmp_path, 16)
+    index, _ = packing.pack_dataset(tmp_path, 16)
     windows = loader.PackedWindows(formats.TokenFiles(tmp_path, manifest, "train"), index, seed=seed)
     g = draw.permutation(2 * windows.num_windows)  # of two epochs, across shards
     rows = windows.rows(g)

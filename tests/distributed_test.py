@@ -29,7 +29,7 @@ def nothing_said(monkeypatch):
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, "start it with srun"),
         ({"PMI_SIZE": "16", "PMI_RANK": "3"}, "PMI_SIZE=16 says that this is one of several"),
         ({"WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "0"}, "--num_processes=N --process_id=I"),  # torchrun
-        ({"JAX_COORDINATOR_ADDRESS": "localhost:1234"}, "JAX_COORDINATOR_ADDRESS=localhost:1234 alone"),
+        ({"JAX_COORDINATOR_ADDRESS": "localhost:1234"}, "JAX_COORDINATOR_ADDRESS=localhost:1234 does not say"),
     ],
 )
 def test_one_of_several_does_not_train_alone(monkeypatch, variables, said):

@@ -330,7 +330,7 @@ def documents(tmp_path):
     manifest = dataclasses.replace(manifest, eos_id=EOS, splits=manifest.splits | {"train": train})
     (tmp_path / formats.MANIFEST).write_text(manifest.to_json())
     (tmp_path / "train.documents.bin").write_bytes(borders[:-1].astype("<u8").tobytes())
-    packing.pack(tmp_path, T)
+    packing.pack_dataset(tmp_path, T)
     return tmp_path
 
 

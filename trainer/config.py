@@ -72,7 +72,7 @@ class OptimizerConfig:
     SCHEDULES = ("cosine", "linear", "constant", "wsd")
     DTYPES = ("float32", "bfloat16")
     # A running mean moves by (1 - b2) of its distance to the new value. In bfloat16 it stops moving once that is below
-    # half a unit in the last place, 2**-9 of it: with b2 = 0.95 it stops within 4 % of where it should be (2 % of an
+    # half a unit in the last place, 2**-9 of it: with b2 = 0.95 it stops within 4 % of its target (2 % of an
     # update), with 0.99 within 20 %.
     BFLOAT16_B2 = 0.95
 
