@@ -49,6 +49,62 @@ def test_the_loss_is_the_same_in_any_microbatches_on_any_number_of_devices(datas
     np.testing.assert_allclose(found, found[0], rtol=1e-6)
 
 
+def source(dataset, tokens: int, text_bytes: int, length: int | None = None) -> formats.TokenFiles:  # noqa: F811
+    """The validation split, or its first `length` tokens, as if `tokens` tokens encoded so much text."""
+    files = formats.TokenFiles(dataset, formats.read_manifest(dataset), "val")
+    files.shards = [files.shards[0][:length]]
+    files.tokens = tokens
+    files.text_bytes = text_bytes
+    return files
+
+
+def evaluate_with(eval_step, sources: dict, **options) -> dict[str, float] | None:
+    layout = {"batch_sharding": sharding.named(mesh_of("one"), "batch"), "num_windows": 0}
+    return evaluate(eval_step, {}, sources, config(grad_accum_steps=4), **layout | options)
+
+
+def test_losses_are_the_means_over_targets(dataset):  # noqa: F811
+    """Of several sources over all their targets; bits a byte from the tokens and bytes of all. The nats of a target are
+    its token here."""
+    sources = {"long": source(dataset, 1000, 2500), "short": source(dataset, 100, 300, length=45)}
+
+    def eval_step(params, batch):
+        weights = np.asarray(batch.loss_weights, float)
+        return (weights * np.asarray(batch.targets)).sum(), weights.sum()
+
+    one = evaluate_with(eval_step, {"long": sources["long"]})
+    both = evaluate_with(eval_step, sources)
+    unknown = evaluate_with(eval_step, {"long": source(dataset, 1000, 0)})
+    first, second = (np.asarray(files.shards[0][1:], float) for files in sources.values())
+    mean = np.concatenate([first, second]).mean()
+    assert one == {
+        "val/loss": pytest.approx(first.mean()),
+        "val/perplexity": pytest.approx(math.exp(first.mean())),
+        "val/bits_per_byte": pytest.approx(first.mean() / math.log(2) * 1000 / 2500),
+    }
+    assert both == {
+        "val/loss": pytest.approx(mean),
+        "val/perplexity": pytest.approx(math.exp(mean)),
+        "val/bits_per_byte": pytest.approx(mean / math.log(2) * 1100 / 2800),
+        "val/loss/long": pytest.approx(first.mean()),
+        "val/loss/short": pytest.approx(second.mean()),
+    }
+    assert unknown == {name: one[name] for name in ("val/loss", "val/perplexity")}
+
+
+def test_an_interrupted_evaluation_has_no_result(dataset):  # noqa: F811
+    """It asks after each batch, and no batch is computed after a yes."""
+    val, batches = formats.TokenFiles(dataset, formats.read_manifest(dataset), "val"), []
+
+    def eval_step(params, batch):
+        batches.append(batch)
+        return 1.0, 1.0
+
+    assert evaluate_with(eval_step, {"one": val}, interrupted=lambda: len(batches) == 3) is None
+    assert len(batches) == 3
+    assert evaluate_with(eval_step, {"one": val}) is not None and len(batches) > 6
+
+
 @pytest.mark.parametrize("accum", [1, 4, 16])
 def test_an_evaluation_needs_no_more_memory_than_a_step(accum):
     cfg, mesh = config(grad_accum_steps=accum), mesh_of("one")

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from model import kernels
 from model.context import Context
 from model.kernels import AttentionSpec
+from model.layers import Build, Linear
 from tests.step_test import config
 from tests.tiny_models import random_documents
 from trainer import sharding
@@ -64,6 +66,43 @@ def test_batch_and_sequence_are_one_axis_unless_the_sequence_is_split():
     x = jnp.zeros((4, 8, 3))
     assert MeshPartitioner(config(), mesh_of(fsdp=8)).flatten(x).shape == (32, 3)
     assert MeshPartitioner(config(), mesh_of(context=2)).flatten(x).shape == (4, 8, 3)
+
+
+# Projections
+
+
+@pytest.mark.parametrize(
+    ("axes", "dtype"),
+    [
+        ({}, "float32"),
+        ({}, "bfloat16"),
+        ({"fsdp": 4}, "float32"),
+        ({"fsdp": 4}, "bfloat16"),
+        ({"tensor": 4}, "bfloat16"),
+        ({"fsdp": 2, "context": 2}, "float32"),  # XLA's CPU backend has no such product of bfloat16
+    ],
+    ids=str,
+)
+def test_a_projection_and_its_gradients_are_their_definition(axes, dtype):
+    """x W + b of small integers, which bfloat16 adds and multiplies without rounding, so every sum is exact."""
+    partitioner = MeshPartitioner(config(model={"dtype": dtype}), mesh_of(**axes))
+    build = Build(config().model, nnx.Rngs(params=0), partitioner)
+    graph, _ = nnx.split(Linear(build, 8, 16, ("embed", "mlp"), bias=True))
+    draw = np.random.default_rng(0)
+    x, w, b, g = (draw.integers(-2, 3, shape) for shape in ((4, 8, 8), (8, 16), (16,), (4, 8, 16)))
+
+    @jax.jit
+    def run(x, w, b, g):
+        y, pull = jax.vjp(lambda x, w, b: nnx.merge(graph, {"kernel": w, "bias": b})(x), x, w, b)
+        return y, *pull(g)
+
+    with jax.set_mesh(partitioner.mesh):
+        found = run(x.astype(dtype), w.astype(np.float32), b.astype(np.float32), g.astype(dtype))
+    expected = (x @ w + b, g @ w.T, np.einsum("bti,bto->io", x, g), g.sum((0, 1)))
+    assert [a.dtype for a in found] == [dtype, dtype, np.float32, np.float32]
+    for actual, right in zip(found, expected, strict=True):
+        assert np.abs(right).max() > 8
+        np.testing.assert_array_equal(np.asarray(actual, np.float64), right)
 
 
 # Attention
