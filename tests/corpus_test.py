@@ -535,7 +535,7 @@ def test_the_name_of_a_file_that_is_a_pattern_of_others_is_refused(tmp_path, nam
     write(folder, {"a.txt": "1", "b.txt": "2", "ab.txt": "3", "d/a.txt": "4"})
     with pytest.raises(DataError, match=r"as a pattern it selects \d other file\(s\), such as .*; write ") as e:
         corpus.find_files(f"{folder}/{name}", tmp_path)
-    escaped = str(e.value).split("; write ")[1].split(" for the one")[0]
+    escaped = str(e.value).split("; write ")[1].split(" for this file")[0]
     assert [file.path for file in corpus.find_files(escaped, tmp_path).files] == [folder / name]
     (folder / name).rename(folder / "renamed")
     assert corpus.find_files(f"{folder}/{name}", tmp_path).files

@@ -132,7 +132,7 @@ def test_megatrons_other_integers(tmp_path, code, stored, width):
     TokenWindows(data.files("train"), seq_len=2, seed=0).rows(np.arange(3))
     if stored != "<u1":
         write([3, -1, 7])
-        with pytest.raises(DataError, match=r"x\.bin holds negative ids"):
+        with pytest.raises(DataError, match=r"x\.bin has negative ids"):
             open_(tmp_path / "x.bin", 60_000)
 
 
@@ -449,7 +449,7 @@ def test_masked_documents_want_their_end_in_the_tokens(tmp_path, monkeypatch):
     for eos, count in ((6, 0), (12, 1)):  # nowhere, and by chance
         with pytest.raises(DataError) as e:
             ends.check_documents_end([megatron_documents(tmp_path, [7, 9, 30], eos=5)], eos)
-        for part in ("x.bin, which has 3 documents,", f"holds it {count} times in 46 tokens", "--append-eod", "eos_id"):
+        for part in ("x.bin, which has 3 documents,", f"has it {count} times in 46 tokens", "--append-eod", "eos_id"):
             assert part in str(e.value)
     (tmp_path / "x.idx").unlink()
     (tmp_path / "x.bin").write_bytes(llmc([5, 1, 2] * 5000))  # without an index of documents, one end is enough
@@ -458,7 +458,7 @@ def test_masked_documents_want_their_end_in_the_tokens(tmp_path, monkeypatch):
     monkeypatch.setattr(fingerprint, "SAMPLED_BLOCKS", 4)
     monkeypatch.setattr(fingerprint, "BLOCK_BYTES", 64)
     ends.check_documents_end([open_(tmp_path / "x.bin")], 5)
-    with pytest.raises(DataError, match="holds it 0 times in 128 tokens"):
+    with pytest.raises(DataError, match="has it 0 times in 128 tokens"):
         ends.check_documents_end([open_(tmp_path / "x.bin")], 6)
 
 
@@ -564,7 +564,7 @@ def test_a_dataset_folder_is_never_taken_for_loose_files(tmp_path):
 def test_files_of_a_dataset_folder_are_never_taken_for_loose_ones(tmp_path, monkeypatch):
     folder = runs.dataset(tmp_path)
     (folder / "train.packed-8.bin").write_bytes(b'{"format": "meshlm-packing", "version": 1, ' + bytes(1000))
-    advice = f"give the folder itself: {folder}"
+    advice = f"name the folder itself: {folder}"
     for name in (
         "*.bin",
         "train-*.bin",
@@ -580,7 +580,7 @@ def test_files_of_a_dataset_folder_are_never_taken_for_loose_ones(tmp_path, monk
     with pytest.raises(DataError, match=re.escape(advice)):
         sources.open_sources(DataConfig(path=f"{tmp_path}/a.bin,{folder}/*.bin"), 1000)
     monkeypatch.chdir(folder)
-    refused("*.bin", "give the folder itself: .")
+    refused("*.bin", "name the folder itself: .")
     (folder / "manifest.json").unlink()
     refused(folder / "train-*.bin", advice)
     loose = tmp_path / "loose"
@@ -599,7 +599,7 @@ def test_files_of_a_dataset_folder_are_never_taken_for_loose_ones(tmp_path, monk
 def test_the_name_of_a_file_that_is_a_pattern_of_others_is_refused(tmp_path):
     for name in ("*.bin", "a.bin", "b.bin"):
         (tmp_path / name).write_bytes(struct.pack("<6H", *TOKENS))
-    refused(tmp_path / "*.bin", "selects 2 other file(s)", f"write {tmp_path}/[*].bin for the one")
+    refused(tmp_path / "*.bin", "selects 2 other file(s)", f"write {tmp_path}/[*].bin for this file")
     refused(tmp_path / "a.bin", "selects 2 other file(s)", val_path=str(tmp_path / "*.bin"))
     assert tokens_of(open_(tmp_path / "[*].bin")) == [TOKENS]
     (tmp_path / "*.bin").unlink()

@@ -104,16 +104,16 @@ def test_one_source_is_itself():
     [
         ("0.7,x", ["'0.7,x'", "0.7,0.3"]),
         ("0.7", ["1 weights", "2 sources"]),
-        ("0.5,0.5; 100:1,1,1", ["3 weights from sample 100", "2 sources"]),
+        ("0.5,0.5; 100:1,1,1", ["3 weights from sequence 100", "2 sources"]),
         ("-1,2", ["0 or above"]),
-        ("0,0", ["one is above 0"]),
+        ("0,0", ["one above 0"]),
         ("nan,1", ["0 or above"]),
         ("inf,1", ["0 or above"]),
-        ("1e308,1e308", ["sum is finite"]),
+        ("1e308,1e308", ["their sum finite"]),
         ("1.7e308,0; 9:1,1.79e308", ["less than one of the 2048"]),
-        ("1,1; 9:1.79e308,1e307", ["sum is finite"]),
+        ("1,1; 9:1.79e308,1e307", ["their sum finite"]),
         ("0.0001,1", ["less than one of the 2048", "at least 0.00049"]),
-        ("10:1,1", ["stages from samples [10]", "the first is 0"]),
+        ("10:1,1", ["stages from sequences [10]", "the first must be 0"]),
         ("0:1,1; 0:1,2", ["[0, 0]"]),
         ("0:1,1; 9:1,2; 5:1,1", ["[0, 9, 5]"]),
         ("x:1,1", ["'x:1,1'"]),
@@ -133,5 +133,5 @@ def test_weights_may_change_from_a_sample_on_that_was_not_trained_on():
         mixture.check_change(old, parse_stages(new, 2), 1500)
     mixture.check_change(old, parse_stages("0.7,0.3", 2), 1000)  # the stage from 1000 on had not begun
     for new in ("0.6,0.4", "0:0.7,0.3; 1000:1,1; 1499:0,1", "0.7,0.3", "0:0.7,0.3; 1000:1,2"):
-        with pytest.raises(DataError, match=r"0:0\.7,0\.3; 1000:1,1.*sample 1500 or later"):
+        with pytest.raises(DataError, match=r"0:0\.7,0\.3; 1000:1,1.*sequence 1500 or later"):
             mixture.check_change(old, parse_stages(new, 2), 1500)

@@ -127,7 +127,7 @@ def test_a_file_trains_in_one_source_and_validates_in_none_other(three, tmp_path
         (f"{three}/titled.bin,{other}", f",{link}/titled.bin"),
         (f"{three}/upper_train.bin,{more}", f",{tmp_path}/hard_val.bin"),
     ):
-        with pytest.raises(DataError, match="are one file, which trains"):
+        with pytest.raises(DataError, match="are the same file, which"):
             open_(path, 300, val_path=val_path)
     twice = f"{three}/upper_val.bin,{link}/upper_val.bin"  # it validates both
     assert open_(f"{more},{three}/upper_train.bin", 300, val_path=twice)
@@ -189,7 +189,7 @@ def test_a_comma_in_a_path_is_written_with_a_backslash(three, tmp_path):
 
 
 def test_sources_need_names_of_their_own(three):
-    with pytest.raises(DataError, match="two sources 'fresh'"):
+    with pytest.raises(DataError, match="the source 'fresh' twice"):
         open_(f"{three / 'fresh'},{three / 'fresh'}")
     with pytest.raises(DataError, match="an empty source"):
         open_(f"{three / 'fresh'},")
@@ -237,7 +237,7 @@ def test_weights_may_change_at_a_resume_from_a_later_sample_on(three, undisturbe
     runs.train(run, path_of(three), **first)
     changed = FIELDS | {"num_train_steps": 14}
     out = runs.train(run, path_of(three), code=3, **changed | {"data__weights": "0.2,0.3,0.5"})
-    assert f"sample {10 * batch} or later" in out and "0:0.5,0.3,0.2" in out
+    assert f"sequence {10 * batch} or later" in out and "0:0.5,0.3,0.2" in out
     staged = f"0:0.5,0.3,0.2; {12 * batch}:0,0,1"
     runs.train(run, path_of(three), **changed | {"data__weights": staged})
     steps = [{row["step"]: row for row in runs.rows(r) if "train/loss" in row} for r in (run, undisturbed)]
