@@ -590,8 +590,8 @@ def test_files_of_a_dataset_folder_are_never_taken_for_loose_ones(tmp_path, monk
     assert open_(loose / "train-*.bin").manifest.splits["train"].tokens
     for name in ("train.documents.bin", "train.packed-8.bin"):
         for fields in ({}, {"format": "nanogpt"}, {"format": "olmo", "dtype": "uint32"}):
-            refused(loose / name, name, "holds no tokens", "launch.", **fields)
-            refused(tmp_path / "a.bin", name, "holds no tokens", val_path=str(loose / name))
+            refused(loose / name, name, "does not contain tokens", "launch.", **fields)
+            refused(tmp_path / "a.bin", name, "does not contain tokens", val_path=str(loose / name))
     (loose / "my.documents.bin").write_bytes(struct.pack("<6H", *TOKENS))
     assert tokens_of(open_(loose / "my.documents.bin")) == [TOKENS]
 
@@ -617,7 +617,7 @@ def test_files_named_as_for_tests_train_and_it_is_said(tmp_path, caplog):
         open_(path)
         (warning,) = caplog.messages
         assert (
-            warning.startswith("WARNING") and f"{count} file(s) are named as for tests, and are trained on" in warning
+            warning.startswith("WARNING") and f"{count} file(s) are named as for tests, but will be trained on" in warning
         )
         assert (str(root / "test.bin") in warning) == (count < 4) == ("…" not in warning)
         assert "contest" not in warning and "device" not in warning and "latest" not in warning
