@@ -617,7 +617,8 @@ def test_files_named_as_for_tests_train_and_it_is_said(tmp_path, caplog):
         open_(path)
         (warning,) = caplog.messages
         assert (
-            warning.startswith("WARNING") and f"{count} file(s) are named as for tests, but will be trained on" in warning
+            warning.startswith("WARNING")
+            and f"{count} file(s) are named as for tests, but will be trained on" in warning
         )
         assert (str(root / "test.bin") in warning) == (count < 4) == ("…" not in warning)
         assert "contest" not in warning and "device" not in warning and "latest" not in warning
