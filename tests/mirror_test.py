@@ -60,7 +60,7 @@ def test_keys_that_lie_elsewhere_are_not_fetched(tmp_path, monkeypatch, caplog):
     mirror._store = Store()
     for evil in (f"checkpoints/5/{tmp_path}/thesis.tex", "checkpoints/5/../../thesis.tex", "checkpoints/5//x"):
         keys = content | {evil: b"theirs"}
-        assert not mirror.fetch(5) and "is not a place below a folder" in caplog.messages[-1]
+        assert not mirror.fetch(5) and "is not a path below a folder" in caplog.messages[-1]
         assert not (tmp_path / "run/5").exists()
     keys = content
     heard: list[str] = []

@@ -244,10 +244,10 @@ def damaged(path: pathlib.Path, how: str) -> str:
         return "not the content its header names"
     if how == "of another version":
         path.write_bytes(raw.replace(b'"version": 1,', b'"version": 0,', 1))
-        return "no index that this version reads"
+        return "not an index of this version"
     if how == "cut in its header":
         path.write_bytes(raw[:100])
-        return "no index that this version reads"
+        return "not an index of this version"
     write(path.parent, lengths_like_text(400, seed=1))
     return "packs another dataset"
 

@@ -114,7 +114,7 @@ def test_what_is_wrong_is_said_in_one_line(scheme, store, tmp_path, monkeypatch)
         remote.fetch(f"{scheme}://My!Data/mine")
     store.put("b.bin", b"x")
     monkeypatch.setenv("MESHLM_CACHE", "/proc/none")
-    with pytest.raises(DataError, match=r"cannot keep .*MESHLM_CACHE"):
+    with pytest.raises(DataError, match=r"cannot store .*MESHLM_CACHE"):
         remote.fetch(f"{scheme}://a-bucket/b.bin")
     store.denied = True
     credentials = {"gs": "gcloud auth application-default login", "s3": "AWS_SECRET_ACCESS_KEY"}[scheme]
@@ -149,7 +149,7 @@ def test_inspect_writes_nothing_outside_the_cache(store, tmp_path):
         [sys.executable, "-m", "launch.inspect", f"gs://a-bucket/{tmp_path}/set"],
         cwd=runs.ROOT, env=os.environ | environment(store, tmp_path / "cache"), text=True, capture_output=True,
     )  # fmt: skip
-    assert result.returncode == 3 and "is not a place below a folder" in result.stderr
+    assert result.returncode == 3 and "is not a path below a folder" in result.stderr
     assert not (tmp_path / "set").exists()
 
 
@@ -230,7 +230,7 @@ def test_a_link_in_the_cache_leads_nowhere(store, tmp_path):
     bucket = remote.cache_folder() / "files/gs/a-bucket"
     bucket.mkdir(parents=True)
     (bucket / "set").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(DataError, match="set is a link or a file there"):
+    with pytest.raises(DataError, match="set is a link or a file, and not a folder"):
         remote.fetch("gs://a-bucket/set")
     (bucket / "set").unlink()
     (bucket / "set").mkdir()
@@ -271,7 +271,7 @@ def test_files_of_a_dataset_in_a_store_are_never_taken_for_loose_ones(scheme, st
     for name, content in contents(runs.dataset(tmp_path)).items():
         store.put(f"sets/dataset/{name}", content)
     for pattern in ("*.bin", "train-*.bin", "val-00000.bin"):
-        with pytest.raises(DataError, match=f"give the folder itself: {path}$"):
+        with pytest.raises(DataError, match=f"name the folder itself: {path}$"):
             sources.open_sources(DataConfig(path=f"{path}/{pattern}"), 60_000)
     sources.open_sources(DataConfig(path=path))
     del store.objects["sets/dataset/manifest.json"]

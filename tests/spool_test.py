@@ -52,7 +52,7 @@ def test_what_a_killed_run_left_is_taken_up_if_it_is_whole_and_is_removed_in_the
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
     with (
-        pytest.raises(DataError, match="cannot keep standard input"),
+        pytest.raises(DataError, match="cannot store standard input"),
         spool.spooled(io.BytesIO(TEXT), tmp_path / "file", "txt"),
     ):
         pass
