@@ -251,9 +251,8 @@ class Mirror:
         self._record(unfinished=None)
 
     def _copy_file(self, path: pathlib.Path, key: str) -> None:
-        if remote.is_remote(
-            self.location
-        ):  # its clients need all of an object at once; Orbax's files have 2 GB at most
+        if remote.is_remote(self.location):
+            # Its clients need all of an object at once; Orbax's files have 2 GB at most.
             self._write(key, path.read_bytes())
             return
         with names.open_parent(pathlib.Path(self.location), key) as (folder, last):
