@@ -1,0 +1,339 @@
+"""Deliberate faults, one at a time, and whether the tests notice them. Prints a Markdown table.
+
+  python -m benchmarks.mutations [--only=dropout,loader] [--minutes=10] [--list]
+
+Each fault replaces one piece of text in a copy of the repository, which lies in a temporary folder; this checkout is
+never changed. Then the tests that should notice it run there, fast ones only, up to the first failure. Before that the
+same tests run without the fault, because a test that fails anyway proves nothing. A fault is killed if a test fails; if
+all pass, it survived, and a test is missing.
+
+Exit codes: 0 all faults were killed, 1 one was not, or could not be tried, 2 no fault has such a name.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+
+from absl import app, flags
+
+ONLY = flags.DEFINE_list("only", [], "Faults to try, by a part of their name or file; all when empty.")
+MINUTES = flags.DEFINE_float("minutes", 10.0, "Time limit for the tests of one fault.")
+LIST = flags.DEFINE_bool("list", False, "Print the faults and their tests, and try none.")
+
+ROOT = pathlib.Path(__file__).parent.parent
+KILLED, SURVIVED = "killed", "SURVIVED"
+TESTS_FAILED, NO_TESTS = 1, 5  # exit codes of pytest
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A mistake that someone could make.
+
+    Attributes:
+      name: what is wrong.
+      file: the path in the repository.
+      old: text that occurs exactly once in the file.
+      new: what replaces it.
+      tests: arguments for pytest: files, or single tests if a file takes long.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def fault(name: str, file: str, old: str, new: str, *tests: str) -> Fault:
+    return Fault(name, file, old, new, tuple(f"tests/{test}" for test in tests))
+
+
+DROPOUT = "step_test.py::test_no_two_rows_are_dropped_alike"
+PACKED_LOSS = "packing_test.py::test_the_loss_of_packed_documents_is_that_of_each_alone"
+MICROBATCHES = "packing_test.py::test_microbatches_and_meshes_give_the_step_of_the_whole_batch"
+BFLOAT16_SUMS = "gradients_test.py::test_a_bfloat16_gradient_of_eight_devices_is_that_of_one[{'data': 8}]"
+BAD_STEPS = "divergence_test.py::test_a_bad_step_is_skipped_and_nothing_but_the_count_of_steps_changes"
+
+FAULTS = [
+    # Randomness
+    fault("dropout repeats in every step", "trainer/step.py",
+          "jax.random.fold_in(jax.random.key(seed), state.step) if", "jax.random.key(seed) if", DROPOUT),
+    fault("dropout ignores the seed", "trainer/step.py",
+          "jax.random.fold_in(jax.random.key(seed), state.step) if",
+          "jax.random.fold_in(jax.random.key(0), state.step) if", DROPOUT),
+    fault("dropout repeats in every microbatch", "trainer/step.py",
+          "None if key is None else jax.random.fold_in(key, i)", "key", DROPOUT),
+    fault("dropout repeats in every layer", "model/transformer.py",
+          "jax.random.split(key, config.num_layers)", "jnp.broadcast_to(key, (config.num_layers,))", DROPOUT),
+    fault("dropout repeats within a layer", "model/dropout.py",
+          "[self._replace(key=key) for key in keys]", "[self._replace(key=keys[0]) for _ in keys]", DROPOUT),
+    fault("dropout repeats in every replica", "trainer/parallel/partitioner.py",
+          'jax.lax.axis_index("data") * shape[0]', "0", DROPOUT),
+    fault("rows of random bits overlap", "trainer/parallel/random_bits.py",
+          "jnp.arange(shape[0], dtype=jnp.uint32), size)", "jnp.arange(shape[0], dtype=jnp.uint32), size - 1)",
+          "random_bits_test.py"),
+    fault("all sampled rows are the same", "model/generate.py",
+          "jax.random.fold_in(jax.random.key(seed), i)", "jax.random.key(seed)", "generate_test.py"),
+    # Model
+    fault("dropout does not scale what it keeps", "model/dropout.py",
+          "x.astype(jnp.float32) / jnp.asarray(1 - self.rate, jnp.float32)", "x.astype(jnp.float32)",
+          "layers_test.py"),
+    fault("the dropout schedule starts elsewhere", "model/dropout.py",
+          "(step / config.dropout_scale + 1)", "(step / config.dropout_scale + 2)", "layers_test.py"),
+    fault("a query sees the key after its own", "model/kernels.py",
+          "jnp.arange(s)[None, None] <= self.query_index[None, :, None]",
+          "jnp.arange(s)[None, None] <= self.query_index[None, :, None] + 1", "attention_test.py"),
+    fault("documents see each other", "model/kernels.py",
+          "causal & (self.segment_ids[:, :, None] == self.key_segment_ids[:, None])", "causal", "attention_test.py"),
+    fault("scores are not scaled", "model/kernels.py",
+          "(q_bthd * spec.scale).reshape", "q_bthd.reshape", "attention_test.py"),
+    fault("rotation mirrors instead", "model/attention.py",
+          "second * cos + first * sin", "second * cos - first * sin", "attention_test.py"),
+    fault("rotation by the place in the row", "model/attention.py",
+          "rotate(y, ctx.positions,", "rotate(y, ctx.index[None],", "attention_test.py"),
+    fault("the cache always begins at 0", "model/attention.py",
+          "start = (0, ctx.index[0], 0, 0)", "start = (0, 0, 0, 0)", "attention_test.py"),
+    fault("residual projections start too large", "model/layers.py",
+          "self.std * (2 * self.config.num_layers) ** -0.5", "self.std * self.config.num_layers**-0.5",
+          "transformer_test.py::test_initial_parameters"),
+    fault("the norm has no epsilon", "model/layers.py",
+          "keepdims=True) + self.eps)", "keepdims=True))", "layers_test.py"),
+    fault("gate and up are exchanged", "model/layers.py",
+          "activation(gate) * up", "activation(up) * gate", "layers_test.py"),
+    fault("the first padding token can be predicted", "model/layers.py",
+          "jnp.where(token < vocab_size, logits", "jnp.where(token <= vocab_size, logits", "layers_test.py"),
+    fault("losses of layers are averaged", "model/transformer.py",
+          "losses = {name: values.sum()", "losses = {name: values.mean()", "context_test.py"),
+    fault("top-p takes one token more at its border", "model/generate.py",
+          "keep = (before < top_p)", "keep = (before <= top_p)", "sampling_border_test.py"),
+    fault("top-k leaves its last token out", "model/generate.py",
+          "logits < kth", "logits <= kth", "sampling_border_test.py"),
+    # Step and loss
+    fault("each microbatch has its own mean", "trainer/step.py",
+          "microbatch, i = of_microbatch",
+          "microbatch, i = of_microbatch\n"
+          "            mean = microbatch.loss_weights / microbatch.loss_weights.sum() / accum\n"
+          "            microbatch = microbatch.replace(loss_weights=mean)", MICROBATCHES),
+    fault("padding is part of the mean", "trainer/step.py",
+          "    total = batch.loss_weights.sum()", "    total = jnp.float32(batch.loss_weights.size)", PACKED_LOSS),
+    fault("microbatches take rows of other replicas", "trainer/step.py",
+          "x.reshape(-1, accum, x.shape[1]).swapaxes(0, 1)", "x.reshape(accum, -1, x.shape[1])",
+          "step_test.py::test_dropout_is_the_same_on_every_mesh"),
+    fault("steps are not counted", "trainer/step.py",
+          "TrainState(state.step + 1,", "TrainState(state.step,", BAD_STEPS),
+    fault("a bad step is applied", "trainer/step.py",
+          "jnp.where(bad, before, after)", "after", BAD_STEPS),
+    fault("replicas keep their own gradients", "trainer/step.py",
+          "partitioner.sum_of_replicas(grads)", "grads", BFLOAT16_SUMS),
+    fault("an evaluation counts padding", "trainer/step.py",
+          "by_replica(params, batch), batch.loss_weights.sum()",
+          "by_replica(params, batch), jnp.float32(batch.loss_weights.size)",
+          "step_test.py::test_eval_step_counts_what_it_is_told"),
+    fault("the order of a split sequence moves only the inputs", "trainer/step.py",
+          "batch = jax.tree.map(lambda x: x[:, partitioner.order], batch)",
+          "batch = batch.replace(inputs=batch.inputs[:, partitioner.order])",
+          "step_test.py::test_masked_documents_are_trained_and_evaluated_as_if_each_were_alone[context]"),
+    fault("the z-loss has half of its gradient", "trainer/loss.py",
+          "(1 + 2 * self.z_loss * log_z_c1)", "(1 + self.z_loss * log_z_c1)", "loss_test.py"),
+    fault("every vocabulary shard believes to be the first", "trainer/loss.py",
+          'first = self.collectives.index("tensor") * self.columns', "first = 0", "loss_test.py"),
+    fault("the loss of a split sequence is not summed", "trainer/loss.py",
+          "self.collectives.psum(s, *sharding.TOKEN_AXES)", 'self.collectives.psum(s, "fsdp")', "loss_test.py"),
+    fault("the last tokens of a batch have no gradient", "trainer/loss.py",
+          "a.reshape(-1, *a.shape[2:])[:n]", "a.reshape(-1, *a.shape[2:])[:n] * (jnp.arange(n) < n - 1)[:, None]",
+          "loss_test.py"),
+    fault("sources count alike in an evaluation", "trainer/evaluation.py",
+          "loss = sum(totals.values()) / sum(counts.values())",
+          "loss = sum(totals[name] / counts[name] for name in sources) / len(sources)",
+          "evaluation_test.py::test_losses_are_the_means_over_targets"),
+    fault("rows of an evaluation are rounded down", "trainer/evaluation.py",
+          "-(-rows // shards) * shards", "max(rows // shards, 1) * shards",
+          "evaluation_test.py::test_rows_of_a_microbatch_are_rounded_up_to_the_devices"),
+    # Devices
+    fault("gradients are summed in bfloat16", "trainer/parallel/partitioner.py",
+          "jnp.promote_types(self.config.optimizer.gradients_dtype, computed)", "jnp.dtype(computed)",
+          "gradients_test.py::test_a_bfloat16_gradient_of_512_devices_is_that_of_one"),
+    fault("late shards of a sequence have more work", "trainer/parallel/partitioner.py",
+          "blocks[[i, 2 * shards - 1 - i]]", "blocks[[2 * i, 2 * i + 1]]", "partitioner_test.py"),
+    fault("keys of a split sequence stay in the order of the devices", "trainer/parallel/partitioner.py",
+          "return blocks[:, order].reshape(gathered.shape)", "return gathered", "partitioner_test.py"),
+    fault("the gradient of a bias is a mean", "trainer/parallel/partitioner.py",
+          "db = tokens.sum(", "db = tokens.mean(", "partitioner_test.py"),
+    fault("an embedding adds up in the type of the activations", "trainer/parallel/embedding.py",
+          "jnp.zeros((rows, g.shape[-1]), jnp.float32).at[at].add(jnp.where(inside, g.astype(jnp.float32), 0))",
+          "jnp.zeros((rows, g.shape[-1]), g.dtype).at[at].add(jnp.where(inside, g, 0)).astype(jnp.float32)",
+          "gradients_test.py"),
+    fault("the vocabulary is on every device", "trainer/sharding.py",
+          '"vocab": "tensor"', '"vocab": None', "sharding_test.py"),
+    # Optimizer
+    fault("the update goes uphill", "trainer/optimizer.py", "-rate * u", "rate * u", "optimizer_test.py"),
+    fault("norms decay, too", "trainer/optimizer.py",
+          'if n != "layers"]) >= 2', 'if n != "layers"]) >= 1', "optimizer_test.py"),
+    fault("the first warm-up step does nothing", "trainer/schedule.py",
+          "peak * (step + 1) / max(warmup, 1)", "peak * step / max(warmup, 1)", "optimizer_test.py"),
+    fault("the wsd rate falls too early", "trainer/schedule.py",
+          "(step - (last - falling)) / falling", "(step - warmup) / falling", "optimizer_test.py"),
+    fault("a loss that is not finite is no bad step", "trainer/reliability/divergence.py",
+          "bad = ~finite", "bad = jnp.zeros_like(finite)", "divergence_test.py"),
+    fault("the variance of losses is too small", "trainer/reliability/divergence.py",
+          "(1 - gain) * (var + gain * (x - mean) ** 2)", "(1 - gain) * var + (gain * (x - mean)) ** 2",
+          "divergence_test.py"),
+    # Reliability and reports
+    fault("checksums are not compared", "trainer/reliability/checkpoint.py",
+          'if now != meta["arrays"][name][leaf][1]:', "if False:",
+          "checkpoint_test.py::test_a_flipped_bit_is_found_and_the_step_before_is_used"),
+    fault("the worst checkpoints are kept", "trainer/reliability/retention.py",
+          "sorted(losses)[: config.keep_best]", "sorted(losses)[-config.keep_best :]", "retention_test.py"),
+    fault("timed saves come late", "trainer/reliability/retention.py",
+          "now - self.last >= self.interval_s", "now - self.last > 2 * self.interval_s", "retention_test.py"),
+    fault("the row of the restored step is cut", "trainer/reporting/metrics.py",
+          "_step_of(line) <= step", "_step_of(line) < step", "metrics_test.py"),
+    fault("attention has half of its FLOPs", "trainer/reporting/flops.py",
+          "(3 if causal else 6)", "3", "flops_test.py"),
+    fault("samples start over after a resume", "trainer/loop.py",
+          'Cursor(meta["step"], meta["samples"])', 'Cursor(meta["step"], 0)',
+          "system/train_test.py::test_killed_three_times_the_losses_are_the_same_bit_for_bit"),
+    # Data
+    fault("targets are the inputs", "data/batch.py",
+          "inputs, targets = tokens[:, :-1], tokens[:, 1:]", "inputs, targets = tokens[:, :-1], tokens[:, :-1]",
+          "batch_test.py"),
+    fault("the end of a document begins the next one", "data/batch.py",
+          "begins[:, 1:] = inputs[:, :-1] == document_end", "begins[:, :] = inputs == document_end", "batch_test.py"),
+    fault("every epoch has the same order", "data/loader.py",
+          "self.num_windows, self.seed, self.split, epoch)", "self.num_windows, self.seed, self.split, 0)",
+          "loader_test.py"),
+    fault("windows begin at the same tokens in every epoch", "data/loader.py",
+          '"phase", epoch, shard)', '"phase", 0, shard)', "loader_test.py"),
+    fault("the last window reads past its shard", "data/loader.py",
+          "max(len(shard) // seq_len - 1, 1)", "max(len(shard) // seq_len, 1)", "loader_test.py"),
+    fault("every batch is the first one", "data/loader.py",
+          "g = sequences_consumed + rows", "g = rows", "loader_test.py"),
+    fault("read-ahead repeats the first batch", "data/loader.py",
+          "following - self.global_batch_size", "max(following - 2 * self.global_batch_size, 0)", "loader_test.py"),
+    fault("an evaluation counts one target too many", "data/loader.py",
+          "< padded[first + rows, None]", "<= padded[first + rows, None]", "loader_test.py"),
+    fault("a lone end of text counts", "data/loader.py",
+          "lone = (lengths == 1) & (place > 0)", "lone = (lengths == 1) & (place > 1)", "batch_test.py"),
+    fault("the epochs of a mixture are those of its first source", "data/loader.py",
+          "sum(s.num_windows for s in self.sources)", "self.sources[0].num_windows", "loader_test.py"),
+    fault("pieces of a document overlap", "data/packing.py",
+          "np.minimum(width, np.repeat(begins + lengths, counts) - starts)",
+          "np.repeat(begins + lengths, counts) - starts", "packing_test.py::"
+          "test_pieces_hold_every_token_once_and_cut_only_what_is_too_long"),
+    fault("a block of a mixture is not full", "data/mixture.py",
+          'kind="stable")[: BLOCK - counts.sum()]', 'kind="stable")[: BLOCK - counts.sum() - 1]', "mixture_test.py"),
+    fault("a stage of a mixture starts its sources over", "data/mixture.py",
+          "self._before.append(self._before[-1] + self._within(", "self._before.append(self._within(",
+          "mixture_test.py"),
+    fault("the order has one round less", "data/order.py", "ROUNDS = 8", "ROUNDS = 7", "order_test.py"),
+    fault("a shard that grew is read", "data/token_files/formats.py",
+          "if size != expected:", "if size < expected:", "formats_test.py"),
+    fault("the first id outside the vocabulary is read", "data/token_files/formats.py",
+          "(largest := int(tokens.max())) >= self.vocab_size", "(largest := int(tokens.max())) > self.vocab_size",
+          "formats_test.py"),
+    fault("the fingerprint ignores the end of text", "data/token_files/formats.py",
+          'NOT_IN_FINGERPRINT = ("request",', 'NOT_IN_FINGERPRINT = ("request", "eos_id",', "formats_test.py"),
+    fault("special tokens have the ids of characters", "data/tokenizers/characters.py",
+          "dict(enumerate(self.special_tokens, start=256))", "dict(enumerate(self.special_tokens, start=255))",
+          "tokenizers_test.py"),
+]  # fmt: skip
+
+
+def apply(root: pathlib.Path, one: Fault) -> str:
+    """Puts the fault into its file below `root`; returns what was there.
+
+    Raises:
+      ValueError: the old text is not there exactly once.
+    """
+    path = root / one.file
+    text = path.read_text()
+    if (count := text.count(one.old)) != 1:
+        raise ValueError(f"its old text occurs {count} times in {one.file}")
+    path.write_text(text.replace(one.old, one.new))
+    return text
+
+
+@contextlib.contextmanager
+def copy_of(root: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary copy of a checkout, with its changes, without what git ignores."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=root, capture_output=True, text=True, check=True).stdout.split("\0")
+    with tempfile.TemporaryDirectory(prefix="meshlm-mutations-") as folder:
+        copy = pathlib.Path(folder)
+        for name in filter(None, names):
+            if (root / name).is_file():
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(root / name, copy / name, follow_symlinks=False)
+        yield copy
+
+
+def run_tests(root: pathlib.Path, tests: tuple[str, ...], limit_s: float) -> str:
+    """'passed', 'failed' after the first failure, or why neither is known."""
+    # No .pyc: it would be taken for that of a file which changed within a second and kept its size.
+    environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *tests]
+    try:
+        result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        return f"not done within {limit_s:.0f} s"
+    if result.returncode == NO_TESTS:
+        return "no test ran"
+    if result.returncode in (0, TESTS_FAILED):
+        return "failed" if result.returncode else "passed"
+    lines = (result.stdout + result.stderr).strip().splitlines() or ["no output"]
+    return f"pytest ended with {result.returncode}: {lines[-1][:100]}"
+
+
+def verdict(root: pathlib.Path, one: Fault, limit_s: float) -> str:
+    """KILLED, SURVIVED, or why neither is known; `root` is as before in the end."""
+    try:
+        before = apply(root, one)
+    except (ValueError, OSError) as e:
+        return str(e)
+    try:
+        found = run_tests(root, one.tests, limit_s)
+    finally:
+        (root / one.file).write_text(before)
+    return {"failed": KILLED, "passed": SURVIVED}.get(found, found)
+
+
+def chosen(parts: list[str]) -> list[Fault]:
+    return [one for one in FAULTS if not parts or any(part in one.name or part in one.file for part in parts)]
+
+
+def main(argv: list[str]) -> None:
+    faults = chosen(ONLY.value)
+    if not faults:
+        sys.exit(2)
+    if LIST.value:
+        for one in faults:
+            print(f"{one.file}: {one.name}: {' '.join(one.tests)}")
+        return
+    print("| fault | file | tests | | s |\n|---|---|---|---|---|")
+    counts: collections.Counter[str] = collections.Counter()
+    limit_s = 60 * MINUTES.value
+    sound: dict[tuple[str, ...], str] = {}  # by tests: how they end without a fault
+    with copy_of(ROOT) as copy:
+        for one in faults:
+            if one.tests not in sound:
+                sound[one.tests] = run_tests(copy, one.tests, limit_s)
+            start = time.monotonic()
+            passed = sound[one.tests] == "passed"
+            result = verdict(copy, one, limit_s) if passed else f"without the fault: {sound[one.tests]}"
+            counts[result] += 1
+            seconds = time.monotonic() - start
+            print(f"| {one.name} | {one.file} | {' '.join(one.tests)} | {result} | {seconds:.0f} |", flush=True)
+    print(f"\n{counts[KILLED]} of {len(faults)} faults were killed, {counts[SURVIVED]} survived")
+    sys.exit(counts[KILLED] != len(faults))
+
+
+if __name__ == "__main__":
+    app.run(main)
