@@ -95,7 +95,7 @@ def test_the_pattern_of_an_unknown_file_is_named_and_kept(pair, tmp_path):
     path.write_bytes(tokenizer.file()[1])
     with pytest.raises(DataError, match=r"339 ranks.*my.tiktoken:PATTERN.*gpt2, cl100k, o200k, llama3"):
         tokenizers.make(str(path))
-    with pytest.raises(DataError, match="pattern is unknown"):
+    with pytest.raises(DataError, match="pattern 'gpt9' is unknown"):
         tokenizers.make(f"{path}:gpt9")
     made = tokenizers.make(f"{path}:{tokenizer.pattern}", eos=True)
     loaded = tokenizers.load(tokenizers.save(made, tmp_path / "tokenizer").parent)
@@ -118,7 +118,7 @@ BYTES = [bytes([i]) for i in range(256)]
     [
         (lines(BYTES[:255]), "1 of the 256 bytes"),
         (lines([*BYTES, b"a"]), "damaged"),
-        (lines(BYTES) + b"YWI= 7\n", "1 are duplicates"),
+        (lines(BYTES) + b"YWI= 7\n", "1 occur twice"),
         (lines(BYTES) + b"YWI= -7\n", "damaged"),
         (lines(BYTES) + b"YWI= 99999999999\n", "damaged"),
         (lines(BYTES) + b"YWI\n", "line 257"),

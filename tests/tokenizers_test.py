@@ -296,7 +296,7 @@ def test_either_file_changed_or_gone_is_detected(trained, tmp_path):
     path = tokenizers.save(trained, tmp_path)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     path.write_text(path.read_text().replace("</s>", "<x>"))
-    with pytest.raises(DataError, match=r"meshlm_tokenizer.json is not the tokenizer the dataset was made with"):
+    with pytest.raises(DataError, match=r"meshlm_tokenizer.json is not the tokenizer of the dataset"):
         tokenizers.load(tmp_path, sha256)
     tokenizers.save(trained, tmp_path)
     other = tmp_path / "tokenizer.json"

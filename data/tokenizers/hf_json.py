@@ -121,7 +121,7 @@ class JsonTokenizer(Tokenizer):
         for token in added:
             if (id := tokens.get(token["content"])) != token["id"]:
                 name = names.get(token["content"], token["content"])
-                raise DataError(f"{self._where} gives the added token {name!r} id {token['id']}, and {id}")
+                raise DataError(f"{self._where} gives the added token {name!r} the ids {token['id']} and {id}")
         if len(set(tokens.values())) < len(tokens):
             raise DataError(f"{self._where} gives two tokens the same id")
         self._pieces = {id: names.get(token, token) for token, id in tokens.items() if id != self._unknown}

@@ -64,9 +64,10 @@ class RankTokenizer(Tokenizer):
         known, specials = KNOWN.get(len(self._ranks), ("", {}))
         self.pattern = pattern or known
         if self.pattern not in PATTERNS:
+            problem = f"the pattern {pattern!r} is unknown" if pattern else "the file is not a known one"
             raise DataError(
-                f"{where} has {len(self._ranks):,} ranks, which is not a known file, or an unknown pattern; name the "
-                f"pattern that splits text, as {where}:PATTERN, with one of {', '.join(PATTERNS)}"
+                f"{where} has {len(self._ranks):,} ranks, and {problem}; name the pattern that splits text, as "
+                f"{where}:PATTERN, with one of {', '.join(PATTERNS)}"
             )
         if self.pattern != known:
             specials = {END: max(self._ranks.values()) + 1}
@@ -123,7 +124,7 @@ def _parse(raw: bytes, where: str) -> dict[bytes, int]:
     missing = 256 - sum(bytes([b]) in ranks for b in range(256))
     if missing or len(set(ranks.values())) < len(lines) or min(ranks.values()) < 0 or max(ranks.values()) > MAX_ID:
         raise DataError(
-            f"{where} is damaged: of {len(lines):,} ranks, {missing} of the 256 bytes are missing, "
-            f"and {len(lines) - len(set(ranks.values())):,} occur twice; or a rank is not valid"
+            f"{where} is damaged: of {len(lines):,} ranks, {missing} of the 256 bytes are missing and "
+            f"{len(lines) - len(set(ranks.values())):,} occur twice, or a rank is not valid"
         )
     return ranks
