@@ -181,7 +181,7 @@ FAULTS = [
           "peak * (step + 1) / max(warmup, 1)", "peak * step / max(warmup, 1)", "optimizer_test.py"),
     fault("the wsd rate falls too early", "trainer/schedule.py",
           "(step - (last - falling)) / falling", "(step - warmup) / falling", "optimizer_test.py"),
-    fault("a loss that is not finite is no bad step", "trainer/reliability/divergence.py",
+    fault("a loss that is not finite is not a bad step", "trainer/reliability/divergence.py",
           "bad = ~finite", "bad = jnp.zeros_like(finite)", "divergence_test.py"),
     fault("the variance of losses is too small", "trainer/reliability/divergence.py",
           "(1 - gain) * (var + gain * (x - mean) ** 2)", "(1 - gain) * var + (gain * (x - mean)) ** 2",

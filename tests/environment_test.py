@@ -237,7 +237,7 @@ def test_an_option_that_this_jax_does_not_have_is_not_asked_for(monkeypatch):
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({"JAX_ENABLE_X64": "1"}, "JAX_ENABLE_X64=1 would make another run of this configuration; unset it"),
+        ({"JAX_ENABLE_X64": "1"}, "JAX_ENABLE_X64=1 would change the results of this configuration; unset it"),
         ({"JAX_ENABLE_X64": "maybe"}, "invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'; correct"),
         ({"XLA_FLAGS": "--xla_gpu_no_such_flag=true"}, "Unknown flag in XLA_FLAGS: --xla_gpu_no_such_flag=true"),
         ({"XLA_FLAGS": "nonsense"}, 'XLA_FLAGS=nonsense: Could not open file "nonsense"'),

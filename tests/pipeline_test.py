@@ -717,7 +717,7 @@ def test_text_of_which_all_validates_is_an_error(tmp_path):
 
 @pytest.mark.parametrize(
     ("records", "fraction", "expected"),
-    [(3, 0.001, "no text validates"), (400, 0.1, ""), (3, 0.0, ""), (1, 0.1, "no text validates")],
+    [(3, 0.001, "there is no validation text"), (400, 0.1, ""), (3, 0.0, ""), (1, 0.1, "there is no validation text")],
 )
 def test_a_split_far_from_what_was_asked_for_is_said(records, fraction, expected, tmp_path):
     (tmp_path / "in.jsonl").write_text("".join(f'{{"text": "a text {i}"}}\n' for i in range(records)))
@@ -729,7 +729,7 @@ def test_a_split_of_unequal_documents_is_said(tmp_path):
     lines = [json.dumps({"text": f"{i} " * (100000 if i == 7 else 1)}) for i in range(40)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     manifest = run(tmp_path / "out", tmp_path / "in.jsonl", "byte", val_fraction=0.3)
-    assert "of the text validates although --val_fraction is 0.3" in pipeline.notices(manifest)[0]
+    assert "of the text is for validation although --val_fraction is 0.3" in pipeline.notices(manifest)[0]
 
 
 def test_a_corpus_that_is_not_utf8_is_refused_and_may_be_taken(tmp_path):
