@@ -576,7 +576,7 @@ def test_a_tokenizer_that_changed_under_its_name_is_noticed(file, tmp_path):
             run(tmp_path / "out", file, str(tmp_path / "tokenizer.json"))
             run(tmp_path / "out", file, str(tmp_path / "tokenizer.json"))
     before = contents(tmp_path / "out")
-    with pytest.raises(DataError, match=r"another tokenizer than .*--overwrite"):
+    with pytest.raises(DataError, match=r"a tokenizer that differs from .*--overwrite"):
         run(tmp_path / "out", file, str(tmp_path / "tokenizer.json"))
     assert contents(tmp_path / "out") == before
 
@@ -611,7 +611,7 @@ def test_text_that_names_a_tokenizer_of_another_dataset_is_compared_by_content(f
     file.write_text(POEM + "ß")
     run(tmp_path / "a", file, overwrite=True)
     before = contents(tmp_path / "b")
-    with pytest.raises(DataError, match="another tokenizer"):
+    with pytest.raises(DataError, match="a tokenizer that differs"):
         run(tmp_path / "b", file, str(tmp_path / "a"))
     assert contents(tmp_path / "b") == before
 
@@ -711,13 +711,13 @@ def test_a_corpus_without_a_token_is_an_error(name, tokenizer, tmp_path):
 
 def test_text_of_which_all_validates_is_an_error(tmp_path):
     (tmp_path / "in.txt").write_text("a")
-    with pytest.raises(DataError, match="validate"):
+    with pytest.raises(DataError, match="are for validation"):
         run(tmp_path / "out", tmp_path / "in.txt", "byte", val_fraction=0.5)
 
 
 @pytest.mark.parametrize(
     ("records", "fraction", "expected"),
-    [(3, 0.001, "no text validates"), (400, 0.1, ""), (3, 0.0, ""), (1, 0.1, "no text validates")],
+    [(3, 0.001, "there is no validation text"), (400, 0.1, ""), (3, 0.0, ""), (1, 0.1, "there is no validation text")],
 )
 def test_a_split_far_from_what_was_asked_for_is_said(records, fraction, expected, tmp_path):
     (tmp_path / "in.jsonl").write_text("".join(f'{{"text": "a text {i}"}}\n' for i in range(records)))
@@ -729,7 +729,7 @@ def test_a_split_of_unequal_documents_is_said(tmp_path):
     lines = [json.dumps({"text": f"{i} " * (100000 if i == 7 else 1)}) for i in range(40)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     manifest = run(tmp_path / "out", tmp_path / "in.jsonl", "byte", val_fraction=0.3)
-    assert "of the text validates although --val_fraction is 0.3" in pipeline.notices(manifest)[0]
+    assert "of the text is for validation although --val_fraction is 0.3" in pipeline.notices(manifest)[0]
 
 
 def test_a_corpus_that_is_not_utf8_is_refused_and_may_be_taken(tmp_path):
@@ -778,7 +778,7 @@ def test_a_finished_dataset_is_not_the_same_when_its_source_has_changed(folder, 
     else:
         one.write_text(one.read_text().swapcase())
         os.utime(one, ns=(0, 0))
-    with pytest.raises(DataError, match="other files"):
+    with pytest.raises(DataError, match="files that differ"):
         run(tmp_path / "out", folder)
     folder.rename(tmp_path / "moved away")
     run(tmp_path / "out", folder)
