@@ -576,7 +576,7 @@ def test_a_tokenizer_that_changed_under_its_name_is_noticed(file, tmp_path):
             run(tmp_path / "out", file, str(tmp_path / "tokenizer.json"))
             run(tmp_path / "out", file, str(tmp_path / "tokenizer.json"))
     before = contents(tmp_path / "out")
-    with pytest.raises(DataError, match=r"another tokenizer than .*--overwrite"):
+    with pytest.raises(DataError, match=r"a tokenizer that differs from .*--overwrite"):
         run(tmp_path / "out", file, str(tmp_path / "tokenizer.json"))
     assert contents(tmp_path / "out") == before
 
@@ -611,7 +611,7 @@ def test_text_that_names_a_tokenizer_of_another_dataset_is_compared_by_content(f
     file.write_text(POEM + "ß")
     run(tmp_path / "a", file, overwrite=True)
     before = contents(tmp_path / "b")
-    with pytest.raises(DataError, match="another tokenizer"):
+    with pytest.raises(DataError, match="a tokenizer that differs"):
         run(tmp_path / "b", file, str(tmp_path / "a"))
     assert contents(tmp_path / "b") == before
 
@@ -711,7 +711,7 @@ def test_a_corpus_without_a_token_is_an_error(name, tokenizer, tmp_path):
 
 def test_text_of_which_all_validates_is_an_error(tmp_path):
     (tmp_path / "in.txt").write_text("a")
-    with pytest.raises(DataError, match="validate"):
+    with pytest.raises(DataError, match="are for validation"):
         run(tmp_path / "out", tmp_path / "in.txt", "byte", val_fraction=0.5)
 
 
@@ -778,7 +778,7 @@ def test_a_finished_dataset_is_not_the_same_when_its_source_has_changed(folder, 
     else:
         one.write_text(one.read_text().swapcase())
         os.utime(one, ns=(0, 0))
-    with pytest.raises(DataError, match="other files"):
+    with pytest.raises(DataError, match="files that differ"):
         run(tmp_path / "out", folder)
     folder.rename(tmp_path / "moved away")
     run(tmp_path / "out", folder)

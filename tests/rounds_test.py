@@ -49,6 +49,7 @@ def test_each_agreement(size):
         == [{"step": 7, "of": 0}] * size
     )
     assert gang.all(lambda p: p.run_on_all("file", lambda: p.index)) == list(range(size))
+    assert gang.all(lambda p: p.run_on_process_0("lock", lambda: p.index)) == [0] + [None] * (size - 1)
     assert gang.all(lambda p: p.check_same("setting", {"a": 1, "b": [2]})) == [None] * size
 
 
