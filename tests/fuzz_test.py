@@ -177,9 +177,8 @@ def test_any_value_in_any_field(tmp_path, field, value):
 def test_any_text_as_a_field_on_the_command_line(field, text):
     """The check of --config.FIELD=TEXT before absl sees it."""
     with contextlib.suppress(ConfigError):
-        cli._check_type(field, 1.5, text)
-        cli._check_type(field, 1, text)
-        cli._check_type(field, True, text)
+        _, overrides = cli._split_overrides([f"--config.{field}={text}"])
+        assert list(overrides) == [field]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +190,7 @@ def test_any_file_as_a_recipe(tmp_path, recipe):
     path = tmp_path / "recipe.py"
     path.write_bytes(recipe)
     with contextlib.suppress(ConfigError):
-        found = cli._load_recipe(str(path))
+        found = cli.load_recipe(str(path)).config
         assert not isinstance(found, Config)
 
 

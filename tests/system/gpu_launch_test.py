@@ -179,7 +179,7 @@ def test_an_older_driver_with_its_wheels(tmp_path, libcuda):
         ({"failure": (6, "No devices were found\n")}, "there is no GPU, or this container has none"),
         ({"failure": (15, "Unable to determine the device handle for GPU0000:4E:00.0: Unknown Error\n")},
          "15: Unable to determine the device handle for GPU0000:4E:00.0: Unknown Error: see dmesg"),
-        ({"gpus": 0}, "nvidia-smi lists no GPU"),
+        ({"gpus": 0}, "nvidia-smi does not list a GPU"),
         ({"cuinit": 802}, "does not start (cuInit: 802): the GPUs wait for their switches; start the fabric manager"),
         ({"cuinit": 100, "CUDA_VISIBLE_DEVICES": ""}, "no GPU is visible to this process; see CUDA_VISIBLE_DEVICES"),
         ({"cuinit": 999}, "the driver does not start (cuInit: 999): see dmesg"),
@@ -245,7 +245,7 @@ def test_fewer_gpus_than_there_are(tmp_path, libcuda):
     ("topology", "warning"),
     [
         (FOUR_4090, "no two GPUs have NVLink between them (0-1, 0-2, 0-3, 1-2, …: PHB, SYS): "),
-        (TWO_BRIDGED_PAIRS, "of 6 pairs of GPUs 4 have no NVLink between them (0-2, 0-3, 1-2, 1-3: SYS): "),
+        (TWO_BRIDGED_PAIRS, "of 6 pairs of GPUs, 4 do not have NVLink between them (0-2, 0-3, 1-2, 1-3: SYS): "),
     ],
 )
 def test_gpus_without_nvlink(tmp_path, libcuda, topology, warning):
