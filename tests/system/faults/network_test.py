@@ -144,7 +144,7 @@ def test_strangers_on_the_port_of_a_run(tmp_path, data):
         with runs.ending(*strangers):
             first, *others = [runs.finish(process, code=2, within_s=2 * WITHIN_S) for process in strangers]
         assert "error: port " in first.splitlines()[-1] and "another run or program has it" in first
-        assert all("is taken: what listens there does not wait" in out.splitlines()[-1] for out in others)
+        assert all("is in use: the program that listens there does not wait" in out.splitlines()[-1] for out in others)
         assert not any("Traceback" in out for out in (first, *others)) and not (tmp_path / "other").exists()
         runs.wait_for_rows(tmp_path / "run", *gang, count=len(runs.rows(tmp_path / "run")) + 5)
 
