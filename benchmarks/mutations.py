@@ -275,34 +275,35 @@ def copy_of(root: pathlib.Path) -> Iterator[pathlib.Path]:
         yield copy
 
 
-def run_tests(root: pathlib.Path, tests: tuple[str, ...], limit_s: float) -> str:
-    """'passed', 'failed' after the first failure, or why neither is known."""
+def run_tests(root: pathlib.Path, tests: tuple[str, ...], limit_s: float) -> tuple[str, str]:
+    """('passed', ''), ('failed', the first test that failed and its error), or (why neither is known, '')."""
     # No .pyc: it would be taken for that of a file which changed within a second and kept its size.
     environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *tests]
     try:
         result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=limit_s)
     except subprocess.TimeoutExpired:
-        return f"not done within {limit_s:.0f} s"
-    if result.returncode == NO_TESTS:
-        return "no test ran"
-    if result.returncode in (0, TESTS_FAILED):
-        return "failed" if result.returncode else "passed"
+        return f"not done within {limit_s:.0f} s", ""
     lines = (result.stdout + result.stderr).strip().splitlines() or ["no output"]
-    return f"pytest ended with {result.returncode}: {lines[-1][:100]}"
+    if result.returncode == NO_TESTS:
+        return "no test ran", ""
+    if result.returncode == TESTS_FAILED:
+        failed = [line for line in lines if line.startswith(("FAILED ", "ERROR "))] or lines[-1:]
+        return "failed", failed[0][:150].replace("|", "¦")
+    return ("passed" if result.returncode == 0 else f"pytest ended with {result.returncode}: {lines[-1][:100]}"), ""
 
 
-def verdict(root: pathlib.Path, one: Fault, limit_s: float) -> str:
-    """KILLED, SURVIVED, or why neither is known; `root` is as before in the end."""
+def verdict(root: pathlib.Path, one: Fault, limit_s: float) -> tuple[str, str]:
+    """(KILLED, by which test), (SURVIVED, ''), or (why neither is known, ''); `root` is as before in the end."""
     try:
         before = apply(root, one)
     except (ValueError, OSError) as e:
-        return str(e)
+        return str(e), ""
     try:
-        found = run_tests(root, one.tests, limit_s)
+        found, by = run_tests(root, one.tests, limit_s)
     finally:
         (root / one.file).write_text(before)
-    return {"failed": KILLED, "passed": SURVIVED}.get(found, found)
+    return {"failed": KILLED, "passed": SURVIVED}.get(found, found), by
 
 
 def chosen(parts: list[str]) -> list[Fault]:
@@ -317,20 +318,21 @@ def main(argv: list[str]) -> None:
         for one in faults:
             print(f"{one.file}: {one.name}: {' '.join(one.tests)}")
         return
-    print("| fault | file | tests | | s |\n|---|---|---|---|---|")
+    print("| fault | file | | first failure | s |\n|---|---|---|---|---|")
     counts: collections.Counter[str] = collections.Counter()
     limit_s = 60 * MINUTES.value
-    sound: dict[tuple[str, ...], str] = {}  # by tests: how they end without a fault
+    sound: dict[tuple[str, ...], tuple[str, str]] = {}  # by tests: how they end without a fault
     with copy_of(ROOT) as copy:
         for one in faults:
             if one.tests not in sound:
                 sound[one.tests] = run_tests(copy, one.tests, limit_s)
             start = time.monotonic()
-            passed = sound[one.tests] == "passed"
-            result = verdict(copy, one, limit_s) if passed else f"without the fault: {sound[one.tests]}"
+            before, by = sound[one.tests]
+            result = f"without the fault: {before}"
+            if before == "passed":
+                result, by = verdict(copy, one, limit_s)
             counts[result] += 1
-            seconds = time.monotonic() - start
-            print(f"| {one.name} | {one.file} | {' '.join(one.tests)} | {result} | {seconds:.0f} |", flush=True)
+            print(f"| {one.name} | {one.file} | {result} | {by} | {time.monotonic() - start:.0f} |", flush=True)
     print(f"\n{counts[KILLED]} of {len(faults)} faults were killed, {counts[SURVIVED]} survived")
     sys.exit(counts[KILLED] != len(faults))
 

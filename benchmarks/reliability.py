@@ -6,6 +6,7 @@ Uses two processes on loopback if a case needs two; one process and a model of 1
 120 MB, for the cost of a save. Seconds are those of this machine; ratios are taken within one run.
 """
 
+import functools
 import json
 import pathlib
 import shutil
@@ -38,30 +39,30 @@ LARGER = {
 }
 
 
-def start(run: pathlib.Path, data: pathlib.Path, processes: int, *words: str, **fields: object) -> list:
+def start(run: pathlib.Path, data: pathlib.Path, size: int, *words: str, **fields: object) -> list:
     """The processes of a run, once its first steps are done."""
     values = {"num_train_steps": 1_000_000, "checkpoint__every_steps": 50, "eval__every_steps": 0} | fields
     address = f"--coordinator_address=localhost:{runs.free_port()}"
-    gang = []
-    for i in range(processes):
-        own = (address, f"--num_processes={processes}", f"--process_id={i}") if processes > 1 else ()
+    processes = []
+    for i in range(size):
+        own = (address, f"--num_processes={size}", f"--process_id={i}") if size > 1 else ()
         argv = runs.command(run, data, f"--heartbeat_timeout_s={HEARTBEAT_S}", *own, *words, **values)
         out = (run.parent / f"{run.name}.{i}.txt").open("w")
-        gang.append(subprocess.Popen(argv, cwd=runs.ROOT, env=runs.environment(), stdout=out, stderr=out))
+        processes.append(subprocess.Popen(argv, cwd=runs.ROOT, env=runs.environment(), stdout=out, stderr=out))
     while len(runs.rows(run)) < 20:
-        assert all(p.poll() is None for p in gang), (run.parent / f"{run.name}.0.txt").read_text()[-3000:]
+        assert all(p.poll() is None for p in processes), (run.parent / f"{run.name}.0.txt").read_text()[-3000:]
         time.sleep(0.05)
-    return gang
+    return processes
 
 
-def leaving(gang: list, act: Callable[[], None], who: list) -> float:
-    """Seconds from the act until `who` have left."""
+def leaving(processes: list, act: Callable[[], None], who: list) -> float:
+    """Seconds from `act` until the processes `who` have ended; then ends all."""
     began = time.monotonic()
     act()
     for process in who:
         process.wait(300)
     seconds = time.monotonic() - began
-    for process in gang:
+    for process in processes:
         process.kill()
         process.wait()
     return seconds
@@ -69,14 +70,14 @@ def leaving(gang: list, act: Callable[[], None], who: list) -> float:
 
 def signals(folder: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
     table = {}
-    for processes in (1, 2):
-        gang = start(folder / f"term{processes}", data, processes)
-        seconds = leaving(gang, lambda gang=gang: gang[-1].send_signal(signal.SIGTERM), gang)
-        assert all(p.returncode == 42 for p in gang)
-        table[f"SIGTERM to exit, {processes} process(es)"] = f"{seconds:.1f} s"
+    for size in (1, 2):
+        processes = start(folder / f"term{size}", data, size)
+        seconds = leaving(processes, functools.partial(processes[-1].send_signal, signal.SIGTERM), processes)
+        assert all(p.returncode == 42 for p in processes)
+        table[f"SIGTERM to exit, {size} process(es)"] = f"{seconds:.1f} s"
     for name, number in (("dead", signal.SIGKILL), ("stopped", signal.SIGSTOP)):
-        gang = start(folder / name, data, 2, watchdog__min_s=10)
-        seconds = leaving(gang, lambda gang=gang, number=number: gang[1].send_signal(number), gang[:1])
+        processes = start(folder / name, data, 2, watchdog__min_s=10)
+        seconds = leaving(processes, functools.partial(processes[1].send_signal, number), processes[:1])
         table[f"a {name} process: until the other has left (heartbeat and watchdog 10 s)"] = f"{seconds:.1f} s"
     return table
 
@@ -84,14 +85,14 @@ def signals(folder: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
 def slow_host(folder: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
     """One of two processes is paused for half of the time, a tenth of a second at a time."""
     every = 50
-    gang = start(folder / "slow", data, 2, watchdog__straggler_every_steps=every, checkpoint__every_steps=0)
+    processes = start(folder / "slow", data, 2, watchdog__straggler_every_steps=every, checkpoint__every_steps=0)
     output, began, step = folder / "slow.0.txt", time.monotonic(), runs.rows(folder / "slow")[-1]["step"]
     while "slow host" not in (text := output.read_text()) and time.monotonic() - began < 120:
         for number in (signal.SIGSTOP, signal.SIGCONT):
-            gang[1].send_signal(number)
+            processes[1].send_signal(number)
             time.sleep(0.1)
     seconds, steps = time.monotonic() - began, runs.rows(folder / "slow")[-1]["step"] - step
-    for process in gang:
+    for process in processes:
         process.kill()
         process.wait()
     line = next((line for line in text.splitlines() if "slow host" in line), "not noticed")
@@ -142,10 +143,10 @@ def stall(folder: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
     """A save every minute for three minutes, of a model whose step takes a large part of a second."""
     run = folder / "stall"
     fields = {k.replace(".", "__"): v for k, v in LARGER.items()}
-    gang = start(run, data, 1, **fields, checkpoint__every_steps=0, checkpoint__every_minutes=1.0)
+    processes = start(run, data, 1, **fields, checkpoint__every_steps=0, checkpoint__every_minutes=1.0)
     time.sleep(185)
-    gang[0].kill()
-    gang[0].wait()
+    processes[0].kill()
+    processes[0].wait()
     rows = [r for r in runs.rows(run) if "perf/step_time_s" in r][5:]
     stalls = [r["perf/checkpoint_stall_s"] for r in rows if r["perf/checkpoint_stall_s"] > 0]
     step_s = statistics.median(r["perf/step_time_s"] for r in rows)
@@ -175,8 +176,8 @@ def goodput(folder: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
     found = restarts.read_attempts(run / "lives.jsonl")
     print(*restarts.table(found), sep="\n", file=sys.stderr)
     return {
-        "goodput under a kill every two minutes": f"{100 * found[-1].goodput:.1f} % over {len(found)} lives",
-        "… steps lost at a kill, at most (saves every half minute)": f"{max(life.lost_steps for life in found)}",
+        "goodput under a kill every two minutes": f"{100 * found[-1].goodput:.1f} % over {len(found)} attempts",
+        "… steps lost at a kill, at most (saves every half minute)": f"{max(attempt.lost_steps for attempt in found)}",
     }
 
 

@@ -1,4 +1,4 @@
-"""Breaks a run of two processes over and over, then compares it with an undisturbed one.
+"""Break a run of two processes again and again, then compare it with an undisturbed one.
 
   python -m benchmarks.soak --minutes=10 --seed=0
 
@@ -29,12 +29,12 @@ from absl import app, flags
 from tests import runs
 
 MINUTES = flags.DEFINE_float("minutes", 10.0, "How long to break things.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the faults and their moments.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the faults and their times.")
 
 HEARTBEAT_S = 10
-LEAVE_S = 120  # limit for any life to end after its fault; long, for other work may be on the machine
+LEAVE_S = 120  # limit for an attempt to end after its fault; long, because the machine may be busy
 START_S = 240
-STEPS = 1_000_000  # more than come
+STEPS = 1_000_000  # more than will be done
 FIELDS = {
     "num_train_steps": STEPS,
     "optimizer.decay_steps": 10_000,
@@ -50,22 +50,22 @@ FIELDS = {
     "watchdog.slow_s": 180,
     "watchdog.stop_s": 30,
 }
-GOES_ON = {42, -signal.SIGKILL, -signal.SIGABRT}  # codes that allow a restart
+RESUMABLE = {42, -signal.SIGKILL, -signal.SIGABRT}  # codes that allow a restart
 
 
 @dataclasses.dataclass
-class Life:
+class Attempt:
     """The processes of one start of the run."""
 
     run: pathlib.Path
-    gang: list[subprocess.Popen]
+    processes: list[subprocess.Popen]
     outputs: list[pathlib.Path]
 
     def wait_for_rows(self, after: int) -> float:
         """Seconds until a step past `after` is in metrics.jsonl."""
         start = time.monotonic()
         while last_step(self.run) <= after:
-            if time.monotonic() - start > START_S or any(p.poll() is not None for p in self.gang):
+            if time.monotonic() - start > START_S or any(p.poll() is not None for p in self.processes):
                 raise Broken(f"no step past {after} within {time.monotonic() - start:.0f} s", self)
             time.sleep(0.02)
         return time.monotonic() - start
@@ -73,26 +73,26 @@ class Life:
     def leave(self, *, within_s: float = LEAVE_S) -> float:
         """Seconds until all processes are gone; Broken if one stays, or leaves with a code that forbids a restart."""
         start = time.monotonic()
-        for process in self.gang:
+        for process in self.processes:
             try:
                 process.wait(max(within_s - (time.monotonic() - start), 0.1))
             except subprocess.TimeoutExpired:
                 raise Broken(f"process {process.pid} still there after {within_s:.0f} s", self) from None
         seconds = time.monotonic() - start
-        if bad := [p.returncode for p in self.gang if p.returncode not in GOES_ON]:
+        if bad := [p.returncode for p in self.processes if p.returncode not in RESUMABLE]:
             raise Broken(f"exit codes {bad}", self)
         return seconds
 
     def kill(self) -> None:
-        for process in self.gang:
+        for process in self.processes:
             if process.poll() is None:
                 process.kill()
                 process.wait()
 
 
 class Broken(Exception):
-    def __init__(self, reason: str, life: Life):
-        tails = "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in life.outputs)
+    def __init__(self, reason: str, attempt: Attempt):
+        tails = "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in attempt.outputs)
         super().__init__(f"{reason}\n{tails}")
 
 
@@ -101,28 +101,29 @@ def command(run: pathlib.Path, data: pathlib.Path, *words: str, **changed: objec
     return runs.command(run, data, *words, **fields)
 
 
-def begin(run: pathlib.Path, data: pathlib.Path, scratch: pathlib.Path, number: int, processes: int) -> Life:
+def begin(run: pathlib.Path, data: pathlib.Path, scratch: pathlib.Path, number: int, size: int) -> Attempt:
+    """Starts `size` processes, one or two, which share the two devices."""
     address = f"--coordinator_address=localhost:{runs.free_port()}"
     limits = (f"--heartbeat_timeout_s={HEARTBEAT_S}", "--start_timeout_s=60")
-    gang, outputs = [], []
-    for i in range(processes):
-        words = (address, f"--num_processes={processes}", f"--process_id={i}", *limits) if processes > 1 else limits
-        outputs.append(scratch / f"life{number}.{i}.txt")
+    processes, outputs = [], []
+    for i in range(size):
+        words = (address, f"--num_processes={size}", f"--process_id={i}", *limits) if size > 1 else limits
+        outputs.append(scratch / f"attempt{number}.{i}.txt")
         with outputs[-1].open("w") as out:
-            gang.append(
+            processes.append(
                 subprocess.Popen(
                     command(run, data, *words),
                     cwd=runs.ROOT,
-                    env=runs.environment(2 // processes),
+                    env=runs.environment(2 // size),
                     stdout=out,
                     stderr=subprocess.STDOUT,
                 )
             )
-    return Life(run, gang, outputs)
+    return Attempt(run, processes, outputs)
 
 
 def last_step(run: pathlib.Path) -> int:
-    """The last finished step in metrics.jsonl; read from its end, for the file grows long."""
+    """The last finished step in metrics.jsonl; read from its end, because the file becomes long."""
     path = run / "metrics.jsonl"
     if not path.exists():
         return 0
@@ -137,88 +138,89 @@ def committed(run: pathlib.Path) -> list[pathlib.Path]:
     return sorted(steps, key=lambda p: int(p.name))
 
 
-# Faults. Each is done to a running life and ends it; what is broken on the disk is broken after its end.
+# Faults. Each ends a running attempt; faults of the disk are made after its end.
 
 
-def kill_all(life: Life, dice: random.Random) -> None:
-    for process in life.gang:
+def kill_all(attempt: Attempt, dice: random.Random) -> None:
+    for process in attempt.processes:
         process.send_signal(signal.SIGKILL)
 
 
-def kill_one(life: Life, dice: random.Random) -> None:
-    dice.choice(life.gang).send_signal(signal.SIGKILL)
+def kill_one(attempt: Attempt, dice: random.Random) -> None:
+    dice.choice(attempt.processes).send_signal(signal.SIGKILL)
 
 
-def kill_in_a_save(life: Life, dice: random.Random) -> None:
+def kill_in_a_save(attempt: Attempt, dice: random.Random) -> None:
     deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and not list((life.run / "checkpoints").glob("*.orbax-checkpoint-tmp*")):
+    while time.monotonic() < deadline and not list((attempt.run / "checkpoints").glob("*.orbax-checkpoint-tmp*")):
         time.sleep(0.001)
-    kill_all(life, dice)
+    kill_all(attempt, dice)
 
 
-def ask_to_stop(life: Life, dice: random.Random) -> None:
-    dice.choice(life.gang).send_signal(dice.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)))
+def ask_to_stop(attempt: Attempt, dice: random.Random) -> None:
+    dice.choice(attempt.processes).send_signal(dice.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)))
 
 
-def freeze_one(life: Life, dice: random.Random) -> None:
+def freeze_one(attempt: Attempt, dice: random.Random) -> None:
     """The others must exit by themselves; then the frozen one continues and must notice."""
-    frozen = dice.choice(life.gang)
+    frozen = dice.choice(attempt.processes)
     frozen.send_signal(signal.SIGSTOP)
-    for process in life.gang:
+    for process in attempt.processes:
         if process is not frozen:
             try:
                 process.wait(LEAVE_S)
             except subprocess.TimeoutExpired:
-                raise Broken("the others did not notice a frozen process", life) from None
-    if len(life.gang) == 1:  # there are no others: it just continues
+                raise Broken("the others did not notice a frozen process", attempt) from None
+    if len(attempt.processes) == 1:  # there are no others: it just continues
         time.sleep(2)
     frozen.send_signal(signal.SIGCONT)
-    if len(life.gang) == 1:
-        kill_all(life, dice)
+    if len(attempt.processes) == 1:
+        kill_all(attempt, dice)
 
 
-def full_disk(life: Life, dice: random.Random) -> None:
+def full_disk(attempt: Attempt, dice: random.Random) -> None:
     """Saves fail for a while, and the run continues."""
-    before = last_step(life.run)
-    with runs.quota(*life.gang):
+    before = last_step(attempt.run)
+    with runs.quota(*attempt.processes):
         time.sleep(dice.uniform(1, 3))
-        if dead := [p.poll() for p in life.gang if p.poll() is not None]:
-            raise Broken(f"a full disk ended the run: {dead}", life)
-    life.wait_for_rows(before)
-    kill_all(life, dice)
+        if dead := [p.poll() for p in attempt.processes if p.poll() is not None]:
+            raise Broken(f"a full disk ended the run: {dead}", attempt)
+    attempt.wait_for_rows(before)
+    kill_all(attempt, dice)
 
 
-def second_job(life: Life, dice: random.Random) -> None:
+def second_job(attempt: Attempt, dice: random.Random) -> None:
     """Refused without disturbing the first."""
-    data = pathlib.Path(next(w for w in life.gang[0].args if w.startswith("--config.data.path=")).partition("=")[2])
+    flag = "--config.data.path="
+    data = pathlib.Path(next(w for w in attempt.processes[0].args if w.startswith(flag)).removeprefix(flag))
     other = subprocess.run(
-        command(life.run, data), cwd=runs.ROOT, env=runs.environment(2), capture_output=True, timeout=START_S
+        command(attempt.run, data), cwd=runs.ROOT, env=runs.environment(2), capture_output=True, timeout=START_S
     )
     if other.returncode != 2:
-        raise Broken(f"a second job left with {other.returncode}: {other.stderr[-500:].decode()}", life)
-    kill_all(life, dice)
+        raise Broken(f"a second job left with {other.returncode}: {other.stderr[-500:].decode()}", attempt)
+    kill_all(attempt, dice)
 
 
-def newest_of_two(life: Life, dice: random.Random) -> pathlib.Path:
+def newest_of_two(attempt: Attempt, dice: random.Random) -> pathlib.Path:
     """Ends the attempt once it has two checkpoints; returns the newest. With no older one a restart exits with 3."""
     deadline = time.monotonic() + START_S
-    while len(committed(life.run)) < 2 and time.monotonic() < deadline:
+    while len(committed(attempt.run)) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
-    kill_all(life, dice)
-    life.leave()
-    return committed(life.run)[-1]
+    kill_all(attempt, dice)
+    attempt.leave()
+    return committed(attempt.run)[-1]
 
 
-def flip_a_bit(life: Life, dice: random.Random) -> None:
-    newest = newest_of_two(life, dice)
+def flip_a_bit(attempt: Attempt, dice: random.Random) -> None:
+    newest = newest_of_two(attempt, dice)
     path = dice.choice(sorted(p for p in newest.rglob("*") if p.is_file() and p.parent.name == "d"))
     raw = bytearray(path.read_bytes())
     raw[dice.randrange(len(raw))] ^= 1 << dice.randrange(8)
     path.write_bytes(raw)
 
 
-def cut_a_file(life: Life, dice: random.Random) -> None:
-    newest = newest_of_two(life, dice)
+def cut_a_file(attempt: Attempt, dice: random.Random) -> None:
+    newest = newest_of_two(attempt, dice)
     path = dice.choice(sorted(p for p in newest.rglob("*") if p.is_file()))
     if dice.random() < 0.5:
         path.unlink()
@@ -226,7 +228,7 @@ def cut_a_file(life: Life, dice: random.Random) -> None:
         os.truncate(path, path.stat().st_size // 2)
 
 
-FAULTS: tuple[Callable[[Life, random.Random], None], ...] = (
+FAULTS: tuple[Callable[[Attempt, random.Random], None], ...] = (
     kill_all, kill_one, kill_in_a_save, ask_to_stop, freeze_one, full_disk, second_job, flip_a_bit, cut_a_file,
 )  # fmt: skip
 
@@ -243,51 +245,51 @@ class Count:
 def soak(run: pathlib.Path, data: pathlib.Path, scratch: pathlib.Path, dice: random.Random) -> dict[str, Count]:
     counts: dict[str, Count] = collections.defaultdict(Count)
     deadline, number, reached, fault = time.monotonic() + 60 * MINUTES.value, 0, 0, ""
-    deck: list[Callable[[Life, random.Random], None]] = []
+    deck: list[Callable[[Attempt, random.Random], None]] = []
     while True:
-        life = begin(run, data, scratch, number, dice.choice((1, 2)))
+        attempt = begin(run, data, scratch, number, dice.choice((1, 2)))
         try:
-            seconds = wait_for_resume(life, fault)
+            seconds = wait_for_resume(attempt, fault)
             if fault:
                 count = counts[fault]
                 count.survived += 1
                 count.recover_s = max(count.recover_s, seconds)
-                count.lost = max(count.lost, reached - resumed_after(life))
-            life.wait_for_rows(resumed_after(life) + dice.randrange(1, 60))
+                count.lost = max(count.lost, reached - resumed_after(attempt))
+            attempt.wait_for_rows(resumed_after(attempt) + dice.randrange(1, 60))
             if time.monotonic() > deadline:
-                ask_to_stop(life, dice)
-                life.leave()
+                ask_to_stop(attempt, dice)
+                attempt.leave()
                 return counts
-            if not deck:  # every fault once before any comes again
+            if not deck:  # each fault once before one repeats
                 deck = dice.sample(FAULTS, len(FAULTS))
             chosen = deck.pop()
             fault = chosen.__name__
             counts[fault].tried += 1
             time.sleep(dice.uniform(0, 1.5))
-            chosen(life, dice)
-            seconds = life.leave()
+            chosen(attempt, dice)
+            seconds = attempt.leave()
             counts[fault].leave_s = max(counts[fault].leave_s, seconds)
             reached, number = last_step(run), number + 1
-            print(f"life {number}: {fault}, left at step {reached} in {seconds:.1f} s", flush=True)
+            print(f"attempt {number}: {fault}, left at step {reached} in {seconds:.1f} s", flush=True)
         finally:
-            life.kill()
+            attempt.kill()
 
 
-def resumed_after(life: Life) -> int:
-    text = life.outputs[0].read_text(errors="replace")
+def resumed_after(attempt: Attempt) -> int:
+    text = attempt.outputs[0].read_text(errors="replace")
     _, found, rest = text.partition("Resuming after step ")
     return int(rest.split(".")[0]) if found else 0
 
 
-def wait_for_resume(life: Life, fault: str) -> float:
-    """Seconds from the start to the first step that this life has made."""
+def wait_for_resume(attempt: Attempt, fault: str) -> float:
+    """Seconds from the start to the first step of this attempt."""
     start = time.monotonic()
     while True:
-        text = life.outputs[0].read_text(errors="replace")
+        text = attempt.outputs[0].read_text(errors="replace")
         if "Resuming after step" in text or (not fault and "untrained ln" in text):
             return time.monotonic() - start
-        if time.monotonic() - start > START_S or any(p.poll() is not None for p in life.gang):
-            raise Broken(f"after {fault or 'nothing'} the run did not start again", life)
+        if time.monotonic() - start > START_S or any(p.poll() is not None for p in attempt.processes):
+            raise Broken(f"after {fault or 'nothing'} the run did not start again", attempt)
         time.sleep(0.02)
 
 
@@ -311,7 +313,7 @@ def main(argv: list[str]) -> int:
     run, reference = scratch / "run", scratch / "reference"
     counts = soak(run, data, scratch, dice)
     minutes, steps = (time.monotonic() - start) / 60, last_step(run)
-    print(f"{minutes:.1f} minutes, {steps} steps; now the run that nothing happens to", flush=True)
+    print(f"{minutes:.1f} minutes, {steps} steps; now the undisturbed run", flush=True)
     undisturbed = command(reference, data, **{"num_train_steps": steps, "checkpoint.every_steps": 1000})
     subprocess.run(undisturbed, cwd=runs.ROOT, env=runs.environment(2), check=True, stdout=subprocess.DEVNULL)
     rows, wrong = differing(run, reference)
@@ -321,7 +323,7 @@ def main(argv: list[str]) -> int:
         print(f"| {name.replace('_', ' ')} | {fields} |")
     tried, survived = sum(c.tried for c in counts.values()), sum(c.survived for c in counts.values())
     print(f"\n{tried} faults, {survived} survived; {rows} rows compared, {len(wrong)} differ")
-    print("Seconds and steps are the most of any.")
+    print("Seconds and steps are the largest of all attempts.")
     print(*wrong[:5], sep="\n")
     shutil.rmtree(scratch)
     return int(bool(wrong) or survived < tried)

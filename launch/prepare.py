@@ -95,6 +95,9 @@ class ProgressLine:
     def __init__(self) -> None:
         self.status = StatusLine()
         self.stage = ""
+        self.start = 0.0  # time, bytes and tokens when the stage began here
+        self.done = 0
+        self.tokens = 0
 
     def __call__(self, stage: str, done: int, total: int, tokens: int) -> None:
         now = time.monotonic()

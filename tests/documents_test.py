@@ -16,7 +16,7 @@ import zstandard
 from data.errors import DataError
 from data.preparation import corpus, documents, pipeline
 from data.preparation.input_errors import REPLACED
-from tests.texts import damaged as damages
+from tests.texts import damaged_copies
 
 SKIP = {"bad_records": "skip"}
 
@@ -402,7 +402,7 @@ def test_a_damaged_parquet_file_is_an_error_of_one_line_or_read(tmp_path):
     table = pyarrow.table({"text": ["a", "ü b", None, "x" * 50] * 5, "n": range(20)})
     pyarrow.parquet.write_table(table, path, row_group_size=7)
     errors = 0
-    for raw in damages(path.read_bytes(), 300):
+    for raw in damaged_copies(path.read_bytes(), 300):
         path.write_bytes(raw)
         documents._open_parquet.cache_clear()
         try:

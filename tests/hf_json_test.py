@@ -23,7 +23,7 @@ from data.tokenizers import hf_json, ranks
 from data.tokenizers.hf_json import JsonTokenizer, byte_level_json, train_bpe
 from data.tokenizers.ranks import BYTE_CHARACTERS
 from tests import merge_lists
-from tests.texts import ALL_TRICKY, CORPUS, TEXT, damaged
+from tests.texts import ALL_TRICKY, CORPUS, TEXT, damaged_copies
 
 QUICK = settings(max_examples=100, deadline=None)
 EOT = "<|endoftext|>"
@@ -505,7 +505,7 @@ def test_a_file_that_cannot_be_right_is_refused(trained, changes, words):
 def test_damaged_files_are_refused_or_work(make):
     raw = make().file()[1]
     refused = worked = 0
-    for content in damaged(raw, 300):
+    for content in damaged_copies(raw, 300):
         try:
             tokenizer = JsonTokenizer(content)
             tokenizer.decode(tokenizer.encode("hello, worldly 東京 </s>"))

@@ -80,7 +80,9 @@ def fault(old: str, new: str, test: str = "module_test.py") -> Fault:
 )
 def test_verdicts(repository, one, expected):
     before = (repository / "module.py").read_text()
-    assert verdict(repository, one, 5 if "within" in expected else runs.TIMEOUT_S).startswith(expected)
+    result, by = verdict(repository, one, 5 if "within" in expected else runs.TIMEOUT_S)
+    assert result.startswith(expected)
+    assert ("FAILED module_test.py::test_add - assert 6 == 5" in by) == (result == KILLED)
     assert (repository / "module.py").read_text() == before
 
 

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from data.errors import DataError
-from data.preparation import pool as pool_module
+from data.preparation import pool
 from data.preparation.pool import Pool
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -32,20 +32,20 @@ def refuse(n: int) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_job_is_done_once(workers):
-    with Pool(workers) as pool:
-        done = dict(pool.run(square, ((n,) for n in range(40))))
+    with Pool(workers) as processes:
+        done = dict(processes.run(square, ((n,) for n in range(40))))
     assert {job: result[0] for job, result in done.items()} == {(n,): n * n for n in range(40)}
     assert (os.getpid() in {pid for _, pid in done.values()}) == (workers == 1)
 
 
 def test_a_killed_worker_is_an_error_that_says_how_to_go_on():
-    with Pool(2) as pool, pytest.raises(DataError, match="fewer --workers"):
-        list(pool.run(kill_yourself_at, ((n,) for n in range(20))))
+    with Pool(2) as processes, pytest.raises(DataError, match="fewer --workers"):
+        list(processes.run(kill_yourself_at, ((n,) for n in range(20))))
 
 
 def test_what_a_worker_raises_is_raised_here():
-    with Pool(2) as pool, pytest.raises(DataError, match="no 0"):
-        list(pool.run(refuse, [(0,)]))
+    with Pool(2) as processes, pytest.raises(DataError, match="no 0"):
+        list(processes.run(refuse, [(0,)]))
 
 
 SLEEPERS = """
@@ -53,8 +53,8 @@ import os, time
 from data.preparation.pool import Pool
 from tests.pool_test import report_and_sleep
 if __name__ == "__main__":
-    with Pool(2) as pool:
-        list(pool.run(report_and_sleep, [(0,), (1,)]))
+    with Pool(2) as processes:
+        list(processes.run(report_and_sleep, [(0,), (1,)]))
 """
 
 
@@ -96,9 +96,9 @@ from data.preparation.pool import Pool
 from tests.pool_test import report_and_sleep
 if __name__ == "__main__":
     try:
-        with Pool(3) as pool:
+        with Pool(3) as processes:
             print("begun", flush=True)
-            list(pool.run(report_and_sleep, [(n,) for n in range(9)]))
+            list(processes.run(report_and_sleep, [(n,) for n in range(9)]))
     except KeyboardInterrupt:
         sys.exit(130)
 """
@@ -131,7 +131,7 @@ def test_ctrl_c_waits_while_a_worker_starts():
     threading.Thread(target=time.sleep, args=(1,), daemon=True).start()
     begun = False
     with pytest.raises(KeyboardInterrupt):
-        with pool_module._interrupts_later():
+        with pool._interrupts_later():
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.1)
             begun = True
@@ -141,8 +141,8 @@ def test_ctrl_c_waits_while_a_worker_starts():
 
 def test_an_error_ends_the_other_workers_at_once():
     began = time.monotonic()
-    with pytest.raises(DataError, match="no 7"), Pool(2) as pool:
-        list(pool.run(refuse_or_sleep, [(0,), (7,)]))
+    with pytest.raises(DataError, match="no 7"), Pool(2) as processes:
+        list(processes.run(refuse_or_sleep, [(0,), (7,)]))
     assert time.monotonic() - began < 30
 
 
@@ -153,15 +153,15 @@ def refuse_or_sleep(n: int) -> None:
 
 
 def test_cores_are_those_that_this_process_may_use(tmp_path, monkeypatch):
-    monkeypatch.setattr(pool_module, "CGROUPS", tmp_path)
+    monkeypatch.setattr(pool, "CGROUPS", tmp_path)
     allowed = len(os.sched_getaffinity(0))
-    assert pool_module.cores() == allowed
+    assert pool.cores() == allowed
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert pool_module.cores() == allowed
+    assert pool.cores() == allowed
     (tmp_path / "cpu.max").write_text("50000 100000\n")
-    assert pool_module.cores() == 1
+    assert pool.cores() == 1
     (tmp_path / "cpu.max").write_text("not a number")
-    assert pool_module.cores() == allowed
+    assert pool.cores() == allowed
     command = [sys.executable, "-c", "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
                "from data.preparation.pool import cores; print(cores())"]  # fmt: skip
     assert subprocess.check_output(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) == b"1\n"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from data import tokenizers
 from data.errors import DataError
 from data.tokenizers.sentencepiece_file import PieceTokenizer
-from tests.texts import ALL_TRICKY, CORPUS, TEXT, damaged
+from tests.texts import ALL_TRICKY, CORPUS, TEXT, damaged_copies
 
 
 def train(**options) -> bytes:
@@ -89,7 +89,7 @@ def test_the_door_takes_and_keeps_it(raw, tmp_path):
 def test_damaged_files_are_refused_or_work(raw, tmp_path):
     path = tmp_path / "m.model"
     refused = worked = 0
-    for content in damaged(raw, 200):
+    for content in damaged_copies(raw, 200):
         path.write_bytes(content)
         try:
             tokenizer = tokenizers.make(str(path))

@@ -36,7 +36,7 @@ OLD_TRICKY = [*TRICKY, "", "a" * 3000, " " * 3000]
 ALL_TRICKY = [*OLD_TRICKY, NEW_CHARACTERS]
 
 
-def damaged(raw: bytes, times: int):
+def damaged_copies(raw: bytes, times: int):
     """`raw` cut off, and with bytes changed, in `times` ways."""
     rng = random.Random(0)
     for i in range(times):

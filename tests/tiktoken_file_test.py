@@ -12,7 +12,7 @@ from data.errors import DataError
 from data.tokenizers import ranks, tiktoken_file
 from data.tokenizers.hf_json import JsonTokenizer, train_bpe
 from data.tokenizers.tiktoken_file import RankTokenizer
-from tests.texts import ALL_TRICKY, CORPUS, TEXT, damaged
+from tests.texts import ALL_TRICKY, CORPUS, TEXT, damaged_copies
 
 
 def lines(tokens: list[bytes]) -> bytes:
@@ -133,7 +133,7 @@ def test_a_bad_file_is_refused(raw, words):
 
 def test_damaged_files_are_refused_or_work(pair):
     refused = worked = 0
-    for raw in damaged(pair[1].file()[1], 200):
+    for raw in damaged_copies(pair[1].file()[1], 200):
         try:
             tokenizer = RankTokenizer(raw, pattern="gpt2")
             assert tokenizer.decode(tokenizer.encode("hello 東京 12")) == "hello 東京 12"

@@ -10,7 +10,7 @@ import tokenizers as library
 from data import tokenizers
 from data.tokenizers import minbpe
 from data.tokenizers.characters import CharTokenizer
-from launch import tokenizer as command
+from launch.tokenizer import split
 from tests import runs
 from tests.cli_test import assert_one_line
 
@@ -105,7 +105,7 @@ def test_encode_and_back(trained, tmp_path):
 
 
 def test_split_in_colour_shows_every_token_and_nothing_that_acts_on_a_terminal():
-    text = command.split([b"a", b"\x1b[2J", b"\xe6"], colour=True)
+    text = split([b"a", b"\x1b[2J", b"\xe6"], colour=True)
     assert text == "\x1b[30;46ma\x1b[0m\x1b[30;42m\\x1b[2J\x1b[0m\x1b[30;43m\\xe6\x1b[0m"
 
 

@@ -70,69 +70,39 @@ class JsonTokenizer(Tokenizer):
         self._where = where
         self.spec = parse_json(raw, where)
         with refusing(f"{where} is not a tokenizer.json, or is damaged"):
-            self._read(eos)
+            added = _added_tokens(self.spec)
+            ids_of_specials = _special_tokens(added, eos)
+            self.eos_id = None if eos == "" else choose_eos(where, ids_of_specials, eos)
+            self.specials = dict(sorted((id, name) for name, id in ids_of_specials.items()))
+            self.special_tokens = list(self.specials.values())
+            copy = _CopyThatEncodes(self.spec, added, ids_of_specials)
+            self._unknown = copy.unknown
+            self.unknown_id = _unknown_token(self.spec["model"], added)
+            self._library = _library().Tokenizer.from_str(json.dumps(copy.spec))
+            self._pieces = self._read_pieces(copy)
+            self.vocab_size = max(self._pieces) + 1
+            self._added = {token["id"]: token["content"] for token in added}
+            self.plain = {t: id for id, t in self._pieces.items() if id not in self._added}
+            self.byte_level = _mentions(self.spec.get("decoder"), "ByteLevel") and all(
+                character in BYTE_OF for token in self.plain for character in token
+            )
             self._tiktoken = ranks.accelerated(self.spec, self.plain, self._encode) if accelerate else None
         self.phased = _mentions(self.spec.get("pre_tokenizer"), "FixedLength")
         self.lossless = self.accelerated and self.byte_level
 
-    def _read(self, eos: str | None) -> None:
-        model = self.spec["model"]
-        bytes_of_model = _byte_tokens(model)
-        added = self.spec.get("added_tokens") or []
-        added = [token for token in added if bytes_of_model.get(token["content"]) != token["id"]]
-        specials = {token["content"]: token["id"] for token in added if token["special"]}
-        if eos is None and find_eos(specials) is None:
-            eos = find_eos({token["content"] for token in added})
-        if eos:
-            specials |= {token["content"]: token["id"] for token in added if token["content"] == eos}
-        self.eos_id = None if eos == "" else choose_eos(self._where, specials, eos)
-        self.specials = dict(sorted((id, name) for name, id in specials.items()))
-        self.special_tokens = list(self.specials.values())
-
-        # The library finds the names of added tokens in text, and models may have them as pieces. In the copy that
-        # encodes, special tokens have names that text cannot contain, because they are drawn at random each time.
-        secret = secrets.token_hex(16)
-        hidden = {name: name + secret for name in specials}
-        copy = self.spec | {"truncation": None, "padding": None, "post_processor": None}
-        copy["added_tokens"] = [token | {"content": hidden.get(token["content"], token["content"])} for token in added]
-        copy["model"] = _hide(model, hidden)
-        self._unknown = None
-        if model.get("type", "BPE") == "BPE":
-            copy["model"]["dropout"] = None
-            if not model.get("unk_token"):
-                named = {token["content"]: token["id"] for token in copy["added_tokens"]}
-                vocabulary = named | copy["model"]["vocab"]
-                self._unknown = max(vocabulary.values(), default=-1) + 1
-                copy["model"] |= {"vocab": vocabulary | {f"?{secret}": self._unknown}, "unk_token": f"?{secret}"}
-        self.unknown_id = model.get("unk_id")  # Unigram has an id, other models a name
-        if model.get("unk_token"):
-            named = {token["content"]: token["id"] for token in added}
-            self.unknown_id = (model["vocab"] | named).get(model["unk_token"])
-        self._library = _library().Tokenizer.from_str(json.dumps(copy))
-        self._check(copy["added_tokens"], {hidden[name]: name for name in specials})
-
-    def _check(self, added: list[dict[str, Any]], names: dict[str, str]) -> None:
-        """Takes the vocabulary from the library. Raises DataError unless each token has an id of its own.
-
-        Args:
-          names: the original names of hidden tokens.
-        """
+    def _read_pieces(self, copy: "_CopyThatEncodes") -> dict[int, str]:
+        """The vocabulary of the library. Raises DataError unless each token has an id of its own."""
         tokens = self._library.get_vocab(with_added_tokens=True)
-        for token in added:
+        for token in copy.spec["added_tokens"]:
             if (id := tokens.get(token["content"])) != token["id"]:
-                name = names.get(token["content"], token["content"])
+                name = copy.names.get(token["content"], token["content"])
                 raise DataError(f"{self._where} gives the added token {name!r} the ids {token['id']} and {id}")
         if len(set(tokens.values())) < len(tokens):
             raise DataError(f"{self._where} gives two tokens the same id")
-        self._pieces = {id: names.get(token, token) for token, id in tokens.items() if id != self._unknown}
-        if not self._pieces or max(self._pieces) > MAX_ID:
+        pieces = {id: copy.names.get(token, token) for token, id in tokens.items() if id != copy.unknown}
+        if not pieces or max(pieces) > MAX_ID:
             raise DataError(f"{self._where} has no tokens, or ids above {MAX_ID}")
-        self.vocab_size = max(self._pieces) + 1
-        self._added = {token["id"]: names.get(token["content"], token["content"]) for token in added}
-        self.plain = {t: id for id, t in self._pieces.items() if id not in self._added}
-        self.byte_level = _mentions(self.spec.get("decoder"), "ByteLevel") and all(
-            character in BYTE_OF for token in self.plain for character in token
-        )
+        return pieces
 
     def encode(self, text: str) -> np.ndarray:
         text = encodable(text)
@@ -220,8 +190,63 @@ def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
     return left, right
 
 
+def _added_tokens(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """The added tokens, without the byte tokens of byte_fallback."""
+    bytes_of_model = _byte_tokens(spec["model"])
+    added = spec.get("added_tokens") or []
+    return [token for token in added if bytes_of_model.get(token["content"]) != token["id"]]
+
+
+def _special_tokens(added: list[dict[str, Any]], eos: str | None) -> dict[str, int]:
+    """Names and ids of the special tokens: those marked so, and the end-of-text token."""
+    specials = {token["content"]: token["id"] for token in added if token["special"]}
+    if eos is None and find_eos(specials) is None:
+        eos = find_eos({token["content"] for token in added})
+    if eos:
+        specials |= {token["content"]: token["id"] for token in added if token["content"] == eos}
+    return specials
+
+
+def _unknown_token(model: dict[str, Any], added: list[dict[str, Any]]) -> int | None:
+    if model.get("unk_token"):
+        named = {token["content"]: token["id"] for token in added}
+        return (model["vocab"] | named).get(model["unk_token"])
+    return model.get("unk_id")  # Unigram has an id, other models a name
+
+
+class _CopyThatEncodes:
+    """The copy of a tokenizer.json that the library gets.
+
+    The library finds the names of added tokens in text, and models may have them as pieces. In the copy, special tokens
+    have names that text cannot contain, because they are drawn at random each time. If a BPE model has no unknown
+    token, it gets one, so that a character that it cannot express is noticed.
+
+    Attributes:
+      spec: the copy.
+      names: the original names of the hidden tokens.
+      unknown: the id of the unknown token that was added; None if none was.
+    """
+
+    def __init__(self, spec: dict[str, Any], added: list[dict[str, Any]], specials: dict[str, int]):
+        secret = secrets.token_hex(16)
+        hidden = {name: name + secret for name in specials}
+        model = _hide(spec["model"], hidden)
+        self.spec = spec | {"truncation": None, "padding": None, "post_processor": None, "model": model}
+        self.spec["added_tokens"] = [t | {"content": hidden.get(t["content"], t["content"])} for t in added]
+        self.names = {other: name for name, other in hidden.items()}
+        self.unknown: int | None = None
+        if model.get("type", "BPE") != "BPE":
+            return
+        model["dropout"] = None
+        if not model.get("unk_token"):
+            named = {token["content"]: token["id"] for token in self.spec["added_tokens"]}
+            vocabulary = named | model["vocab"]
+            self.unknown = max(vocabulary.values(), default=-1) + 1
+            model |= {"vocab": vocabulary | {f"?{secret}": self.unknown}, "unk_token": f"?{secret}"}
+
+
 def _hide(model: dict[str, Any], hidden: dict[str, str]) -> dict[str, Any]:
-    """`model` with renamed pieces; a merge that would make one of them is left out."""
+    """A copy of `model` with renamed pieces; a merge that would make one of them is left out."""
     copy = dict(model)
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):
