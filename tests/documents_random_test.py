@@ -136,7 +136,7 @@ def plain_records(raw: bytes) -> tuple[list[str], set[tuple[str, int]]]:
         elif names(line).count("text") > 1:
             wrong.add(("record with the text key twice", number))
         elif not isinstance(record["text"], str):
-            wrong.add(("text that is not a string", number))
+            wrong.add(("text that is no string", number))
         elif not record["text"]:
             wrong.add(("empty document", number))
         else:
@@ -198,7 +198,7 @@ def test_parquet_gives_its_rows_whatever_strings_are_made_of(values, kind, rows,
         assert {kind: [place.number for place in places] for kind, places in found.examples.items() if places} == {
             kind: numbers
             for kind, numbers in {
-                "text that is not a string": [n for n, value in numbered if value is None],
+                "text that is no string": [n for n, value in numbered if value is None],
                 "empty document": [n for n, value in numbered if value == b""],
                 input_errors.REPLACED: [n for n, value in numbered if value and b"\xe9" in value],
                 input_errors.NUL: [n for n, value in numbered if value and b"\0" in value],

@@ -60,8 +60,8 @@ GOOD, LAST = {"text": "good"}, {"text": "last"}
         (b'{"text": "a"} {"text": "b"}', "broken JSON", "Extra data"),
         ({"content": "x", "id": 1}, "record without the text key", "no 'text'; it has: content, id"),
         ([1, 2], "record without the text key", "it has: list"),
-        ({"text": None}, "text that is not a string", "NoneType"),
-        ({"text": ["a"]}, "text that is not a string", "list"),
+        ({"text": None}, "text that is no string", "NoneType"),
+        ({"text": ["a"]}, "text that is no string", "list"),
         (b'{"text": "first", "text": "second"}', "record with the text key twice", ""),
         (b'{"text": "a long one", "a": {"text": 1}, "text" : ""}', "record with the text key twice", ""),
         (b'{"te\\u0078t": "first", "text": "second"}', "record with the text key twice", ""),
@@ -381,7 +381,7 @@ def test_parquet_rows_are_numbered_through_the_file(tmp_path):
     texts, errors = read(path, **SKIP)
     assert texts == ["a", "b"]
     assert errors.examples == {
-        "text that is not a string": [f"{path} row 2 (NoneType)", f"{path} row 5 (NoneType)"],
+        "text that is no string": [f"{path} row 2 (NoneType)", f"{path} row 5 (NoneType)"],
         "empty document": [f"{path} row 4"],
     }
 

@@ -433,7 +433,7 @@ def _is_given_twice(text: str, options: ReadOptions) -> bool:
 def _of_value(value: Any, place: Place, options: ReadOptions, errors: InputErrors) -> str | bytes | None:
     """The text of a record; None if it has none, which has been counted or raised."""
     if not isinstance(value, str | bytes):
-        _bad("text that is not a string", place._replace(note=type(value).__name__), options, errors)
+        _bad("text that is no string", place._replace(note=type(value).__name__), options, errors)
         return None
     if not value:
         errors.record("empty document", place)
