@@ -10,6 +10,7 @@ all pass, it survived, and a test is missing.
 Exit codes: 0 all faults were killed, 1 one was not, or could not be tried, 2 no fault has such a name.
 """
 
+import argparse
 import collections
 import contextlib
 import dataclasses
@@ -21,12 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-
-from absl import app, flags
-
-ONLY = flags.DEFINE_list("only", [], "Faults to try, by a part of their name or file; all when empty.")
-MINUTES = flags.DEFINE_float("minutes", 10.0, "Time limit for the tests of one fault.")
-LIST = flags.DEFINE_bool("list", False, "Print the faults and their tests, and try none.")
 
 ROOT = pathlib.Path(__file__).parent.parent
 KILLED, SURVIVED = "killed", "SURVIVED"
@@ -310,17 +305,29 @@ def chosen(parts: list[str]) -> list[Fault]:
     return [one for one in FAULTS if not parts or any(part in one.name or part in one.file for part in parts)]
 
 
-def main(argv: list[str]) -> None:
-    faults = chosen(ONLY.value)
+def options(argv: list[str]) -> argparse.Namespace:
+    # Not absl's flags: a test imports this module beside others that have an --only.
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="Faults to try, by a part of their name or file; all when empty.")
+    parser.add_argument("--minutes", type=float, default=10.0, help="Time limit for the tests of one fault.")
+    parser.add_argument("--list", action="store_true", help="Print the faults and their tests, and try none.")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code."""
+    given = options(argv)
+    faults = chosen([part.strip() for part in given.only.split(",") if part.strip()])
     if not faults:
-        sys.exit(2)
-    if LIST.value:
+        print(f"no fault has {given.only!r} in its name or file; --list prints them", file=sys.stderr)
+        return 2
+    if given.list:
         for one in faults:
             print(f"{one.file}: {one.name}: {' '.join(one.tests)}")
-        return
+        return 0
     print("| fault | file | | first failure | s |\n|---|---|---|---|---|")
     counts: collections.Counter[str] = collections.Counter()
-    limit_s = 60 * MINUTES.value
+    limit_s = 60 * given.minutes
     sound: dict[tuple[str, ...], tuple[str, str]] = {}  # by tests: how they end without a fault
     with copy_of(ROOT) as copy:
         for one in faults:
@@ -334,8 +341,8 @@ def main(argv: list[str]) -> None:
             counts[result] += 1
             print(f"| {one.name} | {one.file} | {result} | {by} | {time.monotonic() - start:.0f} |", flush=True)
     print(f"\n{counts[KILLED]} of {len(faults)} faults were killed, {counts[SURVIVED]} survived")
-    sys.exit(counts[KILLED] != len(faults))
+    return int(counts[KILLED] != len(faults))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(main(sys.argv[1:]))

@@ -106,9 +106,17 @@ def test_the_exit_code_is_0_only_if_all_faults_were_killed(monkeypatch, capsys, 
     }.items():
         monkeypatch.setattr(mutations, "ROOT", repository)
         monkeypatch.setattr(mutations, "chosen", lambda parts, faults=faults: faults)
-        with pytest.raises(SystemExit) as e:
-            mutations.app.run(mutations.main, ["mutations", "--minutes=3"])
-        found[name] = int(e.value.code)
+        found[name] = mutations.main(["--minutes=3"])
         rows = capsys.readouterr().out.splitlines()
         assert len([row for row in rows if row.startswith("| ")]) == 1 + len(faults)
     assert found == {"killed": 0, "survived": 1, "not found": 1}
+
+
+def test_a_list_tries_nothing_and_an_unknown_name_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(mutations, "run_tests", None)
+    assert mutations.main(["--list", "--only=top-p, order.py"]) == 0
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "model/generate.py",
+        "data/order.py",
+    ]
+    assert mutations.main(["--only=no such fault"]) == 2 and "'no such fault'" in capsys.readouterr().err
