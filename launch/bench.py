@@ -222,9 +222,7 @@ def rounds(bench: Bench, peer: "Peer | None") -> tuple[list[float], list[float]]
 def expected_first_loss(config: Config) -> float:
     """ln V + embed_dim std² / 2 for random targets: a head of standard deviation std gives a normalised stream normally
     distributed logits, and the mean of their exp is exp of half their variance."""
-    from model.layers import INIT_STD
-
-    return math.log(config.model.vocab_size) + config.model.embed_dim * INIT_STD**2 / 2
+    return math.log(config.model.vocab_size) + config.model.embed_dim * config.model.init_std**2 / 2
 
 
 def check_losses(config: Config, losses: list[float]) -> None:

@@ -1,4 +1,4 @@
-"""Causal attention: projections, rotary positions, grouped queries, the KV cache. model/kernels.py has the attention
+"""Causal attention: projections, norms and rotation of queries and keys, the KV cache. model/kernels.py has the attention
 itself.
 
 Shape suffixes: b batch, t query, s key, h query head, k key-value head, d head size.
@@ -12,7 +12,8 @@ from jax import Array
 from model import kernels
 from model.config import ModelConfig
 from model.context import Context
-from model.layers import Build, Linear, project
+from model.layers import Build, Linear, Norm, project
+from model.rope import rope_of
 
 Cache = dict[str, Array]  # {"k": [layers, b, s, k, d], "v": the same}; static length s
 
@@ -22,51 +23,51 @@ def empty_cache(config: ModelConfig, batch: int, length: int) -> Cache:
     return {name: jnp.zeros(shape, config.dtype) for name in ("k", "v")}
 
 
-def rotate(x_bthd: Array, positions: Array, theta: float) -> Array:
-    """Rotary position embedding (Su et al., 2021), halves rotated as in GPT-NeoX and Hugging Face's Llama.
-
-    Args:
-      x_bthd: [b, t, h, d], d even.
-      positions: int32 [b, t] or [1, t].
-    """
-    half = x_bthd.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]  # float32 whatever x is
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x_bthd.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_bthd.dtype)
-
-
 class Attention(nnx.Module):
     """Multi-head (Vaswani et al., 2017) or grouped-query (Ainslie et al., 2023) causal self-attention."""
 
     def __init__(self, build: Build):
         config = build.config
-        embed, bias = config.embed_dim, config.bias
+        embed, bias = config.embed_dim, build.bias(config.qkv_bias)
         q_dim, kv_dim = config.num_heads * config.head_size, config.kv_heads * config.head_size
         self.config = config
         self.partitioner = build.partitioner
-        self.spec = kernels.spec_of(config)
         self.query = Linear(build, embed, q_dim, ("embed", "heads"), bias=bias)
         self.key = Linear(build, embed, kv_dim, ("embed", "kv_heads"), bias=bias)
         self.value = Linear(build, embed, kv_dim, ("embed", "kv_heads"), bias=bias)
-        self.out = Linear(build, q_dim, embed, ("heads", "embed"), bias=bias, std=build.out_std)
+        self.out = Linear(build, q_dim, embed, ("heads", "embed"), bias=build.bias(config.out_bias), std=build.out_std)
+        self.query_norm = self._norm(build, q_dim, "heads")
+        self.key_norm = self._norm(build, kv_dim, "kv_heads")
+
+    @staticmethod
+    def _norm(build: Build, size: int, axis: str) -> Norm | None:
+        """Of queries or keys: of all heads as one vector of this size, or of each head."""
+        choice = {"none": None, "head": (build.config.head_size, None), "projection": (size, axis)}
+        arguments = choice[build.config.qk_norm]
+        return None if arguments is None else Norm(build, *arguments)
 
     def __call__(self, x: Array, ctx: Context, cache: Cache | None = None) -> tuple[Array, Cache | None]:
         """x [b, t, embed] to the same; a cache's k and v [b, s, k, d] gain rows at ctx.index."""
+        spec = kernels.spec_of(self.config, local=ctx.local)
         q, k, v = project(x, self.query, self.key, self.value)
-        q, k, v = self._heads(q, "heads"), self._heads(k, "kv_heads"), self._heads(v, "kv_heads")
+        q, k = self._heads(q, "heads", self.query_norm), self._heads(k, "kv_heads", self.key_norm)
+        v = self._heads(v, "kv_heads")
         if self.config.position == "rope":
-            q, k = (rotate(y, ctx.positions, self.config.rope_theta) for y in (q, k))
+            rope = rope_of(self.config, local=ctx.local)
+            q, k = (rope(y, ctx.positions) for y in (q, k))
         if cache is None:
-            y = self.partitioner.attention(q, k, v, ctx, self.spec)
+            y = self.partitioner.attention(q, k, v, ctx, spec)
         else:
             start = (0, ctx.index[0], 0, 0)
             cache = {name: jax.lax.dynamic_update_slice(cache[name], new, start) for name, new in (("k", k), ("v", v))}
-            y = kernels.xla(q, cache["k"], cache["v"], kernels.Mask(ctx.index), self.spec, dropout=ctx.dropout)
+            y = kernels.xla(q, cache["k"], cache["v"], kernels.Mask(ctx.index), spec, dropout=ctx.dropout)
         return self.out(y.reshape(*x.shape[:-1], -1)), cache
 
-    def _heads(self, y: Array, axis: str) -> Array:
-        return self.partitioner.constrain(
-            y.reshape(*y.shape[:-1], -1, self.config.head_size), ("batch", "seq", axis, None)
-        )
+    def _heads(self, y: Array, axis: str, norm: Norm | None = None) -> Array:
+        """[b, t, heads * d] to [b, t, heads, d], normalised before that as one vector, or after it each head."""
+        if norm is not None and self.config.qk_norm == "projection":
+            y = norm(y)
+        y = y.reshape(*y.shape[:-1], -1, self.config.head_size)
+        if norm is not None and self.config.qk_norm == "head":
+            y = norm(y)
+        return self.partitioner.constrain(y, ("batch", "seq", axis, None))

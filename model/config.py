@@ -2,17 +2,55 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 POSITIONS = ("rope", "learned")
 NORMS = ("layernorm", "rmsnorm")
-MLPS = ("swiglu", "geglu", "glu", "gelu", "relu2")
+GATED_MLPS = ("swiglu", "geglu", "geglu_exact", "glu")
+MLPS = (*GATED_MLPS, "gelu", "gelu_exact", "silu", "relu2")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "dots", "attention", "full", "offload")
 KERNELS = ("auto", "xla", "cudnn", "splash")
 # The embedding's rows are padded to a multiple of this, whatever the mesh, so that a tensor axis of any power of two up
 # to it divides them and matrix units are full. Rows past vocab_size are never predicted.
 VOCAB_MULTIPLE = 64
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError("model." + message)
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are changed for texts that are longer than those of the first training (model/rope.py)."""
+
+    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
+    factor: float = 1.0  # how much longer
+    original_len: int = 0  # the longest text of the first training; of llama3 and yarn
+    low_freq_factor: float = 1.0  # llama3: a wave longer than original_len / this is stretched by `factor`
+    high_freq_factor: float = 4.0  # llama3: a wave shorter than original_len / this is kept
+    beta_fast: float = 32.0  # yarn: what turns more often than this within original_len is kept
+    beta_slow: float = 1.0  # yarn: what turns less often than this is stretched by `factor`
+    truncate: bool = True  # yarn: the bounds between the two are rounded to whole dimensions
+    attention_factor: float | None = None  # yarn: multiplies queries and keys; none: 0.1 ln(factor) + 1
+
+    def __post_init__(self):
+        def require(ok: bool, message: str):
+            _require(ok, "rope_scaling." + message)
+
+        require(self.factor >= 1, f"factor is {self.factor}; it must be at least 1")
+        long = self.kind in ("llama3", "yarn")
+        require(
+            not long or self.original_len >= 1, f"original_len is {self.original_len}; {self.kind} needs at least 1"
+        )
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            require(
+                0 < getattr(self, low) < getattr(self, high),
+                f"{low} is {getattr(self, low)}; it must be above 0 and below {high} = {getattr(self, high)}",
+            )
+        factor = self.attention_factor
+        require(factor is None or factor > 0, f"attention_factor is {factor}; it must be above 0, or none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +61,33 @@ class ModelConfig:
     num_kv_heads: int = 0  # key and value heads; 0: num_heads (multi-head attention)
     head_dim: int = 0  # 0: embed_dim / num_heads
     mlp_dim: int = 0  # hidden width; 0: 4 embed_dim, or 8/3 embed_dim rounded up to 64 for the gated kinds
-    mlp: str = "swiglu"  # swiglu, geglu, glu (Shazeer, 2020), gelu, relu2 (So et al., 2021)
+    mlp: str = "swiglu"  # swiglu, geglu, glu (Shazeer, 2020), gelu, silu, relu2 (So et al., 2021); *_exact: not tanh GELU
     position: str = "rope"  # rope (Su et al., 2021; rotates halves) or learned (like GPT-2's)
     rope_theta: float = 10_000.0
-    norm: str = "rmsnorm"  # rmsnorm or layernorm, before each sub-layer and at the end
+    rope_fraction: float = 1.0  # of the dimensions of a head, the first ones, that are rotated
+    rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
+    norm: str = "rmsnorm"  # rmsnorm or layernorm
     norm_eps: float = 1e-5
+    norm_plus_one: bool = False  # the scale is 1 + its parameter, which begins at 0 (Gemma)
+    norm_at: Literal["before", "after", "both"] = "before"  # of each sub-layer; always at the end of the stack
+    qk_norm: Literal["none", "head", "projection"] = "none"  # of queries and keys, before they are rotated: of each head
+    # (Qwen3, Gemma 3), or of all heads as one vector (OLMo 2)
     bias: bool = False  # biases in linear layers and layernorm
+    qkv_bias: bool | None = None  # of queries, keys and values; none: as `bias`
+    out_bias: bool | None = None  # of attention's output; none: as `bias`
+    mlp_bias: bool | None = None  # none: as `bias`
+    # A layer is global, or local: a query then sees only the last `window` keys, with its own.
+    window: int | None = None
+    layer_pattern: tuple[Literal["local", "global"], ...] = ("local",)  # repeated over the layers; counts with `window`
+    local_rope_theta: float | None = None  # of local layers, which rope_scaling then leaves alone; none: as the others
+    attention_scale: float | None = None  # of scores; none: 1 / sqrt(head_dim)
+    attention_softcap: float | None = None  # scores become cap tanh(score / cap) (Gemma 2); none: they stay
+    logits_softcap: float | None = None
+    embedding_scale: float | None = None  # of token embeddings, in `dtype`; none: 1
+    parallel: bool = False  # x + attention(norm(x)) + mlp(norm(x)), as in GPT-NeoX; not one after the other
     tie_embeddings: bool = True  # output head = transposed token embedding
+    init_std: float = 0.02  # of initial weights (GPT-2)
+    init_depth_scale: bool = True  # projections into the residual stream begin at init_std / sqrt(2 num_layers) (GPT-2)
     dropout: float = 0.0  # rate at step 0, on embeddings, attention weights and sub-layer outputs
     dropout_end: float = -1.0  # rate = (dropout - end) / (step / dropout_scale + 1) + end; below 0: constant
     dropout_scale: float = 1000.0  # steps until half of the difference to dropout_end is gone
@@ -53,10 +111,7 @@ class ModelConfig:
     }
 
     def __post_init__(self):
-        def require(ok: bool, message: str):
-            if not ok:
-                raise ValueError("model." + message)
-
+        require = _require
         for name in ("num_layers", "embed_dim", "num_heads"):
             value = getattr(self, name)
             require(value >= 1, f"{name} is {value}; it must be at least 1")
@@ -79,13 +134,31 @@ class ModelConfig:
             f"num_kv_heads = {self.kv_heads} does not divide model.num_heads = {self.num_heads}",
         )
         require(
-            self.position != "rope" or self.head_size % 2 == 0,
-            f"head_dim is {self.head_size}; rope rotates pairs, so it must be even",
+            0 < self.rope_fraction <= 1, f"rope_fraction is {self.rope_fraction}; it must be above 0 and at most 1"
         )
+        require(
+            self.position != "rope" or (self.rotated_size % 2 == 0 and self.rotated_size > 0),
+            f"head_dim is {self.head_size}, of which model.rope_fraction = {self.rope_fraction} are "
+            f"{self.rotated_size}; rope rotates pairs, so that must be even",
+        )
+        require(self.window is None or self.window >= 1, f"window is {self.window}; it must be at least 1, or none")
+        require(self.layer_pattern != (), "layer_pattern is empty; name local and global layers, such as local,global")
+        require(
+            not (self.norm_plus_one and self.norm == "layernorm"), "norm_plus_one is a form of rmsnorm, not of layernorm"
+        )
+        require(
+            not (self.parallel and self.norm_at != "before"),
+            f"parallel has its norms before attention and mlp; model.norm_at is {self.norm_at}",
+        )
+        for name in (
+            "local_rope_theta", "attention_scale", "attention_softcap", "logits_softcap", "embedding_scale",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} is {value}; it must be above 0, or none")
         for name, low in (("dropout", 0.0), ("dropout_end", -1.0)):
             value = getattr(self, name)
             require(low <= value < 1, f"{name} is {value}; it must be at least {low:g} and below 1")
-        for name in ("dropout_scale", "rope_theta", "norm_eps"):
+        for name in ("dropout_scale", "rope_theta", "norm_eps", "init_std"):
             value = getattr(self, name)
             require(value > 0, f"{name} is {value}; it must be above 0")
 
@@ -98,8 +171,18 @@ class ModelConfig:
         return self.head_dim or self.embed_dim // self.num_heads
 
     @property
+    def rotated_size(self) -> int:
+        return int(self.head_size * self.rope_fraction)
+
+    @property
+    def local_layers(self) -> tuple[bool, ...]:
+        """Whether each layer is local."""
+        pattern = self.layer_pattern if self.window else ("global",)
+        return tuple(pattern[i % len(pattern)] == "local" for i in range(self.num_layers))
+
+    @property
     def gated(self) -> bool:
-        return self.mlp in ("swiglu", "geglu", "glu")
+        return self.mlp in GATED_MLPS
 
     @property
     def mlp_size(self) -> int:

@@ -32,6 +32,7 @@ class Context:
       positions: int32 [b, t] or [1, t], the position of each token in its document.
       segment_ids: int32 [b, t], the document of each token; None: a row is one document.
       dropout: of the layer that is computed.
+      local: whether that layer is local, as ModelConfig.local_layers says.
       aux: what the layer reports.
     """
 
@@ -39,11 +40,12 @@ class Context:
     positions: Array
     segment_ids: Array | None = None
     dropout: Dropout = NO_DROPOUT
+    local: bool = False
     aux: Aux = dataclasses.field(default_factory=lambda: Aux({}, {}))
 
-    def of_layer(self, key: Array | None) -> "Context":
+    def of_layer(self, key: Array | None, *, local: bool) -> "Context":
         """The same tokens, for a layer with its own dropout key and reports."""
-        return dataclasses.replace(self, dropout=self.dropout._replace(key=key), aux=Aux({}, {}))
+        return dataclasses.replace(self, dropout=self.dropout._replace(key=key), local=local, aux=Aux({}, {}))
 
     def with_dropout(self, dropout: Dropout) -> "Context":
         """The same tokens and reports, with the dropout of a part of the layer."""

@@ -25,40 +25,54 @@ class AttentionSpec:
 
     Attributes:
       scale: of the scores.
+      window: a query sees only so many keys, the last ones up to its own; None: all up to its own.
+      softcap: scaled scores become softcap * tanh(score / softcap); None: they stay.
     """
 
     scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+    def capped(self, scores: Array) -> Array:
+        return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 
 
-def spec_of(config: ModelConfig) -> AttentionSpec:
-    return AttentionSpec(scale=config.head_size**-0.5)
+def spec_of(config: ModelConfig, *, local: bool = False) -> AttentionSpec:
+    """That of a local or global layer."""
+    scale = config.head_size**-0.5 if config.attention_scale is None else config.attention_scale
+    return AttentionSpec(scale, config.window if local else None, config.attention_softcap)
 
 
 class Mask(NamedTuple):
-    """Which keys a query sees: those up to its own index, and of its own document.
+    """Which keys a query sees: those up to its own index, of its own document, and inside its window.
 
     Attributes:
       query_index: int32 [t], the index of each query among the keys.
       segment_ids: int32 [b, t], the document of each query; None: a row is one document.
       key_segment_ids: int32 [b, s], of each key.
+      in_order: whether query_index is known to be 0, 1, …, t - 1, with as many keys.
     """
 
     query_index: Array
     segment_ids: Array | None = None
     key_segment_ids: Array | None = None
+    in_order: bool = False
 
-    def visible(self, s: int) -> Array:
+    def visible(self, s: int, window: int | None = None) -> Array:
         """bool [b, t, s], or [1, t, s] if a row is one document."""
-        causal = jnp.arange(s)[None, None] <= self.query_index[None, :, None]
+        key, query = jnp.arange(s)[None, None], self.query_index[None, :, None]
+        seen = key <= query
+        if window is not None:
+            seen &= key > query - window
         if self.segment_ids is None or self.key_segment_ids is None:
-            return causal
-        return causal & (self.segment_ids[:, :, None] == self.key_segment_ids[:, None])
+            return seen
+        return seen & (self.segment_ids[:, :, None] == self.key_segment_ids[:, None])
 
 
 def xla(
     q_bthd: Array, k_bskd: Array, v_bskd: Array, mask: Mask, spec: AttentionSpec, *, dropout: Dropout = NO_DROPOUT
 ) -> Array:
-    """The plain kernel: any backend, any arguments. Softmax in float32.
+    """The plain kernel: any backend, any arguments. Softmax in float32. A window costs what its keys do if mask.in_order.
 
     Args:
       q_bthd: queries; h is a multiple of k, and query head i uses key-value head i // (h / k).
@@ -67,6 +81,14 @@ def xla(
     Returns:
       [b, t, h, d] in the dtype of q.
     """
+    t, s = q_bthd.shape[1], k_bskd.shape[1]
+    if spec.window is not None and mask.in_order and 2 * (block := max(spec.window, SMALLEST_BAND)) < t:
+        return _banded(q_bthd, k_bskd, v_bskd, mask, spec, block=block, dropout=dropout)
+    return _attend(q_bthd, k_bskd, v_bskd, mask.visible(s, spec.window), spec, dropout=dropout)
+
+
+def _attend(q_bthd: Array, k_bskd: Array, v_bskd: Array, visible: Array, spec: AttentionSpec, *, dropout: Dropout):
+    """The keys that are `visible`, bool [b or 1, t, s], to each query."""
     b, t, h, d = q_bthd.shape
     s, kv = k_bskd.shape[1:3]
     # The g queries of a key-value head are rows of one matrix, so that each (b, k) is one plain matrix product.
@@ -74,16 +96,49 @@ def xla(
     q_bknd = (q_bthd * spec.scale).reshape(b, t, kv, h // kv, d).transpose(0, 2, 3, 1, 4).reshape(b, kv, rows, d)
     at_least_float32 = jnp.promote_types(q_bthd.dtype, jnp.float32)
     scores = jnp.einsum("bknd,bskd->bkns", q_bknd, k_bskd, preferred_element_type=at_least_float32)
-    visible_ns = jnp.tile(mask.visible(s)[:, None], (1, 1, h // kv, 1))  # [b or 1, 1, n, s]
-    weights = jax.nn.softmax(jnp.where(visible_ns, scores, -jnp.inf), axis=-1).astype(q_bthd.dtype)
+    visible_ns = jnp.tile(visible[:, None], (1, 1, h // kv, 1))  # [b or 1, 1, n, s]
+    weights = jax.nn.softmax(jnp.where(visible_ns, spec.capped(scores), -jnp.inf), axis=-1).astype(q_bthd.dtype)
     y_bknd = jnp.einsum("bkns,bskd->bknd", dropout(weights), v_bskd)
     return y_bknd.reshape(b, kv, h // kv, t, d).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
 
 
+SMALLEST_BAND = 64  # queries of a block: products of fewer are slow
+
+
+def _banded(q_bthd: Array, k_bskd: Array, v_bskd: Array, mask: Mask, spec: AttentionSpec, *, block: int, dropout):
+    """Queries in blocks of at least a window, each of which sees keys of its own block and of the one before."""
+    b, t = q_bthd.shape[:2]
+    blocks = -(-t // block)
+
+    def split(x: Array) -> Array:
+        """[b, t, …] to [b, blocks, block, …]."""
+        padded = jnp.pad(x, [(0, 0), (0, blocks * block - t)] + [(0, 0)] * (x.ndim - 2))
+        return padded.reshape(b, blocks, block, *x.shape[2:])
+
+    def with_before(x: Array) -> Array:
+        """[b, s, …] to [b, blocks, 2 block, …]."""
+        own = split(x)
+        return jnp.concatenate([jnp.pad(own[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * (own.ndim - 2)), own], axis=2)
+
+    def as_rows(x: Array) -> Array:
+        return x.reshape(b * blocks, *x.shape[2:])
+
+    # Of each block: which of its 2 block keys a query sees. Before the first block there is nothing to see.
+    seen = Mask(block + jnp.arange(block)).visible(2 * block, spec.window)[:, None]
+    there = (jnp.arange(blocks)[:, None] > 0) | (jnp.arange(2 * block)[None] >= block)
+    visible = jnp.broadcast_to(seen & there[None, :, None], (b, blocks, block, 2 * block))
+    if mask.segment_ids is not None and mask.key_segment_ids is not None:
+        visible &= split(mask.segment_ids)[..., None] == with_before(mask.key_segment_ids)[:, :, None]
+    rows = as_rows(split(q_bthd)), as_rows(with_before(k_bskd)), as_rows(with_before(v_bskd)), as_rows(visible)
+    y = _attend(*rows, spec, dropout=dropout)
+    return y.reshape(b, blocks * block, *y.shape[2:])[:, :t]
+
+
 def cudnn(q_bthd: Array, k_bskd: Array, v_bskd: Array, spec: AttentionSpec) -> Array:
     """cuDNN's flash attention on a GPU (SDPA; arguments as of `xla`): causal, of one document a row."""
+    window = None if spec.window is None else (spec.window - 1, 0)  # keys to the left and right of a query's own
     return jax.nn.dot_product_attention(
-        q_bthd, k_bskd, v_bskd, scale=spec.scale, is_causal=True, implementation="cudnn"
+        q_bthd, k_bskd, v_bskd, scale=spec.scale, is_causal=True, local_window_size=window, implementation="cudnn"
     )
 
 
@@ -92,8 +147,10 @@ def cudnn(q_bthd: Array, k_bskd: Array, v_bskd: Array, spec: AttentionSpec) -> A
 SPLASH_BLOCK = 512
 
 
-def splash_kernel(index: np.ndarray, heads: int, *, context: int, documents: bool, interpret: bool = False):
-    """JAX's Pallas splash attention for a TPU: causal masks whose empty blocks are skipped.
+def splash_kernel(
+    index: np.ndarray, heads: int, spec: AttentionSpec, *, context: int, documents: bool, interpret: bool = False
+):
+    """JAX's Pallas splash attention for a TPU: causal masks and windows, whose empty blocks are skipped.
 
     Args:
       index: [t], the index of each query of all shards in its row. Keys are in order.
@@ -109,6 +166,8 @@ def splash_kernel(index: np.ndarray, heads: int, *, context: int, documents: boo
 
     t = len(index)
     mask = sa.CausalMask((t, t), shard_count=context)
+    if spec.window is not None:
+        mask = sa.LocalMask((t, t), window_size=(spec.window - 1, 0), offset=0, shard_count=context)
     mask.q_sequence = index.astype(np.int32)
     block = next(b for b in range(SPLASH_BLOCK, 0, -128) if t // context % b == 0)
     fused = not documents
@@ -119,12 +178,13 @@ def splash_kernel(index: np.ndarray, heads: int, *, context: int, documents: boo
         use_fused_bwd_kernel=fused,
     )  # fmt: skip
     return sa.make_splash_mha(
-        sa.MultiHeadMask([mask] * heads), block_sizes=blocks, head_shards=1, q_seq_shards=context, interpret=interpret
-    )
+        sa.MultiHeadMask([mask] * heads), block_sizes=blocks, head_shards=1, q_seq_shards=context,
+        attn_logits_soft_cap=spec.softcap, interpret=interpret,
+    )  # fmt: skip
 
 
 def splash(kernel, q_bthd: Array, k_bskd: Array, v_bskd: Array, mask: Mask, *, spec: AttentionSpec) -> Array:
-    """`kernel`, which knows the index of each query, on each row; arguments as of `xla`."""
+    """`kernel`, which knows the index of each query, its window and its cap, on each row; arguments as of `xla`."""
     from jax.experimental.pallas.ops.tpu import splash_attention as sa
 
     q, k, v = (x.swapaxes(1, 2) for x in (q_bthd * spec.scale, k_bskd, v_bskd))
@@ -135,6 +195,7 @@ def splash(kernel, q_bthd: Array, k_bskd: Array, v_bskd: Array, mask: Mask, *, s
     return y_bhtd.swapaxes(1, 2)
 
 
+CUDNN_LARGE_HEADS = 9.0  # Hopper: heads of up to 256, of 128 before
 CUDNN_CAPABILITY = 8.0  # Ampere: cuDNN's flash attention runs on nothing older
 
 
@@ -175,8 +236,11 @@ def refusal(
         return f"it needs compute capability {CUDNN_CAPABILITY} (Ampere), and this GPU has {capability}"
     if config.dtype == "float32":
         return "no float32"
-    if head > 128 or head % 8:
-        return f"heads of a multiple of 8 up to 128, not {head}"
+    largest = 256 if capability and float(capability) >= CUDNN_LARGE_HEADS else 128
+    if head > largest or head % 8:
+        return f"heads of a multiple of 8 up to {largest}, not {head}"
+    if config.attention_softcap is not None:
+        return "no soft cap of scores"
     if documents:
         return "no documents that are masked from each other"
     return "no sequence that is split over devices" if context > 1 else ""

@@ -12,9 +12,8 @@ from flax import nnx
 from jax import Array
 
 from model.config import ModelConfig
+from model.context import Context
 from model.partitioner import Partitioner, over_tokens
-
-INIT_STD = 0.02  # GPT-2's; projections back into the residual stream use INIT_STD / sqrt(2 num_layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,34 +23,41 @@ class Build:
     Attributes:
       rngs: a `params` stream for the initial values.
       stack: layers that are one module; None: no `layers` axis.
-      std: deviation of the initial weights.
     """
 
     config: ModelConfig
     rngs: nnx.Rngs
     partitioner: Partitioner = dataclasses.field(default_factory=Partitioner)
     stack: int | None = None
-    std: float = INIT_STD
+
+    @property
+    def std(self) -> float:
+        """The deviation of initial weights."""
+        return self.config.init_std
 
     @property
     def out_std(self) -> float:
         """That of projections back into the residual stream."""
-        return self.std * (2 * self.config.num_layers) ** -0.5
+        return self.std * (2 * self.config.num_layers) ** -0.5 if self.config.init_depth_scale else self.std
+
+    def bias(self, chosen: bool | None) -> bool:
+        """Whether a projection has a bias: as chosen for its kind, or for all."""
+        return self.config.bias if chosen is None else chosen
 
     def stacked(self, layers: int) -> "Build":
         """That of a stack of so many layers as one module."""
         return dataclasses.replace(self, stack=layers)
 
-    def normal(self, shape: tuple[int, ...], axes: tuple[str, ...], std: float) -> nnx.Param:
+    def normal(self, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float) -> nnx.Param:
         """Normal with deviation `std`, float32 [*shape], or [stack, *shape]."""
         shape, axes = self._with_stack(shape, axes)
         return nnx.Param(std * jax.random.normal(self.rngs.params(), shape), axes=axes)
 
-    def constant(self, value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    def constant(self, value: float, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
         shape, axes = self._with_stack(shape, axes)
         return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
 
-    def _with_stack(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    def _with_stack(self, shape: tuple[int, ...], axes: tuple[str | None, ...]):
         return (shape, axes) if self.stack is None else ((self.stack, *shape), ("layers", *axes))
 
 
@@ -86,28 +92,46 @@ def project(x: Array, *linears: Linear) -> list[Array]:
 
 
 class Norm(nnx.Module):
-    """RMSNorm (Zhang and Sennrich, 2019) or LayerNorm over the last axis, computed in float32."""
+    """RMSNorm (Zhang and Sennrich, 2019) or LayerNorm over the last axis, computed in float32.
 
-    def __init__(self, build: Build):
+    Args:
+      size, axis: of the last axis; None: embed_dim.
+    """
+
+    def __init__(self, build: Build, size: int | None = None, axis: str | None = "embed"):
         config = build.config
+        size = config.embed_dim if size is None else size
         self.partitioner = build.partitioner
+        self.axis = axis
         self.eps = config.norm_eps
         self.centre = config.norm == "layernorm"
-        self.scale = build.constant(1.0, (config.embed_dim,), ("embed",))
-        self.bias = build.constant(0.0, (config.embed_dim,), ("embed",)) if self.centre and config.bias else None
+        self.plus_one = config.norm_plus_one
+        self.scale = build.constant(0.0 if self.plus_one else 1.0, (size,), (axis,))
+        self.bias = build.constant(0.0, (size,), (axis,)) if self.centre and config.bias else None
 
     def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
         if self.centre:
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
-        y = y * self._of_embed(self.scale, y)
+        scale = self._over_tokens(self.scale, y)
+        y = y * (1 + scale if self.plus_one else scale)
         if self.bias is not None:
-            y = y + self._of_embed(self.bias, y)
+            y = y + self._over_tokens(self.bias, y)
         return y.astype(x.dtype)
 
-    def _of_embed(self, param: nnx.Param, y: Array) -> Array:
-        return over_tokens(self.partitioner.gather_param(param[...], ("embed",), y.dtype), y)
+    def _over_tokens(self, param: nnx.Param, y: Array) -> Array:
+        return over_tokens(self.partitioner.gather_param(param[...], (self.axis,), y.dtype), y)
+
+
+def _exact_gelu(h: Array) -> Array:
+    return jax.nn.gelu(h, approximate=False)
+
+
+ACTIVATIONS = {  # by ModelConfig.mlp
+    "swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "geglu_exact": _exact_gelu, "glu": jax.nn.sigmoid,
+    "gelu": jax.nn.gelu, "gelu_exact": _exact_gelu, "silu": jax.nn.silu, "relu2": lambda h: jnp.square(jax.nn.relu(h)),
+}  # fmt: skip
 
 
 class MLP(nnx.Module):
@@ -115,18 +139,15 @@ class MLP(nnx.Module):
 
     def __init__(self, build: Build):
         config = build.config
-        embed, hidden, bias = config.embed_dim, config.mlp_size, config.bias
+        embed, hidden, bias = config.embed_dim, config.mlp_size, build.bias(config.mlp_bias)
         self.partitioner = build.partitioner
         self.kind = config.mlp
         self.up = Linear(build, embed, hidden, ("embed", "mlp"), bias=bias)
         self.gate = Linear(build, embed, hidden, ("embed", "mlp"), bias=bias) if config.gated else None
         self.down = Linear(build, hidden, embed, ("mlp", "embed"), bias=bias, std=build.out_std)
 
-    def __call__(self, x: Array) -> Array:
-        activation = {
-            "swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "glu": jax.nn.sigmoid,
-            "gelu": jax.nn.gelu, "relu2": lambda h: jnp.square(jax.nn.relu(h)),
-        }[self.kind]  # fmt: skip
+    def __call__(self, x: Array, ctx: Context) -> Array:
+        activation = ACTIVATIONS[self.kind]
         if self.gate is None:
             hidden = activation(self.up(x))
         else:
@@ -135,7 +156,9 @@ class MLP(nnx.Module):
         return self.down(self.partitioner.constrain(hidden, ("batch", "seq", "mlp")))
 
 
-def unembed(x: Array, w: Array, axes: tuple[str, str], *, vocab_size: int, first: Array | int = 0) -> Array:
+def unembed(
+    x: Array, w: Array, axes: tuple[str, str], *, config: ModelConfig, first: Array | int = 0
+) -> Array:
     """The logits of hidden states: the one head, of the loss, of evaluation and of sampling.
 
     Args:
@@ -144,9 +167,17 @@ def unembed(x: Array, w: Array, axes: tuple[str, str], *, vocab_size: int, first
       axes: its logical axes, ('vocab', 'embed') or ('embed', 'vocab').
 
     Returns:
-      float32 [..., tokens of w], -inf for tokens from vocab_size on.
+      float32 [..., tokens of w], -inf for tokens from config.vocab_size on.
     """
     table = axes[0][0] + axes[1][0]  # 've' or 'ev'
     logits = jnp.einsum(f"...e,{table}->...v", x, w, preferred_element_type=jnp.float32)
+    if (cap := config.logits_softcap) is not None:
+        logits = cap * jnp.tanh(logits / cap)
     token = first + jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    return jnp.where(token < vocab_size, logits, -jnp.inf)
+    return jnp.where(token < config.vocab_size, logits, -jnp.inf)
+
+
+def unembed_slope(logits: Array, config: ModelConfig) -> Array | float:
+    """The derivative of unembed's logits to those before their cap; 0 for tokens that do not exist."""
+    cap = config.logits_softcap
+    return 1.0 if cap is None else 1 - jnp.square(jnp.maximum(logits, -cap) / cap)

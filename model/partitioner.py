@@ -60,7 +60,7 @@ class Partitioner:
 
     def attention(self, q: Array, k: Array, v: Array, ctx: Context, spec: AttentionSpec) -> Array:
         """Attention among the tokens of each row: q [b, t, h, d], k and v [b, t, kv, d] to [b, t, h, d]."""
-        mask = Mask(ctx.index, ctx.segment_ids, ctx.segment_ids)
+        mask = Mask(ctx.index, ctx.segment_ids, ctx.segment_ids, in_order=True)
         return kernels.xla(q, k, v, mask, spec, dropout=ctx.dropout)
 
 

@@ -1,6 +1,7 @@
-"""The decoder-only transformer: embedding, a stack of pre-norm blocks, norm, head."""
+"""The decoder-only transformer: embedding, a stack of blocks, norm, head. docs/models.md lists its switches."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -19,27 +20,40 @@ LAYER_INPUT = "layer_input"  # a name for jax.checkpoint's policies
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). With build.stack, that many as one module."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), with norms where ModelConfig.norm_at has them.
+
+    With build.stack, that many as one module.
+    """
 
     def __init__(self, build: Build):
         self.partitioner = build.partitioner
-        self.attention_norm = Norm(build)
+        self.parallel = build.config.parallel
+        before, after = (build.config.norm_at in (place, "both") for place in ("before", "after"))
+        self.attention_norm = Norm(build) if before else None
         self.attention = Attention(build)
-        self.mlp_norm = Norm(build)
+        self.attention_post_norm = Norm(build) if after else None
+        self.mlp_norm = Norm(build) if before else None
         self.mlp = MLP(build)
+        self.mlp_post_norm = Norm(build) if after else None
 
     def __call__(self, x: Array, ctx: Context, cache: Cache | None = None) -> tuple[Array, Cache | None]:
         x = checkpoint_name(x, LAYER_INPUT)
         weights, attended, fed = ctx.dropout.split(3)
         with jax.named_scope("attention"):
-            y, cache = self.attention(self.attention_norm(x), ctx.with_dropout(weights), cache)
-        x = self._residual(x + attended(y))
+            y, cache = self.attention(_normed(self.attention_norm, x), ctx.with_dropout(weights), cache)
+            y = attended(_normed(self.attention_post_norm, y))
+        between = self._residual(x + y)
         with jax.named_scope("mlp"):
-            y = self.mlp(self.mlp_norm(x))
-        return self._residual(x + fed(y)), cache
+            z = self.mlp(_normed(self.mlp_norm, x if self.parallel else between), ctx)
+            z = fed(_normed(self.mlp_post_norm, z))
+        return self._residual(between + z), cache
 
     def _residual(self, x: Array) -> Array:
         return self.partitioner.constrain(x, ("batch", "seq", None))
+
+
+def _normed(norm: Norm | None, x: Array) -> Array:
+    return x if norm is None else norm(x)
 
 
 class Transformer(nnx.Module):
@@ -84,7 +98,7 @@ class Transformer(nnx.Module):
         if logits_at is not None:
             x = jax.lax.dynamic_slice_in_dim(x, logits_at, 1, axis=1)
         w = self.partitioner.gather_param(self.output_table(), self.output_axes, x.dtype)
-        logits = unembed(x, w, self.output_axes, vocab_size=self.config.vocab_size)
+        logits = unembed(x, w, self.output_axes, config=self.config)
         return self.partitioner.constrain(logits, ("batch", "seq", "vocab")), cache
 
     @property
@@ -141,31 +155,76 @@ class Transformer(nnx.Module):
         dtype = jnp.dtype(self.config.dtype)
         with jax.named_scope("embedding"):
             x = self.partitioner.embed(self.embedding[...], inputs, ("vocab", "embed"), dtype)
+            if self.config.embedding_scale is not None:
+                x = x * jnp.asarray(self.config.embedding_scale, dtype)
             if self.position is None:
                 return x
             positions = jnp.broadcast_to(positions, inputs.shape)
             return x + self.partitioner.embed(self.position[...], positions, ("position", "embed"), dtype)
 
     def _layers(self, x: Array, ctx: Context, cache: Cache | None) -> tuple[Array, Aux, Cache | None]:
-        """The stack: one layer is compiled and looped over, or all are unrolled; the parameters are stacked either way,
-        so that checkpoints are the same."""
+        """The stack: a turn of unlike layers is compiled and looped over, or all are unrolled; the parameters are
+        stacked either way, so that checkpoints are the same."""
         config = self.config
         graph, stacked = nnx.split(self.layers)
         key = ctx.dropout.key
         keys = None if key is None else jax.random.split(key, config.num_layers)
 
-        def layer(x: Array, of_layer):
+        def layer(x: Array, of_layer, local: bool):
             params, layer_cache, key = of_layer
-            layer_ctx = ctx.of_layer(key)
+            layer_ctx = ctx.of_layer(key, local=local)
             x, layer_cache = nnx.merge(graph, params)(x, layer_ctx, layer_cache)
             return x, (layer_cache, layer_ctx.aux)
 
-        unroll = 1 if config.scan_layers else config.num_layers
-        x, (cache, aux) = jax.lax.scan(
-            _remat(config, layer, self.partitioner), x, (stacked, cache, keys), unroll=unroll
-        )
+        x, (cache, aux) = _over_layers(config, layer, self.partitioner, x, (stacked, cache, keys))
         losses = {name: values.sum() for name, values in aux.losses.items()}
         return x, Aux(losses, {name: values.mean() for name, values in aux.metrics.items()}), cache
+
+
+def _over_layers(config: ModelConfig, layer, partitioner: Partitioner, x: Array, of_layers):
+    """Folds layer(x, a layer's slice of of_layers, whether it is local) over the layers, as jax.lax.scan does."""
+    results, begin = [], 0
+    for kinds, count in turns(config.local_layers):
+        end = begin + len(kinds) * count
+
+        def turn(x: Array, of_turn, kinds=kinds):
+            if len(kinds) == 1:
+                return one[kinds[0]](x, of_turn)
+            each = []
+            for i, local in enumerate(kinds):
+                x, result = one[local](x, jax.tree.map(lambda a, i=i: a[i], of_turn))
+                each.append(result)
+            return x, jax.tree.map(lambda *results: jnp.stack(results), *each)
+
+        one = {
+            local: _remat(config, functools.partial(layer, local=local), partitioner) for local in sorted(set(kinds))
+        }
+        of_turns = of_layers
+        if (begin, end) != (0, config.num_layers):
+            of_turns = jax.tree.map(lambda a, begin=begin, end=end: a[begin:end], of_layers)
+        if len(kinds) > 1:
+            of_turns = jax.tree.map(lambda a, n=len(kinds): a.reshape(-1, n, *a.shape[1:]), of_turns)
+        x, result = jax.lax.scan(turn, x, of_turns, unroll=1 if config.scan_layers else count)
+        if len(kinds) > 1:
+            result = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), result)
+        results.append(result)
+        begin = end
+    return x, results[0] if len(results) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
+
+
+def turns(local: tuple[bool, ...]) -> list[tuple[tuple[bool, ...], int]]:
+    """Layers as equal turns that a loop repeats, and a rest: [(kinds of the layers of a turn, number of turns)].
+
+    The shortest period is taken: five local layers and a global one, say. Without any, each run of equal layers is a
+    loop.
+    """
+    layers = len(local)
+    for period in range(1, layers // 2 + 1):
+        if all(local[i] == local[i - period] for i in range(period, layers)):
+            whole = layers - layers % period
+            rest = [(local[whole:], 1)] if whole < layers else []
+            return [(local[:period], whole // period), *rest]
+    return [((kind,), len(list(run))) for kind, run in itertools.groupby(local)]
 
 
 def _remat(config: ModelConfig, layer, partitioner: Partitioner):

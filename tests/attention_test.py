@@ -1,6 +1,7 @@
 """Rotary positions, masking, grouped queries and the cache, on arrays small enough to work out by hand."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +11,21 @@ import reference
 from flax import nnx
 
 from model import kernels
-from model.attention import Attention, empty_cache, rotate
+from model.attention import Attention, empty_cache
 from model.config import ModelConfig
 from model.context import Context
 from model.dropout import Dropout
 from model.kernels import AttentionSpec, Mask
 from model.layers import Build
+from model.rope import Rope
 
 DRAW = np.random.default_rng
 
-rotate = jax.jit(rotate)
+
+@functools.partial(jax.jit, static_argnums=2)
+def rotate(x, positions, theta):
+    return Rope(theta, x.shape[-1])(x, positions)
+
 
 
 @jax.jit
@@ -34,7 +40,7 @@ def noise(*shape, seed=0):
     return DRAW(seed).standard_normal(shape).astype(np.float32)
 
 
-def attend_by_hand(q, k, v, index, scale=None):
+def attend_by_hand(q, k, v, index, scale=None, *, window=None, softcap=None, segment_ids=None):
     """softmax(scale q k^T) v, one head and one query at a time, in float64; scale 1 / sqrt(d) unless given."""
     out = np.zeros(q.shape)
     share = q.shape[2] // k.shape[2]
@@ -42,9 +48,13 @@ def attend_by_hand(q, k, v, index, scale=None):
     for b in range(q.shape[0]):
         for h in range(q.shape[2]):
             for t, last in enumerate(index):
-                visible = slice(0, last + 1)
+                visible = np.arange(max(0, last + 1 - (window or last + 1)), last + 1)
+                if segment_ids is not None:
+                    visible = visible[segment_ids[b][visible] == segment_ids[b][last]]
                 keys, values = (np.asarray(a, np.float64)[b, visible, h // share] for a in (k, v))
                 scores = scale * (keys @ np.asarray(q, np.float64)[b, t, h])
+                if softcap is not None:
+                    scores = softcap * np.tanh(scores / softcap)
                 out[b, t, h] = reference.softmax(scores) @ values
     return out
 
@@ -102,6 +112,32 @@ def test_attend_is_its_definition(heads, kv_heads):
     q, k, v = 2 * noise(2, 7, heads, 5, seed=1), noise(2, 7, kv_heads, 5, seed=2), noise(2, 7, kv_heads, 5, seed=3)
     y = attend(*map(jnp.asarray, (q, k, v)), jnp.arange(7))
     np.testing.assert_allclose(y, attend_by_hand(q, k, v, range(7)), atol=2e-6)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(("window", "t"), [(1, 9), (3, 9), (9, 9), (40, 9), (5, 140), (64, 200), (70, 256), (100, 201)])
+def test_a_window_is_so_many_keys_with_its_own(window, t, documents):
+    """Of any length, also one that is computed in blocks, of which the last is not full."""
+    q, k, v = 2 * noise(2, t, 4, 5, seed=1), noise(2, t, 2, 5, seed=2), noise(2, t, 2, 5, seed=3)
+    ids = np.sort(DRAW(4).integers(0, 1 + t // 20, (2, t)), axis=1).astype(np.int32) if documents else None
+    spec = AttentionSpec(0.3, window, softcap=2.0)
+    mask = Mask(jnp.arange(t), ids, ids)
+    expected = attend_by_hand(q, k, v, range(t), 0.3, window=window, softcap=2.0, segment_ids=ids)
+    for in_order in (False, True):
+        y = kernels.xla(*map(jnp.asarray, (q, k, v)), mask._replace(in_order=in_order), spec)
+        np.testing.assert_allclose(y, expected, atol=3e-6)
+
+
+def test_a_window_is_not_computed_as_a_full_square():
+    """Products of 4,096 queries with a window of 128 keys: 256 keys each in blocks, not 4,096."""
+    x = jax.ShapeDtypeStruct((1, 4096, 1, 8), jnp.float32)
+
+    def flops(window):
+        mask = Mask(jnp.arange(4096), in_order=True)
+        attend = jax.jit(lambda q, k, v: kernels.xla(q, k, v, mask, AttentionSpec(1.0, window)))
+        return attend.lower(x, x, x).compile().cost_analysis()["flops"]
+
+    assert flops(128) < flops(None) / 12
 
 
 @pytest.mark.parametrize("scale", [0.1, 2.0])
@@ -188,7 +224,7 @@ def test_dropout_acts_on_the_attention_weights():
 
 def make_attention(**fields) -> Attention:
     config = ModelConfig(num_layers=1, embed_dim=12, num_heads=4, num_kv_heads=2, head_dim=6, **fields)
-    return Attention(Build(config, nnx.Rngs(params=0), std=0.6))
+    return Attention(Build(dataclasses.replace(config, init_std=0.6), nnx.Rngs(params=0)))
 
 
 def apply(attention, x, start=0, cache=None, rate=0.0, key=None):

@@ -150,7 +150,7 @@ def test_without_reports_there_are_none():
 def test_parts_of_a_layer_report_to_the_layer_and_other_layers_do_not():
     index = jnp.arange(3)
     ctx = Context(index, index[None])
-    one, other = ctx.of_layer(None), ctx.of_layer(None)
+    one, other = ctx.of_layer(None, local=False), ctx.of_layer(None, local=True)
     one.with_dropout(Dropout(0.5, KEY)).report_metric("x", jnp.float32(1))
     other.report_loss("x", jnp.float32(2))
     assert (one.aux, other.aux, ctx.aux) == (Aux({}, {"x": 1}), Aux({"x": 2}, {}), Aux({}, {}))

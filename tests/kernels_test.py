@@ -42,6 +42,9 @@ def refusal(kernel: str, **changes) -> str:
         ("cudnn", {}),
         ("cudnn", {"platform": "cuda", "head_dim": 128, "seq_len": 30}),
         ("cudnn", {"head_dim": 8}),
+        ("cudnn", {"head_dim": 256, "capability": "9.0"}),
+        *[(kernel, {"window": 100}) for kernel in GOOD],
+        *[(kernel, {"attention_softcap": 50.0}) for kernel in ("xla", "splash")],
         *[("cudnn", {"capability": capability}) for capability in ("", "8.0", "8.9", "9.0", "10.0", "12.0")],
         ("splash", {}),
         ("splash", {"documents": True, "context": 4}),
@@ -64,6 +67,9 @@ def test_nothing_against_it(kernel, changes):
         ("cudnn", {"dtype": "float32"}, "no float32"),
         ("cudnn", {"head_dim": 136}, "multiple of 8 up to 128, not 136"),
         ("cudnn", {"head_dim": 100}, "multiple of 8 up to 128, not 100"),
+        ("cudnn", {"head_dim": 256, "capability": "8.9"}, "multiple of 8 up to 128, not 256"),
+        ("cudnn", {"head_dim": 264, "capability": "9.0"}, "multiple of 8 up to 256, not 264"),
+        ("cudnn", {"attention_softcap": 50.0}, "no soft cap"),
         ("cudnn", {"documents": True}, "no documents"),
         ("cudnn", {"context": 2}, "split over devices"),
         ("cudnn", {"capability": "7.5"}, "compute capability 8.0 (Ampere), and this GPU has 7.5"),
@@ -123,18 +129,19 @@ def test_the_one_it_names_is_taken(kernel):
 
 @pytest.mark.parametrize("size", [64, pytest.param(128, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("documents", [False, True])
-def test_splash_is_the_plain_kernel(monkeypatch, size, documents):
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (100, 1.5)])
+def test_splash_is_the_plain_kernel(monkeypatch, size, documents, window, softcap):
     """Forward and gradients of 4 query heads on 2 key-value heads, in float32; one of the blocks is skipped.
 
     The scale is not that of the head size, which a kernel might take by itself.
     """
     monkeypatch.setattr(kernels, "SPLASH_BLOCK", 128)
-    t, draw, spec = 256, np.random.default_rng(0), AttentionSpec(scale=0.2)
+    t, draw, spec = 256, np.random.default_rng(0), AttentionSpec(0.2, window, softcap)
     q, k, v, g = (draw.standard_normal((1, t, n, size)).astype(np.float32) for n in (4, 2, 2, 4))
     segment_ids = jnp.asarray(random_documents(1, t)) if documents else None
     index = np.arange(t, dtype=np.int32)
     mask = Mask(jnp.asarray(index), segment_ids, segment_ids)
-    kernel = kernels.splash_kernel(index, 4, context=1, documents=documents, interpret=True)
+    kernel = kernels.splash_kernel(index, 4, spec, context=1, documents=documents, interpret=True)
 
     def both(attend):
         y, pull = jax.vjp(attend, *map(jnp.asarray, (q, k, v)))
@@ -150,11 +157,12 @@ def test_splash_is_the_plain_kernel(monkeypatch, size, documents):
 def test_splash_takes_every_length_that_it_does_not_refuse(seq_len):
     assert refusal("splash", seq_len=seq_len) == ""
     index = np.arange(seq_len, dtype=np.int32)
-    kernel = kernels.splash_kernel(index, 1, context=1, documents=False, interpret=True)
+    spec = AttentionSpec(scale=0.125)
+    kernel = kernels.splash_kernel(index, 1, spec, context=1, documents=False, interpret=True)
     x = jax.ShapeDtypeStruct((1, seq_len, 1, 64), jnp.float32)
 
     def summed(q, k, v):
-        return kernels.splash(kernel, q, k, v, Mask(jnp.asarray(index)), spec=AttentionSpec(scale=0.125)).sum()
+        return kernels.splash(kernel, q, k, v, Mask(jnp.asarray(index)), spec=spec).sum()
 
     gradients = jax.eval_shape(jax.grad(summed, (0, 1, 2)), x, x, x)
     assert [leaf.shape for leaf in gradients] == [x.shape] * 3
@@ -162,13 +170,14 @@ def test_splash_takes_every_length_that_it_does_not_refuse(seq_len):
 
 @pytest.mark.parametrize("index", [[0, 1, 2, 3], [2, 3], [3, 0, 1, 2]])
 @pytest.mark.parametrize("documents", [None, [[0, 0, 1, 1], [0, 1, 2, 2]], [[0, 0, 0, 0], [7, 0, 0, 3]]])
-def test_a_mask_shows_a_query_the_keys_up_to_its_own_of_its_document(index, documents):
+@pytest.mark.parametrize("window", [None, 1, 2])
+def test_a_mask_shows_a_query_the_keys_up_to_its_own_of_its_document(index, documents, window):
     keys = None if documents is None else np.array(documents, np.int32)
     queries = None if keys is None else keys[:, index]
-    visible = Mask(jnp.asarray(index), queries, keys).visible(4)
+    visible = Mask(jnp.asarray(index), queries, keys).visible(4, window)
     for row in range(1 if keys is None else 2):
         for t, at in enumerate(index):
             for s in range(4):
                 same = keys is None or keys[row, at] == keys[row, s]
-                assert bool(visible[row, t, s]) == (s <= at and same)
+                assert bool(visible[row, t, s]) == (s <= at and same and (window is None or at - s < window))
     assert visible.shape == (1 if keys is None else 2, len(index), 4)

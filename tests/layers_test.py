@@ -7,7 +7,8 @@ import pytest
 import reference
 from flax import nnx
 
-from model.config import MLPS, ModelConfig
+from model.config import GATED_MLPS, MLPS, ModelConfig
+from model.context import Context
 from model.dropout import Dropout, dropout_rate
 from model.layers import MLP, Build, Linear, Norm, project, unembed
 
@@ -16,8 +17,11 @@ def noise(*shape, seed=0, dtype=np.float32):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
-def build(std: float = 1.0, **fields) -> Build:
-    return Build(ModelConfig(**{"embed_dim": 6, "num_heads": 1} | fields), nnx.Rngs(params=0), std=std)
+ONE_ROW = Context(jnp.arange(3), jnp.arange(3)[None])
+
+
+def build(**fields) -> Build:
+    return Build(ModelConfig(**{"embed_dim": 6, "num_heads": 1, "init_std": 1.0} | fields), nnx.Rngs(params=0))
 
 
 def randomised(module: nnx.Module) -> nnx.Module:
@@ -60,7 +64,7 @@ def test_linear_computes_in_the_dtype_of_its_input():
 
 @pytest.mark.parametrize("std", [None, 0.5])
 def test_a_kernel_has_the_deviation_of_its_build_unless_it_is_told_another(std):
-    kernel = Linear(build(std=0.1), 100, 50, ("embed", "mlp"), bias=False, std=std).kernel[...]
+    kernel = Linear(build(init_std=0.1), 100, 50, ("embed", "mlp"), bias=False, std=std).kernel[...]
     np.testing.assert_allclose(np.std(kernel), 0.1 if std is None else std, rtol=0.05)
 
 
@@ -118,7 +122,7 @@ def test_mlp_is_its_definition(kind, bias):
     """act(x W_gate) * (x W_up) W_down, or act(x W_up) W_down: gate and up are not to be mixed up."""
     mlp = randomised(MLP(build(mlp=kind, mlp_dim=10, bias=bias)))
     weights = as_numpy(mlp)
-    assert set(weights) == ({"up", "gate", "down"} if kind in ("swiglu", "geglu", "glu") else {"up", "down"})
+    assert set(weights) == ({"up", "gate", "down"} if kind in GATED_MLPS else {"up", "down"})
     assert {name for layer in weights.values() for name in layer} == ({"kernel", "bias"} if bias else {"kernel"})
     x = noise(2, 3, 6, seed=9)
 
@@ -128,7 +132,7 @@ def test_mlp_is_its_definition(kind, bias):
     gate = linear("gate", x) if "gate" in weights else None
     expected = linear("down", reference.mlp_hidden(kind, linear("up", x), gate))
     assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(mlp(jnp.asarray(x)), expected, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(mlp(jnp.asarray(x), ONE_ROW), expected, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("axes", [("vocab", "embed"), ("embed", "vocab")])
@@ -138,7 +142,7 @@ def test_unembed_is_the_product_with_each_row_of_the_table(axes, dtype):
     x, table = (jnp.asarray(noise(*shape, seed=s), dtype) for s, shape in enumerate([(2, 3, 6), (8, 6)]))
     w = table if axes[0] == "vocab" else table.T
     wide = np.einsum("bte,ve->btv", *(np.asarray(a, np.float64) for a in (x, table)))
-    for logits in (unembed(x, w, axes, vocab_size=5), unembed(x.reshape(6, 6), w, axes, vocab_size=5)):
+    for logits in (unembed(x, w, axes, config=ModelConfig(vocab_size=5)), unembed(x.reshape(6, 6), w, axes, config=ModelConfig(vocab_size=5))):
         assert logits.dtype == jnp.float32
         np.testing.assert_allclose(logits[..., :5], wide[..., :5].reshape(*logits.shape[:-1], 5), rtol=0, atol=1e-5)
         assert (np.asarray(logits)[..., 5:] == -np.inf).all()
@@ -146,9 +150,9 @@ def test_unembed_is_the_product_with_each_row_of_the_table(axes, dtype):
 
 def test_unembed_of_a_shard_of_the_vocabulary_is_that_part_of_the_whole():
     x, table = jnp.asarray(noise(3, 6)), jnp.asarray(noise(8, 6, seed=1))
-    whole = unembed(x, table, ("vocab", "embed"), vocab_size=5)
+    whole = unembed(x, table, ("vocab", "embed"), config=ModelConfig(vocab_size=5))
     for first in (0, 4):
-        shard = unembed(x, table[first : first + 4], ("vocab", "embed"), vocab_size=5, first=jnp.int32(first))
+        shard = unembed(x, table[first : first + 4], ("vocab", "embed"), config=ModelConfig(vocab_size=5), first=jnp.int32(first))
         np.testing.assert_allclose(shard, whole[:, first : first + 4], rtol=1e-6)
 
 

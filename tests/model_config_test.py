@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from model.config import DTYPES, MLPS, NORMS, POSITIONS, REMATS, ModelConfig
+from model.config import DTYPES, MLPS, NORMS, POSITIONS, REMATS, ModelConfig, RopeScaling
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from model.config import DTYPES, MLPS, NORMS, POSITIONS, REMATS, ModelConfig
         ({"mlp_dim": -1}, ["model.mlp_dim is -1", "positive, or 0"]),
         ({"vocab_size": -1}, ["model.vocab_size is -1", "positive, or 0"]),
         ({"max_seq_len": -1}, ["model.max_seq_len is -1", "positive, or 0"]),
-        ({"mlp": "silu"}, ["model.mlp is 'silu'", *MLPS]),
+        ({"mlp": "elu"}, ["model.mlp is 'elu'", *MLPS]),
         ({"position": "alibi"}, ["model.position is 'alibi'", *POSITIONS]),
         ({"norm": "batchnorm"}, ["model.norm is 'batchnorm'", *NORMS]),
         ({"dtype": "float16"}, ["model.dtype is 'float16'", *DTYPES]),
@@ -38,6 +38,16 @@ from model.config import DTYPES, MLPS, NORMS, POSITIONS, REMATS, ModelConfig
         ({"dropout_scale": 0.0}, ["model.dropout_scale is 0.0", "above 0"]),
         ({"rope_theta": -1.0}, ["model.rope_theta is -1.0", "above 0"]),
         ({"norm_eps": 0.0}, ["model.norm_eps is 0.0", "above 0"]),
+        ({"rope_fraction": 1.5}, ["model.rope_fraction is 1.5", "at most 1"]),
+        ({"head_dim": 8, "rope_fraction": 0.4}, ["model.head_dim is 8", "0.4", "are 3", "even"]),
+        ({"window": 0}, ["model.window is 0", "at least 1, or none"]),
+        ({"layer_pattern": ()}, ["model.layer_pattern is empty", "local,global"]),
+        ({"norm_plus_one": True, "norm": "layernorm"}, ["model.norm_plus_one", "rmsnorm"]),
+        ({"parallel": True, "norm_at": "both"}, ["model.parallel", "model.norm_at is both"]),
+        *[
+            ({name: 0.0}, [f"model.{name} is 0.0", "above 0"])
+            for name in ("attention_scale", "attention_softcap", "logits_softcap", "local_rope_theta", "init_std")
+        ],
     ],
     ids=str,
 )
@@ -47,6 +57,26 @@ def test_an_error_names_the_field_the_value_and_what_would_be_right(fields, said
     for part in said:
         assert part in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"factor": 0.5}, ["factor is 0.5", "at least 1"]),
+        ({"kind": "llama3", "factor": 2.0}, ["original_len is 0", "llama3"]),
+        ({"kind": "yarn", "factor": 2.0}, ["original_len is 0", "yarn"]),
+        ({"low_freq_factor": 4.0}, ["low_freq_factor is 4.0", "below high_freq_factor = 4.0"]),
+        ({"beta_slow": 40.0}, ["beta_slow is 40.0", "below beta_fast = 32.0"]),
+        ({"attention_factor": -1.0}, ["attention_factor is -1.0", "above 0, or none"]),
+    ],
+    ids=str,
+)
+def test_errors_of_the_scaling_of_rope(fields, said):
+    with pytest.raises(ValueError) as error:
+        RopeScaling(**fields)
+    assert str(error.value).startswith("model.rope_scaling.")
+    for part in said:
+        assert part in str(error.value)
 
 
 def test_validation_also_runs_when_a_field_is_replaced():

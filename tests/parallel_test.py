@@ -12,7 +12,7 @@ import pytest
 from flax import traverse_util
 
 from data.batch import from_tokens
-from model import layers, transformer
+from model import transformer
 from tests import runs
 from tests.batches import on_mesh
 from trainer import sharding
@@ -119,7 +119,7 @@ def initial(name: str, model: str) -> TrainState:
 
     def one(path, leaf):
         mean = 1 if path[-1].key == "scale" else 0
-        return np.asarray(mean + layers.INIT_STD * draw.standard_normal(leaf.shape), leaf.dtype)
+        return np.asarray(mean + 0.02 * draw.standard_normal(leaf.shape), leaf.dtype)
 
     state = program(name, model).state
     zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), state)

@@ -4,6 +4,8 @@ It shares no code with the model package. It reads sizes from the shapes of the 
 one (the size of a head or the MLP) that is wrong in the model is not equally wrong here.
 """
 
+import math
+
 import numpy as np
 
 
@@ -16,18 +18,30 @@ def forward_and_attention(params: dict, config, tokens: np.ndarray) -> tuple[np.
     """`forward`, and the attention weights of each layer and head, [b, t, s] each."""
     params = as_float64(params)
     tokens = np.asarray(tokens)
-    x = params["embedding"][tokens]
+    x = params["embedding"][tokens] * (config.embedding_scale or 1.0)
     if config.position == "learned":
         for t in range(tokens.shape[1]):
             x[:, t] += params["position"][t]
     seen: list[np.ndarray] = []
     for i in range(config.num_layers):
         layer = at_layer(params["layers"], i)
-        x = x + _attention(layer["attention"], config, _norm(layer["attention_norm"], config, x), seen)
-        x = x + _mlp(layer["mlp"], config, _norm(layer["mlp_norm"], config, x))
+
+        def norm(name, x, layer=layer):
+            return _norm(layer[name], config, x) if name in layer else x
+
+        local = config.window is not None and config.layer_pattern[i % len(config.layer_pattern)] == "local"
+        before = x
+        y = _attention(layer["attention"], config, norm("attention_norm", x), seen, local)
+        x = x + norm("attention_post_norm", y)
+        z = _mlp(layer["mlp"], config, norm("mlp_norm", before if config.parallel else x))
+        x = x + norm("mlp_post_norm", z)
     x = _norm(params["norm"], config, x)
     head = params["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
-    return (x @ head)[..., : config.vocab_size], seen
+    return _capped(x @ head, config.logits_softcap)[..., : config.vocab_size], seen
+
+
+def _capped(x: np.ndarray, cap: float | None) -> np.ndarray:
+    return x if cap is None else cap * np.tanh(x / cap)
 
 
 def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> float:
@@ -43,14 +57,49 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
-def rotate(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
-    """RoPE of x [t, d]: the pair (x_i, x_{i + d/2}), as a complex number, turned by position · theta^(-2i/d)."""
+def rotate(x: np.ndarray, positions: np.ndarray, theta: float, scaling=None) -> np.ndarray:
+    """RoPE of x [t, d]: the pair (x_i, x_{i + d/2}), as a complex number, turned by position · theta^(-2i/d).
+
+    Args:
+      scaling: a RopeScaling; None: none.
+    """
     out = np.empty_like(x, dtype=np.float64)
     d = x.shape[-1]
     for i in range(d // 2):
-        turned = (x[:, i] + 1j * x[:, i + d // 2]) * np.exp(1j * np.asarray(positions) * theta ** (-2 * i / d))
+        frequency = _scaled_frequency(theta ** (-2 * i / d), i, d, theta, scaling)
+        turned = (x[:, i] + 1j * x[:, i + d // 2]) * np.exp(1j * np.asarray(positions) * frequency)
+        if scaling is not None and scaling.kind == "yarn":
+            factor = scaling.attention_factor
+            turned *= 0.1 * np.log(scaling.factor) + 1 if factor is None else factor
         out[:, i], out[:, i + d // 2] = turned.real, turned.imag
     return out
+
+
+def _scaled_frequency(frequency: float, i: int, d: int, theta: float, scaling) -> float:
+    """As the papers' authors publish it: Llama 3.1's reference code, and YaRN's."""
+    if scaling is None or scaling.kind == "none":
+        return frequency
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    if scaling.kind == "llama3":
+        wave = 2 * np.pi / frequency
+        if wave < scaling.original_len / scaling.high_freq_factor:
+            return frequency
+        if wave > scaling.original_len / scaling.low_freq_factor:
+            return frequency / scaling.factor
+        smooth = scaling.original_len / wave - scaling.low_freq_factor
+        smooth /= scaling.high_freq_factor - scaling.low_freq_factor
+        return (1 - smooth) * frequency / scaling.factor + smooth * frequency
+    assert scaling.kind == "yarn"
+    low, high = (
+        d * np.log(scaling.original_len / (turns * 2 * np.pi)) / (2 * np.log(theta))
+        for turns in (scaling.beta_fast, scaling.beta_slow)
+    )
+    if scaling.truncate:
+        low, high = np.floor(low), np.ceil(high)
+    low, high = max(low, 0), min(high, d - 1)
+    ramp = min(max((i - low) / (high - low), 0), 1)
+    return frequency / scaling.factor * ramp + frequency * (1 - ramp)
 
 
 def as_float64(tree):
@@ -70,12 +119,14 @@ def _norm(layer: dict, config, x: np.ndarray) -> np.ndarray:
         y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + config.norm_eps)
     else:
         y = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + config.norm_eps)
-    return y * layer["scale"] + layer.get("bias", 0.0)
+    return y * (layer["scale"] + (1 if config.norm_plus_one else 0)) + layer.get("bias", 0.0)
 
 
-def _attention(layer: dict, config, x: np.ndarray, seen: list[np.ndarray]) -> np.ndarray:
+def _attention(layer: dict, config, x: np.ndarray, seen: list[np.ndarray], local: bool) -> np.ndarray:
     b, t, _ = x.shape
     q, k, v = (_linear(layer[name], x) for name in ("query", "key", "value"))
+    if config.qk_norm == "projection":
+        q, k = _norm(layer["query_norm"], config, q), _norm(layer["key_norm"], config, k)
     heads, kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
     d = q.shape[-1] // heads
     assert k.shape[-1] == v.shape[-1] == kv_heads * d
@@ -86,10 +137,21 @@ def _attention(layer: dict, config, x: np.ndarray, seen: list[np.ndarray]) -> np
         weights = np.zeros((b, t, t))
         for row in range(b):
             qh, kh = q[row, :, of_q], k[row, :, of_kv]
+            if config.qk_norm == "head":
+                qh, kh = _norm(layer["query_norm"], config, qh), _norm(layer["key_norm"], config, kh)
             if config.position == "rope":
-                qh, kh = (rotate(a, np.arange(t), config.rope_theta) for a in (qh, kh))
+                turned = int(d * config.rope_fraction)
+                theta, scaling = config.rope_theta, config.rope_scaling
+                if local and config.local_rope_theta:
+                    theta, scaling = config.local_rope_theta, None
+                qh, kh = (
+                    np.concatenate([rotate(a[:, :turned], np.arange(t), theta, scaling), a[:, turned:]], axis=1)
+                    for a in (qh, kh)
+                )
             for i in range(t):
-                weights[row, i, : i + 1] = softmax(kh[: i + 1] @ qh[i] / np.sqrt(d))
+                first = max(0, i - config.window + 1) if local else 0
+                scores = kh[first : i + 1] @ qh[i] * (config.attention_scale or 1 / np.sqrt(d))
+                weights[row, i, first : i + 1] = softmax(_capped(scores, config.attention_softcap))
             out[row, :, of_q] = weights[row] @ v[row, :, of_kv]
         seen.append(weights)
     return _linear(layer["out"], out)
@@ -104,11 +166,21 @@ def gelu_new(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
+def gelu(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))
+
+
 def mlp_hidden(kind: str, up: np.ndarray, gate: np.ndarray | None) -> np.ndarray:
     if kind == "swiglu":
         return gate * sigmoid(gate) * up
     if kind == "geglu":
         return gelu_new(gate) * up
+    if kind == "geglu_exact":
+        return gelu(gate) * up
+    if kind == "gelu_exact":
+        return gelu(up)
+    if kind == "silu":
+        return up * sigmoid(up)
     if kind == "glu":
         return sigmoid(gate) * up
     if kind == "gelu":

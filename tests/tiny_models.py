@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
-from model.config import ModelConfig
+from model.config import ModelConfig, RopeScaling
 from model.partitioner import Partitioner
 from model.transformer import Transformer
 
@@ -31,6 +31,25 @@ CONFIGS = {
         bias=True, tie_embeddings=False,
     ),
     "one_layer": ModelConfig(**_SHAPE | {"num_layers": 1, "vocab_size": 64}, mlp="relu2", bias=True, norm_eps=0.1),
+    "gemma": ModelConfig(
+        **_SHAPE | {"num_layers": 5}, num_kv_heads=2, head_dim=10, mlp="geglu", norm_at="both", norm_plus_one=True,
+        qk_norm="head", window=5, layer_pattern=("local", "local", "global"), local_rope_theta=100.0,
+        rope_scaling=RopeScaling("linear", 4.0), attention_scale=0.5, attention_softcap=5.0, logits_softcap=4.0,
+        embedding_scale=2.5,
+    ),
+    "olmo": ModelConfig(
+        **_SHAPE, num_kv_heads=2, norm_at="after", qk_norm="projection", mlp="silu", tie_embeddings=False,
+        rope_scaling=RopeScaling("yarn", 4.0, 8, beta_fast=2.0, beta_slow=0.2, truncate=False),
+    ),
+    "neox": ModelConfig(
+        **_SHAPE, parallel=True, norm="layernorm", bias=True, mlp="gelu_exact", rope_fraction=0.5, head_dim=12,
+        window=3, layer_pattern=("global", "local"), mlp_bias=False,
+    ),
+    "qwen": ModelConfig(
+        **_SHAPE | {"num_layers": 3}, num_kv_heads=1, qkv_bias=True, mlp="geglu_exact", window=4,
+        layer_pattern=("global", "local", "local"), rope_theta=1000.0,
+        rope_scaling=RopeScaling("llama3", 4.0, 8, low_freq_factor=0.5, high_freq_factor=2.0), scan_layers=False,
+    ),
 }  # fmt: skip
 
 every_config = {"argvalues": CONFIGS.values(), "ids": CONFIGS.keys()}  # of pytest.mark.parametrize
@@ -53,7 +72,7 @@ def random_params(config: ModelConfig, seed: int = 0) -> dict:
         shape = variable.get_value().shape
         noise = np.random.default_rng([seed, zlib.crc32("/".join(path).encode())]).standard_normal(shape)
         if path[-1] == "scale":
-            leaf = 1 + 0.3 * noise
+            leaf = (not config.norm_plus_one) + 0.3 * noise
         elif path[-1] == "kernel":
             # Scores of deviation 1.5^2: attention far from uniform. If sharper, it would amplify float32's rounding.
             leaf = noise * (1.5 if path[-2] in ("query", "key") else 1.2) / np.sqrt(shape[-2])

@@ -19,9 +19,8 @@ from model.attention import empty_cache
 from model.config import ModelConfig
 from model.dropout import dropout_rate
 from model.kernels import Mask
-from model.layers import INIT_STD
 from model.partitioner import Partitioner
-from model.transformer import Transformer
+from model.transformer import Transformer, turns
 from trainer.parallel.partitioner import zigzag_order
 
 # Rounding of float32 (6e-8) over sums of up to 100 terms and a few layers, at logits of up to 10: about 1e-5 at worst.
@@ -159,6 +158,25 @@ def test_scan_compiles_one_layer_and_unroll_all():
     assert while_loops(dataclasses.replace(CONFIGS["llama"], scan_layers=False)) == 0
 
 
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        ("GGGG", [("G", 4)]),
+        ("G", [("G", 1)]),
+        ("LGLG", [("LG", 2)]),
+        ("LGLGL", [("LG", 2), ("L", 1)]),
+        ("LLGLLGLL", [("LLG", 2), ("LL", 1)]),
+        ("GGGGLLL", [("G", 4), ("L", 3)]),
+        ("GLLL", [("G", 1), ("L", 3)]),
+        ("LG", [("L", 1), ("G", 1)]),
+    ],
+)
+def test_layers_are_looped_over_in_turns_or_runs(kinds, expected):
+    local = {"L": True, "G": False}
+    found = turns(tuple(local[kind] for kind in kinds))
+    assert found == [(tuple(local[kind] for kind in turn), count) for turn, count in expected]
+
+
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_a_profile_says_which_part_of_the_model_an_operation_is_of(remat):
     """By named scopes in the lowered program: q, k, v, out and two products of attention, and three of the mlp."""
@@ -184,6 +202,7 @@ def test_every_parameter_names_one_logical_axis_per_dimension(config):
         "mlp": config.mlp_size,
         "vocab": config.padded_vocab_size,
         "position": config.max_seq_len,
+        None: config.head_size,  # norms of single heads
     }
     for path, variable in tiny_models.abstract(config)[1].items():
         value, axes = variable.get_value(), variable.get_metadata("axes")
@@ -256,7 +275,9 @@ def test_initial_parameters(initial_params):
         if path[-1] in ("scale", "bias"):
             np.testing.assert_array_equal(leaf, 1.0 if path[-1] == "scale" else 0.0)
             continue
-        std = INIT_STD / np.sqrt(2 * UNTRAINED.num_layers) if path[-2:-1] in (("out",), ("down",)) else INIT_STD
+        std = UNTRAINED.init_std
+        if path[-2:-1] in (("out",), ("down",)):
+            std /= np.sqrt(2 * UNTRAINED.num_layers)
         # Five sigma of the deviation of n draws, std / sqrt(2n).
         assert abs(leaf.std() - std) < 5 * std / np.sqrt(2 * leaf.size), path
         if path[0] == "layers":
@@ -565,13 +586,14 @@ def test_every_parameter_is_gathered_or_looked_up_under_its_own_axes(config):
     apply = tiny_models.applier(dataclasses.replace(config, scan_layers=True), Recording())
     jax.eval_shape(lambda: apply(tiny_models.make(config)[1])(np.zeros((3, 7), np.int32)))
     expected = []
+    traced = sum(len(kinds) for kinds, _ in turns(config.local_layers))
     for variable in tiny_models.abstract(config)[1].values():
         axes, shape = variable.get_metadata("axes"), variable.get_value().shape
         in_stack = axes[0] == "layers"
-        expected.append((axes[in_stack:], shape[in_stack:]))
+        expected += [(axes[in_stack:], shape[in_stack:])] * (traced if in_stack else 1)
     if config.tie_embeddings:
         expected.append((("vocab", "embed"), (config.padded_vocab_size, config.embed_dim)))  # the output table, too
-    assert sorted(used) == sorted(expected)
+    assert sorted(used, key=str) == sorted(expected, key=str)
 
 
 def test_the_constrained_activation_is_the_one_that_is_used():

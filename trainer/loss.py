@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from model.layers import unembed
+from model.layers import unembed, unembed_slope
 from trainer import sharding
 from trainer.parallel.collectives import Collectives
 from trainer.state import Program
@@ -58,7 +58,7 @@ class _Shard:
     def __init__(self, program: Program):
         config = program.config
         self.collectives = Collectives(program.mesh)
-        self.vocab_size = config.model.vocab_size
+        self.model = config.model
         self.z_loss = config.z_loss
         self.chunk_tokens = config.loss_chunk_tokens
         self.axes = program.output_axes
@@ -94,7 +94,7 @@ class _Shard:
     def chunk(self, w: Array, x_ce: Array, targets_c: Array, weights_c: Array):
         """((total loss, cross-entropy), gradient of the total loss to the logits [c, v] in the type of x)."""
         first = self.collectives.index("tensor") * self.columns
-        logits_cv = unembed(x_ce, w, self.axes, vocab_size=self.vocab_size, first=first)
+        logits_cv = unembed(x_ce, w, self.axes, config=self.model, first=first)
         top_c1 = self.collectives.pmax(jnp.max(logits_cv, axis=1, keepdims=True), "tensor")
         exp_sum_c1 = self.collectives.psum(jnp.sum(jnp.exp(logits_cv - top_c1), axis=1, keepdims=True), "tensor")
         log_z_c1 = top_c1 + jnp.log(exp_sum_c1)
@@ -106,6 +106,7 @@ class _Shard:
         total = loss + self.z_loss * jnp.sum(weights_c * jnp.square(log_z_c)) if self.z_loss else loss
         p_cv = jnp.exp(logits_cv - log_z_c1)
         dlogits_cv = weights_c[:, None] * (p_cv * (1 + 2 * self.z_loss * log_z_c1) - is_target_cv)
+        dlogits_cv *= unembed_slope(logits_cv, self.model)
         return (total, loss), dlogits_cv.astype(x_ce.dtype)
 
     def over_chunks(self, one, carry, tokens: tuple[Array, Array, Array]):

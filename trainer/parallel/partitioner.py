@@ -172,7 +172,7 @@ class MeshPartitioner(Partitioner):
             sharding.spec(names, sharding.REPLICA_RULES)
             for names in (("batch", "seq", "heads", None), ("batch", "seq"), ("seq",))
         )
-        splash, splash_spec = self._splash(q.shape[2]) if self.kernel == "splash" else (None, None)
+        splash, splash_spec = self._splash(q.shape[2], spec) if self.kernel == "splash" else (None, None)
 
         def attention(splash, qkv, index, segment_ids):
             q, k, v = qkv
@@ -180,7 +180,7 @@ class MeshPartitioner(Partitioner):
             if self.context_parallel:
                 k, v = (self._in_order(x) for x in (k, v))
                 key_segment_ids = None if segment_ids is None else self._in_order(segment_ids)
-            mask = Mask(index, segment_ids, key_segment_ids)
+            mask = Mask(index, segment_ids, key_segment_ids, in_order=not self.context_parallel)
             if self.kernel == "splash":
                 return kernels.splash(splash, q, k, v, mask, spec=spec)
             return kernels.cudnn(q, k, v, spec) if self.kernel == "cudnn" else kernels.xla(q, k, v, mask, spec)
@@ -196,9 +196,9 @@ class MeshPartitioner(Partitioner):
         order = self.order.reshape(2 * self.context, -1)[:, 0].argsort()
         return blocks[:, order].reshape(gathered.shape)
 
-    def _splash(self, heads: int):
+    def _splash(self, heads: int, spec: AttentionSpec):
         index = np.arange(self.config.data.seq_len, dtype=np.int32) if self.order is None else self.order
         kernel = kernels.splash_kernel(
-            index, heads // self.mesh.shape["tensor"], context=self.context, documents=self.documents
+            index, heads // self.mesh.shape["tensor"], spec, context=self.context, documents=self.documents
         )
         return kernel, kernel.manual_sharding_spec(NamedSharding(self.mesh, PartitionSpec(None, "context")))
