@@ -42,15 +42,23 @@ def matmul_params(config: Config) -> int:
     return model.num_layers * (attention_params(model) + mlp_params(model)) + head_params(model)
 
 
-def attention_flops_per_token(config: Config) -> int:
-    """2 L H Q T: one of the two products of attention in the forward pass, in all layers, with all T keys."""
-    model = config.model
-    return 2 * model.num_layers * model.num_heads * model.head_size * config.data.seq_len
+def attention_flops_per_token(config: Config, *, causal: bool = False) -> int:
+    """2 L H Q T: one of the two products of attention in the forward pass, in all layers.
+
+    With all T keys, of which a window W of a local layer leaves W; with `causal` only those that a query sees, a mean
+    of T / 2, or W (1 - W / 2T).
+    """
+    model, length = config.model, config.data.seq_len
+    keys = 0.0
+    for local in model.local_layers:
+        most = min(model.window or length, length) if local else length
+        keys += most * (1 - most / (2 * length)) if causal else most
+    return round(2 * model.num_heads * model.head_size * keys)
 
 
 def flops_per_token(config: Config, *, causal: bool = False) -> int:
     """Model FLOPs of one token, forward and backward: 6 P + 12 L H Q T, or with `causal` 6 P + 6 L H Q T."""
-    return 6 * matmul_params(config) + (3 if causal else 6) * attention_flops_per_token(config)
+    return 6 * matmul_params(config) + 6 * attention_flops_per_token(config, causal=causal)
 
 
 def nanogpt_flops_per_token(config: Config, num_params: int) -> int:
@@ -73,8 +81,9 @@ def hardware_flops_per_token(config: Config, *, flash: bool = False) -> int:
     product, which the backward pass does not need. tests/flops_test.py compares each with XLA's count.
 
     Args:
-      flash: for a kernel (cudnn, splash) that skips the masked half and recomputes scores in its own backward pass;
-        remat then repeats its full forward pass.
+      flash: for a kernel (cudnn, splash) that skips what is masked and recomputes scores in its own backward pass;
+        remat then repeats its full forward pass. The plain kernel computes up to twice the keys of a window, which is
+        not counted.
     """
     model, attention = config.model, attention_flops_per_token(config)
     layer = attention_params(model) + mlp_params(model)
@@ -82,7 +91,7 @@ def hardware_flops_per_token(config: Config, *, flash: bool = False) -> int:
     weights_again = 2 * model.num_layers * (layer - last) if model.remat in ("full", "offload") else 0
     if flash:
         products = 7 + (0 if model.remat == "none" else 2)
-        return 6 * matmul_params(config) + weights_again + products * attention // 2
+        return 6 * matmul_params(config) + weights_again + products * attention_flops_per_token(config, causal=True)
     scores_again = {"none": 0, "attention": 1, "dots": 2, "full": 2, "offload": 2}[model.remat]
     return flops_per_token(config) + weights_again + scores_again * attention
 

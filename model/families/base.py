@@ -1,0 +1,312 @@
+"""What a family is made of: its table of tensors, and the keys of its config.json."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from model.config import ModelConfig, RopeScaling
+
+Json = dict[str, Any]
+# Fields that do not change what a model computes from its parameters, or that a run chooses.
+OF_TRAINING = ("dropout", "dropout_end", "dropout_scale", "dtype", "scan_layers", "remat", "attention", "init_depth_scale")
+# Keys that say nothing about the weights.
+OF_OTHERS = (
+    "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache", "bos_token_id",
+    "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id", "_name_or_path", "name_or_path",
+    "pretraining_tp", "attention_dropout", "auto_map", "_attn_implementation_autoset", "attn_implementation",
+    "gradient_checkpointing", "task_specific_params", "return_dict", "output_attentions", "output_hidden_states",
+    "is_encoder_decoder", "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "cache_implementation",
+    "layer_norm_eps", "is_llama_config", "rope_interleaved", "transformers.js_config", "unsloth_fixed",
+)  # fmt: skip
+
+
+class Unsupported(Exception):
+    """A config.json describes a model that we cannot compute, or a model has no form in a family."""
+
+
+class Keys:
+    """A config.json that remembers which of its keys were read."""
+
+    def __init__(self, config: Json, defaults: Json):
+        self._config = config
+        self._defaults = defaults
+        self._read: set[str] = set(OF_OTHERS)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Its value, or the family's default if it is missing."""
+        self._read.add(name)
+        return self._config.get(name, self._defaults.get(name, default))
+
+    def number(self, name: str) -> Any:
+        """The same, which must be a number above 0."""
+        value = self.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise Unsupported(f"{name} is {value!r}; it must be a number above 0")
+        return value
+
+    def must_be(self, name: str, *allowed: Any) -> None:
+        """A feature that exists there and not here. A missing key has the first of `allowed`."""
+        value = self.get(name, allowed[0])
+        if value not in allowed:
+            raise Unsupported(f"{name} is {value!r}, which is not supported; it can be {' or '.join(map(repr, allowed))}")
+
+    def choice(self, name: str, choices: dict[Any, Any]) -> Any:
+        """What the value means by the table `choices`."""
+        value = self.get(name)
+        if value not in choices:
+            raise Unsupported(f"{name} is {value!r}; it can be {', '.join(map(repr, choices))}")
+        return choices[value]
+
+    def unused(self) -> list[str]:
+        return sorted(name for name, value in self._config.items() if name not in self._read and value is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of a file and what it holds here.
+
+    Attributes:
+      theirs: its name without the family's prefix; {i} is the layer.
+      ours: dotted paths of the parameters that it holds, beside each other along its last axis as we have it.
+      transpose: whether it is (out, in), as torch.nn.Linear keeps it, and ours (in, out).
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    transpose: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family of published models.
+
+    Attributes:
+      model_type, architecture: as its config.json names them.
+      to_fields: from the keys of a config.json to fields of ModelConfig.
+      to_keys: from a ModelConfig to the keys of a config.json, which may lose what the family does not have.
+      tensors: all that the family can have. Those whose parameters a model does not have are not expected.
+      defaults: keys that a config.json may lack, with what they then are.
+      prefix: of names of tensors in published files, except the head's; files of the bare model lack it.
+      ignored: ends of names of tensors that hold nothing that was trained.
+    """
+
+    model_type: str
+    architecture: str
+    to_fields: Callable[[Keys], dict[str, Any]]
+    to_keys: Callable[[ModelConfig], Json]
+    tensors: tuple[Tensor, ...]
+    defaults: Json
+    prefix: str = "model."
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+
+    def to_model(self, config: Json) -> tuple[ModelConfig, list[str]]:
+        """The model that a config.json describes, and the keys that were not used.
+
+        Raises:
+          Unsupported: it has a feature that we cannot do.
+        """
+        keys = Keys(config, self.defaults)
+        keys.must_be("quantization_config", None)
+        try:
+            model = ModelConfig(**self.to_fields(keys))
+        except ValueError as e:
+            raise Unsupported(f"{self.model_type}: {e}") from None
+        return model, keys.unused()
+
+    def to_json(self, model: ModelConfig) -> Json:
+        """The config.json of `model`, except for dtype and token ids."""
+        return {"architectures": [self.architecture], "model_type": self.model_type, **self.to_keys(model)}
+
+
+def architecture_of(model: ModelConfig) -> dict[str, Any]:
+    """The fields that decide what a model computes, with derived ones filled in and those that do not matter reset."""
+    fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    for name in OF_TRAINING:
+        del fields[name]
+    for name in ("qkv_bias", "out_bias", "mlp_bias"):
+        fields[name] = model.bias if fields[name] is None else fields[name]
+    fields["bias"] = model.bias if model.norm == "layernorm" else None  # what is left: that of norms
+    fields |= {"num_kv_heads": model.kv_heads, "head_dim": model.head_size, "mlp_dim": model.mlp_size}
+    fields["attention_scale"] = model.attention_scale or model.head_size**-0.5
+    fields["embedding_scale"] = model.embedding_scale or 1.0
+    fields["layer_pattern"] = model.local_layers
+    if not any(model.local_layers):
+        fields["window"] = fields["local_rope_theta"] = None
+    if model.position == "learned":
+        for name in ("rope_theta", "rope_fraction", "rope_scaling", "local_rope_theta"):
+            fields[name] = None
+    else:
+        scaling = model.rope_scaling
+        kept = {"none": (), "linear": ("factor",)}.get(scaling.kind, tuple(vars(scaling)))
+        fields["rope_scaling"] = {"kind": scaling.kind} | {name: getattr(scaling, name) for name in kept}
+    return fields
+
+
+# --- what the descendants of Llama share ---
+
+
+def linear(theirs: str, ours: str) -> tuple[Tensor, Tensor]:
+    """A torch.nn.Linear with its bias, if there is one."""
+    return (
+        Tensor(f"{theirs}.weight", (f"{ours}.kernel",), transpose=True),
+        Tensor(f"{theirs}.bias", (f"{ours}.bias",)),
+    )
+
+
+def norm(theirs: str, ours: str) -> Tensor:
+    return Tensor(f"{theirs}.weight", (f"{ours}.scale",))
+
+
+LAYER = "layers.{i}."
+NORMS_BEFORE = (
+    norm(LAYER + "input_layernorm", "layers.attention_norm"),
+    norm(LAYER + "post_attention_layernorm", "layers.mlp_norm"),
+)
+QK_NORMS = (
+    norm(LAYER + "self_attn.q_norm", "layers.attention.query_norm"),
+    norm(LAYER + "self_attn.k_norm", "layers.attention.key_norm"),
+)
+LLAMA_LIKE = (
+    Tensor("embed_tokens.weight", ("embedding",)),
+    *linear(LAYER + "self_attn.q_proj", "layers.attention.query"),
+    *linear(LAYER + "self_attn.k_proj", "layers.attention.key"),
+    *linear(LAYER + "self_attn.v_proj", "layers.attention.value"),
+    *linear(LAYER + "self_attn.o_proj", "layers.attention.out"),
+    *linear(LAYER + "mlp.gate_proj", "layers.mlp.gate"),
+    *linear(LAYER + "mlp.up_proj", "layers.mlp.up"),
+    *linear(LAYER + "mlp.down_proj", "layers.mlp.down"),
+    norm("norm", "norm"),
+    Tensor("lm_head.weight", ("head.kernel",), transpose=True),
+)
+GATED = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu", "gelu": "geglu_exact"}
+HIDDEN_ACT = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh", "geglu_exact": "gelu"}
+# Of the keys that Llama's descendants share. A missing num_key_value_heads or head_dim is derived.
+LLAMA_DEFAULTS = {
+    "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": False,
+    "initializer_range": 0.02, "attention_bias": False, "max_position_embeddings": 2048,
+}  # fmt: skip
+
+
+def llama_fields(keys: Keys, act: str = "hidden_act") -> dict[str, Any]:
+    """The fields that a descendant of Llama has under Llama's keys."""
+    return {
+        "num_layers": keys.number("num_hidden_layers"), "embed_dim": keys.number("hidden_size"),
+        "num_heads": keys.number("num_attention_heads"), "num_kv_heads": keys.get("num_key_value_heads") or 0,
+        "head_dim": keys.get("head_dim") or 0, "mlp_dim": keys.number("intermediate_size"),
+        "mlp": keys.choice(act, GATED), "norm_eps": keys.number("rms_norm_eps"),
+        "tie_embeddings": keys.get("tie_word_embeddings"), "init_std": keys.number("initializer_range"),
+        "vocab_size": keys.number("vocab_size"), "max_seq_len": keys.number("max_position_embeddings"),
+        "init_depth_scale": False,
+    }  # fmt: skip
+
+
+def llama_keys(model: ModelConfig) -> Json:
+    if model.mlp not in HIDDEN_ACT:
+        raise Unsupported(f"mlp = {model.mlp}")
+    return {
+        "num_hidden_layers": model.num_layers, "hidden_size": model.embed_dim,
+        "num_attention_heads": model.num_heads, "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_size, "intermediate_size": model.mlp_size, "hidden_act": HIDDEN_ACT[model.mlp],
+        "rms_norm_eps": model.norm_eps, "tie_word_embeddings": model.tie_embeddings,
+        "initializer_range": model.init_std, "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.max_seq_len,
+    }  # fmt: skip
+
+
+def rope_fields(keys: Keys) -> dict[str, Any]:
+    """rope_theta and rope_scaling from either form: transformers 5's rope_parameters, or the keys of 4."""
+    new, old = keys.get("rope_parameters") or {}, keys.get("rope_scaling") or {}
+    theta, fraction = keys.get("rope_theta"), keys.get("partial_rotary_factor", 1.0)
+    return rope_of(new or old, theta, fraction, keys.number("max_position_embeddings"))
+
+
+def rope_of(scaling: Json, theta: float, fraction: float, max_seq_len: int) -> dict[str, Any]:
+    """The fields of one dictionary of rope parameters; theta and fraction are of the top level."""
+    kinds = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in kinds:
+        raise Unsupported(f"rope_type is {kind!r}; it can be {', '.join(kinds)}")
+    fields = {
+        "rope_theta": float(scaling.get("rope_theta") or theta),
+        "rope_fraction": scaling.get("partial_rotary_factor") or fraction,
+    }
+    if kind == "default":
+        return fields
+    given = {"kind": kinds[kind], "factor": float(scaling["factor"])}
+    if kind != "linear":
+        given["original_len"] = scaling.get("original_max_position_embeddings") or max_seq_len
+    names = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_fast", "beta_slow")}
+    for name in names.get(kind, ()):
+        if scaling.get(name):
+            given[name] = float(scaling[name])
+    if kind == "yarn":
+        given |= {"truncate": scaling.get("truncate", True), "attention_factor": _attention_factor(scaling)}
+    return fields | {"rope_scaling": RopeScaling(**given)}
+
+
+def _attention_factor(scaling: Json) -> float | None:
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):  # DeepSeek's
+        one, all_dim = (1 + 0.1 * scaling[name] * math.log(scaling["factor"]) for name in ("mscale", "mscale_all_dim"))
+        return one / all_dim
+    return None
+
+
+def rope_parameters(model: ModelConfig) -> Json:
+    """transformers 5's form of the rope of global layers."""
+    scaling, kind = model.rope_scaling, model.rope_scaling.kind
+    keys: Json = {"rope_type": "default" if kind == "none" else kind, "rope_theta": model.rope_theta}
+    if model.rope_fraction != 1:
+        keys["partial_rotary_factor"] = model.rope_fraction
+    if kind != "none":
+        keys["factor"] = scaling.factor
+    if kind in ("llama3", "yarn"):
+        keys["original_max_position_embeddings"] = scaling.original_len
+    if kind == "llama3":
+        keys |= {name: getattr(scaling, name) for name in ("low_freq_factor", "high_freq_factor")}
+    if kind == "yarn":
+        keys |= {name: getattr(scaling, name) for name in ("beta_fast", "beta_slow", "truncate")}
+        if scaling.attention_factor is not None:
+            keys["attention_factor"] = scaling.attention_factor
+    return keys
+
+
+def rope_keys(model: ModelConfig) -> Json:
+    """Both forms: vLLM, llama.cpp and others each read one."""
+    new = rope_parameters(model)
+    old = {name: value for name, value in new.items() if name != "rope_theta"}
+    keys: Json = {"rope_parameters": new, "rope_theta": model.rope_theta}
+    keys["rope_scaling"] = None if old == {"rope_type": "default"} else old
+    if model.rope_fraction != 1:
+        keys["partial_rotary_factor"] = model.rope_fraction
+    return keys
+
+
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+
+
+def window_fields(keys: Keys, local: Iterable[bool]) -> dict[str, Any]:
+    """Windows of local layers: those that layer_types names, or if there are none, `local`."""
+    window, types = keys.get("sliding_window"), keys.get("layer_types")
+    layers = list(local) if types is None else [kind == LOCAL for kind in types]
+    if types is not None and (strange := set(types) - {LOCAL, GLOBAL}):
+        raise Unsupported(f"layer_types has {strange.pop()!r}; it can have {LOCAL} and {GLOBAL}")
+    if window is None or not any(layers):
+        return {}
+    return {"window": window, "layer_pattern": shortest_pattern(layers)}
+
+
+def shortest_pattern(local: list[bool]) -> tuple[str, ...]:
+    """The shortest ModelConfig.layer_pattern of these layers."""
+    names = tuple("local" if one else "global" for one in local)
+    periods = (n for n in range(1, len(names) + 1) if all(names[i] == names[i % n] for i in range(len(names))))
+    return names[: next(periods)]
+
+
+def window_keys(model: ModelConfig) -> Json:
+    return {
+        "sliding_window": model.window,
+        "layer_types": [LOCAL if local else GLOBAL for local in model.local_layers],
+    }

@@ -1,0 +1,38 @@
+"""Qwen2 and 2.5 (Qwen Team, 2024): Llama's form with biases of queries, keys and values, and windows in late layers."""
+
+from typing import Any
+
+from model.config import ModelConfig
+from model.families.base import (
+    LLAMA_DEFAULTS, LLAMA_LIKE, NORMS_BEFORE, Family, Json, Keys, llama_fields, llama_keys, rope_fields, rope_keys,
+    window_fields, window_keys,
+)  # fmt: skip
+
+DEFAULTS = LLAMA_DEFAULTS | {
+    "max_position_embeddings": 32_768, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28,
+}  # fmt: skip
+
+
+def late_windows(keys: Keys) -> dict[str, Any]:
+    """sliding_window counts only with use_sliding_window, and in the layers from max_window_layers on."""
+    used, first = keys.get("use_sliding_window"), keys.get("max_window_layers")
+    late = [i >= first for i in range(keys.number("num_hidden_layers"))]
+    windows = window_fields(keys, late)
+    return windows if used else {}
+
+
+def late_window_keys(model: ModelConfig) -> Json:
+    local = model.local_layers
+    first = local.index(True) if any(local) else model.num_layers
+    return window_keys(model) | {"use_sliding_window": any(local), "max_window_layers": first}
+
+
+def to_fields(keys: Keys) -> dict:
+    return llama_fields(keys) | rope_fields(keys) | late_windows(keys) | {"qkv_bias": True}
+
+
+def to_keys(model: ModelConfig) -> Json:
+    return llama_keys(model) | rope_keys(model) | late_window_keys(model)
+
+
+FAMILY = Family("qwen2", "Qwen2ForCausalLM", to_fields, to_keys, (*LLAMA_LIKE, *NORMS_BEFORE), DEFAULTS)

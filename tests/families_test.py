@@ -1,0 +1,169 @@
+"""Each family against transformers' own class, with every switch that the family has: in, computed, and out again."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+from flax import traverse_util
+
+from model import families
+from model.families.layout import Layout
+from trainer.interchange.folder import Folder
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+LENGTH = 512
+# Sizes in which no two are equal that could be taken for each other; heads are not embed / heads wide.
+LLAMA = {
+    "vocab_size": 131, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": LENGTH, "rms_norm_eps": 1e-4,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 20000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "rope_theta": 3000.0, "factor": 4.0}
+WINDOWED = {"sliding_window": 40}
+GEMMA = LLAMA | WINDOWED | {"query_pre_attn_scalar": 12, "num_hidden_layers": 4, "pad_token_id": 0}
+MODELS = {
+    "llama": ("Llama", LLAMA | {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),
+    "llama_tied_multi_query": (
+        "Llama",
+        LLAMA | {"num_key_value_heads": 1, "tie_word_embeddings": True, "rope_parameters": LINEAR, "hidden_act": "gelu"},
+    ),
+    "llama_partial": (
+        "Llama", LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+    ),
+    "mistral": ("Mistral", LLAMA | WINDOWED | {"rope_parameters": YARN}),
+    "mistral_full": ("Mistral", LLAMA | {"sliding_window": None, "rope_parameters": YARN | {"truncate": False}}),
+    "qwen2": (
+        "Qwen2",
+        {k: v for k, v in LLAMA.items() if k != "head_dim"}
+        | WINDOWED
+        | {"use_sliding_window": True, "max_window_layers": 1, "rope_parameters": YARN | {"attention_factor": 1.3}},
+    ),
+    "qwen3": (
+        "Qwen3", LLAMA | WINDOWED | {"use_sliding_window": True, "max_window_layers": 2, "attention_bias": True},
+    ),
+    "gemma2": ("Gemma2", GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
+    "gemma3": (
+        "Gemma3",
+        GEMMA
+        | {
+            "num_hidden_layers": 7, "attention_bias": True,
+            "rope_parameters": {
+                "full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            },
+        },
+    ),
+    "olmo2": (
+        "Olmo2",
+        {k: v for k, v in LLAMA.items() if k != "head_dim"} | {"rope_parameters": LLAMA3, "attention_bias": True},
+    ),
+    "gpt2": (
+        "GPT2", {"vocab_size": 131, "n_embd": 48, "n_layer": 3, "n_head": 4, "n_inner": 80, "n_positions": LENGTH},
+    ),
+    "gpt2_untied": (
+        "GPT2",
+        {"vocab_size": 131, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": LENGTH,
+         "tie_word_embeddings": False, "activation_function": "gelu"},
+    ),
+}  # fmt: skip
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+@functools.cache
+def theirs(name: str):
+    """transformers' model in float32, all of its parameters far from their initial values."""
+    kind, fields = MODELS[name]
+    config = getattr(transformers, f"{kind}Config" if kind != "Gemma3" else "Gemma3TextConfig")(**fields)
+    config._attn_implementation = "eager"  # others leave soft caps out
+    torch.manual_seed(len(name))
+    model = getattr(transformers, f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")(config).float()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter)
+            if parameter.ndim == 1:
+                around = 0 if path.endswith("bias") or kind.startswith("Gemma") else 1
+                parameter.copy_(around + 0.3 * noise)
+            else:
+                parameter.copy_(noise * (0.3 if "emb" in path or "wte" in path else 1.2 / parameter.shape[-1] ** 0.5))
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """The folder of each model."""
+
+    @functools.cache
+    def of(name: str) -> pathlib.Path:
+        folder = tmp_path_factory.mktemp(name)
+        theirs(name).save_pretrained(folder)
+        return folder
+
+    return of
+
+
+def shapes_of(model) -> dict[str, tuple[int, ...]]:
+    variables = tiny_models.abstract(model)[1]
+    return {".".join(path): v.get_value().shape for path, v in variables.items()}
+
+
+def load(folder: pathlib.Path):
+    """(family, ModelConfig, layout, parameters by dotted path)."""
+    opened = Folder(folder)
+    family, model, unused = families.loaded(opened.config)
+    assert unused == []
+    layout = Layout(family, model, shapes_of(model))
+    names = {name if name in layout.shapes else family.prefix + name: shape for name, shape in opened.shapes.items()}
+    assert layout.problems(names) == []
+    params = {
+        path: layout.parameter(opened.read, path, (slice(None),) * len(shape))
+        for path, shape in shapes_of(model).items()
+    }
+    return family, model, layout, params
+
+
+def logits_of(model, params, tokens) -> np.ndarray:
+    nested = traverse_util.unflatten_dict({tuple(path.split(".")): jnp.asarray(p) for path, p in params.items()})
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(tiny_models.jitted_forward(model)(nested, tokens))[..., : model.vocab_size]
+
+
+@every_model
+def test_logits_are_those_of_transformers(name, saved):
+    """Over 512 tokens, in float32: within 1e-4 of the largest logit."""
+    _, model, _, params = load(saved(name))
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, LENGTH)).astype(np.int32)
+    with torch.no_grad():
+        expected = theirs(name)(torch.as_tensor(tokens.astype(np.int64)), use_cache=False).logits.numpy()
+    actual = logits_of(model, params, tokens)
+    assert expected.std() > 0.3
+    assert np.abs(actual - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@every_model
+def test_out_again_every_bit_is_the_same_and_the_config_means_the_same(name, saved):
+    family, model, layout, params = load(saved(name))
+    opened = Folder(saved(name))
+
+    def of_layer(path, layer):
+        return params[path] if layer is None else params[path][layer]
+
+    for tensor in layout.shapes:
+        original = opened.read(tensor, (slice(None),) * len(layout.shapes[tensor]))
+        written = layout.tensor(of_layer, tensor)
+        assert written.flags.c_contiguous
+        np.testing.assert_array_equal(written.view(np.uint32), original.view(np.uint32))
+    found, config = families.expressing(model)
+    assert families.differences(found.to_model(config)[0], model) == []
+    config = family.to_json(model)
+    again = type(theirs(name).config)(**{k: v for k, v in config.items() if k not in ("model_type", "architectures")})
+    assert families.differences(family.to_model(again.to_dict())[0], model) == []

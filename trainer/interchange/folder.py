@@ -1,0 +1,107 @@
+"""A folder as Hugging Face's `save_pretrained` writes it: config.json and tensors in .safetensors files. No JAX."""
+
+import contextlib
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from model.families.layout import Index
+from trainer.errors import ConfigError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = ("F32", "F16", "BF16", "F64")
+
+
+class Folder:
+    """The tensors of a folder, read slice by slice.
+
+    Attributes:
+      config: its config.json.
+      shapes: of all tensors by name.
+      dtypes: of the same, as safetensors names them: F32, BF16, ….
+
+    Raises:
+      ConfigError: it is no such folder, or a file of it is damaged.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self.config = read_json(path / "config.json", "a folder of Hugging Face has one")
+        self._file_of: dict[str, str] = {}
+        self._files: dict[str, Any] = {}
+        self._opened = contextlib.ExitStack()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        for file, named in self._listed().items():
+            self._open(file, named)
+        if not_floats := [f"{name} ({dtype})" for name, dtype in self.dtypes.items() if dtype not in FLOATS]:
+            raise ConfigError(
+                f"{path} holds tensors that are not floating-point numbers: {', '.join(not_floats[:5])}; quantised "
+                "weights cannot be converted: name the folder of the full ones"
+            )
+
+    def _listed(self) -> dict[str, list[str] | None]:
+        """The files, and the tensors that the index says are in each; None: not said."""
+        if (self.path / INDEX).exists():
+            index = read_json(self.path / INDEX, "")
+            files: dict[str, list[str] | None] = {}
+            for name, file in index.get("weight_map", {}).items():
+                (files.setdefault(file, []) or []).append(name)
+            for file in list(files):
+                if pathlib.PurePath(file).name != file:
+                    raise ConfigError(f"{self.path / INDEX} names {file!r}, which is not a file of its own folder")
+            if missing := [file for file in files if not (self.path / file).exists()]:
+                raise ConfigError(
+                    f"{self.path / INDEX} names {len(missing)} of {len(files)} files that are not there, such as "
+                    f"{missing[0]}; copy the whole folder"
+                )
+            return files
+        if (self.path / SINGLE).exists():
+            return {SINGLE: None}
+        pickles = sorted(p.name for p in self.path.glob("*.bin"))
+        if pickles:
+            raise ConfigError(
+                f"{self.path} holds {pickles[0]}, a pickle, which could run code of its own, and no .safetensors; "
+                "convert it where you trust it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
+            )
+        raise ConfigError(f"{self.path} holds no weights: neither {SINGLE} nor {INDEX}")
+
+    def _open(self, file: str, named: list[str] | None) -> None:
+        path = self.path / file
+        try:
+            opened = self._opened.enter_context(safetensors.safe_open(path, "numpy"))
+        except (safetensors.SafetensorError, OSError) as e:
+            raise ConfigError(f"{path} cannot be read: {e}; copy it again") from None
+        self._files[file] = opened
+        names = list(opened.keys())
+        if lost := sorted(set(named or ()) - set(names)):
+            raise ConfigError(f"{path} lacks {', '.join(lost[:5])}, which {INDEX} says it holds; copy the folder again")
+        for name in names:
+            if name in self._file_of:
+                raise ConfigError(f"{name} is in {self._file_of[name]} and in {file}; one of them is not of this model")
+            self._file_of[name] = file
+            tensor = opened.get_slice(name)
+            self.shapes[name], self.dtypes[name] = tuple(tensor.get_shape()), tensor.get_dtype()
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """A slice of a tensor, in the type of the file."""
+        return self._files[self._file_of[name]].get_slice(name)[index]
+
+    def close(self) -> None:
+        self._opened.close()
+
+
+def read_json(path: pathlib.Path, why: str) -> dict[str, Any]:
+    """Raises ConfigError."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; {why}") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise ConfigError(f"{path} cannot be read: {e}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is not a JSON object")
+    return content
