@@ -12,6 +12,7 @@ from flax import nnx
 from jax import Array
 
 from model.config import ModelConfig
+from model.context import Context
 from model.partitioner import Partitioner, over_tokens
 
 INIT_STD = 0.02  # GPT-2's; projections back into the residual stream use INIT_STD / sqrt(2 num_layers)
@@ -122,7 +123,7 @@ class MLP(nnx.Module):
         self.gate = Linear(build, embed, hidden, ("embed", "mlp"), bias=bias) if config.gated else None
         self.down = Linear(build, hidden, embed, ("mlp", "embed"), bias=bias, std=build.out_std)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, ctx: Context) -> Array:
         activation = {
             "swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "glu": jax.nn.sigmoid,
             "gelu": jax.nn.gelu, "relu2": lambda h: jnp.square(jax.nn.relu(h)),

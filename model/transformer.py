@@ -35,7 +35,7 @@ class Block(nnx.Module):
             y, cache = self.attention(self.attention_norm(x), ctx.with_dropout(weights), cache)
         x = self._residual(x + attended(y))
         with jax.named_scope("mlp"):
-            y = self.mlp(self.mlp_norm(x))
+            y = self.mlp(self.mlp_norm(x), ctx)
         return self._residual(x + fed(y)), cache
 
     def _residual(self, x: Array) -> Array:

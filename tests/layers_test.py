@@ -8,6 +8,7 @@ import reference
 from flax import nnx
 
 from model.config import MLPS, ModelConfig
+from model.context import Context
 from model.dropout import Dropout, dropout_rate
 from model.layers import MLP, Build, Linear, Norm, project, unembed
 
@@ -128,7 +129,8 @@ def test_mlp_is_its_definition(kind, bias):
     gate = linear("gate", x) if "gate" in weights else None
     expected = linear("down", reference.mlp_hidden(kind, linear("up", x), gate))
     assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(mlp(jnp.asarray(x)), expected, rtol=1e-5, atol=2e-5)
+    ctx = Context(jnp.arange(3), jnp.arange(3)[None])
+    np.testing.assert_allclose(mlp(jnp.asarray(x), ctx), expected, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("axes", [("vocab", "embed"), ("embed", "vocab")])
