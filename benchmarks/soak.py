@@ -190,7 +190,7 @@ def full_disk(attempt: Attempt, dice: random.Random) -> None:
 
 
 def second_job(attempt: Attempt, dice: random.Random) -> None:
-    """Refused without disturbing the first."""
+    """Starts a second job on the same run: it must be refused, and the first must not be disturbed."""
     flag = "--config.data.path="
     data = pathlib.Path(next(w for w in attempt.processes[0].args if w.startswith(flag)).removeprefix(flag))
     other = subprocess.run(

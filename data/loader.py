@@ -348,7 +348,7 @@ class MixedWindows:
 class Loader:
     """Global batches of jax.Arrays. Its only state is the number of sequences consumed, which the caller keeps.
 
-    Every process computes the order of the whole global batch and reads only the rows that its own devices hold.
+    Every process computes the order of the rows that its own devices hold, and reads only these.
 
     Args:
       document_end: as of batch.from_tokens.

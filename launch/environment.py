@@ -35,6 +35,7 @@ WORKING: dict[str, Any] = {
     "jax_numpy_rank_promotion": "allow",
     "jax_legacy_prng_key": "allow",
     "jax_enable_recoverability": False,
+    "jax_use_simplified_jaxpr_constants": False,  # a step would transfer its constants each time
     "jax_transfer_guard": ("allow", "log", None),
     "jax_transfer_guard_host_to_device": ("allow", "log", None),
     "jax_transfer_guard_device_to_device": ("allow", "log", None),

@@ -148,7 +148,7 @@ class Rendezvous:
 
     def _receive(self, connection: socket.socket) -> str:
         """Reads from a peer; returns why it is refused, or ''."""
-        if connection not in self._received:  # closed because of the message before
+        if connection not in self._received:  # it was closed while an earlier message was handled
             return ""
         try:
             message = connection.recv(MAX_MESSAGE_BYTES)

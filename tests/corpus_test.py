@@ -82,7 +82,7 @@ def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path):
 
 @pytest.mark.parametrize("source", ["nowhere.txt", "none/*.txt", "sub*", "python-stdlb"])
 def test_nothing_there_is_an_error_that_names_the_source_and_the_corpora(source, texts, tmp_path):
-    """`sub*` matches a folder only, which is not text."""
+    """`sub*` matches only a folder, and a folder is not a text file."""
     with pytest.raises(DataError) as e:
         corpus.find_files(str(texts / source), tmp_path)
     assert source in str(e.value) and "python-stdlib" in str(e.value) and "tinyshakespeare" in str(e.value)

@@ -351,7 +351,7 @@ def test_a_copied_run_does_not_take_the_mirror_and_a_moved_one_does(tmp_path):
     shutil.copytree(tmp_path / "mirror", tmp_path / "mirror of the copy")
     Mirror(str(tmp_path / "mirror of the copy"), tmp_path / "copy/checkpoints", Config())
     (tmp_path / "run").rename(tmp_path / "moved")
-    for run in ("moved", "copy"):  # nothing tells them apart now: the first one gets it
+    for run in ("moved", "copy"):  # nothing distinguishes the two runs now, so the first that opens the mirror takes it
         (tmp_path / run).rename(tmp_path / "here")
         Mirror(str(tmp_path / "mirror"), tmp_path / "here/checkpoints", Config())
         (tmp_path / "here").rename(tmp_path / run)

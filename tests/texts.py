@@ -29,7 +29,7 @@ PIECES = [
     "</s>",
 ]
 TEXT = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=5)), max_size=30).map("".join)
-# Without unassigned characters, and those of a new Unicode version: the regex package may know more than others.
+# Excludes unassigned characters: the regex package may know a newer version of Unicode than the other libraries do.
 OLD_CHARACTERS = st.characters(exclude_categories=("Cs", "Cn"))
 OLD_TEXT = st.lists(st.one_of(st.sampled_from(PIECES), st.text(OLD_CHARACTERS, max_size=5)), max_size=30).map("".join)
 OLD_TRICKY = [*TRICKY, "", "a" * 3000, " " * 3000]

@@ -151,7 +151,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DivergenceConfig:
-    """What happens after a bad step (divergence.py). A bad state is never saved, whatever the policy."""
+    """What happens after a bad step (divergence.py). Parameters that are not finite are never saved."""
 
     not_finite: str = "stop"  # loss or gradient norm is NaN or infinite: stop (exit code 4), skip, rollback
     spike: str = "ignore"  # one of them is far above its running mean: ignore, stop, skip, rollback

@@ -1,4 +1,5 @@
-"""Detects bad steps on the device, so that a bad update is never applied; the loop acts on the metrics.
+"""Detects bad steps on the device: with a policy of skip or rollback a bad update is not applied. The loop acts on the
+metrics.
 
 The guard is part of the training state: a flat dict of scalars, the same on every device. It has the running mean and
 variance, over good steps, of the loss and of the logarithm of the gradient norm. For the first `window` steps these are

@@ -1,5 +1,5 @@
-"""Four hosts with their own addresses on one switch, started as GPU nodes are: by launch/gpu/run.sh on each, with the
-number of the node. No GPU is needed for that."""
+"""Four hosts, each with an address of its own, on one switch. As on GPU nodes, launch/gpu/run.sh starts each of them
+with its node number; no GPU is needed for that."""
 
 import contextlib
 import os
