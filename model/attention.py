@@ -1,5 +1,5 @@
-"""Causal attention: projections, norms and rotation of queries and keys, the KV cache. model/kernels.py has the attention
-itself.
+"""Causal attention: projections, norms and rotation of queries and keys, the KV cache. model/kernels.py has the
+attention itself.
 
 Shape suffixes: b batch, t query, s key, h query head, k key-value head, d head size.
 """

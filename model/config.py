@@ -61,7 +61,9 @@ class ModelConfig:
     num_kv_heads: int = 0  # key and value heads; 0: num_heads (multi-head attention)
     head_dim: int = 0  # 0: embed_dim / num_heads
     mlp_dim: int = 0  # hidden width; 0: 4 embed_dim, or 8/3 embed_dim rounded up to 64 for the gated kinds
-    mlp: str = "swiglu"  # swiglu, geglu, glu (Shazeer, 2020), gelu, silu, relu2 (So et al., 2021); *_exact: not tanh GELU
+    mlp: str = (
+        "swiglu"  # swiglu, geglu, glu (Shazeer, 2020), gelu, silu, relu2 (So et al., 2021); *_exact: not tanh GELU
+    )
     position: str = "rope"  # rope (Su et al., 2021; rotates halves) or learned (like GPT-2's)
     rope_theta: float = 10_000.0
     rope_fraction: float = 1.0  # of the dimensions of a head, the first ones, that are rotated
@@ -70,7 +72,9 @@ class ModelConfig:
     norm_eps: float = 1e-5
     norm_plus_one: bool = False  # the scale is 1 + its parameter, which begins at 0 (Gemma)
     norm_at: Literal["before", "after", "both"] = "before"  # of each sub-layer; always at the end of the stack
-    qk_norm: Literal["none", "head", "projection"] = "none"  # of queries and keys, before they are rotated: of each head
+    qk_norm: Literal["none", "head", "projection"] = (
+        "none"  # of queries and keys, before they are rotated: of each head
+    )
     # (Qwen3, Gemma 3), or of all heads as one vector (OLMo 2)
     bias: bool = False  # biases in linear layers and layernorm
     qkv_bias: bool | None = None  # of queries, keys and values; none: as `bias`
@@ -133,9 +137,7 @@ class ModelConfig:
             self.num_heads % self.kv_heads == 0,
             f"num_kv_heads = {self.kv_heads} does not divide model.num_heads = {self.num_heads}",
         )
-        require(
-            0 < self.rope_fraction <= 1, f"rope_fraction is {self.rope_fraction}; it must be above 0 and at most 1"
-        )
+        require(0 < self.rope_fraction <= 1, f"rope_fraction is {self.rope_fraction}; it must be above 0 and at most 1")
         require(
             self.position != "rope" or (self.rotated_size % 2 == 0 and self.rotated_size > 0),
             f"head_dim is {self.head_size}, of which model.rope_fraction = {self.rope_fraction} are "
@@ -144,7 +146,8 @@ class ModelConfig:
         require(self.window is None or self.window >= 1, f"window is {self.window}; it must be at least 1, or none")
         require(self.layer_pattern != (), "layer_pattern is empty; name local and global layers, such as local,global")
         require(
-            not (self.norm_plus_one and self.norm == "layernorm"), "norm_plus_one is a form of rmsnorm, not of layernorm"
+            not (self.norm_plus_one and self.norm == "layernorm"),
+            "norm_plus_one is a form of rmsnorm, not of layernorm",
         )
         require(
             not (self.parallel and self.norm_at != "before"),

@@ -156,9 +156,7 @@ class MLP(nnx.Module):
         return self.down(self.partitioner.constrain(hidden, ("batch", "seq", "mlp")))
 
 
-def unembed(
-    x: Array, w: Array, axes: tuple[str, str], *, config: ModelConfig, first: Array | int = 0
-) -> Array:
+def unembed(x: Array, w: Array, axes: tuple[str, str], *, config: ModelConfig, first: Array | int = 0) -> Array:
     """The logits of hidden states: the one head, of the loss, of evaluation and of sampling.
 
     Args:

@@ -27,7 +27,6 @@ def rotate(x, positions, theta):
     return Rope(theta, x.shape[-1])(x, positions)
 
 
-
 @jax.jit
 def attend(q, k, v, index, segment_ids=None, *, key_segment_ids=None, scale=None, rate=0.0, key=None):
     """The plain kernel. Without key_segment_ids the keys have the segment_ids of the queries."""

@@ -142,7 +142,10 @@ def test_unembed_is_the_product_with_each_row_of_the_table(axes, dtype):
     x, table = (jnp.asarray(noise(*shape, seed=s), dtype) for s, shape in enumerate([(2, 3, 6), (8, 6)]))
     w = table if axes[0] == "vocab" else table.T
     wide = np.einsum("bte,ve->btv", *(np.asarray(a, np.float64) for a in (x, table)))
-    for logits in (unembed(x, w, axes, config=ModelConfig(vocab_size=5)), unembed(x.reshape(6, 6), w, axes, config=ModelConfig(vocab_size=5))):
+    for logits in (
+        unembed(x, w, axes, config=ModelConfig(vocab_size=5)),
+        unembed(x.reshape(6, 6), w, axes, config=ModelConfig(vocab_size=5)),
+    ):
         assert logits.dtype == jnp.float32
         np.testing.assert_allclose(logits[..., :5], wide[..., :5].reshape(*logits.shape[:-1], 5), rtol=0, atol=1e-5)
         assert (np.asarray(logits)[..., 5:] == -np.inf).all()
@@ -152,7 +155,9 @@ def test_unembed_of_a_shard_of_the_vocabulary_is_that_part_of_the_whole():
     x, table = jnp.asarray(noise(3, 6)), jnp.asarray(noise(8, 6, seed=1))
     whole = unembed(x, table, ("vocab", "embed"), config=ModelConfig(vocab_size=5))
     for first in (0, 4):
-        shard = unembed(x, table[first : first + 4], ("vocab", "embed"), config=ModelConfig(vocab_size=5), first=jnp.int32(first))
+        shard = unembed(
+            x, table[first : first + 4], ("vocab", "embed"), config=ModelConfig(vocab_size=5), first=jnp.int32(first)
+        )
         np.testing.assert_allclose(shard, whole[:, first : first + 4], rtol=1e-6)
 
 

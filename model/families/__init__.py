@@ -63,4 +63,15 @@ def loaded(config: Json) -> tuple[Family, ModelConfig, list[str]]:
     return family, model, unused
 
 
-__all__ = ["BY_TYPE", "FAMILIES", "HEAD", "Family", "Json", "Unsupported", "differences", "expressing", "loaded", "of_json"]
+__all__ = [
+    "BY_TYPE",
+    "FAMILIES",
+    "HEAD",
+    "Family",
+    "Json",
+    "Unsupported",
+    "differences",
+    "expressing",
+    "loaded",
+    "of_json",
+]

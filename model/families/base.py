@@ -9,7 +9,16 @@ from model.config import ModelConfig, RopeScaling
 
 Json = dict[str, Any]
 # Fields that do not change what a model computes from its parameters, or that a run chooses.
-OF_TRAINING = ("dropout", "dropout_end", "dropout_scale", "dtype", "scan_layers", "remat", "attention", "init_depth_scale")
+OF_TRAINING = (
+    "dropout",
+    "dropout_end",
+    "dropout_scale",
+    "dtype",
+    "scan_layers",
+    "remat",
+    "attention",
+    "init_depth_scale",
+)
 # Keys that say nothing about the weights.
 OF_OTHERS = (
     "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache", "bos_token_id",
@@ -49,7 +58,9 @@ class Keys:
         """A feature that exists there and not here. A missing key has the first of `allowed`."""
         value = self.get(name, allowed[0])
         if value not in allowed:
-            raise Unsupported(f"{name} is {value!r}, which is not supported; it can be {' or '.join(map(repr, allowed))}")
+            raise Unsupported(
+                f"{name} is {value!r}, which is not supported; it can be {' or '.join(map(repr, allowed))}"
+            )
 
     def choice(self, name: str, choices: dict[Any, Any]) -> Any:
         """What the value means by the table `choices`."""

@@ -88,9 +88,7 @@ class Layout:
         """What is wrong with the tensors of some files, by full name, each in a few words."""
         ignored = (*self.family.ignored, *([HEAD] if self.config.tie_embeddings else []))
         missing = [f"{name} is missing" for name in self.shapes if name not in found]
-        extra = [
-            f"{name} is not known" for name in found if name not in self.shapes and not name.endswith(ignored)
-        ]
+        extra = [f"{name} is not known" for name in found if name not in self.shapes and not name.endswith(ignored)]
         wrong = [
             f"{name} is {list(found[name])}, not {list(shape)}"
             for name, shape in self.shapes.items()

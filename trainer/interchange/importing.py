@@ -1,21 +1,32 @@
 """Weights from a folder of Hugging Face, each device reading its own shards, and the run that they become."""
 
 import dataclasses
+import json
 import logging
 import pathlib
+import shlex
+import shutil
 from typing import Any
 
 import jax
+import numpy as np
 from flax import traverse_util
 
 from data import tokenizers
+from data.config import DataConfig
+from data.storage import files
 from model import families
 from model.config import ModelConfig
 from model.families import Unsupported
 from model.families.layout import Index, Layout
-from trainer.errors import ConfigError
+from trainer import sharding
+from trainer.config import Config, MeshConfig, to_json
+from trainer.errors import CheckpointError, ConfigError
+from trainer.interchange import exporting
 from trainer.interchange.folder import Folder
-from trainer.state import Program
+from trainer.reliability import identity
+from trainer.reliability.checkpoint import Checkpoints
+from trainer.state import Program, TrainState
 
 log = logging.getLogger("meshlm")
 SHOWN = 20  # problems of tensors that are listed; there may be thousands
@@ -109,3 +120,75 @@ def describe(source: Source) -> list[str]:
 def numbers(source: Source) -> dict[str, Any]:
     """What the meta of a checkpoint says of where its weights are from."""
     return {"path": str(source.folder.path.resolve()), "family": source.family.model_type}
+
+
+def as_run(source: Source, workdir: pathlib.Path, argv: list[str]) -> Program:
+    """Makes `workdir`, which must not exist, a run at step 0 with the weights of `source` and a fresh optimizer.
+
+    It gets its name when all of it is written and was read back.
+
+    Raises:
+      ConfigError: it exists, or the weights do not fit the config.json.
+      CheckpointError: it cannot be written, or what was read back is not what was written.
+    """
+    if workdir.exists():
+        raise ConfigError(f"{workdir} exists; name a --workdir that does not")
+    tokenizer = source.tokenizer()
+    config = config_of(source.model)
+    program = Program(config, sharding.make_mesh(_sharded(config)))
+    jax.set_mesh(program.mesh)
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    temporary = workdir.with_name(f".{workdir.name}.converting")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        _write_run(source, program, tokenizer, temporary, argv)
+        temporary.rename(workdir)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return program
+
+
+def config_of(model: ModelConfig) -> Config:
+    """The configuration of a run with this model that has not seen any data."""
+    return Config(model=model, data=DataConfig(seq_len=model.max_seq_len))
+
+
+def _sharded(config: Config) -> Config:
+    """The same with the parameters split over all devices, if their number divides them."""
+    try:
+        split = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=-1))
+        sharding.make_mesh(split)
+        return split
+    except ConfigError:
+        return config
+
+
+def _write_run(
+    source: Source, program: Program, tokenizer: tokenizers.Tokenizer | None, folder: pathlib.Path, argv: list[str]
+) -> None:
+    config, params = program.config, source.params(program)
+    opt_shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state.opt_state)
+    opt_state = jax.jit(program.optimizer.init, out_shardings=opt_shardings)(params)
+    step = jax.device_put(np.zeros((), np.int32), program.replicated)
+    state = TrainState(step, params, opt_state, program.init_guard())
+    meta = {
+        "samples": 0, "data_fingerprint": None, "tokenizer_sha256": identity.tokenizer_sha256(tokenizer),
+        "config": json.loads(to_json(config)), "jax": jax.__version__, "converted_from": numbers(source),
+    }  # fmt: skip
+    checkpoints = Checkpoints(folder, config.checkpoint)
+    checkpoints.save(0, state, meta)
+    if not checkpoints.wait() or checkpoints.failed:
+        raise CheckpointError(f"the weights could not be saved in {folder.parent}; see the error above")
+    del params, opt_state, state
+    Checkpoints(folder).restore_params(program, 0)  # compares checksums with those of the arrays that were saved
+    files.write_durably(folder / "config.json", to_json(config).encode())
+    if tokenizer is not None:
+        tokenizers.save(tokenizer, folder / "tokenizer")
+    kept = folder / exporting.KEPT
+    kept.mkdir()
+    for name in ("config.json", *exporting.COMPANIONS):
+        if (source.folder.path / name).is_file():
+            shutil.copyfile(source.folder.path / name, kept / name)
+    (folder / "command.txt").write_text(shlex.join(argv) + "\n")

@@ -1,0 +1,94 @@
+"""Weights in and out: from a folder of Hugging Face to a run at step 0, and from a run to such a folder.
+
+  python -m launch.convert --from_hf=DIR --workdir=RUN
+  python -m launch.convert --workdir=RUN --to_hf=DIR [--step=N] [--dtype=bfloat16]
+
+DIR has config.json and .safetensors files; families: docs/models.md. RUN can be sampled from and evaluated at once, and
+trained with --config.init_from=RUN. What is written is read back before it gets its name; a target that exists is
+refused. Exit codes: 0 done, 2 flags or a model that is not supported, 3 a checkpoint that cannot be used or written.
+"""
+
+import pathlib
+import sys
+import time
+
+from absl import flags
+
+from data.storage import malloc
+from launch import cli, environment, inference
+from trainer.errors import ConfigError
+
+FROM_HF = cli.define_run_path("from_hf", None, "Folder with config.json and .safetensors files to read.")
+TO_HF = cli.define_run_path("to_hf", None, "Folder to write, which must not exist.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Type of the tensors of --to_hf.")
+
+
+def main() -> int:
+    if bool(FROM_HF.value) == bool(TO_HF.value):
+        raise ConfigError("name one of --from_hf=DIR, to make a run of it, and --to_hf=DIR, to export a run")
+    if not inference.WORKDIR.value:
+        raise ConfigError("--workdir is missing; name the run directory to make, or the one to export")
+    with inference.memory_of_devices("convert on a machine with more memory"):
+        return read() if FROM_HF.value else write()
+
+
+def read() -> int:
+    """From --from_hf to a run in --workdir."""
+    start, workdir = time.monotonic(), pathlib.Path(inference.WORKDIR.value)
+    malloc.tune_allocator()
+    environment.load_jax()
+    environment.find_devices()
+    from trainer.interchange import importing
+
+    source = importing.Source.open(pathlib.Path(FROM_HF.value))
+    for line in importing.describe(source):
+        cli.log.info("%s", line)
+    program = importing.as_run(source, workdir, sys.argv)
+    cli.log.info(
+        "%s parameters in %s, read back, %.0f s. Next: python -m launch.sample --workdir=%s",
+        f"{program.num_params:,}", workdir, time.monotonic() - start, workdir,
+    )  # fmt: skip
+    return 0
+
+
+def write() -> int:
+    """From the run in --workdir to --to_hf."""
+    start, target = time.monotonic(), pathlib.Path(TO_HF.value)
+    if target.exists():
+        raise ConfigError(f"{target} exists; name a folder that does not")
+    run = inference.open_run()
+    from data import tokenizers
+    from trainer.interchange import exporting
+
+    tokenizer = tokenizers.load(run.path / "tokenizer") if (run.path / "tokenizer").exists() else None
+    family, params = exporting.export(
+        target, run.params, run.config.model, tokenizer,
+        dtype=DTYPE.value, card=card(run), kept=run.path / exporting.KEPT,
+    )  # fmt: skip
+    cli.log.info(
+        "step %d as %s, %s parameters in %s, in %s, read back, %.0f s",
+        run.meta["step"], family, f"{params:,}", DTYPE.value, target, time.monotonic() - start,
+    )  # fmt: skip
+    return 0
+
+
+def card(run: inference.LoadedRun) -> str:
+    """README.md of an export: what the weights were trained on, and how well they do."""
+    evaluations = {row["step"]: row["val/loss"] for row in run.meta.get("evaluations") or []}
+    loss = evaluations.get(run.meta["step"])
+    lines = [
+        f"# {run.path.resolve().name}",
+        "",
+        f"Exported by meshlm after {run.meta['step']:,} steps of {run.config.tokens_per_step:,} tokens"
+        f" ({run.tokens:,} tokens in all).",
+        "",
+        f"- data: {run.config.data.path or 'none'}"
+        + (f" (fingerprint {run.meta['data_fingerprint']})" if run.meta.get("data_fingerprint") else ""),
+        *([f"- validation loss: {loss:.4f} nats a token"] if loss is not None else []),
+        *([f"- begun from: {run.meta['converted_from']['path']}"] if run.meta.get("converted_from") else []),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    cli.run(main)

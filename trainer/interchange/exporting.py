@@ -1,0 +1,160 @@
+"""A run's weights as a folder that Hugging Face's `from_pretrained`, vLLM and llama.cpp read."""
+
+import json
+import pathlib
+import shutil
+import zlib
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+from flax import traverse_util
+
+from data.tokenizers.base import Tokenizer
+from model import families
+from model.config import ModelConfig
+from model.families import Json, Unsupported
+from model.families.layout import Layout
+from trainer.errors import CheckpointError, ConfigError
+from trainer.interchange import safetensors_writer
+from trainer.interchange.folder import INDEX, SINGLE
+
+SHARD_BYTES = 5_000_000_000
+KEPT = "hf"  # the folder of a run with the files of the model that it was converted from
+# Files of a model that say how it is used. They go with the weights as they are.
+COMPANIONS = (
+    "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer.model",
+)  # fmt: skip
+
+
+def form_of(model: ModelConfig) -> tuple[families.Family, Json]:
+    """The family and config.json of a run's model. Raises ConfigError."""
+    try:
+        return families.expressing(model)
+    except Unsupported as e:
+        raise ConfigError(f"this model cannot be exported: {e}") from None
+
+
+def export(
+    target: pathlib.Path,
+    params: dict,
+    model: ModelConfig,
+    tokenizer: Tokenizer | None,
+    *,
+    dtype: str,
+    card: str,
+    kept: pathlib.Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> tuple[str, int]:
+    """Writes the folder `target`, which must not exist, and reads it back before it gets its name.
+
+    Args:
+      params: of the model, nested; arrays of JAX that this process can read as a whole.
+      card: the content of README.md.
+      kept: folder with the files of the model that the run was converted from, if it was.
+      shard_bytes: the most bytes of tensors in a file.
+
+    Returns:
+      The family's name, and the number of parameters.
+
+    Raises:
+      ConfigError: no family has a model like this, or `target` exists.
+      CheckpointError: what was read back is not what was written.
+      OSError: it cannot be written; nothing is left of it.
+    """
+    family, config = form_of(model)
+    if target.exists():
+        raise ConfigError(f"{target} exists; name a folder that does not")
+    flat = {".".join(path): leaf for path, leaf in traverse_util.flatten_dict(params).items()}
+    layout = Layout(family, model, {name: leaf.shape for name, leaf in flat.items()})
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        sums = _write_tensors(temporary, layout, flat, dtype, shard_bytes)
+        _write_companions(temporary, config, tokenizer, dtype, kept)
+        (temporary / "README.md").write_text(card)
+        _verify(temporary, sums)
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return family.model_type, layout.num_params
+
+
+def _write_tensors(
+    folder: pathlib.Path, layout: Layout, flat: dict[str, jax.Array], dtype: str, shard_bytes: int
+) -> dict[str, dict[str, int]]:
+    """Writes the .safetensors files, and the index if there are several; returns the CRC-32 of each tensor by file."""
+
+    def of_layer(path: str, layer: int | None) -> np.ndarray:
+        return np.asarray(flat[path] if layer is None else _layer(flat[path], layer))
+
+    def make(name: str) -> np.ndarray:
+        return layout.tensor(of_layer, name)
+
+    itemsize = safetensors_writer.DTYPES[dtype].itemsize
+    groups = safetensors_writer.shards(layout.shapes, itemsize, shard_bytes)
+    names = [SINGLE] if len(groups) == 1 else [
+        f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))
+    ]  # fmt: skip
+    sums = {}
+    for file, group in zip(names, groups, strict=True):
+        shapes = {name: layout.shapes[name] for name in group}
+        try:
+            sums[file] = safetensors_writer.write(folder / file, shapes, make, dtype)
+        except ValueError as e:
+            raise ConfigError(f"{e}; choose another --dtype") from None
+    if len(groups) > 1:
+        size = layout.num_params * itemsize
+        of_tensor = {name: file for file, group in zip(names, groups, strict=True) for name in group}
+        _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": of_tensor})
+    return sums
+
+
+@jax.jit
+def _layer(stacked: jax.Array, layer: int) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
+
+
+def _write_companions(
+    folder: pathlib.Path, config: Json, tokenizer: Tokenizer | None, dtype: str, kept: pathlib.Path | None
+) -> None:
+    """config.json, the tokenizer's files, generation_config.json, and what was kept of the original model."""
+    ids: dict[str, Any] = {}
+    if kept is not None and kept.is_dir():
+        for name in COMPANIONS:
+            if (kept / name).is_file():
+                shutil.copyfile(kept / name, folder / name)
+        original = json.loads((kept / "config.json").read_text())
+        ids = {name: original[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in original}
+    if tokenizer is not None and (file := tokenizer.file()) is not None:
+        name, raw = file
+        (folder / name).write_bytes(raw)
+    if tokenizer is not None and not ids:
+        ids = {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id}
+        if not (folder / "tokenizer_config.json").exists():
+            names = {"eos_token": tokenizer.eos, "bos_token": tokenizer.eos} if tokenizer.eos else {}
+            keys = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+            _write_json(folder / "tokenizer_config.json", keys | names)
+    if not (folder / "generation_config.json").exists():
+        _write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
+    # Both names of the type: transformers 4 and others read the first, transformers 5 writes the second.
+    _write_json(folder / "config.json", config | ids | {"torch_dtype": dtype, "dtype": dtype})
+
+
+def _write_json(path: pathlib.Path, content: Json) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _verify(folder: pathlib.Path, sums: dict[str, dict[str, int]]) -> None:
+    """Reads each tensor back with the library. Raises CheckpointError."""
+    for file, of_tensor in sums.items():
+        with safetensors.safe_open(folder / file, "numpy") as opened:
+            for name, expected in of_tensor.items():
+                array = np.ascontiguousarray(opened.get_tensor(name))
+                if zlib.crc32(memoryview(array.view(np.uint8).reshape(-1))) != expected:
+                    raise CheckpointError(f"{folder / file}: {name} is not what was written; check the disk")
