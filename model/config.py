@@ -61,9 +61,8 @@ class ModelConfig:
     num_kv_heads: int = 0  # key and value heads; 0: num_heads (multi-head attention)
     head_dim: int = 0  # 0: embed_dim / num_heads
     mlp_dim: int = 0  # hidden width; 0: 4 embed_dim, or 8/3 embed_dim rounded up to 64 for the gated kinds
-    mlp: str = (
-        "swiglu"  # swiglu, geglu, glu (Shazeer, 2020), gelu, silu, relu2 (So et al., 2021); *_exact: not tanh GELU
-    )
+    # swiglu, geglu, glu (Shazeer, 2020), gelu, silu, relu2 (So et al., 2021). GELU is its tanh form, unless *_exact.
+    mlp: str = "swiglu"
     position: str = "rope"  # rope (Su et al., 2021; rotates halves) or learned (like GPT-2's)
     rope_theta: float = 10_000.0
     rope_fraction: float = 1.0  # of the dimensions of a head, the first ones, that are rotated
@@ -72,10 +71,8 @@ class ModelConfig:
     norm_eps: float = 1e-5
     norm_plus_one: bool = False  # the scale is 1 + its parameter, which begins at 0 (Gemma)
     norm_at: Literal["before", "after", "both"] = "before"  # of each sub-layer; always at the end of the stack
-    qk_norm: Literal["none", "head", "projection"] = (
-        "none"  # of queries and keys, before they are rotated: of each head
-    )
-    # (Qwen3, Gemma 3), or of all heads as one vector (OLMo 2)
+    # Of queries and keys, before they are rotated: of each head (Qwen3), or of all heads as one vector (OLMo 2).
+    qk_norm: Literal["none", "head", "projection"] = "none"
     bias: bool = False  # biases in linear layers and layernorm
     qkv_bias: bool | None = None  # of queries, keys and values; none: as `bias`
     out_bias: bool | None = None  # of attention's output; none: as `bias`

@@ -8,7 +8,7 @@ d head size.
 
 import dataclasses
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -165,8 +165,9 @@ def splash_kernel(
     from jax.experimental.pallas.ops.tpu import splash_attention as sa
 
     t = len(index)
-    mask = sa.CausalMask((t, t), shard_count=context)
-    if spec.window is not None:
+    if spec.window is None:
+        mask: Any = sa.CausalMask((t, t), shard_count=context)
+    else:
         mask = sa.LocalMask((t, t), window_size=(spec.window - 1, 0), offset=0, shard_count=context)
     mask.q_sequence = index.astype(np.int32)
     block = next(b for b in range(SPLASH_BLOCK, 0, -128) if t // context % b == 0)

@@ -38,7 +38,7 @@ class Partitioner:
         """
         return x if self.context_parallel else x.reshape(-1, *x.shape[2:])
 
-    def gather_param(self, w: Array, axes: tuple[str, ...], dtype: jnp.dtype) -> Array:
+    def gather_param(self, w: Array, axes: tuple[str | None, ...], dtype: jnp.dtype) -> Array:
         """The parameter w in `dtype` as a layer uses it: all of its embed axis."""
         return w.astype(dtype)
 

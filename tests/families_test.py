@@ -1,7 +1,6 @@
 """Each family against transformers' own class, with every switch that the family has: in, computed, and out again."""
 
 import functools
-import json
 import pathlib
 
 import jax

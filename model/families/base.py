@@ -244,7 +244,7 @@ def rope_of(scaling: Json, theta: float, fraction: float, max_seq_len: int) -> d
     }
     if kind == "default":
         return fields
-    given = {"kind": kinds[kind], "factor": float(scaling["factor"])}
+    given: dict[str, Any] = {"kind": kinds[kind], "factor": float(scaling["factor"])}
     if kind != "linear":
         given["original_len"] = scaling.get("original_max_position_embeddings") or max_seq_len
     names = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_fast", "beta_slow")}

@@ -1,11 +1,25 @@
-"""Gemma 2 (Gemma Team, 2024): norms of 1 + w before and after each sub-layer, caps, and windows in every other layer."""
+"""Gemma 2 (Gemma Team, 2024): norms of 1 + w before and after each sub-layer, soft caps, windows in every other
+layer."""
 
 from typing import Any
 
 from model.config import ModelConfig
 from model.families.base import (
-    LAYER, LLAMA_DEFAULTS, LLAMA_LIKE, QK_NORMS, Family, Json, Keys, Unsupported, llama_fields, llama_keys, norm,
-    rope_fields, rope_keys, window_fields, window_keys,
+    LAYER,
+    LLAMA_DEFAULTS,
+    LLAMA_LIKE,
+    QK_NORMS,
+    Family,
+    Json,
+    Keys,
+    Unsupported,
+    llama_fields,
+    llama_keys,
+    norm,
+    rope_fields,
+    rope_keys,
+    window_fields,
+    window_keys,
 )  # fmt: skip
 
 TENSORS = (

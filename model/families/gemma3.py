@@ -4,7 +4,16 @@ global one, each kind with a rope of its own."""
 from model.config import ModelConfig
 from model.families import gemma2
 from model.families.base import (
-    GLOBAL, LOCAL, Family, Json, Keys, Unsupported, rope_keys, rope_of, window_fields, window_keys,
+    GLOBAL,
+    LOCAL,
+    Family,
+    Json,
+    Keys,
+    Unsupported,
+    rope_keys,
+    rope_of,
+    window_fields,
+    window_keys,
 )  # fmt: skip
 
 THETA, LOCAL_THETA = 1_000_000.0, 10_000.0

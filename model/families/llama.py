@@ -2,7 +2,16 @@
 
 from model.config import ModelConfig
 from model.families.base import (
-    LLAMA_DEFAULTS, LLAMA_LIKE, NORMS_BEFORE, Family, Json, Keys, llama_fields, llama_keys, rope_fields, rope_keys,
+    LLAMA_DEFAULTS,
+    LLAMA_LIKE,
+    NORMS_BEFORE,
+    Family,
+    Json,
+    Keys,
+    llama_fields,
+    llama_keys,
+    rope_fields,
+    rope_keys,
 )  # fmt: skip
 
 

@@ -2,7 +2,17 @@
 
 from model.config import ModelConfig
 from model.families.base import (
-    LAYER, LLAMA_DEFAULTS, LLAMA_LIKE, QK_NORMS, Family, Json, Keys, llama_fields, llama_keys, norm, rope_fields,
+    LAYER,
+    LLAMA_DEFAULTS,
+    LLAMA_LIKE,
+    QK_NORMS,
+    Family,
+    Json,
+    Keys,
+    llama_fields,
+    llama_keys,
+    norm,
+    rope_fields,
     rope_keys,
 )  # fmt: skip
 

@@ -4,8 +4,18 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.families.base import (
-    LLAMA_DEFAULTS, LLAMA_LIKE, NORMS_BEFORE, Family, Json, Keys, llama_fields, llama_keys, rope_fields, rope_keys,
-    window_fields, window_keys,
+    LLAMA_DEFAULTS,
+    LLAMA_LIKE,
+    NORMS_BEFORE,
+    Family,
+    Json,
+    Keys,
+    llama_fields,
+    llama_keys,
+    rope_fields,
+    rope_keys,
+    window_fields,
+    window_keys,
 )  # fmt: skip
 
 DEFAULTS = LLAMA_DEFAULTS | {

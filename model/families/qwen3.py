@@ -3,7 +3,16 @@
 from model.config import ModelConfig
 from model.families import qwen2
 from model.families.base import (
-    LLAMA_LIKE, NORMS_BEFORE, QK_NORMS, Family, Json, Keys, llama_fields, llama_keys, rope_fields, rope_keys,
+    LLAMA_LIKE,
+    NORMS_BEFORE,
+    QK_NORMS,
+    Family,
+    Json,
+    Keys,
+    llama_fields,
+    llama_keys,
+    rope_fields,
+    rope_keys,
 )  # fmt: skip
 
 

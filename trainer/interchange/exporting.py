@@ -156,5 +156,5 @@ def _verify(folder: pathlib.Path, sums: dict[str, dict[str, int]]) -> None:
         with safetensors.safe_open(folder / file, "numpy") as opened:
             for name, expected in of_tensor.items():
                 array = np.ascontiguousarray(opened.get_tensor(name))
-                if zlib.crc32(memoryview(array.view(np.uint8).reshape(-1))) != expected:
+                if zlib.crc32(array.view(np.uint8).reshape(-1).data) != expected:
                     raise CheckpointError(f"{folder / file}: {name} is not what was written; check the disk")

@@ -80,7 +80,7 @@ class Source:
         def one(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
             name = ".".join(path)
             return jax.make_array_from_callback(
-                leaf.shape, leaf.sharding, lambda index: layout.parameter(read, name, index)
+                leaf.shape, leaf.sharding, lambda index: layout.parameter(read, name, index or ())
             )
 
         return traverse_util.unflatten_dict({path: one(path, leaf) for path, leaf in abstract.items()})

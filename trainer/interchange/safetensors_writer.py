@@ -56,7 +56,7 @@ def write(
                 array = np.ascontiguousarray(array.astype(DTYPES[dtype], copy=False))
             if not np.isfinite(array.astype(np.float32, copy=False)).all():
                 raise ValueError(f"{name} is not finite in {dtype}")
-            data = memoryview(array.view(np.uint8).reshape(-1))
+            data = array.view(np.uint8).reshape(-1).data
             sums[name] = zlib.crc32(data)
             f.write(data)
     return sums

@@ -74,7 +74,7 @@ class MeshPartitioner(Partitioner):
         here = sharding.named(sharding.mesh_here(self.mesh), *axes, rules=sharding.REPLICA_RULES)
         return jax.lax.with_sharding_constraint(x, here)
 
-    def gather_param(self, w: Array, axes: tuple[str, ...], dtype: jnp.dtype) -> Array:
+    def gather_param(self, w: Array, axes: tuple[str | None, ...], dtype: jnp.dtype) -> Array:
         if not self.gathers_params:
             return w.astype(dtype)
         gathered = jax.custom_vjp(lambda w: self._gathered(w, axes, dtype))
@@ -133,14 +133,14 @@ class MeshPartitioner(Partitioner):
         dtype = self.sums_dtype(self.config.model.dtype)
         return jax.tree.map(lambda g: self.collectives.psum(g.astype(dtype), "data").astype(g.dtype), gradients)
 
-    def _gathered(self, w: Array, axes: tuple[str, ...], dtype: jnp.dtype) -> Array:
+    def _gathered(self, w: Array, axes: tuple[str | None, ...], dtype: jnp.dtype) -> Array:
         """The cast comes before the all-gather, which then moves half the bytes."""
         w = w.astype(dtype)
         if not self.gathers_params:
             return w
         return self.constrain(self.constrain(w, axes), tuple(None if a == "embed" else a for a in axes))
 
-    def _scattered(self, g: Array, axes: tuple[str, ...]) -> Array:
+    def _scattered(self, g: Array, axes: tuple[str | None, ...]) -> Array:
         """The gradient is given the layout of the parameter before anything else, so that its sum over devices is a
         reduce-scatter."""
         return self.constrain(g, axes) if self.gathers_params else g
