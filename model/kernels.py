@@ -72,7 +72,8 @@ class Mask(NamedTuple):
 def xla(
     q_bthd: Array, k_bskd: Array, v_bskd: Array, mask: Mask, spec: AttentionSpec, *, dropout: Dropout = NO_DROPOUT
 ) -> Array:
-    """The plain kernel: any backend, any arguments. Softmax in float32. A window costs what its keys do if mask.in_order.
+    """The plain kernel: any backend, any arguments. Softmax in float32. A window costs twice its keys if
+    mask.in_order, and all keys otherwise.
 
     Args:
       q_bthd: queries; h is a multiple of k, and query head i uses key-value head i // (h / k).
@@ -90,7 +91,7 @@ def xla(
 def _attend(q_bthd: Array, k_bskd: Array, v_bskd: Array, visible: Array, spec: AttentionSpec, *, dropout: Dropout):
     """The keys that are `visible`, bool [b or 1, t, s], to each query."""
     b, t, h, d = q_bthd.shape
-    s, kv = k_bskd.shape[1:3]
+    kv = k_bskd.shape[2]
     # The g queries of a key-value head are rows of one matrix, so that each (b, k) is one plain matrix product.
     rows = (h // kv) * t
     q_bknd = (q_bthd * spec.scale).reshape(b, t, kv, h // kv, d).transpose(0, 2, 3, 1, 4).reshape(b, kv, rows, d)

@@ -20,7 +20,7 @@ class Rope:
 
     theta: float
     size: int
-    scaling: RopeScaling = RopeScaling()
+    scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
 
     def __call__(self, x_bthd: Array, positions: Array) -> Array:
         """Rotates halves, as GPT-NeoX and Hugging Face's Llama do, in float32 whatever x is.
@@ -85,7 +85,7 @@ class Rope:
 
 
 def rope_of(config: ModelConfig, *, local: bool) -> Rope:
-    """That of a local or global layer. A theta of local layers is for texts as long as a window, which need no scaling."""
+    """That of a local or global layer. A theta of local layers is made for a window, so it is not scaled."""
     if local and config.local_rope_theta:
         return Rope(config.local_rope_theta, config.rotated_size)
     return Rope(config.rope_theta, config.rotated_size, config.rope_scaling)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -183,33 +184,38 @@ class Transformer(nnx.Module):
 
 def _over_layers(config: ModelConfig, layer, partitioner: Partitioner, x: Array, of_layers):
     """Folds layer(x, a layer's slice of of_layers, whether it is local) over the layers, as jax.lax.scan does."""
+    plan = turns(config.local_layers)
+    if len(plan) == 1:
+        return _loop(config, layer, partitioner, x, of_layers, turn=plan[0])
     results, begin = [], 0
-    for kinds, count in turns(config.local_layers):
-        end = begin + len(kinds) * count
-
-        def turn(x: Array, of_turn, kinds=kinds):
-            if len(kinds) == 1:
-                return one[kinds[0]](x, of_turn)
-            each = []
-            for i, local in enumerate(kinds):
-                x, result = one[local](x, jax.tree.map(lambda a, i=i: a[i], of_turn))
-                each.append(result)
-            return x, jax.tree.map(lambda *results: jnp.stack(results), *each)
-
-        one = {
-            local: _remat(config, functools.partial(layer, local=local), partitioner) for local in sorted(set(kinds))
-        }
-        of_turns = of_layers
-        if (begin, end) != (0, config.num_layers):
-            of_turns = jax.tree.map(lambda a, begin=begin, end=end: a[begin:end], of_layers)
-        if len(kinds) > 1:
-            of_turns = jax.tree.map(lambda a, n=len(kinds): a.reshape(-1, n, *a.shape[1:]), of_turns)
-        x, result = jax.lax.scan(turn, x, of_turns, unroll=1 if config.scan_layers else count)
-        if len(kinds) > 1:
-            result = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), result)
+    for kinds, count in plan:
+        part = slice(begin, begin := begin + len(kinds) * count)
+        of_part = jax.tree.map(lambda a, part=part: a[part], of_layers)
+        x, result = _loop(config, layer, partitioner, x, of_part, turn=(kinds, count))
         results.append(result)
-        begin = end
-    return x, results[0] if len(results) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
+    return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
+
+
+def _loop(config: ModelConfig, layer, partitioner: Partitioner, x: Array, of_layers, *, turn):
+    """The same for layers that are equal turns: (kinds of the layers of a turn, number of turns)."""
+    kinds, count = turn
+    of_kind = {
+        local: _remat(config, functools.partial(layer, local=local), partitioner) for local in sorted(set(kinds))
+    }
+    unroll = 1 if config.scan_layers else count
+    if len(kinds) == 1:
+        return jax.lax.scan(of_kind[kinds[0]], x, of_layers, unroll=unroll)
+
+    def one_turn(x: Array, of_turn):
+        results = []
+        for i, local in enumerate(kinds):
+            x, result = of_kind[local](x, jax.tree.map(operator.itemgetter(i), of_turn))
+            results.append(result)
+        return x, jax.tree.map(lambda *each: jnp.stack(each), *results)
+
+    of_turns = jax.tree.map(lambda a: a.reshape(count, len(kinds), *a.shape[1:]), of_layers)
+    x, result = jax.lax.scan(one_turn, x, of_turns, unroll=unroll)
+    return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), result)
 
 
 def turns(local: tuple[bool, ...]) -> list[tuple[tuple[bool, ...], int]]:

@@ -234,14 +234,13 @@ def rope_fields(keys: Keys) -> dict[str, Any]:
 
 def rope_of(scaling: Json, theta: float, fraction: float, max_seq_len: int) -> dict[str, Any]:
     """The fields of one dictionary of rope parameters; theta and fraction are of the top level."""
+    if (scaling.get("partial_rotary_factor") or fraction) != 1:
+        raise Unsupported("partial_rotary_factor is not 1, which transformers ignores in these families")
     kinds = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in kinds:
         raise Unsupported(f"rope_type is {kind!r}; it can be {', '.join(kinds)}")
-    fields = {
-        "rope_theta": float(scaling.get("rope_theta") or theta),
-        "rope_fraction": scaling.get("partial_rotary_factor") or fraction,
-    }
+    fields: dict[str, Any] = {"rope_theta": float(scaling.get("rope_theta") or theta)}
     if kind == "default":
         return fields
     given: dict[str, Any] = {"kind": kinds[kind], "factor": float(scaling["factor"])}
@@ -269,8 +268,6 @@ def rope_parameters(model: ModelConfig) -> Json:
     """transformers 5's form of the rope of global layers."""
     scaling, kind = model.rope_scaling, model.rope_scaling.kind
     keys: Json = {"rope_type": "default" if kind == "none" else kind, "rope_theta": model.rope_theta}
-    if model.rope_fraction != 1:
-        keys["partial_rotary_factor"] = model.rope_fraction
     if kind != "none":
         keys["factor"] = scaling.factor
     if kind in ("llama3", "yarn"):
@@ -290,8 +287,6 @@ def rope_keys(model: ModelConfig) -> Json:
     old = {name: value for name, value in new.items() if name != "rope_theta"}
     keys: Json = {"rope_parameters": new, "rope_theta": model.rope_theta}
     keys["rope_scaling"] = None if old == {"rope_type": "default"} else old
-    if model.rope_fraction != 1:
-        keys["partial_rotary_factor"] = model.rope_fraction
     return keys
 
 

@@ -35,7 +35,7 @@ def _ropes(keys: Keys) -> dict:
     new, old = keys.get("rope_parameters") or {}, keys.get("rope_scaling") or {}
     theta, local_theta = keys.get("rope_theta"), keys.get("rope_local_base_freq")
     of_local = rope_of(new.get(LOCAL) or {}, local_theta, 1.0, keys.number("max_position_embeddings"))
-    if of_local.keys() != {"rope_theta", "rope_fraction"} or of_local["rope_fraction"] != 1:
+    if of_local.keys() != {"rope_theta"}:
         raise Unsupported("rope_parameters scales the rope of local layers")
     of_global = rope_of(new.get(GLOBAL) or old, theta, 1.0, keys.number("max_position_embeddings"))
     return of_global | {"local_rope_theta": of_local["rope_theta"]}

@@ -24,7 +24,7 @@ def to_fields(keys: Keys) -> dict:
         keys.get(f"summary_{name}")
     return {
         "num_layers": keys.number("n_layer"), "embed_dim": keys.number("n_embd"), "num_heads": keys.number("n_head"),
-        "mlp_dim": keys.get("n_inner") or 4 * keys.number("n_embd"), "mlp": keys.choice("activation_function", ACTIVATIONS),
+        "mlp_dim": keys.get("n_inner") or 0, "mlp": keys.choice("activation_function", ACTIVATIONS),
         "norm": "layernorm", "norm_eps": keys.number("layer_norm_epsilon"), "bias": True, "position": "learned",
         "tie_embeddings": keys.get("tie_word_embeddings"), "init_std": keys.number("initializer_range"),
         "vocab_size": keys.number("vocab_size"), "max_seq_len": keys.number("n_positions"),
