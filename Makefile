@@ -68,6 +68,10 @@ $(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	@$(PIP) $(addprefix -c ,$(CONSTRAINTS)) -e ".[dev]"
 	@touch $@ $(VENV)/.installed
 
+$(VENV)/.installed-parity: $(VENV)/.installed-dev
+	@$(PIP) $(addprefix -c ,$(CONSTRAINTS)) -e ".[dev,parity]"
+	@touch $@
+
 $(VENV)/.installed-plan: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	@$(PIP) $(addprefix -c ,$(CONSTRAINTS)) -e ".[dev,plan]"
 	@touch $@

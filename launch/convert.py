@@ -74,8 +74,10 @@ def write() -> int:
 
 def card(run: inference.LoadedRun) -> str:
     """README.md of an export: what the weights were trained on, and how well they do."""
-    evaluations = {row["step"]: row["val/loss"] for row in run.meta.get("evaluations") or []}
-    loss = evaluations.get(run.meta["step"])
+    from trainer.reporting import metrics
+
+    found = metrics.evaluations(run.path, run.meta["step"], run.meta.get("evaluations") or [])
+    loss = found.get(run.meta["step"], {}).get("val/loss")
     lines = [
         f"# {run.path.resolve().name}",
         "",

@@ -29,6 +29,7 @@ from data.errors import UserError
 from data.storage import malloc
 from launch import cli, environment, runtime, signals
 from trainer.errors import ConfigError, Stopped
+from trainer.interchange import initial
 from trainer.reliability import reading, run_directory, watchdog
 from trainer.reliability.run_lock import RunLock
 
@@ -107,7 +108,7 @@ def main() -> int:
 
 def resolve_config(run_dir: pathlib.Path) -> Config:
     """The configuration, completed from the dataset and compared with that of the run. Raises UserError."""
-    config = run_directory.resolve(cli.config_from(CONFIG.value))
+    config = run_directory.resolve(initial.adopted(cli.config_from(CONFIG.value), run_dir))
     run_directory.check_mirror(run_dir, config.checkpoint.mirror)
     return run_directory.check_changes(run_dir, config, ALLOW_CONFIG_CHANGE.value)
 
@@ -184,7 +185,7 @@ def train(job: Job, config: Config, stop_signals: signals.StopSignals) -> bool:
 
     dog = trainer = None
     try:
-        data = check_processes_agree(job.processes, config)
+        data = check_processes_agree(job.processes, job.run_dir, config)
         mirror = enter_run_directory(job, config, data)
         dog = watchdog.Watchdog(job.run_dir, config.watchdog, job.processes.index, of=job.processes.size)
         handle_stop_requests(job, config, dog, stop_signals)
@@ -204,7 +205,7 @@ def train(job: Job, config: Config, stop_signals: signals.StopSignals) -> bool:
         job.release_locks()
 
 
-def check_processes_agree(processes: Processes, config: Config) -> Sources:
+def check_processes_agree(processes: Processes, run_dir: pathlib.Path, config: Config) -> Sources:
     """Makes sure that all processes are about to train the same run, before anything is written. Returns the data."""
     from data import sources
     from launch import distributed
@@ -218,6 +219,8 @@ def check_processes_agree(processes: Processes, config: Config) -> Sources:
     xla_options.use_precision(config.model.dtype, placed.mesh)  # before the settings in use are recorded
     data = processes.run_on_all("data", lambda: sources.open_sources(config.data, config.model.vocab_size))
     tokenizer = data.tokenizer_source.manifest.tokenizer_sha256
+    if config.init_from and not run_directory.is_run(run_dir):
+        processes.run_on_all("init_from", lambda: initial.check_tokenizer(config, data.load_tokenizer()))
     processes.check_same("dataset", {"tokens and order": data.fingerprint(), "tokenizer": tokenizer})
     processes.run_on_all("prompt", lambda: sampling.prompt_of(config, data.load_tokenizer()))
     return data

@@ -22,14 +22,24 @@ MAY_IMPORT = {
     "data.token_files": {"data", "data.storage", "data.tokenizers"},
     "data.preparation": {"data", "data.storage", "data.token_files", "data.tokenizers"},
     "model": set(),
+    "model.families": {"model"},
     "trainer": {"data", "data.token_files", "data.tokenizers", "model", "trainer.parallel", "trainer.reliability"},
+    "trainer.interchange": {
+        "data",
+        "data.storage",
+        "data.tokenizers",
+        "model",
+        "model.families",
+        "trainer",
+        "trainer.reliability",
+    },
     "trainer.parallel": {"model", "trainer"},
     "trainer.reliability": {"data", "data.storage", "data.token_files", "data.tokenizers", "trainer"},
     "trainer.reporting": {"data", "data.storage", "data.token_files", "model", "trainer", "trainer.reliability"},
     "trainer.planning": {"data", "model", "trainer", "trainer.parallel", "trainer.reporting"},
     "configs": {"trainer"},  # default.py takes the dataclasses' defaults from there
 }
-MAY_IMPORT["trainer"].add("trainer.reporting")  # the loop reports
+MAY_IMPORT["trainer"] |= {"trainer.reporting", "trainer.interchange"}  # the loop reports, and may begin with weights
 MAY_IMPORT["launch"] = set(MAY_IMPORT) - {"configs"}
 FORBIDDEN_LIBRARIES = {"absl", "ml_collections"}  # for data, model and trainer: only launch has flags
 SOURCES = {

@@ -240,6 +240,7 @@ class Config:
     global_batch_size: int = 16  # sequences in a step, over all devices and microbatches
     grad_accum_steps: int = 1  # microbatches in a step; the gradient equals that of the full batch
     loss_chunk_tokens: int = 4096  # the most tokens of a device whose logits exist at one time; 0: all
+    init_from: str = ""  # RUN, RUN:STEP, or a folder of Hugging Face: the run begins with its model and weights
     z_loss: float = 0.0  # weight of mean(log Z ** 2), which keeps logits small (PaLM); not part of train/loss
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

@@ -24,6 +24,7 @@ from trainer import sampling, sharding, xla_options
 from trainer.config import Config, to_json
 from trainer.errors import CheckpointError, Diverged
 from trainer.evaluation import evaluate, microbatch_rows
+from trainer.interchange import initial
 from trainer.reliability import divergence, identity, stragglers
 from trainer.reliability.checkpoint import Checkpoints
 from trainer.reliability.coordination import SAVE, STOP, Processes
@@ -322,11 +323,17 @@ class Trainer:
         restored = self.checkpoints.restore_newest(self.program, choose)
         if restored is None:
             self.checkpoints.set_evaluations({})
-            return self.program.init(), Cursor(0, 0)
+            return self._new_state(), Cursor(0, 0)
         state, meta = restored
         identity.check(meta, self.config, self.data, self.run_dir)  # again: this one may come from the mirror
         self.checkpoints.set_evaluations(metrics.evaluations(self.run_dir, meta["step"], meta.get("evaluations", ())))
         return state, Cursor(meta["step"], meta["samples"])
+
+    def _new_state(self) -> TrainState:
+        state = self.program.init()
+        if not self.config.init_from:
+            return state
+        return dataclasses.replace(state, params=initial.params_of(self.program))
 
     def _restore_good(self, bad: BadStep, choose: Callable[[list[int]], int | None]) -> tuple[TrainState, Cursor]:
         """The state that `choose` returns. One without a finite loss is set aside, and another is chosen.

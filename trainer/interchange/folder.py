@@ -43,13 +43,13 @@ class Folder:
                 "weights cannot be converted: name the folder of the full ones"
             )
 
-    def _listed(self) -> dict[str, list[str] | None]:
-        """The files, and the tensors that the index says are in each; None: not said."""
+    def _listed(self) -> dict[str, list[str]]:
+        """The files, and the tensors that the index says are in each."""
         if (self.path / INDEX).exists():
             index = read_json(self.path / INDEX, "")
-            files: dict[str, list[str] | None] = {}
+            files: dict[str, list[str]] = {}
             for name, file in index.get("weight_map", {}).items():
-                (files.setdefault(file, []) or []).append(name)
+                files.setdefault(file, []).append(name)
             for file in list(files):
                 if pathlib.PurePath(file).name != file:
                     raise ConfigError(f"{self.path / INDEX} names {file!r}, which is not a file of its own folder")
@@ -60,7 +60,7 @@ class Folder:
                 )
             return files
         if (self.path / SINGLE).exists():
-            return {SINGLE: None}
+            return {SINGLE: []}
         pickles = sorted(p.name for p in self.path.glob("*.bin"))
         if pickles:
             raise ConfigError(
@@ -69,7 +69,7 @@ class Folder:
             )
         raise ConfigError(f"{self.path} holds no weights: neither {SINGLE} nor {INDEX}")
 
-    def _open(self, file: str, named: list[str] | None) -> None:
+    def _open(self, file: str, named: list[str]) -> None:
         path = self.path / file
         try:
             opened = self._opened.enter_context(safetensors.safe_open(path, "numpy"))
@@ -77,7 +77,7 @@ class Folder:
             raise ConfigError(f"{path} cannot be read: {e}; copy it again") from None
         self._files[file] = opened
         names = list(opened.keys())
-        if lost := sorted(set(named or ()) - set(names)):
+        if lost := sorted(set(named) - set(names)):
             raise ConfigError(f"{path} lacks {', '.join(lost[:5])}, which {INDEX} says it holds; copy the folder again")
         for name in names:
             if name in self._file_of:

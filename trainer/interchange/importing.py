@@ -97,7 +97,7 @@ class Source:
         table = named[self.family.prefix + self.family.tensors[0].theirs]
         rows = max(1, (64 << 20) // (4 * self.model.embed_dim))
         for first in range(0, self.model.vocab_size, rows):
-            index = (slice(first, first + rows), slice(None))
+            index = (slice(first, min(first + rows, self.model.vocab_size)), slice(None))
             if (self.folder.read(head, index) != self.folder.read(table, index)).any():
                 raise ConfigError(
                     f"{self.folder.path}: config.json ties the head to the embedding, but {head} differs from {table}; "
@@ -134,7 +134,7 @@ def as_run(source: Source, workdir: pathlib.Path, argv: list[str]) -> Program:
     if workdir.exists():
         raise ConfigError(f"{workdir} exists; name a --workdir that does not")
     tokenizer = source.tokenizer()
-    config = config_of(source.model)
+    config = config_of(source)
     program = Program(config, sharding.make_mesh(_sharded(config)))
     jax.set_mesh(program.mesh)
     workdir.parent.mkdir(parents=True, exist_ok=True)
@@ -150,9 +150,10 @@ def as_run(source: Source, workdir: pathlib.Path, argv: list[str]) -> Program:
     return program
 
 
-def config_of(model: ModelConfig) -> Config:
+def config_of(source: Source) -> Config:
     """The configuration of a run with this model that has not seen any data."""
-    return Config(model=model, data=DataConfig(seq_len=model.max_seq_len))
+    data = DataConfig(seq_len=source.model.max_seq_len)
+    return Config(model=source.model, data=data, init_from=str(source.folder.path.resolve()))
 
 
 def _sharded(config: Config) -> Config:

@@ -67,6 +67,8 @@ def newest_meta(checkpoints: pathlib.Path) -> dict[str, Any] | None:
 
 def check(meta: dict[str, Any], config: Config, data: sources.Sources, where: object) -> None:
     """Raises ConfigError or DataError if a checkpoint in `where` does not fit `config` and `data`."""
+    if meta["data_fingerprint"] is None:  # launch.convert made it; nothing was trained yet
+        return check_tokenizer(meta, data.load_tokenizer(), where)
     if meta["data_fingerprint"] != data.fingerprint():
         raise ConfigError(
             f"{where} was trained on another dataset (fingerprint {meta['data_fingerprint']}) than "

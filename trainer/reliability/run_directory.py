@@ -63,7 +63,9 @@ def resolve(config: Config) -> Config:
             f"config.model.vocab_size is not set, and {config.data.path} does not have it; set it (the largest id seen "
             f"is {found.largest_id}), or name the tokenizer with config.data.tokenizer_path"
         )
-    if model.vocab_size not in (0, vocab_size):
+    if config.init_from:  # weights may have more rows than the tokenizer has tokens, or get more
+        vocab_size = max(vocab_size, model.vocab_size)
+    elif model.vocab_size not in (0, vocab_size):
         raise ConfigError(
             f"config.model.vocab_size is {model.vocab_size}, but the tokenizer {found.tokenizer_path} has "
             f"{vocab_size} tokens; leave it 0"
@@ -132,9 +134,11 @@ def check_changes(run_dir: pathlib.Path, config: Config, allow: bool) -> Config:
     """
     check_links(run_dir)
     not_usable = f"--workdir={run_dir} cannot be used:"
-    if not reading.writing(lambda: _is_run(run_dir), run_dir, not_usable):
+    if not reading.writing(lambda: is_run(run_dir), run_dir, not_usable):
         return schedule.fixed(config)
-    before = schedule.fixed(read_config(run_dir))
+    if not (recorded := read_config(run_dir)).data.path:  # launch.convert made it; nothing was trained yet
+        return schedule.fixed(config)
+    before = schedule.fixed(recorded)
     config = schedule.fixed(config, before)
     found = changes(before, config)
     step = reading.writing(lambda: restarts.newest_committed(run_dir), run_dir, not_usable)
@@ -167,7 +171,7 @@ def check_mirror(run_dir: pathlib.Path, mirror: str) -> None:
             )
 
 
-def _is_run(run_dir: pathlib.Path) -> bool:
+def is_run(run_dir: pathlib.Path) -> bool:
     """Whether `run_dir` has a run; False if it is missing or empty. Raises ConfigError for other files, OSError."""
     if reading.is_there(run_dir / "config.json") or identity.newest_meta(run_dir / "checkpoints") is not None:
         return True

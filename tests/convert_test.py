@@ -1,0 +1,270 @@
+"""launch.convert and config.init_from: weights go out and in without a changed bit, and a run begins with them."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import runs
+from trainer.errors import ConfigError
+from trainer.interchange import initial
+from trainer.interchange.importing import Source
+
+MODEL = {"model.num_kv_heads": 2, "model.tie_embeddings": False, "model.rope_theta": 500.0}
+
+
+def convert(*flags: str, code: int = 0, before: str = "") -> str:
+    """What launch.convert prints; `before` is a line of shell."""
+    words = " ".join(f"'{word}'" for word in (sys.executable, "-m", "launch.convert", *flags))
+    return runs.finish(runs.start(["bash", "-c", f"{before}\nexec {words}"]), code)
+
+
+def train(run: pathlib.Path, data: pathlib.Path, *, devices: int = 1, code: int = 0, **fields) -> str:
+    return runs.finish(runs.start(runs.command(run, data, **fields), devices), code)
+
+
+def rows(run: pathlib.Path, name: str = "train/loss") -> list[float]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [row[name] for row in lines if name in row]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path]:
+    """(run directory, dataset): a model that is a Llama."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = runs.dataset(folder)
+    train(
+        folder / "run",
+        data,
+        num_train_steps=20,
+        optimizer__peak_lr=0.01,
+        optimizer__warmup_steps=2,
+        **{k.replace(".", "__"): v for k, v in MODEL.items()},
+    )
+    return folder / "run", data
+
+
+@pytest.fixture(scope="module")
+def exported(trained) -> pathlib.Path:
+    target = trained[0].parent / "hf"
+    said = convert(f"--workdir={trained[0]}", f"--to_hf={target}")
+    assert "step 20 as llama" in said and "read back" in said
+    return target
+
+
+def test_out_in_and_out_again_is_the_same_file(exported, tmp_path):
+    said = convert(f"--from_hf={exported}", f"--workdir={tmp_path / 'run'}")
+    assert "llama: 21 tensors, 21 of F32" in said and "not used" not in said
+    convert(f"--workdir={tmp_path / 'run'}", f"--to_hf={tmp_path / 'again'}")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
+    assert json.loads((tmp_path / "again/config.json").read_text()) == json.loads(
+        (exported / "config.json").read_text()
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "run"]  # nothing temporary is left
+
+
+def test_the_card_says_what_the_weights_are(exported, trained):
+    card = (exported / "README.md").read_text()
+    assert "after 20 steps" in card and str(trained[1]) in card
+    assert f"validation loss: {rows(trained[0], 'val/loss')[-1]:.4f}" in card
+
+
+def test_bfloat16_is_the_nearest(exported, trained, tmp_path):
+    convert(f"--workdir={trained[0]}", f"--to_hf={tmp_path / 'half'}", "--dtype=bfloat16")
+    full, half = (safetensors.numpy.load_file(p / "model.safetensors") for p in (exported, tmp_path / "half"))
+    for name, value in full.items():
+        np.testing.assert_array_equal(half[name], value.astype(half[name].dtype), err_msg=name)
+    config = json.loads((tmp_path / "half/config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+
+
+def test_a_run_begins_with_weights_on_any_mesh_and_is_resumed_without_naming_them(exported, trained, tmp_path):
+    """Its own configuration has another architecture, which does not count. The loss is that of the trained model."""
+    run, data = trained
+    losses = {}
+    for name, source, devices in (("run", f"{run}:20", 1), ("hf", exported, 1), ("fsdp", exported, 4)):
+        mesh = {"mesh__data": 1, "mesh__fsdp": -1}
+        train(tmp_path / name, data, devices=devices, num_train_steps=3, init_from=source, **mesh)
+        losses[name] = rows(tmp_path / name)
+    assert losses["run"] == losses["hf"]
+    np.testing.assert_allclose(losses["fsdp"], losses["hf"], rtol=1e-6)
+    assert losses["hf"][0] == pytest.approx(rows(run)[-1], abs=0.2) and rows(run)[0] > losses["hf"][0] + 1
+    shutil.move(exported, exported.with_name("moved"))  # it is not needed any more
+    try:
+        assert "Resuming after step 3" in train(tmp_path / "hf", data, num_train_steps=5)
+    finally:
+        shutil.move(exported.with_name("moved"), exported)
+    assert len(rows(tmp_path / "hf")) == 5
+    said = train(tmp_path / "hf", data, num_train_steps=6, init_from=f"{run}:20", code=2)
+    assert f"began from {exported}, not from config.init_from = {run}:20" in said
+
+
+def test_a_converted_run_is_trained_where_it_is(exported, trained, tmp_path):
+    convert(f"--from_hf={exported}", f"--workdir={tmp_path / 'run'}")
+    train(tmp_path / "run", trained[1], num_train_steps=3, optimizer__peak_lr=2e-3)
+    train(tmp_path / "other", trained[1], num_train_steps=3, optimizer__peak_lr=2e-3, init_from=exported)
+    assert rows(tmp_path / "run") == rows(tmp_path / "other")
+    assert "Resuming after step 3" in train(tmp_path / "run", trained[1], num_train_steps=4, optimizer__peak_lr=2e-3)
+
+
+def test_new_tokens_get_the_mean_and_other_tokenizers_are_refused(trained, tmp_path):
+    run, _ = trained
+    grown, other = tmp_path / "grown", tmp_path / "other"
+    tokenizer = json.loads((run / "tokenizer/meshlm_tokenizer.json").read_text())
+    assert tokenizer["kind"] == "char"
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("".join(chr(c) for c in range(1000, 1040)) * 200)
+    subprocess.run(
+        [sys.executable, "-m", "launch.prepare", f"--source={corpus}", "--tokenizer=char", f"--out={other}"],
+        cwd=runs.ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    said = train(grown, other, num_train_steps=2, init_from=run, code=2)
+    assert "was trained with another tokenizer: token 0 is" in said and f"--tokenizer={run}" in said
+    assert not grown.exists()
+
+
+# --- bad input ---
+
+
+def broken(exported: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(exported, folder / "model"))
+
+
+def edit(folder: pathlib.Path, **keys) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"model_type": "lama"}, ["'lama'", "gpt2, llama, mistral", "the nearest is llama"]),
+        ({"model_type": None}, ["model_type is None", "gpt2, llama"]),
+        ({"hidden_act": "relu"}, ["hidden_act is 'relu'", "'silu'"]),
+        ({"rope_parameters": {"rope_type": "longrope"}}, ["rope_type is 'longrope'", "llama3"]),
+        ({"num_attention_heads": 3, "head_dim": None}, ["num_heads"]),
+        ({"hidden_size": "32"}, ["hidden_size is '32'", "a number above 0"]),
+        ({"quantization_config": {"bits": 4}}, ["quantization_config", "not supported"]),
+    ],
+    ids=str,
+)
+def test_a_config_that_cannot_be_done_is_named(exported, tmp_path, keys, said):
+    folder = broken(exported, tmp_path)
+    edit(folder, **keys)
+    for refused in (Source.open, lambda path: initial.model_of(str(path))):
+        with pytest.raises(ConfigError) as e:
+            refused(folder)
+        assert "\n" not in str(e.value)
+        for part in said:
+            assert part in str(e.value)
+
+
+def test_keys_that_mean_nothing_here_are_named(exported, tmp_path):
+    folder = broken(exported, tmp_path)
+    edit(folder, rope_theta_of_tomorrow=3, use_cache=False)
+    assert Source.open(folder).unused == ["rope_theta_of_tomorrow"]
+
+
+def tensors(folder: pathlib.Path, change) -> None:
+    """Rewrites the weights of a folder."""
+    path = folder / "model.safetensors"
+    content = safetensors.numpy.load_file(path)
+    change(content)
+    safetensors.numpy.save_file(content, path, metadata={"format": "pt"})
+
+
+def rename(content) -> None:
+    content["model.norm.scale"] = content.pop("model.norm.weight")
+    content["model.embed_tokens.weight"] = content["model.embed_tokens.weight"][:-1]
+
+
+def quantise(content) -> None:
+    content["lm_head.weight"] = content["lm_head.weight"].astype(np.int8)
+
+
+def test_all_that_is_wrong_with_the_tensors_is_listed_at_once(exported, tmp_path):
+    folder = broken(exported, tmp_path)
+    tensors(folder, rename)
+    said = convert(f"--from_hf={folder}", f"--workdir={tmp_path / 'run'}", code=2)
+    for part in (
+        "model.norm.weight is missing",
+        "model.norm.scale is not known",
+        "model.embed_tokens.weight is [",
+        ", not [",
+    ):
+        assert part in said
+    assert not (tmp_path / "run").exists() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_files_that_cannot_be_read_are_named(exported, tmp_path):
+    def said_of(change) -> str:
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        folder = broken(exported, tmp_path)
+        change(folder)
+        with pytest.raises(ConfigError) as e:
+            Source.open(folder)
+        assert "\n" not in str(e.value)
+        return str(e.value)
+
+    def index(folder, **content) -> None:
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+    def truncate(folder) -> None:
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+
+    def pickle(folder) -> None:
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+    assert "cannot be read" in said_of(truncate)
+    assert "a pickle" in said_of(pickle) and "save_pretrained" in said_of(pickle)
+    assert "holds no weights" in said_of(lambda folder: (folder / "model.safetensors").unlink())
+    assert "config.json does not exist" in said_of(lambda folder: (folder / "config.json").unlink())
+    assert "is not a JSON object" in said_of(lambda folder: (folder / "config.json").write_text("[]"))
+    assert "not floating-point" in said_of(lambda folder: tensors(folder, quantise))
+    assert "1 of 1 files that are not there, such as b.safetensors" in said_of(
+        lambda folder: index(folder, weight_map={"x": "b.safetensors"})
+    )
+    assert "not a file of its own folder" in said_of(lambda folder: index(folder, weight_map={"x": "../b.safetensors"}))
+    assert "lacks x" in said_of(lambda folder: index(folder, weight_map={"x": "model.safetensors"}))
+
+
+def test_a_head_that_is_tied_and_yet_another_is_refused(exported, tmp_path):
+    folder = broken(exported, tmp_path)
+    edit(folder, tie_word_embeddings=True)
+    said = convert(f"--from_hf={folder}", f"--workdir={tmp_path / 'run'}", code=2)
+    assert "lm_head.weight differs from model.embed_tokens.weight" in said and "tie_word_embeddings" in said
+
+
+def test_a_full_disk_leaves_nothing(trained, tmp_path):
+    said = convert(f"--workdir={trained[0]}", f"--to_hf={tmp_path / 'hf'}", code=3, before="ulimit -f 16")
+    assert "File too large" in said and "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "name one of --from_hf=DIR"),
+        (["--to_hf=a", "--from_hf=b"], "name one of --from_hf=DIR"),
+        (["--to_hf=a"], "--workdir is missing"),
+        (["--from_hf=nothing", "--workdir=w"], "nothing/config.json does not exist"),
+        (["--to_hf={run}", "--workdir={run}"], "exists; name a folder that does not"),
+        (["--from_hf={hf}", "--workdir={run}"], "exists; name a --workdir that does not"),
+    ],
+    ids=str,
+)
+def test_flags_that_are_wrong_end_in_one_line(trained, exported, flags, said):
+    out = convert(*(flag.format(run=trained[0], hf=exported) for flag in flags), code=2)
+    assert said in out and "Traceback" not in out
+
+
+def test_a_model_that_no_family_has_is_not_exported(trained, tmp_path):
+    train(tmp_path / "run", trained[1], num_train_steps=1, model__mlp="relu2", model__norm="layernorm")
+    said = convert(f"--workdir={tmp_path / 'run'}", f"--to_hf={tmp_path / 'hf'}", code=2)
+    assert "cannot be exported" in said and "llama: mlp = relu2" in said and not (tmp_path / "hf").exists()
