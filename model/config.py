@@ -80,7 +80,7 @@ class ModelConfig:
     # A layer is global, or local: a query then sees only the last `window` keys, with its own.
     window: int | None = None
     layer_pattern: tuple[Literal["local", "global"], ...] = ("local",)  # repeated over the layers; counts with `window`
-    local_rope_theta: float | None = None  # of local layers, which rope_scaling then leaves alone; none: as the others
+    local_rope_theta: float | None = None  # of local layers, without rope_scaling; none: as the others
     attention_scale: float | None = None  # of scores; none: 1 / sqrt(head_dim)
     attention_softcap: float | None = None  # scores become cap tanh(score / cap) (Gemma 2); none: they stay
     logits_softcap: float | None = None

@@ -191,7 +191,7 @@ def test_a_config_means_the_same_after_a_round_trip(name, saved):
     ours = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
     again = type(theirs(name).config)(**ours)
     assert families.differences(family.to_model(again.to_dict())[0], model) == []
-    # The keys of transformers 4 alone, and those of 5 alone.
+    # With only the keys of transformers 4, and with only those of 5.
     for dropped in (("rope_parameters",), ("rope_theta", "rope_scaling", "rope_local_base_freq")):
         part = {k: v for k, v in config.items() if k not in dropped}
         assert families.differences(family.to_model(part)[0], model) == []

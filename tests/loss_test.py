@@ -21,8 +21,9 @@ MESHES = {  # data, fsdp, context, tensor
 }  # fmt: skip
 
 
-def loss_config(chunk: int = 0, tied: bool = True, z_loss: float = Z_LOSS) -> Config:
+def loss_config(chunk: int = 0, tied: bool = True, z_loss: float = Z_LOSS, cap: float | None = None) -> Config:
     model = {"vocab_size": VOCAB, "max_seq_len": LENGTH, "num_heads": 8, "num_kv_heads": 8, "tie_embeddings": tied}
+    model["logits_softcap"] = cap
     return config(data={"seq_len": LENGTH}, model=model, loss_chunk_tokens=chunk, z_loss=z_loss)
 
 
@@ -45,17 +46,21 @@ def arguments(tied: bool) -> tuple[np.ndarray, ...]:
 
 
 @functools.cache
-def by_definition(tied: bool, z_loss: float = Z_LOSS):
+def by_definition(tied: bool, z_loss: float = Z_LOSS, cap: float | None = None):
     """The total loss, the cross-entropy, and the gradients of the first with respect to x and table, in float64."""
     x, table, targets, weights = (
         np.asarray(a, np.int64 if a.dtype == np.int32 else np.float64) for a in arguments(tied)
     )
     w = (table.T if tied else table)[:, :VOCAB]
-    logits = x @ w
+    logits, slope = x @ w, 1.0
+    if cap is not None:
+        slope = np.cosh(logits / cap) ** -2.0
+        logits = cap * np.tanh(logits / cap)
     log_z = np.log(np.exp(logits).sum(-1))
     loss = (weights * (log_z - np.take_along_axis(logits, targets[..., None], -1)[..., 0])).sum()
     probability = np.exp(logits - log_z[..., None])
     dlogits = weights[..., None] * (probability * (1 + 2 * z_loss * log_z[..., None]) - np.eye(VOCAB)[targets])
+    dlogits *= slope
     dw = np.zeros((EMBED, PADDED))  # nothing for the rows that pad the vocabulary
     dw[:, :VOCAB] = np.einsum("bte,btv->ev", x, dlogits)
     return loss + z_loss * (weights * log_z**2).sum(), loss, dlogits @ w.T, dw.T if tied else dw
@@ -106,6 +111,17 @@ def test_every_mesh_gives_the_loss_and_gradients_of_its_definition(mesh, tied):
     assert plain == values == pytest.approx([total, loss], rel=1e-6)
     assert_close(dx, expected_dx, 2e-6)
     assert_close(dtable, expected_dtable, 2e-6)
+
+
+@pytest.mark.parametrize("mesh", ["one", "fsdp x context x tensor"])
+def test_a_cap_of_logits_is_in_the_loss_and_in_its_gradients(mesh):
+    """Logits of up to 15 with a cap of 3: most of them are bent."""
+    plain, values, dx, dtable = evaluate(program(mesh, chunk=7, cap=3.0), tied=True)
+    total, loss, expected_dx, expected_dtable = by_definition(True, cap=3.0)
+    assert plain == values == pytest.approx([total, loss], rel=1e-6) and loss < by_definition(True)[1] / 2
+    assert_close(dx, expected_dx, 2e-6)
+    assert_close(dtable, expected_dtable, 2e-6)
+    assert np.isfinite(dtable).all() and not dtable[VOCAB:].any()
 
 
 @pytest.mark.parametrize("mesh", ["one", "fsdp x context x tensor"])

@@ -22,7 +22,7 @@ class _Part:
 
     Attributes:
       shape: of a layer's parameter, without rows that pad the vocabulary.
-      begin: where it begins along the last axis of what the tensor holds.
+      begin: its first index along the last axis of what the tensor holds.
     """
 
     tensor: Tensor

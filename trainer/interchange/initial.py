@@ -140,7 +140,7 @@ def params_of(program: "Program") -> dict:
         source = Source.open(path)
         model, params = source.model, source.params(program)
         what = f"{path} ({source.family.model_type})"
-    log.info("init_from %s: %s parameters; the optimizer begins anew", what, f"{program.num_params:,}")
+    log.info("init_from %s: %s parameters; the optimizer is fresh", what, f"{program.num_params:,}")
     if config.model.vocab_size > model.vocab_size:
         added = config.model.vocab_size - model.vocab_size
         log.info("init_from: rows of %d new tokens are the mean of the other %d", added, model.vocab_size)
