@@ -118,7 +118,7 @@ def test_a_cap_of_logits_is_in_the_loss_and_in_its_gradients(mesh):
     """Logits of up to 15 with a cap of 3: most of them are bent."""
     plain, values, dx, dtable = evaluate(program(mesh, chunk=7, cap=3.0), tied=True)
     total, loss, expected_dx, expected_dtable = by_definition(True, cap=3.0)
-    assert plain == values == pytest.approx([total, loss], rel=1e-6) and loss < by_definition(True)[1] / 2
+    assert plain == values == pytest.approx([total, loss], rel=1e-6) and loss < 0.6 * by_definition(True)[1]
     assert_close(dx, expected_dx, 2e-6)
     assert_close(dtable, expected_dtable, 2e-6)
     assert np.isfinite(dtable).all() and not dtable[VOCAB:].any()
