@@ -1,6 +1,6 @@
 """Weights in and out: from a folder of Hugging Face to a run at step 0, and from a run to such a folder.
 
-  python -m launch.convert --from_hf=DIR --workdir=RUN
+  python -m launch.convert --from_hf=DIR --workdir=RUN            (or --from_gguf=FILE)
   python -m launch.convert --workdir=RUN --to_hf=DIR [--step=N] [--dtype=bfloat16]
 
 DIR has config.json and .safetensors files; families: docs/models.md. RUN can be sampled from and evaluated at once, and
@@ -19,28 +19,31 @@ from launch import cli, environment, inference
 from trainer.errors import ConfigError
 
 FROM_HF = cli.define_run_path("from_hf", None, "Folder with config.json and .safetensors files to read.")
+FROM_GGUF = cli.define_run_path("from_gguf", None, "File of llama.cpp to read: Llama or GPT-2, dequantised.")
 TO_HF = cli.define_run_path("to_hf", None, "Folder to write, which must not exist.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Type of the tensors of --to_hf.")
 
 
 def main() -> int:
-    if bool(FROM_HF.value) == bool(TO_HF.value):
-        raise ConfigError("name one of --from_hf=DIR, to make a run of it, and --to_hf=DIR, to export a run")
+    if sum(map(bool, (FROM_HF.value, FROM_GGUF.value, TO_HF.value))) != 1:
+        raise ConfigError(
+            "name one of --from_hf=DIR and --from_gguf=FILE, to make a run, and --to_hf=DIR, to export one"
+        )
     if not inference.WORKDIR.value:
         raise ConfigError("--workdir is missing; name the run directory to make, or the one to export")
     with inference.memory_of_devices("convert on a machine with more memory"):
-        return read() if FROM_HF.value else write()
+        return write() if TO_HF.value else read()
 
 
 def read() -> int:
-    """From --from_hf to a run in --workdir."""
+    """From --from_hf or --from_gguf to a run in --workdir."""
     start, workdir = time.monotonic(), pathlib.Path(inference.WORKDIR.value)
     malloc.tune_allocator()
     environment.load_jax()
     environment.find_devices()
     from trainer.interchange import importing
 
-    source = importing.Source.open(pathlib.Path(FROM_HF.value))
+    source = importing.Source.open(pathlib.Path(FROM_HF.value or FROM_GGUF.value))
     for line in importing.describe(source):
         cli.log.info("%s", line)
     program = importing.as_run(source, workdir, sys.argv)

@@ -250,8 +250,8 @@ def test_a_full_disk_leaves_nothing(trained, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ([], "name one of --from_hf=DIR"),
-        (["--to_hf=a", "--from_hf=b"], "name one of --from_hf=DIR"),
+        ([], "name one of --from_hf=DIR and --from_gguf=FILE"),
+        (["--to_hf=a", "--from_hf=b"], "name one of --from_hf=DIR and --from_gguf=FILE"),
         (["--to_hf=a"], "--workdir is missing"),
         (["--from_hf=nothing", "--workdir=w"], "nothing/config.json does not exist"),
         (["--to_hf={run}", "--workdir={run}"], "exists; name a folder that does not"),

@@ -18,15 +18,10 @@ from model.families import Json, Unsupported
 from model.families.layout import Layout
 from trainer.errors import CheckpointError, ConfigError
 from trainer.interchange import safetensors_writer
-from trainer.interchange.folder import INDEX, SINGLE
+from trainer.interchange.folder import COMPANIONS, INDEX, SINGLE
 
 SHARD_BYTES = 5_000_000_000
 KEPT = "hf"  # the folder of a run with the files of the model that it was converted from
-# Files of a model that say how it is used. They go with the weights as they are.
-COMPANIONS = (
-    "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer.model",
-)  # fmt: skip
 
 
 def form_of(model: ModelConfig) -> tuple[families.Family, Json]:

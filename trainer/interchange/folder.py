@@ -1,6 +1,5 @@
 """A folder as Hugging Face's `save_pretrained` writes it: config.json and tensors in .safetensors files. No JAX."""
 
-import contextlib
 import json
 import pathlib
 from typing import Any
@@ -12,6 +11,11 @@ from model.families.layout import Index
 from trainer.errors import ConfigError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Files of a model that say how it is used. They go with the weights as they are.
+COMPANIONS = (
+    "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer.model",
+)  # fmt: skip
 FLOATS = ("F32", "F16", "BF16", "F64")
 
 
@@ -32,7 +36,6 @@ class Folder:
         self.config = read_json(path / "config.json", "a folder of Hugging Face has one")
         self._file_of: dict[str, str] = {}
         self._files: dict[str, Any] = {}
-        self._opened = contextlib.ExitStack()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         for file, named in self._listed().items():
@@ -72,7 +75,7 @@ class Folder:
     def _open(self, file: str, named: list[str]) -> None:
         path = self.path / file
         try:
-            opened = self._opened.enter_context(safetensors.safe_open(path, "numpy"))
+            opened = safetensors.safe_open(path, "numpy")
         except (safetensors.SafetensorError, OSError) as e:
             raise ConfigError(f"{path} cannot be read: {e}; copy it again") from None
         self._files[file] = opened
@@ -90,8 +93,10 @@ class Folder:
         """A slice of a tensor, in the type of the file."""
         return self._files[self._file_of[name]].get_slice(name)[index]
 
-    def close(self) -> None:
-        self._opened.close()
+    def companions(self) -> dict[str, bytes]:
+        """config.json, and the files that say how the model is used."""
+        paths = (self.path / name for name in ("config.json", *COMPANIONS))
+        return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
 def read_json(path: pathlib.Path, why: str) -> dict[str, Any]:

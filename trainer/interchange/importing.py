@@ -24,6 +24,7 @@ from trainer.config import Config, MeshConfig, to_json
 from trainer.errors import CheckpointError, ConfigError
 from trainer.interchange import exporting
 from trainer.interchange.folder import Folder
+from trainer.interchange.gguf_file import GgufFile
 from trainer.reliability import identity
 from trainer.reliability.checkpoint import Checkpoints
 from trainer.state import Program, TrainState
@@ -34,13 +35,13 @@ SHOWN = 20  # problems of tensors that are listed; there may be thousands
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A folder whose model is understood; its weights are not read yet.
+    """A folder of Hugging Face or a .gguf file whose model is understood; its weights are not read yet.
 
     Attributes:
       unused: keys of its config.json that mean nothing here.
     """
 
-    folder: Folder
+    folder: Folder | GgufFile
     family: families.Family
     model: ModelConfig
     unused: list[str]
@@ -48,17 +49,11 @@ class Source:
     @classmethod
     def open(cls, path: pathlib.Path) -> "Source":
         """Raises ConfigError."""
-        folder = Folder(path)
+        folder = GgufFile(path) if path.suffix == ".gguf" else Folder(path)
         try:
             return cls(folder, *families.loaded(folder.config))
         except Unsupported as e:
-            raise ConfigError(f"{path / 'config.json'}: {e}") from None
-
-    def tokenizer(self) -> tokenizers.Tokenizer | None:
-        """That of the folder, if it has one. Raises DataError if it cannot be read."""
-        if not any((self.folder.path / name).exists() for name in tokenizers.STANDARD_NAMES):
-            return None
-        return tokenizers.make(str(self.folder.path))
+            raise ConfigError(f"{path if path.is_file() else path / 'config.json'}: {e}") from None
 
     def params(self, program: Program) -> dict:
         """The parameters on the mesh of `program`, whose model is this one. Raises ConfigError, with all problems."""
@@ -133,7 +128,6 @@ def as_run(source: Source, workdir: pathlib.Path, argv: list[str]) -> Program:
     """
     if workdir.exists():
         raise ConfigError(f"{workdir} exists; name a --workdir that does not")
-    tokenizer = source.tokenizer()
     config = config_of(source)
     program = Program(config, sharding.make_mesh(_sharded(config)))
     jax.set_mesh(program.mesh)
@@ -142,7 +136,7 @@ def as_run(source: Source, workdir: pathlib.Path, argv: list[str]) -> Program:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        _write_run(source, program, tokenizer, temporary, argv)
+        _write_run(source, program, temporary, argv)
         temporary.rename(workdir)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -166,9 +160,15 @@ def _sharded(config: Config) -> Config:
         return config
 
 
-def _write_run(
-    source: Source, program: Program, tokenizer: tokenizers.Tokenizer | None, folder: pathlib.Path, argv: list[str]
-) -> None:
+def _write_run(source: Source, program: Program, folder: pathlib.Path, argv: list[str]) -> None:
+    kept = folder / exporting.KEPT
+    kept.mkdir()
+    for name, content in source.folder.companions().items():
+        (kept / name).write_bytes(content)
+    has_tokenizer = any((kept / name).exists() for name in tokenizers.STANDARD_NAMES)
+    tokenizer = tokenizers.make(str(kept)) if has_tokenizer else None
+    if tokenizer is None:
+        log.info("%s has no tokenizer that can be read: text needs config.data.tokenizer_path", source.folder.path)
     config, params = program.config, source.params(program)
     opt_shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state.opt_state)
     opt_state = jax.jit(program.optimizer.init, out_shardings=opt_shardings)(params)
@@ -187,9 +187,4 @@ def _write_run(
     files.write_durably(folder / "config.json", to_json(config).encode())
     if tokenizer is not None:
         tokenizers.save(tokenizer, folder / "tokenizer")
-    kept = folder / exporting.KEPT
-    kept.mkdir()
-    for name in ("config.json", *exporting.COMPANIONS):
-        if (source.folder.path / name).is_file():
-            shutil.copyfile(source.folder.path / name, kept / name)
     (folder / "command.txt").write_text(shlex.join(argv) + "\n")

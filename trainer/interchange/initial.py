@@ -21,6 +21,7 @@ from model.families.layout import VOCAB_AXIS
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.interchange.folder import read_json
+from trainer.interchange.gguf_file import GgufFile
 from trainer.reliability import identity, run_directory
 
 if TYPE_CHECKING:
@@ -46,9 +47,11 @@ def model_of(init_from: str) -> ModelConfig:
     path, step = place_of(init_from)
     if is_run(path):
         return run_directory.read_config(path).model
+    if path.is_file() and path.suffix == ".gguf":
+        return families.loaded(GgufFile(path).config)[1]
     if not path.is_dir() or step is not None:
         raise ConfigError(
-            f"config.init_from = {init_from}: {path} is not a run directory, nor a folder with config.json"
+            f"config.init_from = {init_from}: {path} is not a run directory, a folder with config.json or a .gguf file"
         )
     try:
         return families.loaded(read_json(path / "config.json", HF_CONFIG))[1]
