@@ -6,6 +6,7 @@ Sample i depends only on --seed and i. --temperature=0 always takes the most lik
 one line {"step", "sample", "seed", "prompt", "text"}, where text does not include the prompt.
 """
 
+import itertools
 import json
 import math
 
@@ -28,6 +29,7 @@ TOP_P = flags.DEFINE_float(
     upper_bound=1.0,
 )
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Number of samples.", lower_bound=1)
+CHAT = flags.DEFINE_bool("chat", False, "The prompt is a message, in the chat template that came with the model.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the random choices.", lower_bound=0, upper_bound=2**32 - 1)
 
 
@@ -53,25 +55,33 @@ def write() -> int:
             "--config.data.tokenizer_path=PATH adds one"
         )
     tokenizer = tokenizers.load(run.path / "tokenizer")
-    prompt = sampling.encode_prompt(tokenizer, PROMPT.value, "--prompt")
+    stop_ids = frozenset() if tokenizer.eos_id is None else frozenset([tokenizer.eos_id])
+    if CHAT.value:
+        from trainer.interchange import exporting
+        from trainer.interchange.chat import Chat
+
+        chat = Chat(run.path / exporting.KEPT, tokenizer)
+        prompt = chat.encode(chat.prompt([{"role": "user", "content": PROMPT.value}]))
+        stop_ids |= chat.stop_ids
+    else:
+        prompt = sampling.encode_prompt(tokenizer, PROMPT.value, "--prompt")
     generator = sampling.make_generator(
         run.program, temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value
     )
     rows = generator(run.params, prompt, rows=NUM_SAMPLES.value, max_new_tokens=MAX_NEW_TOKENS.value, seed=SEED.value)
     for i, ids in enumerate(rows):
-        text = tokenizer.decode(_until(ids, tokenizer.eos_id))
+        text = tokenizer.decode(_until(ids, stop_ids))
         if inference.JSON.value:
             row = {"step": run.meta["step"], "sample": i, "seed": SEED.value, "prompt": PROMPT.value, "text": text}
             print(json.dumps(row))
         else:
-            print(("\n---\n" if i else "") + PROMPT.value + text)
+            print(("\n---\n" if i else "") + ("" if CHAT.value else PROMPT.value) + text)
     return 0
 
 
-def _until(ids, eos_id: int | None) -> list[int]:
-    """The ids before the first end-of-text."""
-    listed = ids.tolist()
-    return listed[: listed.index(eos_id)] if eos_id in listed else listed
+def _until(ids, stop_ids: frozenset[int]) -> list[int]:
+    """The ids before the first that ends a text."""
+    return list(itertools.takewhile(lambda id: id not in stop_ids, ids.tolist()))
 
 
 if __name__ == "__main__":

@@ -108,9 +108,9 @@ class GgufFile:
 
     def _gpt2(self) -> dict[str, Any]:
         return {
-            "model_type": "gpt2", "n_layer": int(self._get("block_count")), "n_embd": int(self._get("embedding_length")),
-            "n_head": int(self._get("attention.head_count")), "n_inner": int(self._get("feed_forward_length")),
-            "n_positions": int(self._get("context_length")),
+            "model_type": "gpt2", "n_layer": int(self._get("block_count")),
+            "n_embd": int(self._get("embedding_length")), "n_head": int(self._get("attention.head_count")),
+            "n_inner": int(self._get("feed_forward_length")), "n_positions": int(self._get("context_length")),
             "layer_norm_epsilon": _rounded(self._get("attention.layer_norm_epsilon")),
             "vocab_size": self._rows("transformer.wte.weight"), "tie_word_embeddings": self._tied_gpt2(), **self._ids(),
         }  # fmt: skip
