@@ -31,7 +31,7 @@ class Chat:
         self._tokenizer = tokenizer
         self._kept = kept
         self._keys = {name: self._json(f"{name}.json") for name in ("config", "generation_config", "tokenizer_config")}
-        self._template = self._compiled(self._source())
+        self._template, self._error = self._compiled(self._source())
         ids: set[int] = set() if tokenizer.eos_id is None else {tokenizer.eos_id}
         for name in ("config", "generation_config"):
             eos = self._keys[name].get("eos_token_id")
@@ -51,7 +51,8 @@ class Chat:
             )
         return found
 
-    def _compiled(self, source: str) -> Any:
+    def _compiled(self, source: str) -> tuple[Any, type[Exception]]:
+        """The template, and the class of the errors that it raises."""
         try:
             from jinja2.exceptions import TemplateError
             from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -66,9 +67,8 @@ class Chat:
             raise TemplateError(message)
 
         environment.globals["raise_exception"] = raise_exception
-        self._error = TemplateError
         try:
-            return environment.from_string(source)
+            return environment.from_string(source), TemplateError
         except TemplateError as e:
             raise ConfigError(f"the chat template of {self._kept} is damaged: {e}") from None
 
