@@ -30,6 +30,7 @@ def measure() -> int:
     from data import sources
     from trainer import sharding
     from trainer.evaluation import evaluate
+    from trainer.reliability import identity
     from trainer.step import make_eval_step
 
     config = dataclasses.replace(run.config.data, tokenizer_path="")  # not needed, and maybe missing
@@ -39,7 +40,9 @@ def measure() -> int:
         data = sources.open_sources(config, run.config.model.vocab_size)
     except FileNotFoundError as e:
         raise ConfigError(f"the dataset of {run.path} is not at {e}; name its path with --data_path") from None
-    if data.fingerprint() != run.meta["data_fingerprint"]:
+    if run.meta["data_fingerprint"] is None:  # it was converted, and not trained here
+        identity.check_tokenizer(run.meta, data.load_tokenizer(), run.path)
+    elif data.fingerprint() != run.meta["data_fingerprint"]:
         raise ConfigError(f"{config.path} is not the dataset of {run.path}; name the right one with --data_path")
     files = data.files("val")
     if not files:

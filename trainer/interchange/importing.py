@@ -30,6 +30,7 @@ from trainer.reliability.checkpoint import Checkpoints
 from trainer.state import Program, TrainState
 
 log = logging.getLogger("meshlm")
+LONGEST_CONTEXT = 2048  # of a converted run, unless it is trained with another data.seq_len
 SHOWN = 20  # problems of tensors that are listed; there may be thousands
 
 
@@ -146,7 +147,7 @@ def as_run(source: Source, workdir: pathlib.Path, argv: list[str]) -> Program:
 
 def config_of(source: Source) -> Config:
     """The configuration of a run with this model that has not seen any data."""
-    data = DataConfig(seq_len=source.model.max_seq_len)
+    data = DataConfig(seq_len=min(source.model.max_seq_len, LONGEST_CONTEXT))
     return Config(model=source.model, data=data, init_from=str(source.folder.path.resolve()))
 
 
