@@ -57,6 +57,21 @@ MODELS = {
     "llama": {},
     "bfloat16": {"dtype": "bfloat16"},
     "gpt2": {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True, "tie_embeddings": False},
+    "gemma": {
+        "num_layers": 3,
+        "norm_at": "both",
+        "norm_plus_one": True,
+        "qk_norm": "head",
+        "mlp": "geglu",
+        "window": 9,
+        "layer_pattern": ("local", "local", "global"),
+        "local_rope_theta": 100.0,
+        "attention_softcap": 5.0,
+        "logits_softcap": 4.0,
+        "embedding_scale": 5.0,
+        "head_dim": 6,
+    },
+    "olmo": {"norm_at": "after", "qk_norm": "projection", "window": 9, "layer_pattern": ("local", "global")},
 }
 
 
@@ -75,7 +90,7 @@ def config(name: str, model: str = "llama", remat: str = "none") -> Config:
         {
             "global_batch_size": ROWS,
             "loss_chunk_tokens": 24 if name in MESHES else 0,
-            "data": {"seq_len": LENGTH, "mask_documents": model == "gpt2", "eos_id": 0},
+            "data": {"seq_len": LENGTH, "mask_documents": model in ("gpt2", "gemma"), "eos_id": 0},
             "model": shape | MODELS[model] | {"remat": remat},
             "optimizer": {"peak_lr": 3e-3, "warmup_steps": 10},
             "mesh": mesh,
@@ -204,6 +219,22 @@ def test_the_same_gradient_with_biases_documents_and_two_tables(name):
     # Adding the same to all keys leaves the softmax as it is: that bias has no gradient but rounding.
     no_gradient = ("layers", "attention", "key", "bias")
     assert np.abs(gradient.pop(no_gradient)).max() < 1e-6 and np.abs(expected.pop(no_gradient)).max() < 1e-6
+    assert_same_gradient(gradient, expected)
+
+
+@pytest.mark.parametrize("model", ["gemma", "olmo"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "slices of data x fsdp x tensor",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("context x tensor", "fsdp")),
+    ],
+)
+def test_the_same_gradient_with_windows_caps_and_norms_of_queries_and_keys(name, model):
+    """Norms of all heads as one vector are over devices if these have some of the heads."""
+    row, gradient, _ = first_step(name, model)
+    one, expected, _ = first_step("one", model)
+    assert row["train/loss"] == pytest.approx(one["train/loss"], rel=1e-6)
     assert_same_gradient(gradient, expected)
 
 
