@@ -62,11 +62,12 @@ def write() -> int:
     run = inference.open_run()
     from data import tokenizers
     from trainer.interchange import exporting
+    from trainer.interchange.folder import KEPT
 
     tokenizer = tokenizers.load(run.path / "tokenizer") if (run.path / "tokenizer").exists() else None
     family, params = exporting.export(
         target, run.params, run.config.model, tokenizer,
-        dtype=DTYPE.value, card=card(run), kept=run.path / exporting.KEPT,
+        dtype=DTYPE.value, card=card(run), kept=run.path / KEPT,
     )  # fmt: skip
     cli.log.info(
         "step %d as %s, %s parameters in %s, in %s, read back, %.0f s",

@@ -40,7 +40,7 @@ def measure() -> int:
         data = sources.open_sources(config, run.config.model.vocab_size)
     except FileNotFoundError as e:
         raise ConfigError(f"the dataset of {run.path} is not at {e}; name its path with --data_path") from None
-    if run.meta["data_fingerprint"] is None:  # it was converted, and not trained here
+    if identity.is_converted(run.meta):
         identity.check_tokenizer(run.meta, data.load_tokenizer(), run.path)
     elif data.fingerprint() != run.meta["data_fingerprint"]:
         raise ConfigError(f"{config.path} is not the dataset of {run.path}; name the right one with --data_path")

@@ -11,7 +11,7 @@ from absl import flags
 from data import tokenizers
 from data.storage import malloc
 from launch import cli, environment, runtime
-from trainer.config import Config, changes, from_dict
+from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.reliability import run_directory
 
@@ -78,7 +78,7 @@ def open_run() -> LoadedRun:
     jax.set_mesh(mesh)
     program = Program(config, mesh)
     params, meta = checkpoints.restore_params(program, step)
-    if differs := changes(from_dict(meta["config"], recorded=True), recorded)["refused"]:
+    if differs := identity.refused_changes(meta, recorded):
         raise ConfigError(
             f"{path / 'config.json'} is not what step {step} was trained with; {'; '.join(differs)}; restore it, or "
             "remove it: the checkpoint has a copy"

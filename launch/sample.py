@@ -57,17 +57,18 @@ def write() -> int:
     tokenizer = tokenizers.load(run.path / "tokenizer")
     stop_ids = frozenset() if tokenizer.eos_id is None else frozenset([tokenizer.eos_id])
     if CHAT.value:
-        from trainer.interchange import exporting
         from trainer.interchange.chat import Chat
+        from trainer.interchange.folder import KEPT
 
-        chat = Chat(run.path / exporting.KEPT, tokenizer)
+        chat = Chat(run.path / KEPT, tokenizer)
         prompt = chat.encode(chat.prompt([{"role": "user", "content": PROMPT.value}]))
         stop_ids |= chat.stop_ids
     else:
         prompt = sampling.encode_prompt(tokenizer, PROMPT.value, "--prompt")
     generator = sampling.make_generator(
-        run.program, temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value
-    )
+        run.program, temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value,
+        vocab_size=tokenizer.vocab_size,
+    )  # fmt: skip
     rows = generator(run.params, prompt, rows=NUM_SAMPLES.value, max_new_tokens=MAX_NEW_TOKENS.value, seed=SEED.value)
     for i, ids in enumerate(rows):
         text = tokenizer.decode(_until(ids, stop_ids))

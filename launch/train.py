@@ -219,7 +219,7 @@ def check_processes_agree(processes: Processes, run_dir: pathlib.Path, config: C
     xla_options.use_precision(config.model.dtype, placed.mesh)  # before the settings in use are recorded
     data = processes.run_on_all("data", lambda: sources.open_sources(config.data, config.model.vocab_size))
     tokenizer = data.tokenizer_source.manifest.tokenizer_sha256
-    if config.init_from and not run_directory.is_run(run_dir):
+    if config.init_from and processes.broadcast_from_0("a new run", lambda: not run_directory.is_run(run_dir)):
         processes.run_on_all("init_from", lambda: initial.check_tokenizer(config, data.load_tokenizer()))
     processes.check_same("dataset", {"tokens and order": data.fingerprint(), "tokenizer": tokenizer})
     processes.run_on_all("prompt", lambda: sampling.prompt_of(config, data.load_tokenizer()))
@@ -261,7 +261,10 @@ def take_run(job: Job, config: Config, data: Sources) -> Mirror | None:
         check_copy = functools.partial(identity.check, config=config, data=data, where=place)
         step, strict = (newest or {}).get("step"), not ALLOW_CONFIG_CHANGE.value
         mirror = Mirror(place, run_dir / "checkpoints", config, check=check_copy, newest=step, strict=strict)
+    is_new = not run_directory.is_run(run_dir)
     run_directory.record(run_dir, config, data, sys.argv, environment.numbers())
+    if is_new and config.init_from:
+        initial.keep_companions(config, run_dir)
     return mirror
 
 

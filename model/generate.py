@@ -48,6 +48,7 @@ class Generator:
       config: of the model.
       apply: params -> Transformer.
       context: the longest context, from 2 to config.max_seq_len: the length that the model was trained on.
+      vocab_size: tokens from it on are never chosen: those that the tokenizer does not have; None: the model's.
       temperature: 0, or a value too small to divide by in float32, means greedy decoding.
       out_sharding: of the tokens; must be replicated if several processes read them.
     """
@@ -58,6 +59,7 @@ class Generator:
         apply: Callable[..., Transformer],
         *,
         context: int,
+        vocab_size: int | None = None,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -67,6 +69,7 @@ class Generator:
             raise ValueError(f"a context of {context} tokens; it must be from 2 to max_seq_len = {config.max_seq_len}")
         self.config = config
         self.context = context
+        self.vocab_size = min(vocab_size or config.vocab_size, config.vocab_size)
         self.temperature = min(temperature, 1 / SMALLEST_TEMPERATURE)
         self.top_k = top_k
         self.top_p = top_p
@@ -118,6 +121,8 @@ class Generator:
         rows, length = buffer.shape
 
         def choose(logits: Array, position: Array) -> Array:
+            if self.vocab_size < self.config.vocab_size:
+                logits = logits.at[:, self.vocab_size :].set(-jnp.inf)
             if self.temperature < SMALLEST_TEMPERATURE:
                 return jnp.argmax(logits, -1).astype(jnp.int32)
             logits = filter_logits(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)

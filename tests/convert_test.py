@@ -100,6 +100,7 @@ def test_a_run_begins_with_weights_on_any_mesh_and_is_resumed_without_naming_the
     finally:
         shutil.move(exported.with_name("moved"), exported)
     assert len(rows(tmp_path / "hf")) == 5
+    assert sorted(p.name for p in (tmp_path / "hf/hf").iterdir()) == ["config.json", "generation_config.json"]
     said = train(tmp_path / "hf", data, num_train_steps=6, init_from=f"{run}:20", code=2)
     assert f"began from {exported}, not from config.init_from = {run}:20" in said
 
@@ -150,6 +151,12 @@ def edit(folder: pathlib.Path, **keys) -> None:
         ({"num_attention_heads": 3, "head_dim": None}, ["num_heads"]),
         ({"hidden_size": "32"}, ["hidden_size is '32'", "a number above 0"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config", "not supported"]),
+        ({"rope_scaling": {"type": "linear"}, "rope_parameters": None}, ["missing or of the wrong type", "factor"]),
+        ({"rope_scaling": "x", "rope_parameters": None}, ["missing or of the wrong type"]),
+        ({"rope_theta": None, "rope_parameters": None}, ["missing or of the wrong type"]),
+        ({"num_hidden_layers": 2.0}, ["num_layers would be 2.0", "of type int"]),
+        ({"tie_word_embeddings": None}, ["tie_embeddings would be None", "of type bool"]),
+        ({"hidden_act": ["silu"]}, ["hidden_act is ['silu']"]),
     ],
     ids=str,
 )

@@ -19,7 +19,7 @@ SHAPE = {"num_layers": 2, "num_heads": 4, "vocab_size": 70, "max_seq_len": 24, "
 MODELS = {
     "llama": ModelConfig(
         **SHAPE, embed_dim=32, num_kv_heads=2, head_dim=16, mlp_dim=64, tie_embeddings=False, rope_theta=500.0,
-        qkv_bias=False, out_bias=False, mlp_bias=False, norm_eps=1e-6,
+        qkv_bias=True, out_bias=True, mlp_bias=False, norm_eps=1e-6,
     ),
     "gpt2": ModelConfig(
         **SHAPE | {"init_depth_scale": True}, embed_dim=32, mlp="gelu", mlp_dim=96, norm="layernorm", bias=True,
@@ -66,9 +66,9 @@ def write(path: pathlib.Path, kind: str, tensors: dict[str, np.ndarray], *, quan
     for name, tensor in tensors.items():
         stem, _, end = name.rpartition(".")
         theirs = next(gg.format(i) for gg, hf in names.items() for i in range(model.num_layers) if hf.format(i) == stem)
-        if name.endswith("q_proj.weight"):
+        if stem.endswith("q_proj"):
             tensor = permuted(tensor, model.num_heads)
-        if name.endswith("k_proj.weight"):
+        if stem.endswith("k_proj"):
             tensor = permuted(tensor, model.kv_heads)
         if kind == "gpt2" and ".c_" in name and end == "weight":
             tensor = tensor.T

@@ -42,7 +42,11 @@ class Sampler:
         self._prompt = encode_prompt(tokenizer, program.config.sample.prompt, "config.sample.prompt")
         sample = program.config.sample
         self._generator = make_generator(
-            program, temperature=sample.temperature, top_k=sample.top_k, top_p=sample.top_p
+            program,
+            temperature=sample.temperature,
+            top_k=sample.top_k,
+            top_p=sample.top_p,
+            vocab_size=tokenizer.vocab_size,
         )
 
     def sample(self, params: dict, step: int) -> str:
@@ -57,10 +61,16 @@ class Sampler:
         return self._tokenizer.decode(ids)
 
 
-def make_generator(program: Program, *, temperature: float, top_k: int, top_p: float) -> Generator:
-    """The generator of a run's model; its context is data.seq_len, the length of the training rows."""
+def make_generator(
+    program: Program, *, temperature: float, top_k: int, top_p: float, vocab_size: int | None = None
+) -> Generator:
+    """The generator of a run's model; its context is data.seq_len, the length of the training rows.
+
+    Args:
+      vocab_size: of the tokenizer. Imported weights may have more rows than it has tokens.
+    """
     config = program.config
     return Generator(
-        config.model, program.model_of_compiler, context=config.data.seq_len,
+        config.model, program.model_of_compiler, context=config.data.seq_len, vocab_size=vocab_size,
         temperature=temperature, top_k=top_k, top_p=top_p, out_sharding=program.replicated,
     )  # fmt: skip

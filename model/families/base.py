@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import typing
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,7 +18,6 @@ OF_TRAINING = (
     "scan_layers",
     "remat",
     "attention",
-    "init_depth_scale",
 )
 # Keys that say nothing about the weights.
 OF_OTHERS = (
@@ -65,7 +65,7 @@ class Keys:
     def choice(self, name: str, choices: dict[Any, Any]) -> Any:
         """What the value means by the table `choices`."""
         value = self.get(name)
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             raise Unsupported(f"{name} is {value!r}; it can be {', '.join(map(repr, choices))}")
         return choices[value]
 
@@ -120,9 +120,19 @@ class Family:
         keys = Keys(config, self.defaults)
         keys.must_be("quantization_config", None)
         try:
-            model = ModelConfig(**self.to_fields(keys))
+            fields = self.to_fields(keys)
+            for name, kind in typing.get_type_hints(ModelConfig).items():
+                if name in fields and kind in (bool, int) and type(fields[name]) is not kind:
+                    raise ValueError(f"{name} would be {fields[name]!r}, which is not of type {kind.__name__}")
+            model = ModelConfig(**fields)
         except ValueError as e:
             raise Unsupported(f"{self.model_type}: {e}") from None
+        except (
+            TypeError,
+            KeyError,
+            AttributeError,
+        ) as e:  # null, or a list or a text in place of a number, or no factor
+            raise Unsupported(f"{self.model_type}: a key is missing or of the wrong type: {e!r}") from None
         return model, keys.unused()
 
     def to_json(self, model: ModelConfig) -> Json:
@@ -133,7 +143,7 @@ class Family:
 def architecture_of(model: ModelConfig) -> dict[str, Any]:
     """The fields that decide what a model computes, with derived ones filled in and those that do not matter reset."""
     fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
-    for name in OF_TRAINING:
+    for name in (*OF_TRAINING, "init_std", "init_depth_scale"):
         del fields[name]
     for name in ("qkv_bias", "out_bias", "mlp_bias"):
         fields[name] = model.bias if fields[name] is None else fields[name]
@@ -297,6 +307,8 @@ def window_fields(keys: Keys, local: Iterable[bool]) -> dict[str, Any]:
     """Windows of local layers: those that layer_types names, or if there are none, `local`."""
     window, types = keys.get("sliding_window"), keys.get("layer_types")
     layers = list(local) if types is None else [kind == LOCAL for kind in types]
+    if types is not None and len(types) != keys.number("num_hidden_layers"):
+        raise Unsupported(f"layer_types names {len(types)} of the {keys.number('num_hidden_layers')} layers")
     if types is not None and (strange := set(types) - {LOCAL, GLOBAL}):
         raise Unsupported(f"layer_types has {strange.pop()!r}; it can have {LOCAL} and {GLOBAL}")
     if window is None or not any(layers):

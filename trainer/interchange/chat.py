@@ -3,6 +3,7 @@
 A template is a program in Jinja that comes with a model, so it runs in a sandbox, set up as transformers does.
 """
 
+import datetime
 import json
 import pathlib
 from typing import Any
@@ -31,7 +32,7 @@ class Chat:
         self._tokenizer = tokenizer
         self._kept = kept
         self._keys = {name: self._json(f"{name}.json") for name in ("config", "generation_config", "tokenizer_config")}
-        self._template, self._error = self._compiled(self._source())
+        self._template = self._compiled(self._source())
         ids: set[int] = set() if tokenizer.eos_id is None else {tokenizer.eos_id}
         for name in ("config", "generation_config"):
             eos = self._keys[name].get("eos_token_id")
@@ -51,8 +52,7 @@ class Chat:
             )
         return found
 
-    def _compiled(self, source: str) -> tuple[Any, type[Exception]]:
-        """The template, and the class of the errors that it raises."""
+    def _compiled(self, source: str) -> Any:
         try:
             from jinja2.exceptions import TemplateError
             from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -67,8 +67,9 @@ class Chat:
             raise TemplateError(message)
 
         environment.globals["raise_exception"] = raise_exception
+        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         try:
-            return environment.from_string(source), TemplateError
+            return environment.from_string(source)
         except TemplateError as e:
             raise ConfigError(f"the chat template of {self._kept} is damaged: {e}") from None
 
@@ -77,7 +78,7 @@ class Chat:
         names = {name: self._token(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, tools=None, **names)
-        except (self._error, TypeError) as e:
+        except Exception as e:  # a template can raise anything
             raise ConfigError(f"the chat template of {self._kept} refuses the message: {e}") from None
 
     def _token(self, name: str) -> str:

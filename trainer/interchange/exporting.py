@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import tempfile
 import zlib
 from typing import Any
 
@@ -21,7 +22,6 @@ from trainer.interchange import safetensors_writer
 from trainer.interchange.folder import COMPANIONS, INDEX, SINGLE
 
 SHARD_BYTES = 5_000_000_000
-KEPT = "hf"  # the folder of a run with the files of the model that it was converted from
 
 
 def form_of(model: ModelConfig) -> tuple[families.Family, Json]:
@@ -65,14 +65,13 @@ def export(
     flat = {".".join(path): leaf for path, leaf in traverse_util.flatten_dict(params).items()}
     layout = Layout(family, model, {name: leaf.shape for name, leaf in flat.items()})
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".writing", dir=target.parent))
     try:
         sums = _write_tensors(temporary, layout, flat, dtype, shard_bytes)
         _write_companions(temporary, config, tokenizer, dtype, kept)
         (temporary / "README.md").write_text(card)
         _verify(temporary, sums)
+        temporary.chmod(0o755)
         temporary.rename(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -126,13 +125,13 @@ def _write_companions(
                 shutil.copyfile(kept / name, folder / name)
         original = json.loads((kept / "config.json").read_text())
         ids = {name: original[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in original}
-    if tokenizer is not None and (file := tokenizer.file()) is not None:
-        name, raw = file
-        (folder / name).write_bytes(raw)
+    file = None if tokenizer is None else tokenizer.file()
+    if file is not None:
+        (folder / file[0]).write_bytes(file[1])
     if tokenizer is not None and not ids:
-        ids = {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id}
-        if not (folder / "tokenizer_config.json").exists():
-            names = {"eos_token": tokenizer.eos, "bos_token": tokenizer.eos} if tokenizer.eos else {}
+        ids = {"eos_token_id": tokenizer.eos_id}
+        if file is not None and not (folder / "tokenizer_config.json").exists():
+            names = {"eos_token": tokenizer.eos} if tokenizer.eos else {}
             keys = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
             _write_json(folder / "tokenizer_config.json", keys | names)
     if not (folder / "generation_config.json").exists():

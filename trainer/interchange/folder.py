@@ -11,6 +11,7 @@ from model.families.layout import Index
 from trainer.errors import ConfigError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+KEPT = "hf"  # the folder of a run with the files of the model that it began with
 # Files of a model that say how it is used. They go with the weights as they are.
 COMPANIONS = (
     "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",

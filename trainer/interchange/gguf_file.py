@@ -87,16 +87,21 @@ class GgufFile:
 
     def _llama(self) -> dict[str, Any]:
         heads, width = int(self._get("attention.head_count")), int(self._get("embedding_length"))
-        scaled = self._fields.get("llama.rope.scaling.type", "none") != "none"
+        scaled = (
+            self._fields.get("llama.rope.scaling.type", "none") != "none" or "llama.rope.scale_linear" in self._fields
+        )
         if scaled or any("rope_freqs" in name for name in self._tensors):
             raise ConfigError(f"{self.path} scales rope, which GGUF does not describe in full; {USE_FOLDER}")
         if "llama.attention.sliding_window" in self._fields:
             raise ConfigError(f"{self.path} has a sliding window, which is not supported in GGUF; {USE_FOLDER}")
+        size = int(self._fields.get("llama.attention.key_length", width // heads))
+        if (rotated := int(self._fields.get("llama.rope.dimension_count", size))) != size:
+            raise ConfigError(f"{self.path} rotates {rotated} of {size} dimensions of a head; {USE_FOLDER}")
         return {
             "model_type": "llama", "num_hidden_layers": int(self._get("block_count")), "hidden_size": width,
             "num_attention_heads": heads,
             "num_key_value_heads": int(self._fields.get("llama.attention.head_count_kv", heads)),
-            "head_dim": int(self._fields.get("llama.attention.key_length", width // heads)),
+            "head_dim": size,
             "intermediate_size": int(self._get("feed_forward_length")),
             "rms_norm_eps": _rounded(self._get("attention.layer_norm_rms_epsilon")),
             "rope_theta": _rounded(self._fields.get("llama.rope.freq_base", 10_000.0)),
@@ -137,10 +142,10 @@ class GgufFile:
         if self._is_conv1d(name):
             return self._rows_of(tensor, np.arange(*index[1].indices(self.shapes[name][1])))[:, index[0]].T
         rows = np.arange(*index[0].indices(self.shapes[name][0]))
+        if self.architecture == "llama" and name.rpartition(".")[0].endswith((".q_proj", ".k_proj")):
+            rows = self._in_pairs(rows)
         if len(self.shapes[name]) == 1:
             return self._dequantize(tensor.data, tensor.tensor_type)[rows]
-        if self.architecture == "llama" and name.endswith((".q_proj.weight", ".k_proj.weight")):
-            rows = self._in_pairs(rows)
         return self._rows_of(tensor, rows)[:, index[1]]
 
     def _rows_of(self, tensor: Any, rows: np.ndarray) -> np.ndarray:

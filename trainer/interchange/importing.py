@@ -6,6 +6,7 @@ import logging
 import pathlib
 import shlex
 import shutil
+import tempfile
 from typing import Any
 
 import jax
@@ -22,8 +23,7 @@ from model.families.layout import Index, Layout
 from trainer import sharding
 from trainer.config import Config, MeshConfig, to_json
 from trainer.errors import CheckpointError, ConfigError
-from trainer.interchange import exporting
-from trainer.interchange.folder import Folder
+from trainer.interchange.folder import KEPT, Folder
 from trainer.interchange.gguf_file import GgufFile
 from trainer.reliability import identity
 from trainer.reliability.checkpoint import Checkpoints
@@ -133,11 +133,10 @@ def as_run(source: Source, workdir: pathlib.Path, argv: list[str]) -> Program:
     program = Program(config, sharding.make_mesh(_sharded(config)))
     jax.set_mesh(program.mesh)
     workdir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = workdir.with_name(f".{workdir.name}.converting")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{workdir.name}.", suffix=".converting", dir=workdir.parent))
     try:
         _write_run(source, program, temporary, argv)
+        temporary.chmod(0o755)
         temporary.rename(workdir)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -162,7 +161,7 @@ def _sharded(config: Config) -> Config:
 
 
 def _write_run(source: Source, program: Program, folder: pathlib.Path, argv: list[str]) -> None:
-    kept = folder / exporting.KEPT
+    kept = folder / KEPT
     kept.mkdir()
     for name, content in source.folder.companions().items():
         (kept / name).write_bytes(content)

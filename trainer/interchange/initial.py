@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from data import tokenizers
 from data.errors import DataError
+from data.storage import files
 from data.tokenizers.base import Tokenizer
 from model import families
 from model.config import ModelConfig
@@ -20,9 +21,9 @@ from model.families.base import OF_TRAINING
 from model.families.layout import VOCAB_AXIS
 from trainer.config import Config
 from trainer.errors import ConfigError
-from trainer.interchange.folder import read_json
+from trainer.interchange.folder import KEPT, Folder, read_json
 from trainer.interchange.gguf_file import GgufFile
-from trainer.reliability import identity, run_directory
+from trainer.reliability import identity, reading, restarts, run_directory
 
 if TYPE_CHECKING:
     from trainer.state import Program
@@ -47,16 +48,16 @@ def model_of(init_from: str) -> ModelConfig:
     path, step = place_of(init_from)
     if is_run(path):
         return run_directory.read_config(path).model
-    if path.is_file() and path.suffix == ".gguf":
-        return families.loaded(GgufFile(path).config)[1]
-    if not path.is_dir() or step is not None:
+    if not path.exists() or step is not None:
         raise ConfigError(
             f"config.init_from = {init_from}: {path} is not a run directory, a folder with config.json or a .gguf file"
         )
+    is_file = path.suffix == ".gguf"
+    found = GgufFile(path).config if is_file else read_json(path / "config.json", HF_CONFIG)
     try:
-        return families.loaded(read_json(path / "config.json", HF_CONFIG))[1]
+        return families.loaded(found)[1]
     except Unsupported as e:
-        raise ConfigError(f"config.init_from: {path / 'config.json'}: {e}") from None
+        raise ConfigError(f"config.init_from: {path if is_file else path / 'config.json'}: {e}") from None
 
 
 def adopted(config: Config, run_dir: pathlib.Path) -> Config:
@@ -65,15 +66,33 @@ def adopted(config: Config, run_dir: pathlib.Path) -> Config:
     Raises:
       ConfigError: there are none, or the run in `run_dir` began with others.
     """
-    before = run_directory.read_config(run_dir) if run_directory.is_run(run_dir) else None
+    not_usable = f"--workdir={run_dir} cannot be used:"
+    exists = reading.writing(lambda: run_directory.is_run(run_dir), run_dir, not_usable)
+    before = run_directory.read_config(run_dir) if exists else None
     if before is not None and before.init_from:
-        if config.init_from not in ("", before.init_from):
+        if config.init_from and not _same_place(config.init_from, before.init_from):
             raise ConfigError(
                 f"{run_dir} began from {before.init_from}, not from config.init_from = {config.init_from}; leave that "
                 "out, or choose another --workdir"
             )
         return _with_model(dataclasses.replace(config, init_from=before.init_from), before.model)
-    return _with_model(config, model_of(config.init_from)) if config.init_from else config
+    if not config.init_from:
+        return config
+    model = model_of(config.init_from)
+    return _with_model(dataclasses.replace(config, init_from=_fixed(config.init_from)), model)
+
+
+def _fixed(init_from: str) -> str:
+    """The same from any folder, and with the step of a run that may still be training."""
+    path, step = place_of(init_from)
+    if is_run(path) and step is None:
+        step = reading.writing(lambda: restarts.newest_committed(path), path, "cannot read")
+    return f"{path.resolve()}" + ("" if step is None else f":{step}")
+
+
+def _same_place(given: str, recorded: str) -> bool:
+    (path, step), (before, at) = place_of(given), place_of(recorded)
+    return path.resolve() == before and step in (None, at)
 
 
 def _with_model(config: Config, model: ModelConfig) -> Config:
@@ -81,6 +100,18 @@ def _with_model(config: Config, model: ModelConfig) -> Config:
     if model.position == "rope":  # positions that it has not seen, but can compute
         chosen["max_seq_len"] = max(model.max_seq_len, config.data.seq_len)
     return dataclasses.replace(config, model=dataclasses.replace(model, **chosen))
+
+
+def keep_companions(config: Config, run_dir: pathlib.Path) -> None:
+    """Copies the files that say how the model is used to RUN/hf of a new run: an export has them again."""
+    path, _ = place_of(config.init_from)
+    if is_run(path):
+        found = {p.name: p.read_bytes() for p in sorted((path / KEPT).glob("*"))}
+    else:
+        found = (GgufFile(path) if path.suffix == ".gguf" else Folder(path)).companions()
+    for name, content in found.items():
+        (run_dir / KEPT).mkdir(exist_ok=True)
+        files.write_durably(run_dir / KEPT / name, content)
 
 
 def check_tokenizer(config: Config, tokenizer: Tokenizer | None) -> None:
@@ -116,10 +147,10 @@ def _bytes(tokenizer: Tokenizer, id: int) -> bytes | None:
         return None
 
 
-def params_of(program: "Program") -> dict:
+def params_of(program: "Program", tokenizer: Tokenizer | None) -> dict:
     """The parameters of config.init_from on the mesh of `program`, each process reading what its devices hold.
 
-    Rows of tokens that the weights do not know are the mean of those that they know.
+    Rows of tokens of `tokenizer` that the weights were not trained with are the mean of those that they were.
 
     Raises ConfigError, CheckpointError.
     """
@@ -144,26 +175,28 @@ def params_of(program: "Program") -> dict:
         model, params = source.model, source.params(program)
         what = f"{path} ({source.family.model_type})"
     log.info("init_from %s: %s parameters; the optimizer is fresh", what, f"{program.num_params:,}")
-    if config.model.vocab_size > model.vocab_size:
-        added = config.model.vocab_size - model.vocab_size
-        log.info("init_from: rows of %d new tokens are the mean of the other %d", added, model.vocab_size)
+    before = _tokenizer_of(path)
+    known = model.vocab_size if before is None else min(model.vocab_size, before.vocab_size)
+    new = range(known, known if tokenizer is None else max(known, tokenizer.vocab_size))
+    if new:
+        log.info("init_from: the rows of %d new tokens are the mean of the other %d", len(new), known)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.params)
-    fit = jax.jit(lambda params: _with_rows(params, model.vocab_size, config.model), out_shardings=shardings)
-    return fit(params)
+    return jax.jit(lambda params: _with_rows(params, new, config.model), out_shardings=shardings)(params)
 
 
-def _with_rows(params: dict, known: int, model: ModelConfig) -> dict:
-    """`params` with tables of model.vocab_size rows, padded, of which the first `known` are given."""
+def _with_rows(params: dict, new: range, model: ModelConfig) -> dict:
+    """`params` with tables of as many rows as `model` has. The rows `new` become the mean of those before."""
     import jax.numpy as jnp
     from flax import traverse_util
 
     def one(path: str, table):
         if (axis := VOCAB_AXIS.get(path)) is None:
             return table
-        rows = jnp.moveaxis(table, axis, 0)[:known]
-        added, padding = model.vocab_size - known, model.padded_vocab_size - model.vocab_size
-        new = jnp.broadcast_to(rows.mean(0), (added, rows.shape[1]))
-        return jnp.moveaxis(jnp.concatenate([rows, new, jnp.zeros((padding, rows.shape[1]), rows.dtype)]), 0, axis)
+        rows = jnp.moveaxis(table, axis, 0)
+        rows = jnp.pad(rows, [(0, max(0, model.padded_vocab_size - len(rows))), (0, 0)])[: model.padded_vocab_size]
+        if new:
+            rows = rows.at[new.start : new.stop].set(rows[: new.start].mean(0))
+        return jnp.moveaxis(rows, 0, axis)
 
     flat = traverse_util.flatten_dict(params, sep=".")
     return traverse_util.unflatten_dict({path: one(path, leaf) for path, leaf in flat.items()}, sep=".")

@@ -17,6 +17,7 @@ from trainer.reliability import reading
 from trainer.reliability.reading import Damaged
 from trainer.reliability.restarts import METADATA_FILE
 
+MAX_LEN = "config.model.max_seq_len:"  # longer texts than those of the first training
 STEP = re.compile("0|[1-9][0-9]{0,17}")  # the name of a step's folder
 
 
@@ -67,22 +68,33 @@ def newest_meta(checkpoints: pathlib.Path) -> dict[str, Any] | None:
 
 def check(meta: dict[str, Any], config: Config, data: sources.Sources, where: object) -> None:
     """Raises ConfigError or DataError if a checkpoint in `where` does not fit `config` and `data`."""
-    if meta["data_fingerprint"] is None:  # launch.convert made it; nothing was trained yet
-        return check_tokenizer(meta, data.load_tokenizer(), where)
-    if meta["data_fingerprint"] != data.fingerprint():
+    if not is_converted(meta) and meta["data_fingerprint"] != data.fingerprint():
         raise ConfigError(
             f"{where} was trained on another dataset (fingerprint {meta['data_fingerprint']}) than "
             f"{config.data.path} ({data.fingerprint()}); name that one, or another --workdir"
         )
     check_tokenizer(meta, data.load_tokenizer(), where)
     saved = from_dict(meta["config"], recorded=True)
-    if refused := changes(saved, config)["refused"]:
+    if refused := refused_changes(meta, config):
         raise ConfigError(
             f"{where} was trained with another configuration; {'; '.join(refused)}; undo the change or choose another "
             "--workdir"
         )
     old = mixture.parse_stages(saved.data.weights, len(data.datasets))
     mixture.check_change(old, data.stages, meta["samples"])
+
+
+def is_converted(meta: dict[str, Any]) -> bool:
+    """Whether launch.convert made the checkpoint, and nothing was trained yet: any data and any training will do."""
+    return meta["data_fingerprint"] is None
+
+
+def refused_changes(meta: dict[str, Any], config: Config) -> list[str]:
+    """The differences to the configuration of a checkpoint that no flag allows, as trainer.config.changes has them."""
+    refused = changes(from_dict(meta["config"], recorded=True), config)["refused"]
+    if not is_converted(meta):
+        return refused
+    return [line for line in refused if line.startswith(("config.model.", "config.optimizer.")) and MAX_LEN not in line]
 
 
 def check_tokenizer(meta: dict[str, Any], tokenizer: tokenizers.Tokenizer | None, where: object) -> None:
