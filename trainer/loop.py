@@ -330,10 +330,9 @@ class Trainer:
         return state, Cursor(meta["step"], meta["samples"])
 
     def _new_state(self) -> TrainState:
-        state = self.program.init()
         if not self.config.init_from:
-            return state
-        return dataclasses.replace(state, params=initial.params_of(self.program, self.data.load_tokenizer()))
+            return self.program.init()
+        return self.program.init_with(initial.params_of(self.program, self.data.load_tokenizer()))
 
     def _restore_good(self, bad: BadStep, choose: Callable[[list[int]], int | None]) -> tuple[TrainState, Cursor]:
         """The state that `choose` returns. One without a finite loss is set aside, and another is chosen.

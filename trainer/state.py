@@ -111,6 +111,18 @@ class Program:
         shardings = jax.tree.map(lambda s: s.sharding, self.state)
         return jax.jit(self._init, out_shardings=shardings)(jax.random.key(self.config.seed))
 
+    def init_with(self, params: dict) -> TrainState:
+        """The state before the first step of a run that begins with these parameters."""
+        shardings = jax.tree.map(lambda s: s.sharding, dataclasses.replace(self.state, params={}))
+
+        def rest(params: dict) -> TrainState:
+            return TrainState(
+                jnp.zeros((), jnp.int32), {}, self.optimizer.init(params), divergence.init_guard(self.config.divergence)
+            )
+
+        state = jax.jit(rest, out_shardings=shardings)(params)
+        return dataclasses.replace(state, params=params)
+
     def init_guard(self) -> dict:
         """The guard of a run whose steps were not judged so far."""
         return jax.jit(lambda: divergence.init_guard(self.config.divergence), out_shardings=self.replicated)()

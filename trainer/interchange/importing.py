@@ -10,7 +10,6 @@ import tempfile
 from typing import Any
 
 import jax
-import numpy as np
 from flax import traverse_util
 
 from data import tokenizers
@@ -27,7 +26,7 @@ from trainer.interchange.folder import KEPT, Folder
 from trainer.interchange.gguf_file import GgufFile
 from trainer.reliability import identity
 from trainer.reliability.checkpoint import Checkpoints
-from trainer.state import Program, TrainState
+from trainer.state import Program
 
 log = logging.getLogger("meshlm")
 LONGEST_CONTEXT = 2048  # of a converted run, unless it is trained with another data.seq_len
@@ -169,11 +168,7 @@ def _write_run(source: Source, program: Program, folder: pathlib.Path, argv: lis
     tokenizer = tokenizers.make(str(kept)) if has_tokenizer else None
     if tokenizer is None:
         log.info("%s has no tokenizer that can be read: text needs config.data.tokenizer_path", source.folder.path)
-    config, params = program.config, source.params(program)
-    opt_shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state.opt_state)
-    opt_state = jax.jit(program.optimizer.init, out_shardings=opt_shardings)(params)
-    step = jax.device_put(np.zeros((), np.int32), program.replicated)
-    state = TrainState(step, params, opt_state, program.init_guard())
+    config, state = program.config, program.init_with(source.params(program))
     meta = {
         "samples": 0, "data_fingerprint": None, "tokenizer_sha256": identity.tokenizer_sha256(tokenizer),
         "config": json.loads(to_json(config)), "jax": jax.__version__, "converted_from": numbers(source),
@@ -182,7 +177,7 @@ def _write_run(source: Source, program: Program, folder: pathlib.Path, argv: lis
     checkpoints.save(0, state, meta)
     if not checkpoints.wait() or checkpoints.failed:
         raise CheckpointError(f"the weights could not be saved in {folder.parent}; see the error above")
-    del params, opt_state, state
+    del state
     Checkpoints(folder).restore_params(program, 0)  # compares checksums with those of the arrays that were saved
     files.write_durably(folder / "config.json", to_json(config).encode())
     if tokenizer is not None:

@@ -180,6 +180,8 @@ def params_of(program: "Program", tokenizer: Tokenizer | None) -> dict:
     new = range(known, known if tokenizer is None else max(known, tokenizer.vocab_size))
     if new:
         log.info("init_from: the rows of %d new tokens are the mean of the other %d", len(new), known)
+    if not new and jax.tree.map(jax.numpy.shape, params) == jax.tree.map(jax.numpy.shape, program.params):
+        return params
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.params)
     return jax.jit(lambda params: _with_rows(params, new, config.model), out_shardings=shardings)(params)
 
