@@ -5,10 +5,11 @@
 
 DIR has config.json and .safetensors files; families: docs/models.md. RUN can be sampled from and evaluated at once, and
 trained with --config.init_from=RUN. What is written is read back before it gets its name; a target that exists is
-refused. Exit codes: 0 done, 2 flags or a model that is not supported, 3 a checkpoint that cannot be used or written.
+refused. Exit codes: 0 done, 2 flags or a model that is not supported, 3 files that are damaged or cannot be written.
 """
 
 import pathlib
+import shlex
 import sys
 import time
 
@@ -31,6 +32,11 @@ def main() -> int:
         )
     if not inference.WORKDIR.value:
         raise ConfigError("--workdir is missing; name the run directory to make, or the one to export")
+    if FROM_GGUF.value and not FROM_GGUF.value.endswith(".gguf"):
+        raise ConfigError(f"--from_gguf={FROM_GGUF.value} is not a .gguf file; --from_hf reads a folder")
+    if not TO_HF.value and (flags.FLAGS["dtype"].present or inference.STEP.value is not None):
+        raise ConfigError("--dtype and --step are of an export; leave them out, or name --to_hf=DIR")
+    cli.end_in_one_line()
     with inference.memory_of_devices("convert on a machine with more memory"):
         return write() if TO_HF.value else read()
 
@@ -49,7 +55,7 @@ def read() -> int:
     program = importing.as_run(source, workdir, sys.argv)
     cli.log.info(
         "%s parameters in %s, read back, %.0f s. Next: python -m launch.sample --workdir=%s",
-        f"{program.num_params:,}", workdir, time.monotonic() - start, workdir,
+        f"{program.num_params:,}", workdir, time.monotonic() - start, shlex.quote(str(workdir)),
     )  # fmt: skip
     return 0
 
@@ -86,12 +92,14 @@ def card(run: inference.LoadedRun) -> str:
         f"# {run.path.resolve().name}",
         "",
         f"Exported by meshlm after {run.meta['step']:,} steps of {run.config.tokens_per_step:,} tokens"
-        f" ({run.tokens:,} tokens in all).",
+        f" ({run.tokens:,} tokens in all)."
+        if run.meta["step"]
+        else "Exported by meshlm, without training here.",
         "",
         f"- data: {run.config.data.path or 'none'}"
         + (f" (fingerprint {run.meta['data_fingerprint']})" if run.meta.get("data_fingerprint") else ""),
         *([f"- validation loss: {loss:.4f} nats a token"] if loss is not None else []),
-        *([f"- begun from: {run.meta['converted_from']['path']}"] if run.meta.get("converted_from") else []),
+        *([f"- began with: {run.config.init_from}"] if run.config.init_from else []),
     ]
     return "\n".join(lines) + "\n"
 

@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 import runs
+from data.errors import DataError
 from trainer.errors import ConfigError
 from trainer.interchange import initial
 from trainer.interchange.importing import Source
@@ -154,8 +155,13 @@ def edit(folder: pathlib.Path, **keys) -> None:
         ({"rope_scaling": {"type": "linear"}, "rope_parameters": None}, ["missing or of the wrong type", "factor"]),
         ({"rope_scaling": "x", "rope_parameters": None}, ["missing or of the wrong type"]),
         ({"rope_theta": None, "rope_parameters": None}, ["missing or of the wrong type"]),
-        ({"num_hidden_layers": 2.0}, ["num_layers would be 2.0", "of type int"]),
-        ({"tie_word_embeddings": None}, ["tie_embeddings would be None", "of type bool"]),
+        ({"num_hidden_layers": 2.0}, ["num_layers would be 2.0", "a whole number"]),
+        ({"num_hidden_layers": 10**9}, ["num_hidden_layers is 1000000000", "more than any model"]),
+        ({"max_position_embeddings": float("inf")}, ["max_position_embeddings is inf"]),
+        ({"tie_word_embeddings": None}, ["tie_embeddings would be None", "true or false"]),
+        ({"tie_word_embeddings": "false"}, ["tie_embeddings would be 'false'", "true or false"]),
+        ({"attention_bias": "no"}, ["qkv_bias would be 'no'", "true or false"]),
+        ({"num_key_value_heads": [2]}, ["num_kv_heads would be [2]", "a whole number"]),
         ({"hidden_act": ["silu"]}, ["hidden_act is ['silu']"]),
     ],
     ids=str,
@@ -213,7 +219,7 @@ def test_files_that_cannot_be_read_are_named(exported, tmp_path):
         shutil.rmtree(tmp_path / "model", ignore_errors=True)
         folder = broken(exported, tmp_path)
         change(folder)
-        with pytest.raises(ConfigError) as e:
+        with pytest.raises((ConfigError, DataError)) as e:
             Source.open(folder)
         assert "\n" not in str(e.value)
         return str(e.value)
@@ -260,7 +266,10 @@ def test_a_full_disk_leaves_nothing(trained, tmp_path):
         ([], "name one of --from_hf=DIR and --from_gguf=FILE"),
         (["--to_hf=a", "--from_hf=b"], "name one of --from_hf=DIR and --from_gguf=FILE"),
         (["--to_hf=a"], "--workdir is missing"),
-        (["--from_hf=nothing", "--workdir=w"], "nothing/config.json does not exist"),
+        (["--from_hf=nothing", "--workdir=w"], "nothing is not a folder"),
+        (["--from_hf={run}", "--workdir=w"], "is a run, not a folder of Hugging Face"),
+        (["--from_gguf={hf}", "--workdir=w"], "is not a .gguf file; --from_hf reads a folder"),
+        (["--from_hf={hf}", "--workdir=w", "--step=3"], "--dtype and --step are of an export"),
         (["--to_hf={run}", "--workdir={run}"], "exists; name a folder that does not"),
         (["--from_hf={hf}", "--workdir={run}"], "exists; name a --workdir that does not"),
     ],

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_models
 
+from data.errors import DataError
 from model import families
 from model.config import ModelConfig
 from model.families.layout import Layout
@@ -114,7 +115,7 @@ def test_what_a_file_does_not_describe_in_full_is_refused(tmp_path):
     assert "sliding window" in said_of(llama__attention__sliding_window="64")
     assert "lacks model.embed_tokens.weight" in said_of(tensors={})
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(8))
-    with pytest.raises(ConfigError, match="cannot be read as GGUF"):
+    with pytest.raises(DataError, match="cannot be read as GGUF"):
         GgufFile(tmp_path / "model.gguf")
 
 

@@ -30,6 +30,9 @@ OF_OTHERS = (
 )  # fmt: skip
 
 
+MOST_LAYERS, MOST = 10_000, 2**31
+
+
 class Unsupported(Exception):
     """A config.json describes a model that we cannot compute, or a model has no form in a family."""
 
@@ -52,6 +55,8 @@ class Keys:
         value = self.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise Unsupported(f"{name} is {value!r}; it must be a number above 0")
+        if not value < (MOST_LAYERS if name in ("num_hidden_layers", "n_layer") else MOST):
+            raise Unsupported(f"{name} is {value!r}, which is more than any model has")
         return value
 
     def must_be(self, name: str, *allowed: Any) -> None:
@@ -121,23 +126,30 @@ class Family:
         keys.must_be("quantization_config", None)
         try:
             fields = self.to_fields(keys)
-            for name, kind in typing.get_type_hints(ModelConfig).items():
-                if name in fields and kind in (bool, int) and type(fields[name]) is not kind:
-                    raise ValueError(f"{name} would be {fields[name]!r}, which is not of type {kind.__name__}")
+            check_types(fields)
             model = ModelConfig(**fields)
         except ValueError as e:
             raise Unsupported(f"{self.model_type}: {e}") from None
-        except (
-            TypeError,
-            KeyError,
-            AttributeError,
-        ) as e:  # null, or a list or a text in place of a number, or no factor
+        except (TypeError, KeyError, AttributeError, OverflowError) as e:  # null, a list, no factor
             raise Unsupported(f"{self.model_type}: a key is missing or of the wrong type: {e!r}") from None
         return model, keys.unused()
 
     def to_json(self, model: ModelConfig) -> Json:
         """The config.json of `model`, except for dtype and token ids."""
         return {"architectures": [self.architecture], "model_type": self.model_type, **self.to_keys(model)}
+
+
+def check_types(fields: dict[str, Any]) -> None:
+    """Raises ValueError for a field of ModelConfig that is not of its type: config.json may hold anything."""
+    for name, hint in typing.get_type_hints(ModelConfig).items():
+        kinds = typing.get_args(hint) or (hint,)
+        if name not in fields or not {bool, int, float} & set(kinds):
+            continue
+        value = fields[name]
+        known = type(value) in kinds or (type(value) is int and float in kinds)
+        if not known or (type(value) is float and not math.isfinite(value)):
+            wanted = "true or false" if bool in kinds else "a whole number" if int in kinds else "a number"
+            raise ValueError(f"{name} would be {value!r}; it must be {wanted}")
 
 
 def architecture_of(model: ModelConfig) -> dict[str, Any]:

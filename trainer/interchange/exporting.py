@@ -130,10 +130,12 @@ def _write_companions(
         (folder / file[0]).write_bytes(file[1])
     if tokenizer is not None and not ids:
         ids = {"eos_token_id": tokenizer.eos_id}
-        if file is not None and not (folder / "tokenizer_config.json").exists():
-            names = {"eos_token": tokenizer.eos} if tokenizer.eos else {}
-            keys = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-            _write_json(folder / "tokenizer_config.json", keys | names)
+    if tokenizer is not None and file is not None and not (folder / "tokenizer_config.json").exists():
+        keys: Json = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        for name in ("bos_token", "eos_token", "pad_token"):
+            if isinstance(id := ids.get(f"{name}_id"), int) and id in tokenizer.specials:
+                keys[name] = tokenizer.specials[id]
+        _write_json(folder / "tokenizer_config.json", keys)
     if not (folder / "generation_config.json").exists():
         _write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
     # Both names of the type: transformers 4 and others read the first, transformers 5 writes the second.

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from data.errors import DataError
 from model.families.layout import Index
 from trainer.errors import ConfigError
 
@@ -29,11 +30,18 @@ class Folder:
       dtypes: of the same, as safetensors names them: F32, BF16, ….
 
     Raises:
-      ConfigError: it is no such folder, or a file of it is damaged.
+      ConfigError: it is not such a folder.
+      DataError: a file of it is damaged.
     """
 
     def __init__(self, path: pathlib.Path):
         self.path = path
+        if (path / "checkpoints").is_dir():
+            raise ConfigError(
+                f"{path} is a run, not a folder of Hugging Face; config.init_from takes it, --to_hf exports it"
+            )
+        if not path.is_dir():
+            raise ConfigError(f"{path} is not a folder")
         self.config = read_json(path / "config.json", "a folder of Hugging Face has one")
         self._file_of: dict[str, str] = {}
         self._files: dict[str, Any] = {}
@@ -52,19 +60,24 @@ class Folder:
         if (self.path / INDEX).exists():
             index = read_json(self.path / INDEX, "")
             files: dict[str, list[str]] = {}
-            for name, file in index.get("weight_map", {}).items():
+            of_tensor = index.get("weight_map")
+            if not isinstance(of_tensor, dict) or not all(isinstance(file, str) for file in of_tensor.values()):
+                raise DataError(f"{self.path / INDEX} has no weight_map of tensors to files; copy the folder again")
+            for name, file in of_tensor.items():
                 files.setdefault(file, []).append(name)
             for file in list(files):
-                if pathlib.PurePath(file).name != file:
+                if pathlib.PurePath(file).name != file or file == "..":
                     raise ConfigError(f"{self.path / INDEX} names {file!r}, which is not a file of its own folder")
-            if missing := [file for file in files if not (self.path / file).exists()]:
-                raise ConfigError(
+            if missing := [file for file in files if not (self.path / file).is_file()]:
+                raise DataError(
                     f"{self.path / INDEX} names {len(missing)} of {len(files)} files that are not there, such as "
                     f"{missing[0]}; copy the whole folder"
                 )
             return files
-        if (self.path / SINGLE).exists():
+        if (self.path / SINGLE).is_file():
             return {SINGLE: []}
+        if ggufs := sorted(p.name for p in self.path.glob("*.gguf")):
+            raise ConfigError(f"{self.path} holds {ggufs[0]}; read it with --from_gguf={self.path / ggufs[0]}")
         pickles = sorted(p.name for p in self.path.glob("*.bin"))
         if pickles:
             raise ConfigError(
@@ -78,11 +91,11 @@ class Folder:
         try:
             opened = safetensors.safe_open(path, "numpy")
         except (safetensors.SafetensorError, OSError) as e:
-            raise ConfigError(f"{path} cannot be read: {e}; copy it again") from None
+            raise DataError(f"{path} cannot be read: {e}; copy it again") from None
         self._files[file] = opened
         names = list(opened.keys())
         if lost := sorted(set(named) - set(names)):
-            raise ConfigError(f"{path} lacks {', '.join(lost[:5])}, which {INDEX} says it holds; copy the folder again")
+            raise DataError(f"{path} lacks {', '.join(lost[:5])}, which {INDEX} says it holds; copy the folder again")
         for name in names:
             if name in self._file_of:
                 raise ConfigError(f"{name} is in {self._file_of[name]} and in {file}; one of them is not of this model")

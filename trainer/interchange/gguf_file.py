@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from data.errors import DataError
 from model.families.layout import Index
 from trainer.errors import ConfigError
 
@@ -37,7 +38,8 @@ class GgufFile:
     """The model of a .gguf file; attributes and methods as of Folder.
 
     Raises:
-      ConfigError: the gguf package is missing, the file is damaged, or its architecture is not known.
+      ConfigError: the gguf package is missing, or the architecture is not known.
+      DataError: the file is damaged.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -50,7 +52,7 @@ class GgufFile:
             reader = gguf.GGUFReader(path)
             self._fields = {name: field.contents() for name, field in reader.fields.items()}
         except (OSError, ValueError, IndexError, KeyError) as e:
-            raise ConfigError(f"{path} cannot be read as GGUF: {e}") from None
+            raise DataError(f"{path} cannot be read as GGUF; copy it again ({e})") from None
         self._dequantize = gguf.quants.dequantize
         self.architecture = str(self._fields.get("general.architecture"))
         if self.architecture not in NAMES:

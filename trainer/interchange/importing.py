@@ -14,6 +14,7 @@ from flax import traverse_util
 
 from data import tokenizers
 from data.config import DataConfig
+from data.errors import DataError
 from data.storage import files
 from model import families
 from model.config import ModelConfig
@@ -165,7 +166,10 @@ def _write_run(source: Source, program: Program, folder: pathlib.Path, argv: lis
     for name, content in source.folder.companions().items():
         (kept / name).write_bytes(content)
     has_tokenizer = any((kept / name).exists() for name in tokenizers.STANDARD_NAMES)
-    tokenizer = tokenizers.make(str(kept)) if has_tokenizer else None
+    try:
+        tokenizer = tokenizers.make(str(kept)) if has_tokenizer else None
+    except DataError as e:
+        raise DataError(str(e).replace(str(kept), str(source.folder.path))) from None
     if tokenizer is None:
         log.info("%s has no tokenizer that can be read: text needs config.data.tokenizer_path", source.folder.path)
     config, state = program.config, program.init_with(source.params(program))

@@ -20,7 +20,7 @@ from model.families import Unsupported
 from model.families.base import OF_TRAINING
 from model.families.layout import VOCAB_AXIS
 from trainer.config import Config
-from trainer.errors import ConfigError
+from trainer.errors import CheckpointError, ConfigError
 from trainer.interchange.folder import KEPT, Folder, read_json
 from trainer.interchange.gguf_file import GgufFile
 from trainer.reliability import identity, reading, restarts, run_directory
@@ -96,6 +96,11 @@ def _same_place(given: str, recorded: str) -> bool:
 
 
 def _with_model(config: Config, model: ModelConfig) -> Config:
+    default, given = vars(ModelConfig()), vars(config.model)
+    lost = [f"{name} = {given[name]}" for name in given if name not in OF_TRAINING and name != "max_seq_len"
+            and given[name] not in (default[name], getattr(model, name))]  # fmt: skip
+    if lost:
+        log.info("init_from: the model is that of the weights, so these do not count: %s", ", ".join(lost))
     chosen = {name: getattr(config.model, name) for name in OF_TRAINING}
     if model.position == "rope":  # positions that it has not seen, but can compute
         chosen["max_seq_len"] = max(model.max_seq_len, config.data.seq_len)
@@ -129,8 +134,12 @@ def check_tokenizer(config: Config, tokenizer: Tokenizer | None) -> None:
                 f"config.init_from = {config.init_from} was trained with another tokenizer: token {id} is {one!r} "
                 f"there and {other!r} in the data; prepare the data with --tokenizer={path}"
             )
-    added = tokenizer.vocab_size - theirs.vocab_size
-    log.info("init_from: the tokenizer of the data has the tokens of %s, and %d more", path, max(added, 0))
+    if (added := tokenizer.vocab_size - theirs.vocab_size) < 0:
+        raise ConfigError(
+            f"config.init_from = {config.init_from} was trained with {-added} tokens more than the data's tokenizer "
+            f"has; prepare the data with --tokenizer={path}"
+        )
+    log.info("init_from: the tokenizer of the data has the tokens of %s, and %d more", path, added)
 
 
 def _tokenizer_of(path: pathlib.Path) -> Tokenizer | None:
@@ -167,7 +176,10 @@ def params_of(program: "Program", tokenizer: Tokenizer | None) -> dict:
         # Their model on our mesh; what does not change its parameters is ours.
         model = dataclasses.replace(theirs.model, **{name: getattr(config.model, name) for name in OF_TRAINING})
         checkpoints = Checkpoints(path)
-        step = choose_step(checkpoints, step)
+        try:
+            step = choose_step(checkpoints, step)
+        except CheckpointError as e:
+            raise ConfigError(f"config.init_from = {config.init_from}: {e}") from None
         params, _ = checkpoints.restore_params(Program(dataclasses.replace(config, model=model), program.mesh), step)
         what = f"step {step} of {path}"
     else:

@@ -743,5 +743,5 @@ def choose_step(checkpoints: Checkpoints, step: int | None) -> int:
     if step is None:
         return steps[-1]
     if step not in steps:
-        raise CheckpointError(f"no checkpoint at step {step}; there are {', '.join(map(str, steps))}")
+        raise CheckpointError(f"no checkpoint at step {step}; the steps are {', '.join(map(str, steps))}")
     return step
