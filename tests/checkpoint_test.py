@@ -423,7 +423,7 @@ def test_choosing_a_step(tmp_path, state):
         choose_step(checkpoints, None)
     save(tmp_path, state, 2, 4)
     assert choose_step(checkpoints, None) == 4 and choose_step(checkpoints, 2) == 2
-    with pytest.raises(CheckpointError, match="no checkpoint at step 3; there are 2, 4"):
+    with pytest.raises(CheckpointError, match="no checkpoint at step 3; the steps are 2, 4"):
         choose_step(checkpoints, 3)
 
 

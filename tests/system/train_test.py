@@ -319,7 +319,7 @@ def test_sample(uninterrupted):
     assert json.loads(tool("sample", run, *flags)) == lines[0]
     greedy = [tool("sample", run, "--prompt=mesh", "--temperature=0", f"--seed={seed}") for seed in (1, 2)]
     assert greedy[0] == greedy[1] and greedy[0].startswith("mesh")
-    assert "no checkpoint at step 7; there are" in tool("sample", run, "--step=7", code=3)
+    assert "no checkpoint at step 7; the steps are" in tool("sample", run, "--step=7", code=3)
     (line,) = tool("sample", run, "--temperature=inf", code=2).splitlines()
     assert "--temperature=inf is not a finite number" in line
     assert "'é' (U+00E9)" in tool("sample", run, "--prompt=é", code=2)
