@@ -35,7 +35,7 @@ log = logging.getLogger("meshlm")
 
 STOPPED = Stopped.exit_code  # stopped, and resumable by the same command
 END_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-# Flags that name an input. If one is given twice, a user may expect that both are read.
+# Flags that name an input. A user who gives such a flag twice may expect that both inputs are read.
 ONCE = ("source", "data_path", "val_path", "tokenizer_path", "special_tokens", "prompt")
 
 DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error that would end in one line.")
@@ -45,10 +45,10 @@ flags.disclaim_key_flags()  # the flags defined below belong to the calling modu
 def run(main: Callable[..., int | None], arguments: int = 0, *, restarted: bool = False) -> NoReturn:
     """Parses flags, calls main() with up to `arguments` positional arguments, and exits with the code it returns.
 
-    A UserError ends in one line on stderr and its exit code. So do a file that cannot be read or written, and too
-    little memory, with 3; but in a command that is `restarted` after a crash they are crashes. Ctrl-C ends in one line
-    and 130, except in launch.train, which handles the signal. With several processes any other exception ends this
-    process at once: an ordinary exit would wait in JAX's shutdown barrier for processes that wait for this one.
+    A UserError ends in one line on stderr and its exit code. A file that cannot be read or written, or too little
+    memory, ends in one line and exit code 3; in a command that is `restarted` after a crash both count as crashes.
+    Ctrl-C ends in one line and 130, except in launch.train, which handles the signal. With several processes any
+    other exception ends this process at once: JAX's shutdown barrier would wait for processes that wait for this one.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if the parent ignores it, no exit code of a child can be read
     _fill_closed_streams()
@@ -61,7 +61,7 @@ def run(main: Callable[..., int | None], arguments: int = 0, *, restarted: bool 
         )
     except KeyboardInterrupt as e:
         for number in (signal.SIGINT, *END_SIGNALS):
-            signal.signal(number, signal.SIG_DFL)  # a second one, while this process exits, shows no traceback
+            signal.signal(number, signal.SIG_DFL)  # a second signal, while this process exits, shows no traceback
         log.error("\n%s", INTERRUPTED_LINE)
         _exit(ENDED + e.number if isinstance(e, Ended) else INTERRUPTED, wait=False)
     raise AssertionError("app.run does not return")
@@ -125,8 +125,8 @@ class Ended(KeyboardInterrupt):
 
 
 def end_in_one_line() -> None:
-    """SIGTERM, SIGHUP and SIGUSR1 end this command as Ctrl-C does, with 128 and their number: for commands that have to
-    remove or close something first."""
+    """SIGTERM, SIGHUP and SIGUSR1 end this command as Ctrl-C does, with exit code 128 + their number: it is for
+    commands that have to remove or close something before they end."""
 
     def end(number: int, _: object) -> NoReturn:
         raise Ended(number)
@@ -144,7 +144,7 @@ def _fail(error: UserError) -> NoReturn:
 
 
 def visible(text: str) -> str:
-    """The text in one line; control characters, as a file name may have them, are escaped."""
+    """The text in one line; control characters, which a file name may contain, are escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -166,7 +166,7 @@ def _escape_unprintable() -> None:
 
 
 def _exit(code: int, wait: bool = True) -> NoReturn:
-    """Without `wait`, does not wait for threads: Python aborts if it ends while one of them is in a library."""
+    """Exits; wait=False skips the wait for threads: Python aborts if it ends while a thread is in a library."""
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -177,7 +177,7 @@ def _exit(code: int, wait: bool = True) -> NoReturn:
     if wait and single:
         sys.exit(code)
     if single:
-        atexit._run_exitfuncs()  # those of multiprocessing remove its semaphores
+        atexit._run_exitfuncs()  # multiprocessing's exit functions remove its semaphores
     os._exit(code)
 
 
@@ -216,14 +216,14 @@ def _log_to_console() -> None:
 
 
 def _messages_to_stderr() -> None:
-    """For commands whose stdout is read by a program."""
+    """Sends all messages to stderr, for commands whose stdout is read by a program."""
     for handler in log.handlers:
         if isinstance(handler, _Console):
             handler.setStream(sys.stderr)
 
 
 def quiet_console() -> None:
-    """Prints only warnings and errors from here on: process 0 prints the messages of all."""
+    """Prints only warnings and errors from here on: process 0 prints the messages for all processes."""
     for handler in log.handlers:
         handler.setLevel(max(handler.level, logging.WARNING))
 
@@ -231,13 +231,13 @@ def quiet_console() -> None:
 def log_to_file(path: pathlib.Path) -> None:
     """Writes the same messages with times, and the libraries' warnings, to a file.
 
-    Orbax's messages go only there: a failed save makes some hundred lines, and one of ours says why it failed.
+    Orbax's messages go only to the file: a failed save logs some hundred lines, and a line of ours gives the reason.
     """
     for console in logging.getLogger().handlers:
         console.addFilter(lambda record: "orbax" not in pathlib.PurePath(record.pathname).parts)
     sys.excepthook = _without_closed_loops(sys.excepthook)
     handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-    handler.handleError = lambda record: None  # type: ignore[method-assign]  # the disk is full: the console has it
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # disk full: the console has the message
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     log.addHandler(handler)
     logging.getLogger().addHandler(handler)
@@ -294,14 +294,14 @@ def check_flag(name: str, check: Callable[[Any], object]) -> None:
 
 
 def local_path(path: str) -> str:
-    """As `expanded`. Raises ConfigError for gs:// and s3:// too: a local folder of that name would be created."""
+    """As `expanded`, but raises ConfigError for gs:// and s3://, which would become the name of a local folder."""
     if is_remote(path):
         raise ConfigError(f"{path} is in an object store, and a path on this machine is needed; copy it first")
     return expanded(path)
 
 
 def run_path(path: str) -> str:
-    """As `local_path`. Raises ConfigError for a name that is not UTF-8: Orbax, TensorStore and XLA need that."""
+    """As `local_path`. Raises ConfigError for a name that is not UTF-8: Orbax, TensorStore and XLA need UTF-8."""
     found = local_path(path)
     try:
         with contextlib.suppress(OSError):  # the current folder was deleted; the first use of the path reports it
@@ -314,7 +314,7 @@ def run_path(path: str) -> str:
 
 
 def expanded(path: str) -> str:
-    """The path with a leading `~` or `~user` expanded, which a shell does not do in --out=~/x. ./~ is a file name.
+    """The path with a leading `~` or `~user` expanded, which a shell does not do in --out=~/x. ./~ is not expanded.
 
     Raises:
       ConfigError: there is no such user.
@@ -327,14 +327,14 @@ def expanded(path: str) -> str:
 
 
 def _check_given_once() -> None:
-    """As usual, the last of several values of a flag counts; but an input must not be left out silently."""
+    """Refuses an input flag that is given twice: only its last value would count, and the other be ignored silently."""
     for name in ONCE:
         if name in flags.FLAGS and (times := flags.FLAGS[name].present) > 1:
             raise ConfigError(f"--{name} is given {times} times; it takes one value")
 
 
 def _nearest(given: str, known: Sequence[str], prefix: str = "--") -> str:
-    """'; did you mean …?' or nothing."""
+    """'; did you mean …?', or '' if no known name is similar."""
     found = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
     if not found:  # the right field in the wrong section
         found = [name for name in known if name.split(".")[-1] == given.split(".")[-1]][:1]
@@ -346,7 +346,7 @@ def _nearest(given: str, known: Sequence[str], prefix: str = "--") -> str:
 # Configuration
 
 CONFIG_FLAG = "config"
-PATH_FIELDS = ("data.path", "data.val_path", "data.tokenizer_path", "checkpoint.mirror")
+PATH_FIELDS = ("init_from", "data.path", "data.val_path", "data.tokenizer_path", "checkpoint.mirror")
 OVERRIDE = re.compile(r"--?(?P<no>no)?config\.(?P<name>[^=]*)(=(?P<text>.*))?", re.DOTALL)
 
 
@@ -368,7 +368,7 @@ class Recipe:
                 node = node[section]
                 if not isinstance(node, ConfigDict):
                     raise ConfigError(f"--config={self.name}: {section} is {node!r}; it must be a section")
-            with node.ignore_type():  # the type is that of the dataclass, whatever the recipe has there
+            with node.ignore_type():  # the dataclass determines the type, not the value in the recipe
                 node[field] = value
 
 
@@ -387,8 +387,8 @@ def config_from(recipe: Recipe | None) -> Config:
     if recipe is None:
         raise ConfigError("--config is missing; name a recipe, for example --config=configs/tiny.py")
     tree = recipe.config.to_dict()
-    for section, _, name in (field.partition(".") for field in PATH_FIELDS):
-        values = tree.get(section)
+    for section, _, name in (field.rpartition(".") for field in PATH_FIELDS):
+        values = tree.get(section) if section else tree
         if isinstance(values, dict) and isinstance(values.get(name), str):
             paths = re.split(r"((?<!\\),\s*)", values[name])
             values[name] = "".join(expanded(path) for path in paths)
@@ -411,7 +411,7 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         elif match := OVERRIDE.fullmatch(word):
             name = match["name"]
             _check_field(name, kinds)
-            overrides.pop(name, None)  # the last one counts, also in their order
+            overrides.pop(name, None)  # the last one counts, and takes its place in the order
             overrides[name] = _override_value(name, kinds[name], match, words)
         else:
             rest.append(word)

@@ -82,7 +82,7 @@ def main() -> int:
     stop_signals = signals.StopSignals()
     process_flags = (COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value)
     # A single process checks its configuration before it imports JAX, which takes a second. Several processes check
-    # theirs after they have joined, so that all of them report the error of one.
+    # theirs after they have joined, so that all of them report an error of any one of them.
     config = resolve_config(run_dir) if runtime.seems_alone(*process_flags) else None
 
     load_jax()
@@ -143,7 +143,7 @@ class Job:
             lock.release()
 
     def exit_with(self, error: UserError, after_s: float) -> None:
-        """Exits for an error outside the main thread, which may wait for ever for a process that has ended.
+        """Exits after an error, from another thread: the main thread may wait forever for a process that has ended.
 
         If the main thread does not wait, it exits by itself within `after_s`, and may first wait for a save. Process 0
         waits for the saves of all processes before it reports its own error to them.
@@ -217,9 +217,9 @@ def check_processes_agree(processes: Processes, run_dir: pathlib.Path, config: C
     placed = processes.run_on_all("mesh", lambda: MeshPartitioner(config, sharding.make_mesh(config)))
     processes.run_on_all("optimizer", lambda: optimizer.chosen(config.optimizer))
     xla_options.use_precision(config.model.dtype, placed.mesh)  # before the settings in use are recorded
-    data = processes.run_on_all("data", lambda: sources.open_sources(config.data, config.model.vocab_size))
+    data = processes.run_on_all("data", lambda: sources.open_sources(config.data, run_directory.vocab_size(config)))
     tokenizer = data.tokenizer_source.manifest.tokenizer_sha256
-    if config.init_from and processes.broadcast_from_0("a new run", lambda: not run_directory.is_run(run_dir)):
+    if config.init_from and processes.broadcast_from_0("a new run", lambda: initial.is_needed(run_dir)):
         processes.run_on_all("init_from", lambda: initial.check_tokenizer(config, data.load_tokenizer()))
     processes.check_same("dataset", {"tokens and order": data.fingerprint(), "tokenizer": tokenizer})
     processes.run_on_all("prompt", lambda: sampling.prompt_of(config, data.load_tokenizer()))
@@ -227,10 +227,10 @@ def check_processes_agree(processes: Processes, run_dir: pathlib.Path, config: C
 
 
 def enter_run_directory(job: Job, config: Config, data: Sources) -> Mirror | None:
-    """Takes the run, makes sure that all processes see its directory, and logs there. Process 0 gets the mirror."""
+    """Locks the run, checks that all processes see its directory, and logs there. Process 0 gets the mirror."""
     run_dir, processes = job.run_dir, job.processes
     mirror = processes.run_on_process_0("run directory", lambda: take_run(job, config, data))
-    # Every process must find there what process 0 has just written, and by the same path, or Orbax refuses each save.
+    # Every process must find what process 0 has just written there, under the same path, or Orbax refuses each save.
     environment_json = processes.run_on_all("shared run directory", lambda: run_directory.recorded(run_dir))
     seen = {"environment.json": environment_json, "path": str(run_dir.resolve())}
     processes.check_same("run directory (it must be shared by all)", seen)
@@ -242,7 +242,7 @@ def enter_run_directory(job: Job, config: Config, data: Sources) -> Mirror | Non
 
 
 def take_run(job: Job, config: Config, data: Sources) -> Mirror | None:
-    """Locks the run and its mirror, compares both with this configuration, and records it; for process 0."""
+    """Locks the run and its mirror, compares both with the configuration, and records the latter; for process 0."""
     from trainer.reliability import identity
     from trainer.reliability.mirror import Mirror
 
@@ -251,7 +251,7 @@ def take_run(job: Job, config: Config, data: Sources) -> Mirror | None:
     if place := config.checkpoint.mirror:
         flag = "--config.checkpoint.mirror"  # if the mirror vanishes, the run continues
         job.locks.append(RunLock(place, flag=flag, steal=steal, on_lost=job.exit_without_run, regain=True))
-    # Both are compared before any file of the run changes.
+    # Run and mirror are compared with the configuration before any file of the run changes.
     if (newest := identity.newest_meta(run_dir / "checkpoints")) is not None:
         identity.check(newest, config, data, run_dir)
     if changed := environment.changes(run_dir):
@@ -261,15 +261,14 @@ def take_run(job: Job, config: Config, data: Sources) -> Mirror | None:
         check_copy = functools.partial(identity.check, config=config, data=data, where=place)
         step, strict = (newest or {}).get("step"), not ALLOW_CONFIG_CHANGE.value
         mirror = Mirror(place, run_dir / "checkpoints", config, check=check_copy, newest=step, strict=strict)
-    is_new = not run_directory.is_run(run_dir)
     run_directory.record(run_dir, config, data, sys.argv, environment.numbers())
-    if is_new and config.init_from:
+    if config.init_from and newest is None:
         initial.keep_companions(config, run_dir)
     return mirror
 
 
 def handle_stop_requests(job: Job, config: Config, dog: watchdog.Watchdog, stop_signals: signals.StopSignals) -> None:
-    """From here on a signal to any process stops all of them after a step, saved."""
+    """From here on a signal to any process stops all of them after the same step, which is saved."""
     from trainer.reliability.coordination import STOP
 
     job.processes.watched_by(lambda: dog.phase(watchdog.WAITING))
@@ -282,9 +281,9 @@ def handle_stop_requests(job: Job, config: Config, dog: watchdog.Watchdog, stop_
 
 
 def exit_if_stuck(after_s: float) -> None:
-    """Exits if this process has not stopped `after_s` after the request: it must, before the machine is taken away."""
+    """Exits if this process has not stopped `after_s` after the request: the machine may soon be taken away."""
     time.sleep(after_s)
-    threading.Timer(watchdog.DUMP_LIMIT_S, os._exit, [cli.STOPPED]).start()  # in case the log is what is stuck
+    threading.Timer(watchdog.DUMP_LIMIT_S, os._exit, [cli.STOPPED]).start()  # in case writing the log hangs
     cli.log.error("error: not stopped %.0f s after the request; exiting. The stack trace is on stderr", after_s)
     faulthandler.dump_traceback()
     os._exit(cli.STOPPED)

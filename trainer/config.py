@@ -15,11 +15,11 @@ from model.config import VOCAB_MULTIPLE, ModelConfig
 from trainer import fields
 from trainer.errors import ConfigError
 
-# What a change of a field needs when a run is resumed; see `changes`. Each section says so in ON_RESUME, by the names
-# of its fields, or by "*" for all others. A field that no section names may not change: the saved state would mean
+# What a change of a field needs when a run is resumed; see `changes`. Each section says this in ON_RESUME, by the name
+# of the field, or by "*" for all other fields. A field that no section names may not change: the saved state would mean
 # something else.
 HARMLESS, NEEDS_FLAG, REFUSED = "harmless", "flag", "refused"
-DEFAULT_VOCAB_SIZE = 50_304  # GPT-2's, padded; for commands that read no dataset
+DEFAULT_VOCAB_SIZE = 50_304  # that of GPT-2, padded; for commands that read no dataset
 
 
 def _require(ok: bool, message: str) -> None:
@@ -49,10 +49,10 @@ def _require_above_0(section: Any, prefix: str, *names: str) -> None:
 class OptimizerConfig:
     """An optimizer after clipping by global norm, with decoupled weight decay, a warm-up and a schedule."""
 
-    # In the table of trainer/optimizer.py, which checks it. adamw: Loshchilov and Hutter, 2019. A run keeps its own.
+    # A key of OPTIMIZERS in trainer/optimizer.py, which checks it. adamw: Loshchilov and Hutter, 2019.
     name: str = "adamw"
     peak_lr: float = 1e-3
-    end_lr: float = 1e-4  # at the end of cosine, linear and wsd
+    end_lr: float = 1e-4  # the rate at the end of cosine, linear and wsd
     schedule: str = "cosine"  # after the warm-up: cosine, linear, constant, wsd (warm-up, stable, decay)
     warmup_steps: int = 100
     decay_steps: int = 0  # the step at which end_lr is reached; 0: num_train_steps of the run's first start
@@ -61,19 +61,19 @@ class OptimizerConfig:
     b2: float = 0.99
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices and embeddings, not on norms and biases
-    clip_norm: float = 1.0  # of the global gradient; 0: no clipping
+    clip_norm: float = 1.0  # the largest norm of the whole gradient; 0: no clipping
     # The dtype in which devices sum gradients: float32, or bfloat16 (half the bytes, less exact).
     gradients_dtype: str = "float32"
     # The dtype of the optimizer state: float32, or bfloat16 (half the memory; b2 at most BFLOAT16_B2).
     moments_dtype: str = "float32"
 
-    # The saved state has the structure of this optimizer, and this dtype.
+    # A resumed run must keep the optimizer and its dtype, which decide the structure of the saved state.
     ON_RESUME: ClassVar[Mapping[str, str]] = {"*": NEEDS_FLAG, "name": REFUSED, "moments_dtype": REFUSED}
     SCHEDULES = ("cosine", "linear", "constant", "wsd")
     DTYPES = ("float32", "bfloat16")
-    # A running mean moves by (1 - b2) of its distance to the new value. In bfloat16 it stops moving once that is below
-    # half a unit in the last place, 2**-9 of it: with b2 = 0.95 it stops within 4 % of its target (2 % of an
-    # update), with 0.99 within 20 %.
+    # A running mean moves by (1 - b2) of its distance to the new value. In bfloat16 it stops moving once this change
+    # is below half a unit in the last place (2**-9 of the mean). With b2 = 0.95 it stops within 4 % of its target
+    # (2 % of an update), with 0.99 within 20 %.
     BFLOAT16_B2 = 0.95
 
     def __post_init__(self):
@@ -112,7 +112,7 @@ class MeshConfig:
     num_slices: int = 0  # groups of devices with a fast network inside each; 0: as the devices report
 
     ON_RESUME: ClassVar[Mapping[str, str]] = {"*": HARMLESS}
-    AXES = ("data", "fsdp", "context", "tensor")  # those that may cross a slow network first
+    AXES = ("data", "fsdp", "context", "tensor")  # the axis that may cross a slow network comes first
 
     def __post_init__(self):
         for name, size in self.sizes().items():
@@ -153,10 +153,10 @@ class CheckpointConfig:
 class DivergenceConfig:
     """What happens after a bad step (divergence.py). Parameters that are not finite are never saved."""
 
-    not_finite: str = "stop"  # loss or gradient norm is NaN or infinite: stop (exit code 4), skip, rollback
-    spike: str = "ignore"  # one of them is far above its running mean: ignore, stop, skip, rollback
-    spike_z: float = 8.0  # by this many standard deviations
-    window: int = 100  # of the running statistics, in steps; no spike is detected until it is full
+    not_finite: str = "stop"  # if the loss or gradient norm is NaN or infinite: stop (exit code 4), skip, rollback
+    spike: str = "ignore"  # if the loss or gradient norm is far above its running mean: ignore, stop, skip, rollback
+    spike_z: float = 8.0  # how many standard deviations above the mean count as a spike
+    window: int = 100  # steps in the running statistics; no spike is detected before that many good steps
     rollback_steps: int = 0  # restore the newest checkpoint that is at least this many steps before the bad one
     max_in_a_row: int = 10  # skips without a good step between, or rollbacks without a new checkpoint; then stop
 
@@ -179,7 +179,7 @@ class WatchdogConfig:
     min_s: float = 120.0  # a step stalls when it takes longer than this, and than `factor` running medians
     factor: float = 20.0
     # The limit of every phase that is not a step: start, compilation, restore, save, sampling. inf: no limit, also for
-    # the processes that wait for it.
+    # processes that wait for one in such a phase.
     slow_s: float = 1800.0
     stop_s: float = 300.0  # from a request to stop to the exit, saved or not
     straggler_every_steps: int = 1000  # how often to compare the speed of the processes; 0: never
@@ -205,7 +205,7 @@ class MetricsConfig:
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     every_steps: int = 250  # 0: only at the end
-    num_windows: int = 1024  # fixed windows, spread evenly over the validation split; 0: all of it
+    num_windows: int = 1024  # fixed windows, spread evenly over the validation split; 0: the whole split
 
     ON_RESUME: ClassVar[Mapping[str, str]] = {"*": HARMLESS}
 
@@ -240,7 +240,7 @@ class Config:
     global_batch_size: int = 16  # sequences in a step, over all devices and microbatches
     grad_accum_steps: int = 1  # microbatches in a step; the gradient equals that of the full batch
     loss_chunk_tokens: int = 4096  # the most tokens of a device whose logits exist at one time; 0: all
-    init_from: str = ""  # RUN, RUN:STEP, or a folder of Hugging Face: the run begins with its model and weights
+    init_from: str = ""  # RUN, RUN:STEP, or a folder of Hugging Face: the model and weights that the run begins with
     z_loss: float = 0.0  # weight of mean(log Z ** 2), which keeps logits small (PaLM); not part of train/loss
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -253,10 +253,11 @@ class Config:
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
 
-    # num_train_steps moves the end of the run, but no learning rate: the length of the schedule is fixed
+    # num_train_steps changes the end of the run, but not its learning rates: the length of the schedule is fixed
     # (trainer/schedule.py). grad_accum_steps and loss_chunk_tokens change the rounding of sums, and grad_accum_steps
     # changes which elements dropout drops.
     ON_RESUME: ClassVar[Mapping[str, str]] = {
+        "init_from": HARMLESS,  # trainer/interchange/initial.py refuses another one, if the run has a checkpoint
         "num_train_steps": HARMLESS,
         "grad_accum_steps": HARMLESS,
         "loss_chunk_tokens": HARMLESS,
@@ -309,7 +310,7 @@ def complete(config: Config, *, vocab_size: int, eos_id: int | None) -> Config:
     """`config` with the values that a dataset decides: the vocabulary, the longest context, the end-of-text token.
 
     Args:
-      vocab_size: of the dataset's tokenizer.
+      vocab_size: the number of tokens of the dataset's tokenizer.
       eos_id: the dataset's end-of-text token, if it has one and the run needs it.
 
     Raises ConfigError.
@@ -326,7 +327,7 @@ def complete(config: Config, *, vocab_size: int, eos_id: int | None) -> Config:
 
 
 def complete_without_dataset(config: Config) -> Config:
-    """The same for commands that compile or time a recipe's step and read no text. Raises ConfigError."""
+    """`complete` for commands that compile or time a recipe's step and read no text. Raises ConfigError."""
     config = complete(config, vocab_size=config.model.vocab_size or DEFAULT_VOCAB_SIZE, eos_id=0)
     if config.data.eos_id >= config.model.vocab_size:
         raise ConfigError(
@@ -342,7 +343,8 @@ def from_dict(tree: dict[str, Any], recorded: bool = False) -> Config:
     """A Config from nested plain values; a missing field takes its default.
 
     Args:
-      recorded: the tree is a run's own record. An earlier version may have accepted numbers that are refused now.
+      recorded: the tree is a run's own record. Its numbers are not checked, because an earlier version
+        may have accepted some that are refused now.
 
     Raises ConfigError.
     """
@@ -353,7 +355,7 @@ def from_dict(tree: dict[str, Any], recorded: bool = False) -> Config:
 
 
 def _check_range(section: type, name: str, value: Any) -> None:
-    if type(value) is int and name != "seed":  # a larger one overflows beside an int32 array
+    if type(value) is int and name != "seed":  # a larger number overflows in arithmetic with an int32 array
         _require(abs(value) < 2**31, f"{name} is {value}; it must be below 2**31 = {2**31}")
     if type(value) is float and section not in MAY_BE_INFINITE:
         _require(math.isfinite(value), f"{name} is {value}; it must be a finite number")
@@ -364,7 +366,7 @@ def to_json(config: Config) -> str:
 
 
 def changes(old: Config, new: Config) -> dict[str, list[str]]:
-    """Differences as lines 'config.NAME: old -> new', by what they need at a resume: 'harmless', 'flag', 'refused'."""
+    """Lines 'config.NAME: old -> new', by what each change needs on resume: HARMLESS, NEEDS_FLAG or REFUSED."""
     found: dict[str, list[str]] = {HARMLESS: [], NEEDS_FLAG: [], REFUSED: []}
     before, after = fields.flatten(old), fields.flatten(new)
     for name in after:

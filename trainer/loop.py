@@ -37,7 +37,7 @@ from trainer.state import Program, TrainState
 from trainer.step import make_eval_step, make_train_step
 
 log = logging.getLogger("meshlm")
-FINAL_RETRIES_S = (1, 5, 15)  # pauses before the last save of a run is tried again
+FINAL_RETRIES_S = (1, 5, 15)  # pauses before retries of the last save of a run
 LAST_SAVE_S = 10  # limit for a save in flight when another process may have died
 EVALUATION, SAMPLE = "evaluation", "sample"
 
@@ -50,8 +50,8 @@ class Cursor:
 
     Attributes:
       step: finished steps.
-      samples: training sequences consumed, those included that a rollback has skipped.
-      pending: which of EVALUATION and SAMPLE are due after `step` and not done yet.
+      samples: training sequences consumed, including those that a rollback has skipped.
+      pending: those of EVALUATION and SAMPLE that are due after `step` but not done yet.
     """
 
     step: int
@@ -77,8 +77,8 @@ class Trainer:
       run_dir: the run directory. Process 0 and the checkpoints write to it.
       data: the opened datasets of config.data.
       processes: all processes of the run; they agree on when to save and to stop.
-      watchdog: hears of every step.
-      mirror: second place for checkpoints, if there is one; on process 0 only.
+      watchdog: is notified of every step.
+      mirror: second place for checkpoints, if the run has one; only process 0 has it.
 
     Attributes:
       has_stepped: whether this process has finished a step since it was started.
@@ -132,9 +132,9 @@ class Trainer:
         self.writers = metrics.MetricWriters(run_dir, tensorboard=config.metrics.tensorboard)
         self.timer = metrics.StepTimer(config)
         self.progress = metrics.ProgressLine(config.num_train_steps)
-        self.events: set[str] = set()  # of SAVE and STOP, those that all processes have agreed on
-        self.rollbacks: dict[int, int] = {}  # how often the run was rolled back to a step
-        self.last_good_step = 0  # the losses of the states up to this step are known to be finite
+        self.events: set[str] = set()  # those of SAVE and STOP that all processes have agreed on
+        self.rollbacks: dict[int, int] = {}  # by step: how often the run was rolled back to it
+        self.last_good_step = 0  # the losses of all states up to this step are known to be finite
         self.has_stepped = False
 
     def train(self) -> bool:
@@ -143,7 +143,7 @@ class Trainer:
         try:
             return self._train()
         except jax.errors.JaxRuntimeError as e:
-            # A peer may have died; do not wait long for a save that needs it. Out of memory does not mean that.
+            # A peer may have died, so do not wait long for a save that needs it. Out of memory is not a sign of that.
             if self.processes.size > 1 and not xla_options.is_out_of_memory(e):
                 patience_s = LAST_SAVE_S
             raise
@@ -174,7 +174,7 @@ class Trainer:
             self.checkpoints.warm_up(state)
         bad = self._evaluate_and_sample(cursor, state.params) or self._steps(train_step, state, cursor)
         while bad:
-            del state  # its memory is needed for the state that is restored
+            del state  # the restored state needs its memory
             with self.timer.paused():
                 state, cursor = self._rollback(bad)
             bad = self._steps(train_step, state, cursor)
@@ -192,9 +192,9 @@ class Trainer:
         return lowered.compile()
 
     def _steps(self, train_step: TrainStep, state: TrainState, cursor: Cursor) -> BadStep | None:
-        """Trains on from `state`; returns the first bad step, or None at the end and when asked to stop."""
+        """Trains from `state`. Returns the first bad step, or None after the last step or a request to stop."""
         config = self.config
-        # On the CPU, collectives of several devices in one of several processes hang unless each step is awaited.
+        # On CPUs, collectives of several processes with several devices each hang unless each step is awaited.
         block = jax.default_backend() == "cpu" and jax.process_count() > 1 and jax.local_device_count() > 1
         seed = self._seed_on_devices()
         unread: tuple[Cursor, dict[str, Array]] | None = None
@@ -208,7 +208,7 @@ class Trainer:
                 if block:
                     jax.block_until_ready(state)
                 cursor = self._next(cursor)
-                # Read one step late, when the next step is already under way: the device never waits for Python.
+                # The metrics of a step are read while the next step runs, so the device never waits for Python.
                 if unread is not None and (bad := self._report(*unread)):
                     return bad
                 unread = (cursor, step_metrics)
@@ -232,7 +232,7 @@ class Trainer:
             batches.close()
 
     def _seed_on_devices(self) -> Array:
-        """config.seed on every device, uint32 []; each process puts it on its own."""
+        """config.seed on every device, uint32 []; each process puts it on its own devices."""
         seed = np.asarray(self.config.seed, np.uint32)
         return jax.make_array_from_callback((), self.program.replicated, lambda _: seed)
 
@@ -247,7 +247,7 @@ class Trainer:
         return STOP in self.events
 
     def _take_events(self) -> None:
-        """Takes the events that are agreed on for this step. Process 0, whose clock decides, requests timed saves."""
+        """Takes up the events that all agreed on for this step. Process 0 requests timed saves, by its own clock."""
         self.events |= self.processes.tick()
         now = time.monotonic()
         if self.save_clock.saving and not self.checkpoints.busy:
@@ -264,9 +264,9 @@ class Trainer:
     # What is due after a step
 
     def _run_due_actions(self, cursor: Cursor, state: TrainState, *, save: bool) -> BadStep | None:
-        """Saves, evaluates and samples, in this order: a failure in the last two cannot cost the checkpoint.
+        """Saves, evaluates and samples, in this order, so that a failure in the last two cannot cost the checkpoint.
 
-        When asked to stop, there may only be seconds left: it saves, and the rest stays pending until the next start.
+        When asked to stop, the process may have only seconds left, so it only saves; the next start does the rest.
         """
         if save:
             self._save(cursor, state)
@@ -278,7 +278,7 @@ class Trainer:
         return bad
 
     def _evaluate_and_sample(self, cursor: Cursor, params: dict) -> BadStep | None:
-        """Does what is pending. The step is bad if the loss of its state on held-out text is not finite."""
+        """Does the pending actions. The step is bad if the loss of its state on held-out text is not finite."""
         if EVALUATION in cursor.pending:
             with self.watchdog.phase("evaluating"):
                 val_loss = self._evaluate(cursor, params)
@@ -291,7 +291,7 @@ class Trainer:
         return None
 
     def _due_after(self, step: int) -> frozenset[str]:
-        """Which of evaluation and sample are due after `step`."""
+        """Those of EVALUATION and SAMPLE that are due after `step`."""
         last = step == self.config.num_train_steps
         due = set()
         if self.val_files and (last or _every(self.config.eval.every_steps, step)):
@@ -301,7 +301,7 @@ class Trainer:
         return frozenset(due)
 
     def _pending_at_start(self, step: int) -> frozenset[str]:
-        """Which were due after the restored `step` and have no row: the process ended between the save and them."""
+        """The actions due after the restored `step` that have no row, because the process ended before them."""
         if not step:
             return frozenset()
 
@@ -319,23 +319,23 @@ class Trainer:
     # From a checkpoint
 
     def _restore_or_init(self, choose: Callable[[list[int]], int | None] | None = None) -> tuple[TrainState, Cursor]:
-        """The state of the newest checkpoint, or of the one that `choose` returns of their steps, or a new one."""
+        """The state of the newest checkpoint, or of the one whose step `choose` returns; else a new state."""
         restored = self.checkpoints.restore_newest(self.program, choose)
         if restored is None:
             self.checkpoints.set_evaluations({})
             return self._new_state(), Cursor(0, 0)
         state, meta = restored
-        identity.check(meta, self.config, self.data, self.run_dir)  # again: this one may come from the mirror
+        identity.check(meta, self.config, self.data, self.run_dir)  # again: this one may be a mirror's
         self.checkpoints.set_evaluations(metrics.evaluations(self.run_dir, meta["step"], meta.get("evaluations", ())))
         return state, Cursor(meta["step"], meta["samples"])
 
     def _new_state(self) -> TrainState:
         if not self.config.init_from:
             return self.program.init()
-        return self.program.init_with(initial.params_of(self.program, self.data.load_tokenizer()))
+        return self.program.init_with(initial.params_of(self.program, self.data.load_tokenizer(), self.processes))
 
     def _restore_good(self, bad: BadStep, choose: Callable[[list[int]], int | None]) -> tuple[TrainState, Cursor]:
-        """The state that `choose` returns. One without a finite loss is set aside, and another is chosen.
+        """The state of the step that `choose` returns. Steps without a finite loss are set aside, until one has it.
 
         A step's own loss is that of the state before its update, so the newest checkpoint may be the first bad state.
         """
@@ -343,7 +343,7 @@ class Trainer:
             try:
                 state, cursor = self._restore_or_init(choose)
             except CheckpointError:
-                log.error("%s", bad.verdict.reason)  # why something had to be restored
+                log.error("%s", bad.verdict.reason)  # says why a checkpoint had to be restored
                 raise
             if cursor.step <= self.last_good_step or self._has_finite_loss(state.params):
                 self.last_good_step = cursor.step
@@ -356,7 +356,7 @@ class Trainer:
         files = self.val_files or self.data.files("train")
         rows = microbatch_rows(self.config, sharding.named(self.program.mesh, "batch"))
         result = self.evaluate(params, files, num_windows=rows)
-        assert result is not None  # it was not interrupted
+        assert result is not None  # because nothing interrupts this evaluation
         return math.isfinite(result["val/loss"])
 
     def _rollback(self, bad: BadStep) -> tuple[TrainState, Cursor]:
@@ -368,27 +368,27 @@ class Trainer:
             if bad.verdict.action == divergence.STOP:
                 raise self._diverged(bad)
             wanted = bad.cursor.step - max(self.config.divergence.rollback_steps, 1)
-            # Nothing is moved before it is known what the run can resume from.
+            # Later checkpoints stay where they are until one is found that the run can resume from.
             state, restored = self._restore_good(
                 bad, lambda steps: _newest_up_to(wanted, self._planned(bad.cursor.step, steps))
             )
             step = restored.step
             self.rollbacks[step] = self.rollbacks.get(step, 0) + 1
             if self.rollbacks[step] > self.config.divergence.max_in_a_row:
-                del state  # another may be restored
+                del state  # _diverged may restore another one, which needs the memory
                 raise self._diverged(bad, f"the run was rolled back to step {step} {self.rollbacks[step] - 1} times")
             self.checkpoints.discard_after(step)
         skipped = bad.cursor.samples - restored.samples
         oldest = "" if step <= wanted else ", the oldest checkpoint"
         log.warning("%s; back to step %d%s, skipping %d samples", bad.verdict.reason, step, oldest, skipped)
         self.writers.open(step)
-        # Logged at step + 1: resuming from this checkpoint would roll back again, and then this row is cut off.
+        # The row has step + 1. A run that resumes from this checkpoint rolls back again, and first cuts this row off.
         row = {"event/rollback_from": float(bad.cursor.step), "event/skipped_samples": float(skipped)}
         self._write_row(Cursor(step + 1, bad.cursor.samples), row)
         return state, Cursor(step, bad.cursor.samples)
 
     def _planned(self, before: int, steps: list[int]) -> list[int]:
-        """Leaves out the checkpoints of a stop: the time of a stop must not change where the run is rolled back to."""
+        """Steps below `before`, except those saved only for a stop: its time must not decide where a rollback leads."""
         return [step for step in steps if step < before and planned(step, self.config.checkpoint)]
 
     def _diverged(self, bad: BadStep, more: str = "") -> Diverged:
@@ -410,7 +410,7 @@ class Trainer:
     # To a checkpoint
 
     def _save(self, cursor: Cursor, state: TrainState, *, started: bool = False) -> None:
-        """Starts a save, unless it was `started` already. Waits for the last one of the run or before a stop."""
+        """Starts a save, unless it was `started` already. Waits for the save if the run ends or stops after it."""
         with self.watchdog.phase("saving"):
             if not started:
                 self._start_save(cursor, state)
@@ -431,9 +431,9 @@ class Trainer:
             self.checkpoints.wait_for_copies()
 
     def _is_saved(self, step: int) -> bool:
-        """Whether `step` is committed, the same answer on all processes.
+        """Whether `step` is committed; all processes get the same answer.
 
-        One of them may report a failure after the commit, and a committed step cannot be saved again.
+        A process may report a failure after the commit, and a committed step cannot be saved again.
         """
         if self.processes.all_agree("saved", self.checkpoints.wait()):
             return True
@@ -453,7 +453,7 @@ class Trainer:
     # Reports
 
     def _report(self, cursor: Cursor, step_metrics: dict[str, Array]) -> BadStep | None:
-        """Waits for the metrics of a step and judges them; writes a row if one is due. Returns a bad step."""
+        """Waits for the metrics of a step and judges them; writes a row if one is due. Returns the step if bad."""
         with self.timer.waiting_for_device():
             values = {name: float(value) for name, value in jax.device_get(step_metrics).items()}
         self.timer.step_finished()
@@ -505,8 +505,8 @@ class Trainer:
         return result["val/loss"]
 
     def _sample(self, cursor: Cursor, params: dict, *, record: bool = True) -> None:
-        """Logs a sample, and writes it to samples.jsonl with `record`."""
-        if self.sampler is None:  # the start-up page said so
+        """Logs a sample, and writes it to samples.jsonl if `record`."""
+        if self.sampler is None:  # there is no tokenizer, as the start-up page says
             return
         prompt, text = self.config.sample.prompt, self.sampler.sample(params, cursor.step)
         if record:
@@ -523,5 +523,5 @@ def _every(n: int, step: int) -> bool:
 
 
 def _newest_up_to(wanted: int, steps: list[int]) -> int | None:
-    """The newest step that is not after `wanted`; if all are, the oldest; None if there are none."""
+    """The newest of `steps` that is not after `wanted`; if all are after it, the oldest; None if `steps` is empty."""
     return max((s for s in steps if s <= wanted), default=min(steps, default=None))

@@ -146,3 +146,10 @@ def remove_half_written(path: pathlib.Path) -> None:
     for other in path.parent.iterdir():
         if (found := WRITING.fullmatch(other.name)) and found[1] == path.name and other.is_file():
             other.unlink(missing_ok=True)
+
+
+def as_mkdir_would(folder: pathlib.Path) -> None:
+    """Gives a folder of tempfile.mkdtemp, which is private, the permissions that mkdir gives."""
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)

@@ -9,7 +9,7 @@ from typing import Any
 from model.config import ModelConfig, RopeScaling
 
 Json = dict[str, Any]
-# Fields that do not change what a model computes from its parameters, or that a run chooses.
+# Fields that a run chooses, or that do not change what a model computes from its parameters.
 OF_TRAINING = (
     "dropout",
     "dropout_end",
@@ -46,12 +46,12 @@ class Keys:
         self._read: set[str] = set(OF_OTHERS)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Its value, or the family's default if it is missing."""
+        """The value of a key, or the family's default if the key is missing."""
         self._read.add(name)
         return self._config.get(name, self._defaults.get(name, default))
 
     def number(self, name: str) -> Any:
-        """The same, which must be a number above 0."""
+        """As `get`. Raises Unsupported unless the value is a number above 0, and below what any model has."""
         value = self.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise Unsupported(f"{name} is {value!r}; it must be a number above 0")
@@ -60,7 +60,10 @@ class Keys:
         return value
 
     def must_be(self, name: str, *allowed: Any) -> None:
-        """A feature that exists there and not here. A missing key has the first of `allowed`."""
+        """Raises Unsupported if a key has another value than `allowed`: the family has a feature that we do not have.
+
+        A missing key has the family's default, or else the first value of `allowed`.
+        """
         value = self.get(name, allowed[0])
         if value not in allowed:
             raise Unsupported(
@@ -68,7 +71,7 @@ class Keys:
             )
 
     def choice(self, name: str, choices: dict[Any, Any]) -> Any:
-        """What the value means by the table `choices`."""
+        """The entry of `choices` for a key's value. Raises Unsupported if there is none."""
         value = self.get(name)
         if not isinstance(value, str) or value not in choices:
             raise Unsupported(f"{name} is {value!r}; it can be {', '.join(map(repr, choices))}")
@@ -80,12 +83,13 @@ class Keys:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of a file and what it holds here.
+    """One tensor of a published file, and which of our parameters it holds.
 
     Attributes:
-      theirs: its name without the family's prefix; {i} is the layer.
-      ours: dotted paths of the parameters that it holds, beside each other along its last axis as we have it.
-      transpose: whether it is (out, in), as torch.nn.Linear keeps it, and ours (in, out).
+      theirs: the tensor's name without the family's prefix; {i} is the layer.
+      ours: dotted paths of the parameters that the tensor holds. Several are concatenated along the last axis, in our
+        orientation.
+      transpose: whether the tensor is (out, in), as in torch.nn.Linear, and the parameter is (in, out).
     """
 
     theirs: str
@@ -98,13 +102,14 @@ class Family:
     """A family of published models.
 
     Attributes:
-      model_type, architecture: as its config.json names them.
-      to_fields: from the keys of a config.json to fields of ModelConfig.
-      to_keys: from a ModelConfig to the keys of a config.json, which may lose what the family does not have.
-      tensors: all that the family can have. Those whose parameters a model does not have are not expected.
-      defaults: keys that a config.json may lack, with what they then are.
-      prefix: of names of tensors in published files, except the head's; files of the bare model lack it.
-      ignored: ends of names of tensors that hold nothing that was trained.
+      model_type, architecture: the names of the family in a config.json.
+      to_fields: makes fields of ModelConfig from the keys of a config.json.
+      to_keys: makes the keys of a config.json from a ModelConfig; it may lose what the family does not have.
+      tensors: all tensors that the family can have. A tensor is not expected if the model has none of its parameters.
+      defaults: the values of keys that a config.json may lack.
+      prefix: begins the names of all tensors except the head's in published files; files of the bare model do not have
+        it.
+      ignored: how the names of tensors end that hold nothing trained.
     """
 
     model_type: str
@@ -120,7 +125,7 @@ class Family:
         """The model that a config.json describes, and the keys that were not used.
 
         Raises:
-          Unsupported: it has a feature that we cannot do.
+          Unsupported: the model has a feature that we cannot do.
         """
         keys = Keys(config, self.defaults)
         keys.must_be("quantization_config", None)
@@ -139,9 +144,9 @@ class Family:
         return {"architectures": [self.architecture], "model_type": self.model_type, **self.to_keys(model)}
 
 
-def check_types(fields: dict[str, Any]) -> None:
-    """Raises ValueError for a field of ModelConfig that is not of its type: config.json may hold anything."""
-    for name, hint in typing.get_type_hints(ModelConfig).items():
+def check_types(fields: dict[str, Any], section: type = ModelConfig) -> None:
+    """Raises ValueError for a value that does not have its field's type: a config.json may hold anything."""
+    for name, hint in typing.get_type_hints(section).items():
         kinds = typing.get_args(hint) or (hint,)
         if name not in fields or not {bool, int, float} & set(kinds):
             continue
@@ -153,13 +158,13 @@ def check_types(fields: dict[str, Any]) -> None:
 
 
 def architecture_of(model: ModelConfig) -> dict[str, Any]:
-    """The fields that decide what a model computes, with derived ones filled in and those that do not matter reset."""
+    """The fields that decide what a model computes: derived values are filled in, fields without effect reset."""
     fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
     for name in (*OF_TRAINING, "init_std", "init_depth_scale"):
         del fields[name]
     for name in ("qkv_bias", "out_bias", "mlp_bias"):
         fields[name] = model.bias if fields[name] is None else fields[name]
-    fields["bias"] = model.bias if model.norm == "layernorm" else None  # what is left: that of norms
+    fields["bias"] = model.bias if model.norm == "layernorm" else None  # the biases of norms; the others are above
     fields |= {"num_kv_heads": model.kv_heads, "head_dim": model.head_size, "mlp_dim": model.mlp_size}
     fields["attention_scale"] = model.attention_scale or model.head_size**-0.5
     fields["embedding_scale"] = model.embedding_scale or 1.0
@@ -214,7 +219,7 @@ LLAMA_LIKE = (
 )
 GATED = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu", "gelu": "geglu_exact"}
 HIDDEN_ACT = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh", "geglu_exact": "gelu"}
-# Of the keys that Llama's descendants share. A missing num_key_value_heads or head_dim is derived.
+# The defaults of the keys that Llama's descendants share. A missing num_key_value_heads or head_dim is derived.
 LLAMA_DEFAULTS = {
     "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": False,
     "initializer_range": 0.02, "attention_bias": False, "max_position_embeddings": 2048,
@@ -222,7 +227,7 @@ LLAMA_DEFAULTS = {
 
 
 def llama_fields(keys: Keys, act: str = "hidden_act") -> dict[str, Any]:
-    """The fields that a descendant of Llama has under Llama's keys."""
+    """The fields of ModelConfig that a descendant of Llama names with Llama's keys."""
     return {
         "num_layers": keys.number("num_hidden_layers"), "embed_dim": keys.number("hidden_size"),
         "num_heads": keys.number("num_attention_heads"), "num_kv_heads": keys.get("num_key_value_heads") or 0,
@@ -248,14 +253,14 @@ def llama_keys(model: ModelConfig) -> Json:
 
 
 def rope_fields(keys: Keys) -> dict[str, Any]:
-    """rope_theta and rope_scaling from either form: transformers 5's rope_parameters, or the keys of 4."""
+    """rope_theta and rope_scaling, from transformers 5's rope_parameters or from the keys of transformers 4."""
     new, old = keys.get("rope_parameters") or {}, keys.get("rope_scaling") or {}
     theta, fraction = keys.get("rope_theta"), keys.get("partial_rotary_factor", 1.0)
     return rope_of(new or old, theta, fraction, keys.number("max_position_embeddings"))
 
 
 def rope_of(scaling: Json, theta: float, fraction: float, max_seq_len: int) -> dict[str, Any]:
-    """The fields of one dictionary of rope parameters; theta and fraction are of the top level."""
+    """The fields for one dictionary of rope parameters; `theta` and `fraction` are those of the config's top level."""
     if (scaling.get("partial_rotary_factor") or fraction) != 1:
         raise Unsupported("partial_rotary_factor is not 1, which transformers ignores in these families")
     kinds = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
@@ -274,6 +279,7 @@ def rope_of(scaling: Json, theta: float, fraction: float, max_seq_len: int) -> d
             given[name] = float(scaling[name])
     if kind == "yarn":
         given |= {"truncate": scaling.get("truncate", True), "attention_factor": _attention_factor(scaling)}
+    check_types(given, RopeScaling)
     return fields | {"rope_scaling": RopeScaling(**given)}
 
 
@@ -287,7 +293,7 @@ def _attention_factor(scaling: Json) -> float | None:
 
 
 def rope_parameters(model: ModelConfig) -> Json:
-    """transformers 5's form of the rope of global layers."""
+    """The rope of global layers in the form of transformers 5."""
     scaling, kind = model.rope_scaling, model.rope_scaling.kind
     keys: Json = {"rope_type": "default" if kind == "none" else kind, "rope_theta": model.rope_theta}
     if kind != "none":
@@ -304,7 +310,7 @@ def rope_parameters(model: ModelConfig) -> Json:
 
 
 def rope_keys(model: ModelConfig) -> Json:
-    """Both forms: vLLM, llama.cpp and others each read one."""
+    """The rope in the forms of transformers 4 and 5, because vLLM, llama.cpp and others each read one of the two."""
     new = rope_parameters(model)
     old = {name: value for name, value in new.items() if name != "rope_theta"}
     keys: Json = {"rope_parameters": new, "rope_theta": model.rope_theta}
@@ -316,7 +322,7 @@ LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
 
 def window_fields(keys: Keys, local: Iterable[bool]) -> dict[str, Any]:
-    """Windows of local layers: those that layer_types names, or if there are none, `local`."""
+    """The window and the local layers: those that layer_types names, or `local` if the key is missing."""
     window, types = keys.get("sliding_window"), keys.get("layer_types")
     layers = list(local) if types is None else [kind == LOCAL for kind in types]
     if types is not None and len(types) != keys.number("num_hidden_layers"):

@@ -1,1 +1,1 @@
-"""Weights of other systems, in and out: folders as Hugging Face keeps them."""
+"""Imports and exports weights of other systems, as folders in the layout of Hugging Face and as .gguf files."""

@@ -1,6 +1,6 @@
-"""A message to a model in the form that it was trained to answer: the chat template of its folder, and its stop tokens.
+"""Chat with a converted model: the chat template of its folder turns messages into a prompt; stop tokens end an answer.
 
-A template is a program in Jinja that comes with a model, so it runs in a sandbox, set up as transformers does.
+A template is a Jinja program that comes with the model, so it runs in a sandbox, which is set up as in transformers.
 """
 
 import datetime
@@ -16,7 +16,7 @@ from trainer.interchange.folder import read_json
 
 
 class Chat:
-    """The chat form of a run that was converted.
+    """The chat template and stop tokens of a converted run.
 
     Args:
       kept: RUN/hf, the files of the model that it was converted from.
@@ -25,7 +25,7 @@ class Chat:
       stop_ids: tokens that end an answer.
 
     Raises:
-      ConfigError: there is no template, or the jinja2 package is missing.
+      ConfigError: the template is missing or damaged, or the jinja2 package is missing.
     """
 
     def __init__(self, kept: pathlib.Path, tokenizer: Tokenizer):
@@ -74,7 +74,7 @@ class Chat:
             raise ConfigError(f"the chat template of {self._kept} is damaged: {e}") from None
 
     def prompt(self, messages: list[dict[str, str]]) -> str:
-        """The text up to the answer. Raises ConfigError if the template refuses the messages."""
+        """The text that the model is to continue. Raises ConfigError if the template refuses the messages."""
         names = {name: self._token(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, tools=None, **names)
@@ -89,7 +89,7 @@ class Chat:
         return value["content"] if isinstance(value, dict) else value or ""
 
     def encode(self, text: str) -> np.ndarray:
-        """The tokens of a template's text, in which the name of a special token is that token. uint32 [n]."""
+        """The tokens of a template's text, uint32 [n]. The name of a special token in it becomes that token."""
         ids = {name: id for id, name in self._tokenizer.specials.items()}
         parts, at = [], 0
         for name in name_finder(list(ids))(text):

@@ -12,6 +12,7 @@ import numpy as np
 import safetensors
 from flax import traverse_util
 
+from data.storage import files
 from data.tokenizers.base import Tokenizer
 from model import families
 from model.config import ModelConfig
@@ -25,7 +26,7 @@ SHARD_BYTES = 5_000_000_000
 
 
 def form_of(model: ModelConfig) -> tuple[families.Family, Json]:
-    """The family and config.json of a run's model. Raises ConfigError."""
+    """The family of a run's model, and its config.json. Raises ConfigError if no family can express the model."""
     try:
         return families.expressing(model)
     except Unsupported as e:
@@ -46,9 +47,9 @@ def export(
     """Writes the folder `target`, which must not exist, and reads it back before it gets its name.
 
     Args:
-      params: of the model, nested; arrays of JAX that this process can read as a whole.
+      params: the model's nested parameters: JAX arrays that this process can read as a whole.
       card: the content of README.md.
-      kept: folder with the files of the model that the run was converted from, if it was.
+      kept: folder with the files of the original model, if the run was converted from one.
       shard_bytes: the most bytes of tensors in a file.
 
     Returns:
@@ -57,7 +58,7 @@ def export(
     Raises:
       ConfigError: no family has a model like this, or `target` exists.
       CheckpointError: what was read back is not what was written.
-      OSError: it cannot be written; nothing is left of it.
+      OSError: `target` cannot be written; what was written of it is deleted.
     """
     family, config = form_of(model)
     if target.exists():
@@ -71,7 +72,7 @@ def export(
         _write_companions(temporary, config, tokenizer, dtype, kept)
         (temporary / "README.md").write_text(card)
         _verify(temporary, sums)
-        temporary.chmod(0o755)
+        files.as_mkdir_would(temporary)
         temporary.rename(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -123,7 +124,7 @@ def _write_companions(
         for name in COMPANIONS:
             if (kept / name).is_file():
                 shutil.copyfile(kept / name, folder / name)
-        original = json.loads((kept / "config.json").read_text())
+        original = json.loads((kept / "config.json").read_text()) if (kept / "config.json").is_file() else {}
         ids = {name: original[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in original}
     file = None if tokenizer is None else tokenizer.file()
     if file is not None:
@@ -138,7 +139,7 @@ def _write_companions(
         _write_json(folder / "tokenizer_config.json", keys)
     if not (folder / "generation_config.json").exists():
         _write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
-    # Both names of the type: transformers 4 and others read the first, transformers 5 writes the second.
+    # The dtype has two names: transformers 4 and others read torch_dtype, and transformers 5 writes dtype.
     _write_json(folder / "config.json", config | ids | {"torch_dtype": dtype, "dtype": dtype})
 
 
@@ -147,7 +148,7 @@ def _write_json(path: pathlib.Path, content: Json) -> None:
 
 
 def _verify(folder: pathlib.Path, sums: dict[str, dict[str, int]]) -> None:
-    """Reads each tensor back with the library. Raises CheckpointError."""
+    """Reads each tensor back with the safetensors library. Raises CheckpointError if its CRC-32 differs."""
     for file, of_tensor in sums.items():
         with safetensors.safe_open(folder / file, "numpy") as opened:
             for name, expected in of_tensor.items():

@@ -13,7 +13,7 @@ from trainer.errors import ConfigError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 KEPT = "hf"  # the folder of a run with the files of the model that it began with
-# Files of a model that say how it is used. They go with the weights as they are.
+# Files of a model that say how it is used. They are copied unchanged with the weights.
 COMPANIONS = (
     "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer.model",
@@ -25,13 +25,13 @@ class Folder:
     """The tensors of a folder, read slice by slice.
 
     Attributes:
-      config: its config.json.
-      shapes: of all tensors by name.
-      dtypes: of the same, as safetensors names them: F32, BF16, ….
+      config: the content of config.json.
+      shapes: the shape of each tensor, by name.
+      dtypes: the dtype of each tensor, by name, as safetensors calls it: F32, BF16, ….
 
     Raises:
-      ConfigError: it is not such a folder.
-      DataError: a file of it is damaged.
+      ConfigError: `path` is not such a folder.
+      DataError: a file in it is damaged.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -56,7 +56,7 @@ class Folder:
             )
 
     def _listed(self) -> dict[str, list[str]]:
-        """The files, and the tensors that the index says are in each."""
+        """The .safetensors files, and for each the tensors that it holds according to the index."""
         if (self.path / INDEX).exists():
             index = read_json(self.path / INDEX, "")
             files: dict[str, list[str]] = {}
@@ -104,17 +104,17 @@ class Folder:
             self.shapes[name], self.dtypes[name] = tuple(tensor.get_shape()), tensor.get_dtype()
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """A slice of a tensor, in the type of the file."""
+        """A slice of a tensor, in the dtype of the file."""
         return self._files[self._file_of[name]].get_slice(name)[index]
 
     def companions(self) -> dict[str, bytes]:
-        """config.json, and the files that say how the model is used."""
+        """The contents of config.json and of the files that say how the model is used, by file name."""
         paths = (self.path / name for name in ("config.json", *COMPANIONS))
         return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
 def read_json(path: pathlib.Path, why: str) -> dict[str, Any]:
-    """Raises ConfigError."""
+    """The JSON object in a file. Raises ConfigError, which ends with `why` if the file does not exist."""
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:

@@ -1,7 +1,9 @@
 """A .gguf file of llama.cpp as if it were a folder of Hugging Face, dequantised slice by slice. No JAX.
 
-Its tensors have other names, and for Llama the rows of queries and keys are in Meta's order: pairs that rope turns are
-adjacent there and halves of a head apart here. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+Its tensors have other names than in Hugging Face's folders. For Llama the rows of queries and keys are in Meta's order:
+the two elements that RoPE rotates together are adjacent there, but half a head apart here.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 import json
@@ -15,7 +17,7 @@ from data.errors import DataError
 from model.families.layout import Index
 from trainer.errors import ConfigError
 
-# By general.architecture: the model_type here, and names of tensors. {} is the layer; \1 is weight or bias.
+# From names of GGUF to names of Hugging Face, without the ending .weight or .bias; {} is the number of the layer.
 LLAMA_NAMES = {
     "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
     "blk.{}.attn_norm": "model.layers.{}.input_layernorm", "blk.{}.attn_q": "model.layers.{}.self_attn.q_proj",
@@ -31,11 +33,11 @@ GPT2_NAMES = {
     "blk.{}.ffn_up": "transformer.h.{}.mlp.c_fc", "blk.{}.ffn_down": "transformer.h.{}.mlp.c_proj",
 }  # fmt: skip
 USE_FOLDER = "use the folder of Hugging Face"
-NAMES = {"llama": LLAMA_NAMES, "gpt2": GPT2_NAMES}
+NAMES = {"llama": LLAMA_NAMES, "gpt2": GPT2_NAMES}  # by general.architecture
 
 
 class GgufFile:
-    """The model of a .gguf file; attributes and methods as of Folder.
+    """The model of a .gguf file, with the attributes and methods of Folder.
 
     Raises:
       ConfigError: the gguf package is missing, or the architecture is not known.
@@ -60,12 +62,15 @@ class GgufFile:
                 f"{path} holds the architecture {self.architecture!r}; those known are {', '.join(NAMES)}"
             )
         self._tensors = {self._name(tensor.name): tensor for tensor in reader.tensors}
-        self.config = {"llama": self._llama, "gpt2": self._gpt2}[self.architecture]()
+        try:
+            self.config = {"llama": self._llama, "gpt2": self._gpt2}[self.architecture]()
+        except (TypeError, ValueError, ArithmeticError) as e:
+            raise DataError(f"{path} has numbers of another kind than its architecture has ({e})") from None
         self.shapes = {name: self._shape(name) for name in self._tensors}
         self.dtypes = {name: tensor.tensor_type.name for name, tensor in self._tensors.items()}
 
     def _name(self, theirs: str) -> str:
-        """The name in a folder of Hugging Face."""
+        """The name that a folder of Hugging Face has for this tensor."""
         stem, _, kind = theirs.rpartition(".")
         layer = re.match(r"blk\.(\d+)\.", stem)
         number = layer[1] if layer else ""
@@ -74,11 +79,11 @@ class GgufFile:
         return f"{theirs} (of {self.path.name})" if ours is None else f"{ours.format(number)}.{kind}"
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        shape = tuple(int(n) for n in reversed(self._tensors[name].shape))  # GGUF has the fastest axis first
+        shape = tuple(int(n) for n in reversed(self._tensors[name].shape))  # GGUF lists the fastest axis first
         return shape[::-1] if self._is_conv1d(name) else shape
 
     def _is_conv1d(self, name: str) -> bool:
-        """Whether Hugging Face has the transpose: GPT-2 keeps (in, out)."""
+        """Whether Hugging Face stores the transpose of this tensor: its GPT-2 has weights of shape (in, out)."""
         return self.architecture == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
 
     def _get(self, name: str) -> Any:
@@ -132,7 +137,7 @@ class GgufFile:
         return int(self._tensors[name].shape[-1])
 
     def _tied_gpt2(self) -> bool:
-        """llama.cpp writes GPT-2's embedding again as its head."""
+        """Whether the head is the embedding. (llama.cpp writes GPT-2's embedding a second time, as its head.)"""
         head, table = self._tensors.get("lm_head.weight"), self._tensors.get("transformer.wte.weight")
         if head is None or table is None:
             return True
@@ -147,14 +152,18 @@ class GgufFile:
         if self.architecture == "llama" and name.rpartition(".")[0].endswith((".q_proj", ".k_proj")):
             rows = self._in_pairs(rows)
         if len(self.shapes[name]) == 1:
-            return self._dequantize(tensor.data, tensor.tensor_type)[rows]
+            return self._dequantize(tensor.data, tensor.tensor_type)[rows]  # F32 or F16: vectors are not quantised
         return self._rows_of(tensor, rows)[:, index[1]]
 
     def _rows_of(self, tensor: Any, rows: np.ndarray) -> np.ndarray:
-        return self._dequantize(np.ascontiguousarray(tensor.data[rows]), tensor.tensor_type)
+        try:
+            return self._dequantize(np.ascontiguousarray(tensor.data[rows]), tensor.tensor_type)
+        except NotImplementedError:
+            kind = tensor.tensor_type.name
+            raise ConfigError(f"{self.path} has tensors of type {kind}, which gguf cannot dequantise") from None
 
     def _in_pairs(self, rows: np.ndarray) -> np.ndarray:
-        """Where rows of queries or keys are there: row h d + i d/2 + j is h d + 2 j + i."""
+        """Where the file has these rows of queries or keys: our row h d + i d/2 + j is its row h d + 2 j + i."""
         size = self.config["head_dim"]
         head, within = rows // size, rows % size
         return head * size + 2 * (within % (size // 2)) + within // (size // 2)
@@ -169,7 +178,7 @@ class GgufFile:
         return found
 
     def _tokenizer_json(self) -> bytes | None:
-        """That of a byte-level BPE; None for other kinds, which GGUF does not hold in full."""
+        """The tokenizer.json of a byte-level BPE; None for other kinds, which GGUF does not store in full."""
         pre = str(self._fields.get("tokenizer.ggml.pre", ""))
         if self._fields.get("tokenizer.ggml.model") != "gpt2" or pre not in PRE_TOKENIZERS:
             return None
@@ -197,12 +206,12 @@ class GgufFile:
 CONTROL, USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 DIGITS = {"type": "Digits", "individual_digits": True}
-# By tokenizer.ggml.pre: how text is split before merges.
+# How text is split before merges, by the value of tokenizer.ggml.pre.
 PRE_TOKENIZERS: dict[str, Any] = {
     "gpt-2": BYTES, "smollm": {"type": "Sequence", "pretokenizers": [DIGITS, BYTES]},
 }  # fmt: skip
 
 
 def _rounded(value: Any) -> float:
-    """A number that was stored as float32, as it was written before: 1e-5, not 9.999999747378752e-06."""
+    """The shortest decimal that a number stored as float32 can stand for: 1e-5, not 9.999999747378752e-06."""
     return float(np.format_float_positional(np.float32(value), unique=True))

@@ -1,8 +1,9 @@
-"""Weights from a folder of Hugging Face, each device reading its own shards, and the run that they become."""
+"""Makes a run of the weights in a folder of Hugging Face or a .gguf file; each device reads only its shards."""
 
 import dataclasses
 import json
 import logging
+import os
 import pathlib
 import shlex
 import shutil
@@ -30,8 +31,8 @@ from trainer.reliability.checkpoint import Checkpoints
 from trainer.state import Program
 
 log = logging.getLogger("meshlm")
-LONGEST_CONTEXT = 2048  # of a converted run, unless it is trained with another data.seq_len
-SHOWN = 20  # problems of tensors that are listed; there may be thousands
+LONGEST_CONTEXT = 2048  # data.seq_len of a converted run is at most this, until it is trained with another one
+SHOWN = 20  # how many problems of tensors a message lists; there may be thousands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Source:
     """A folder of Hugging Face or a .gguf file whose model is understood; its weights are not read yet.
 
     Attributes:
-      unused: keys of its config.json that mean nothing here.
+      unused: keys of its config.json that this program does not use.
     """
 
     folder: Folder | GgufFile
@@ -49,7 +50,7 @@ class Source:
 
     @classmethod
     def open(cls, path: pathlib.Path) -> "Source":
-        """Raises ConfigError."""
+        """Reads what describes the model. Raises ConfigError if it is not supported."""
         folder = GgufFile(path) if path.suffix == ".gguf" else Folder(path)
         try:
             return cls(folder, *families.loaded(folder.config))
@@ -57,7 +58,7 @@ class Source:
             raise ConfigError(f"{path if path.is_file() else path / 'config.json'}: {e}") from None
 
     def params(self, program: Program) -> dict:
-        """The parameters on the mesh of `program`, whose model is this one. Raises ConfigError, with all problems."""
+        """The parameters on the mesh of `program`, which has this model. Raises ConfigError with a list of problems."""
         abstract = traverse_util.flatten_dict(program.params)
         shapes = {".".join(path): leaf.shape for path, leaf in abstract.items()}
         layout = Layout(self.family, self.model, shapes)
@@ -82,11 +83,11 @@ class Source:
         return traverse_util.unflatten_dict({path: one(path, leaf) for path, leaf in abstract.items()})
 
     def _full_name(self, name: str, layout: Layout) -> str:
-        """The name in files of the whole model; those of the bare one lack its prefix."""
+        """The tensor's name in a file of the whole model; a file of the bare model lacks the prefix."""
         return name if name in layout.shapes or layout.name(name) not in layout.shapes else layout.name(name)
 
     def _check_tied(self, named: dict[str, str]) -> None:
-        """Raises ConfigError if the config says that the head is the embedding, and the file has another one."""
+        """Raises ConfigError if the config says that the head is the embedding, but the file has another head."""
         head = named.get(families.HEAD)
         if not self.model.tie_embeddings or head is None:
             return
@@ -102,7 +103,7 @@ class Source:
 
 
 def describe(source: Source) -> list[str]:
-    """Lines on what was found, for the log."""
+    """Lines for the log about the tensors that were found."""
     dtypes: dict[str, int] = {}
     for dtype in source.folder.dtypes.values():
         dtypes[dtype] = dtypes.get(dtype, 0) + 1
@@ -114,18 +115,18 @@ def describe(source: Source) -> list[str]:
 
 
 def numbers(source: Source) -> dict[str, Any]:
-    """What the meta of a checkpoint says of where its weights are from."""
+    """What a checkpoint's metadata records about the origin of its weights."""
     return {"path": str(source.folder.path.resolve()), "family": source.family.model_type}
 
 
 def as_run(source: Source, workdir: pathlib.Path, argv: list[str]) -> Program:
     """Makes `workdir`, which must not exist, a run at step 0 with the weights of `source` and a fresh optimizer.
 
-    It gets its name when all of it is written and was read back.
+    The folder gets its name when everything in it is written and the checkpoint was read back.
 
     Raises:
-      ConfigError: it exists, or the weights do not fit the config.json.
-      CheckpointError: it cannot be written, or what was read back is not what was written.
+      ConfigError: `workdir` exists, or the weights do not fit the config.json.
+      CheckpointError: `workdir` cannot be written, or what was read back is not what was written.
     """
     if workdir.exists():
         raise ConfigError(f"{workdir} exists; name a --workdir that does not")
@@ -136,7 +137,7 @@ def as_run(source: Source, workdir: pathlib.Path, argv: list[str]) -> Program:
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{workdir.name}.", suffix=".converting", dir=workdir.parent))
     try:
         _write_run(source, program, temporary, argv)
-        temporary.chmod(0o755)
+        files.as_mkdir_would(temporary)
         temporary.rename(workdir)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -147,11 +148,11 @@ def as_run(source: Source, workdir: pathlib.Path, argv: list[str]) -> Program:
 def config_of(source: Source) -> Config:
     """The configuration of a run with this model that has not seen any data."""
     data = DataConfig(seq_len=min(source.model.max_seq_len, LONGEST_CONTEXT))
-    return Config(model=source.model, data=data, init_from=str(source.folder.path.resolve()))
+    return Config(model=source.model, data=data, init_from=os.path.abspath(source.folder.path))
 
 
 def _sharded(config: Config) -> Config:
-    """The same with the parameters split over all devices, if their number divides them."""
+    """`config` with the parameters split over all devices, if their shapes allow it."""
     try:
         split = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=-1))
         sharding.make_mesh(split)

@@ -1,11 +1,12 @@
 """The weights that a run begins with (config.init_from): those of another run, or of a folder of Hugging Face.
 
-The architecture comes with them; how it is trained (dropout, dtype, remat, …) is the configuration's. A run that exists
-keeps its own architecture, and its first weights are not read again. JAX is imported only when they are read.
+They decide the architecture; the configuration decides how it is trained (dropout, dtype, remat, …). A run that exists
+keeps its own architecture, and its first weights are not read again. JAX is imported only when weights are read.
 """
 
 import dataclasses
 import logging
+import os
 import pathlib
 import re
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ from trainer.interchange.gguf_file import GgufFile
 from trainer.reliability import identity, reading, restarts, run_directory
 
 if TYPE_CHECKING:
+    from trainer.reliability.coordination import Processes
     from trainer.state import Program
 
 log = logging.getLogger("meshlm")
@@ -34,13 +36,19 @@ HF_CONFIG = "a folder of Hugging Face has one"
 
 def place_of(init_from: str) -> tuple[pathlib.Path, int | None]:
     """The folder, and the step of a run; None: its newest, or no run. A folder's own name may end in :N."""
-    path = pathlib.Path(init_from)
     match = re.fullmatch(r"(.+):(\d+)", init_from)
-    return (path, None) if match is None or path.exists() else (pathlib.Path(match[1]), int(match[2]))
+    if match is None or os.path.exists(init_from):
+        return pathlib.Path(os.path.abspath(init_from)), None
+    return pathlib.Path(os.path.abspath(match[1])), int(match[2])
 
 
 def is_run(path: pathlib.Path) -> bool:
-    return (path / "checkpoints").is_dir()
+    return os.path.isdir(path / "checkpoints")
+
+
+def is_needed(run_dir: pathlib.Path) -> bool:
+    """Whether the run in `run_dir` has no checkpoint yet, so that it begins with config.init_from. Raises Unreadable."""
+    return identity.newest_meta(run_dir / "checkpoints") is None
 
 
 def model_of(init_from: str) -> ModelConfig:
@@ -48,7 +56,7 @@ def model_of(init_from: str) -> ModelConfig:
     path, step = place_of(init_from)
     if is_run(path):
         return run_directory.read_config(path).model
-    if not path.exists() or step is not None:
+    if not os.path.exists(path) or step is not None:
         raise ConfigError(
             f"config.init_from = {init_from}: {path} is not a run directory, a folder with config.json or a .gguf file"
         )
@@ -64,35 +72,42 @@ def adopted(config: Config, run_dir: pathlib.Path) -> Config:
     """`config` with the architecture of the weights that the run began with, or is to begin with.
 
     Raises:
-      ConfigError: there are none, or the run in `run_dir` began with others.
+      ConfigError: there are no such weights, or the run in `run_dir` began with others.
+      Unreadable: the run directory cannot be read just now.
     """
-    not_usable = f"--workdir={run_dir} cannot be used:"
-    exists = reading.writing(lambda: run_directory.is_run(run_dir), run_dir, not_usable)
+    exists = reading.writing(lambda: run_directory.is_run(run_dir), run_dir, f"--workdir={run_dir} cannot be used:")
     before = run_directory.read_config(run_dir) if exists else None
-    if before is not None and before.init_from:
+    if before is not None and before.init_from and not is_needed(run_dir):
         if config.init_from and not _same_place(config.init_from, before.init_from):
             raise ConfigError(
                 f"{run_dir} began from {before.init_from}, not from config.init_from = {config.init_from}; leave that "
                 "out, or choose another --workdir"
             )
         return _with_model(dataclasses.replace(config, init_from=before.init_from), before.model)
-    if not config.init_from:
+    init_from = config.init_from or (before.init_from if before is not None else "")
+    if not init_from:
         return config
-    model = model_of(config.init_from)
-    return _with_model(dataclasses.replace(config, init_from=_fixed(config.init_from)), model)
+    model = model_of(init_from)
+    return _with_model(dataclasses.replace(config, init_from=_fixed(init_from)), model)
 
 
 def _fixed(init_from: str) -> str:
-    """The same from any folder, and with the step of a run that may still be training."""
+    """The same from any folder, and with the step of a run that may still be training. Raises ConfigError."""
     path, step = place_of(init_from)
-    if is_run(path) and step is None:
-        step = reading.writing(lambda: restarts.newest_committed(path), path, "cannot read")
-    return f"{path.resolve()}" + ("" if step is None else f":{step}")
+    if not is_run(path):
+        return str(path)
+    newest = reading.writing(lambda: restarts.newest_committed(path), path, "cannot read")
+    chosen = newest if step is None else step
+    if not os.path.exists(path / "checkpoints" / str(chosen) / restarts.METADATA_FILE):
+        raise ConfigError(
+            f"config.init_from = {init_from}: {path} has no checkpoint at step {chosen}; its newest is {newest}"
+        )
+    return f"{path}:{chosen}"
 
 
 def _same_place(given: str, recorded: str) -> bool:
     (path, step), (before, at) = place_of(given), place_of(recorded)
-    return path.resolve() == before and step in (None, at)
+    return path == before and step in (None, at)
 
 
 def _with_model(config: Config, model: ModelConfig) -> Config:
@@ -102,21 +117,28 @@ def _with_model(config: Config, model: ModelConfig) -> Config:
     if lost:
         log.info("init_from: the model is that of the weights, so these do not count: %s", ", ".join(lost))
     chosen = {name: getattr(config.model, name) for name in OF_TRAINING}
-    if model.position == "rope":  # positions that it has not seen, but can compute
+    if model.position == "rope":  # RoPE can compute positions that the model was not trained on
         chosen["max_seq_len"] = max(model.max_seq_len, config.data.seq_len)
     return dataclasses.replace(config, model=dataclasses.replace(model, **chosen))
 
 
 def keep_companions(config: Config, run_dir: pathlib.Path) -> None:
-    """Copies the files that say how the model is used to RUN/hf of a new run: an export has them again."""
+    """Copies the files that say how the model is used to RUN/hf of a new run: an export has them again.
+
+    Raises ConfigError, DataError, Unreadable.
+    """
     path, _ = place_of(config.init_from)
     if is_run(path):
-        found = {p.name: p.read_bytes() for p in sorted((path / KEPT).glob("*"))}
+        found = {p.name: p.read_bytes() for p in sorted((path / KEPT).glob("*")) if p.is_file()}
     else:
         found = (GgufFile(path) if path.suffix == ".gguf" else Folder(path)).companions()
-    for name, content in found.items():
-        (run_dir / KEPT).mkdir(exist_ok=True)
-        files.write_durably(run_dir / KEPT / name, content)
+
+    def write() -> None:
+        for name, content in found.items():
+            (run_dir / KEPT).mkdir(exist_ok=True)
+            files.write_durably(run_dir / KEPT / name, content)
+
+    reading.writing(write, run_dir, f"cannot write to --workdir={run_dir}:")
 
 
 def check_tokenizer(config: Config, tokenizer: Tokenizer | None) -> None:
@@ -156,10 +178,10 @@ def _bytes(tokenizer: Tokenizer, id: int) -> bytes | None:
         return None
 
 
-def params_of(program: "Program", tokenizer: Tokenizer | None) -> dict:
+def params_of(program: "Program", tokenizer: Tokenizer | None, processes: "Processes") -> dict:
     """The parameters of config.init_from on the mesh of `program`, each process reading what its devices hold.
 
-    Rows of tokens of `tokenizer` that the weights were not trained with are the mean of those that they were.
+    If `tokenizer` has tokens that the weights were not trained with, their rows are the mean of the other tokens' rows.
 
     Raises ConfigError, CheckpointError.
     """
@@ -173,9 +195,9 @@ def params_of(program: "Program", tokenizer: Tokenizer | None) -> dict:
     path, step = place_of(config.init_from)
     if is_run(path):
         theirs = run_directory.read_config(path)
-        # Their model on our mesh; what does not change its parameters is ours.
+        # That run's model on our mesh, with our values of the fields that do not change its parameters.
         model = dataclasses.replace(theirs.model, **{name: getattr(config.model, name) for name in OF_TRAINING})
-        checkpoints = Checkpoints(path)
+        checkpoints = Checkpoints(path, processes=processes)
         try:
             step = choose_step(checkpoints, step)
         except CheckpointError as e:
@@ -199,7 +221,7 @@ def params_of(program: "Program", tokenizer: Tokenizer | None) -> dict:
 
 
 def _with_rows(params: dict, new: range, model: ModelConfig) -> dict:
-    """`params` with tables of as many rows as `model` has. The rows `new` become the mean of those before."""
+    """`params` with as many rows in its tables as `model` has. The rows `new` are the mean of the rows before them."""
     import jax.numpy as jnp
     from flax import traverse_util
 

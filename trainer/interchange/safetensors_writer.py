@@ -1,4 +1,4 @@
-"""Writes .safetensors files of tensors that are made one at a time, so that memory holds one of them.
+"""Writes .safetensors files of tensors that are made one at a time, so that memory holds only one tensor.
 
 The library's own writer takes all tensors of a file at once. Format: a little-endian u64, the length of a JSON header
 {name: {dtype, shape, data_offsets}}; then the data, row-major, in the order of the offsets.
@@ -15,7 +15,7 @@ import numpy as np
 
 DTYPES = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype("float16")}
 NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-ALIGNMENT = 8  # of the data: the header is padded with spaces
+ALIGNMENT = 8  # of the data, in bytes; spaces pad the header to a multiple of it
 
 
 def shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) -> list[list[str]]:

@@ -47,7 +47,7 @@ def resolve(config: Config) -> Config:
         raise ConfigError("config.data.path is not set; name a dataset folder made by python -m launch.prepare")
     model = config.model
     try:
-        found = sources.open_sources(config.data, model.vocab_size)
+        found = sources.open_sources(config.data, vocab_size(config))
     except FileNotFoundError as e:
         folder = pathlib.Path(str(e))
         source = config.data.source or "PATH"
@@ -57,34 +57,39 @@ def resolve(config: Config) -> Config:
             + r" (a comma separates datasets; write \, for one in a name)"
             * ("," in config.data.path)
         ) from None
-    vocab_size = found.vocab_size
-    if not vocab_size:
+    known = found.vocab_size
+    if not known:
         raise ConfigError(
             f"config.model.vocab_size is not set, and {config.data.path} does not have it; set it (the largest id seen "
             f"is {found.largest_id}), or name the tokenizer with config.data.tokenizer_path"
         )
     if config.init_from:  # weights may have more rows than the tokenizer has tokens, or get more
-        vocab_size = max(vocab_size, model.vocab_size)
-    elif model.vocab_size not in (0, vocab_size):
+        known = max(known, model.vocab_size)
+    elif model.vocab_size not in (0, known):
         raise ConfigError(
             f"config.model.vocab_size is {model.vocab_size}, but the tokenizer {found.tokenizer_path} has "
-            f"{vocab_size} tokens; leave it 0"
+            f"{known} tokens; leave it 0"
         )
     eos_id = found.eos_id() if config.data.mask_documents or config.data.packed else None
-    config = complete(config, vocab_size=vocab_size, eos_id=eos_id)
+    config = complete(config, vocab_size=known, eos_id=eos_id)
     data = config.data
     if data.packed and data.eos_id not in (-1, eos_id):
         raise ConfigError(
             f"config.data.eos_id is {data.eos_id}, but documents of {data.path} end with {eos_id}; leave it -1"
         )
-    if data.mask_documents and not 0 <= data.eos_id < vocab_size:
+    if data.mask_documents and not 0 <= data.eos_id < known:
         raise ConfigError(
             f"config.data.mask_documents needs the token that ends a document: {data.path} has none; set "
-            f"config.data.eos_id to a token below {vocab_size}"
+            f"config.data.eos_id to a token below {known}"
         )
     if data.mask_documents:
         ends.check_documents_end(found.datasets.values(), data.eos_id)
     return config
+
+
+def vocab_size(config: Config) -> int:
+    """The vocabulary of token files, unless a tokenizer says it. Weights may have more rows than that has tokens."""
+    return 0 if config.init_from and config.data.tokenizer_path else config.model.vocab_size
 
 
 def read_config(run_dir: pathlib.Path) -> Config:
