@@ -1,7 +1,7 @@
 """What coordination of many processes costs: python -m benchmarks.coordination [--most=4096] [--requests=10000]
 
-Processes are threads with an in-memory store that counts calls, bytes and keys: the code is that of training, without
-the network. Then two real processes make requests through JAX's service on this machine.
+Processes are threads with an in-memory store that counts calls, bytes and keys: they run the code that training uses,
+without the network. Then two real processes make requests through JAX's service on this machine.
 """
 
 import json
@@ -48,7 +48,7 @@ def ask(process: Processes) -> None:
 
 
 def simulate(size: int) -> dict[str, tuple[int, int, int]]:
-    """Calls, bytes and the most keys at a time of each event, counted from its start."""
+    """For each event the calls, bytes and most keys at a time, counted from the start of the event."""
     gang, costs = Gang(size, timeout_s=600), {}
     gang.all(lambda p: p.listen_for_requests(lambda: None, lambda: None, lambda error: None))
     store = gang.store
@@ -85,7 +85,7 @@ def requests_of_two() -> None:
     for end in ends:
         end.close()
     try:
-        print(pair[0].communicate(timeout=60 + REQUESTS.value)[0], end="")  # a hundredth is usual
+        print(pair[0].communicate(timeout=60 + REQUESTS.value)[0], end="")  # usually it takes a hundredth
     finally:
         for process in pair:
             process.kill()
@@ -95,7 +95,7 @@ def requests_of_two() -> None:
 def child(port: str, index: int, peer: socket.socket) -> None:
     """Process 0 asks for a save, trains until both have agreed on the step, and asks again.
 
-    In a step each process sends the other a byte: as with gradients, neither gets a step ahead.
+    In a step each process sends the other a byte, so that, as with gradients, neither gets a step ahead.
     """
     import jax
     from jax._src import distributed
@@ -125,7 +125,7 @@ def child(port: str, index: int, peer: socket.socket) -> None:
 
 
 def agreed(processes: Processes, step: Callable[[], tuple[bool, bool]]) -> float:
-    """Seconds from a request to the step after which both save."""
+    """Seconds from a request to the step after which both processes save."""
     started = time.perf_counter()
     processes.request(SAVE)
     while not step()[0]:

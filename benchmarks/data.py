@@ -1,9 +1,10 @@
-"""Data: gathering, order, cold files, preparation and its memory. Prints one Markdown table; ratios are of one run.
+"""Measure gathering, order, cold files, preparation and its memory. Prints a Markdown table; a ratio is from one run.
 
   python -m benchmarks.data [--corpus_mb=200] [--rounds=20]
 
-Peers are interleaved with ours. nanoGPT's loop is its train.py's get_batch: a Python loop of slices of an np.memmap,
-widened and stacked, inputs and targets. Memory is the sum over the processes of one command, shared pages counted once.
+Peers are interleaved with ours. nanoGPT's loop is get_batch of its train.py: a Python loop that slices an
+np.memmap, widens the slices and stacks them, for inputs and for targets. Memory is the sum over the processes of one
+command, with shared pages counted once.
 """
 
 import json
@@ -48,7 +49,7 @@ def token_file(folder: pathlib.Path) -> tuple[pathlib.Path, loader.TokenWindows]
 
 
 def nanogpt_batch(path: pathlib.Path, rows: int) -> None:
-    data = np.memmap(path, dtype=np.uint16, mode="r")  # anew for each batch, as there
+    data = np.memmap(path, dtype=np.uint16, mode="r")  # opened again for each batch, as in nanoGPT
     starts = np.random.randint(len(data) - SEQ_LEN, size=rows)
     np.stack([data[i : i + SEQ_LEN].astype(np.int64) for i in starts])
     np.stack([data[i + 1 : i + 1 + SEQ_LEN].astype(np.int64) for i in starts])
@@ -95,7 +96,7 @@ def gather_rows(path: pathlib.Path, windows: loader.TokenWindows) -> list[tuple[
 
 
 def cold_rows(path: pathlib.Path, windows: loader.TokenWindows) -> list[tuple[str, str]]:
-    """A few batches of 512 from a file that is not in the page cache; the naive way gathers from the mapped file."""
+    """A few batches of 512 from a file that is not in the page cache; the naive way does not advise the kernel."""
 
     def evict() -> None:
         loader.pages.release(windows.files.shards[0])
@@ -121,7 +122,7 @@ def cold_rows(path: pathlib.Path, windows: loader.TokenWindows) -> list[tuple[st
 
 
 def prepare_rows(folder: pathlib.Path) -> list[tuple[str, str]]:
-    """The real command on JSON lines and on text: the source code of this Python, repeated."""
+    """Times launch.prepare on JSON lines and on text: the source code of this Python, repeated."""
     texts = [f.path.read_text(encoding="utf-8") for f in corpus.find_files("python-stdlib", folder).files]
     source, written, number = folder / "corpus", 0, 0
     source.mkdir()
@@ -153,7 +154,7 @@ def _prepare(source: pathlib.Path, out: pathlib.Path) -> list[str]:
 
 
 def packed_rows(dataset: pathlib.Path) -> list[tuple[str, str]]:
-    """Rows of packed documents, by the real command's index, beside windows of the same tokens."""
+    """Gathers rows of packed documents, from launch.pack's index, and windows of the same tokens for comparison."""
     argv = [sys.executable, "-m", "launch.pack", str(dataset), f"--seq_len={SEQ_LEN}"]
     start = time.perf_counter()
     subprocess.run(argv, cwd=ROOT, check=True, capture_output=True)

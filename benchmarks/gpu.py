@@ -2,10 +2,10 @@
 
   python -m benchmarks.gpu [--sections=numbers,batch,kernels,…] [--minutes=9] [--out=ROWS.jsonl] [--smoke]
 
-`numbers` comes first, and nothing else runs if it fails: attention kernels against the plain one in float32, losses of
-20 steps against the CPU's. Each case is timed in its own process (launch.bench), so that running out of memory ends
-only that case. No case starts after --minutes, so that results are printed before a session ends; --out keeps every
-row. --smoke runs everything at small sizes, on any device. `peer` needs torch, here or in --torch_python.
+`numbers` comes first, and nothing else runs if it fails: it compares attention kernels with the plain one in float32,
+and losses of 20 steps with the CPU's. Each case is timed in its own process (launch.bench), so that running out of
+memory ends only that case. No case starts after --minutes, so that results are printed before a session ends; --out
+keeps every row. --smoke runs everything at small sizes, on any device. `peer` needs torch, here or in --torch_python.
 """
 
 import bisect
@@ -29,7 +29,7 @@ from absl import app, flags
 ROOT = pathlib.Path(__file__).parent.parent
 CASE_LIMIT_S = 300
 GPT2, LLAMA = "configs/gpt2_124m.py", "configs/llama_1b.py"
-# Flags of every case of a recipe, and those that make it small for --smoke.
+# Flags for every case of a recipe, and flags that make the recipe small for --smoke.
 FIELDS: dict[str, dict[str, Any]] = {
     GPT2: {"model.vocab_size": 50257, "grad_accum_steps": 1, "global_batch_size": 32},
     LLAMA: {"model.vocab_size": 32000, "grad_accum_steps": 1, "global_batch_size": 4, "data.seq_len": 4096},
@@ -83,7 +83,7 @@ HERE = flags.DEFINE_bool("here", False, "Only check the numerics, in this proces
 
 
 def check_numbers() -> bool:
-    """Prints each comparison; False if one is off."""
+    """Prints each comparison; returns False if a difference is too large."""
     import jax
 
     lengths = (64, 128) if ON_SMOKE.value else (1000, 1024, 4096)
@@ -91,7 +91,7 @@ def check_numbers() -> bool:
     found = [attention_agrees(kernel, shape) for shape in shapes for kernel in kernels_here()]
     device, cpu = jax.devices()[0], jax.devices("cpu")[0]
     exact = losses(cpu, "float32")
-    # Products are true float32 on both ("highest"), so what is left is the order of sums; in bfloat16 it is rounding.
+    # Products are true float32 on both ("highest"), so only the order of sums differs; in bfloat16 rounding does, too.
     for dtype, tolerance in (("float32", 1e-4), ("bfloat16", 2e-2)):
         there = losses(device, dtype)
         worst = max(abs(a - b) / b for a, b in zip(there, exact, strict=True))
@@ -108,7 +108,7 @@ def kernels_here() -> tuple[str, ...]:
 
 
 def attention_agrees(name: str, shape: tuple[int, int, int, int, int]) -> bool:
-    """Whether a kernel in bfloat16, with its gradients, is within 1 % of float32, or twice the plain one's distance.
+    """Whether a bfloat16 kernel and its gradients are within 1 % of float32, or twice the plain kernel's error.
 
     Args:
       shape: (b, t, h, k, d).
@@ -151,7 +151,7 @@ def attention_agrees(name: str, shape: tuple[int, int, int, int, int]) -> bool:
 
 
 def losses(device: Any, dtype: str) -> list[float]:
-    """Of 20 steps of a small model on one device; in each row the same number lies between a token and the next."""
+    """The losses of 20 steps of a small model on one device; each row of tokens counts up by a constant, modulo 512."""
     import jax
     import numpy as np
 
@@ -190,7 +190,7 @@ def fields_of(recipe: str, fields: dict[str, Any]) -> list[str]:
 
 
 def bench(case: Case, *arguments: str, **environment: str) -> dict[str, Any]:
-    """launch.bench's row with section and label, or with `error`, its last line."""
+    """launch.bench's row with section and label; if it fails, only these two and `error`, the reason."""
     length = ("--rounds=2", "--steps=2", "--warmup=1") if ON_SMOKE.value else ("--rounds=3", "--steps=10", "--warmup=5")
     torch = ("--torch_python=" + TORCH_PYTHON.value,)
     argv = [*fields_of(case.recipe, case.fields), *length, *torch, *case.arguments, *arguments]
@@ -295,7 +295,7 @@ def print_loop(row: dict[str, Any]) -> None:
 
 def profile() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        # Kernels inside a captured graph do not name their operation.
+        # In a trace, kernels inside a CUDA graph do not name their operation.
         xla_flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer=".strip()
         case = Case("profile", "GPT-2 124M, no CUDA graphs", GPT2, {})
         row = bench(case, f"--trace={folder}", XLA_FLAGS=xla_flags)
@@ -303,10 +303,10 @@ def profile() -> dict[str, Any]:
 
 
 def shares(folder: pathlib.Path) -> dict[str, float]:
-    """Parts of the traced time, by what the device did; they add up to 1 with `gaps`, when it did nothing.
+    """Fractions of the traced time by category; with `gaps`, when the device did nothing, they add up to 1.
 
     Args:
-      folder: of launch.bench --trace.
+      folder: the one that launch.bench --trace wrote.
     """
     category = categories((folder / "step.hlo.txt").read_text())
     seconds: dict[str, float] = collections.defaultdict(float)
@@ -366,7 +366,7 @@ FUSED_ATTENTION = re.compile(r"fmha|flash|sdpa", re.IGNORECASE)
 
 
 def category_of_kernel(name: str) -> str:
-    """The category of a kernel that names no operation."""
+    """The category of a kernel that does not name its operation."""
     if FUSED_ATTENTION.search(name):
         return "attention"
     return "weight products" if PRODUCT.search(name) else "not attributed"
@@ -417,7 +417,7 @@ def stack_files(hlo: str) -> Callable[[int], list[str]]:
         while frame in frames:
             location = locations.get(number(frames[frame], "file_location_id"), "")
             found.append(pathlib.Path(names.get(number(location, "file_name_id"), "").strip('"')).name)
-            frame = number(frames[frame], "parent_frame_id") - 1  # one more than the parent's, 1 for none
+            frame = number(frames[frame], "parent_frame_id") - 1  # the field is the parent's id + 1, or 1 for none
         return found
 
     return files
@@ -453,7 +453,7 @@ def main(argv: list[str]) -> None:
                 f.write(json.dumps(row) + "\n")
 
     selected = [case for case in cases() if case.section in SELECTED.value]
-    if ON_SMOKE.value:  # one of a kind: each takes a compilation
+    if ON_SMOKE.value:  # one case of a section: each takes a compilation
         selected = list({case.section: case for case in selected}.values())
     measures: list[Callable[[], dict[str, Any]]] = [functools.partial(bench, case) for case in selected]
     measures += [{"loop": loop, "profile": profile}[name] for name in ("loop", "profile") if name in SELECTED.value]
@@ -466,7 +466,7 @@ def main(argv: list[str]) -> None:
     report(rows)
     if left_out:
         print(f"\n{left_out} case(s) did not start within {MINUTES.value} minutes.")
-    # What does not fit a device is a finding; a loss that is wrong is a failure.
+    # A case that does not fit a device is a finding; a wrong loss is a failure.
     sys.exit(any("exit 4" in row.get("error", "") for row in rows))
 
 

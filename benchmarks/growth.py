@@ -1,8 +1,8 @@
-"""Time and memory of a preparation against the size of an input that is hard in one way. Prints a Markdown table.
+"""How time and memory of a preparation grow with an input that is hard in one way. Prints a Markdown table.
 
   python -m benchmarks.growth [--only=lines,run] [--gb=10]
 
-Each row is the real command on inputs of 1, 10 and 100 times a size. Slopes are log-log, over the last factor of ten: 1
+Each row runs launch.prepare on inputs of 1, 10 and 100 times a size. Slopes are log-log, over the last factor of ten: 1
 is linear; start-up time is subtracted. With --gb a text of that size with a problem every 7,000 lines is prepared,
 interleaved with the same text without problems, and CPU time is compared as well as wall time.
 """
@@ -102,7 +102,7 @@ def packed(path: pathlib.Path, megabytes: int) -> list[str]:
 
 
 def metaspace(path: pathlib.Path, megabytes: int) -> list[str]:
-    """A tokenizer that tiktoken does not run, on one long text."""
+    """One long text, and a tokenizer that tiktoken cannot run."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -131,7 +131,7 @@ ROWS: dict[str, tuple[str, Write, int]] = {
 
 
 def prepare(out: pathlib.Path, arguments: list[str]) -> tuple[float, float]:
-    """Seconds and GiB of the real command."""
+    """Runs launch.prepare; returns its seconds and its peak GiB."""
     argv = [sys.executable, "-m", "launch.prepare", f"--out={out}", "--overwrite", *arguments]
     start = time.perf_counter()
     process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -157,7 +157,7 @@ def grown(name: str, write: Write, size: int, started: float) -> str:
 
 
 def compared(gigabytes: float) -> None:
-    """Clean and problematic lines, interleaved."""
+    """Prepares clean and problematic lines, interleaved, and prints how long each takes."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "input"
         clock: dict[bool, list[float]] = {False: [], True: []}
@@ -175,7 +175,7 @@ def compared(gigabytes: float) -> None:
 
 
 def _processor_seconds() -> float:
-    """Of all commands that have ended."""
+    """CPU seconds of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

@@ -1,4 +1,4 @@
-"""Long texts without a place to split: time of tokenizers against size. Prints one Markdown table.
+"""How the time of tokenizers grows with long texts that have no place to split. Prints one Markdown table.
 
   python -m benchmarks.long_texts [--small=40000] [--factor=100]
 

@@ -1,4 +1,4 @@
-"""Memory of a command and its processes, sampled."""
+"""Samples the memory of a command and its child processes."""
 
 import pathlib
 import threading

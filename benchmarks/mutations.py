@@ -3,11 +3,11 @@
   python -m benchmarks.mutations [--only=dropout,loader] [--minutes=10] [--list]
 
 Each fault replaces one piece of text in a copy of the repository, which lies in a temporary folder; this checkout is
-never changed. Then the tests that should notice it run there, fast ones only, up to the first failure. Before that the
+never changed. Then those fast tests run there that should notice the fault, up to the first failure. Before that the
 same tests run without the fault, because a test that fails anyway proves nothing. A fault is killed if a test fails; if
 all pass, it survived, and a test is missing.
 
-Exit codes: 0 all faults were killed, 1 one was not, or could not be tried, 2 no fault has such a name.
+Exit codes: 0 all faults were killed, 1 a fault was not killed, or could not be tried, 2 no fault has such a name.
 """
 
 import argparse
@@ -253,10 +253,10 @@ FAULTS = [
 
 
 def apply(root: pathlib.Path, one: Fault) -> str:
-    """Puts the fault into its file below `root`; returns what was there.
+    """Puts the fault into its file below `root`; returns the text that the file had.
 
     Raises:
-      ValueError: the old text is not there exactly once.
+      ValueError: the old text does not occur exactly once.
     """
     path = root / one.file
     text = path.read_text()
@@ -282,7 +282,7 @@ def copy_of(root: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def run_tests(root: pathlib.Path, tests: tuple[str, ...], limit_s: float) -> tuple[str, str]:
     """('passed', ''), ('failed', the first test that failed and its error), or (why neither is known, '')."""
-    # No .pyc: it would be taken for that of a file which changed within a second and kept its size.
+    # No .pyc is written: Python would reuse it for a file that changed within a second and kept its size.
     environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "250"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *tests]
     try:
@@ -299,7 +299,7 @@ def run_tests(root: pathlib.Path, tests: tuple[str, ...], limit_s: float) -> tup
 
 
 def verdict(root: pathlib.Path, one: Fault, limit_s: float) -> tuple[str, str]:
-    """(KILLED, by which test), (SURVIVED, ''), or (why neither is known, ''); `root` is as before in the end."""
+    """(KILLED, by which test), (SURVIVED, ''), or (why neither is known, ''); restores `root` at the end."""
     try:
         before = apply(root, one)
     except (ValueError, OSError) as e:
@@ -338,7 +338,7 @@ def main(argv: list[str]) -> int:
     print("| fault | file | | first failure | s |\n|---|---|---|---|---|")
     counts: collections.Counter[str] = collections.Counter()
     limit_s = 60 * given.minutes
-    sound: dict[tuple[str, ...], tuple[str, str]] = {}  # by tests: how they end without a fault
+    sound: dict[tuple[str, ...], tuple[str, str]] = {}  # maps tests to how they end without a fault
     with copy_of(ROOT) as copy:
         for one in faults:
             if one.tests not in sound:

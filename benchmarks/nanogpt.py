@@ -1,10 +1,10 @@
-"""The train step beside nanoGPT's and the machine's best matrix product rate: one run, interleaved.
+"""Compare the train step with nanoGPT's and with the machine's best rate of matrix products, interleaved in one run.
 
   python -m benchmarks.nanogpt --nanogpt=CLONE --torch_python=PYTHON_WITH_TORCH [--size=large] [--rounds=10]
 
 small: 4 layers, 4 heads, 128 wide, T = 64, batch 12; large: 6, 6, 384, T = 256, batch 8; no dropout. In float32 nanoGPT
-runs its own model and AdamW, eagerly and by torch.compile, without its data loading; ours runs with its loader. FLOPs
-are 6 N + 12 L H Q T per token for each (N without positions).
+runs its own model and AdamW, eagerly and by torch.compile, without its data loading; our step runs with our loader.
+FLOPs are 6 N + 12 L H Q T per token for each model (N excludes positions).
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from trainer.config import Config  # isort: skip
 NANOGPT = flags.DEFINE_string("nanogpt", None, "A clone of nanoGPT.", required=True)
 TORCH_PYTHON = flags.DEFINE_string("torch_python", "python3", "A Python that has torch.")
 SIZE = flags.DEFINE_enum("size", "small", ["small", "large"], "Of nanoGPT's shakespeare_char recipes.")
-STEPS = {"small": 20, "large": 2}  # a round; --rounds is of benchmarks.train
+STEPS = {"small": 20, "large": 2}  # steps of a round; benchmarks.train defines --rounds
 
 PEER = """
 import sys, time, torch

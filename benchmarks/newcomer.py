@@ -2,7 +2,7 @@
 
   python -m benchmarks.newcomer --source=tinyshakespeare
 
-Every row runs the real commands as processes. Prints a table; docs/performance.md has the peers beside it.
+Every row runs the real commands as processes. Prints a table; docs/performance.md compares it with its peers.
 Installation is timed separately: rm -rf .venv; time make .venv/.installed; du -sm .venv; .venv/bin/pip list | wc -l.
 """
 
@@ -42,7 +42,7 @@ def rows(folder: pathlib.Path, run: str) -> list[dict]:
 
 
 def until(folder: pathlib.Path, run: str, count: int) -> tuple[subprocess.Popen, float]:
-    """A started run that has written `count` rows, and the seconds that took."""
+    """Starts a run; returns it once it has written `count` rows, with the seconds that this took."""
     start = time.perf_counter()
     argv = [sys.executable, "-m", *train_command(folder, run)]
     process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL)

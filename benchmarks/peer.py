@@ -27,7 +27,7 @@ class Spec:
     num_heads: int
     head_dim: int
     mlp_dim: int
-    vocab_size: int  # ids are below it
+    vocab_size: int  # token ids are below this
     padded_vocab_size: int  # rows of the embedding and the head
     seq_len: int
     rows: int  # sequences of one forward pass

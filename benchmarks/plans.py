@@ -2,7 +2,7 @@
 
   python -m benchmarks.plans [--only=llama_1b]
 
-`make plans` runs it. Each plan is made by its own process of launch.plan, in a minute or more on two CPU cores.
+`make plans` runs this. Each plan is made by its own process of launch.plan, in a minute or more on two CPU cores.
 tests/configs_test.py compares headers and recipes with docs/plans.json, and tests/plan_test.py compares plans of small
 machines with fresh compilations.
 """
@@ -90,7 +90,7 @@ def machine_of(plan: dict[str, Any]) -> str:
 
 
 def header(name: str, plans: list[dict[str, Any]]) -> str:
-    """The lines of a recipe's docstring about its plans; '' for none."""
+    """The lines of a recipe's docstring about its plans; '' if there are none."""
     of_recipe = [p for p in plans if p["recipe"].split(":")[0] == name]
     if not of_recipe:
         return ""

@@ -2,8 +2,8 @@
 
   python -m benchmarks.reliability [--kill_minutes=8] [--only=save,stall]
 
-Uses two processes on loopback if a case needs two; one process and a model of 10 M parameters, whose checkpoints have
-120 MB, for the cost of a save. Seconds are those of this machine; ratios are taken within one run.
+Cases that need two processes use two on loopback; the cost of a save is measured with one process and a model of 10 M
+parameters, whose checkpoints have 120 MB. Seconds are those of this machine; ratios are taken within one run.
 """
 
 import functools
@@ -40,7 +40,7 @@ LARGER = {
 
 
 def start(run: pathlib.Path, data: pathlib.Path, size: int, *words: str, **fields: object) -> list:
-    """The processes of a run, once its first steps are done."""
+    """Starts the processes of a run; returns them once its first steps are done."""
     values = {"num_train_steps": 1_000_000, "checkpoint__every_steps": 50, "eval__every_steps": 0} | fields
     address = f"--coordinator_address=localhost:{runs.free_port()}"
     processes = []
@@ -56,7 +56,7 @@ def start(run: pathlib.Path, data: pathlib.Path, size: int, *words: str, **field
 
 
 def leaving(processes: list, act: Callable[[], None], who: list) -> float:
-    """Seconds from `act` until the processes `who` have ended; then ends all."""
+    """Calls `act`; returns the seconds until the processes `who` have ended, and ends all processes."""
     began = time.monotonic()
     act()
     for process in who:
@@ -121,7 +121,7 @@ def save_and_restore(folder: pathlib.Path) -> dict[str, str]:
         stall = checkpoints.save(step, state, {"samples": 0})
         assert checkpoints.wait()
         whole = time.perf_counter() - began
-        time.sleep(0.5)  # waits for deletions; a save computes its checksums before it writes
+        time.sleep(0.5)  # lets deletions end; a save computes its checksums before it writes
         began = time.perf_counter()
         checksums(items)
         times.append((stall, whole, time.perf_counter() - began))
@@ -158,7 +158,7 @@ def stall(folder: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
 
 
 def goodput(folder: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
-    """The supervisor restarts the run after each kill; timed saves, every half minute."""
+    """Kills the run every two minutes; the supervisor restarts it. The run saves every half minute."""
     run = folder / "kills"
     fields = {k.replace(".", "__"): v for k, v in LARGER.items()}
     values = {"num_train_steps": 1_000_000, "checkpoint__every_steps": 0, "checkpoint__every_minutes": 0.5} | fields

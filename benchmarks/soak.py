@@ -6,7 +6,7 @@ Faults come at random moments: SIGKILL, SIGSTOP and signals to one or all proces
 full disk, flipped bits and missing files in the newest checkpoint, a second job on the same run. At each restart the
 two devices belong to two processes or to one. What must hold: every attempt ends in time, with a code that allows a
 restart; the losses of every step are those of the undisturbed run, bit for bit. Prints a table; exit code 1 if
-something did not hold. The undisturbed run takes extra time, as long as the same steps.
+something did not hold. The undisturbed run takes extra time: as long as the same number of steps.
 """
 
 import collections
@@ -71,7 +71,7 @@ class Attempt:
         return time.monotonic() - start
 
     def leave(self, *, within_s: float = LEAVE_S) -> float:
-        """Seconds until all processes are gone; Broken if one stays, or leaves with a code that forbids a restart."""
+        """Seconds until all processes are gone; raises Broken if one stays, or if its exit code forbids a restart."""
         start = time.monotonic()
         for process in self.processes:
             try:
@@ -162,7 +162,7 @@ def ask_to_stop(attempt: Attempt, dice: random.Random) -> None:
 
 
 def freeze_one(attempt: Attempt, dice: random.Random) -> None:
-    """The others must exit by themselves; then the frozen one continues and must notice."""
+    """Freezes a process: the others must exit by themselves; then the frozen one continues, and must exit, too."""
     frozen = dice.choice(attempt.processes)
     frozen.send_signal(signal.SIGSTOP)
     for process in attempt.processes:
@@ -171,7 +171,7 @@ def freeze_one(attempt: Attempt, dice: random.Random) -> None:
                 process.wait(LEAVE_S)
             except subprocess.TimeoutExpired:
                 raise Broken("the others did not notice a frozen process", attempt) from None
-    if len(attempt.processes) == 1:  # there are no others: it just continues
+    if len(attempt.processes) == 1:  # there are no others: the process just continues
         time.sleep(2)
     frozen.send_signal(signal.SIGCONT)
     if len(attempt.processes) == 1:
@@ -179,7 +179,7 @@ def freeze_one(attempt: Attempt, dice: random.Random) -> None:
 
 
 def full_disk(attempt: Attempt, dice: random.Random) -> None:
-    """Saves fail for a while, and the run continues."""
+    """Makes the disk full for a while: saves fail, and the run must continue."""
     before = last_step(attempt.run)
     with runs.quota(*attempt.processes):
         time.sleep(dice.uniform(1, 3))
@@ -202,7 +202,7 @@ def second_job(attempt: Attempt, dice: random.Random) -> None:
 
 
 def newest_of_two(attempt: Attempt, dice: random.Random) -> pathlib.Path:
-    """Ends the attempt once it has two checkpoints; returns the newest. With no older one a restart exits with 3."""
+    """Ends the attempt once it has two checkpoints; returns the newest. With only one, a restart would exit with 3."""
     deadline = time.monotonic() + START_S
     while len(committed(attempt.run)) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -260,7 +260,7 @@ def soak(run: pathlib.Path, data: pathlib.Path, scratch: pathlib.Path, dice: ran
                 ask_to_stop(attempt, dice)
                 attempt.leave()
                 return counts
-            if not deck:  # each fault once before one repeats
+            if not deck:  # every fault occurs once before one repeats
                 deck = dice.sample(FAULTS, len(FAULTS))
             chosen = deck.pop()
             fault = chosen.__name__
@@ -282,7 +282,7 @@ def resumed_after(attempt: Attempt) -> int:
 
 
 def wait_for_resume(attempt: Attempt, fault: str) -> float:
-    """Seconds from the start to the first step of this attempt."""
+    """Seconds until the output says that the run resumes or, without an earlier fault, that a new run begins."""
     start = time.monotonic()
     while True:
         text = attempt.outputs[0].read_text(errors="replace")
@@ -294,7 +294,7 @@ def wait_for_resume(attempt: Attempt, fault: str) -> float:
 
 
 def differing(run: pathlib.Path, reference: pathlib.Path) -> tuple[int, list[str]]:
-    """Rows compared, and those that are not the same."""
+    """The number of rows compared, and the rows that differ."""
     last = last_step(reference)
     ours, theirs = ([row for row in runs.losses(folder) if is_compared(row, last)] for folder in (run, reference))
     pairs = itertools.zip_longest(ours, theirs)

@@ -67,7 +67,7 @@ class Stepper:
         self.run(1)
 
     def run(self, steps: int) -> float:
-        """Seconds a step."""
+        """Seconds per step."""
         start = time.perf_counter()
         for _ in range(steps):
             self.state, metrics = self.step(self.state, next(self.batches), np.uint32(0))
@@ -76,7 +76,7 @@ class Stepper:
 
 
 def loader_tokens_per_s(folder: pathlib.Path, seq_len: int = 1024, rows: int = 512) -> float:
-    """Tokens gathered per second from 1 GiB of uint16, warm: host memory to host memory, including the order."""
+    """Tokens gathered per second from 1 GiB of uint16 in the page cache into host memory, including the order."""
     path = folder / "big-00000.bin"
     np.random.default_rng(0).integers(0, 1 << 16, size=1 << 29, dtype=np.uint16).tofile(path)
     shard = formats.Shard(path.name, 1 << 29, "")

@@ -2,8 +2,8 @@
 
   python -m benchmarks.weak_scaling [--config=configs/llama_8b.py] [--rows=2] [--sizes=2x2x2,4x4x4,8x8x8,16x16x16]
 
-Each size is compiled, which takes a minute or two on two CPU cores: bytes and memory are the compiler's, times the
-roofline's. Parameters are sharded over at most --max_fsdp chips; further chips are replicas.
+Each size is compiled, which takes a minute or two on two CPU cores: bytes and memory are the compiler's figures, times
+are the roofline's. Parameters are sharded over at most --max_fsdp chips; further chips are replicas.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
 
         state = sum(p.memory[part] for part in ("parameters", "optimizer", "gradients")) / GIB
         first, second = sorted(p.seconds, key=lambda name: -p.seconds[name])[:2]
-        over_data = sent("data") + sent("data", "fsdp")  # a sum over both is one of full gradients
+        over_data = sent("data") + sent("data", "fsdp")  # a sum over both axes is one of full gradients
         cells = (
             f"{chips:,}", f"data {mesh.data} x fsdp {fsdp}", f"{p.peak / GIB:.1f}", f"{state:.2f}",
             f"{sent('fsdp'):.2f}", f"{over_data:.2f}", f"{config.tokens_per_step:,}", f"{p.step_s:.2f} s",

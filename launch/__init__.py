@@ -5,10 +5,10 @@ import sys
 
 
 def _put_the_current_folder_last() -> None:
-    """`python -m` searches it first, and would take a model.py or random.py there for ours or Python's."""
+    """`python -m` puts that folder first, so a model.py or random.py there would shadow our module or Python's."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and sys.path[0] != root:
-        here = sys.path[0]  # also in an empty part of PYTHONPATH
+        here = sys.path[0]  # an empty part of PYTHONPATH means the same folder
         sys.path[:] = [root, *(path for path in sys.path if path not in (here, "")), here]
 
 
@@ -24,14 +24,14 @@ INTERRUPTED_LINE = "interrupted; the same command resumes the work if it can be 
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Ctrl-C while a command is still importing also ends in one line; later cli.run does that."""
+    """Ends in one line after Ctrl-C while a command is still importing; later cli.run handles Ctrl-C."""
     if issubclass(kind, KeyboardInterrupt):
         _leave()
     sys.__excepthook__(kind, error, trace)
 
 
 def _unraisablehook(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Ctrl-C while Python deletes an object: it would print a traceback and ignore the request."""
+    """Handles Ctrl-C while Python deletes an object: Python would print a traceback and ignore the Ctrl-C."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         _leave()
     sys.__unraisablehook__(unraisable)

@@ -3,9 +3,9 @@
   python -m launch.bench --config=configs/gpt2_124m.py [--steps=20] [--warmup=3] [--rounds=5] [--trace=DIR]
                          [--peer [--torch_python=PYTHON]] [--config.section.field=value ...]
 
-A round is --steps steps, and only its end waits for the devices; medians are over rounds, and the state is donated as
-in training. Numbers are printed only if the first loss is that of an untrained model and all losses are finite. With
---peer, a plain GPT in PyTorch (benchmarks/peer.py) takes turns with ours, a round each, on one device. Without
+A round is --steps steps, with one wait for the devices, at its end; medians are over rounds, and the state is donated
+as in training. Numbers are printed only if the first loss is that of an untrained model and all losses are finite. With
+--peer, a plain GPT in PyTorch (benchmarks/peer.py) alternates with our model, round by round, on one device. Without
 config.model.vocab_size the vocabulary has 50304 tokens, and the row says so.
 
 Several processes find each other on TPU pods and under Slurm or Open MPI; process 0 prints.
@@ -55,7 +55,7 @@ def main() -> None:
         check_peer()
     malloc.tune_allocator()
     runtime.use_gpu_memory()
-    if PEER.value:  # two programs on one device: JAX would take most of its memory at once
+    if PEER.value:  # two programs share the device, and JAX would take most of its memory at once
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     environment.load_jax()
     import jax
@@ -128,7 +128,7 @@ class Bench:
     """The compiled train step, its state and a batch.
 
     Attributes:
-      losses: of all steps so far.
+      losses: the losses of all steps so far.
       compile_s: seconds from tracing the function to the executable.
     """
 
@@ -206,7 +206,7 @@ class Bench:
 
 
 def rounds(bench: Bench, peer: "Peer | None") -> tuple[list[float], list[float]]:
-    """Seconds per step in each round, ours and the peer's, in turns."""
+    """Seconds per step in each round, of our step and of the peer's; their rounds alternate."""
     bench.run(WARMUP.value)
     check_losses(bench.config, bench.losses)
     if peer is not None:
@@ -220,8 +220,8 @@ def rounds(bench: Bench, peer: "Peer | None") -> tuple[list[float], list[float]]
 
 
 def expected_first_loss(config: Config) -> float:
-    """ln V + embed_dim std² / 2 for random targets: a head of standard deviation std gives a normalised stream normally
-    distributed logits, and the mean of their exp is exp of half their variance."""
+    """ln V + embed_dim std² / 2 for random targets: a head of standard deviation std turns a normalised stream into
+    normally distributed logits, and the mean of their exp is exp of half their variance."""
     return math.log(config.model.vocab_size) + config.model.embed_dim * config.model.init_std**2 / 2
 
 
@@ -279,7 +279,7 @@ def check_peer() -> None:
 
 def peer_spec(config: Config, devices: int) -> dict[str, Any]:
     """benchmarks/peer.py's Spec: our sizes, the rows of one of our `devices`, and a feed-forward width with which the
-    matrices of a layer are as large as ours."""
+    matrices of a layer are as large as in our model."""
     model, width = config.model, config.model.num_heads * config.model.head_size
     layer = flops.attention_params(model) + flops.mlp_params(model)
     return {
@@ -302,10 +302,10 @@ def peer_spec(config: Config, devices: int) -> dict[str, Any]:
 
 
 class Peer:
-    """benchmarks/peer.py in its own process, which waits while ours is timed.
+    """benchmarks/peer.py in its own process, which waits while our step is timed.
 
     Attributes:
-      about: torch's version, the device, whether it is compiled, and the number of parameters.
+      about: torch's version, the device, whether the model is compiled, and the number of parameters.
       losses: the last loss of each round.
     """
 
@@ -327,7 +327,7 @@ class Peer:
         return json.loads(line)
 
     def run(self, steps: int) -> float:
-        """Seconds per step. Raises Diverged if its loss is not finite."""
+        """Seconds per step. Raises Diverged if the peer's loss is not finite."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{steps}\n")
         self.process.stdin.flush()

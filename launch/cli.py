@@ -50,7 +50,7 @@ def run(main: Callable[..., int | None], arguments: int = 0, *, restarted: bool 
     Ctrl-C ends in one line and 130, except in launch.train, which handles the signal. With several processes any
     other exception ends this process at once: JAX's shutdown barrier would wait for processes that wait for this one.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if the parent ignores it, no exit code of a child can be read
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if the parent ignores SIGCHLD, children have no exit code
     _fill_closed_streams()
     _escape_unprintable()
     _log_to_console()
@@ -117,7 +117,7 @@ def _call(main: Callable[..., int | None], arguments: Sequence[str], restarted: 
 
 
 class Ended(KeyboardInterrupt):
-    """A signal asks this process to end; it ends as by Ctrl-C."""
+    """Raised when a signal asks this process to end, which then ends as it does by Ctrl-C."""
 
     def __init__(self, number: int):
         super().__init__()
@@ -182,7 +182,7 @@ def _exit(code: int, wait: bool = True) -> NoReturn:
 
 
 def _discard(stream: TextIO) -> None:
-    """Sends pending and later output of a closed pipe or terminal to /dev/null, so that it is not an error."""
+    """Sends pending and later output of a closed pipe or terminal to /dev/null, so that writing it is not an error."""
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
 
@@ -252,7 +252,7 @@ def _without_closed_loops(hook: Callable[..., object]) -> Callable[..., object]:
 
 
 class _Parser(flags.ArgumentParser[Any]):
-    """A flag whose value `parse` makes from text."""
+    """Parses the text of a flag with the function `parse`."""
 
     def __init__(self, parse: Callable[[str], Any], kind: str = "path"):
         self._parse = parse

@@ -1,10 +1,10 @@
-"""Weights in and out: from a folder of Hugging Face to a run at step 0, and from a run to such a folder.
+"""Convert weights: a Hugging Face folder or a GGUF file becomes a run at step 0, or a run becomes such a folder.
 
   python -m launch.convert --from_hf=DIR --workdir=RUN            (or --from_gguf=FILE)
   python -m launch.convert --workdir=RUN --to_hf=DIR [--step=N] [--dtype=bfloat16]
 
 DIR has config.json and .safetensors files; families: docs/models.md. RUN can be sampled from and evaluated at once, and
-trained with --config.init_from=RUN. What is written is read back before it gets its name; a target that exists is
+trained with --config.init_from=RUN. Output is read back and checked before it gets its name; a target that exists is
 refused. Exit codes: 0 done, 2 flags or a model that is not supported, 3 files that are damaged or cannot be written.
 """
 
@@ -42,7 +42,7 @@ def main() -> int:
 
 
 def read() -> int:
-    """From --from_hf or --from_gguf to a run in --workdir."""
+    """Converts --from_hf or --from_gguf to a run in --workdir."""
     start, workdir = time.monotonic(), pathlib.Path(inference.WORKDIR.value)
     malloc.tune_allocator()
     environment.load_jax()
@@ -61,7 +61,7 @@ def read() -> int:
 
 
 def write() -> int:
-    """From the run in --workdir to --to_hf."""
+    """Exports the run in --workdir to --to_hf."""
     start, target = time.monotonic(), pathlib.Path(TO_HF.value)
     if target.exists():
         raise ConfigError(f"{target} exists; name a folder that does not")

@@ -42,11 +42,11 @@ def initialize(
       heartbeat_s: a process without a heartbeat for this long counts as dead, and the others exit.
 
     Returns:
-      The number of processes by this process's settings. JAX uses that of the coordinator, so the two must be compared.
+      The number of processes in this process's settings. JAX uses the coordinator's number, so compare the two.
 
     Raises:
-      ConfigError: only some of the flags, or impossible values; another run or program uses the port; the environment
-        has several processes, but not how to join them.
+      ConfigError: only some of the flags are given, or a value is impossible; another run or program uses the port; the
+        environment mentions several processes, but not how to join them.
       Stopped: the coordinator cannot be reached.
     """
     given = (coordinator_address, num_processes, process_id)
@@ -56,7 +56,7 @@ def initialize(
         _host_and_port(coordinator_address)
     local_device_ids = None
     if coordinator_address is None:
-        # JAX's own detection, called by itself so that the coordinator can be tried before JAX, which would abort.
+        # Calls JAX's own detection separately, to try the coordinator before JAX does, which would abort on failure.
         from jax._src.clusters import ClusterEnv
 
         coordinator_address, num_processes, process_id, local_device_ids = (
@@ -79,8 +79,8 @@ def initialize(
                 num_processes,
                 process_id,
                 local_device_ids,
-                cluster_detection_method="deactivate",  # otherwise Slurm's variables would add devices to our flags
-                initialization_timeout=2 * timeout_s,  # ours ends with a message, JAX's with SIGABRT
+                cluster_detection_method="deactivate",  # otherwise Slurm's variables would choose the devices
+                initialization_timeout=2 * timeout_s,  # our limit ends with a message, JAX's with SIGABRT
                 heartbeat_timeout_seconds=heartbeat_s,
                 shutdown_timeout_seconds=timeout_s,
             )
@@ -128,7 +128,7 @@ COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE
 
 
 def _check_single() -> None:
-    """Raises ConfigError if the environment says that this is one of several processes: it would train by itself."""
+    """Raises ConfigError if the environment mentions several processes: this one would train by itself."""
     # A step of a job (srun) may have fewer tasks than the job.
     slurm = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS"
     flags = "--coordinator_address=HOST:PORT --num_processes=N --process_id=I to each"
@@ -146,14 +146,14 @@ def _check_single() -> None:
 def _bypass_proxies(host: str) -> None:
     """Excludes the coordinator from the environment's proxies, which gRPC would use and which cannot reach it."""
     if any(name.lower().endswith("_proxy") for name in os.environ):
-        jax.config.update("jax_check_proxy_envs", False)  # it warns about what is solved here
+        jax.config.update("jax_check_proxy_envs", False)  # JAX warns about what is solved here
         usual = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
         before = {name: os.environ.get(name) or usual for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy")}
         os.environ |= {name: ",".join(filter(None, (value, host))) for name, value in before.items()}
 
 
 class _WaitMessage:
-    """Logs from time to time what this process waits for, and why."""
+    """Logs from time to time what this process waits for, and for what reason."""
 
     def __init__(self, what: str, timeout_s: float):
         self._what = what
@@ -174,10 +174,10 @@ def _progress_s(timeout_s: float) -> float:
 
 @contextlib.contextmanager
 def _limit(what: str, timeout_s: float, advice: Callable[[], str]) -> Iterator[None]:
-    """Logs that it waits, and ends the process at the limit with a message; JAX would abort without one.
+    """Logs that this process waits, and ends it at the limit with a message; JAX would abort without a message.
 
     Args:
-      advice: what the user should do then; '' if the wait is over.
+      advice: what the user should do at the limit; '' if the wait is over.
     """
     done, started = threading.Event(), time.monotonic()
 

@@ -1,9 +1,9 @@
-"""Checks environment variables of JAX and XLA like flags: values that would train another run, or none, are refused.
+"""Checks environment variables of JAX and XLA like flags: values that would change or prevent a run are refused.
 
 Options that affect the numerics have a fixed value here, so that the configuration determines a run. They are recorded
-in environment.json all the same, with the ones that users may set by a variable: flags of XLA and its libraries, and
-the precision of matrix products, for which trainer/xla_options.py has the default. These must be the same on
-all processes; if they differ from the attempt before, a line says so.
+in environment.json nevertheless, with the options that users may set by a variable: flags of XLA and its libraries, and
+the precision of matrix products, for which trainer/xla_options.py has the default. All recorded values must be the same
+on all processes; if they differ from those of the attempt before, a line says so.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ NEUTRAL = re.compile("dump|_cache_(dir|file)$|^--xla_force_host_platform_device_
 
 
 def load_jax() -> None:
-    """Imports JAX. Raises ConfigError if an environment variable is wrong for it, or for us."""
+    """Imports JAX. Raises ConfigError if an environment variable has a value that JAX or we refuse."""
     try:
         import jax  # noqa: F401
     except ValueError as e:
@@ -78,18 +78,18 @@ def option_of_jax(name: str, default: Any = None) -> Any:
     """The value of an option; the default if this version of JAX has no option of that name."""
     import jax
 
-    value = getattr(jax.config, name, jax.config.values.get(name, default))  # some are only in `values`
+    value = getattr(jax.config, name, jax.config.values.get(name, default))  # some options are only in `values`
     return getattr(value, "value", value)
 
 
 def numbers() -> dict[str, Any]:
-    """What the numerics of a run depend on besides its configuration, for environment.json."""
+    """The settings besides the configuration that a run's numerics depend on, for environment.json."""
     found = {name: _plain(option_of_jax(name)) for name in (*NUMBERS, *CHOSEN)}
     return found | {name: _given(name) for name in VARIABLES}
 
 
 def compared(numbers: dict[str, Any]) -> dict[str, Any]:
-    """Normalized, so that they differ only if the numerics may: flags sorted by name, without neutral ones."""
+    """A form that differs only if the numerics may differ: flags are sorted by name, and neutral ones left out."""
     return {name: _flags(str(value)) if name in FLAGS else value for name, value in numbers.items()}
 
 
@@ -98,7 +98,7 @@ def _plain(value: Any) -> Any:
 
 
 def _given(name: str) -> str:
-    """The value of a variable. If XLA_FLAGS names a file, its text, which may change until the next attempt."""
+    """The value of a variable; if XLA_FLAGS names a file, the text of that file, which may change between attempts."""
     text = os.environ.get(name, "")
     if name == "XLA_FLAGS" and text and not text.lstrip().startswith("-"):
         with contextlib.suppress(OSError, ValueError):  # XLA has read the file, but it was deleted since
@@ -114,7 +114,7 @@ def _flags(text: str) -> str:
 
 
 def changes(run: pathlib.Path) -> str:
-    """How this attempt differs from the one before, by environment.json; '' if it does not, or if that is not known."""
+    """How this attempt differs from the one in environment.json; '' if it does not differ, or if that is not known."""
     try:
         before = compared(json.loads((run / "environment.json").read_text())["numbers"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -125,7 +125,7 @@ def changes(run: pathlib.Path) -> str:
 
 
 def _check_xla_flags() -> None:
-    """XLA ends the process on a wrong flag, with exit code 1, like a crash; so a child process parses them first."""
+    """Lets a child process parse XLA's flags first: a wrong flag ends the process with exit code 1, like a crash."""
     if not os.environ.get("XLA_FLAGS"):
         return
     if wrong := re.search(r"--xla_force_host_platform_device_count=(0+|-\d+)(?!\S)", os.environ["XLA_FLAGS"]):
@@ -153,7 +153,7 @@ OF_OTHERS = r"KeyValue\(\)|Barrier|[Cc]oordination ?[Ss]ervice|heartbeat|topolog
 
 
 def find_devices() -> None:
-    """Raises ConfigError if JAX_PLATFORMS names what is not installed here, Stopped if no device is available now."""
+    """Raises ConfigError if JAX_PLATFORMS names a platform that is not installed, Stopped if no device is available."""
     import jax
 
     try:

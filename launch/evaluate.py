@@ -2,9 +2,9 @@
 
   python -m launch.evaluate --workdir=runs/tiny [--step=1000] [--data_path=PATH] [--json]
 
-With --json, one object: step, tokens (trained on), val/loss (nats per token), val/perplexity, val/bits_per_byte (if
-the bytes of the text are known, which they are not for external token files). A loss that is not finite is null there,
-and the exit code is then 4.
+With --json it prints one object: step, tokens (trained on), val/loss (nats per token), val/perplexity and
+val/bits_per_byte (if the bytes of the text are known, which they are not for external token files). A loss that is not
+finite is null in the object. With or without --json such a loss ends in exit code 4.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ def measure() -> int:
     from trainer.reliability import identity
     from trainer.step import make_eval_step
 
-    config = dataclasses.replace(run.config.data, tokenizer_path="")  # not needed, and maybe missing
+    config = dataclasses.replace(run.config.data, tokenizer_path="")  # the tokenizer is not needed, and may be missing
     given = {"path": DATA_PATH.value, "val_path": VAL_PATH.value}
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     try:
@@ -49,7 +49,7 @@ def measure() -> int:
         raise ConfigError(f"{config.path} has no validation data; prepare it with --val_fraction above 0")
     batch = sharding.named(run.program.mesh, "batch")
     result = evaluate(make_eval_step(run.program), run.params, files, run.config, batch_sharding=batch, num_windows=0)
-    assert result is not None  # it cannot be interrupted here
+    assert result is not None  # evaluate returns None only when it is interrupted, which cannot happen here
     row = {"step": run.meta["step"], "tokens": run.tokens, **result}
     if inference.JSON.value:
         print(json.dumps({name: value if math.isfinite(value) else None for name, value in row.items()}))

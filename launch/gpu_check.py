@@ -1,9 +1,9 @@
-"""Report what keeps JAX from using this machine's GPUs, one line each, before training is started on them.
+"""Report what keeps JAX from using this machine's GPUs, one problem per line, before a training is started on them.
 
   python -m launch.gpu_check
 
-Checks the wheels, the driver, memory taken by other programs, and the links between the GPUs; does not load JAX.
-Exit codes: 0 if all is well, or only slower than it could be (warnings); 2 if it would not work.
+It checks the wheels, the driver, memory taken by other programs, and the links between the GPUs, without loading JAX.
+Exit codes: 0 if training would work, even if slower than it could be (warnings); 2 if it would not work.
 """
 
 import ctypes
@@ -195,7 +195,7 @@ def to_be_used(listed: list[Gpu]) -> list[Gpu]:
 
 
 def check_memory(report: Report, gpus: list[Gpu]) -> None:
-    """JAX allocates its share of a GPU at start, and fails if that is not free."""
+    """Checks that enough memory is free: JAX allocates its share of a GPU at start, and fails if less is free."""
     setting = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "")
     fraction = float(setting) if re.fullmatch(r"0?\.\d+|1(\.0*)?", setting) else GPU_FRACTION
     taken = [gpu for gpu in gpus if gpu.used_mib > (1 - fraction) * gpu.total_mib]

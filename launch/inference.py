@@ -15,7 +15,7 @@ from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.reliability import run_directory
 
-if TYPE_CHECKING:  # imports JAX; a mistyped flag is reported without it
+if TYPE_CHECKING:  # these import JAX; a mistyped flag is reported before that
     from trainer.state import Program
 
 WORKDIR = cli.define_run_path("workdir", None, "Run directory of launch.train.")
@@ -35,13 +35,13 @@ class LoadedRun:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens that it was trained on."""
+        """The number of tokens that the parameters were trained on."""
         return self.meta["samples"] * self.config.data.seq_len
 
 
 @contextlib.contextmanager
 def memory_of_devices(advice: str) -> Iterator[None]:
-    """Reports too little memory of the devices in one line with `advice`. Raises ConfigError."""
+    """Turns an out-of-memory error of the devices into a ConfigError: one line that ends with `advice`."""
     try:
         yield
     except RuntimeError as e:  # the base class of JAX's errors
@@ -58,7 +58,7 @@ def open_run() -> LoadedRun:
         raise ConfigError("--workdir is missing; name a run directory of launch.train")
     path = pathlib.Path(WORKDIR.value)
     recorded = run_directory.read_config(path)
-    # The kernel that trained it may not exist on this machine.
+    # The attention kernel that the training used may not exist on this machine.
     config = dataclasses.replace(recorded, model=dataclasses.replace(recorded.model, attention="auto"))
 
     malloc.tune_allocator()

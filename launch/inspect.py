@@ -49,7 +49,7 @@ VOCAB_SIZE = flags.DEFINE_integer(
 CHECK = flags.DEFINE_bool("check", True, "Read and check every byte.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object, and nothing else on stdout.")
 
-EXCERPTS, EXCERPT_TOKENS = 3, 64  # shown of each split
+EXCERPTS, EXCERPT_TOKENS = 3, 64  # how much of each split is shown
 
 
 def main(path: str = "") -> int:
@@ -131,7 +131,7 @@ def excerpts(data: dataset.Dataset, split: str, tokenizer: Tokenizer | None) -> 
 
 
 def packed(index: packing.Index) -> dict[str, Any]:
-    """The report of a packing, of which every byte was checked."""
+    """The report of a packing whose bytes have all been checked."""
     fields = ("seq_len", "rows", "utilisation", "documents", "cut", "cut_by_windows")
     return {name: getattr(index, name) for name in fields}
 

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the scripts below launch/ share: messages, flags, settings, quoting, dry runs, retries. Sourced; runs nothing.
+# Shared by the scripts below launch/, which source it: messages, flags, settings, quoting, dry runs. It runs nothing.
 # Exit codes are those of docs/reliability.md: 2 for a mistake, 42 for "start me again".
 
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
@@ -153,8 +153,8 @@ act() { # WORD...
   fi
 }
 
-# Prints the value of --NAME=VALUE or --NAME VALUE in a command, with one hyphen or two. The last one counts, as it does
-# for the command itself.
+# Prints the value of --NAME=VALUE or --NAME VALUE in a command, with one hyphen or two. The last one counts, as for
+# the command itself.
 flag() { # NAME COMMAND...
   local name=$1 value=""
   while shift && (($#)); do
@@ -166,7 +166,7 @@ flag() { # NAME COMMAND...
   printf '%s' "$value"
 }
 
-# Prints the run directory of a training command, as written there; all launchers use this function.
+# Prints the run directory of a training command, as the command names it; all launchers use this function.
 workdir_of() { # COMMAND...
   local run word
   for word in "$@"; do
@@ -184,7 +184,7 @@ is_below() { # FOLDER PATH
   [[ $2 == "$1"/* && "/${rest%/}/" != *//* && "/$rest/" != */./* && "/$rest/" != */../* ]]
 }
 
-# Prints a path with a leading ~ or ~USER expanded, as the trainer does it (launch/cli.py).
+# Prints a path with a leading ~ or ~USER expanded, as the trainer expands it (launch/cli.py).
 expanded() { # PATH
   local user=${1%%/*} home
   [[ $1 == "~"* ]] || { printf '%s' "$1" && return; }

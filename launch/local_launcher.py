@@ -4,8 +4,8 @@
 
 Each LINE is a command, quoted as for a shell. Its output lines are prefixed with its number. SIGTERM, SIGINT, SIGUSR1,
 SIGHUP and SIGQUIT are passed on to all, each time they arrive. A run needs all of its processes: ten seconds after one
-has ended, the others get a SIGTERM. If this process is killed, they get a SIGTERM, too. The exit code is 0 if all
-exited with 0, else the most telling one.
+has ended, the others get a SIGTERM. If this process is killed, all get a SIGTERM, too. The exit code is 0 if all
+exited with 0, otherwise the most informative one.
 """
 
 import logging
@@ -21,19 +21,19 @@ from trainer.errors import ConfigError
 
 log = logging.getLogger("meshlm")
 
-GRACE_S = 10.0  # time for the others to end by themselves and say why
+GRACE_S = 10.0  # time for the other processes to end by themselves and say why
 
 
 class Member:
     """One of the commands, and a program that prefixes its lines.
 
-    That is a separate process, so that it outlives this one if it is killed; once nothing reads its output, it only
-    drains the pipe: a command whose writes fail could neither log nor save at its end.
+    That program is a separate process, so that it survives if this process is killed. Once nothing reads its output, it
+    only drains the pipe: a command whose writes fail could neither log nor save at its end.
     """
 
     def __init__(self, number: int, command: Sequence[str]):
         self.number = number
-        # In their own sessions a terminal's Ctrl-C does not reach them directly, so it arrives only once, from here.
+        # A terminal's Ctrl-C does not reach other sessions directly, so they get it only once, from this process.
         mark = ["sh", "-c", 'sed -u "$0" 2>/dev/null || exec cat >/dev/null', f"s/^/[{number}] /"]
         self.printer = subprocess.Popen(mark, stdin=subprocess.PIPE, start_new_session=True)
         assert self.printer.stdin is not None
@@ -85,7 +85,7 @@ def wait_until_all_end(members: list[Member], signals: supervise.SignalQueue) ->
 
 
 def wait_for_output(members: list[Member], signals: supervise.SignalQueue) -> None:
-    """A killed supervisor leaves a trainer that is still saving; another stop signal skips the wait for it."""
+    """Waits for a trainer that is still saving after its supervisor was killed; another stop signal ends the wait."""
     while any(member.printer.poll() is None for member in members):
         if set(signals.read()) & set(supervise.STOPS):
             return
@@ -97,7 +97,7 @@ def send(members: list[Member], number: int) -> None:
 
 
 def most_informative(codes: Sequence[int]) -> int:
-    """First a code that forbids a restart, then a crash, then 42."""
+    """A code that forbids a restart, if there is one; otherwise that of a crash; otherwise 42."""
     final = (2, 3, 4, 130)
     for code in final:
         if code in codes:

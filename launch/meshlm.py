@@ -36,7 +36,7 @@ def main() -> None:
         hint = f"; did you mean {near[0]}?" if near else ""
         print(f"error: {words[0]!a} is not one of the commands {', '.join(COMMANDS)}{hint}", file=sys.stderr)
         sys.exit(2)
-    # Before all of PYTHONPATH: an empty part of it is the current folder.
+    # Goes before all of PYTHONPATH, because an empty part of PYTHONPATH means the current folder.
     sys.path.insert(0, str(pathlib.Path(launch.__file__).parent.parent))
     sys.argv[:2] = [words[0]]
     runpy.run_module(f"launch.{words[0]}", run_name="__main__", alter_sys=True)

@@ -4,7 +4,7 @@
 
 Each row has complete documents, and padding (without loss) if no other document fits; only documents longer than a row
 are cut. The token files do not change: an index of the rows is written beside them (train.packed-1024.bin), one for
-each seq_len. If several are started at the same time, they wait for the first and use its index.
+each seq_len. If this command is started several times at once, the later ones wait for the first and use its index.
 Exit codes: 0 done, or done before; 2 flags; 3 the dataset cannot be packed.
 """
 

@@ -3,7 +3,7 @@
   python -m launch.plan --config=configs/llama_8b.py --topology=v5p:4x4x4 [--num_slices=2] [--json] [--search]
 
 The real train step, evaluation and sampling are compiled for the named TPU slices or GPU nodes, on any computer,
-without an account or an accelerator. Needs the compilers: pip install -e ".[plan]". No dataset is read:
+without an account or an accelerator. It needs the compilers: pip install -e ".[plan]". No dataset is read:
 model.vocab_size is the recipe's, or 50,304.
 
 Exit codes: 0 it fits, 1 it does not (the largest batch that fits is printed), 2 configuration.

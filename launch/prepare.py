@@ -13,7 +13,7 @@ Tokenizers: characters, bytes, byte-level BPE trained on a sample of the text (b
 3's split pattern), or an existing one: a tokenizer.json, .tiktoken, minbpe or SentencePiece file (launch.tokenizer).
 
 If it is killed, the same command resumes; the dataset is the same, byte for byte, for any number of kills and workers.
-Errors in the input are counted, and the first ones of each kind named, at the end and in DATASET/summary.json.
+Errors in the input are counted, and the first of each kind are named, at the end and in DATASET/summary.json.
 Exit codes: 0 done, 2 flags, 3 the source or --out cannot be used, 130 Ctrl-C, 128 + n other signals.
 """
 
@@ -90,12 +90,12 @@ cli.check_flag("special_tokens", base.check_special_tokens)
 
 
 class ProgressLine:
-    """Shows MB/s, tokens/s and remaining time of each pass over the corpus, without the work of an earlier run."""
+    """Shows MB/s, tokens/s and remaining time of each pass over the corpus, not counting the work of an earlier run."""
 
     def __init__(self) -> None:
         self.status = StatusLine()
         self.stage = ""
-        self.start = 0.0  # time, bytes and tokens when the stage began here
+        self.start = 0.0  # time, bytes and tokens when this process began the stage
         self.done = 0
         self.tokens = 0
 

@@ -2,8 +2,8 @@
 the run.
 
 At first, process 0 listens on the coordinator's port itself. The others connect, introduce themselves and wait until
-all have connected; then JAX gets the port. If a listener does not answer like this (the service of a running job,
-another program), processes do not join it.
+all have connected; then JAX gets the port. A listener that does not answer like this is the service of a running job or
+another program, and processes do not join it.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ from typing import NamedTuple
 from trainer.errors import ConfigError, Stopped
 
 GREETING = b"meshlm\n"
-PORT_S = 5.0  # for an earlier process 0 to release the port
-ANSWER_S = 5.0  # from a connection to the greeting
-MAX_MESSAGE_BYTES = 1 << 16  # from a peer
+PORT_S = 5.0  # how long an earlier process 0 may take to release the port
+ANSWER_S = 5.0  # how long a greeting may take after the connection
+MAX_MESSAGE_BYTES = 1 << 16  # longest message of a peer
 OTHER_DESCRIPTORS = 256  # descriptors that are not connections
 NO_DESCRIPTOR_S = 0.2  # before retrying to accept a connection for which there was no descriptor
-# If a peer's machine is gone, its connection is silent: the kernel probes it after ten seconds, and three times more.
+# If a peer's machine is gone, its connection is silent: the kernel probes it after ten seconds, three times in all.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPALIVE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
-GONE_S = 40.0  # how long a second process with a used number retries; process 0 notices a dead first one within 25
+GONE_S = 40.0  # how long a process retries if its number is taken; process 0 notices a dead owner within 25 s
 NOT_ALL = "not all processes have connected to process 0"
 
 _locks: list[socket.socket] = []  # held until this process ends
@@ -134,7 +134,7 @@ class Rendezvous:
         return ""
 
     def _make_room(self, error: OSError) -> str:
-        """Closes connections without an introduction, because processes retry. Returns an error if there are none."""
+        """Closes connections whose peer has not introduced itself: our processes retry. Returns an error if none is."""
         here = {connection for connection, _ in self._arrived.values()}
         silent = [connection for connection in self._received if connection not in here]
         for connection in silent:
@@ -169,7 +169,7 @@ class Rendezvous:
             _send(connection, {"refused": str(refused), "code": refused.exit_code})
             self._disconnect(connection)
             return str(refused)
-        if peer.process in self._arrived:  # its earlier connection was lost
+        if peer.process in self._arrived:  # the process's earlier connection was lost
             self._disconnect(self._arrived[peer.process][0])
         self._arrived[peer.process] = (connection, peer)
         return ""
@@ -208,7 +208,7 @@ def _parse_peer(message: bytes) -> Peer | None:
 
 
 def join(address: tuple[str, int], me: Peer, timeout_s: float, progress: Callable[[str], None]) -> None:
-    """Connects to process 0 at `address` and waits until all processes have. Raises ConfigError, Stopped.
+    """Connects to process 0 at `address` and waits until all processes have connected. Raises ConfigError, Stopped.
 
     Args:
       progress: called with the reason for waiting, at least every half second.
@@ -265,7 +265,7 @@ def _is_rendezvous(connection: socket.socket) -> bool:
 
 
 def _wait_for_start(connection: socket.socket, me: Peer, end: float, progress: Callable[[str], None]) -> str:
-    """'' when all processes may continue, otherwise why to reconnect. Raises ConfigError if this one is refused."""
+    """'' when all processes may continue, otherwise why to reconnect. Raises ConfigError or Stopped if refused."""
     connection.sendall(json.dumps(me._asdict()).encode() + b"\n")
     connection.settimeout(0.5)
     while time.monotonic() < end:
@@ -320,7 +320,7 @@ def _keep_alive(connection: socket.socket) -> None:
 
 
 def _bind(port: int, run: str, timeout_s: float, progress: Callable[[str], None]) -> socket.socket:
-    """Listens on `port` exclusively: JAX's service would share it with another program, or crash."""
+    """Listens on `port` exclusively: otherwise JAX's service would share it with another program, or crash."""
     started, names = time.monotonic(), _lock_names(port, run)
     while True:
         try:
@@ -383,7 +383,7 @@ def _listening(port: int) -> socket.socket:
 
 
 def _allow_files(size: int) -> None:
-    """Raises the limit of open files for one connection from each process, here and in JAX's service."""
+    """Raises the limit of open files: each process opens a connection here, and later one to JAX's service."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = size + OTHER_DESCRIPTORS
     if hard != resource.RLIM_INFINITY:

@@ -13,10 +13,10 @@ log = logging.getLogger("meshlm")
 
 
 def use_compilation_cache(run: pathlib.Path, folder: str | None = None) -> None:
-    """Keeps every compiled program in `folder`, so that a second start takes seconds; '' turns it off.
+    """Keeps every compiled program in `folder`, so that a second start takes seconds; '' turns the cache off.
 
-    The default is $JAX_COMPILATION_CACHE_DIR, or .xla beside the run directory, where the machines of a later attempt
-    find it, and all processes: JAX lets only process 0 write. Cached programs are executed, so a folder in which
+    The default is $JAX_COMPILATION_CACHE_DIR, or .xla beside the run directory, where all processes and the machines
+    of a later attempt find it; JAX lets only process 0 write. Cached programs are executed, so a folder in which
     another user can write is not used, with a warning.
 
     Raises:
@@ -39,7 +39,7 @@ def use_compilation_cache(run: pathlib.Path, folder: str | None = None) -> None:
         return
     if others:
         log.warning("%s is not used for compiled programs: %s; remove it, or chmod go-w what is yours", folder, others)
-    if others or not os.access(folder, os.W_OK):  # not writable if sampling from another user's run
+    if others or not os.access(folder, os.W_OK):  # another user's run, to sample from, is not writable
         return
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -61,7 +61,7 @@ def _others_who_write(folder: pathlib.Path) -> str:
 def use_gpu_memory() -> None:
     """Lets JAX use most of a GPU's memory, unless the environment sets the share. Call it before JAX is loaded.
 
-    Raises ConfigError if that is not a share of it.
+    Raises ConfigError if the environment's value is not a share of the memory.
     """
     share = os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_FRACTION))
     if not re.fullmatch(r"\d*\.?\d+|\d+\.", share) or not float(share):

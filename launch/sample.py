@@ -81,7 +81,7 @@ def write() -> int:
 
 
 def _until(ids, stop_ids: frozenset[int]) -> list[int]:
-    """The ids before the first that ends a text."""
+    """The ids before the first stop id."""
     return list(itertools.takewhile(lambda id: id not in stop_ids, ids.tolist()))
 
 

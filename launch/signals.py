@@ -19,7 +19,7 @@ if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
 
 
 class StopSignals:
-    """Starts to listen. Until `connect` there is nothing to save, and a signal exits at once with 42."""
+    """Starts to listen. Until `connect` there is nothing to save, and a signal ends the process at once with 42."""
 
     def __init__(self) -> None:
         self._stop: Callable[[], None] | None = None
@@ -38,7 +38,7 @@ class StopSignals:
             self._stop = stop
 
     def close(self) -> None:
-        """Ignores signals from now on. At exit Python restores the default handlers, and a signal would kill it."""
+        """Ignores signals from now on: at exit Python restores the default handlers, with which a signal kills."""
         for number in STOPS:
             signal.signal(number, signal.SIG_IGN)
 
@@ -59,7 +59,7 @@ class StopSignals:
                         _print(b"\nStopped before the first step; there was nothing to save.\n")
                         os._exit(cli.STOPPED)
                 _print(b"\nStopping after this step; saving. Ctrl-C again exits at once.\n")
-                # On its own thread, so that a second Ctrl-C is seen while the processes agree on a step.
+                # A separate thread, so that this one sees a second Ctrl-C while the processes agree on a step.
                 threading.Thread(target=self._stop, name="stop", daemon=True).start()
 
 

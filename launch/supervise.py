@@ -5,8 +5,8 @@
 It restarts after exit code 42 (stopped, resumable), 1, 128 and above, and death by a signal, but not after 0, 2, 3, 4,
 130 and others. After three restarts in a row without a new checkpoint it gives up. SIGTERM, SIGINT, SIGUSR1 and SIGHUP
 are passed on to the command each time they arrive; after one of them it does not restart. (SIGQUIT, at which the
-trainer logs its stacks, is only passed on.) The exit code is the command's, 128 + n for a death by signal n; 42 if
-stopped between two attempts.
+trainer logs its stacks, is only passed on.) The exit code is the command's, 128 + n for a death by signal n; 42 if a
+signal arrives between two attempts.
 
 Each attempt is a row of RUN/lives.jsonl. With several processes, each has its own supervisor. COMMAND has to be the
 trainer itself, or something that becomes it (exec): signals go to one process only.
@@ -107,7 +107,7 @@ def supervise(command: Sequence[str], run: pathlib.Path, process: int) -> int:
 
 
 def _may_restart(code: int) -> bool:
-    """42; 1, an uncaught exception; 128 and above, signals and aborts, except a second Ctrl-C (130)."""
+    """Whether the code is 42; 1, an uncaught exception; or 128 and above, but not 130 (a second Ctrl-C)."""
     return code in (1, cli.STOPPED) or (code >= 128 and code != 130)
 
 
@@ -128,9 +128,9 @@ class SignalQueue:
 
 
 def _run_once(command: Sequence[str], signals: SignalQueue) -> tuple[int, bool]:
-    """Runs the command once and passes signals on; returns its return code, and whether a signal was to stop it."""
+    """Runs the command once and passes signals on; returns its return code, and whether a signal asked it to stop."""
     try:
-        # In its own session a terminal's Ctrl-C does not reach it directly, so it arrives only once, from here.
+        # A terminal's Ctrl-C does not reach another session directly, so the child gets it only once, from here.
         # close_fds=False: a lock of the caller (launch/tpu/worker.sh) is held while the trainer runs.
         child = subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent(), close_fds=False)
     except OSError as e:
@@ -180,7 +180,7 @@ def _flag(command: Sequence[str], name: str) -> str | None:
 
 
 def _process(command: Sequence[str]) -> int:
-    """Which process of the run the command is, as far as is known without starting it."""
+    """The index of the process that the command starts, as far as it is known before the start."""
     for text in (_flag(command, "process_id"), *map(os.environ.get, runtime.RANKS)):
         if text and text.isdecimal():
             return int(text)

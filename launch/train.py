@@ -213,7 +213,7 @@ def check_processes_agree(processes: Processes, run_dir: pathlib.Path, config: C
     from trainer.parallel.partitioner import MeshPartitioner
 
     processes.check_same("setting", distributed.identity(config))
-    # Quick to find out: whether the mesh divides devices, batch and model, and whether there is an attention kernel.
+    # These checks are quick: the mesh must divide devices, batch and model, and there must be an attention kernel.
     placed = processes.run_on_all("mesh", lambda: MeshPartitioner(config, sharding.make_mesh(config)))
     processes.run_on_all("optimizer", lambda: optimizer.chosen(config.optimizer))
     xla_options.use_precision(config.model.dtype, placed.mesh)  # before the settings in use are recorded

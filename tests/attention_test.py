@@ -1,4 +1,4 @@
-"""Rotary positions, masking, grouped queries and the cache, on arrays small enough to work out by hand."""
+"""Tests rotary positions, masking, grouped queries and the cache, on arrays small enough to check by hand."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ def rotate(x, positions, theta):
 
 @jax.jit
 def attend(q, k, v, index, segment_ids=None, *, key_segment_ids=None, scale=None, rate=0.0, key=None):
-    """The plain kernel. Without key_segment_ids the keys have the segment_ids of the queries."""
+    """Calls the plain kernel. Without key_segment_ids the keys have the segment_ids of the queries."""
     spec = AttentionSpec(scale=q.shape[-1] ** -0.5 if scale is None else scale)
     mask = Mask(index, segment_ids, segment_ids if key_segment_ids is None else key_segment_ids)
     return kernels.xla(q, k, v, mask, spec, dropout=Dropout(rate, key))
@@ -40,7 +40,7 @@ def noise(*shape, seed=0):
 
 
 def attend_by_hand(q, k, v, index, scale=None, *, window=None, softcap=None, segment_ids=None):
-    """softmax(scale q k^T) v, one head and one query at a time, in float64; scale 1 / sqrt(d) unless given."""
+    """softmax(scale q k^T) v, one head and one query at a time, in float64; the default scale is 1 / sqrt(d)."""
     out = np.zeros(q.shape)
     share = q.shape[2] // k.shape[2]
     scale = 1 / np.sqrt(q.shape[3]) if scale is None else scale
@@ -69,13 +69,14 @@ def test_rotation_of_one_pair_is_by_the_position_in_radians():
 def test_rotation_is_the_complex_one_of_the_halves(theta, positions):
     """Pairs are (i, i + d/2) as in Hugging Face's Llama, not (2i, 2i + 1): the layout of imported weights.
 
-    Positions are those of each row, or of all rows.
+    The positions are either one array for each row or a single array for all rows.
     """
     x = noise(2, 5, 3, 8)
     y = np.asarray(rotate(jnp.asarray(x), jnp.asarray(positions), theta))
     for b in range(2):
         for h in range(3):
-            # float32 angles of up to 300 rad are off by up to 300 · 2^-24 = 2e-5, and their frequencies as much again.
+            # float32 angles of up to 300 rad are off by up to 300 · 2^-24 = 2e-5; rounded frequencies add as much
+            # again.
             expected = reference.rotate(x[b, :, h], positions[b % len(positions)], theta)
             np.testing.assert_allclose(y[b, :, h], expected, atol=2e-4)
 
@@ -87,7 +88,7 @@ def test_rotated_scores_depend_on_the_distance_alone():
     for distance in range(-19, 20):
         diagonal = np.diagonal(scores, distance)
         np.testing.assert_allclose(diagonal, diagonal[0], atol=1e-5)
-    assert np.ptp(scores[0]) > 1  # and they do depend on it
+    assert np.ptp(scores[0]) > 1  # the scores do depend on the distance
 
 
 def test_rotation_angles_are_float32_whatever_the_dtype():
@@ -107,7 +108,7 @@ def test_equal_scores_average_the_values_seen_so_far():
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 2), (3, 1)])
 def test_attend_is_its_definition(heads, kv_heads):
-    """Scale 1/sqrt(d), causal mask, and query head i with key-value head i // (heads / kv_heads)."""
+    """The scale is 1/sqrt(d), the mask is causal, and query head i uses key-value head i // (heads / kv_heads)."""
     q, k, v = 2 * noise(2, 7, heads, 5, seed=1), noise(2, 7, kv_heads, 5, seed=2), noise(2, 7, kv_heads, 5, seed=3)
     y = attend(*map(jnp.asarray, (q, k, v)), jnp.arange(7))
     np.testing.assert_allclose(y, attend_by_hand(q, k, v, range(7)), atol=2e-6)
@@ -116,7 +117,7 @@ def test_attend_is_its_definition(heads, kv_heads):
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize(("window", "t"), [(1, 9), (3, 9), (9, 9), (40, 9), (5, 140), (64, 200), (70, 256), (100, 201)])
 def test_a_window_is_so_many_keys_with_its_own(window, t, documents):
-    """Of any length, also one that is computed in blocks, of which the last is not full."""
+    """The window may have any length; some cases are computed in blocks, of which the last may not be full."""
     q, k, v = 2 * noise(2, t, 4, 5, seed=1), noise(2, t, 2, 5, seed=2), noise(2, t, 2, 5, seed=3)
     ids = np.sort(DRAW(4).integers(0, 1 + t // 20, (2, t)), axis=1).astype(np.int32) if documents else None
     spec = AttentionSpec(0.3, window, softcap=2.0)
@@ -128,7 +129,7 @@ def test_a_window_is_so_many_keys_with_its_own(window, t, documents):
 
 
 def test_a_window_is_not_computed_as_a_full_square():
-    """Products of 4,096 queries with a window of 128 keys: 256 keys each in blocks, not 4,096."""
+    """With 4,096 queries and a window of 128, each query is multiplied with 256 keys (in blocks), not with 4,096."""
     x = jax.ShapeDtypeStruct((1, 4096, 1, 8), jnp.float32)
 
     def flops(window):
@@ -151,7 +152,7 @@ def test_the_scale_of_a_model_is_that_of_its_heads():
 
 
 def test_queries_see_the_keys_up_to_their_index():
-    """Indices need not start at 0, be consecutive, or increase; keys past them may hold anything."""
+    """Query indices need not start at 0, be consecutive, or increase; keys past the index may hold anything."""
     q, k, v = noise(1, 3, 2, 4, seed=1), noise(1, 9, 2, 4, seed=2), noise(1, 9, 2, 4, seed=3)
     for index in ([0, 3, 6], [6, 0, 3]):
         y = attend(*map(jnp.asarray, (q, k, v)), jnp.asarray(index))
@@ -163,7 +164,7 @@ def test_queries_see_the_keys_up_to_their_index():
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2)])
 def test_queries_see_the_keys_of_their_document(heads, kv_heads):
-    """Each row has its own documents, with ids that need not increase."""
+    """Each row has its own documents, and their ids need not increase."""
     q, k, v = noise(2, 7, heads, 4, seed=1), noise(2, 7, kv_heads, 4, seed=2), noise(2, 7, kv_heads, 4, seed=3)
     documents = np.array([[0, 0, 1, 1, 1, 2, 2], [4, 0, 3, 3, 3, 3, 3]], np.int32)
     y = np.asarray(attend(*map(jnp.asarray, (q, k, v)), jnp.arange(7), jnp.asarray(documents)))
@@ -175,7 +176,7 @@ def test_queries_see_the_keys_of_their_document(heads, kv_heads):
 
 
 def test_a_shard_of_the_queries_sees_the_keys_of_their_documents():
-    """Queries that are fewer than the keys, in another order, have segment ids of their own."""
+    """If there are fewer queries than keys, in another order, the queries have their own segment_ids."""
     q, k, v = noise(2, 8, 2, 4, seed=1), noise(2, 8, 2, 4, seed=2), noise(2, 8, 2, 4, seed=3)
     documents = np.array([[0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 1, 1, 1, 1, 1, 2]], np.int32)
     whole = np.asarray(attend(*map(jnp.asarray, (q, k, v)), jnp.arange(8), jnp.asarray(documents)))
@@ -187,19 +188,19 @@ def test_a_shard_of_the_queries_sees_the_keys_of_their_documents():
 
 
 def test_scores_and_softmax_of_bfloat16_are_float32():
-    """512 equal weights of 1/512, and scores near 100: with sums in bfloat16 both would be far off."""
+    """There are 512 equal weights of 1/512, and scores near 100: if bfloat16 held the sums, both would be far off."""
     q = jnp.full((1, 1, 1, 16), 5.0, jnp.bfloat16)
     k = jnp.asarray(5 + noise(1, 512, 1, 16) / 16, jnp.bfloat16)
     v = jnp.asarray(1 + noise(1, 512, 1, 16, seed=1), jnp.bfloat16)
     y = attend(q, k, v, jnp.asarray([511]))
     expected = attend_by_hand(*(np.asarray(a, np.float64) for a in (q, k, v)), [511])
     assert y.dtype == jnp.bfloat16
-    # Weights are rounded to bfloat16 once (2^-8 each, averaging out over 512), the result once more.
+    # Weights are rounded to bfloat16 once (2^-8 each, which averages out over 512); the result is rounded once more.
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2.0**-8, atol=2e-3)
 
 
 def test_dropout_acts_on_the_attention_weights():
-    """With v the identity matrix the result is the weights: each 0 or 1 / (1 - rate) times the undropped one."""
+    """If v is the identity matrix, the result is the weights: each is 0 or 1 / (1 - rate) times the plain one."""
     size, heads, rate = 64, 8, 0.25
     q, k = (jnp.asarray(noise(2, size, heads, size, seed=s)) / 4 for s in (1, 2))
     v = jnp.broadcast_to(jnp.eye(size)[None, :, None], (2, size, heads, size))
@@ -227,7 +228,7 @@ def make_attention(**fields) -> Attention:
 
 
 def apply(attention, x, start=0, cache=None, rate=0.0, key=None):
-    """x [b, t, embed] to the same and the cache."""
+    """Maps x [b, t, embed] to (y [b, t, embed], the cache)."""
     index = start + jnp.arange(x.shape[1])
     return attention(x, Context(index, index[None], dropout=Dropout(rate, key)), cache)
 
@@ -244,7 +245,7 @@ def test_attention_drops_weights_only_with_a_key():
 
 @pytest.mark.parametrize("position", ["rope", "learned"])
 def test_rotary_positions_turn_keys_and_queries_but_not_values(position):
-    """The same input everywhere: all values are equal, so the result is that value whatever the positions."""
+    """The input is the same everywhere: all values are equal, so the result is that value at any positions."""
     attention = make_attention(position=position)
     x = jnp.broadcast_to(jnp.asarray(noise(12)), (1, 5, 12))
     y = apply(attention, x)[0]
@@ -253,7 +254,7 @@ def test_rotary_positions_turn_keys_and_queries_but_not_values(position):
 
 
 def test_keys_and_queries_turn_by_their_position_and_see_by_their_index():
-    """Two documents side by side are as each is in a row of its own."""
+    """Two documents in one row have the same results as each of them in its own row."""
     attention = make_attention()
     x, documents = jnp.asarray(noise(1, 8, 12)), jnp.asarray([[0, 0, 0, 1, 1, 1, 1, 1]])
     index = jnp.arange(8)
@@ -261,7 +262,7 @@ def test_keys_and_queries_turn_by_their_position_and_see_by_their_index():
     together, _ = attention(x, Context(index, positions, documents))
     for own in (slice(0, 3), slice(3, 8)):
         np.testing.assert_allclose(together[:, own], apply(attention, x[:, own])[0], atol=2e-6)
-    # A gap between the positions of a document, whose indices stay, changes the scores past it.
+    # A gap between the positions of a document changes the scores past the gap; the indices stay the same.
     gap, _ = attention(x, Context(index, positions.at[0, 5:].add(3), documents))
     np.testing.assert_array_equal(gap[:, :5], together[:, :5])
     assert np.abs(gap[:, 5:] - together[:, 5:]).max() > 1e-3
@@ -273,7 +274,7 @@ def test_a_cache_gains_the_new_rows_and_keeps_the_others(position):
     x = jnp.asarray(noise(3, 8, 12))
     whole, none = apply(attention, x)
     assert none is None
-    # Garbage in rows that nothing has written yet.
+    # Rows of the cache that nothing has written yet hold garbage.
     cache = {name: jnp.asarray(9 * noise(3, 10, 2, 6, seed=i)) for i, name in enumerate(("k", "v"), 1)}
     run = jax.jit(lambda x, start, cache: apply(attention, x, start, cache))
     for start, end in ((0, 4), (4, 7), (7, 8)):

@@ -1,4 +1,4 @@
-"""A batch, its documents against a loop in plain Python, and what a run does not need is not there."""
+"""A batch: its documents are compared with a loop in plain Python, and arrays that a run does not need are absent."""
 
 import dataclasses
 
@@ -35,7 +35,7 @@ def documents_by_loop(rows: list[list[int]], end: int) -> tuple[list[list[int]],
 
 
 def test_documents_of_rows_worked_out_by_hand():
-    """The end of a document belongs to it; a row begins in the middle of one; ends may follow each other."""
+    """The end token belongs to its document; a row may begin inside a document; ends may follow each other."""
     inputs = np.array([[5, 9, 3, 3, 9, 1], [9, 9, 1, 2, 3, 9], [1, 2, 3, 4, 5, 6]], np.uint16)
     positions, segment_ids = batch.documents(inputs, END)
     assert positions.tolist() == [[0, 1, 0, 1, 2, 0], [0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]
@@ -45,7 +45,7 @@ def test_documents_of_rows_worked_out_by_hand():
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32"])
 @pytest.mark.parametrize("vocab", [[END], [END, 3], range(10), range(200)], ids=len)
 def test_documents_are_those_of_a_loop(dtype, vocab):
-    """From rows that have only ends to rows in which ends are rare, of one token and of many."""
+    """The rows have one token or many; some have only document ends, and in others ends are rare."""
     draw = np.random.default_rng(len(vocab))
     for length in (1, 2, 7, 300):
         inputs = draw.choice(vocab, (20, length)).astype(dtype)
@@ -65,12 +65,12 @@ def test_a_batch_of_tokens():
     masked = batch.from_tokens(tokens, loss_mask=mask, document_end=9)
     assert masked.loss_weights is mask
     assert masked.positions.tolist() == [[0, 1, 0], [0, 1, 2]]
-    assert masked.segment_ids.tolist() == [[0, 0, 1], [0, 0, 0]]  # by the inputs; the last token is only a target
+    assert masked.segment_ids.tolist() == [[0, 0, 1], [0, 0, 0]]  # of the inputs; the last token is only a target
     assert batch.from_tokens(tokens, document_end=3).segment_ids.tolist() == [[0, 0, 0], [0, 0, 0]]
 
 
 def test_what_a_run_does_not_need_is_not_a_leaf():
-    """It is not transferred, sharded or compiled for."""
+    """An array that a run does not need is not transferred or sharded, and the program is not compiled for it."""
     tokens = np.arange(8).reshape(2, 4)
     assert len(jax.tree.leaves(batch.from_tokens(tokens))) == 2
     assert len(jax.tree.leaves(batch.from_tokens(tokens, loss_mask=np.ones((2, 3), bool)))) == 3
@@ -100,7 +100,7 @@ def test_widened_has_the_types_that_the_step_computes_with(dtype):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("documents", [False, True])
 def test_the_shapes_to_compile_for_are_those_of_a_batch(masked, documents):
-    """Same structure, shapes and types: a program that was compiled for one takes the other."""
+    """Structure, shapes and types are the same, so a program that was compiled for the shapes accepts the batch."""
     sharding = SingleDeviceSharding(jax.devices()[0])
     tokens = np.random.default_rng(0).integers(0, 12, (3, 6)).astype(np.uint16)
     made = batch.from_tokens(
@@ -115,9 +115,9 @@ def test_the_shapes_to_compile_for_are_those_of_a_batch(masked, documents):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("ends", [True, False])
 def test_the_loss_mask_of_packed_rows_leaves_out_an_end_after_an_end(tmp_path, seed, ends):
-    """An end of text after an end of text is padding, or the end of a document whose text is in another row.
+    """An end of text after an end of text is padding, or it ends a document whose text is in another row.
 
-    Documents have lengths around that of a row, and shards end anywhere in them.
+    Documents are about as long as a row, and a shard may end anywhere in a document.
     """
     draw = np.random.default_rng(seed)
     lengths = draw.permutation([*draw.geometric(0.06, 300), *[1, 1, 16, 17, 18, 35] * 4])
@@ -131,7 +131,7 @@ def test_the_loss_mask_of_packed_rows_leaves_out_an_end_after_an_end(tmp_path, s
     (tmp_path / "train.documents.bin").write_bytes(borders[:-1].astype("<u8").tobytes())
     index, _ = packing.pack_dataset(tmp_path, 16)
     windows = loader.PackedWindows(formats.TokenFiles(tmp_path, manifest, "train"), index, seed=seed)
-    g = draw.permutation(2 * windows.num_windows)  # of two epochs, across shards
+    g = draw.permutation(2 * windows.num_windows)  # the samples of two epochs, across shards
     rows = windows.rows(g)
     mask = windows.loss_mask(g)
     assert mask.dtype == bool and mask.shape == (len(g), 16)

@@ -1,4 +1,4 @@
-"""launch.bench: a row with all its fields from a tiny recipe, a peer beside it, and one line if it cannot run."""
+"""launch.bench prints a row with all fields for a tiny recipe, takes turns with a peer, and fails with one line."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ TINY = {
     "model.vocab_size": 300,
 }  # fmt: skip
 ROUNDS, STEPS = 2, 2
-TORCH_PYTHON = os.environ.get("TORCH_PYTHON", sys.executable)  # a Python that has torch, if this one does not
+TORCH_PYTHON = os.environ.get("TORCH_PYTHON", sys.executable)  # set it if the Python of the tests has no torch
 
 
 def call(*argv: str, devices: int = 1, **fields) -> subprocess.CompletedProcess:
@@ -91,7 +91,7 @@ def test_peer_takes_turns(mlp):
         row["peer"] == "GPT-2 blocks" if mlp == "gelu" else row["peer"].startswith("GPT-2 blocks of the nearest size")
     )
     assert row["ratio"] == pytest.approx(row["tokens_per_s_per_device"] / row["peer_tokens_per_s"])
-    if mlp == "gelu":  # the same parameters, except for ids that pad the vocabulary
+    if mlp == "gelu":  # the parameters are the same, except for rows that pad the vocabulary
         assert row["peer_num_params"] == row["num_params"] + 20 * 32
 
 

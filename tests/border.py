@@ -1,4 +1,4 @@
-"""Runs commands as a user would, many per second: a process that has imported what they share forks for each."""
+"""Runs commands as a user would, many per second: a process that has imported their libraries forks for each."""
 
 import dataclasses
 import importlib
@@ -27,13 +27,13 @@ TIMEOUT_S = 60
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    code: int  # -n: by signal n
+    code: int  # -n: killed by signal n
     out: str
     err: str
 
 
 class Border:
-    """Runs commands in `folder`, which is also their HOME; their console takes only ASCII. Close it in the end."""
+    """Runs commands in `folder`, which is also their HOME; their console accepts only ASCII. Call close() last."""
 
     def __init__(self, folder: pathlib.Path):
         environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(folder), "PYTHONIOENCODING": "ascii:strict"}

@@ -1,4 +1,4 @@
-"""Chat templates: rendered in a sandbox as transformers does, with special tokens that only the template can write."""
+"""Chat templates are rendered in a sandbox as in transformers; only the template can write special tokens."""
 
 import json
 import pathlib

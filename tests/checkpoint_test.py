@@ -1,4 +1,4 @@
-"""Checkpoints: any mesh to any mesh, retention, and nothing damaged is ever restored silently."""
+"""Checkpoints: restores on any mesh, retention, and damage, which must never be restored silently."""
 
 import dataclasses
 import errno
@@ -37,7 +37,7 @@ def program():
 
 @pytest.fixture(scope="module")
 def state(program):
-    """A state whose leaves all differ, as after some steps."""
+    """A state in which all leaves differ, as they do after some steps."""
     noisy = jax.tree.map(
         lambda x: x + jax.random.normal(jax.random.key(x.size), x.shape, x.dtype) if x.ndim else x, program.init()
     )
@@ -87,13 +87,13 @@ def test_the_state_may_be_donated_while_it_is_being_written(tmp_path, program, s
 
 def test_parameters_alone(tmp_path, program, state):
     save(tmp_path, state, 3)
-    shutil.rmtree(tmp_path / "checkpoints/3/opt_state/d")  # not even looked at
+    shutil.rmtree(tmp_path / "checkpoints/3/opt_state/d")  # the optimizer state is not even read
     params, _ = Checkpoints(tmp_path).restore_params(program, 3)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), jax.device_get(state.params))
 
 
 def test_retention(tmp_path, state):
-    """The last two, every multiple of four, and the best."""
+    """Keeps the last two steps, every multiple of four, and the best step."""
     keep = CheckpointConfig(keep_last=2, keep_every_steps=4, keep_best=1)
     checkpoints = save(tmp_path, state, 1, 2, 3, 4, 5, 6, 7, keep=keep, losses=[9, 1, 8, 7, 6, 5, 4])
     assert checkpoints.steps() == [2, 4, 6, 7]
@@ -114,7 +114,7 @@ def test_what_cannot_be_read_for_a_moment_is_not_deleted(tmp_path, state, monkey
         patched.setattr(pathlib.Path, "stat", stat)
         checkpoints.save(3, state, {"samples": 0})
         assert checkpoints.wait()
-        checkpoints.delete_old()  # as the loop does at its end
+        checkpoints.delete_old()  # the training loop calls it at its end
     assert checkpoints.steps() == [1, 2, 3]
     checkpoints.save(4, state, {"samples": 0})
     assert checkpoints.wait() and checkpoints.steps() == [1, 4]
@@ -141,7 +141,7 @@ def test_nothing_saved_is_a_fresh_run(tmp_path, program):
 
 
 def flip_a_bit_in_the_parameters(step: pathlib.Path) -> None:
-    """The bit is in the middle of the largest data file; Orbax itself restores it without an error, or fails to."""
+    """The bit is in the middle of the largest data file. Orbax itself may restore such a file without an error."""
     largest = max(
         (p for p in (step / "params").rglob("*") if p.is_file() and "/d/" in str(p)), key=lambda p: p.stat().st_size
     )
@@ -175,7 +175,7 @@ def test_a_step_that_lacks_parts_is_moved_away(tmp_path, program, state):
     save(tmp_path, state, 5)
     (tmp_path / "checkpoints/30").mkdir()
     (tmp_path / "checkpoints/31.orbax-checkpoint-tmp").mkdir()
-    (tmp_path / "checkpoints/32.fetched").mkdir()  # a start that was killed before it was verified
+    (tmp_path / "checkpoints/32.fetched").mkdir()  # a start was killed before it had verified this copy
     restored, _ = Checkpoints(tmp_path, KEEP_ALL).restore_newest(program)
     assert int(restored.step) == 5
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["5"]
@@ -217,7 +217,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(tmp_path, program
 
 
 def test_nothing_moves_until_another_step_was_restored(tmp_path, program, state):
-    """If every step seems to be damaged, the cause may be another, so all of them stay."""
+    """If every step seems to be damaged, something else may be the cause, so all steps stay."""
     save(tmp_path, state, 5, 10)
     flip_a_bit_in_the_parameters(tmp_path / "checkpoints/10")
     flip_a_bit_in_the_parameters(tmp_path / "checkpoints/5")
@@ -228,7 +228,7 @@ def test_nothing_moves_until_another_step_was_restored(tmp_path, program, state)
 
 @pytest.mark.parametrize("name", ["a [b]", "[x]", "*", "run?", "**", "a]b[c", "[!x]", "{a,b}", "~", "%s", "né \t"])
 def test_a_run_of_any_name(tmp_path, program, state, name):
-    """A library that globs for what it wrote found nothing: each checkpoint was empty, with exit code 0."""
+    """A library globs for the files it wrote. It found none here: all checkpoints were empty, with exit code 0."""
     checkpoints = save(tmp_path / name / "run", state, 5)
     assert checkpoints.steps() == [5]
     assert_same(Checkpoints(tmp_path / name / "run", KEEP_ALL).restore_newest(program)[0], state)
@@ -237,7 +237,7 @@ def test_a_run_of_any_name(tmp_path, program, state, name):
 def test_a_commit_counts_when_what_was_written_can_be_found(tmp_path, state, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("meshlm"), "propagate", True)
     checkpoints = save(tmp_path, state, 5)
-    monkeypatch.setattr(LiteralPath, "glob", lambda path, pattern: iter(()))  # as brackets in the name did
+    monkeypatch.setattr(LiteralPath, "glob", lambda path, pattern: iter(()))  # brackets in the name had this effect
     checkpoints.save(10, state, {"samples": 0})
     assert not checkpoints.wait() and "step 10 FAILED" in caplog.text
     assert checkpoints.steps() == [5] and len(list((tmp_path / "quarantine").iterdir())) == 1
@@ -246,10 +246,10 @@ def test_a_commit_counts_when_what_was_written_can_be_found(tmp_path, state, mon
     assert checkpoints.wait() and checkpoints.steps() == [5, 10]
 
 
-@pytest.mark.parametrize("code", [errno.ESTALE, errno.EACCES])  # others: reading_test
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EACCES])  # reading_test has the other codes
 @pytest.mark.parametrize("place", ["open", "metadata", "load"])
 def test_what_cannot_be_read_is_not_damaged(tmp_path, program, state, monkeypatch, code, place):
-    """An error that passes has no effect; one that stays ends the start with its reason, and nothing is moved."""
+    """A temporary error has no effect; a lasting error ends the start with its reason, and nothing is moved."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0, 0.0))
     save(tmp_path, state, 5, 10)
     failures = 2
@@ -283,7 +283,7 @@ def test_what_cannot_be_read_is_not_damaged(tmp_path, program, state, monkeypatc
 
 
 def test_a_step_that_is_committed_is_not_saved_again(tmp_path, program, state):
-    """A process that hears late of a failure saves the same step again; a step of another state stays as it is."""
+    """A process that learns of a failure late saves the same step again. If the state differs, the old step stays."""
     checkpoints = save(tmp_path, state, 5)
     before = (tmp_path / "checkpoints/5/_CHECKPOINT_METADATA").read_bytes()
     checkpoints.failed = True
@@ -301,7 +301,7 @@ def test_the_limit_of_a_save_learns(tmp_path, state, monkeypatch):
     checkpoints = Checkpoints(tmp_path, KEEP_ALL)
 
     class Slow:
-        """A save that takes a second, and writes nothing: the machine's own speed does not count."""
+        """A save that takes a second and writes nothing, so the speed of the machine does not matter."""
 
         def result(self):
             time.sleep(min(1.0, checkpoints._limit_s))
@@ -314,12 +314,12 @@ def test_the_limit_of_a_save_learns(tmp_path, state, monkeypatch):
         checkpoints.save(step, state, {"samples": 0})
         if checkpoints.wait():
             break
-    assert step == 4  # 0.2, 0.4, 0.8, 1.6
+    assert step == 4  # limits of 0.2, 0.4, 0.8 and 1.6 s
     assert checkpoints._limit({"x": types.SimpleNamespace(nbytes=10**12)}) >= 10**12 / 50e6
 
 
 def test_one_that_cannot_write_makes_no_save_of_the_others_slower(tmp_path):
-    """It fails at once, and the others time out, which used to double the limit. All have the same limit."""
+    """A process fails at once, and the others time out, which used to double the limit. All have the same limit."""
     gang, one_gb = Gang(3), {"x": types.SimpleNamespace(nbytes=3 * 10**9)}
     made = gang.all(lambda p: Checkpoints(tmp_path, KEEP_ALL, p))
 
@@ -365,7 +365,7 @@ def test_a_step_that_is_a_link_is_deleted_without_what_it_leads_to(tmp_path, sta
     (tmp_path / "archive").mkdir()
     (tmp_path / "checkpoints/5").rename(tmp_path / "archive/5")
     (tmp_path / "checkpoints/5").symlink_to(tmp_path / "archive/5")
-    (tmp_path / "checkpoints/3.deleting").symlink_to(tmp_path / "archive/5")  # what an earlier version left
+    (tmp_path / "checkpoints/3.deleting").symlink_to(tmp_path / "archive/5")  # an earlier version left such links
     checkpoints = save(tmp_path, state, 6, keep=CheckpointConfig(keep_last=1, keep_best=0))
     assert checkpoints.steps() == [6] and os.listdir(tmp_path / "checkpoints") == ["6"]
     assert (tmp_path / "archive/5/_CHECKPOINT_METADATA").exists()
@@ -374,7 +374,7 @@ def test_a_step_that_is_a_link_is_deleted_without_what_it_leads_to(tmp_path, sta
 def test_every_step_bad_is_an_error_not_a_fresh_start(tmp_path, program, state):
     save(tmp_path, state, 5)
     flip_a_bit_in_the_parameters(tmp_path / "checkpoints/5")
-    for _ in range(2):  # and it stays one
+    for _ in range(2):  # the second start fails, too
         with pytest.raises(CheckpointError, match="no usable checkpoint") as error:
             Checkpoints(tmp_path, KEEP_ALL).restore_newest(program)
         assert error.value.exit_code == 3
@@ -396,9 +396,9 @@ def test_another_dtype_is_not_cast_without_a_word(tmp_path, state):
     assert Checkpoints(tmp_path).steps() == [5]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of Orbax's threads
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # threads of Orbax raise
 def test_a_failed_save_is_reported_and_the_next_succeeds(tmp_path, program, state, caplog, monkeypatch):
-    """No file may grow past 8 KiB, which fails writes as a full disk does."""
+    """No file may grow past 8 KiB, so writes fail as on a full disk."""
     monkeypatch.setattr(logging.getLogger("meshlm"), "propagate", True)
     checkpoints = save(tmp_path, state, 5)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -441,7 +441,7 @@ def failing_once(monkeypatch, at: str) -> None:
 
 
 def test_setting_aside_is_tried_again_where_it_failed(tmp_path, state, monkeypatch):
-    """The retry does not delete what was set aside before."""
+    """The retry does not delete steps that were set aside before."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
     checkpoints = save(tmp_path, state, 2, 4, 6)
     failing_once(monkeypatch, "6")
@@ -458,7 +458,7 @@ def test_a_step_that_cannot_be_deleted_keeps_no_other(tmp_path, state, monkeypat
 
 
 def test_copies_are_discarded_by_name(tmp_path, state, monkeypatch):
-    """A list of copies does not decide, because one that fails once is empty."""
+    """The list of copies does not decide which copies are deleted, because a failed listing is empty."""
     mirror = Mirror(str(tmp_path / "mirror"), tmp_path / "run/checkpoints", config())
     checkpoints = Checkpoints(tmp_path / "run", KEEP_ALL, mirror=mirror)
     for step in (2, 4, 6):
@@ -471,7 +471,7 @@ def test_copies_are_discarded_by_name(tmp_path, state, monkeypatch):
 
 
 def test_steps_that_cannot_be_listed_are_one_line(tmp_path, program, state, monkeypatch):
-    """An error that passes has no effect, and one that stays is not taken for an empty folder."""
+    """A temporary error has no effect, and a lasting error is not taken for an empty folder."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
     checkpoints = save(tmp_path, state, 2, 4)
     real, failures = pathlib.Path.iterdir, 0
@@ -506,7 +506,7 @@ def test_a_chosen_step_is_restored_and_what_is_set_aside_is_no_step(tmp_path, pr
     restored, _ = checkpoints.restore_newest(program, lambda steps: steps[1])
     assert int(restored.step) == 4 and checkpoints.steps() == [2, 4, 6], "nothing was moved"
     assert checkpoints.restore_newest(program, lambda steps: None) is None
-    for _ in range(2):  # repeatedly: one of each number stays
+    for _ in range(2):  # after each repetition, one folder is left for each step
         checkpoints.discard_after(2)
         assert checkpoints.steps() == [2] and not checkpoints.quarantine.exists()
         assert sorted(p.name for p in checkpoints.directory.iterdir()) == ["2", "4.set_aside", "6.set_aside"]
@@ -549,14 +549,14 @@ def before_6(steps: list[int]) -> int | None:
 
 @pytest.mark.parametrize("choose", [None, before_6])
 @pytest.mark.parametrize(
-    ("here", "there"),  # of steps 2, 4 and 6; w: whole, d: damaged, -: missing
+    ("here", "there"),  # a letter for each of the steps 2, 4 and 6; w: whole, d: damaged, -: missing
     [("ddw", "www"), ("-dw", "w-w"), ("wdw", "www"), ("--w", "www"), ("w-w", "www"), ("ddd", "dwd"), ("wdd", "ddd"),
      ("---", "wdd"), ("d--", "d--"), ("ddd", "---"), ("w--", "-d-"), ("-d-", "-d-"), ("--d", "-w-")],
 )  # fmt: skip
 def test_what_is_restored_is_the_newest_whole_step_wherever_it_lies(
     tmp_path, program, both, monkeypatch, here, there, choose
 ):
-    """A rollback uses the mirror, too. Damaged steps are moved when another is restored, and no copy is lost."""
+    """A rollback uses the mirror, too. Damaged steps are moved when another step is restored, and no copy is lost."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
     for name, found in (("run", here), ("mirror", there)):
         shutil.copytree(both / name, tmp_path / name)
@@ -579,7 +579,7 @@ def test_what_is_restored_is_the_newest_whole_step_wherever_it_lies(
         assert int(restored.step) == usable[-1] in checkpoints.steps()
         checkpoints.restore(program, usable[-1])
         tried = [i for i in candidates if 2 * i + 2 >= usable[-1] and here[i] != "w"]
-        damaged = [str(2 * i + 2) for i in tried for found in (here, there) if found[i] == "d"]  # those of a copy, too
+        damaged = [str(2 * i + 2) for i in tried for found in (here, there) if found[i] == "d"]  # of copies, too
         assert sorted(p.name.split(".")[0] for p in (tmp_path / "run").glob("quarantine/*")) == damaged
         checkpoints.discard_after(usable[-1])
     left = whole_in(tmp_path / "mirror/checkpoints")
@@ -590,7 +590,7 @@ def test_what_is_restored_is_the_newest_whole_step_wherever_it_lies(
 
 
 def test_a_rollback_without_an_answer_of_the_mirror_begins_nothing_again(tmp_path, program, both, monkeypatch):
-    """A start that cannot see the copies must not continue without them, unless it has what it needs."""
+    """If a start cannot list the copies, it fails, unless a local step is usable."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
     for name in ("run", "mirror"):
         shutil.copytree(both / name, tmp_path / name)
@@ -611,7 +611,7 @@ def test_a_rollback_without_an_answer_of_the_mirror_begins_nothing_again(tmp_pat
 
 
 def test_what_proves_nothing_stays_until_its_copy_was_restored(tmp_path, program, both, monkeypatch):
-    """A library of another version may read no step at all: each start used to move one more to quarantine."""
+    """A library of another version may fail to read any step: each start used to move one more step to quarantine."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
     for name in ("run", "mirror"):
         shutil.copytree(both / name, tmp_path / name)
@@ -625,7 +625,7 @@ def test_what_proves_nothing_stays_until_its_copy_was_restored(tmp_path, program
 
 
 def test_copies_of_a_run_that_was_lost_stay_as_its_steps_would(tmp_path, program, state, monkeypatch):
-    """The permanent and the best steps are then only in the mirror, and metrics.jsonl is lost with the run."""
+    """When a run is lost, its permanent and best steps are only in the mirror, and metrics.jsonl is lost, too."""
     keep = CheckpointConfig(keep_last=1, keep_every_steps=4, keep_best=1)
     checkpoints = mirrored(tmp_path / "run", keep)
     for step, loss in ((3, 1.0), (4, 5.0), (5, 4.0), (6, 3.0)):
@@ -634,7 +634,7 @@ def test_copies_of_a_run_that_was_lost_stay_as_its_steps_would(tmp_path, program
     save_both(checkpoints, state, 7)
     assert whole_in(tmp_path / "mirror/checkpoints") == [3, 4, 7] == checkpoints.steps()
     shutil.rmtree(tmp_path / "run")
-    for last in (9, 10):  # also in the second attempt after it, whose checkpoints here do not know the best
+    for last in (9, 10):  # in the second attempt after the loss, the local checkpoints do not include the best step
         checkpoints = mirrored(tmp_path / "run", keep)
         _, meta = checkpoints.restore_newest(program)
         assert meta["step"] == (7 if last == 9 else 9)
@@ -648,7 +648,7 @@ def test_copies_of_a_run_that_was_lost_stay_as_its_steps_would(tmp_path, program
 
 
 def test_a_copy_that_should_be_deleted_is_not_offered_and_goes_later(tmp_path, state, monkeypatch):
-    """It would bring a run back to a state that it has rolled back past."""
+    """Such a copy would bring the run back to a state that a rollback has discarded."""
     checkpoints = mirrored(tmp_path / "run")
     save_both(checkpoints, state, 2, 4)
     with monkeypatch.context() as patched:
@@ -689,7 +689,7 @@ def kill(*_):
 
 
 def test_a_rollback_leaves_no_copy_above_it(copied, program, state):
-    """This includes copies of steps that are not here, because the machine was replaced. None can come back."""
+    """A rollback also deletes copies of steps that are not here (the machine was replaced), so that none can return."""
     shutil.rmtree(copied / "run")
     checkpoints = mirrored(copied / "run")
     assert step_of(checkpoints, program) == 6
@@ -701,7 +701,7 @@ def test_a_rollback_leaves_no_copy_above_it(copied, program, state):
 
 @pytest.mark.parametrize("how", ["it is busy", "killed after the renames", "killed before them"])
 def test_no_later_life_takes_a_copy_that_the_run_went_behind(copied, program, state, monkeypatch, how):
-    """A list of such copies is written first, and a step leaves it when its copy is deleted or made again."""
+    """A list of discarded copies is written first. A step is removed from it when its copy is deleted or made again."""
     checkpoints = mirrored(copied / "run")
     with monkeypatch.context() as patched:
         if how == "it is busy":
@@ -723,7 +723,7 @@ def test_no_later_life_takes_a_copy_that_the_run_went_behind(copied, program, st
 
 
 def test_a_copy_half_deleted_is_deleted_later(copied, state):
-    """The file that marks it as complete goes first, so it is not listed any more."""
+    """The file that marks a copy as complete is deleted first, so the copy is not listed any more."""
     checkpoints = mirrored(copied / "run")
     store = checkpoints.mirror._store
     checkpoints.mirror._store = types.SimpleNamespace(read=store.read, write=store.write, delete_range=busy)
@@ -750,7 +750,7 @@ def test_nothing_older_takes_the_place_of_a_copy_that_cannot_be_fetched_now(copi
 
 
 def test_a_copy_may_be_fetched_again(copied, program):
-    """What one restore has fetched, a later one of the same process may need again."""
+    """A copy that one restore has fetched may be needed again by a later restore of the same process."""
     shutil.rmtree(copied / "run")
     checkpoints = mirrored(copied / "run")
     assert step_of(checkpoints, program) == 6
@@ -761,13 +761,13 @@ def test_a_copy_may_be_fetched_again(copied, program):
 
 
 def test_a_mirror_that_vanishes_is_not_an_empty_one(copied, program):
-    """This happens if its folder is unmounted."""
+    """A mirror vanishes if its folder is unmounted."""
     for step in (2, 4):
         shutil.rmtree(copied / f"run/checkpoints/{step}")
     checkpoints = mirrored(copied / "run")
     (copied / "mirror").rename(copied / "unmounted")
     (copied / "mirror").mkdir()
-    for _ in range(2):  # also when something was copied into what is left
+    for _ in range(2):  # the second time, a copy has been put into the folder that is left
         with pytest.raises(Unreadable, match=r"mirror\.json is gone") as e:
             checkpoints.restore_newest(program, before_6)
         assert e.value.exit_code == 42
@@ -775,7 +775,7 @@ def test_a_mirror_that_vanishes_is_not_an_empty_one(copied, program):
 
 
 def test_no_copy_is_offered_that_is_being_deleted(copied, program, monkeypatch):
-    """The mirror's thread may be cleaning up when a rollback begins."""
+    """The mirror's thread may be deleting old copies when a rollback begins."""
     shutil.rmtree(copied / "run/checkpoints/2")
     shutil.rmtree(copied / "run/checkpoints/4")
     checkpoints = mirrored(copied / "run")
@@ -787,7 +787,7 @@ def test_no_copy_is_offered_that_is_being_deleted(copied, program, monkeypatch):
 
 
 def test_one_that_cannot_read_is_heard_before_one_that_finds_something_wrong(tmp_path, program, state, monkeypatch):
-    """A library that fails for lack of file descriptors proves nothing, but would send a step to quarantine."""
+    """A library may fail for lack of file descriptors: this proves no damage, but would send a step to quarantine."""
     checkpoints = save(tmp_path, state, 5)
     words = [[Suspect.__name__, "strange", 3], None, [Unreadable.__name__, "no descriptor", 42]]
     monkeypatch.setattr(
@@ -817,7 +817,7 @@ def test_a_copy_takes_the_place_of_a_step_that_lost_parts_meanwhile(copied, prog
 
 
 def test_a_damaged_copy_is_in_quarantine_once(copied, program):
-    """Each start fetches it again, because damage does not delete anything in the mirror."""
+    """Each start fetches the damaged copy again, because nothing in the mirror is deleted for damage."""
     shutil.rmtree(copied / "run/checkpoints/6")
     flip_a_bit_in_the_parameters(copied / "mirror/checkpoints/6")
     for _ in range(3):
@@ -827,7 +827,7 @@ def test_a_damaged_copy_is_in_quarantine_once(copied, program):
 
 
 def test_a_listing_that_fails_once_hides_no_better_step(copied, program, monkeypatch):
-    """Otherwise a rollback would go further back than it must, and discard the copy that it needs."""
+    """Otherwise a rollback would go further back than necessary, and discard the copy that it needs."""
     shutil.rmtree(copied / "run/checkpoints/4")
     checkpoints = mirrored(copied / "run")
     listed, answers = checkpoints.mirror._list, [busy]
@@ -837,11 +837,11 @@ def test_a_listing_that_fails_once_hides_no_better_step(copied, program, monkeyp
     shutil.rmtree(copied / "run/checkpoints/4")
     with pytest.raises(Unreadable, match="busy"):
         checkpoints.restore_newest(program, up_to(5))
-    assert step_of(checkpoints, program, up_to(3)) == 2  # which is here, and no copy is newer
+    assert step_of(checkpoints, program, up_to(3)) == 2  # step 2 is here, and no copy is newer
 
 
 def test_folders_that_lack_parts_are_not_in_the_way_of_saves(copied, program, state):
-    """None was moved while none was complete; then a copy was restored."""
+    """No folder was moved until a copy was restored, because no local step was complete."""
     for step in (2, 4, 6):
         (copied / f"run/checkpoints/{step}/_CHECKPOINT_METADATA").unlink()
     checkpoints = mirrored(copied / "run")
@@ -854,9 +854,7 @@ def test_folders_that_lack_parts_are_not_in_the_way_of_saves(copied, program, st
 def test_an_old_step_that_was_set_aside_does_not_hide_that_checkpoints_are_lost(tmp_path, program, state):
     checkpoints = save(tmp_path, state, 4)
     checkpoints.set_aside([4], "a test")
-    assert (
-        checkpoints.restore_newest(program) is None
-    )  # the last one that was saved was set aside: the run begins again
+    assert checkpoints.restore_newest(program) is None  # the last saved step was set aside: the run begins again
     checkpoints = save(tmp_path, state, 5)
     shutil.rmtree(tmp_path / "checkpoints/5")
     with pytest.raises(CheckpointError, match="none is left"):
@@ -878,7 +876,7 @@ def test_a_part_on_a_disk_that_is_not_mounted_is_not_missing(copied, program):
 
 
 def test_a_step_that_the_mirror_lacks_is_copied_at_the_next_start(copied, program):
-    """The mirror was full, or is new."""
+    """A mirror lacks a step if it was full, or if it is new."""
     shutil.rmtree(copied / "mirror/checkpoints/6")
     checkpoints = mirrored(copied / "run")
     step = step_of(checkpoints, program)

@@ -1,4 +1,4 @@
-"""Mistakes at the command line: one line, the documented exit code, no traceback, nothing written."""
+"""Mistakes at the command line: each gives one line and the documented exit code, without a traceback or new files."""
 
 import collections
 import json
@@ -112,8 +112,8 @@ def test_a_recipe_in_a_folder_with_a_colon(tmp_path):
 
 
 def test_mistakes_that_need_the_devices(tmp_path):
-    """A batch that does not divide by the eight devices; an axis that is larger than they are. The name of an optimizer
-    is checked beside them."""
+    """The batch size is not a multiple of the eight devices, or an axis is larger than eight. Two mistakes that need no
+    devices, an optimizer's name and missing flags, are checked as well."""
     data = runs.dataset(tmp_path)
     argv = runs.command(tmp_path / "run", data)[2:]
     assert_one_line(
@@ -146,12 +146,12 @@ SHADOWS = ("configs", "data", "json", "logging", "model", "random", "trainer", "
 
 @pytest.mark.parametrize("how", ["python -m", "meshlm", "python -m, PYTHONPATH with an empty part"])
 def test_files_of_the_current_folder_are_not_taken_for_ours(tmp_path, how):
-    """nanoGPT's folder has a model.py; every command started there ended in a traceback."""
+    """nanoGPT's folder has a model.py; every command that was started there ended in a traceback."""
     (tmp_path / "here").mkdir()
     for name in SHADOWS:
         (tmp_path / f"here/{name}.py").write_text("raise SystemExit('the wrong file')")
     (tmp_path / "a.txt").write_text("some words of a text\n" * 40)
-    program = tmp_path / "meshlm"  # as pip installs it
+    program = tmp_path / "meshlm"  # pip installs the same script
     program.write_text("import sys\nfrom launch.meshlm import main\nsys.exit(main())\n")
     command = {"meshlm": [program, "prepare"]}.get(how, ["-m", "launch.prepare"])
     argv = [sys.executable, *command, f"--source={tmp_path}/a.txt", f"--out={tmp_path}/out"]
@@ -181,7 +181,7 @@ def test_prepare_says_what_it_made_and_does_it_once(tmp_path):
     assert call(*argv, "--tokenizer=byte", "--overwrite").returncode == 0
 
 
-# The border: whatever a user or another program passes in, errors are one line.
+# The border: errors are one line, whatever a user or another program passes in.
 
 
 @pytest.fixture(scope="module")
@@ -372,7 +372,7 @@ def assert_one_error(ended: Ended, code: int, *parts: str) -> None:
 
 
 def test_the_home_is_meant_by_a_tilde(border, home):
-    """The shell does not expand it in --out=~/x. No one looks in a folder called ~, and `rm -rf ~` removes the home."""
+    """The shell does not expand ~ in --out=~/x, and a folder named ~ would be a trap: `rm -rf ~` removes the home."""
     assert border("launch.prepare", "--source=~/text.txt", "--tokenizer=byte", "--out=~/at/home").code == 0
     for argv in (
         ("launch.inspect", "~/at/home", "--seq_len=8"),
@@ -403,7 +403,7 @@ def test_the_home_in_fields_of_the_configuration(monkeypatch):
 
 
 def test_any_character_is_printed_on_any_console(border):
-    """This one takes only ASCII, strictly."""
+    """The console of this test accepts only ASCII."""
     shown = border("launch.inspect", "set", "--seq_len=8")
     assert shown.code == 0 and "\\u4e2d\\u6587" in shown.out
     assert border("launch.tokenizer", "decode", "--tokenizer=byte", "228 184 173").out == "\\u4e2d\n"
@@ -456,13 +456,13 @@ def interrupted(argv: list[str], ready, by=signal.SIGINT, **options) -> tuple[in
     while not ready():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    os.killpg(process.pid, by)  # the whole group, as a terminal or a cluster does
+    os.killpg(process.pid, by)  # a terminal or a cluster also signals the whole group
     out, err = process.communicate(timeout=60)
     return process.returncode, out, err
 
 
 def test_ctrl_c_is_one_line(tmp_path):
-    """It comes while standard input is read, and while several processes work."""
+    """Ctrl-C comes while standard input is read, and while several processes work."""
     argv = ["launch.prepare", "--source=-", f"--out={tmp_path / 'a'}"]
     code, _, err = interrupted(argv, ready=lambda: list(tmp_path.glob(".meshlm-stdin-*")))
     assert code == 130 and len(err.strip().splitlines()) == 1 and not list(tmp_path.glob(".meshlm-stdin-*")), err
@@ -505,7 +505,8 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("program", [TRAINING] * 4 + [REMOVING])
 def test_ctrl_c_while_a_library_works_on_a_thread_or_an_object_is_removed(tmp_path, program):
-    """Python aborted (-6) in four of ten such trainings; for the object it printed a traceback and continued."""
+    """Python aborted (-6) in four of ten such trainings; when the object was removed, it printed a traceback and
+    continued."""
     argv = [sys.executable, "-c", program]
     ended = subprocess.run(argv, cwd=runs.ROOT, stderr=subprocess.PIPE, text=True, timeout=60)
     assert (ended.returncode, ended.stderr.strip()) == (130, launch.INTERRUPTED_LINE)

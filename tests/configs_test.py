@@ -10,7 +10,7 @@ from tests.step_test import mesh_of
 from trainer.config import Config, from_dict
 from trainer.state import Program
 
-# Parameters in millions, without the rows that pad the vocabulary.
+# The number of parameters in millions, without the rows that pad the vocabulary.
 RECIPES = {
     ("tiny", ""): (98, 0.87),
     ("shakespeare_char", ""): (65, 10.6),

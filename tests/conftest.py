@@ -1,12 +1,13 @@
-"""Eight virtual CPU devices for every test, and a compilation cache that outlives a run. Set before JAX loads."""
+"""Gives every test eight virtual CPU devices and a compilation cache that outlives a run; both are set before JAX
+loads."""
 
 import os
 import signal
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling is most of a test: a run of two processes took 21 s, and 13 s with machine code that is not optimized.
-# Users have optimized code, which the newcomer and the soak of CI run.
+# Compiling takes most of a test's time: a run of two processes took 21 s, and 13 s with machine code that is not
+# optimized. Users have optimized code, which the newcomer and soak jobs of CI run.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "meshlm-jax-cache"))
@@ -16,18 +17,19 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-# A missing axis is an error: arrays of other ranks meet only if the code says how. (As an environment variable it would
-# reach the commands that tests start, which refuse it.)
+# JAX must not add axes by itself: the code says how arrays of different ranks are combined. (An environment variable
+# would reach the commands that tests start, and they refuse it.)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# If started by nohup, or in the background of a script, the tests and all that they start would ignore these.
+# If pytest is started by nohup, or in the background of a script, it and its child processes would ignore these
+# signals.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def no_mesh_is_left():
-    """A Trainer sets the mesh of the process, on which later tests would compute."""
+    """Resets the mesh of the process after a test: a Trainer sets it, and later tests would compute on it."""
     before = jax.sharding.get_mesh()
     yield
     if jax.sharding.get_mesh() != before:

@@ -1,4 +1,4 @@
-"""What layers report beside their result reaches the caller, and a reported loss has a gradient."""
+"""Values that layers report beside their result reach the caller, and a reported loss has a gradient."""
 
 import dataclasses
 import functools
@@ -39,7 +39,7 @@ VARIANTS = [
     {"scan_layers": True}, {"scan_layers": False}, {"scan_layers": True, "remat": "full"},
     {"scan_layers": False, "remat": "full"}, {"scan_layers": True, "remat": "dots"},
 ]  # fmt: skip
-BASE = dataclasses.replace(CONFIGS["one_kv_head"], dropout=0.2)  # of three layers
+BASE = dataclasses.replace(CONFIGS["one_kv_head"], dropout=0.2)  # has three layers
 RATE, KEY = 0.2, jax.random.key(5)
 
 
@@ -67,7 +67,7 @@ def layer_by_layer(config: ModelConfig, params: dict, tokens: np.ndarray) -> lis
 
 @functools.cache
 def expected():
-    """(params, tokens, the streams, the sum over layers of the reported loss, its gradient)."""
+    """(params, tokens, the streams, the sum over layers of the reported loss, the gradient of that sum)."""
     params, tokens = tiny_models.random_params(BASE), tiny_models.random_tokens(BASE, 2)
 
     @jax.jit
@@ -82,7 +82,7 @@ def expected():
 
 @pytest.mark.parametrize("fields", VARIANTS, ids=str)
 def test_reports_are_the_mean_of_metrics_and_the_sum_of_losses_over_layers(monkeypatch, fields):
-    """Whether the layers are scanned or unrolled, and whether the backward pass computes them again."""
+    """This holds if the layers are scanned or unrolled, and with or without rematerialization."""
     params, tokens, streams, total, gradient = expected()
     monkeypatch.setattr(transformer, "Block", Reporting)
     config = dataclasses.replace(BASE, **fields)
@@ -99,13 +99,13 @@ def test_reports_are_the_mean_of_metrics_and_the_sum_of_losses_over_layers(monke
     assert float(aux.metrics["mean_square"]) == pytest.approx(np.mean([(y**2).mean() for y in streams]), rel=1e-5)
     assert float(aux.metrics["largest"]) == pytest.approx(np.mean([np.abs(y).max() for y in streams]), rel=1e-5)
     assert float(found) == pytest.approx(total, rel=1e-5)
-    # The layers differ, or a mean could be the value of one of them.
+    # The layers must differ, or the value of one layer could pass for the mean.
     assert np.ptp([(y**2).mean() for y in streams]) > 0.1 * (streams[0] ** 2).mean()
     for (path, g), right in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(gradient), strict=True):
         largest = np.abs(right).max()
         np.testing.assert_allclose(g, right, rtol=0, atol=1e-5 * largest, err_msg=jax.tree_util.keystr(path))
     kernel = np.asarray(grads["layers"]["mlp"]["up"]["kernel"])
-    assert (np.abs(kernel).max(axis=(1, 2)) > 0).all()  # it flows into every layer
+    assert (np.abs(kernel).max(axis=(1, 2)) > 0).all()  # the gradient flows into every layer
 
 
 def test_a_reported_metric_has_no_gradient_and_changes_no_result(monkeypatch):
@@ -160,7 +160,7 @@ def test_parts_of_a_layer_report_to_the_layer_and_other_layers_do_not():
 # In a train step
 
 
-MESHES = {  # data, fsdp, context, tensor
+MESHES = {  # sizes of data, fsdp, context, tensor
     "one": (1, 1, 1, 1), "mixed": (2, 2, 1, 2), "context": (1, 2, 4, 1),
 }  # fmt: skip
 ROWS, LENGTH = 16, 32
@@ -181,7 +181,7 @@ def gradient_of(mesh: str, accum: int) -> tuple[float, dict, dict]:
     batch = from_tokens(tokens, loss_mask=np.ones((ROWS, LENGTH), bool))
     with jax.set_mesh(where):
         program = Program(config, where)
-        # Far from their initial values, at which the streams, and so the reports, are near 0.
+        # The parameters are far from their initial values, at which the streams, and so the reports, are near 0.
         draw = np.random.default_rng(1)
         params = jax.tree.map(lambda p: 0.3 * draw.standard_normal(p.shape, np.float32), program.params)
         run = jax.jit(lambda params, batch: make_gradient(program)(params, batch, None, 0))
@@ -191,7 +191,7 @@ def gradient_of(mesh: str, accum: int) -> tuple[float, dict, dict]:
 
 @pytest.fixture(scope="module")
 def of_one_device():
-    """Without reports, and with them."""
+    """The results of one device without reports, and with reports."""
     plain = gradient_of("one", 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformer, "Block", Reporting)
@@ -199,13 +199,13 @@ def of_one_device():
 
 
 def test_a_step_trains_on_a_reported_loss_and_shows_all_reports(of_one_device):
-    """The cross-entropy that is shown as the loss does not have the reported loss in it."""
+    """The loss that is shown is the cross-entropy, without the reported loss."""
     (loss, nothing, gradients), (with_reports, reported, others) = of_one_device
     assert nothing == {} and reported.keys() == {"mean_square", "largest", "mean_fourth"}
     assert with_reports == pytest.approx(loss, rel=1e-6)
     differences = jax.tree.map(lambda a, b: np.abs(a - b).max() / np.abs(a).max(), gradients, others)
     assert differences["layers"]["mlp"]["down"]["kernel"] > 0.01
-    assert differences["norm"]["scale"] < 1e-5  # it comes after all layers
+    assert differences["norm"]["scale"] < 1e-5  # this norm comes after all layers
 
 
 @pytest.mark.parametrize(("mesh", "accum"), [("one", 4), ("mixed", 2), ("context", 2)])
@@ -214,7 +214,7 @@ def test_reports_of_a_step_are_the_same_in_microbatches_and_on_every_mesh(monkey
     monkeypatch.setattr(transformer, "Block", Reporting)
     found_loss, found, found_gradients = gradient_of(mesh, accum)
     assert found_loss == pytest.approx(loss, rel=1e-5)
-    for name in ("mean_square", "mean_fourth"):  # the largest value of a microbatch is another number
+    for name in ("mean_square", "mean_fourth"):  # not `largest`, which differs between microbatches
         assert found[name] == pytest.approx(reported[name], rel=1e-5), name
     for a, b in zip(jax.tree.leaves(found_gradients), jax.tree.leaves(gradients), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())

@@ -1,4 +1,4 @@
-"""launch.convert and config.init_from: weights go out and in without a changed bit, and a run begins with them."""
+"""launch.convert and config.init_from: weights are exported and imported bit for bit, and a run starts from them."""
 
 import json
 import pathlib
@@ -20,7 +20,7 @@ MODEL = {"model.num_kv_heads": 2, "model.tie_embeddings": False, "model.rope_the
 
 
 def convert(*flags: str, code: int = 0, before: str = "") -> str:
-    """What launch.convert prints; `before` is a line of shell."""
+    """Returns what launch.convert prints; `before` is a line of shell that is run first."""
     words = " ".join(f"'{word}'" for word in (sys.executable, "-m", "launch.convert", *flags))
     return runs.finish(runs.start(["bash", "-c", f"{before}\nexec {words}"]), code)
 
@@ -36,7 +36,7 @@ def rows(run: pathlib.Path, name: str = "train/loss") -> list[float]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path]:
-    """(run directory, dataset): a model that is a Llama."""
+    """(run directory, dataset) of a model with the architecture of Llama."""
     folder = tmp_path_factory.mktemp("trained")
     data = runs.dataset(folder)
     train(
@@ -85,7 +85,8 @@ def test_bfloat16_is_the_nearest(exported, trained, tmp_path):
 
 
 def test_a_run_begins_with_weights_on_any_mesh_and_is_resumed_without_naming_them(exported, trained, tmp_path):
-    """Its own configuration has another architecture, which does not count. The loss is that of the trained model."""
+    """The run's configuration has another architecture, which the weights override. The first loss is about that of the
+    trained model."""
     run, data = trained
     losses = {}
     for name, source, devices in (("run", f"{run}:20", 1), ("hf", exported, 1), ("fsdp", exported, 4)):
@@ -95,7 +96,7 @@ def test_a_run_begins_with_weights_on_any_mesh_and_is_resumed_without_naming_the
     assert losses["run"] == losses["hf"]
     np.testing.assert_allclose(losses["fsdp"], losses["hf"], rtol=1e-6)
     assert losses["hf"][0] == pytest.approx(rows(run)[-1], abs=0.2) and rows(run)[0] > losses["hf"][0] + 1
-    shutil.move(exported, exported.with_name("moved"))  # it is not needed any more
+    shutil.move(exported, exported.with_name("moved"))  # the run does not need the weights any more
     try:
         assert "Resuming after step 3" in train(tmp_path / "hf", data, num_train_steps=5)
     finally:

@@ -1,4 +1,4 @@
-"""Several real processes over loopback (gloo): the same run as one process, stopped together, refused together."""
+"""Several real processes over loopback (gloo): they train the run of one process, and stop or fail together."""
 
 import dataclasses
 import pathlib
@@ -30,7 +30,7 @@ def data(tmp_path_factory):
     ids=["data", "fsdp", "two devices each", "tensor"],
 )
 def test_two_processes_train_the_run_of_one(tmp_path, data, devices, mesh):
-    """The losses are the same on the same number of devices; only process 0 reports.
+    """The losses are those of one process with the same number of devices; only process 0 prints the report.
 
     With two devices they are the same bit for bit. With four, gloo adds floats in another order than the collectives
     within one process do, so the last bit of a loss may differ.
@@ -48,7 +48,7 @@ def test_two_processes_train_the_run_of_one(tmp_path, data, devices, mesh):
             assert [v for v in a if v is not None] == pytest.approx([v for v in b if v is not None], rel=1e-5)
     assert "Everything is in" in first and "Everything is in" not in second
     assert (tmp_path / "two/log.1.txt").exists()
-    # One process resumes from what two have saved.
+    # One process resumes from a checkpoint of two processes.
     fields["num_train_steps"] += 5
     assert f"Resuming after step {STEPS}." in runs.train(tmp_path / "two", data, devices=2 * devices, **fields)
 
@@ -67,7 +67,7 @@ def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path, data):
 
 
 def test_processes_that_differ_in_config_leave_together(tmp_path, data):
-    """Fault 24: they would train different things and, on gloo, silently sum them."""
+    """Fault 24: the processes would train with different settings and, on gloo, silently sum their gradients."""
     other = {1: {"optimizer__peak_lr": 0.5}}
     out = runs.finish_gang(runs.start_gang(tmp_path / "run", data, num_train_steps=STEPS, per_process=other), code=2)
     assert all("(process 1) has another setting: config.optimizer.peak_lr: 0.5 there, 0.001 on" in text for text in out)
@@ -75,7 +75,7 @@ def test_processes_that_differ_in_config_leave_together(tmp_path, data):
 
 
 def test_processes_of_another_environment_leave_together_and_another_life_is_told(tmp_path, data):
-    """With other XLA flags, each process would silently compile another program."""
+    """If their XLA flags differ, the processes would silently compile different programs."""
     fast = "--xla_cpu_enable_fast_math=true"
     run, other = tmp_path / "run", {"XLA_FLAGS": f"{runs.environment()['XLA_FLAGS']} {fast}"}
     out = runs.finish_gang(runs.start_gang(run, data, num_train_steps=2, environments={1: other}), code=2)
@@ -86,7 +86,7 @@ def test_processes_of_another_environment_leave_together_and_another_life_is_tol
 
 
 def test_processes_that_see_other_files_under_one_path_leave_together(tmp_path, data):
-    """Fault 24: the same command on two machines whose disks differ; a stale copy is not mixed with a newer one."""
+    """Fault 24: the same command runs on two machines whose disks differ; stale and new data must not be mixed."""
     gang, address = [], f"--coordinator_address=localhost:{runs.free_port()}"
     for i in range(2):
         machine = tmp_path / f"machine{i}"
@@ -103,10 +103,10 @@ def test_processes_that_see_other_files_under_one_path_leave_together(tmp_path, 
 
 
 def test_an_error_of_one_in_training_is_one_of_all(tmp_path, data):
-    """The others used to fail in a collective and exit with 42, and were restarted three times."""
+    """The other processes used to fail in a collective and exit with 42, and were restarted three times."""
     bad = shutil.copytree(data, tmp_path / "bad")
     tokens = np.fromfile(bad / "train-00000.bin", "<u2")
-    tokens[len(tokens) // 2] = 25  # in a window that one of the two reads
+    tokens[len(tokens) // 2] = 25  # only one of the two processes reads this window
     tokens.tofile(bad / "train-00000.bin")
     manifest = formats.read_manifest(bad)
     (shard,) = manifest.splits["train"].shards

@@ -1,4 +1,4 @@
-"""Sources of text: the same documents in the same order anywhere, and errors that say what to do."""
+"""Sources of text: they give the same documents in the same order anywhere, and their errors say what to do."""
 
 import collections
 import glob
@@ -97,7 +97,7 @@ def test_nothing_in_it_is_an_error(source, tmp_path):
         corpus.find_files(str(tmp_path / source), tmp_path)
 
 
-# Trees of all kinds against a plain reading
+# Random trees of files, compared with a simple implementation
 
 NAMES = st.sampled_from(["a", "b.txt", "c.txt", ".h", "caf\udce9", "a b\n", "ü"])
 ENTRIES = st.lists(
@@ -107,7 +107,7 @@ ENTRIES = st.lists(
 
 
 def grow(root: str, entries: list[tuple[int, str, str]], loops: bool) -> None:
-    """Makes `entries`: each in one of the existing folders; links lead to anything that exists, or to nothing."""
+    """Creates each of `entries` in one of the existing folders; a link leads to anything that exists, or to nothing."""
     folders, files, everything = [root], [], [*([root] if loops else []), f"{root}/nowhere"]
     for number, name, kind in entries:
         path = os.path.join(folders[number % len(folders)], name)
@@ -132,7 +132,7 @@ def grow(root: str, entries: list[tuple[int, str, str]], loops: bool) -> None:
 
 
 def read_plainly(root: str) -> tuple[dict[str, str], collections.Counter]:
-    """Name and path of each file of a folder, slowly; and how much of each kind is left out."""
+    """The name and path of each file of a folder, found slowly; and how many entries of each kind are left out."""
     found: dict[str, str] = {}
     entered: list[str] = []
     left: collections.Counter = collections.Counter()
@@ -206,7 +206,7 @@ PARTS = st.sampled_from(["**", "*", "a", "?*", "*.txt", "[ab]*", ".h", ".*", "ca
 @settings(max_examples=150, deadline=None)
 @given(ENTRIES, st.lists(PARTS, min_size=1, max_size=4))
 def test_any_glob_selects_the_files_that_pythons_does_and_each_once(entries, pattern):
-    """Python's glob finds a file by each of its names, and does not end in loops."""
+    """Python's glob finds a file once for each of its names, and does not end if links form a loop."""
     with tempfile.TemporaryDirectory() as folder:
         grow(folder, entries, loops=False)
         pattern = "/".join([*pattern, "*"])
@@ -257,9 +257,9 @@ def test_what_may_not_be_read_is_an_error_that_names_it(secret, source, tmp_path
     texts = write(tmp_path / "texts", {"a.txt": "1", "b/x.txt": "1", secret: "2"})
     closed = texts / secret.split("/")[0]
     if closed.is_dir() and source == "/secret*":
-        return  # not entered
+        return  # the glob does not enter this folder
     if closed.is_file() and source.endswith(("/x.txt", "t/*.txt")):
-        return  # not selected
+        return  # the glob does not select this file
     closed.chmod(0)
     script = (
         "import pathlib, sys\nfrom data.preparation import corpus\n"
@@ -304,7 +304,7 @@ def test_what_is_not_text_is_an_error_or_is_left_out_and_counted(tmp_path):
         "not text, left out": [f"{texts / 'b.zip'} (a zip archive)"],
         "media, left out": [f"{texts / 'c.png'} (an image)"],
     }
-    for name in ("b.zip", "c.png"):  # a file that was named is meant
+    for name in ("b.zip", "c.png"):  # a file that is named explicitly is not skipped
         with pytest.raises(DataError, match=name):
             corpus.find_files(str(texts / name), tmp_path, bad_records="skip")
         assert corpus.find_files(str(texts / name), tmp_path, kind="text").files[0].kind == "text"
@@ -337,13 +337,13 @@ def test_python_stdlib_is_there_sorted_readable_and_always_the_same(tmp_path):
     assert found == names("python-stdlib", tmp_path / "elsewhere")
     for part in ("site-packages", "test", "tests", "__pycache__"):
         assert not any(part in pathlib.PurePosixPath(name).parts for name in found)
-    assert sum(len(d.path.read_text("utf-8")) for d in first) > 1_000_000  # every one is UTF-8: this would raise
+    assert sum(len(d.path.read_text("utf-8")) for d in first) > 1_000_000  # all are UTF-8: read_text did not raise
     assert not any(tmp_path.iterdir())  # no network, no cache
 
 
 @pytest.fixture
 def serve(monkeypatch):
-    """Starts a web server on loopback that answers every request alike; corpus.SHAKESPEARE_URL points at it."""
+    """Starts a web server on loopback that gives every request the same answer; corpus.SHAKESPEARE_URL points at it."""
     monkeypatch.setenv("no_proxy", "*")
     servers = []
 
@@ -385,7 +385,7 @@ def test_tinyshakespeare_is_downloaded_once_and_kept(serve, tmp_path, monkeypatc
 
 
 def test_the_frozen_hash_is_that_of_the_known_file():
-    """From karpathy/char-rnn; another value would let another text pass."""
+    """The file is that of karpathy/char-rnn; another hash would accept another text."""
     assert corpus.SHAKESPEARE_SHA256 == "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
@@ -401,7 +401,7 @@ def test_a_cached_file_with_the_wrong_hash_is_an_error_that_names_it(tmp_path):
     with pytest.raises(DataError) as e:
         corpus.find_files("tinyshakespeare", tmp_path)
     assert str(path) in str(e.value) and corpus.SHAKESPEARE_SHA256 in str(e.value) and "21 bytes" in str(e.value)
-    assert path.read_text() == "First Citizen: cut sh"  # the user's file is theirs to remove
+    assert path.read_text() == "First Citizen: cut sh"  # only the user may remove this file
 
 
 def assert_says_what_to_fetch(error: DataError, cache: pathlib.Path) -> None:
@@ -413,7 +413,7 @@ def assert_says_what_to_fetch(error: DataError, cache: pathlib.Path) -> None:
 def test_no_network_says_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        s.bind(("127.0.0.1", 0))  # the socket is bound but not listening, so connections are refused
         monkeypatch.setattr(corpus, "SHAKESPEARE_URL", f"http://127.0.0.1:{s.getsockname()[1]}/input.txt")
         with pytest.raises(DataError) as e:
             corpus.find_files("tinyshakespeare", tmp_path / "cache")
@@ -426,7 +426,7 @@ def test_a_failed_download_says_what_to_fetch_and_where_to_put_it(length, status
     with pytest.raises(DataError) as e:
         corpus.find_files("tinyshakespeare", tmp_path / "cache")
     if isinstance(e.value.__context__, urllib.error.HTTPError):
-        e.value.__context__.close()  # its socket; a command would end here
+        e.value.__context__.close()  # closes its socket; a command would end here
     assert_says_what_to_fetch(e.value, tmp_path / "cache")
 
 
@@ -444,13 +444,13 @@ def test_split_keeps_documents_whole_loses_none_and_meets_the_fraction(many, val
     assert sorted([*train, *val], key=lambda d: d.name) == many
     assert [d.name for d in train] == sorted(d.name for d in train)
     sizes = [sum(d.size() for d in part) for part in (val, many)]
-    assert val_fraction <= sizes[0] / sizes[1] < val_fraction + 150 / sizes[1]  # at most one document too many
+    assert val_fraction <= sizes[0] / sizes[1] < val_fraction + 150 / sizes[1]  # at most one extra document
 
 
 def test_split_goes_by_name_and_is_frozen(many):
     """A corpus prepared again, elsewhere or by a later version, must not leak old validation text into training."""
     _, val = corpus.split_files(many, 0.04)
-    assert corpus.split_files(list(reversed(many)), 0.04)[1] == list(reversed(val))  # whatever order they come in
+    assert corpus.split_files(list(reversed(many)), 0.04)[1] == list(reversed(val))  # in any order of the files
     expected = ["014.txt", "037.txt", "059.txt", "076.txt", "077.txt"]
     assert [d.name for d in val] == expected, "the split has changed: validation text would turn into training text"
 
@@ -509,7 +509,7 @@ def test_json_and_tokenizers_beside_text_are_left_out_and_counted(tmp_path):
         corpus.find_files(str(folder / "t.txt"), tmp_path, kind="text", tokenizer=tmp_path / "link")
     with pytest.raises(DataError, match=r"package\.json is one JSON value.*jq -c"):
         corpus.find_files(str(folder / "package.json"), tmp_path)
-    (folder / "c.jsonl").write_text('{\n "text": "x"\n}\n')  # a file that is named as records would be missed
+    (folder / "c.jsonl").write_text('{\n "text": "x"\n}\n')  # leaving out a .jsonl would lose documents
     with pytest.raises(DataError, match=r"c\.jsonl is JSON over several lines.*--bad_records=skip"):
         corpus.find_files(str(folder), tmp_path)
 
@@ -530,7 +530,7 @@ def test_a_tokenizer_is_not_trained_on_with_itself(tmp_path):
 @pytest.mark.parametrize("name", ["*.txt", "?.txt", "[ab].txt", "d*/a.txt", "a[b].txt"])
 def test_the_name_of_a_file_that_is_a_pattern_of_others_is_refused(tmp_path, name):
     folder = write(tmp_path / "gl", {name: "oops"})
-    (meant,) = corpus.find_files(f"{folder}/{name}", tmp_path).files  # as the only match it is unambiguous
+    (meant,) = corpus.find_files(f"{folder}/{name}", tmp_path).files  # a name with one match is unambiguous
     assert meant.path == folder / name
     write(folder, {"a.txt": "1", "b.txt": "2", "ab.txt": "3", "d/a.txt": "4"})
     with pytest.raises(DataError, match=r"as a pattern it selects \d other file\(s\), such as .*; write ") as e:

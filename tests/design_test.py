@@ -1,4 +1,5 @@
-"""docs/design.md and docs/tour.md point at what exists: files with about as many lines, and lines with this text."""
+"""docs/design.md and docs/tour.md name things that exist: files with about the stated number of lines, and lines with
+the stated text."""
 
 import pathlib
 import re

@@ -1,4 +1,5 @@
-"""What a process learns about others from its environment, and the way to them. Real processes: network_test."""
+"""What a process learns about the others from its environment, and how it reaches them. network_test has real
+processes."""
 
 import os
 import subprocess
@@ -97,14 +98,15 @@ for error in (Stopped("a peer is gone"), ConfigError("no such folder"), KeyError
 
 
 def test_whatever_ends_one_is_told_to_all(tmp_path):
-    """The others did not hear of errors whose code asks for a restart, and waited for the heartbeat timeout."""
+    """The other processes did not hear of errors whose code asks for a restart, and waited for the heartbeat
+    timeout."""
     done = subprocess.run([sys.executable, "-c", TOLD, tmp_path], cwd=runs.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("advice", ["start the missing ones: 1", ""])
 def test_nobody_is_said_to_be_missing_when_all_have_come(monkeypatch, caplog, advice):
-    """When the limit expires they may just be let in; the next phase has a limit of its own."""
+    """When the limit expires, the processes may just be about to be admitted; the next phase has its own limit."""
     left: list[int] = []
     monkeypatch.setattr(distributed.os, "_exit", left.append)
     with distributed._limit("all 2 processes at host0:1", 0.2, lambda: advice):
@@ -125,7 +127,7 @@ def test_nobody_is_said_to_be_missing_when_all_have_come(monkeypatch, caplog, ad
 )
 def test_the_coordinator_is_not_sought_through_a_proxy(monkeypatch, variables, expected):
     for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
-        monkeypatch.setenv(name, "")  # so that monkeypatch undoes what the code sets
+        monkeypatch.setenv(name, "")  # monkeypatch then undoes what the code sets
         monkeypatch.delenv(name)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

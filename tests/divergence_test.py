@@ -1,4 +1,4 @@
-"""Bad steps: the statistics against NumPy; a step that is skipped leaves no trace, on one device and on several."""
+"""Bad steps: the statistics are compared with NumPy; a skipped step has no effect, on one device and on several."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ def run_of_detect(config: DivergenceConfig, series) -> list[tuple[dict, bool, di
 
 
 def test_statistics_against_their_definition():
-    """A weighted mean and variance over all good steps, in float64.
+    """The definition is a weighted mean and variance over all good steps, in float64.
 
     Tolerance: a mean of 2 to 4 is rounded by half of 2.4e-7 at each of the 50 steps in its window, 6e-6 in all,
     relative to the smallest deviation here, 0.05: 1.2e-4. The variance is rounded by 6e-8 of itself some six times per
@@ -120,7 +120,7 @@ def test_any_series(series):
 
 
 def config(name: str) -> Config:
-    """The configuration; on four devices also with ZeRO-1, accumulation and a scan over the layers."""
+    """The configuration; for four devices it also has ZeRO-1, accumulation and a scan over the layers."""
     several, (data, fsdp) = name == "four", MESHES[name]
     return step_test.config(
         model={"vocab_size": VOCAB, "tie_embeddings": False, "scan_layers": several},
@@ -138,7 +138,8 @@ def program(name: str) -> Program:
 
 @functools.cache
 def initial() -> TrainState:
-    """The state on the host, with POISON's embedding, which no other token uses: the output table is a separate one."""
+    """The state on the host. The embedding of POISON is NaN; only this token uses it, because the output table is
+    separate."""
     state = jax.device_get(program("one").init())
     table = np.array(state.params["embedding"])
     table[POISON] = math.nan
@@ -153,7 +154,7 @@ def compiled(name: str) -> jax.stages.Compiled:
 
 
 def batch(kind: str) -> Batch:
-    """16 rows: 'good', the same rows each time; 'random', other tokens; 'poison', good except for one token."""
+    """16 rows: 'good' is always the same rows, 'random' has other tokens, and 'poison' is good except for one token."""
     rows = np.tile(np.arange(33) % 7, (16, 1))
     if kind == "random":
         rows = np.random.default_rng(0).integers(0, POISON, rows.shape)
@@ -196,23 +197,23 @@ def test_a_bad_step_is_skipped_and_nothing_but_the_count_of_steps_changes(name):
         assert (before == after) == (i in BAD)
     assert [row["train/bad_in_a_row"] for row in rows[-5:]] == [0, 1, 2, 0, 0]
     assert all(set(row) == NAMES | JUDGED for row in rows)
-    # Bad values, not finite or standing out, are reported as they are; they do not enter the statistics.
+    # Bad values (not finite, or spikes) are reported as they are; they do not enter the statistics.
     assert math.isnan(rows[3]["train/loss"]) and math.isnan(rows[3]["train/grad_norm"])
     assert rows[39]["train/loss"] > rows[38]["train/loss"] + 1 and rows[39]["train/loss_z"] > 8
     assert states[40].guard == states[38].guard | {"bad_in_a_row": 2}
 
 
 def test_training_goes_on_as_if_the_bad_batch_had_not_been():
-    """Bit for bit, statistics included: a bad step only advances the number of the step."""
+    """This holds bit for bit, including the statistics: a bad step only increments the step number."""
     rows, states = series("one")
-    at = dataclasses.replace(states[2], step=np.int32(4))  # the schedule goes by the steps, skipped or not
+    at = dataclasses.replace(states[2], step=np.int32(4))  # the schedule counts all steps, skipped or not
     again, after = advance("one", at, ["good"] * 2)
     np.testing.assert_equal(again, rows[4:6])
     assert bits(after[-1]) == bits(states[5])
 
 
 def test_the_norm_of_the_parameters_is_of_those_that_are_kept():
-    """There is no poisoned embedding here, because its norm is NaN."""
+    """This test has no poisoned embedding, because the norm would be NaN."""
     state = program("one").init()
     rows, states = advance("one", state, ["good"] * 35 + ["random"])
     assert rows[-1]["train/skipped"] and rows[-1]["train/param_norm"] == rows[-2]["train/param_norm"]
@@ -222,7 +223,8 @@ def test_the_norm_of_the_parameters_is_of_those_that_are_kept():
 
 
 def test_the_same_decisions_on_several_devices():
-    """z may differ by a loss's rounding, 1e-6 of it, over STD_FLOOR, and more as training magnifies it (1e-5 seen)."""
+    """z may differ by a loss's relative rounding, 1e-6, divided by STD_FLOOR, and by more as training magnifies it
+    (1e-5 was seen)."""
     one, four = series("one")[0], series("four")[0]
     for key in JUDGED - {"train/loss_z", "train/grad_norm_z"}:
         assert [row[key] for row in one] == [row[key] for row in four]

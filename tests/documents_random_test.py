@@ -1,4 +1,4 @@
-"""Random files, cut and compressed in any way, hold the documents that a plain reading of the whole file finds."""
+"""Random files, cut and compressed in any way, give the documents that a simple reader of the whole file finds."""
 
 import gzip
 import itertools
@@ -44,7 +44,7 @@ CUTS = st.lists(st.integers(0, 1 << 16), max_size=3)
 
 
 def compressed(raw: bytes, cuts: list[int]) -> dict[str, bytes]:
-    """`raw` as it is, as members of gzip, and as frames of zstd with skippable frames between them."""
+    """By suffix: `raw` unchanged, as several gzip members, and as zstd frames with skippable frames between them."""
     edges = sorted({0, len(raw), *(at % (len(raw) + 1) for at in cuts)})
     parts = [raw[a:b] for a, b in itertools.pairwise(edges)] or [b""]
     skipped = struct.pack("<II", 0x184D2A50, 5) + b"skip!"
@@ -57,7 +57,7 @@ def compressed(raw: bytes, cuts: list[int]) -> dict[str, bytes]:
 
 
 def read(path: pathlib.Path, sizes, **options) -> tuple[list[documents.Chunk], input_errors.InputErrors]:
-    """All pieces, and the errors as merged from the units' files."""
+    """All chunks of a file, and the errors of its units, each of which goes through JSON, merged."""
     unit, search, block = sizes
     small = {"UNIT_BYTES": unit, "LINE_SEARCH_BYTES": search, "BLOCK_BYTES": block, "ZSTD_BYTES": block}
     found, merged = [], input_errors.InputErrors()
@@ -72,7 +72,7 @@ def read(path: pathlib.Path, sizes, **options) -> tuple[list[documents.Chunk], i
 
 
 def joined(pieces: list[documents.Chunk]) -> list:
-    """The documents."""
+    """Joins chunks to documents."""
     texts, parts = [], []
     for text, begins, ends in pieces:
         assert text and begins == (not parts)
@@ -121,7 +121,7 @@ def names(line: bytes) -> list[str]:
 
 
 def plain_records(raw: bytes) -> tuple[list[str], set[tuple[str, int]]]:
-    """The texts, and the kind and line of each problem."""
+    """Reads records simply; returns the texts, and the kind and line of each problem."""
     texts, wrong = [], set()
     for number, line in enumerate(raw.removeprefix(MARK).split(b"\n"), 1):
         if not line.strip():
@@ -172,7 +172,7 @@ TYPES = ["string", "large_string", "string_view", "binary", "large_binary", "dic
 
 
 def parquet_column(values: list, kind: str) -> pyarrow.Array:
-    """Strings whose encoding is not checked, as other writers make them."""
+    """An array of strings whose encoding is not checked: other writers make such arrays."""
     column = pyarrow.array(values, pyarrow.large_binary() if kind.startswith("large") else pyarrow.binary())
     if kind.endswith("string"):
         return column.view(kind)
@@ -192,7 +192,7 @@ def test_parquet_gives_its_rows_whatever_strings_are_made_of(values, kind, rows,
         with pyarrow.parquet.ParquetWriter(path, table.schema) as writer:
             for at in range(0, len(values), rows):
                 writer.write_table(table.slice(at, rows))
-                writer.write_table(table.slice(at, 0))  # a group without rows
+                writer.write_table(table.slice(at, 0))  # an empty row group
         pieces, found = read(path, (sizes[0] * 100, *sizes[1:]))
         assert joined(pieces) == [value.decode("utf-8", "replace") for value in values if value]
         assert {kind: [place.number for place in places] for kind, places in found.examples.items() if places} == {

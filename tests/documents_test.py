@@ -1,4 +1,4 @@
-"""Bad input is named by file and place, counted, and never swallowed; what can be read is read completely."""
+"""Bad input is reported with its file and place, counted, and never dropped silently; the rest is read completely."""
 
 import gzip
 import itertools
@@ -22,14 +22,14 @@ SKIP = {"bad_records": "skip"}
 
 
 def plan(path: pathlib.Path) -> list[documents.WorkUnit]:
-    """The units of a file that is what its name says, whatever is in it."""
+    """The work units of a file; its name gives the kind and the compression, whatever the content."""
     kind, compression = (*path.name.split(".")[1:], "")[:2]
     kind = {"txt": "text", "ndjson": "jsonl"}.get(kind, kind)
     return documents.plan_units([corpus.File(path.name, path, kind, compression)])
 
 
 def read(path: pathlib.Path, **options) -> tuple[list, documents.InputErrors]:
-    """All documents of a file, and what was wrong."""
+    """All documents of a file, and its errors."""
     texts, parts, errors = [], [], documents.InputErrors()
     for unit in plan(path):
         for span in unit:
@@ -96,7 +96,7 @@ def test_any_spelling_of_a_key_is_that_key(key, tmp_path):
 
 
 def test_records_of_any_depth_are_read_or_broken(tmp_path):
-    """The second parser of a line, which finds duplicate keys, goes a little less deep than the first."""
+    """The second parser of a line, which finds duplicate keys, accepts slightly less nesting than the first."""
     for depth in range(960, 1010):
         value = "[" * depth + "{}" + "]" * depth
         (tmp_path / "a.jsonl").write_bytes(lines(f'{{"text": "a", "m": {{"text": {value}}}}}'.encode(), LAST))
@@ -135,7 +135,7 @@ def test_all_are_counted_and_a_few_named(tmp_path):
 
 def test_empty_documents_and_blank_lines(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(lines(GOOD, {"text": ""}, b"", b"  ", LAST)[:-1])  # no newline at the end
+    path.write_bytes(lines(GOOD, {"text": ""}, b"", b"  ", LAST)[:-1])  # the last line has no newline
     texts, errors = read(path)
     assert texts == ["good", "last"]
     assert errors.counts == {"empty document": 1}
@@ -156,7 +156,7 @@ def test_invalid_utf8_is_replaced_and_counted_or_named_with_its_offset(tmp_path)
     path.write_bytes("gut \ufffd é ".encode() + b"\xe9 \xff\xfe end")
     texts, errors = read(path)
     assert texts == ["gut \ufffd é \ufffd \ufffd\ufffd end"]
-    assert errors.counts == {"invalid UTF-8, now U+FFFD": 3}  # the one in the input is not damage
+    assert errors.counts == {"invalid UTF-8, now U+FFFD": 3}  # the U+FFFD that is in the input does not count
     with pytest.raises(DataError, match=r"0xe9 at offset 11.*--invalid_utf8=replace"):
         read(path, invalid_utf8="error")
     assert read(path, raw=True)[0] == [path.read_bytes()]
@@ -169,7 +169,7 @@ def test_invalid_utf8_is_replaced_and_counted_or_named_with_its_offset(tmp_path)
 
 
 def test_invalid_utf8_is_counted_by_characters_and_stops_everything_when_asked_to(tmp_path):
-    """This includes records of any kind; halves of surrogate pairs are not UTF-8 either."""
+    """This holds for all kinds of records, too; half of a surrogate pair is not UTF-8 either."""
     bad = [b"\xe9 \xf0\x9f\x98 \xff\xfe", b"\xed\xa0\x80", b"\\ud83d \\ud83d", b"\xe9\\udc00"]
     for raw, times in zip(bad, (4, 3, 2, 2), strict=True):
         (tmp_path / "a.jsonl").write_bytes(lines(GOOD, b'{"text": "' + raw + b'"}', GOOD))
@@ -218,7 +218,7 @@ def test_offsets_count_through_a_file_that_is_cut(tmp_path, monkeypatch):
 
 
 def test_halves_of_surrogate_pairs(tmp_path):
-    """JSON may hold a half, which nothing else can encode. Complete pairs are decoded."""
+    """JSON may hold half of a surrogate pair, which UTF-8 cannot encode. Complete pairs are decoded."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(b'{"text": "a\\ud83d b"}', b'{"text": "\\ud83d\\ude00"}'))
     texts, errors = read(path)
@@ -248,16 +248,16 @@ def test_a_compressed_file_cut_off_or_damaged(kind, compress, tmp_path):
         assert str(path) in str(e.value)
         texts, errors = read(path, **SKIP)
         assert errors.counts["damaged compressed file"] == 1
-        if damaged == whole[: len(whole) // 2] and kind == "jsonl":  # what came before the damage is kept
+        if damaged == whole[: len(whole) // 2] and kind == "jsonl":  # the records before the damage are kept
             assert 1000 < len(texts) < 19_000
-    path.write_bytes(whole + whole)  # members one after the other, as gzip and zstd allow
+    path.write_bytes(whole + whole)  # gzip and zstd allow several members in one file
     texts, errors = read(path)
     assert not errors.counts
     assert texts == [(raw + raw).decode()] if kind == "txt" else len(texts) == 40_000
 
 
 def zstd_frame(text: bytes, window_log: int) -> bytes:
-    """One block, not compressed, in a frame that asks for a window of 2**window_log bytes (RFC 8878)."""
+    """A zstd frame (RFC 8878) that asks for a window of 2**window_log bytes, with one block that is not compressed."""
     return b"\x28\xb5\x2f\xfd\0" + bytes([window_log - 10 << 3]) + (len(text) << 3 | 1).to_bytes(3, "little") + text
 
 
@@ -266,7 +266,7 @@ def test_zstd_with_long_windows_is_read_and_with_a_dictionary_it_is_said(tmp_pat
     for window_log in (10, 27, 28, 31):
         path.write_bytes(zstd_frame(b"some text", window_log))
         assert read(path)[0] == ["some text"]
-    path.write_bytes(zstd_frame(b"some text", 32))  # which zstd itself does not write
+    path.write_bytes(zstd_frame(b"some text", 32))  # zstd itself does not write such frames
     with pytest.raises(DataError, match="damaged"):
         read(path)
     dictionary = zstandard.train_dictionary(1000, [f"{i} sample {i * i}".encode() for i in range(1000)])
@@ -293,7 +293,7 @@ def test_characters_across_the_blocks_of_a_compressed_file(tmp_path, monkeypatch
     monkeypatch.setattr(documents, "UNIT_BYTES", 7)
     path = tmp_path / "a.txt.gz"
     text = "aé東\U0001f600" * 50
-    path.write_bytes(gzip.compress(text.encode() + b"\xe6\x9d"))  # and an incomplete one
+    path.write_bytes(gzip.compress(text.encode() + b"\xe6\x9d"))  # ends in an incomplete character
     texts, errors = read(path)
     assert texts == [text + "\ufffd"] and errors.counts == {"invalid UTF-8, now U+FFFD": 1}
 
@@ -331,7 +331,7 @@ def test_the_line_of_an_error_is_counted_from_the_beginning_of_the_file(tmp_path
         read(path)
     with pytest.raises(DataError, match=f"{path} line 71 is not UTF-8"):
         read(path, invalid_utf8="error")
-    # A part that is read by itself, as for a tokenizer's sample, says where its count begins.
+    # If a span is read by itself, as for a tokenizer's sample, the error also says at which byte its line count begins.
     span = plan(path)[-1][0]
     errors = documents.InputErrors()
     list(documents.read_chunks(span, documents.ReadOptions(**SKIP), errors))
@@ -348,7 +348,7 @@ def test_problems_cost_no_reading_from_the_beginning(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus.File, "open", lambda file: opened.append(file) or file.path.open("rb"))
     monkeypatch.setattr(documents, "_exact", None)
     assert read(path, **SKIP)[1].counts == {"broken JSON": 2000}
-    assert len(opened) == 1 + len(plan(path))  # once for the plan, and once for each unit
+    assert len(opened) == 1 + len(plan(path))  # the plan opens the file once, and each unit does
 
 
 def test_a_text_without_newlines_is_cut_between_characters(tmp_path, monkeypatch):
@@ -445,7 +445,8 @@ def test_parquet_of_several_such_columns_or_without_rows(tmp_path):
 
 @pytest.mark.parametrize("split", ["last", "file", "document"])
 def test_texts_and_records_together_are_bytes_for_the_byte_tokenizer(split, tmp_path):
-    """All of them, in the order of the files; the validation split is a tenth of them, or some complete ones."""
+    """The dataset has all texts, in the order of the files; the validation split is a tenth of the bytes, or complete
+    texts."""
     source = tmp_path / "source"
     source.mkdir()
     texts = [f"täxt {i} " * 9 for i in range(60)]

@@ -1,4 +1,5 @@
-"""Variables of JAX and XLA: one line if they would change what a configuration computes, or make it fail."""
+"""Environment variables of JAX and XLA: a command fails with one line if they change what a configuration computes, or
+break it."""
 
 import json
 import subprocess
@@ -15,7 +16,7 @@ from trainer.errors import ConfigError, Stopped
 
 @pytest.fixture(autouse=True)
 def rank_promotion_of_users():
-    """tests/conftest.py forbids it, which a command would refuse."""
+    """Allows rank promotion, as for users: tests/conftest.py forbids it, and a command would refuse that setting."""
     before = jax.config.jax_numpy_rank_promotion
     jax.config.update("jax_numpy_rank_promotion", "allow")
     yield
@@ -24,8 +25,9 @@ def rank_promotion_of_users():
 
 @pytest.fixture(autouse=True)
 def no_fork(monkeypatch):
-    """Python warns of a fork beside JAX's threads; tests in other processes see how XLA responds to its flags."""
-    jax.devices()  # made before XLA_FLAGS is removed, whichever test is the first
+    """Removes XLA_FLAGS, so that nothing forks to check the flags: Python warns of a fork beside JAX's threads. Tests
+    in other processes check how XLA responds to its flags."""
+    jax.devices()  # the devices must exist before XLA_FLAGS is removed
     monkeypatch.delenv("XLA_FLAGS")
 
 
@@ -100,7 +102,7 @@ FAST, EIGEN = "--xla_cpu_enable_fast_math", "--xla_cpu_multi_thread_eigen"
 )
 @pytest.mark.parametrize("name", ["XLA_FLAGS", "LIBTPU_INIT_ARGS"])
 def test_flags_are_compared_by_what_they_do(monkeypatch, tmp_path, name, one, other, same):
-    jax.devices()  # so that only the comparison reads the variables
+    jax.devices()  # the devices must exist, so that only the comparison reads the variables
     monkeypatch.setattr(distributed, "code_version", str)
 
     def identity(value: str) -> dict:
@@ -119,7 +121,7 @@ def test_flags_are_compared_by_what_they_do(monkeypatch, tmp_path, name, one, ot
 
 @pytest.mark.parametrize(("name", "differs"), [("XLA_FLAGS", True), ("LIBTPU_INIT_ARGS", False), ("NCCL_ALGO", False)])
 def test_only_a_file_of_xla_flags_is_read_and_what_it_holds_is_recorded(monkeypatch, tmp_path, name, differs):
-    """Other contents of the file are another setting; a file that only has the name of a value does not count."""
+    """Other contents of the file are a different setting; a file whose name happens to equal a value is not read."""
     jax.devices()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(name, "Ring")
@@ -189,7 +191,7 @@ def test_a_peer_that_is_missing_is_no_wrong_variable(monkeypatch, error, kind, s
 
 
 def test_a_signal_to_the_reader_of_xla_flags_is_not_ours():
-    """Both get a Ctrl-C; if it counted twice, the run would exit without a save, with 130."""
+    """Both processes get a Ctrl-C; if it counted twice, the run would exit with 130, without a save."""
     script = """
 import os, signal, sys
 from jaxlib import _jax
@@ -247,7 +249,7 @@ def test_an_option_that_this_jax_does_not_have_is_not_asked_for(monkeypatch):
     ids=str,
 )
 def test_one_line_before_anything_is_written(tmp_path, data, variables, said):
-    """Each was a traceback or a crash with exit code 1, after which a supervisor restarts the run."""
+    """Each mistake was a traceback or a crash with exit code 1, after which a supervisor restarts the run."""
     argv = runs.command(tmp_path / "run", data)
     ended = subprocess.run(
         argv, cwd=runs.ROOT, env=runs.environment() | variables, capture_output=True, text=True, timeout=60

@@ -1,4 +1,5 @@
-"""Evaluation in microbatches: the same loss for any number of them and any devices, in no more memory than a step."""
+"""Evaluation in microbatches: the loss is the same for any number of microbatches and devices, and memory is at most
+that of a step."""
 
 import math
 
@@ -50,7 +51,8 @@ def test_the_loss_is_the_same_in_any_microbatches_on_any_number_of_devices(datas
 
 
 def source(dataset, tokens: int, text_bytes: int, length: int | None = None) -> formats.TokenFiles:  # noqa: F811
-    """The validation split, or its first `length` tokens, as if `tokens` tokens encoded so much text."""
+    """The validation split, or its first `length` tokens, with a claim that `tokens` tokens encode `text_bytes`
+    bytes."""
     files = formats.TokenFiles(dataset, formats.read_manifest(dataset), "val")
     files.shards = [files.shards[0][:length]]
     files.tokens = tokens
@@ -64,8 +66,8 @@ def evaluate_with(eval_step, sources: dict, **options) -> dict[str, float] | Non
 
 
 def test_losses_are_the_means_over_targets(dataset):  # noqa: F811
-    """Of several sources over all their targets; bits a byte from the tokens and bytes of all. The nats of a target are
-    its token here."""
+    """With several sources, the mean is over the targets of all, and bits per byte use the tokens and bytes of all. In
+    this test the loss of a target is its token id."""
     sources = {"long": source(dataset, 1000, 2500), "short": source(dataset, 100, 300, length=45)}
 
     def eval_step(params, batch):
@@ -93,7 +95,7 @@ def test_losses_are_the_means_over_targets(dataset):  # noqa: F811
 
 
 def test_an_interrupted_evaluation_has_no_result(dataset):  # noqa: F811
-    """It asks after each batch, and no batch is computed after a yes."""
+    """The evaluation asks after each batch whether to stop, and computes no batch after a yes."""
     val, batches = formats.TokenFiles(dataset, formats.read_manifest(dataset), "val"), []
 
     def eval_step(params, batch):

@@ -1,4 +1,4 @@
-"""Token files of other programs: the right tokens or an error that names files and numbers, never something between."""
+"""Token files of other programs: a reader gives the right tokens, or an error that names files and numbers."""
 
 import ast
 import bz2
@@ -40,13 +40,13 @@ TOKENS = [1, 2, 258, 4, 5, 999]
 
 
 def llmc(tokens, magic=20240520, version=1, dtype="<u2") -> bytes:
-    """A file as write_datafile of llm.c's dev/data/data_common.py writes it."""
+    """A file such as write_datafile of llm.c's dev/data/data_common.py writes."""
     head = struct.pack("<3i", magic, version, len(tokens)) + bytes(253 * 4)
     return head + np.asarray(tokens, dtype).tobytes()
 
 
-# TOKENS as documents of 5 (in two sequences, 3 and 2) and 1, written by IndexedDatasetBuilder of megatron-core 0.16.1
-# (megatron/core/datasets/indexed_dataset.py): as uint16, and as int32 with a mode for each sequence.
+# TOKENS as two documents, of 5 tokens (in sequences of 3 and 2) and of 1 token. IndexedDatasetBuilder of megatron-core
+# 0.16.1 (megatron/core/datasets/indexed_dataset.py) wrote them as uint16, and as int32 with a mode for each sequence.
 MEGATRON = {
     "uint16": (
         "01000200020104000500e703",
@@ -137,7 +137,7 @@ def test_megatrons_other_integers(tmp_path, code, stored, width):
 
 
 def test_windows_over_files_are_those_over_the_same_shards(tmp_path):
-    """The loader sees no difference between a dataset folder and files read in place."""
+    """The loader gives the same windows for a dataset folder and for files that are read in place."""
     rng = np.random.default_rng(0)
     shards = [rng.integers(0, 1000, n) for n in (300, 5, 411)]
     for i, tokens in enumerate(shards):
@@ -150,7 +150,7 @@ def test_windows_over_files_are_those_over_the_same_shards(tmp_path):
 
 
 def test_files_without_a_token_do_no_harm_beside_others(tmp_path):
-    """Writers leave such files if a worker had no document."""
+    """Writers leave files without a token if a worker had no document."""
     for name in ("a", "b"):
         megatron(tmp_path, name)
     (tmp_path / "a.bin").write_bytes(b"")
@@ -164,7 +164,7 @@ def test_files_without_a_token_do_no_harm_beside_others(tmp_path):
     assert tokens_of(open_(tmp_path)) == [[], TOKENS]
 
 
-# What is refused
+# Files that are refused
 
 
 def refused(path, *parts, **fields):
@@ -265,12 +265,12 @@ def test_ids_outside_the_vocabulary_are_found_at_the_start_and_in_a_batch(tmp_pa
     (tmp_path / "x.bin").write_bytes(llmc(TOKENS))
     refused(tmp_path / "x.bin", "token id 999", "x.bin", "vocabulary of 999", vocab_size=999)
     data = open_(tmp_path / "x.bin")
-    (tmp_path / "x.bin").write_bytes(llmc([5000] * 6))  # replaced during a run
+    (tmp_path / "x.bin").write_bytes(llmc([5000] * 6))  # the file is replaced during a run
     with pytest.raises(DataError, match=r"token id 5000 in the train split.*data\.dtype"):
         TokenWindows(data.files("train"), seq_len=2, seed=0).rows(np.arange(2))
 
 
-# What is not a token file, whatever its name says
+# Files that are not token files, although their names say so
 
 
 def zipped(make) -> bytes:
@@ -285,7 +285,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2
 
 
 def lit_gpt(ids, dtype="<i4", code=4) -> bytes:
-    """A file as lit-gpt's PackedDatasetBuilder writes it."""
+    """A file such as lit-gpt's PackedDatasetBuilder writes."""
     return b"LITPKDS" + struct.pack("<QBQ", 1, code, len(ids)) + np.asarray(ids, dtype).tobytes()
 
 
@@ -355,18 +355,18 @@ def test_a_lost_index_is_missed(tmp_path):
 
 
 def test_a_vocabulary_above_uint16_wants_a_type(tmp_path):
-    """This holds whatever the ids are: here they are all small."""
+    """The type must be given even if all ids are small, as they are here."""
     for name in ("x.bin", "x.npy"):
         np.arange(1000, dtype="<u2").tofile(tmp_path / name)
         refused(tmp_path / name, "vocabulary of 100278", "set data.dtype", vocab_size=100_278)
         assert len(tokens_of(open_(tmp_path / name, 100_278, dtype="uint16"))[0]) == 1000
         assert len(tokens_of(open_(tmp_path / name, 1 << 16))[0]) == 1000
-    (tmp_path / "x.bin").write_bytes(llmc(TOKENS))  # its header says what it is
+    (tmp_path / "x.bin").write_bytes(llmc(TOKENS))  # the header names the format and the type
     assert tokens_of(open_(tmp_path / "x.bin", 100_278)) == [TOKENS]
 
 
 def streams(rng: np.random.Generator, vocab_size: int, count: int) -> dict[str, np.ndarray]:
-    """Ids distributed as those of text (Zipf), in the order of their frequency and in another one; and evenly."""
+    """Ids with the distribution of text (Zipf), numbered by frequency and in another order; and uniform ids."""
     share = 1 / np.arange(1, vocab_size + 1)
     ids = rng.choice(vocab_size, count, p=share / share.sum())
     return {"text": ids, "another order": rng.permutation(vocab_size)[ids], "even": rng.integers(0, vocab_size, count)}
@@ -374,7 +374,7 @@ def streams(rng: np.random.Generator, vocab_size: int, count: int) -> dict[str, 
 
 @pytest.mark.parametrize("vocab_size", [2, 5, 16, 65, 256, 4096, 32_000, 50_257, 65_536])
 def test_sound_uint16_tokens_raise_no_alarm(vocab_size):
-    """There was no false alarm in 25,000 such streams."""
+    """In 25,000 such streams there was no false alarm."""
     rng = np.random.default_rng(vocab_size)
     for count in (64, 70, 300, 5000):
         for kind, ids in streams(rng, vocab_size, count).items():
@@ -388,7 +388,7 @@ def test_sound_uint16_tokens_raise_no_alarm(vocab_size):
 @pytest.mark.parametrize("stored", ["<u4", "<i8", ">u4", ">i8"])
 @pytest.mark.parametrize("vocab_size", [65, 256, 4096, 32_000, 50_257, 65_536, 100_278, 151_936])
 def test_wider_and_swapped_tokens_are_noticed(tmp_path, vocab_size, stored, header, odd):
-    """A header of any even length comes before them, and odd ids such as -1 are among them."""
+    """A header of any even length comes before the tokens, and up to 30 of the ids are -1."""
     rng = np.random.default_rng(odd)
     path = tmp_path / "train.bin"
     for kind, ids in streams(rng, vocab_size, 3000).items():
@@ -446,13 +446,13 @@ def megatron_documents(folder, lengths, eos=None):
 
 def test_masked_documents_want_their_end_in_the_tokens(tmp_path, monkeypatch):
     ends.check_documents_end([megatron_documents(tmp_path, [7, 9, 30], eos=5)], 5)
-    for eos, count in ((6, 0), (12, 1)):  # nowhere, and by chance
+    for eos, count in ((6, 0), (12, 1)):  # token 6 does not occur; token 12 occurs by chance
         with pytest.raises(DataError) as e:
             ends.check_documents_end([megatron_documents(tmp_path, [7, 9, 30], eos=5)], eos)
         for part in ("x.bin, which has 3 documents,", f"has it {count} times in 46 tokens", "--append-eod", "eos_id"):
             assert part in str(e.value)
     (tmp_path / "x.idx").unlink()
-    (tmp_path / "x.bin").write_bytes(llmc([5, 1, 2] * 5000))  # without an index of documents, one end is enough
+    (tmp_path / "x.bin").write_bytes(llmc([5, 1, 2] * 5000))  # if there is no index of documents, one end is enough
     ends.check_documents_end([open_(tmp_path / "x.bin")], 5)
     monkeypatch.setattr(fingerprint, "WHOLE_BYTES", 100)
     monkeypatch.setattr(fingerprint, "SAMPLED_BLOCKS", 4)
@@ -492,12 +492,12 @@ def test_files_that_change_while_they_are_opened(tmp_path, monkeypatch):
         with pytest.raises(DataError, match=f"is {len(raw)} bytes, and was 2000"):
             data.files("train")
     IDS.tofile(path)
-    monkeypatch.setattr(external, "check_size", lambda file: path.write_bytes(b"12"))  # just after the check
+    monkeypatch.setattr(external, "check_size", lambda file: path.write_bytes(b"12"))  # runs at the check
     with pytest.raises(DataError, match="became shorter"):
         open_(path)
 
 
-# Which files
+# Which files are chosen
 
 
 def test_files_globs_and_folders(tmp_path):
@@ -505,8 +505,8 @@ def test_files_globs_and_folders(tmp_path):
     tmp_path.mkdir(parents=True)
     for i, name in enumerate(["fineweb_val_000000", "fineweb_train_000002", "fineweb_train_000001"]):
         (tmp_path / f"{name}.bin").write_bytes(llmc([i] * 4))
-    (tmp_path / "meta.pkl").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")  # as beside nanoGPT's: never opened
-    (tmp_path / "._fineweb_train_000001.bin").write_bytes(b"\0\5\x16")  # as macOS leaves them
+    (tmp_path / "meta.pkl").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")  # nanoGPT's; never opened
+    (tmp_path / "._fineweb_train_000001.bin").write_bytes(b"\0\5\x16")  # macOS leaves such files
     for path in (tmp_path, tmp_path / "*.bin", tmp_path.parent / "**/fineweb*"):
         data = open_(path)
         assert tokens_of(data) == [[2] * 4, [1] * 4] and tokens_of(data, "val") == [[0] * 4]
@@ -641,7 +641,7 @@ def test_moved_files_are_the_same_data_and_changed_ones_are_not(tmp_path, monkey
     first = write("here")
     assert write("there") == first
     assert write("here", TOKENS[::-1]) != first and write("here") == first
-    with monkeypatch.context() as chunks:  # how it is read makes no difference
+    with monkeypatch.context() as chunks:  # the size of the chunks that are read makes no difference
         chunks.setattr(fingerprint, "CHUNK_BYTES", 4)
         assert write("chunked") == first and open_(tmp_path / "chunked").largest_id == 999
     monkeypatch.setattr(fingerprint, "WHOLE_BYTES", 5)
@@ -664,7 +664,7 @@ def test_moved_files_are_the_same_data_and_changed_ones_are_not(tmp_path, monkey
 
 
 def test_no_damage_reads_as_other_tokens(tmp_path):
-    """Headers cut, flipped, extended: a DataError or the right tokens; no other error, and nothing large is made."""
+    """A damaged header gives a DataError or the right tokens, never another error or a large allocation."""
     rng = random.Random(0)
     header = llmc(TOKENS)[:1024]
     path = tmp_path / "f" / "x.bin"
@@ -702,7 +702,7 @@ def test_no_damage_reads_as_other_tokens(tmp_path):
 )
 @settings(deadline=None, max_examples=300)
 def test_any_bytes_are_tokens_to_the_last_one_or_refused(name, head, rest, index, fields):
-    """Whatever a header claims, the tokens are all bytes of the file after the header, or there is an error."""
+    """The tokens are all bytes of the file after the header, or there is an error, whatever the header claims."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / name
         path.write_bytes(raw := head + rest)
@@ -799,7 +799,7 @@ def test_a_run_on_files_is_that_on_the_dataset_bit_for_bit_through_kill_and_move
     assert not any("val/bits_per_byte" in row for row in runs.rows(run))
     assert runs.rows(run, "samples.jsonl") == runs.rows(prepared / "whole", "samples.jsonl")
 
-    # The run has the tokenizer: sampling needs no other file, and evaluating only the tokens.
+    # The run has the tokenizer: sampling needs no other file, and evaluation needs only the tokens.
     assert json.loads(tool("sample", run, "--prompt=mesh", "--max_new_tokens=9", "--json"))["text"]
     result = json.loads(tool("evaluate", run, "--json"))
     assert set(result) == {"step", "tokens", "val/loss", "val/perplexity"}
@@ -841,7 +841,7 @@ def test_mistakes_are_answered_before_jax_is_loaded(prepared, tmp_path):
     assert result.stderr.startswith("error: data.dtype is uint32") and len(result.stderr.splitlines()) == 1
 
 
-# One place for formats
+# All formats are in one table
 
 
 def big_tokens(path: pathlib.Path, dtype: str) -> external.TokenFile:
@@ -850,7 +850,8 @@ def big_tokens(path: pathlib.Path, dtype: str) -> external.TokenFile:
 
 
 def test_a_new_format_is_a_reader_and_nothing_else(tmp_path, monkeypatch):
-    """The configuration knows it, its tokens are read and identified, and errors list it."""
+    """With a new reader, the configuration accepts the format, its tokens are read and identified, and errors list
+    it."""
     tree = {"data": {"path": str(tmp_path / "*.ours"), "format": "ours"}, "model": {"vocab_size": 1000}}
     (tmp_path / "a.ours").write_bytes(b"OUR FILE" + np.array(TOKENS, "<u4").tobytes())
     with pytest.raises(ConfigError) as e:
@@ -867,7 +868,7 @@ def test_a_new_format_is_a_reader_and_nothing_else(tmp_path, monkeypatch):
 
 
 def test_only_the_readers_know_the_names_of_formats():
-    """A source file that repeats one would have to be changed with the table."""
+    """A source file that repeats such a name would have to be changed together with the table."""
     root = pathlib.Path(__file__).parent.parent
     named = set()
     packages = ("configs", "data", "launch", "model", "trainer")

@@ -1,4 +1,4 @@
-"""One small tokenizer of each family, trained on a few words: tokenizer.json of all kinds, and SentencePiece models."""
+"""One small tokenizer of each family, trained on a few words: all kinds of tokenizer.json, and SentencePiece models."""
 
 import functools
 import io
@@ -37,7 +37,8 @@ def bpe(**options) -> JsonTokenizer:
 
 
 def llama2() -> JsonTokenizer:
-    """▁ for spaces, one before each text, and no words: any characters may merge."""
+    """▁ stands for a space, one is put before each text, and there is no splitting into words: any characters may
+    merge."""
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     return of_json(
         models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True),
@@ -48,7 +49,7 @@ def llama2() -> JsonTokenizer:
 
 
 def unigram() -> JsonTokenizer:
-    """Like T5's: normalised, single spaces, one before each text."""
+    """Like T5's tokenizer: it normalises text, merges repeated spaces, and puts one before each text."""
     trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=SPECIALS, unk_token="<unk>", show_progress=False)
     before = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(library.Regex(" {2,}"), " ")])
     return of_json(models.Unigram(), trainer, before, pre_tokenizers.Metaspace(), decoders.Metaspace())
@@ -96,7 +97,7 @@ FAMILIES: dict[str, Callable[[], Tokenizer]] = {
     "unigram-no-words": unigram_without_words,
     "word-piece": word_piece,
     "word-level": word_level,
-    "sp-unigram": functools.partial(sentence_piece, vocab_size=160),  # spm_train's defaults
+    "sp-unigram": functools.partial(sentence_piece, vocab_size=160),  # the defaults of spm_train
     "sp-bpe": functools.partial(sentence_piece, vocab_size=400, model_type="bpe", byte_fallback=True, **AS_IT_IS),
     "sp-no-words": functools.partial(sentence_piece, vocab_size=200, split_by_whitespace=False, **AS_IT_IS),
     "sp-suffix": functools.partial(sentence_piece, vocab_size=160, treat_whitespace_as_suffix=True),

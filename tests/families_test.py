@@ -1,4 +1,4 @@
-"""Each family against transformers' own class, with every switch that the family has: in, computed, and out again."""
+"""Each family, with all its options, is compared with transformers' own class: import, logits and export."""
 
 import functools
 import pathlib
@@ -17,11 +17,11 @@ from trainer.interchange import exporting
 from trainer.interchange.folder import Folder
 
 torch = pytest.importorskip("torch")
-torch.set_num_threads(1)  # its threads and those of XLA would wait for each other
+torch.set_num_threads(1)  # threads of PyTorch and of XLA would wait for each other
 transformers = pytest.importorskip("transformers")
 
 LENGTH = 512
-# Sizes in which no two are equal that could be taken for each other; heads are not embed / heads wide.
+# No two sizes that could be confused are equal; head_dim is not hidden_size / num_attention_heads.
 LLAMA = {
     "vocab_size": 131, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": LENGTH, "rms_norm_eps": 1e-4,
@@ -76,17 +76,17 @@ MODELS = {
          "tie_word_embeddings": False, "activation_function": "gelu"},
     ),
 }  # fmt: skip
-# Their models have the form of another family, which comes first: that is what they are exported as.
+# Models of these families are exported as another family, which has the same form and comes first.
 EXPRESSED_BY_ANOTHER = ("mistral", "qwen2")
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
 @functools.cache
 def theirs(name: str):
-    """transformers' model in float32, all of its parameters far from their initial values."""
+    """transformers' model in float32, with all parameters far from their initial values."""
     kind, fields = MODELS[name]
     config = getattr(transformers, f"{kind}Config" if kind != "Gemma3" else "Gemma3TextConfig")(**fields)
-    config._attn_implementation = "eager"  # others leave soft caps out
+    config._attn_implementation = "eager"  # the other implementations leave soft caps out
     torch.manual_seed(len(name))
     model = getattr(transformers, f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")(config).float()
     with torch.no_grad():
@@ -145,7 +145,7 @@ def logits_of(model, params, tokens) -> np.ndarray:
 
 @every_model
 def test_logits_are_those_of_transformers(name, saved):
-    """Over 512 tokens, in float32: within 1e-4 of the largest logit."""
+    """Over 512 tokens, in float32, the difference is within 1e-4 of the largest logit."""
     _, model, _, params = load(saved(name))
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, LENGTH)).astype(np.int32)
     with torch.no_grad():
@@ -157,11 +157,12 @@ def test_logits_are_those_of_transformers(name, saved):
 
 @every_model
 def test_out_again_every_bit_is_the_same(name, saved, tmp_path):
-    """transformers loads the export without a missing, unexpected or other tensor, and writes the same greedy text."""
+    """transformers loads the export without missing or unexpected tensors, with equal values, and generates the same
+    greedy text."""
     family, model, _, params = load(saved(name))
     nested = nested_of(params)
     target = tmp_path / "out"
-    # Several files of at most 100 kB.
+    # The export has several files of at most 100 kB.
     exporting.export(target, nested, model, None, dtype="float32", card="", kept=saved(name), shard_bytes=100_000)
     assert len(list(target.glob("*.safetensors"))) > 1
     kind = type(theirs(name)) if family.model_type in EXPRESSED_BY_ANOTHER else transformers.AutoModelForCausalLM
@@ -185,13 +186,13 @@ def test_out_again_every_bit_is_the_same(name, saved, tmp_path):
 
 @every_model
 def test_a_config_means_the_same_after_a_round_trip(name, saved):
-    """Through our form of it, transformers' own reading of that, and what it then writes."""
+    """A config is converted to our ModelConfig and back, read and written by transformers, and converted again."""
     family, model, *_ = load(saved(name))
     config = family.to_json(model)
     ours = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
     again = type(theirs(name).config)(**ours)
     assert families.differences(family.to_model(again.to_dict())[0], model) == []
-    # With only the keys of transformers 4, and with only those of 5.
+    # Reads it with only the keys of transformers 4, and with only the keys of transformers 5.
     for dropped in (("rope_parameters",), ("rope_theta", "rope_scaling", "rope_local_base_freq")):
         part = {k: v for k, v in config.items() if k not in dropped}
         assert families.differences(family.to_model(part)[0], model) == []

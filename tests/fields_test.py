@@ -1,4 +1,5 @@
-"""Typed fields: from recipes, JSON and flags to the same values; what does not fit is named with what would."""
+"""Typed fields: recipes, JSON and flags give the same values; an error names a value that does not fit, and what would
+fit."""
 
 import dataclasses
 import json
@@ -98,7 +99,7 @@ def nested(values: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-# Random sections, random values
+# Random sections with random values
 
 SCALARS = {
     bool: st.booleans(),
@@ -125,7 +126,7 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
 
 @st.composite
 def sections(draw, depth: int = 2) -> Any:
-    """An instance of a random dataclass, whose defaults are other values than its own."""
+    """An instance of a random dataclass; its values are drawn independently of the defaults."""
     made, values = [], {}
     for i in range(draw(st.integers(1, 4))):
         name = f"f{i}"
@@ -140,8 +141,8 @@ def sections(draw, depth: int = 2) -> Any:
 
 
 def survives_text(kind: Any, value: Any) -> bool:
-    """Whether a flag can say it. It cannot say the text 'none' of an optional field; and of a list, neither an empty
-    text nor white space at the ends of one."""
+    """Whether a flag can express the value. A flag cannot give an optional field the text 'none', nor a list an element
+    that is empty or has white space at its ends."""
     elements = value if isinstance(value, tuple) else (value,)
     texts = [element for element in elements if isinstance(element, str)]
     is_none = len(elements) == 1 and texts and texts[0].strip().lower() in fields.NONE_WORDS
@@ -170,12 +171,12 @@ def test_random_sections_come_back_from_json_recipes_and_flags(data):
     assert fields.build(section, nested(flat | spoken)) == made
 
 
-# The whole way: a configuration with such fields, from the command line
+# A configuration with such fields, read from a command line
 
 
 @dataclasses.dataclass(frozen=True)
 class Bigger(config.Config):
-    """As ours would be with fields of these types."""
+    """Config with additional fields of these types."""
 
     attention: Attention = dataclasses.field(default_factory=Attention)
     names: tuple[str, ...] | None = ()
@@ -218,7 +219,7 @@ def parsed(recipe: ConfigDict, *words: str) -> config.Config:
 )
 @pytest.mark.parametrize("partial", [False, True])
 def test_overrides(bigger, words, expected, partial):
-    """On a recipe with all fields and on one with none; sentinels such as 0 stay what they were."""
+    """Overrides apply to a recipe with all fields and to a recipe with none; sentinels such as 0 keep their meaning."""
     recipe = ConfigDict() if partial else ConfigDict(dataclasses.asdict(Bigger()), convert_dict=True)
     found = fields.flatten(parsed(recipe, *words))
     assert {name: found[name] for name in expected} == expected
@@ -273,7 +274,7 @@ def test_fields_that_refer_to_an_overridden_one_follow():
 
 
 def test_a_field_that_says_nothing_may_not_change(bigger):
-    """By the innermost section that says so; a new field is refused until someone decides."""
+    """The innermost section with a rule for the field decides; a change of a field without a rule is refused."""
     assert config.on_resume("attention.window.sizes", Bigger) == "harmless"
     assert config.on_resume("attention.softcap", Bigger) == "flag"
     assert config.on_resume("attention.kind", Bigger) == config.on_resume("names", Bigger) == "refused"

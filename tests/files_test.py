@@ -1,4 +1,4 @@
-"""Files appear complete, and locks hold, whatever else writes there and whenever a process is killed."""
+"""Files appear complete, and locks hold, even if other processes write there or a process is killed at any time."""
 
 import errno
 import json
@@ -37,7 +37,8 @@ for _ in range(100):
 
 
 def test_a_lock_that_is_removed_each_time_holds(tmp_path):
-    """Four processes count together; one that waits for a file that its owner removes does not get the lock."""
+    """Four processes increment one counter. A process that waits for a lock file must not get the lock if the owner
+    removes the file."""
     (tmp_path / "count").write_text("0")
     adding = [start(ADD, tmp_path / "count") for _ in range(4)]
     for process in adding:
@@ -128,7 +129,7 @@ PACK = "import sys; from launch import cli, pack; cli.run(pack.main, arguments=1
 
 
 def test_hosts_that_pack_one_folder_at_once(tmp_path):
-    """The others wait for the first; when it is killed, one of them writes the index, and the others find it."""
+    """The other hosts wait for the first; when it is killed, one of them writes the index, and the rest find it."""
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(50)))
     dataset = tmp_path / "set"
     pipeline.prepare_dataset(dataset, source=str(tmp_path / "in.jsonl"), tokenizer="byte")

@@ -1,4 +1,4 @@
-"""The analytic FLOPs are those that XLA counts in the compiled program, and agree with published figures."""
+"""The analytic FLOPs agree with what XLA counts in the compiled program, and with published figures."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from trainer.planning import plan
 from trainer.reporting import flops
 
 ROWS = 2
-# Wide enough, with few wide heads, that everything except matrix products is under 2 % of the work.
+# The models are so wide, with few wide heads, that everything except matrix products is under 2 % of the work.
 MODELS = {
     "gpt2": {"mlp": "gelu", "norm": "layernorm", "position": "learned"},
     "llama": {"num_kv_heads": 1, "mlp": "swiglu", "tie_embeddings": False},
@@ -59,7 +59,7 @@ def test_forward_and_backward_are_what_xla_counts(model):
 
 @pytest.mark.parametrize("remat", ["attention", "dots", "full"])
 def test_recomputation_is_what_xla_counts(remat):
-    """The layers are a compiled loop, whose body XLA counts once: if unrolled, XLA may undo the recomputation."""
+    """The layers are a compiled loop, whose body XLA counts once: in unrolled layers XLA may undo the recomputation."""
     of, without = (config(scan_layers=True, remat=r, num_heads=1, head_dim=512) for r in (remat, "none"))
     counted = xla_flops_of_step(of) - xla_flops_of_step(without)
     expected = (flops.hardware_flops_per_token(of) - flops.flops_per_token(of)) / of.model.num_layers
@@ -73,7 +73,7 @@ def test_recomputation_is_never_model_flops():
     assert hardware["none"] == flops.flops_per_token(counts["none"])
     assert hardware["none"] < hardware["attention"] < hardware["dots"] < hardware["full"] == hardware["offload"]
     flash = {remat: flops.hardware_flops_per_token(of, flash=True) for remat, of in counts.items()}
-    # Seven products instead of six, each half as large.
+    # A flash kernel computes seven products instead of six, each half as large.
     attention = flops.attention_flops_per_token(config())
     assert flash["none"] == hardware["none"] - 2.5 * attention and flash["attention"] == flash["none"] + attention
 
@@ -85,7 +85,8 @@ GPT2 = {
 
 
 def test_published_figures_of_gpt2_124m():
-    """MFLOP per token at T = 1024: nanoGPT's 854.8 (N = 123.59 M) and llm.c's 803.3 (its N has positions and biases).
+    """Published MFLOP per token at T = 1024: 854.8 for nanoGPT (N = 123.59 M), and 803.3 for llm.c (N includes
+    positions and biases).
 
     GPT-2's vocabulary of 50257 is padded to 50304 rows, as nanoGPT does.
     """

@@ -1,4 +1,4 @@
-"""Datasets on disk: what was written is read back, by later versions too, and nothing else passes for it."""
+"""Datasets on disk: later versions, too, read back what was written, and nothing else is accepted as a dataset."""
 
 import dataclasses
 import hashlib
@@ -61,7 +61,8 @@ FROZEN_MANIFEST = """{
 
 
 def test_golden_dataset_of_version_1(tmp_path):
-    """A folder spelled out byte by byte: little-endian shards without a header, this manifest, this fingerprint."""
+    """The folder is written here byte by byte: little-endian shards without a header, and a manifest with its
+    fingerprint."""
     (tmp_path / "manifest.json").write_text(FROZEN_MANIFEST)
     (tmp_path / "train-00000.bin").write_bytes(b"\x01\x00\x02\x01\xe7\x03")
     (tmp_path / "train-00001.bin").write_bytes(b"\x05\x00")
@@ -108,8 +109,8 @@ def test_beyond_the_size_that_is_hashed_sizes_are_still_checked(dataset, monkeyp
     path = dataset / "train-00000.bin"
     raw = path.read_bytes()
     path.write_bytes(b"\xff" + raw[1:])
-    monkeypatch.setattr(formats, "HASH_AT_START_BYTES", 15)  # the split has 16
-    assert open_train(dataset).shards[0][0] == 255  # not hashed: a large dataset starts at once
+    monkeypatch.setattr(formats, "HASH_AT_START_BYTES", 15)  # the split has 16 bytes
+    assert open_train(dataset).shards[0][0] == 255  # a split above the limit is not hashed
     path.write_bytes(raw[:-2])
     with pytest.raises(DataError, match="8 bytes, expected 10"):
         open_train(dataset)
@@ -167,7 +168,8 @@ def test_an_edited_cut_off_or_foreign_manifest_is_an_error_that_names_it(edit, d
 
 
 def test_no_flipped_bit_makes_another_manifest(dataset):
-    """Each byte of the file in turn: an error, or the same dataset. The request is a note, not content."""
+    """Each changed byte gives an error, or the same dataset. Fields outside the fingerprint, such as the request, may
+    differ."""
     path = dataset / "manifest.json"
     raw, manifest = path.read_bytes(), formats.read_manifest(dataset)
     for i in range(len(raw)):
@@ -182,7 +184,7 @@ def test_no_flipped_bit_makes_another_manifest(dataset):
 
 
 def leaves(node, at=()):
-    """Paths to all values of a JSON tree."""
+    """The paths to all values of a JSON tree."""
     yield at
     for key in node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
         yield from leaves(node[key], (*at, key))
@@ -205,7 +207,8 @@ def replaced(tree, rng):
 
 
 def test_fuzz_of_the_manifest(dataset):
-    """Cut, overwritten, or with a value replaced, it gives a DataError or the same manifest, and no other error."""
+    """A manifest that is cut, overwritten, or has a value replaced gives a DataError or the same manifest, and no other
+    error."""
     rng = random.Random(0)
     path = dataset / "manifest.json"
     raw, manifest = path.read_bytes(), formats.read_manifest(dataset)
@@ -237,7 +240,7 @@ def test_a_deeply_nested_manifest_is_an_error(depth, dataset):
 
 
 def test_a_forged_fingerprint_opens_no_file_outside_the_folder(dataset):
-    """Strange values, with a fingerprint that fits: what is read has plain names and sound counts."""
+    """Strange values with a matching fingerprint: if the manifest is read, its files have plain names in the folder."""
     rng = random.Random(0)
     raw = (dataset / "manifest.json").read_bytes()
     read = refused = 0
@@ -270,7 +273,8 @@ def test_a_shard_is_a_plain_name(name, dataset):
 
 
 def test_a_dataset_is_known_by_its_mark(dataset, tmp_path):
-    """Even if cut off or of another version; but not a manifest that only names us: --overwrite would delete it."""
+    """A dataset's manifest is recognized even if it is cut off or of another version. A file that only mentions the
+    format is not recognized, because --overwrite would delete its folder."""
     path = dataset / "manifest.json"
     raw = path.read_bytes()
     for ours in (raw, raw[:60], raw.replace(b'"version": 1', b'"version": 9')):
@@ -296,7 +300,7 @@ def test_no_manifest_is_told_apart_from_a_bad_one(tmp_path):
 
 
 def test_fingerprint_does_not_depend_on_the_folder_or_the_request(tmp_path):
-    """A copied dataset is the same dataset: a run resumes with it."""
+    """A copy of a dataset has the same fingerprint, so a run resumes with the copy."""
     one, other = (make_dataset.write(tmp_path / name, TRAIN, VAL) for name in ("here", "there"))
     asked = dataclasses.replace(other, request={"source": "/elsewhere", "val_fraction": 0.2})
     assert one.fingerprint() == other.fingerprint() == asked.fingerprint()
@@ -307,7 +311,7 @@ def test_fingerprint_does_not_depend_on_the_folder_or_the_request(tmp_path):
 def test_fingerprint_changes_with_every_part_of_the_content(tmp_path, monkeypatch):
     manifest = make_dataset.write(tmp_path / "a", TRAIN, VAL)
     other_token = make_dataset.write(tmp_path / "b", [np.array([1, 258, 3, 4, 6]), TRAIN[1]], VAL)
-    other_cut = make_dataset.write(tmp_path / "c", [np.concatenate(TRAIN)], VAL)  # other shards, other windows
+    other_cut = make_dataset.write(tmp_path / "c", [np.concatenate(TRAIN)], VAL)  # the windows differ
     no_val = make_dataset.write(tmp_path / "d", TRAIN)
     replaced = [
         dataclasses.replace(manifest, **change)

@@ -1,4 +1,4 @@
-"""Damaged files give the exact state or one line, never a traceback, a hang, or another state."""
+"""Damaged files give the exact state or a one-line error, never a traceback, a hang, or another state."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ from trainer.state import Program
 META = {"samples": 112, "data_fingerprint": "0123456789abcdef"}
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning"
-)  # Orbax's
+)  # Orbax raises these
 quickly = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -48,11 +48,11 @@ def saved(tmp_path_factory, state):
 
 def damage(raw: bytes, random: np.random.Generator) -> bytes:
     kind, at = random.integers(5), int(random.integers(len(raw))) if raw else 0
-    if kind == 0:  # a bit
+    if kind == 0:  # flips a bit
         return raw[:at] + bytes([raw[at] ^ 1 << int(random.integers(8))]) + raw[at + 1 :] if raw else b"x"
-    if kind == 1:  # cut off
+    if kind == 1:  # cuts the end off
         return raw[:at]
-    if kind == 2:  # a page that was never written
+    if kind == 2:  # clears a page, as if it was never written
         return raw[:at] + bytes(len(raw[at : at + 512])) + raw[at + 512 :]
     if kind == 3:
         return random.bytes(len(raw))
@@ -60,7 +60,7 @@ def damage(raw: bytes, random: np.random.Generator) -> bytes:
 
 
 def check(run: pathlib.Path, program: Program, state) -> bool:
-    """Whether it could be restored, in which case it must be exact."""
+    """Whether the run could be restored; if it could, the state must be exact."""
     try:
         restored, meta = Checkpoints(run).restore(program, 7)
     except (CheckpointError, ConfigError) as e:
@@ -73,7 +73,8 @@ def check(run: pathlib.Path, program: Program, state) -> bool:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_a_damaged_file_of_a_checkpoint(tmp_path, program, state, saved, seed):
-    """Faults 14 and 15: any file, any damage. Files that are not needed, as commit_success.txt, may be anything."""
+    """Faults 14 and 15: any file has any damage. Files that are not needed, such as commit_success.txt, may hold
+    anything."""
     random = np.random.default_rng(seed)
     run = shutil.copytree(saved, tmp_path / "run")
     files = sorted(path for path in (run / "checkpoints/7").rglob("*") if path.is_file())
@@ -105,7 +106,8 @@ def test_a_flipped_bit_anywhere_in_what_save_was_given(tmp_path, program, saved)
 
 @pytest.mark.parametrize("part", ["params/_METADATA", "opt_state/_METADATA"])
 def test_damaged_shapes_are_damage_and_not_another_model(tmp_path, program, saved, part):
-    """Fault 14: taken for another model, it would be a user's error, and the step before would not be tried."""
+    """Fault 14: if the damage were taken for another model, it would be the user's error, and the step before would not
+    be tried."""
     run = shutil.copytree(saved, tmp_path / "run")
     path = run / "checkpoints/7" / part
     text = path.read_text()
@@ -116,7 +118,7 @@ def test_damaged_shapes_are_damage_and_not_another_model(tmp_path, program, save
 
 
 def test_names_that_are_no_steps(tmp_path, program, state):
-    """int() accepts the digits of all scripts, and 007."""
+    """int() also accepts the digits of other scripts, and 007."""
     checkpoints = Checkpoints(tmp_path, KEEP_ALL)
     checkpoints.save(7, state, META)
     assert checkpoints.wait()
@@ -125,7 +127,7 @@ def test_names_that_are_no_steps(tmp_path, program, state):
     (tmp_path / "checkpoints/9").write_text("a file")
     checkpoints = Checkpoints(tmp_path, KEEP_ALL)
     assert checkpoints.steps() == [7, 8]
-    restored, _ = checkpoints.restore_newest(program)  # 8 says that it is 7
+    restored, _ = checkpoints.restore_newest(program)  # the metadata in folder 8 says step 7
     assert int(restored.step) == 7
 
 
@@ -175,7 +177,7 @@ def test_any_value_in_any_field(tmp_path, field, value):
 @quickly
 @given(st.sampled_from(FIELDS), st.text(max_size=8))
 def test_any_text_as_a_field_on_the_command_line(field, text):
-    """The check of --config.FIELD=TEXT before absl sees it."""
+    """Tests the check of --config.FIELD=TEXT, which runs before absl parses the flag."""
     with contextlib.suppress(ConfigError):
         _, overrides = cli._split_overrides([f"--config.{field}={text}"])
         assert list(overrides) == [field]

@@ -1,4 +1,4 @@
-"""Generation: greedy text against a slow reference without a cache, and sampling against exact distributions."""
+"""Generation: greedy text is compared with a slow reference without a cache, and sampling with exact distributions."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from tiny_models import CONFIGS, VOCAB
 from model.config import ModelConfig
 from model.generate import Generator, filter_logits
 
-KNOWN = np.array([0.15, 0.5, 0.1, 0.25])  # sums of the largest: 0.5, 0.75, 0.9, 1
+KNOWN = np.array([0.15, 0.5, 0.1, 0.25])  # cumulative sums, largest first: 0.5, 0.75, 0.9, 1
 
 
 def probabilities(logits, *, temperature=1.0, top_k=0, top_p=1.0):
@@ -49,10 +49,10 @@ def test_temperature_takes_the_root_of_probabilities(temperature):
         ({"top_p": 0.74}, {1, 3}),
         ({"top_p": 0.76}, {0, 1, 3}),
         ({"top_p": 0.91}, {0, 1, 2, 3}),
-        # top-p counts what temperature left: p^2 is 0.72, 0.18, 0.07, 0.03.
+        # top-p applies after temperature: p^2, normalised, is 0.72, 0.18, 0.07, 0.03.
         ({"top_p": 0.7, "temperature": 0.5}, {1}),
-        ({"top_p": 0.7, "temperature": 2.0}, {0, 1, 3}),  # sqrt(p) is 0.37, 0.26, 0.20, 0.16
-        # ... and what top-k left: 2/3, 1/3.
+        ({"top_p": 0.7, "temperature": 2.0}, {0, 1, 3}),  # sqrt(p), normalised, is 0.37, 0.26, 0.20, 0.16
+        # top-p applies after top-k, which leaves 2/3 and 1/3.
         ({"top_p": 0.6, "top_k": 2}, {1}),
         ({"top_p": 0.7, "top_k": 2}, {1, 3}),
         ({"top_p": 0.99, "top_k": 2}, {1, 3}),
@@ -85,7 +85,7 @@ def test_the_most_likely_token_always_stays(top_p, top_k):
 
 
 def test_ruled_out_tokens_stay_ruled_out_and_do_not_count():
-    """The vocabulary's padding is -inf: top_k beyond the real tokens must not bring it back."""
+    """The logits of padding are -inf: a top_k above the number of real tokens must not select padding."""
     logits = np.concatenate([np.log(KNOWN), [-np.inf] * 4])
     for sampling in ({}, {"top_k": 6}, {"top_p": 0.999}, {"top_k": 6, "top_p": 0.76}, {"temperature": 1e3}):
         p = probabilities(logits, **sampling)
@@ -130,7 +130,7 @@ GREEDY = {name: CONFIGS[name] for name in ("llama", "gpt2", "one_kv_head", "lear
 
 @pytest.mark.parametrize("config", GREEDY.values(), ids=GREEDY.keys())
 def test_greedy_text_is_that_of_full_passes_without_a_cache(config):
-    """Prompts have one token up to one less than the context; text goes up to the last position of the context."""
+    """Prompts have from one token to one less than the context; text reaches the last position of the context."""
     params, context = tiny_models.make(config)[1], config.max_seq_len
     written = set()
     for n in (1, 2, context // 2 + 1, context - 1):
@@ -140,7 +140,7 @@ def test_greedy_text_is_that_of_full_passes_without_a_cache(config):
         assert rows[0].tolist() == slow_greedy(config, params, prompt, context - n)
         assert rows[1].tolist() == rows[0].tolist()
         written |= set(rows[0].tolist())
-    assert len(written) > 5  # repeating one token would prove little
+    assert len(written) > 5  # text that repeats one token would prove little
 
 
 @pytest.mark.parametrize("config", GREEDY.values(), ids=GREEDY.keys())
@@ -153,7 +153,7 @@ def test_text_beyond_the_context_restarts_from_its_second_half(config):
 
 
 def test_short_texts_use_a_short_buffer_and_read_the_same():
-    """Buffers of 2 and 8 positions, which are filled completely."""
+    """The texts fill buffers of 2 and 8 positions completely."""
     config = CONFIGS["llama"]
     params = tiny_models.make(config)[1]
     for n, new in ((1, 1), (3, 5)):
@@ -188,7 +188,7 @@ def test_top_k_of_1_is_greedy():
     np.testing.assert_array_equal(text, generator_of(config)(params, prompt, **arguments))
 
 
-ROWS = 200  # for tests that need many: one compilation for all of them
+ROWS = 200  # tests that need many rows share one compilation
 
 
 def test_a_row_depends_on_the_seed_and_its_number_alone():
@@ -207,7 +207,7 @@ def test_a_row_depends_on_the_seed_and_its_number_alone():
 
 
 def test_the_start_of_a_text_does_not_depend_on_how_much_is_written():
-    """Within one buffer length: random numbers belong to positions in the text, not to steps of the loop."""
+    """This holds within one buffer length: random numbers depend on positions in the text, not on steps of the loop."""
     config = CONFIGS["llama"]
     params, prompt = tiny_models.make(config)[1], np.array([3, 1, 4])
     generator = generator_of(config, temperature=1.0)
@@ -217,7 +217,7 @@ def test_the_start_of_a_text_does_not_depend_on_how_much_is_written():
 
 def chi_square_p(counts, expected) -> float:
     expected = np.asarray(expected, np.float64)
-    assert expected.min() >= 5  # else the chi-square approximation is not valid
+    assert expected.min() >= 5  # otherwise the chi-square approximation is not valid
     return stats.chisquare(counts, expected * np.sum(counts) / expected.sum()).pvalue
 
 
@@ -227,7 +227,8 @@ def chi_square_p(counts, expected) -> float:
     ids=str,
 )
 def test_tokens_come_as_often_as_their_probabilities_say(sampling):
-    """First tokens of 4000 rows against the reference's distribution; rare ones are counted together."""
+    """The first tokens of 4000 rows are compared with the reference's distribution; rare tokens are counted
+    together."""
     config, rows = CONFIGS["gpt2"], 4000
     params, prompt = tiny_models.make(config)[1], np.array([3, 1, 4])
     text = generator_of(config, **sampling)(params, prompt, rows=rows, max_new_tokens=1, seed=7)
@@ -244,7 +245,7 @@ def test_tokens_come_as_often_as_their_probabilities_say(sampling):
 
 
 def test_consecutive_tokens_follow_their_joint_distribution():
-    """The second token is drawn in the decoding loop, given the first, with a random number of its own."""
+    """The second token is drawn in the decoding loop, given the first, with its own random number."""
     config, rows = CONFIGS["llama"], 4000
     params, prompt = tiny_models.make(config)[1], np.array([3, 1])
     sampling = {"temperature": 2.0, "top_k": 3}
@@ -263,7 +264,7 @@ def test_consecutive_tokens_follow_their_joint_distribution():
 
 
 def test_uniform_text_has_all_tokens_no_padding_and_no_repetition():
-    """With parameters of 0 every token is equally likely, and all draws are independent.
+    """If all parameters are 0, every token is equally likely, and all draws are independent.
 
     A random number that is used twice, by two rows or by two positions (such as the same one before and after a full
     context starts again), would show as more agreement than by chance. The padding from 50 to 64 never appears.
@@ -290,7 +291,7 @@ def test_what_cannot_be_continued_is_refused():
     params = tiny_models.make(config)[1]
     with pytest.raises(ValueError, match="prompt of 0 tokens"):
         generator_of(config)(params, np.array([], np.int32), rows=1, max_new_tokens=1, seed=0)
-    # JAX would silently read the nearest row of the embedding instead, and write another text.
+    # For an id outside the table, JAX would silently read the nearest row of the embedding and write another text.
     for wrong in (-1, VOCAB, VOCAB + 20):
         with pytest.raises(ValueError, match=f"token {wrong}; .* 0 to {VOCAB - 1}"):
             generator_of(config)(params, np.array([3, wrong, 4]), rows=1, max_new_tokens=1, seed=0)
@@ -310,7 +311,7 @@ def test_no_place_past_the_context_is_ever_used(name):
 
 
 def test_temperatures_that_float32_cannot_divide_by():
-    """Too small ones are greedy; too large ones take any token of the vocabulary, and none of its padding."""
+    """A temperature that is too small is greedy; one that is too large selects any token, but no padding."""
     config = CONFIGS["llama"]
     params, prompt = tiny_models.make(config)[1], np.array([1, 2])
     greedy = generator_of(config)(params, prompt, rows=1, max_new_tokens=8, seed=0).tolist()

@@ -1,4 +1,4 @@
-"""Files of llama.cpp, written here by its own package and in its own order, read back slice by slice."""
+"""Files of llama.cpp: its own package writes them here, in its own order, and they are read back slice by slice."""
 
 import json
 import pathlib
@@ -31,14 +31,14 @@ PREFIX = {"llama": "model.", "gpt2": "transformer."}
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """convert_hf_to_gguf.py of llama.cpp, LlamaModel.permute, to the letter."""
+    """An exact copy of LlamaModel.permute in llama.cpp's convert_hf_to_gguf.py."""
     return (
         weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
     )
 
 
 def random_tensors(kind: str) -> dict[str, np.ndarray]:
-    """By the names of Hugging Face."""
+    """Random tensors by their Hugging Face names."""
     family, model = families.BY_TYPE[kind], MODELS[kind]
     shapes = {".".join(p): v.get_value().shape for p, v in tiny_models.abstract(model)[1].items()}
     layout = Layout(family, model, shapes)

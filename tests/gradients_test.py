@@ -1,4 +1,5 @@
-"""Sums of gradients over devices: in which type, how often per step, and what the plan says about them."""
+"""Sums of gradients over devices: their dtype, how often they are computed per step, and what the plan says about
+them."""
 
 import dataclasses
 import functools
@@ -47,9 +48,9 @@ def tokens() -> np.ndarray:
 
 
 def gradients(here: Program, batches: list[np.ndarray]) -> tuple[list[np.ndarray], list[float]]:
-    """For each batch the full gradient, flat in float64, and its norm as the step reports it; all at the initial state.
+    """For each batch, the full gradient at the initial state, flat in float64, and the norm that the step reports.
 
-    The first moment after one step is 1 - b1 of the gradient.
+    The first moment after one step is the gradient times 1 - b1.
     """
     step, found, norms = compiled(here), [], []
     with jax.set_mesh(here.mesh):
@@ -75,7 +76,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.parametrize("axes", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "context": 2}], ids=str)
 def test_a_bfloat16_gradient_of_eight_devices_is_that_of_one(axes):
-    """It is, up to the rounding of activations, which may go the other way in another program; sums are rounded as in
+    """The gradients are equal up to the rounding of activations, which may differ between programs. Sums are in
     float32, and so is the norm, which clipping uses."""
     (gradient,), (norm,) = gradients(program(bfloat16_config(ROWS), **axes), [tokens()])
     assert difference(gradient, on_one_device()) < 2.0**-9
@@ -85,7 +86,8 @@ def test_a_bfloat16_gradient_of_eight_devices_is_that_of_one(axes):
 
 
 def test_a_bfloat16_gradient_of_512_devices_is_that_of_one():
-    """One row each, by the step's own code; summed hop by hop around a ring in the type that the step sums in."""
+    """Each device has one row. The gradients come from the step's code; the test sums them around a ring, in the dtype
+    that the step uses for sums."""
     here = program(bfloat16_config(1))
     parts = [g / ROWS for g in gradients(here, list(tokens()[:, None]))[0]]
     differences = {}
@@ -96,7 +98,7 @@ def test_a_bfloat16_gradient_of_512_devices_is_that_of_one():
             total = (total.astype(np.float32) + part.astype(sums).astype(np.float32)).astype(sums)
         differences[dtype] = difference(total.astype(np.float64), on_one_device())
     assert differences["float32"] < 1e-3
-    assert differences["bfloat16"] > 5e-3  # the test does see it
+    assert differences["bfloat16"] > 5e-3  # so the test does detect bfloat16 sums
 
 
 def over_data(here: Program) -> list[hlo.Collective]:
@@ -115,8 +117,8 @@ def over_data(here: Program) -> list[hlo.Collective]:
     ids=str,
 )
 def test_replicas_sum_their_gradients_once_a_step(mesh):
-    """However many microbatches there are, no loop communicates over `data`: only the gradients of a device (and the
-    loss) do, each once; with ZeRO-1 also its updated shards of the parameters."""
+    """For any number of microbatches, no loop communicates over `data`. A step sums each gradient of a device (and the
+    loss) once; with ZeRO-1 it also all-gathers the updated shards of the parameters."""
     cfg = config(global_batch_size=64, grad_accum_steps=4, mesh=mesh, model={"dtype": "bfloat16"})
     here = program(cfg, **{k: v for k, v in mesh.items() if k in ONE})
     found = over_data(here)
@@ -128,8 +130,8 @@ def test_replicas_sum_their_gradients_once_a_step(mesh):
 
 
 def test_the_search_counts_what_a_step_sends_between_replicas():
-    """Each parameter goes twice around the ring, in the type of the sums, whatever the number of microbatches."""
-    chip = dataclasses.replace(topology.CHIPS["v5e"], fast=1e-3)  # nothing takes as long as the network
+    """Each parameter goes around the ring twice, in the dtype of the sums, for any number of microbatches."""
+    chip = dataclasses.replace(topology.CHIPS["v5e"], fast=1e-3)  # the network takes the longest
     machine = topology.Topology("v5e:2x4", chip, jax.devices(), 1)
     for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
         for parts in (1, 4):

@@ -1,4 +1,5 @@
-"""tokenizer.json has the ids of the library that wrote it, with or without tiktoken; no document can forge its end."""
+"""tokenizer.json gives the ids of the library that wrote it, with or without tiktoken; no document can forge an end of
+text."""
 
 import base64
 import itertools
@@ -30,7 +31,7 @@ EOT = "<|endoftext|>"
 
 
 def slow(tokenizer: JsonTokenizer, text: str) -> list[int]:
-    """The ids of the library itself, from the file as it is. Only for text without the names of special tokens."""
+    """The ids of the library itself, from the unchanged file. The text must not have names of special tokens."""
     return library.Tokenizer.from_str(tokenizer.file()[1].decode()).encode(text, add_special_tokens=False).ids
 
 
@@ -94,7 +95,7 @@ RUNS = {
 @pytest.mark.parametrize("pattern", hf_json.PATTERNS)
 @pytest.mark.parametrize("run", RUNS)
 def test_training_time_does_not_grow_with_the_square_of_a_run(run, pattern):
-    """200,000 dashes took 50 s, as many letters of DNA 20 s, of CJK above 600 s."""
+    """Earlier, 200,000 dashes took 50 s, as many letters of DNA 20 s, and as many CJK characters over 600 s."""
     text = RUNS[run](200_000)
     start = time.monotonic()
     trained = train_bpe(["the fox", text, "the end"], 300, pattern=pattern)
@@ -114,7 +115,7 @@ def test_only_long_words_are_cut_for_training():
 
 
 class Hung:
-    """A library that trains for a long time, whatever signals come."""
+    """A library that trains for a long time and ignores signals."""
 
     def train_from_iterator(self, texts, trainer) -> None:
         time.sleep(60)
@@ -181,7 +182,7 @@ def test_an_id_outside_the_vocabulary_is_refused(trained):
 
 
 def edited(tokenizer: JsonTokenizer, **changes) -> JsonTokenizer:
-    """The tokenizer with fields replaced; those of its model are model__FIELD."""
+    """The tokenizer with some fields replaced; model__FIELD is a field of its model."""
     spec = json.loads(tokenizer.file()[1])
     for field, value in changes.items():
         (spec["model"] if field.startswith("model__") else spec)[field.removeprefix("model__")] = value
@@ -208,7 +209,7 @@ def test_an_unknown_token_that_bytes_never_need_does_not_matter(trained):
 
 
 def test_dropout_is_left_out(trained):
-    """Otherwise the same corpus would have other tokens each time."""
+    """With dropout, the same corpus would have different tokens each time."""
     assert np.array_equal(edited(trained, model__dropout=0.9).encode(CORPUS[0]), trained.encode(CORPUS[0]))
 
 
@@ -230,7 +231,7 @@ def test_ids_in_another_order_than_merges_are_mapped(trained):
 
 
 def any_merges(draw, tokens: int) -> list[tuple[str, str]]:
-    """Pairs of earlier tokens, such as no training would find."""
+    """Random pairs of earlier tokens, which no training would produce."""
     known, merges = ["a", "b", "c"], []
     for _ in range(tokens):
         left, right = draw(st.sampled_from(known)), draw(st.sampled_from(known))
@@ -243,11 +244,11 @@ def any_merges(draw, tokens: int) -> list[tuple[str, str]]:
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_any_merges_give_the_ids_of_the_library(data):
-    """If tiktoken is used, it is right, for merge lists of any kind; otherwise it is not used."""
+    """For any merge list, either tiktoken gives the library's ids, or it is not used."""
     merges = any_merges(data.draw, 8)
     spec = json.loads(byte_level_json(merges, "", {}))
     spec["model"]["ignore_merges"] = data.draw(st.booleans())
-    if data.draw(st.booleans()):  # as in files converted from ranks: every way to make a token, in any order of tokens
+    if data.draw(st.booleans()):  # as in files that are converted from ranks: all merges that make a token
         tokens = data.draw(st.permutations([a + b for a, b in merges]))
         made = {"a", "b", "c", *tokens}
         spec["model"]["merges"] = [(t[:i], t[i:]) for t in tokens for i in range(1, len(t)) if {t[:i], t[i:]} <= made]
@@ -260,7 +261,8 @@ def test_any_merges_give_the_ids_of_the_library(data):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_merge_lists_that_no_training_makes(seed):
-    """Some have two merges of one product that are apart: 2 of 1,000 differed (`c c, c cc, c b, cc c` on cccb)."""
+    """In some lists, two merges of the same token are not adjacent: 2 of 1,000 lists once gave other ids (`c c, c cc,
+    c b, cc c` on cccb)."""
     rng, fast = random.Random(seed), 0
     for _ in range(250):
         raw, letters = merge_lists.tokenizer_json(rng)
@@ -269,7 +271,7 @@ def test_merge_lists_that_no_training_makes(seed):
         for _ in range(50 * tokenizer.accelerated):
             text = merge_lists.text(rng, letters)
             assert tokenizer._tiktoken(text).tolist() == theirs.encode(text, add_special_tokens=False).ids, (raw, text)
-    assert fast > 50  # the proof holds often enough to be of use
+    assert fast > 50  # tiktoken is used for enough of the lists
 
 
 def test_two_merges_of_one_product_that_lie_apart():
@@ -283,7 +285,7 @@ def test_two_merges_of_one_product_that_lie_apart():
 PUBLISHED = [
     *hf_json.PATTERNS.values(),
     ranks.PATTERNS["o200k"],
-    ranks.PATTERNS["llama3"].replace("{1,3}", ""),  # Qwen2's
+    ranks.PATTERNS["llama3"].replace("{1,3}", ""),  # Qwen2's pattern
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
 ]
 
@@ -295,7 +297,7 @@ def test_published_expressions_are_accelerated(pattern):
 
 @pytest.mark.parametrize("pattern", [hf_json.PATTERNS["gpt2"], ranks.PATTERNS["o200k"]])
 def test_every_character_is_cut_alike(pattern):
-    """The Unicode tables of the two libraries are the same. Any two bytes merge, so that the ids show each split."""
+    """The two libraries have the same Unicode tables. Any two bytes merge, so the ids show each split."""
     pairs = list(itertools.product(BYTE_CHARACTERS, repeat=2))
     random.Random(0).shuffle(pairs)
     tokenizer = JsonTokenizer(byte_level_json(pairs, pattern, {}))
@@ -307,8 +309,8 @@ def test_every_character_is_cut_alike(pattern):
 @pytest.mark.parametrize(
     "pattern",
     [
-        r"^#[^\n]*|\s+|\S+",  # in one of the two, ^ matches at each line
-        r"\p{N}{1,3}+|\s+|[^\s\p{N}]+",  # possessive in one, repeated in the other
+        r"^#[^\n]*|\s+|\S+",  # in one of the two libraries, ^ matches at each line
+        r"\p{N}{1,3}+|\s+|[^\s\p{N}]+",  # possessive in one library, repeated in the other
         r"\w+|[^\w\s]+|\s+",
         r"(?i:straße)|\s+|\S+",
         r" ?\p{L}*|\s+|\S",
@@ -318,19 +320,20 @@ def test_every_character_is_cut_alike(pattern):
     ],
 )
 def test_expressions_that_may_mean_another_thing_are_left_to_the_library(pattern):
-    """This holds whatever they do on the few texts that are compared when a file is read."""
+    """The library is used even if both give the same ids for the few texts that are compared when a file is read."""
     assert not JsonTokenizer(byte_level_json([], pattern, {})).accelerated
 
 
 def test_text_that_an_expression_leaves_out_is_kept():
-    """Between two matches, the library has a piece and tiktoken nothing; not every such character is in TRICKY."""
+    """The library makes a piece of the text between two matches, and tiktoken drops it; TRICKY does not have every such
+    character."""
     tokenizer = JsonTokenizer(byte_level_json([], r"[^\u0f00]+", {}))
     text = "a\u0f00b"
     assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.encode(text).tolist() == slow(tokenizer, text)
 
 
 def test_merges_that_make_no_whole_of_a_token_are_not_given_to_tiktoken():
-    """bc is merged first, so abc is never made of ab and c; tiktoken would take it for a whole word."""
+    """bc is merged first, so ab and c are never merged into abc; tiktoken would accept abc as a whole word."""
     merges = [("b", "c"), ("a", "b"), ("ab", "c")]
     tokenizer = JsonTokenizer(byte_level_json(merges, hf_json.PATTERNS["gpt2"], {}))
     assert tokenizer._tiktoken is None and tokenizer.encode("abc").tolist() == [ord("a"), 256]
@@ -339,7 +342,7 @@ def test_merges_that_make_no_whole_of_a_token_are_not_given_to_tiktoken():
 
 
 def test_a_token_that_no_merge_makes_is_found_as_a_whole_word_only():
-    """Llama 3's vocabulary has such tokens."""
+    """Llama 3's vocabulary has tokens that no merge makes."""
     spec = json.loads(byte_level_json([("x", "y")], hf_json.PATTERNS["llama3"], {}))
     spec["model"] |= {"ignore_merges": True, "vocab": spec["model"]["vocab"] | {"pqr": 257}}
     tokenizer = JsonTokenizer(json.dumps(spec).encode())
@@ -359,7 +362,7 @@ def of_library(tokenizer: library.Tokenizer, added: list[dict]) -> JsonTokenizer
 
 
 def unigram() -> JsonTokenizer:
-    """Like T5's: the end of text is a piece of the model, which would find it in text."""
+    """Like T5's tokenizer: the end of text is a piece of the model, which would find this piece in text."""
     pieces = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -2.0), ("▁hello", -1.0), ("▁world", -1.5)]
     tokenizer = library.Tokenizer(models.Unigram([*pieces, *((c, -5.0) for c in "helowrd</s>")], 0, False))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -399,7 +402,8 @@ def test_word_piece_without_its_truncation_and_padding():
 
 
 def test_byte_fallback():
-    """Like Llama 2's tokenizer.json: ▁ for spaces, bytes for what is not a piece, and <unk> for nothing at all."""
+    """Like Llama 2's tokenizer.json: ▁ stands for a space, text that is not a piece becomes bytes, and <unk> is never
+    used."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "h", "i", "hi", "▁hi"]
     merges = [("h", "i"), ("▁", "hi")]
     model = models.BPE(
@@ -420,7 +424,7 @@ def test_byte_fallback():
 
 @pytest.mark.parametrize("model", [models.BPE(byte_fallback=True, unk_token="<unk>"), None])
 def test_bytes_that_are_marked_special_are_found_all_the_same(model):
-    """The library's trainer can add the bytes of byte_fallback as special tokens only."""
+    """The library's trainer can add the bytes of byte_fallback only as special tokens."""
     names = ["<unk>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
     if model is None:
         pieces = [*((name, 0.0) for name in names), *((c, -1.0) for c in "ne▁")]
@@ -457,7 +461,7 @@ def test_added_tokens_that_are_not_special_are_found_in_text():
         [special(2, "ab", special=False), special(3, "<eos>", False)],
     )
     assert tokenizer.encode("aba").tolist() == [2, 0]
-    assert tokenizer.eos_id == 3 and tokenizer.special_tokens == ["<eos>"]  # by its name, so no text can have it
+    assert tokenizer.eos_id == 3 and tokenizer.special_tokens == ["<eos>"]  # by name, so text may not have it
     with pytest.raises(DataError):
         tokenizer.encode("<eos>")
 
@@ -513,4 +517,4 @@ def test_damaged_files_are_refused_or_work(make):
             worked += 1
         except DataError:
             refused += 1
-    assert refused > 90 and worked > 5  # at least those that were cut off; those with another character in a token
+    assert refused > 90 and worked > 5  # a cut file is refused; a changed character of a token works

@@ -1,5 +1,5 @@
-"""What hlo.py reads in compiled programs: lines cut from real ones, CPU programs built so that the answer is
-known, and (slow, with the extra `plan`) a whole FSDP step compiled for TPUs and GPUs that are not here."""
+"""Tests of hlo.py on compiled programs: excerpts of real programs, CPU programs whose answer is known, and (slow, with
+the extra `plan`) a complete FSDP step that is compiled for TPUs and GPUs that are not attached."""
 
 import textwrap
 
@@ -68,7 +68,7 @@ def test_groups_in_every_spelling(groups, axes, size):
 
 
 def test_groups_across_slices():
-    mesh = {"data": 4, "fsdp": 2}  # two slices, each two of `data`
+    mesh = {"data": 4, "fsdp": 2}  # there are two slices, and each has two of `data`
     assert not all_reduce("{{0,2},{1,3},{4,6},{5,7}}", mesh, num_slices=2).crosses_slices
     assert all_reduce("{{0,4},{1,5},{2,6},{3,7}}", mesh, num_slices=2).crosses_slices
     assert not all_reduce("{{0,4},{1,5},{2,6},{3,7}}", mesh).crosses_slices
@@ -125,7 +125,7 @@ def test_asynchronous_computation():
 
 
 def test_clones_of_a_tpu_are_one():
-    """The compiler copies an asynchronous collective into each fusion from its start to its end."""
+    """The compiler copies an asynchronous collective into each fusion from its start to its end; it counts once."""
     fusion = """
     %fusion_{0} (q: bf16[16]) -> bf16[64] {{
       %q = bf16[16]{{0}} parameter(0)
@@ -146,7 +146,7 @@ def test_clones_of_a_tpu_are_one():
 
 
 def test_reduce_scatter_of_a_tpu():
-    """It is one operation: a fusion by the compiler, of an all-reduce and the slice of this device."""
+    """The compiler fuses an all-reduce and the slice of this device: this is one reduce-scatter."""
     fused = """
     %all-reduce-scatter.7 (q: bf16[64,8]) -> bf16[16,8] {
       %q = bf16[64,8]{1,0} parameter(0)
@@ -180,7 +180,7 @@ SLICED = """
 
 @pytest.mark.parametrize(("size", "other_user", "sliced"), [(16, False, 512), (24, False, 0), (16, True, 0)])
 def test_all_reduce_of_which_each_device_keeps_its_part(size, other_user, sliced):
-    """What the TPU compiler makes of a reduce-scatter over two axes of its network: recognized by its use."""
+    """The TPU compiler turns a reduce-scatter over two axes of the network into an all-reduce: its use shows this."""
     user = "%copy.9 = bf16[64,4]{1,0} negate(%part)" if other_user else ""
     found = one(
         f"""
@@ -202,7 +202,7 @@ replica_groups=[2,4]<=[8], to_apply=%add
 
 
 def test_transfer_between_tpu_slices():
-    """The host sends; in the text it is a pair of send and recv."""
+    """The host sends the data; in the text, the transfer is a pair of send and recv."""
     what = (
         'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
         '_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",'
@@ -256,7 +256,7 @@ LOOP = """
     ("start", "direction", "told", "trips"),
     [
         ("constant(0)", "LT", "", 4),
-        ("constant(1)", "LT", "", 3),  # a trip was peeled off
+        ("constant(1)", "LT", "", 3),  # one iteration was peeled off
         ("constant(0)", "LE", "", 5),
         ("constant(9)", "GT", "", 5),
         ("parameter(1)", "LT", "", None),
@@ -308,7 +308,7 @@ def test_what_is_no_program():
         hlo.collectives("module @jit_step {}", {"data": 8})
 
 
-# Programs for the eight devices of the tests
+# Programs that are compiled for the eight devices of the tests
 
 
 def compiled(function, *shapes, mesh=None, specs=None) -> str:
@@ -319,7 +319,7 @@ def compiled(function, *shapes, mesh=None, specs=None) -> str:
 
 def test_collectives_in_a_scan():
     def layer(x, _):
-        whole = jax.lax.all_gather(x, "fsdp", tiled=True)  # [32, 16] of 4 parts
+        whole = jax.lax.all_gather(x, "fsdp", tiled=True)  # [32, 16], gathered from 4 parts
         part = jax.lax.psum_scatter(jnp.sin(whole), "fsdp", tiled=True)
         return jax.lax.psum(jnp.cos(part), "data"), None
 
@@ -374,14 +374,14 @@ def test_shapes_tell_what_has_a_buffer():
     assert hlo.Shape("f32", (48, 24, 96), False) in found
 
 
-# The whole step of an FSDP transformer, on machines that are not here
+# The complete step of an FSDP transformer, compiled for machines that are not attached
 
 LAYERS, EMBED, MLP, VOCAB, SEQ, HEADS = 4, 256, 1024, 2048, 128, 2
 
 
 def fsdp_step(mesh: Mesh) -> str:
-    """The program: a scan over layers with remat, parameters [L, d, f] over fsdp, AdamW, donated; a weight is gathered
-    in bf16 for its use."""
+    """The text of the compiled step: a scan over layers with remat, parameters [L, d, f] sharded over fsdp, AdamW, and
+    donated buffers; each weight is gathered in bf16 before its use."""
 
     def constrain(x, *spec):
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
@@ -434,7 +434,8 @@ def fsdp_step(mesh: Mesh) -> str:
 
 @pytest.fixture
 def abroad(monkeypatch):
-    """The environment of such compilations, and no cache: what they write there cannot be read."""
+    """Sets the environment of such compilations, and turns the compilation cache off: their entries cannot be read
+    back."""
     for name, value in topology.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     jax.config.update("jax_enable_compilation_cache", False)
@@ -457,12 +458,12 @@ def fsdp_rows(name: str, num_slices: int = 1) -> tuple[str, dict]:
     machine = describe(name, num_slices)
     mesh = Mesh(np.array(machine.devices).reshape(num_slices, -1), ("data", "fsdp"))
     text = fsdp_step(mesh)
-    found = [c for c in hlo.collectives(text, dict(mesh.shape), num_slices) if c.bytes > 4096]  # no norms or losses
+    found = [c for c in hlo.collectives(text, dict(mesh.shape), num_slices) if c.bytes > 4096]  # not norms and losses
     assert all(None not in c.trips for c in found)
     return text, {(row.kind, row.axes, row.in_layers): row for row in hlo.summary(found, LAYERS)}
 
 
-WEIGHTS = EMBED * (3 * EMBED + EMBED + 2 * MLP)  # of a layer
+WEIGHTS = EMBED * (3 * EMBED + EMBED + 2 * MLP)  # of one layer
 GATHERED = LAYERS * WEIGHTS
 
 
@@ -472,11 +473,11 @@ def test_fsdp_on_a_ring_of_tpus():
     text, rows = fsdp_rows("v5e:2x4")
     table = 2 * VOCAB * EMBED
     assert {key: (row.executions, row.bytes) for key, row in rows.items()} == {
-        ("all-gather", ("fsdp",), True): (2 * 4 * LAYERS, 2 * 2 * GATHERED),  # each weight, forward and backward, bf16
-        ("reduce-scatter", ("fsdp",), True): (LAYERS, 2 * GATHERED),  # the gradients of a layer together
+        ("all-gather", ("fsdp",), True): (2 * 4 * LAYERS, 2 * 2 * GATHERED),  # weights in bf16, forward and backward
+        ("reduce-scatter", ("fsdp",), True): (LAYERS, 2 * GATHERED),  # a layer's gradients are combined
         ("all-gather", ("fsdp",), False): (1, table),
-        ("reduce-scatter", ("fsdp",), False): (1, table),  # the embedding's gradient as output
-        ("all-reduce", ("fsdp",), False): (1, table),  # and as input: XLA adds the two in full
+        ("reduce-scatter", ("fsdp",), False): (1, table),  # the embedding's gradient as output table
+        ("all-reduce", ("fsdp",), False): (1, table),  # and as input table: XLA adds the two unsharded
     }
     assert [(loop.trips, loop.depth) for loop in hlo.loops(text)] == [(LAYERS, 0)] * 2
     assert hlo.Shape("f32", (2, SEQ, VOCAB), True) in hlo.shapes(text)
@@ -486,7 +487,7 @@ def test_fsdp_on_a_ring_of_tpus():
 @pytest.mark.usefixtures("abroad")
 @pytest.mark.parametrize("name", ["v5p:2x2x4", "v6e:4x4"])
 def test_fsdp_on_a_torus_of_tpus(name):
-    """Over several axes of the network a reduce-scatter becomes an all-reduce, which is recognized by its use."""
+    """A reduce-scatter over several axes of the network becomes an all-reduce, which is recognized by its use."""
     _, rows = fsdp_rows(name)
     assert {key: (row.executions, row.bytes) for key, row in rows.items()} == {
         ("all-gather", ("fsdp",), True): (2 * 4 * LAYERS, 2 * 2 * GATHERED),
@@ -502,7 +503,7 @@ def test_fsdp_on_a_torus_of_tpus(name):
 @pytest.mark.slow
 @pytest.mark.usefixtures("abroad")
 def test_fsdp_on_two_slices_of_tpus():
-    """The compiler peels off a layer of the backward loop, to overlap the transfers between the slices."""
+    """The compiler peels one layer off the backward loop, to overlap the transfers between the slices."""
     text, rows = fsdp_rows("v5e:2x4", num_slices=2)
     assert [loop.trips for loop in hlo.loops(text)] == [LAYERS, LAYERS - 1]
     parts = {}
@@ -511,9 +512,9 @@ def test_fsdp_on_two_slices_of_tpus():
         parts[kind, axes] = parts.get((kind, axes), 0) + row.bytes
     table = 2 * VOCAB * EMBED
     assert parts == {
-        ("all-gather", ("fsdp",)): 2 * 2 * GATHERED + 2 * table,  # once more the sum of the embedding's gradient
+        ("all-gather", ("fsdp",)): 2 * 2 * GATHERED + 2 * table,  # one more is for the embedding's gradient
         ("reduce-scatter", ("fsdp",)): 2 * GATHERED + 2 * table,
-        ("all-reduce", ("data",)): (2 * GATHERED + 2 * table) // 8,  # only the parts go from slice to slice
+        ("all-reduce", ("data",)): (2 * GATHERED + 2 * table) // 8,  # only the shards go between slices
     }
 
 
@@ -523,10 +524,10 @@ def test_fsdp_on_gpus():
     _, rows = fsdp_rows("h100:8")
     in_layers = {kind: row for (kind, _, inside), row in rows.items() if inside}
     assert set(in_layers) == {"all-gather", "reduce-scatter"}
-    assert in_layers["all-gather"].executions == 2 * LAYERS  # of a layer together
+    assert in_layers["all-gather"].executions == 2 * LAYERS  # the weights of a layer are gathered together
     assert in_layers["reduce-scatter"].executions == LAYERS
     assert in_layers["reduce-scatter"].bytes == 2 * GATHERED
-    assert in_layers["all-gather"].bytes >= 2 * 2 * GATHERED  # some are gathered as f32, and only then converted
+    assert in_layers["all-gather"].bytes >= 2 * 2 * GATHERED  # some are gathered as f32 and converted afterwards
     assert {axes for _, axes, _ in rows} == {("fsdp",)}
 
 

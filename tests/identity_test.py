@@ -1,4 +1,4 @@
-"""A run is its data, its tokenizer and its model: none of its files changes before they are compared."""
+"""A run is identified by its data, tokenizer and model: none of its files changes before these are compared."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ def other(data, tokenizer):
 
 def test_the_same_run_goes_on(config, data, meta):
     identity.check(meta, config, data, "run")
-    del meta["tokenizer_sha256"]  # as in an earlier version
+    del meta["tokenizer_sha256"]  # an earlier version did not write it
     identity.check(meta, config, data, "run")
     identity.check(meta, config, other(data, None), "run")
 
@@ -75,7 +75,7 @@ def test_another_run_is_refused(config, data, meta, field, value, said):
 
 
 def test_a_tokenizer_that_was_copied_is_the_same(tmp_path, data):
-    """This holds for any kind, including one with a file of its own."""
+    """This holds for any kind of tokenizer, including one with its own file."""
     source = tmp_path / "text.txt"
     source.write_text(runs.text(5000))
     kinds = [data.load_tokenizer(), tokenizers.ByteTokenizer(), tokenizers.train_bpe([runs.text(5000)], 300)]

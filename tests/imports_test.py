@@ -1,5 +1,5 @@
-"""launch -> trainer -> {model, data}, and between their sub-packages: no import goes the other way, there are no
-cycles, and checks that come before JAX do not import it. This holds at any depth of folders."""
+"""launch -> trainer -> {model, data}, and their sub-packages: no import goes the other way, there are no cycles, and
+modules that run before JAX is loaded do not import it. This holds at any depth of folders."""
 
 import ast
 import fnmatch
@@ -37,11 +37,11 @@ MAY_IMPORT = {
     "trainer.reliability": {"data", "data.storage", "data.token_files", "data.tokenizers", "trainer"},
     "trainer.reporting": {"data", "data.storage", "data.token_files", "model", "trainer", "trainer.reliability"},
     "trainer.planning": {"data", "model", "trainer", "trainer.parallel", "trainer.reporting"},
-    "configs": {"trainer"},  # default.py takes the dataclasses' defaults from there
+    "configs": {"trainer"},  # default.py has the defaults of trainer's dataclasses
 }
-MAY_IMPORT["trainer"] |= {"trainer.reporting", "trainer.interchange"}  # the loop reports, and may begin with weights
+MAY_IMPORT["trainer"] |= {"trainer.reporting", "trainer.interchange"}  # the loop reports, and can import weights
 MAY_IMPORT["launch"] = set(MAY_IMPORT) - {"configs"}
-FORBIDDEN_LIBRARIES = {"absl", "ml_collections"}  # for data, model and trainer: only launch has flags
+FORBIDDEN_LIBRARIES = {"absl", "ml_collections"}  # data, model and trainer must not import these: only launch has flags
 SOURCES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for package in ("configs", "data", "launch", "model", "trainer")
@@ -50,7 +50,7 @@ SOURCES = {
 
 
 def imported(path: pathlib.Path, *, at_import: bool = False) -> set[str]:
-    """The modules that a file imports; with `at_import`, only those that importing it imports."""
+    """The modules that a file imports; with `at_import`, only the imports that run when the file is imported."""
     names = set()
     tree = ast.parse(path.read_text())
     for node in tree.body if at_import else ast.walk(tree):
@@ -85,7 +85,7 @@ def test_arrows_run_one_way(package):
 
 
 def test_every_folder_of_sources_is_a_package_of_the_list():
-    """A new sub-package must say what it may import."""
+    """For a new sub-package, the list must say what it may import."""
     folders = {".".join(path.parent.relative_to(ROOT).parts) for path in SOURCES.values()}
     assert folders == set(MAY_IMPORT)
 
@@ -112,8 +112,8 @@ def test_recipes_are_imported_by_nobody():
 
 
 def test_the_wheel_and_the_version_of_the_code_have_every_sub_package(tmp_path, monkeypatch):
-    """Code that globs folders works at any depth: a module that it misses would be missing from an installation, or
-    could silently differ between hosts."""
+    """Code that globs folders must work at any depth: a module that the glob misses would be missing from an
+    installation, or could silently differ between hosts."""
     find = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
     assert not find["namespaces"]
     for folder in {path.parent for path in SOURCES.values()}:
@@ -145,6 +145,6 @@ def test_the_wheel_and_the_version_of_the_code_have_every_sub_package(tmp_path, 
     ],
 )
 def test_what_answers_a_typo_does_not_load_jax(module):
-    """A mistyped field is reported within a second only if these do not import JAX."""
+    """A mistyped field is reported within a second only if these modules do not import JAX."""
     code = f"import sys, {module}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

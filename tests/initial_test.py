@@ -1,4 +1,4 @@
-"""Where the weights of a run come from, and the rows that tokens get which the weights do not know."""
+"""Where the weights of a run come from, and the rows for tokens that the weights do not have."""
 
 import dataclasses
 import pathlib
@@ -19,17 +19,17 @@ def test_a_place_is_a_folder_or_a_run_and_a_step(tmp_path):
     (tmp_path / "run:12").mkdir()
     assert place_of(f"{tmp_path}/run") == (tmp_path / "run", None)
     assert place_of(f"{tmp_path}/run:3") == (tmp_path / "run", 3)
-    assert place_of(f"{tmp_path}/run:12") == (tmp_path / "run:12", None)  # a folder of that name
-    assert place_of("a:b") == (pathlib.Path("a:b"), None)
+    assert place_of(f"{tmp_path}/run:12") == (tmp_path / "run:12", None)  # a folder has this name
+    assert place_of("a:b") == (pathlib.Path.cwd() / "a:b", None)
 
 
 @pytest.mark.parametrize(
     ("rows", "known", "tokens", "vocab"),
     [
-        (64, 50, 50, 50),  # nothing new
-        (64, 50, 53, 53),  # within the padding
-        (64, 50, 70, 70),  # beyond it: 128 rows
-        (128, 60, 63, 70),  # into spare rows of the weights, of which the others stay
+        (64, 50, 50, 50),  # there are no new tokens
+        (64, 50, 53, 53),  # the new tokens fit in the padding
+        (64, 50, 70, 70),  # the padding is too small: 128 rows
+        (128, 60, 63, 70),  # new tokens take spare rows of the weights; other spare rows stay
     ],
 )
 def test_new_tokens_get_the_mean_of_the_known_rows(rows, known, tokens, vocab):
@@ -47,7 +47,7 @@ def test_new_tokens_get_the_mean_of_the_known_rows(rows, known, tokens, vocab):
 
 
 def test_rows_without_a_token_are_never_sampled():
-    """The tokenizer has 20 of 70: the distribution is that of these."""
+    """The tokenizer has 20 of the 70 tokens of the model: only these are sampled."""
     apply, params = tiny_models.make(MODEL)
     generator = Generator(MODEL, apply, context=16, vocab_size=20, temperature=3.0)
     ids = generator(params, np.array([1, 2]), rows=64, max_new_tokens=8, seed=0)

@@ -35,7 +35,7 @@ def call(*argv: str, code: int = 0) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """Several documents, so that offsets and end-of-text tokens are there."""
+    """A dataset of several documents, so that it has offsets and end-of-text tokens."""
     folder = tmp_path_factory.mktemp("inspect")
     (folder / "text").mkdir()
     for i in range(12):
@@ -49,7 +49,7 @@ def opened(path, vocab_size=0, **fields):
 
 
 def test_the_batch_is_the_one_a_run_trains_on(text):
-    """The rows after 1,000 samples, in a later epoch, as the loader puts them on devices."""
+    """The rows after 1,000 samples, in a later epoch, are those that the loader puts on devices."""
     report = json.loads(call(text, "--seq_len=48", "--batch_size=8", "--seed=5", "--sample=1000", "--json").stdout)
     windows = TokenWindows(opened(text).files("train"), seq_len=48, seed=5)
     mesh = jax.make_mesh((8,), ("data",))
@@ -113,7 +113,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_one_line_and_exit_3(name, text, tmp_path, monkeypatch):
-    """This holds even if a run would not hash at its start, because the dataset is large."""
+    """This holds even if the dataset is so large that a run would not hash it at its start."""
     damage, parts = DAMAGES[name]
     shutil.copytree(text, tmp_path / "set")
     damage(tmp_path / "set")
@@ -129,7 +129,7 @@ def test_damage_is_one_line_and_exit_3(name, text, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """Every kind of file that a dataset folder has, as small as it can be; packed for two lengths."""
+    """A minimal dataset folder with every kind of file, packed for two lengths."""
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "in.jsonl").write_text("".join(json.dumps({"text": "ab" * (i % 7 + 1)}) + "\n" for i in range(30)))
     pipeline.prepare_dataset(folder / "tok", source=str(folder / "in.jsonl"), tokenizer="bpe:260")
@@ -148,7 +148,7 @@ def check(folder):
 
 
 def test_every_byte_of_every_file_is_checked(tiny, tmp_path):
-    """In files above 4 KiB (a tokenizer's), every 97th."""
+    """In files of 4 KiB or more (a tokenizer's), only every 97th byte is tested."""
     check(tiny)
     shutil.copytree(tiny, tmp_path / "set")
     names = sorted(p.relative_to(tiny).as_posix() for p in tiny.rglob("*") if p.is_file())
@@ -201,7 +201,7 @@ def test_offsets_of_earlier_versions_are_compared_with_the_tokens(tiny, tmp_path
 
 
 def test_what_no_window_reads_is_said(tiny, tmp_path):
-    """This holds for shards, token files of other programs, and documents."""
+    """Reports what is left out of shards, token files of other programs, and documents."""
     tokens = np.random.default_rng(0).integers(0, 50_000, 16_000).astype("<u2")
     parts = np.split(tokens, [10_000, *range(10_120, 16_000, 120)])
     make_dataset.write(tmp_path / "set", parts, vocab_size=50_000)
@@ -253,7 +253,7 @@ def test_chunks_do_not_change_what_is_found_and_memory_stays_small(text, tmp_pat
 
 
 def test_an_id_outside_the_vocabulary_is_found_wherever_it_is(tmp_path):
-    """The shard agrees with the manifest, but was written wrong."""
+    """The shard agrees with the manifest, but its tokens are wrong."""
     tokens = np.arange(9000) % 100
     tokens[-1] = 100
     make_dataset.write(tmp_path, [tokens], vocab_size=100)

@@ -1,5 +1,6 @@
-"""Kernels: which one is chosen, and splash, interpreted, against the plain one. tests/attention_test.py compares the
-plain one with its definition, tests/partitioner_test.py all of them on a mesh."""
+"""Kernels: tests which kernel is chosen, and compares splash (interpreted) with the plain kernel.
+tests/attention_test.py compares the plain kernel with its definition, and tests/partitioner_test.py all kernels on a
+mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from model.config import ModelConfig
 from model.kernels import AttentionSpec, Mask
 from tests.tiny_models import random_documents
 
-GOOD = {  # a configuration that the kernel accepts
+GOOD = {  # for each kernel, a configuration that it accepts
     "xla": {"platform": "cpu", "dtype": "float32"},
     "cudnn": {"platform": "gpu", "dtype": "bfloat16"},
     "splash": {"platform": "tpu", "dtype": "bfloat16"},
@@ -85,7 +86,7 @@ def test_nothing_against_it(kernel, changes):
 )
 def test_refusals(kernel, changes, said):
     assert said in refusal(kernel, **changes)
-    # The named kernel refuses, in one line that ends with a way out.
+    # If the configuration names the kernel, the error is one line that ends with a way out.
     config, around = situation(**GOOD[kernel] | changes | {"attention": kernel})
     with pytest.raises(
         ValueError, match=f"model.attention is '{kernel}', which refuses: .*; auto chooses another"
@@ -103,7 +104,7 @@ def test_every_choice(platform, dtype, documents, context, dropout):
     config, around = situation(
         platform=platform, dtype=dtype, documents=documents, context=context, dropout=dropout, seq_len=512
     )
-    if dropout and context > 1:  # splash and cudnn have no dropout at all
+    if dropout and context > 1:  # splash and cudnn do not support dropout
         with pytest.raises(ValueError, match=r"no kernel for this: .*; lower mesh.context to 1") as e:
             kernels.choose(config, **around)
         assert "\n" not in str(e.value)
@@ -131,9 +132,9 @@ def test_the_one_it_names_is_taken(kernel):
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (100, 1.5)])
 def test_splash_is_the_plain_kernel(monkeypatch, size, documents, window, softcap):
-    """Forward and gradients of 4 query heads on 2 key-value heads, in float32; one of the blocks is skipped.
+    """Compares outputs and gradients of 4 query heads on 2 key-value heads, in float32; one of the blocks is skipped.
 
-    The scale is not that of the head size, which a kernel might take by itself.
+    The scale is not 1 / sqrt(head size), which a kernel might use by default.
     """
     monkeypatch.setattr(kernels, "SPLASH_BLOCK", 128)
     t, draw, spec = 256, np.random.default_rng(0), AttentionSpec(0.2, window, softcap)

@@ -2,8 +2,8 @@
 
   python -m tests.language_test [PATH ...]      prints what is wrong, a line each
 
-A list of patterns, as a linter has: it keeps the worst habits out of comments, docstrings, messages, pages and
-scripts. It cannot tell good text; it can tell some bad text.
+The test is a list of patterns, like a linter: it keeps the worst habits out of comments, docstrings, messages, pages
+and scripts. It finds some bad text; it cannot recognize good text.
 """
 
 import io
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-PATTERNS = {  # what must not occur: what to write
+PATTERNS = {  # a pattern that must not occur: what to write instead
     r"\bwhere (?:it|there|they|he|she|one|none|this|that|these|those|nothing|nobody|such) \w+": "if or when",
     r"\b(?<!there )(?:is|was) no (?!longer|more|other|less|such|need|way|one)\w+": "is not a, or has no",
     r"\b(?<!there )(?:are|were) no (?!longer|more|other|less|such)\w+": "are not, or have no",
@@ -38,15 +38,16 @@ PATTERNS = {  # what must not occur: what to write
     r"\bmicro-batch(?:es)?\b": "microbatch",
     r"\ball-?gathered together\b": "all-gathered",
 }
-# Text that is data: samples of text to tokenize, messages of other programs, the patterns themselves.
+# Files whose text is data: samples of text to tokenize, messages of other programs, and the patterns themselves.
 NOT_OURS = {"tests/language_test.py", "tests/texts.py", "tests/random_corpora.py", "LICENSE"}
 FOLDERS_NOT_OURS = ("tests/system/fakes/",)
-# A key of summary.json keeps its words: they are a format.
+# The words of a key of summary.json are part of its format, so they stay.
 ALLOWED = re.compile(r"noqa|https?://|stands alone|text that is no string")
 
 
 def texts_of(path: pathlib.Path) -> Iterator[tuple[int, str]]:
-    """(line number, text) of what people read: of Python the comments and strings, of other files every line."""
+    """(line number, text) of the text that people read: comments and strings of Python files, every line of other
+    files."""
     source = path.read_text(errors="replace")
     if path.suffix != ".py":
         yield from enumerate(source.splitlines(), 1)

@@ -1,4 +1,4 @@
-"""Linear, norms, feed-forward and dropout, one at a time, against their definitions."""
+"""Compares Linear, norms, feed-forward and dropout, each separately, with their definitions."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,8 @@ def test_linear_maps_the_last_axis_and_keeps_the_leading_ones(bias):
 
 
 def test_projections_of_one_input_are_those_of_each_layer():
-    """The layers have several widths, and each its own kernel and bias; the results are in the layers' order."""
+    """The layers have several widths, and each has its own kernel; some have a bias. The results are in the layers'
+    order."""
     layers = [randomised(Linear(build(), 6, out, ("embed", "mlp"), bias=out > 4)) for out in (5, 4, 7)]
     x = jnp.asarray(noise(2, 3, 6, seed=9))
     together = project(x, *layers)
@@ -56,7 +57,7 @@ def test_projections_of_one_input_are_those_of_each_layer():
 
 
 def test_linear_computes_in_the_dtype_of_its_input():
-    """float32 parameters must not lift bfloat16 activations back to float32."""
+    """float32 parameters must not promote bfloat16 activations to float32."""
     layer = Linear(build(), 6, 5, ("embed", "mlp"), bias=True)
     assert layer(jnp.ones((1, 2, 6), jnp.bfloat16)).dtype == jnp.bfloat16
     assert layer(jnp.ones((1, 2, 6), jnp.float32)).dtype == jnp.float32
@@ -73,7 +74,7 @@ def test_normal_has_the_stated_deviation_and_differs_from_layer_to_layer():
     values = np.asarray(p[...])
     assert values.shape == (3, 100, 50) and values.dtype == np.float32
     assert p.get_metadata("axes") == ("layers", "embed", "mlp")
-    # 5000 values a layer: deviation within 1 % (one sigma), mean within 0.02 / sqrt(5000) = 0.0003.
+    # With 5000 values per layer, one sigma is 1 % for the deviation, and 0.02 / sqrt(5000) = 0.0003 for the mean.
     np.testing.assert_allclose(values.std(axis=(1, 2)), 0.02, rtol=0.05)
     np.testing.assert_allclose(values.mean(axis=(1, 2)), 0, atol=0.0015)
     correlation = np.corrcoef(values.reshape(3, -1))
@@ -90,7 +91,7 @@ def test_constant_is_its_value_in_every_layer():
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_norm_is_its_definition(kind, bias):
-    """Biased variance, eps under the root; a bias only in layernorm."""
+    """The variance is biased, and eps is under the root; only layernorm has a bias."""
     norm = randomised(Norm(build(embed_dim=8, norm=kind, bias=bias, norm_eps=0.3)))
     weights = as_numpy(norm)
     assert set(weights) == ({"scale", "bias"} if kind == "layernorm" and bias else {"scale"})
@@ -104,7 +105,7 @@ def test_norm_is_its_definition(kind, bias):
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
 def test_norm_of_bfloat16_is_computed_in_float32(kind):
-    """A mean far above the deviation: in bfloat16 the difference would keep two bits or so."""
+    """The mean is far above the deviation: in bfloat16, only about two bits of the difference would be left."""
     norm = randomised(Norm(build(embed_dim=256, norm=kind)))
     x = jnp.asarray(100 + 5 * noise(4, 256, seed=9), jnp.bfloat16)
     wide = np.asarray(x, np.float64)
@@ -112,14 +113,14 @@ def test_norm_of_bfloat16_is_computed_in_float32(kind):
     expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * as_numpy(norm)["scale"]
     y = norm(x)
     assert y.dtype == jnp.bfloat16
-    # Only the last rounding is in bfloat16, which has 8 significant bits: 2^-8 of the value at most.
+    # Only the last rounding is in bfloat16, which has 8 significant bits: the error is at most 2^-8 of the value.
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2.0**-8 + 1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", MLPS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_mlp_is_its_definition(kind, bias):
-    """act(x W_gate) * (x W_up) W_down, or act(x W_up) W_down: gate and up are not to be mixed up."""
+    """(act(x W_gate) * (x W_up)) W_down, or act(x W_up) W_down: gate and up must not be swapped."""
     mlp = randomised(MLP(build(mlp=kind, mlp_dim=10, bias=bias)))
     weights = as_numpy(mlp)
     assert set(weights) == ({"up", "gate", "down"} if kind in GATED_MLPS else {"up", "down"})
@@ -138,7 +139,7 @@ def test_mlp_is_its_definition(kind, bias):
 @pytest.mark.parametrize("axes", [("vocab", "embed"), ("embed", "vocab")])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_unembed_is_the_product_with_each_row_of_the_table(axes, dtype):
-    """It is in float32, for hidden states with any leading axes; from vocab_size on, logits are -inf."""
+    """Logits are float32, for hidden states with any leading axes; from column vocab_size on they are -inf."""
     x, table = (jnp.asarray(noise(*shape, seed=s), dtype) for s, shape in enumerate([(2, 3, 6), (8, 6)]))
     w = table if axes[0] == "vocab" else table.T
     wide = np.einsum("bte,ve->btv", *(np.asarray(a, np.float64) for a in (x, table)))
@@ -193,7 +194,7 @@ def test_dropout_keeps_the_stated_share_and_the_mean(rate):
 
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.3])
 def test_the_scale_of_dropout_is_not_rounded_to_bfloat16(rate):
-    """1 - rate is another number in bfloat16; each result is the nearest to the exact one."""
+    """1 - rate would be a different number in bfloat16; each result must be the bfloat16 nearest to the exact value."""
     x = jnp.asarray(noise(10_000), jnp.bfloat16)
     y = Dropout(rate, jax.random.key(1))(x)
     kept, exact = np.asarray(y) != 0, np.asarray(x, np.float64) / (1 - rate)
@@ -208,7 +209,7 @@ def test_dropout_without_a_key_is_the_identity():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dropout_of_rate_0_is_the_identity_whatever_the_key(dtype):
-    """A schedule may start at 0; the traced rate takes the random path there."""
+    """A schedule may start at rate 0; a traced rate takes the random path even at 0."""
     x = jnp.asarray(noise(10_000), dtype)
     for key in range(3):
         y = jax.jit(lambda x, rate, key: Dropout(rate, key)(x))(x, jnp.float32(0.0), jax.random.key(key))
@@ -220,7 +221,7 @@ def test_dropout_masks_follow_the_key():
     x = jnp.ones((1000,))
     a, same, other = (np.asarray(Dropout(0.5, jax.random.key(k))(x)) != 0 for k in (1, 1, 2))
     np.testing.assert_array_equal(a, same)
-    assert 0.4 < (a != other).mean() < 0.6  # independent masks differ in half the places
+    assert 0.4 < (a != other).mean() < 0.6  # independent masks differ at half the places
 
 
 def test_the_parts_of_a_dropout_have_its_rate_and_masks_of_their_own():
@@ -236,7 +237,7 @@ def test_the_parts_of_a_dropout_have_its_rate_and_masks_of_their_own():
 
 
 def test_the_bools_of_a_dropout_are_those_of_its_partitioner():
-    """The partitioner is asked for a bool per element, with the probability of keeping it."""
+    """Dropout asks the partitioner for a bool per element, with the probability that the element is kept."""
     asked = []
 
     def bernoulli(key, p, shape):

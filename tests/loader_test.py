@@ -1,4 +1,5 @@
-"""Batches are a pure function of (seed, dataset, samples consumed), the same on every mesh, with nothing twice."""
+"""Batches are a pure function of (seed, dataset, samples consumed), the same on every mesh, and repeat no sample in an
+epoch."""
 
 import dataclasses
 import hashlib
@@ -19,7 +20,7 @@ from data.token_files import formats
 from tests.batches import tokens_of
 
 T = 8
-LENGTHS = (50, 7, 41, 9, 16, 8)  # 7 and 8 hold no window of T + 1 tokens, 9 exactly one
+LENGTHS = (50, 7, 41, 9, 16, 8)  # lengths 7 and 8 hold no window of T + 1 tokens, 9 holds one
 WINDOWS = 5 + 4 + 1 + 1
 ROWS = PartitionSpec(("data", "fsdp"))
 
@@ -49,7 +50,7 @@ def windows_of(folder, seed: int = 1, split: str = "train", seq_len: int = T) ->
 
 
 def slow_row(shards: list[list[int]], seq_len: int, seed: int, g: int, split: str = "train") -> list[int]:
-    """Sample g as the docs define it, by lists and slices."""
+    """Sample g by the definition in the docs, with lists and slices."""
     counts = [0 if len(s) < seq_len + 1 else max(1, len(s) // seq_len - 1) for s in shards]
     epoch, position = divmod(g, sum(counts))
     window = int(order.permute(np.array([position]), sum(counts), seed, split, epoch)[0])
@@ -80,21 +81,22 @@ def digest(array: jax.Array | np.ndarray) -> str:
 
 @pytest.mark.parametrize("epoch", [0, 1, 2, 57])
 def test_an_epoch_holds_every_window_exactly_once(epoch, dataset):
-    """In each shard the windows tile a stretch: starts are seq_len apart, the first at the phase; little is left."""
+    """The windows of a shard are contiguous: the first starts at the phase, the next seq_len later; few tokens are
+    unused."""
     windows = windows_of(dataset)
     assert windows.num_windows == WINDOWS
     rows = windows.rows(np.arange(epoch * WINDOWS, (epoch + 1) * WINDOWS)).astype(int)
-    assert np.array_equal(np.diff(rows, axis=1), np.ones((WINDOWS, T)))  # neighbouring tokens of one shard
+    assert np.array_equal(np.diff(rows, axis=1), np.ones((WINDOWS, T)))  # each row has consecutive tokens of one shard
     starts = np.sort(rows[:, 0])
     assert len(np.unique(starts)) == WINDOWS
     bounds = np.cumsum([0, *LENGTHS])
     for first, last, length in zip(bounds[:-1], bounds[1:], LENGTHS, strict=True):
         mine = starts[(starts >= first) & (starts < last)]
         if length <= T:
-            assert len(mine) == 0  # shorter than a window: unused
+            assert len(mine) == 0  # a shard that is shorter than a window is not used
             continue
         assert 0 <= mine[0] - first < T and np.all(np.diff(mine) == T)
-        assert mine[-1] + T < last and last - mine[-1] <= 3 * T  # inside the shard, less than two windows unused
+        assert mine[-1] + T < last and last - mine[-1] <= 3 * T  # in the shard, and less than two windows unused
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 5])
@@ -113,8 +115,8 @@ def test_no_length_of_a_shard_reads_past_its_end(seq_len, tmp_path):
 
 
 def test_every_token_becomes_a_target_in_some_epoch(dataset):
-    """The phase moves, so another epoch reads what one leaves out: all except the first token of a shard and, if its
-    length is not a multiple of seq_len, fewer than seq_len at its end."""
+    """The phase changes, so another epoch reads the tokens that one epoch leaves out. Never a target are the first
+    token of a shard and, if its length is not a multiple of seq_len, fewer than seq_len tokens at its end."""
     seen = set(windows_of(dataset).rows(np.arange(300 * WINDOWS))[:, 1:].flat)
     for first, length in zip(np.cumsum([0, *LENGTHS]), LENGTHS, strict=False):
         if length > T:
@@ -122,7 +124,7 @@ def test_every_token_becomes_a_target_in_some_epoch(dataset):
 
 
 def phases(windows: TokenWindows, epochs: int) -> np.ndarray:
-    """Where the first window of shards 0 and 2 starts: [epochs, 2]."""
+    """The start of the first window in shards 0 and 2: [epochs, 2]."""
     rows = windows.rows(np.arange(epochs * WINDOWS))[:, 0].astype(int).reshape(epochs, WINDOWS)
     third = LENGTHS[0] + LENGTHS[1]
     return np.stack([rows.min(axis=1), np.where(rows >= third, rows, 10**6).min(axis=1) - third], axis=1)
@@ -132,10 +134,10 @@ def test_phases_differ_between_epochs_shards_and_seeds(dataset):
     found = phases(windows_of(dataset), 100)
     for shard in (0, 1):
         counts = np.bincount(found[:, shard], minlength=T)
-        assert len(counts) == T and counts.min() > 0  # each of the T phases in 100 epochs
-    assert np.count_nonzero(found[:, 0] == found[:, 1]) < 40  # 12.5 expected: shards move apart from each other
+        assert len(counts) == T and counts.min() > 0  # all T phases occur in 100 epochs
+    assert np.count_nonzero(found[:, 0] == found[:, 1]) < 40  # 12.5 is expected: the phases of shards are independent
     other = phases(windows_of(dataset, seed=2), 100)
-    assert np.count_nonzero(found == other) < 60  # 25 of 200 expected
+    assert np.count_nonzero(found == other) < 60  # 25 of 200 are expected
 
 
 def test_rows_are_those_of_the_slow_reference(dataset):
@@ -151,7 +153,7 @@ def test_rows_of_any_samples_in_any_order(dataset):
 
 
 def test_rows_keep_the_type_of_the_files(tmp_path):
-    """uint16 sends half the bytes to the device, and tokens past 65535 arrive intact."""
+    """uint16 halves the bytes that are sent to the device, and token ids above 65535 arrive intact."""
     make_dataset.write(tmp_path / "16", [np.arange(100)])
     assert windows_of(tmp_path / "16").rows(np.arange(4)).dtype == np.uint16
     make_dataset.write(tmp_path / "32", [np.arange(70_000, 70_100)], vocab_size=80_000, dtype="uint32")
@@ -160,7 +162,7 @@ def test_rows_keep_the_type_of_the_files(tmp_path):
 
 
 def test_seed_and_split_change_the_order(dataset):
-    """A validation split read through windows must not follow the order of the training split."""
+    """If a validation split is read through windows, its order must differ from that of the training split."""
     g = np.arange(3 * WINDOWS)
     base = windows_of(dataset).rows(g)
     assert not np.array_equal(base, windows_of(dataset, seed=2).rows(g))
@@ -187,7 +189,7 @@ def test_one_source_is_read_as_if_there_were_no_mixture(dataset):
 
 
 def test_a_mixture_takes_each_source_in_its_own_order(tmp_path):
-    """Rows, epochs by source, the wider of two dtypes, and any samples in any order."""
+    """Tests the rows, the epochs of each source, the wider of two dtypes, and reading any samples in any order."""
     make_dataset.write(tmp_path / "a", [np.arange(90)])
     make_dataset.write(tmp_path / "b", [np.arange(70_000, 70_500)], vocab_size=80_000, dtype="uint32")
     files = [open_split(tmp_path / "a"), open_split(tmp_path / "b")]
@@ -208,7 +210,7 @@ def test_a_mixture_takes_each_source_in_its_own_order(tmp_path):
         "train/epoch/a": (~of_b).sum() / counts[0],
         "train/epoch/b": of_b.sum() / counts[1],
     }
-    windows.will_need(g)  # only advice
+    windows.will_need(g)  # this is only a hint
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
@@ -254,7 +256,8 @@ def test_a_batch_may_span_epochs(size, spans, dataset):
 
 
 def test_samples_do_not_depend_on_how_they_are_batched(dataset):
-    """The batch size may change in mid-run: what counts is samples consumed, not steps."""
+    """The batch size may change during a run: the position in the data is the number of samples consumed, not of
+    steps."""
 
     def read(size: int, consumed: int) -> np.ndarray:
         batches = Loader(windows_of(dataset), global_batch_size=size, sharding=sharding_on(2, 2, 2))
@@ -278,7 +281,7 @@ def test_a_fresh_loader_started_midway_goes_on_with_the_same_batches(dataset):
     resumed.close()
     one = make()
     again = [digest(tokens_of(one.batch(8 * step))) for step in reversed(range(12))]
-    assert again == first[::-1]  # and nothing of the past
+    assert again == first[::-1]  # earlier batches have no effect
     assert len(set(first)) == 12
 
 
@@ -301,12 +304,12 @@ def test_the_global_batch_is_the_same_on_every_mesh(name, dataset):
         assert digest(tokens_of(batch)) == digest(np.array(slow_batch(dataset, 16, step * 16), np.uint16))
         for array in (batch.inputs, batch.targets):
             assert array.sharding.is_equivalent_to(sharding, 2)
-            for shard in array.addressable_shards:  # also if the array is assembled from one copy of each part
+            for shard in array.addressable_shards:  # holds also if the array is assembled from one copy of each part
                 assert np.array_equal(shard.data, np.asarray(array)[shard.index])
 
 
 def test_golden_batches(dataset):
-    """Order, phases and windows together, at steps 0, 1 and 100."""
+    """The digests at steps 0, 1 and 100 depend on the order, the phases and the windows."""
     batches = Loader(windows_of(dataset, seed=1337), global_batch_size=16, sharding=sharding_on(2, 2, 2))
     expected = ["8e605e1ce9ed7162", "13a73ef7d9ef57c6", "aa4767e9943306e4"]
     assert [digest(tokens_of(batches.batch(step * 16)))[:16] for step in (0, 1, 100)] == expected, (
@@ -316,12 +319,12 @@ def test_golden_batches(dataset):
 
 
 EOS = 3
-DOCUMENTS = (3, 20, 5, 1, 8, 2, 13, 7, 4, 9, 6, 17, 2, 5)  # the 20 and the 17 are longer than a row
+DOCUMENTS = (3, 20, 5, 1, 8, 2, 13, 7, 4, 9, 6, 17, 2, 5)  # documents of 20 and 17 exceed a row
 
 
 @pytest.fixture
 def documents(tmp_path):
-    """Documents of these lengths and of other tokens than EOS, which ends each; in two shards, packed for rows of T."""
+    """A dataset of DOCUMENTS in two shards, packed for rows of T. EOS occurs only at the end of each document."""
     borders = np.cumsum([0, *DOCUMENTS])
     tokens = 4 + np.arange(borders[-1])
     tokens[borders[1:] - 1] = EOS
@@ -335,7 +338,8 @@ def documents(tmp_path):
 
 
 def slow_documents(row: list[int]) -> list[tuple[int, int]]:
-    """(position, segment) of each input of a row, as the docs define them: both are new after an EOS."""
+    """(position, segment) of each input of a row, as the docs define them: after an EOS, a new segment starts at
+    position 0."""
     found = [(0, 0)]
     for token in row[: T - 1]:
         position, segment = found[-1]
@@ -346,7 +350,8 @@ def slow_documents(row: list[int]) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("document_end", [None, EOS])
 @pytest.mark.parametrize("packed", [False, True])
 def test_every_part_of_a_batch_is_the_same_on_every_mesh(packed, document_end, documents):
-    """Inputs, targets, loss weights, positions and segments, with their types; each device has its rows of all."""
+    """Compares inputs, targets, loss weights, positions and segment_ids, with their types; each device has its rows of
+    every array."""
     windows = windows_of(documents)
     if packed:
         index = packing.read_index(documents, formats.read_manifest(documents), T)
@@ -397,7 +402,7 @@ def test_put_reads_each_row_once_however_many_devices_hold_it(shape, parts):
 
 
 def within(seconds: float, call):
-    """What `call` returns; if it hangs, an error instead of a test run that never ends."""
+    """Returns what `call` returns; if it hangs, the test fails instead of never ending."""
     result = []
     thread = threading.Thread(target=lambda: result.append(call()), daemon=True)
     thread.start()
@@ -415,7 +420,7 @@ def next_or_error(prefetch: Prefetch):
 
 @pytest.fixture
 def loader_threads():
-    """A function that returns the reading threads that this test has started and that still run."""
+    """A function that returns the loader threads that this test has started and that still run."""
     before = threading.enumerate()
     return lambda: [t for t in threading.enumerate() if t.name == "loader" and t not in before]
 
@@ -427,7 +432,7 @@ def test_prefetch_keeps_the_order():
 
 
 def test_prefetch_reads_ahead_but_not_without_end():
-    """The thread holds one result more than the queue, while it waits for room."""
+    """The thread holds one more result than the queue while it waits for room."""
     made = threading.Semaphore(0)
     count = []
 
@@ -437,10 +442,10 @@ def test_prefetch_reads_ahead_but_not_without_end():
         return i
 
     prefetch = Prefetch(make, ahead=2)
-    assert all(made.acquire(timeout=60) for _ in range(3))  # none was requested
+    assert all(made.acquire(timeout=60) for _ in range(3))  # before any was requested
     assert not made.acquire(timeout=0.3)
     assert within(60, lambda: next(prefetch)) == 0
-    assert made.acquire(timeout=60)  # a taken one is replaced
+    assert made.acquire(timeout=60)  # a result that was taken is replaced
     within(60, prefetch.close)
     assert count == [0, 1, 2, 3]
 
@@ -465,7 +470,7 @@ def test_a_bad_token_reaches_the_training_loop_as_a_data_error(tmp_path):
     tokens[100:150] = 77
     make_dataset.write(tmp_path, [tokens], vocab_size=50)
     batches = Loader(windows_of(tmp_path), global_batch_size=8, sharding=sharding_on(8, 1, 1)).prefetched(0, 2)
-    for _ in range(4):  # an epoch is 24 samples
+    for _ in range(4):  # an epoch has 24 samples
         found = within(60, lambda: next_or_error(batches))
         if isinstance(found, Exception):
             break
@@ -484,15 +489,15 @@ def test_close_ends_the_thread_although_the_queue_is_full(taken, loader_threads)
     prefetch = Prefetch(make, ahead=2)
     for _ in range(taken):
         within(60, lambda: next(prefetch))
-    assert all(full.acquire(timeout=60) for _ in range(taken + 3))  # two in the queue, one that finds no room
+    assert all(full.acquire(timeout=60) for _ in range(taken + 3))  # two are in the queue, and a third waits for room
     assert loader_threads()
     within(60, prefetch.close)
     assert not loader_threads()
-    within(60, prefetch.close)  # harmless twice
+    within(60, prefetch.close)  # a second close does nothing
 
 
 def test_close_waits_for_the_read_in_progress(loader_threads):
-    """No file is touched, and no device written to, after close has returned."""
+    """After close has returned, no file is read, and nothing is sent to a device."""
     reading, go_on, done = threading.Event(), threading.Event(), []
 
     def make(i: int) -> int:
@@ -549,7 +554,7 @@ def test_a_limit_on_evaluation_spreads_evenly_and_is_fixed(tmp_path):
 
 
 def targets_that_count(batch: Batch) -> np.ndarray:
-    """How many of each row: int64 [rows]. They must be its first ones."""
+    """How many targets of each row count: int64 [rows]. They must be the first targets of the row."""
     mask = np.asarray(batch.loss_weights)
     counts = mask.sum(axis=1)
     assert mask.dtype == bool and np.array_equal(mask, np.arange(T) < counts[:, None])
@@ -558,7 +563,7 @@ def targets_that_count(batch: Batch) -> np.ndarray:
 
 @pytest.mark.parametrize("limit", [0, 5])
 def test_evaluation_batches_are_the_same_set_on_every_mesh(limit, tmp_path):
-    """Padded to full batches; every row that counts holds the tokens of its window, once, whatever the devices."""
+    """The set is padded to full batches. On any devices, each window is in one row, with its tokens."""
     lengths = (50, 9, 1, 30)
     files = val_files(tmp_path, *lengths)
     offsets = np.cumsum([0, *lengths])
@@ -577,8 +582,8 @@ def test_evaluation_batches_are_the_same_set_on_every_mesh(limit, tmp_path):
             found += zip(tokens.tolist(), n.tolist(), strict=True)
         assert len(found) == -(-len(windows) // 8) * 8
         assert [row[: n + 1] for row, n in found[: len(windows)]] == windows, name
-        assert all(n == 0 for _, n in found[len(windows) :])  # padding
-        assert not any(any(row[n + 1 :]) for row, n in found)  # what does not count is a valid id
+        assert all(n == 0 for _, n in found[len(windows) :])  # these rows are padding
+        assert not any(any(row[n + 1 :]) for row, n in found)  # tokens that do not count are 0, a valid id
         digests.append(batches)
     assert all(batches == digests[0] for batches in digests)
 
@@ -619,12 +624,13 @@ def test_a_validation_token_outside_the_vocabulary_is_an_error(tmp_path):
         list(loader.evaluation_batches(files, seq_len=T, batch_size=8, sharding=one_device()))
 
 
-# What no window reaches
+# Tokens that no window reaches
 
 
 @pytest.mark.parametrize("seq_len", [1, 3, 8])
 def test_unreached_counts_what_no_epoch_reads(seq_len, tmp_path):
-    """Compared with all rows of enough epochs for every phase; there is a shard of each length up to four windows."""
+    """Compares `unreached` with the rows of so many epochs that all phases occur; there is a shard of each length up to
+    four windows."""
     lengths = list(range(4 * seq_len + 3))
     make_dataset.write(tmp_path, make_dataset.counting_shards(*lengths))
     windows = windows_of(tmp_path, seq_len=seq_len)

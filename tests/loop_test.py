@@ -1,4 +1,5 @@
-"""The loop, with faults injected into what it calls: what is saved first, what stays pending, where a rollback goes."""
+"""The training loop, with faults injected into its calls: what is saved first, what stays pending, and where a rollback
+goes."""
 
 import logging
 import math
@@ -43,7 +44,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def make(tmp_path, data, monkeypatch):
-    """Makes Trainers on one device, by default on the same run directory each time."""
+    """A function that makes a Trainer on one device, by default with the same run directory each time."""
     real = sharding.make_mesh
     monkeypatch.setattr(sharding, "make_mesh", lambda config: real(config, jax.devices()[:1]))
 
@@ -56,7 +57,7 @@ def make(tmp_path, data, monkeypatch):
         run.mkdir(exist_ok=True)
         found = sources.open_sources(config.data, config.model.vocab_size)
         dog = Watchdog(run, config.watchdog, 0)
-        dog.close()  # only its phases are of use here
+        dog.close()  # these tests use only its phases
         place = config.checkpoint.mirror
         mirror = loop.Mirror(place, run / "checkpoints", config) if place else None
         trainer = loop.Trainer(config, run, found, Processes(), dog, mirror=mirror)
@@ -75,7 +76,7 @@ def aside(trainer: loop.Trainer) -> list[int]:
 
 
 def looked(run: pathlib.Path) -> tuple[list[int], list[int]]:
-    """Steps that were evaluated, and those that were sampled after."""
+    """The steps after which an evaluation ran, and those after which samples were drawn."""
     return [r["step"] for r in runs.rows(run) if "val/loss" in r], [r["step"] for r in runs.rows(run, "samples.jsonl")]
 
 
@@ -115,7 +116,8 @@ def test_a_failed_evaluation_or_sample_costs_no_checkpoint_and_stays_pending(mak
 
 @pytest.mark.parametrize("at", [3, 4])
 def test_a_stop_in_an_evaluation_saves_once_and_waits_for_it(make, monkeypatch, at):
-    """After step 3 no save is due, after step 4 one is in progress: either step is saved when the process exits."""
+    """After step 3 no save is due, and after step 4 a save is in progress: in both cases the step is saved when the
+    process exits."""
     real, often = loop.evaluate, {"eval__every_steps": 1, "eval__num_windows": 64}
 
     def evaluate(*arguments, **named):
@@ -132,12 +134,12 @@ def test_a_stop_in_an_evaluation_saves_once_and_waits_for_it(make, monkeypatch, 
 
 
 def not_finite_at(monkeypatch, at: int, value: float, make, **fields) -> loop.Trainer:
-    """A Trainer whose state after step `at` has no finite loss, whenever it is evaluated."""
+    """A Trainer whose state after step `at` has no finite loss each time that it is evaluated."""
     real, bad = loop.evaluate, []
 
     def evaluate(step_function, params, *rest, **more):
         result = real(step_function, params, *rest, **more)
-        sum_of_norms = float(params["norm"]["scale"].sum())  # tells states apart
+        sum_of_norms = float(params["norm"]["scale"].sum())  # identifies a state
         if trainer.watchdog._mark.step == at and not bad:
             bad.append(sum_of_norms)
         return dict.fromkeys(result, value) if sum_of_norms in bad else result
@@ -155,7 +157,7 @@ def test_a_state_without_a_finite_loss_on_held_out_text_is_not_good(make, monkey
             trainer.train()
     assert steps(trainer) == [2, 4] and aside(trainer) == [6]
     assert trainer.checkpoints.val_losses.keys() == {2, 4}
-    trainer = make(divergence__not_finite=policy)  # the cause is fixed: the same command resumes
+    trainer = make(divergence__not_finite=policy)  # after the cause is fixed, the same command resumes
     assert trainer.train() and steps(trainer) == [2, 4, 6, 8]
 
 
@@ -170,7 +172,8 @@ def test_a_rollback_goes_behind_a_state_without_a_finite_loss(make, monkeypatch)
 
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_a_bad_state_that_nothing_evaluated_is_found_before_it_is_called_good(make, policy):
-    """A step's own loss is that of the state before it: the first bad state is saved, and must not block the run."""
+    """The loss of a step is that of the state before the step: so the first bad state is saved, and must not block the
+    run."""
     rare = {"eval__every_steps": 0, "checkpoint__every_steps": 1, "divergence__max_in_a_row": 2}
     assert make(**rare, num_train_steps=4).train()
     trainer = make(**rare, num_train_steps=STEPS, optimizer__peak_lr=1e12, divergence__not_finite=policy)
@@ -199,7 +202,8 @@ def spiking_at(monkeypatch, at: int) -> None:
     [(7, 0, 6), (7, 2, 4), (7, 1000, 2), (8, 0, 6), (2, 5, 0)],
 )
 def test_a_rollback_has_its_target_before_anything_is_moved(make, monkeypatch, at, rollback_steps, back_to):
-    """It is the newest that is old enough, else the oldest; later steps are set aside, and are not damage."""
+    """The target is the newest checkpoint that is old enough, else the oldest; later steps are set aside and do not
+    count as damaged."""
     spiking_at(monkeypatch, at)
     trainer = make(divergence__not_finite="rollback", divergence__rollback_steps=rollback_steps, eval__every_steps=0)
     assert trainer.train()
@@ -211,7 +215,7 @@ def test_a_rollback_has_its_target_before_anything_is_moved(make, monkeypatch, a
 
 @pytest.mark.parametrize("policy", ["stop", "rollback"])
 def test_a_run_whose_older_checkpoints_are_damaged_does_not_begin_again(make, monkeypatch, caplog, policy):
-    """It reports both, and moves nothing."""
+    """Both problems are reported, and nothing is moved."""
     monkeypatch.setattr(logging.getLogger("meshlm"), "propagate", True)
     monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
     trainer = not_finite_at(monkeypatch, 6, math.nan, make, divergence__not_finite=policy)
@@ -260,7 +264,8 @@ def test_every_wait_for_a_save_is_a_phase_of_the_watchdog(make, monkeypatch):
 
 
 def test_all_wait_for_the_last_copy_and_nobody_does_in_an_evaluation(make, monkeypatch, tmp_path):
-    """Only process 0 waited for its mirror; the others were in the evaluation, and looked stuck."""
+    """Once, only process 0 waited for its mirror; the other processes were already in the evaluation, and seemed to be
+    stuck."""
     did: list[str] = []
 
     def run_on_process_0(self, what, function):
@@ -277,7 +282,8 @@ def test_all_wait_for_the_last_copy_and_nobody_does_in_an_evaluation(make, monke
 
 
 def test_retention_hears_of_losses_that_come_after_the_save(make, monkeypatch):
-    """The best stays although its loss was not known when it was saved; also after a restart, and without metrics."""
+    """The best step stays although its loss was not known when it was saved; this also holds after a restart, and
+    without metrics.jsonl."""
     losses = {2: 3.0, 4: 1.0, 6: 2.0, 8: 2.5}
     real = loop.evaluate
 
@@ -295,14 +301,14 @@ def test_retention_hears_of_losses_that_come_after_the_save(make, monkeypatch):
 
 @pytest.mark.parametrize("what", ["batch", "seed"])
 def test_a_step_transfers_nothing_by_itself(make, monkeypatch, what):
-    """An implicit transfer would make the devices wait for Python in each step; it is an error."""
+    """An implicit transfer is an error, because it would make the devices wait for Python in each step."""
     if what == "seed":
         monkeypatch.setattr(loop.Trainer, "_seed_on_devices", lambda self: np.uint32(self.config.seed))
     else:
         real = loader.Loader.prefetched
         monkeypatch.setattr(loader.Loader, "prefetched", lambda self, *rest: on_the_host(real(self, *rest)))
     with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
-        make(model__dropout=0.1).train()  # without dropout no step uses the seed
+        make(model__dropout=0.1).train()  # a step uses the seed only for dropout
 
 
 def on_the_host(batches):

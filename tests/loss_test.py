@@ -1,4 +1,4 @@
-"""The fused cross-entropy: against its definition in float64, and autodiff of it, on shards and in chunks."""
+"""The fused cross-entropy, on shards and in chunks, is compared with its definition in float64, and with autodiff."""
 
 import functools
 
@@ -15,7 +15,7 @@ from trainer.state import Program
 
 ROWS, LENGTH, EMBED, VOCAB, PADDED = 8, 20, 32, 50, 64
 Z_LOSS = 0.01
-MESHES = {  # data, fsdp, context, tensor
+MESHES = {  # sizes of data, fsdp, context, tensor
     "one": (1, 1, 1, 1), "tensor": (1, 1, 1, 8), "data x fsdp": (4, 2, 1, 1), "fsdp x context": (1, 4, 2, 1),
     "fsdp x context x tensor": (1, 2, 2, 2), "data x context x tensor": (2, 1, 2, 2),
 }  # fmt: skip
@@ -34,20 +34,20 @@ def program(mesh: str, **fields) -> Program:
 
 @functools.cache
 def arguments(tied: bool) -> tuple[np.ndarray, ...]:
-    """x [rows, length, embed], table, targets, weights: 0 for every fourth token, and in all of the first row."""
+    """x [rows, length, embed], table, targets, weights; every fourth token and the whole first row have weight 0."""
     draw = np.random.default_rng(0)
     x = draw.standard_normal((ROWS, LENGTH, EMBED))
     table = 0.7 * draw.standard_normal((PADDED, EMBED) if tied else (EMBED, PADDED))
     targets = draw.integers(0, VOCAB, (ROWS, LENGTH))
     weights = draw.uniform(0.1, 2, (ROWS, LENGTH)) * (np.arange(LENGTH) % 4 != 0)
     weights[0] = 0
-    rounded = (np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32) for a in (x, table))  # exact in either type
+    rounded = (np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32) for a in (x, table))  # exact in both dtypes
     return *rounded, targets.astype(np.int32), weights.astype(np.float32)
 
 
 @functools.cache
 def by_definition(tied: bool, z_loss: float = Z_LOSS, cap: float | None = None):
-    """The total loss, the cross-entropy, and the gradients of the first with respect to x and table, in float64."""
+    """The total loss, the cross-entropy, and the gradients of the total loss for x and table, in float64."""
     x, table, targets, weights = (
         np.asarray(a, np.int64 if a.dtype == np.int32 else np.float64) for a in arguments(tied)
     )
@@ -61,13 +61,14 @@ def by_definition(tied: bool, z_loss: float = Z_LOSS, cap: float | None = None):
     probability = np.exp(logits - log_z[..., None])
     dlogits = weights[..., None] * (probability * (1 + 2 * z_loss * log_z[..., None]) - np.eye(VOCAB)[targets])
     dlogits *= slope
-    dw = np.zeros((EMBED, PADDED))  # nothing for the rows that pad the vocabulary
+    dw = np.zeros((EMBED, PADDED))  # rows that pad the vocabulary have gradient 0
     dw[:, :VOCAB] = np.einsum("bte,btv->ev", x, dlogits)
     return loss + z_loss * (weights * log_z**2).sum(), loss, dlogits @ w.T, dw.T if tied else dw
 
 
 def evaluate(here: Program, tied: bool, dtype: str = "float32", times: float = 1.0):
-    """(total loss, cross-entropy) without gradients, the same with them, and the gradients for x and table."""
+    """[total loss, cross-entropy] computed without gradients, the same computed with gradients, and the gradients of x
+    and table."""
     x, table, targets, weights = arguments(tied)
     loss = make_loss(here)
 
@@ -87,13 +88,13 @@ def evaluate(here: Program, tied: bool, dtype: str = "float32", times: float = 1
 
 
 def assert_close(actual, expected, rtol):
-    """Compares the norm of the difference to that of all elements: single ones may be near 0."""
+    """Compares the norm of the difference with the norm of `expected`, because single elements may be near 0."""
     assert np.linalg.norm(actual - expected) < rtol * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 3, 7, 8, 1000])
 def test_every_size_of_chunk_gives_the_loss_and_gradients_of_its_definition(chunk):
-    """160 tokens on one device: 1 and 8 divide them, 3 and 7 do not, and the last chunk is filled up."""
+    """There are 160 tokens on one device: 1 and 8 divide this number, 3 and 7 do not, so the last chunk is padded."""
     plain, values, dx, dtable = evaluate(program("one", chunk=chunk), tied=True)
     total, loss, expected_dx, expected_dtable = by_definition(True)
     assert plain == values == pytest.approx([total, loss], rel=1e-6)
@@ -105,7 +106,7 @@ def test_every_size_of_chunk_gives_the_loss_and_gradients_of_its_definition(chun
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("mesh", [name for name in MESHES if name != "one"])
 def test_every_mesh_gives_the_loss_and_gradients_of_its_definition(mesh, tied):
-    """With tensor 8, all columns of the last shard pad the vocabulary."""
+    """If tensor is 8, all columns of the last shard pad the vocabulary."""
     plain, values, dx, dtable = evaluate(program(mesh, tied=tied, chunk=7), tied)
     total, loss, expected_dx, expected_dtable = by_definition(tied)
     assert plain == values == pytest.approx([total, loss], rel=1e-6)
@@ -115,7 +116,7 @@ def test_every_mesh_gives_the_loss_and_gradients_of_its_definition(mesh, tied):
 
 @pytest.mark.parametrize("mesh", ["one", "fsdp x context x tensor"])
 def test_a_cap_of_logits_is_in_the_loss_and_in_its_gradients(mesh):
-    """Logits of up to 15 with a cap of 3: most of them are bent."""
+    """Logits reach 15, and the cap is 3, so it changes most of them."""
     plain, values, dx, dtable = evaluate(program(mesh, chunk=7, cap=3.0), tied=True)
     total, loss, expected_dx, expected_dtable = by_definition(True, cap=3.0)
     assert plain == values == pytest.approx([total, loss], rel=1e-6) and loss < 0.6 * by_definition(True)[1]
@@ -126,18 +127,19 @@ def test_a_cap_of_logits_is_in_the_loss_and_in_its_gradients(mesh):
 
 @pytest.mark.parametrize("mesh", ["one", "fsdp x context x tensor"])
 def test_bfloat16_is_rounded_in_the_gradients_alone(mesh):
-    """Products of bfloat16 are exact in float32, where all sums are; logits' gradients and dx are rounded once."""
+    """Products of bfloat16 are exact in float32, and all sums are float32; the gradients of logits and dx are rounded
+    once each."""
     plain, values, dx, dtable = evaluate(program(mesh, tied=False, chunk=8), False, "bfloat16")
     total, loss, expected_dx, expected_dtable = by_definition(False)
     assert plain == values == pytest.approx([total, loss], rel=1e-5)
-    # Two roundings of 2^-9 at most each, as likely up as down; the table's gradient has only the first.
+    # dx has two roundings, each of at most 2^-9, up or down; the gradient of the table has only the first.
     assert_close(dx, expected_dx, 2.0**-8)
     assert_close(dtable, expected_dtable, 2.0**-9)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradients_are_those_of_autodiff(tied):
-    """They are those of the plain loss, whose gradients are not written by hand."""
+    """Compares with autodiff of a plain loss, whose gradients are not written by hand."""
     x, table, targets, weights = arguments(tied)
 
     @jax.jit
@@ -168,7 +170,7 @@ def test_the_gradient_is_that_of_the_total_loss_times_what_is_made_of_it():
 
 
 def test_the_cross_entropy_is_for_reading():
-    """It has no gradient: training uses the total loss."""
+    """The cross-entropy has no gradient, because training uses the total loss."""
     x, table, targets, weights = arguments(True)
     here = program("one", chunk=8)
     loss = make_loss(here)
@@ -178,7 +180,7 @@ def test_the_cross_entropy_is_for_reading():
 
 
 def test_large_logits_do_not_overflow():
-    """exp(200) is not a float32 number."""
+    """exp(200) overflows float32."""
     here = program("fsdp x context x tensor", chunk=7)
     x, table, targets, weights = arguments(True)
     with jax.set_mesh(here.mesh):
@@ -199,7 +201,7 @@ def test_large_logits_do_not_overflow():
     ],
 )  # fmt: skip
 def test_chunks_are_equal_and_as_few_as_the_largest_size_allows(tokens, most, chunks, size):
-    """This includes a prime number of tokens; logits are [chunk, vocabulary]."""
+    """The number of tokens may be prime; logits are [chunk, vocabulary]."""
     x, targets, weights = (
         np.zeros((1, tokens, EMBED), np.float32),
         np.zeros((1, tokens), np.int32),

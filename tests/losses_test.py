@@ -1,4 +1,4 @@
-"""What a tokenizer loses is counted, and does not make bits per byte look better."""
+"""Text that a tokenizer loses is counted, and does not make bits per byte look better."""
 
 import dataclasses
 import json
@@ -22,7 +22,8 @@ from tests import families, runs
 def prepared(
     folder, codec: Tokenizer | str, texts: list[str], **request
 ) -> tuple[formats.Manifest, dict[str, int], dict]:
-    """The manifest of a dataset of these documents, the counts of what was wrong, and an example of each."""
+    """The manifest of a dataset of these documents, the number of problems of each kind, and an example of each
+    kind."""
     if not isinstance(codec, str):
         tokenizers.save(codec, folder / "tokenizer")
         codec = str(folder)
@@ -62,13 +63,13 @@ def test_each_unknown_token_is_counted(tmp_path):
 def test_characters_outside_the_vocabulary(tmp_path):
     manifest, counts, _ = prepared(tmp_path, "char", ["aaaa", "aab", "c"] * 9 + ["z"], min_frequency=2)
     assert counts == {UNKNOWN: 1} and manifest.loses_text
-    kept = dataclasses.replace(manifest, loses_text=False)  # as an earlier version wrote it
+    kept = dataclasses.replace(manifest, loses_text=False)  # an earlier version wrote this
     assert kept.fingerprint() == manifest.fingerprint()
 
 
 @pytest.mark.parametrize("codec", ["char", "byte", "bpe:300"])
 def test_what_loses_nothing_is_not_decoded(codec, tmp_path, monkeypatch):
-    """Decoding would cost time, and the result is known."""
+    """If a tokenizer is lossless, decoding would cost time, and its result is known."""
     monkeypatch.setattr(losses.Losses, "_compare", None)
     manifest, counts, _ = prepared(tmp_path, codec, [*PLAIN, "☃ e\u0301 \ufffd"])
     assert not counts and manifest.splits["train"].text_bytes > 0 and not manifest.loses_text
@@ -81,7 +82,7 @@ def test_names_of_special_tokens_in_text_are_counted(tmp_path):
 
 
 def test_a_newline_that_is_a_special_token_is_counted_as_lost(tmp_path):
-    """A WordPiece file may add it so that the library finds it in text."""
+    """A WordPiece file may add a newline as a special token, so that the library finds it in text."""
     names = ["[UNK]", "[SEP]", "\n", "a", "b"]
     tokenizer = library.Tokenizer(models.WordPiece({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.decoder = normalizers.BertNormalizer(), decoders.WordPiece()
@@ -92,7 +93,7 @@ def test_a_newline_that_is_a_special_token_is_counted_as_lost(tmp_path):
 
 
 def test_one_character_in_sixteen_is_compared(monkeypatch):
-    """For long texts it is the beginning; the same characters are compared each time."""
+    """Only the beginning of long texts is compared; the same characters are compared each time."""
     calls: list[str] = []
     codec = CharTokenizer("a")
     monkeypatch.setattr(CharTokenizer, "lossless", False)

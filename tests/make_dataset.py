@@ -1,4 +1,4 @@
-"""Writes dataset folders of chosen tokens and shards, so that a test knows what each window must hold."""
+"""Writes dataset folders with chosen tokens and shards, so that a test knows what each window must hold."""
 
 import itertools
 import pathlib
@@ -16,7 +16,7 @@ def write(
     vocab_size: int = 60_000,
     dtype: str = "uint16",
 ) -> formats.Manifest:
-    """Writes a dataset with these arrays as its shards. Without `val` it has no such split."""
+    """Writes a dataset with these arrays as its shards. Without `val`, the dataset has no validation split."""
     folder.mkdir(parents=True, exist_ok=True)
     splits = {}
     for name, arrays in (("train", train), ("val", val)):
@@ -35,6 +35,6 @@ def write(
 
 
 def counting_shards(*lengths: int) -> list[np.ndarray]:
-    """Shards that count 0, 1, 2, … through all of them: a token is its own offset. Needs dtype uint32 past 65536."""
+    """Shards that count 0, 1, 2, … through all of them: each token equals its offset. Needs dtype uint32 past 65536."""
     ends = np.cumsum([0, *lengths])
     return [np.arange(start, stop) for start, stop in itertools.pairwise(ends)]

@@ -1,4 +1,4 @@
-"""The store that processes agree through, in memory: each process is a thread, and what they send is counted."""
+"""An in-memory version of the store through which processes agree. Each process is a thread; the traffic is counted."""
 
 import collections
 import contextlib
@@ -16,8 +16,9 @@ class MemoryStore:
     """Behaves like trainer.reliability.rounds.ServiceStore.
 
     Attributes:
-      values: all that is set.
-      calls, sent, most_keys: calls so far, bytes of keys and values that they moved either way, keys at any time.
+      values: the value of each key that is set.
+      calls, sent, most_keys: the number of calls so far; the bytes of keys and values that they sent or received; the
+        largest number of keys that existed at one time.
       gone: makes every call raise Stopped, as when process 0 has ended.
     """
 
@@ -71,7 +72,7 @@ class MemoryStore:
                 del self._folders[folder][name]
 
     def end(self) -> None:
-        """Process 0 ends; all that wait hear of it."""
+        """Process 0 ends: every call that waits raises Stopped."""
         self.gone = True
         for event in list(self._waiting.values()):
             event.set()
@@ -88,7 +89,7 @@ class Gang:
 
     def __init__(self, size: int, timeout_s: float = 60.0):
         self.store = MemoryStore()
-        long_s = max(timeout_s, 60.0)  # they must meet on an overloaded machine, too
+        long_s = max(timeout_s, 60.0)  # the processes must find each other on an overloaded machine, too
         made = run_all([lambda i=i: Processes(long_s, index=i, size=size, store=self.store) for i in range(size)])
         self.processes: list[Processes] = made
         for process in self.processes:

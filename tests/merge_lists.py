@@ -1,4 +1,4 @@
-"""Random byte-level BPE that no training would make, to test whether tiktoken gives the library's ids."""
+"""Random byte-level BPE tokenizers that no training would produce, to test whether tiktoken gives the library's ids."""
 
 import json
 import random
@@ -10,8 +10,9 @@ from data.tokenizers.ranks import BYTE_CHARACTERS
 def tokenizer_json(rng: random.Random) -> tuple[bytes, str]:
     """A tokenizer.json and the letters of its tokens.
 
-    Products may be made by several merges, side by side or apart; merges may come before their parts, or twice; there
-    may be tokens that no merge makes, special ones, ids in any order, and whole words that are looked up first.
+    A token may be the product of several merges, adjacent in the list or not. A merge may be listed before the merges
+    that make its parts, or twice. Some tokens may have no merge. There may be special tokens, ids in any order, and
+    whole words that are looked up first.
     """
     letters = rng.choice(("ab", "abc", "abcd"))
     tokens, merges = list(letters), []
@@ -23,7 +24,7 @@ def tokenizer_json(rng: random.Random) -> tuple[bytes, str]:
             tokens += [token] * (token not in tokens)
     if rng.random() < 0.3:
         rng.shuffle(merges)
-    if rng.random() < 0.4:  # as files converted from ranks: every way to make a token, side by side
+    if rng.random() < 0.4:  # as in files converted from ranks: all merges that make a token are adjacent
         products = list(dict.fromkeys(a + b for a, b in merges))
         merges = [(t[:i], t[i:]) for t in products for i in range(1, len(t)) if {t[:i], t[i:]} <= {*tokens}]
     if rng.random() < 0.1 and merges:

@@ -32,7 +32,7 @@ def test_rows_past_a_step_and_a_torn_line_are_cut(tmp_path):
 
 
 def test_rows_are_on_the_disk_before_they_take_the_place_of_the_old_ones(tmp_path, monkeypatch):
-    """A power cut after a resume may leave the old rows or the new ones, but not none."""
+    """A power cut after a resume may leave the old rows or the new ones, but never an empty file."""
     path, synced = tmp_path / "metrics.jsonl", {}
     path.write_text('{"step": 1}\n{"step": 2}\n')
     old = path.stat().st_ino
@@ -51,7 +51,7 @@ def test_rows_are_on_the_disk_before_they_take_the_place_of_the_old_ones(tmp_pat
 
 
 def test_rows_that_cannot_be_begun(tmp_path, monkeypatch):
-    """An error that passes has no effect; one that stays ends with its own code, even after the first are closed."""
+    """A transient error has no effect; a persistent one raises UserError with its code, and closing still works."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
     writers = opened(tmp_path, 0, tensorboard=True)
     writers.metrics(1, 1, {"train/loss": 1.0})
@@ -68,7 +68,7 @@ def test_rows_that_cannot_be_begun(tmp_path, monkeypatch):
     opened(tmp_path, 1).close()
     for code, exit_code in ((errno.EIO, 42), (errno.ENOSPC, 2)):
         failing += [code] * 2
-        try:  # as the loop does it in a rollback
+        try:  # as the training loop does in a rollback
             with pytest.raises(UserError, match=os.strerror(code)) as e:
                 writers.open(1)
         finally:
@@ -102,7 +102,7 @@ def test_writers_continue_after_the_restored_step(tmp_path):
 
 
 def test_losses_that_cannot_be_read_for_a_moment_are_read_again(tmp_path, monkeypatch):
-    """Without them the best checkpoint would be taken for any other."""
+    """Without its losses, the best checkpoint would be treated like any other."""
     path, failing = tmp_path / "metrics.jsonl", ["once", "twice"]
     assert metrics.evaluations(tmp_path, 3) == {}
     rows = [{"step": 1, "val/loss": 2.0}, {"step": 2, "val/loss": None}, {"step": 3, "val/loss": 1.0}, {"step": 3}]
@@ -143,7 +143,7 @@ def test_rows_that_cannot_be_written_are_written_later(tmp_path):
 
 
 def test_flush_reaches_the_disk(tmp_path, monkeypatch):
-    """A checkpoint outlives a power cut, and so must the rows up to it."""
+    """A checkpoint survives a power cut, so the rows up to its step must survive, too."""
     writers, synced = opened(tmp_path, 0), {}
     monkeypatch.setattr(os, "fsync", lambda fd: synced.update({os.fstat(fd).st_ino: os.fstat(fd).st_size}))
     writers.metrics(1, 8, {"train/loss": 2.0})
@@ -154,7 +154,7 @@ def test_flush_reaches_the_disk(tmp_path, monkeypatch):
 
 
 def test_a_sample_with_line_separators_is_one_row(tmp_path):
-    """JSON leaves U+2028 and U+0085 as they are, and str.splitlines takes them for ends of lines."""
+    """JSON leaves U+2028 and U+0085 as they are, and str.splitlines treats both as line ends."""
     writers = opened(tmp_path, 0)
     writers.sample({"step": 1, "text": "a\u2028b\x85c"})
     writers.close()

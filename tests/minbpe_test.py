@@ -1,4 +1,4 @@
-"""minbpe's files have the ids of minbpe's own algorithm, which is written here again from its description."""
+"""Tokenizers from minbpe's files give the ids of minbpe's own algorithm, reimplemented here from its description."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ from data.tokenizers.hf_json import JsonTokenizer, train_bpe
 from data.tokenizers.minbpe import MinbpeTokenizer
 from tests.texts import CORPUS, OLD_TEXT, OLD_TRICKY, damaged_copies
 
-# minbpe/regex.py
+# The patterns of minbpe/regex.py
 GPT2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 GPT4 = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
@@ -33,7 +33,7 @@ def merged(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
 
 
 def reference_train(texts: list[str], pattern: str, merges: int) -> list[tuple[int, int]]:
-    """minbpe's train: the most common pair first."""
+    """minbpe's train: repeatedly merges the most common pair."""
     chunks = [list(c.encode()) for t in texts for c in (regex.findall(pattern, t) if pattern else [t])]
     found = []
     for new in range(256, 256 + merges):
@@ -47,7 +47,7 @@ def reference_train(texts: list[str], pattern: str, merges: int) -> list[tuple[i
 
 
 def reference_encode(text: str, pattern: str, merges: list[tuple[int, int]]) -> list[int]:
-    """minbpe's encode_ordinary: of the pairs present, it merges the one merged first in training, wherever it is."""
+    """minbpe's encode_ordinary: repeatedly merges, everywhere, the present pair that was merged first in training."""
     rank = {pair: 256 + i for i, pair in enumerate(merges)}
     out = []
     for chunk in regex.findall(pattern, text) if pattern else [text]:
@@ -91,7 +91,7 @@ def test_special_tokens_have_the_ids_of_the_file(trained):
     assert tokenizer.special_tokens == ["<x>", "<|endoftext|>"] and tokenizer.eos_id == 400
     assert tokenizer.vocab_size == 401
     assert tokenizer.decode([97, 400, 317, 98]) == "a<|endoftext|><x>b"
-    assert tokenizer.token_bytes(350) == b""  # a hole
+    assert tokenizer.token_bytes(350) == b""  # no token has this id
 
 
 def test_the_first_example_of_minbpe():

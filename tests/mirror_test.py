@@ -1,4 +1,4 @@
-"""Copies of checkpoints in a second place: what is there does not affect any other file."""
+"""The mirror, a second place for copies of checkpoints: its content must not affect any other file."""
 
 import dataclasses
 import errno
@@ -22,7 +22,7 @@ from trainer.reliability.restarts import METADATA_FILE
 
 
 def test_keys_that_lie_elsewhere_are_not_fetched(tmp_path, monkeypatch, caplog):
-    """A store may have any keys; they would overwrite files of this machine."""
+    """A store may contain any key, and some keys would overwrite other files of this machine."""
     monkeypatch.setattr(logging.getLogger("meshlm"), "propagate", True)
     monkeypatch.setattr(reading, "PAUSES_S", ())
     (tmp_path / "thesis.tex").write_text("years of work")
@@ -110,7 +110,7 @@ def test_a_mirror_of_this_run_is_taken_again(tmp_path):
 
 
 def test_a_store_that_does_not_answer_is_not_an_empty_one(tmp_path, monkeypatch):
-    """A run that lost its folder must not start over, and in the end delete the copies."""
+    """If a run has lost its folder, it must not start over, because it would later delete the copies."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
     Mirror(str(tmp_path / "mirror"), tmp_path / "other", Config())
     (tmp_path / "mirror/checkpoints/5").mkdir(parents=True)
@@ -129,13 +129,13 @@ def test_a_store_that_does_not_answer_is_not_an_empty_one(tmp_path, monkeypatch)
 
 
 def test_a_copy_of_another_run_changes_nothing(tmp_path):
-    """The mirror's config.json is written only after its newest copy has been compared."""
+    """The mirror's config.json is written only after its newest copy has been compared with the run."""
 
     def refuse(meta):
         raise ConfigError(f"not this one: {meta['samples']}")
 
     meta = {"samples": 7}
-    Mirror(str(tmp_path), tmp_path, Config(), check=refuse)  # nothing to compare yet
+    Mirror(str(tmp_path), tmp_path, Config(), check=refuse)  # the mirror has no copy to compare yet
     (tmp_path / "config.json").write_text(before := to_json(Config()).replace("\n", " "))
     (tmp_path / "checkpoints/5").mkdir(parents=True)
     text = json.dumps({"custom_metadata": meta | {"digest": identity.digest(meta)}})
@@ -146,7 +146,7 @@ def test_a_copy_of_another_run_changes_nothing(tmp_path):
 
 
 def test_a_copy_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
-    """An older one, or none, would be compared in its place, and the mirror taken over."""
+    """Otherwise an older copy, or none, would be compared instead, and this run would take over the mirror."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
     real, busy = Mirror._read, []
 
@@ -173,7 +173,7 @@ def test_a_copy_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
 
 
 def test_there_and_back(tmp_path, monkeypatch):
-    """Copies go through the real store of a folder, in pieces; leftovers of a killed copy are not in the way."""
+    """The real store copies a checkpoint to a folder and back, in pieces; leftovers of a killed copy do no harm."""
     monkeypatch.setattr(remote, "BLOCK_BYTES", 3)
     content = {METADATA_FILE: b"{}", "a/b/c": b"leaves", "empty": b"", "d": b"four", "e": b"abc"}
     for name, raw in content.items():
@@ -198,7 +198,7 @@ def test_there_and_back(tmp_path, monkeypatch):
     "text", ["{", "3", '["6"]', '{"a": [[-1], null]}', '{"a": [[true], null]}', '{"a": 3}', "[" * 100_000]
 )
 def test_a_damaged_list_of_unwanted_copies_is_one_line(text, tmp_path):
-    """An empty list in its place would bring back what the run has rolled back past."""
+    """If the list were treated as empty, copies that the run has rolled back past would be offered again."""
     (tmp_path / MIRRORS).write_text(text)
     with pytest.raises(CheckpointError, match="is damaged: it names the copies"):
         Mirror(str(tmp_path / "mirror"), tmp_path / "checkpoints", Config())
@@ -230,7 +230,7 @@ def mount(tmp_path) -> None:
 
 
 def test_nothing_happens_in_a_mirror_that_is_not_mounted(tmp_path, monkeypatch, caplog):
-    """Nothing is copied beside it or counted as deleted, and it is not taken for empty."""
+    """Nothing is copied to the mount point, no copy counts as deleted, and the mirror does not count as empty."""
     monkeypatch.setattr(reading, "PAUSES_S", ())
     monkeypatch.setattr(logging.getLogger("meshlm"), "propagate", True)
     mirror = mirror_of(tmp_path)
@@ -249,7 +249,7 @@ def test_nothing_happens_in_a_mirror_that_is_not_mounted(tmp_path, monkeypatch, 
 
 
 def test_a_life_without_the_mirror_forgets_nothing(tmp_path, caplog, monkeypatch):
-    """Copies that were to be deleted still are when it comes back; meanwhile another is begun in its place."""
+    """Unwanted copies are deleted once the mirror is mounted again; meanwhile a new mirror is created in its place."""
     monkeypatch.setattr(logging.getLogger("meshlm"), "propagate", True)
     mirror = mirror_of(tmp_path)
     copy(mirror, 2, 4, 6)
@@ -276,7 +276,7 @@ def test_what_is_not_ours_is_no_mirror(tmp_path, name):
 
 
 def test_a_run_that_was_lost_comes_back_with_the_settings_of_its_copies(tmp_path):
-    """The run here has none to compare; without a copy there is nothing to compare."""
+    """The lost run has no settings of its own to compare. If the mirror has no copy, any settings are accepted."""
     other = {"optimizer": dataclasses.replace(Config().optimizer, peak_lr=1.0)}
     mirror_of(tmp_path)
     strict = functools.partial(Mirror, str(tmp_path / "mirror"), tmp_path / "lost/checkpoints", strict=True)
@@ -327,7 +327,7 @@ def test_what_a_killed_copy_left_goes(tmp_path, monkeypatch):
     [(OSError(errno.ENOSPC, "full"), 3), (PermissionError(errno.EACCES, "no"), 3), (OSError("no network"), 42)],
 )
 def test_nothing_older_takes_the_place_of_a_copy_that_cannot_be_fetched(tmp_path, monkeypatch, error, code):
-    """Only damage to the copy itself is a reason; and a full disk is not filled with half of it."""
+    """Only damage to the copy is a reason to fetch an older one; a failed fetch leaves no partial copy on the disk."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
     copy(mirror_of(tmp_path), 2, 6)
     shutil.rmtree(tmp_path / "run")
@@ -358,7 +358,7 @@ def test_a_copied_run_does_not_take_the_mirror_and_a_moved_one_does(tmp_path):
 
 
 def test_a_later_copy_of_a_run_with_other_settings_is_not_gone_on_from(tmp_path):
-    """A copy of the run on another machine may have made it; it would be fetched, and its learning rate with it."""
+    """A copy of the run on another machine may have made the later copy, with another learning rate."""
     copy(mirror_of(tmp_path), 40)
     place, checkpoints = str(tmp_path / "mirror"), tmp_path / "run/checkpoints"
     other = Config(optimizer=OptimizerConfig(peak_lr=0.5))

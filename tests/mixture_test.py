@@ -1,4 +1,4 @@
-"""The mixture: exact counts, no sample twice or left out, the same from any sample on."""
+"""A mixture has exact counts, no sample twice or left out, and the same order whichever sample a run starts at."""
 
 import numpy as np
 import pytest
@@ -26,10 +26,10 @@ def test_every_block_holds_exact_counts():
 @pytest.mark.parametrize(
     ("weights", "counts"),
     [
-        ((1, 1, 1), [683, 683, 682]),  # a tie goes to the first
+        ((1, 1, 1), [683, 683, 682]),  # the first sources win a tie
         ((1, 2047), [1, 2047]),
-        ((0.0005, 1), [1, 2047]),  # 1.02 of 2048
-        ((0.0004, 1), [1, 2047]),  # 0.82: flooring would lose it
+        ((0.0005, 1), [1, 2047]),  # the first source's share of 2048 samples is 1.02
+        ((0.0004, 1), [1, 2047]),  # its share is 0.82: rounding down would leave it no sample
         ((0, 3), [0, 2048]),
         ((1e-300, 1e-300), [1024, 1024]),
     ],
@@ -56,7 +56,7 @@ def test_each_source_is_consumed_in_its_own_order_through_all_stages():
     seed=st.integers(0, 2**32 - 1),
 )
 def test_any_stages(starts, data, seed):
-    """No gap, no repeat, whatever the weights and wherever stages are cut; counts agree with the samples."""
+    """No sample is skipped or repeated, whatever the weights and starts of stages; `consumed` counts the samples."""
     num_sources = data.draw(st.integers(1, 4))
     weights = st.lists(st.integers(0, 20), min_size=num_sources, max_size=num_sources).filter(any)
     stages = [Stage(start, tuple(map(float, data.draw(weights)))) for start in (0, *starts)]
@@ -67,7 +67,7 @@ def test_any_stages(starts, data, seed):
     for upto in {*starts, data.draw(st.integers(0, samples)), samples}:
         assert np.array_equal(mixed.consumed(upto), np.bincount(source[:upto], minlength=num_sources))
     picked = np.array(data.draw(st.lists(st.integers(0, samples - 1), min_size=1, max_size=50)))
-    again = Mixture(stages, seed).locate(picked)  # any samples, in any order, from a fresh start
+    again = Mixture(stages, seed).locate(picked)  # any samples, in any order, from a new Mixture
     assert np.array_equal(again[0], source[picked]) and np.array_equal(again[1], index[picked])
 
 
@@ -86,7 +86,7 @@ def test_seeds_give_other_orders():
 
 
 def test_golden_values():
-    """A change here is another mixture for every run that resumes: raise mixture.VERSION."""
+    """If these values change, every run that resumes gets another mixture: raise mixture.VERSION."""
     source, index = locate(STAGED, 25_000, seed=7)
     at = [0, 1, 2, 3, 4999, 5000, 5001, 20_000, 20_001, 24_999]
     assert source[at].tolist() == [0, 0, 0, 0, 0, 1, 2, 0, 0, 2]
@@ -131,7 +131,7 @@ def test_weights_may_change_from_a_sample_on_that_was_not_trained_on():
     old = parse_stages("0:0.7,0.3; 1000:1,1", 2)
     for new in ("0:0.7,0.3; 1000:1,1; 2000:0,1", "0:0.7,0.3; 1000:1,1; 1500:0,1; 9000:1,0"):
         mixture.check_change(old, parse_stages(new, 2), 1500)
-    mixture.check_change(old, parse_stages("0.7,0.3", 2), 1000)  # the stage from 1000 on had not begun
+    mixture.check_change(old, parse_stages("0.7,0.3", 2), 1000)  # the stage that starts at 1000 had not begun
     for new in ("0.6,0.4", "0:0.7,0.3; 1000:1,1; 1499:0,1", "0.7,0.3", "0:0.7,0.3; 1000:1,2"):
         with pytest.raises(DataError, match=r"0:0\.7,0\.3; 1000:1,1.*sequence 1500 or later"):
             mixture.check_change(old, parse_stages(new, 2), 1500)

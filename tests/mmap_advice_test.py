@@ -42,12 +42,12 @@ def test_exactly_the_rows_that_are_needed_are_read_ahead(tmp_path):
     offsets = np.array([0, 1_000_001, 5_000_000, array.nbytes - 2050])
     mmap_advice.will_need(array, offsets, 2050)
     wanted = np.unique(np.concatenate([np.arange(o // 4096, (o + 2049) // 4096 + 1) for o in offsets]))
-    for _ in range(200):  # it does not wait for the disk
+    for _ in range(200):  # will_need does not wait for the disk
         if resident(array)[wanted].all():
             break
         os.sched_yield()
     assert resident(array)[wanted].all()
-    assert resident(array).sum() < 200  # of 2,048: not the whole file
+    assert resident(array).sum() < 200  # the whole file has 2,048 pages
 
 
 def test_more_rows_than_one_call_takes(tmp_path):
@@ -61,7 +61,7 @@ def test_more_rows_than_one_call_takes(tmp_path):
 
 
 def test_memory_is_bounded_on_files_larger_than_it(tmp_path, monkeypatch):
-    """A file is read twice, without a bound and with one it exceeds; the rows are the same."""
+    """Reads a file twice, without a bound on memory and with a bound below its size; the rows are the same."""
     tokens = np.random.default_rng(0).integers(0, 60_000, size=64 << 20, dtype=np.uint16)
     manifest = make_dataset.write(tmp_path, [tokens])
     monkeypatch.setattr(formats, "HASH_AT_START_BYTES", 0)

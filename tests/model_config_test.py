@@ -1,4 +1,4 @@
-"""ModelConfig refuses what the transformer cannot do, and derives what is left open."""
+"""ModelConfig refuses settings that the transformer does not support, and derives those that are not set."""
 
 import dataclasses
 import subprocess
@@ -118,7 +118,7 @@ def test_head_size_is_the_share_of_embed_dim_unless_set():
         (4096, "swiglu", 0, 10944),  # 8/3 · 4096 = 10922.7; Llama 2 rounds to 256 and sets mlp_dim
         (5120, "geglu", 0, 13696),  # 8/3 · 5120 = 13653.3
         (24, "glu", 0, 64),  # 8/3 · 24 = 64 exactly: not rounded up further
-        (25, "glu", 0, 128),  # 66.7
+        (25, "glu", 0, 128),  # 8/3 · 25 = 66.7
         (128, "swiglu", 0, 384),
         (768, "gelu", 0, 3072),  # GPT-2
         (100, "relu2", 0, 400),

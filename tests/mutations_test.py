@@ -16,7 +16,7 @@ every_fault = pytest.mark.parametrize("one", FAULTS, ids=[one.name for one in FA
 
 @every_fault
 def test_a_fault_is_another_program(one):
-    """Its old text is there once, in code, and what replaces it can be parsed."""
+    """The old text of a fault occurs once in its file, in code, and the file can be parsed with the new text."""
     text = (runs.ROOT / one.file).read_text()
     assert text.count(one.old) == 1, f"{one.file} changed: give the fault {one.name!r} its new text"
     assert ast.dump(ast.parse(text)) != ast.dump(ast.parse(text.replace(one.old, one.new)))
@@ -47,7 +47,7 @@ def test_faults_are_chosen_by_parts_of_names_and_files():
 
 @pytest.fixture
 def repository(tmp_path) -> pathlib.Path:
-    """A module of two functions, of which one is tested, with a file that git ignores."""
+    """A git repository with a module of two functions, one of them tested, and a file that git ignores."""
     (tmp_path / "module.py").write_text("def add(a, b):\n    return a + b\n\n\ndef subtract(a, b):\n    return a - b\n")
     (tmp_path / "module_test.py").write_text(
         "import time\n\nimport module\n\n\n"
@@ -97,7 +97,7 @@ def test_a_copy_has_changes_and_new_files_and_is_gone_afterwards(repository):
 
 
 def test_the_exit_code_is_0_only_if_all_faults_were_killed(monkeypatch, capsys, repository):
-    """The table has a row for each of them, whatever became of it."""
+    """The table has a row for each fault, whatever its verdict."""
     found = {}
     for name, faults in {
         "killed": [fault("a + b", "a * b")],

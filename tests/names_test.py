@@ -1,4 +1,4 @@
-"""Names from outside have one place below the folder, or none; a pattern means the same on disks and in stores."""
+"""A name from outside has one place below the folder or is refused; a pattern means the same on disks and in stores."""
 
 import glob
 import os
@@ -14,7 +14,7 @@ ALPHABET = ("a", "b", ".", "..", "/", "//", "*", "\\", "\0", "\n", "é", "\udce9
 
 
 def test_any_name_has_a_place_below_the_folder_or_is_refused(tmp_path):
-    """Random names of dangerous parts: those that are not refused are made below the folder, and nothing beside it."""
+    """Tries random names of dangerous parts: files of accepted names are in the folder, and nothing is outside."""
     rng = random.Random(0)
     inside = tmp_path / "outer" / "inside"
     made = 0
@@ -44,7 +44,7 @@ def test_a_name_without_a_place_is_refused(name):
 
 
 def test_links_lead_nowhere(tmp_path):
-    """This includes a link that appears between two uses."""
+    """No link is followed, even if it replaces a folder while the folder is in use."""
     (tmp_path / "elsewhere").mkdir()
     with names.open_parent(tmp_path / "cache", "a/b/c"):
         pass
@@ -67,7 +67,7 @@ def test_a_file_is_no_folder():
 
 
 def test_patterns_are_those_of_the_file_system(tmp_path):
-    """Random trees and patterns against the standard library's glob, without the links that it follows forever."""
+    """Compares random trees and patterns with the standard library's glob, without links, whose loops glob follows."""
     rng = random.Random(1)
     pieces = ["a", "b", ".h", "a.txt", "b.bin", "[a", "c?d"]
     wild = ["*", "**", "a*", "*.txt", "?", "[ab]", "[!a]*", ".*", "*.*", "a", "b", "[[]a", "c[?]d"]
@@ -91,7 +91,7 @@ def test_patterns_are_those_of_the_file_system(tmp_path):
 
 
 def test_every_file_once_by_its_own_name(tmp_path):
-    """Loops, links to folders and files, hard links, links that lead nowhere or to themselves."""
+    """The tree has loops, links to folders and files, hard links, and links that lead nowhere or to themselves."""
     for name in ("a/1.txt", "a/b/2.txt", "other/3.txt", "a/.h/9.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -111,7 +111,7 @@ def test_every_file_once_by_its_own_name(tmp_path):
         "b/2.txt",
         "part/3.txt",
         "self/1.txt",
-    ]  # no other name of it has two parts
+    ]  # no other name of this file has two parts
     assert names.find_files(tmp_path / "none", "*") == ([], 0)
 
 

@@ -1,6 +1,6 @@
 """Object stores on loopback, for the real clients: the parts of S3 and of GCS's JSON API that we need.
 
-They read objects and ranges, list, and write and delete under conditions.
+The stores return objects and ranges of them, list keys, and write and delete under conditions.
 """
 
 import contextlib
@@ -16,11 +16,11 @@ class Store(http.server.ThreadingHTTPServer):
 
     Attributes:
       objects: key to content; `put` gives it a new generation.
-      requests: the key of every content that was sent, with the requested range.
+      requests: the key of each object whose content was sent, with the requested range.
       writes: 'PUT KEY', 'POST KEY' or 'DELETE KEY' of every requested write, with its condition.
-      denied: answer 403 to everything.
-      lose_answers: answer 503 to this many writes, which are carried out; the client retries them.
-      environment: the variables that point the clients here.
+      denied: whether every request is answered with 403.
+      lose_answers: how many writes are carried out but answered with 503, so that the client retries them.
+      environment: the variables that point the clients to this store.
     """
 
     daemon_threads = True
@@ -31,7 +31,7 @@ class Store(http.server.ThreadingHTTPServer):
         self.generations: dict[str, int] = {}
         self.requests: list[str] = []
         self.writes: list[str] = []
-        self.writing = threading.Lock()  # a condition and the write that depends on it are one step
+        self.writing = threading.Lock()  # held while a condition is checked and the write is done
         self.denied = False
         self.lose_answers = 0
 
@@ -99,7 +99,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.write(urllib.parse.unquote(path.partition("/o/")[2] if gcs else path.lstrip("/").partition("/")[2]))
 
     def write(self, key: str) -> None:
-        """Writes or deletes under a condition, in the query (GCS) or the headers (S3); '0' means: if none exists."""
+        """Writes or deletes under a condition, in the query (GCS) or the headers (S3); '0' means: if it is absent."""
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         query = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(self.path).query))
         condition = query.get("ifGenerationMatch") or (self.headers.get("If-Match") or "").strip('"')

@@ -1,4 +1,4 @@
-"""The schedule against its closed form; the update against AdamW written out in NumPy."""
+"""Compares the schedule with its closed form, and the update with AdamW written out in NumPy."""
 
 import math
 
@@ -45,8 +45,8 @@ def test_no_warmup_and_decay_steps():
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5])
 def test_adamw_against_numpy(clip_norm):
-    """Clipping by global norm, bias-corrected moments, decoupled decay on matrices only, the rate of the step, in
-    float64."""
+    """Checks, in float64, clipping by global norm, bias-corrected moments, decoupled weight decay on matrices only, and
+    the learning rate of the step."""
     config = OptimizerConfig(clip_norm=clip_norm, weight_decay=0.1, b1=0.9, b2=0.95, eps=1e-8)
     axes = {"kernel": ("layers", "embed", "mlp"), "scale": ("layers", "embed")}
     rng = np.random.default_rng(0)
@@ -74,8 +74,8 @@ def test_adamw_against_numpy(clip_norm):
 
 
 def test_the_state_has_one_layout_for_every_config():
-    """A checkpoint fits whatever the values, so turning clipping off does not lose it. The layout is the one that the
-    first checkpoints have: the learning rate adds nothing to it."""
+    """A checkpoint fits whatever the values are, so a run can resume after clipping is turned off. The layout is that
+    of the first checkpoints: the learning rate adds nothing to it."""
     axes, params = {"w": ("embed", "mlp")}, {"w": jnp.ones((2, 2))}
     layouts = {
         jax.tree.structure(make_optimizer(OptimizerConfig(clip_norm=c, weight_decay=w), rate, axes).init(params))
@@ -87,7 +87,7 @@ def test_the_state_has_one_layout_for_every_config():
 
 
 def test_moments_in_bfloat16():
-    """Half the memory of the moments; the update stays within the rounding of 2^-9, twice."""
+    """The moments take half the memory, and the update differs only by the rounding of both moments, 2^-9 each."""
     axes, rng = {"w": ("embed", "mlp")}, np.random.default_rng(0)
     params = {"w": jnp.asarray(rng.normal(size=(40, 30)), jnp.float32)}
     optimizers = {
@@ -105,7 +105,7 @@ def test_moments_in_bfloat16():
             for name in ("mu", "nu"):
                 assert optax.tree.get(states[dtype], name)["w"].dtype == dtype
             assert optax.tree.get(states[dtype], "count").dtype == jnp.int32
-        # A moment forgets its rounding as it forgets gradients: the mean of 1 / (1 - b) of them, each of at most 2^-9.
+        # A moment forgets rounding errors as it forgets gradients: it averages 1 / (1 - b) of them, each at most 2^-9.
         exact, rounded = (np.asarray(updates[dtype]["w"]) for dtype in ("float32", "bfloat16"))
         assert np.linalg.norm(rounded - exact) < 0.02 * np.linalg.norm(exact)
     assert (exact != rounded).any()
@@ -127,7 +127,7 @@ def test_an_optimizer_is_chosen_by_its_name(monkeypatch):
     axes, params = {"w": ("embed", "mlp")}, {"w": jnp.ones((2, 3))}
     another = make_optimizer(OptimizerConfig(name="another", weight_decay=0.5, clip_norm=0), rate, axes)
     updates, state = another.update({"w": jnp.full((2, 3), -7.0)}, another.init(params), params, step=jnp.int32(9))
-    np.testing.assert_allclose(updates["w"], -0.1 * (-1 + 0.5 * 1), rtol=1e-6)  # the sign, and the weight's decay
+    np.testing.assert_allclose(updates["w"], -0.1 * (-1 + 0.5 * 1), rtol=1e-6)  # sign of the gradient, weight decay
     assert optax.tree.get(state, "mu")["w"].shape == (2, 3)
 
 

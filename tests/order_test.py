@@ -22,7 +22,7 @@ def permutation(n: int, *key: object) -> np.ndarray:
 
 
 def slow_permute(index: int, n: int, *key: object) -> int:
-    """The documented algorithm again, on Python integers: no numpy, no wrap-around, no vectorised walk."""
+    """The documented algorithm, reimplemented with Python integers: no NumPy, no wrap-around, no vectorised walk."""
     text = ":".join(map(str, ("feistel-1", *key)))
     stream = b"".join(hashlib.blake2b(t.encode(), digest_size=32).digest() for t in (text, text + ":2"))
     keys = [int.from_bytes(stream[i : i + 8], "little") for i in range(0, 64, 8)]
@@ -48,7 +48,7 @@ def test_every_small_domain_is_permuted_without_loss():
 
 @pytest.mark.parametrize("k", range(1, 19))
 def test_domains_around_a_power_of_two_are_permuted_without_loss(k):
-    """Other libraries lose elements at 2^k + 1 for even k, 65537 among them."""
+    """Other libraries lose elements at 2^k + 1 for even k, for example at 65537."""
     for n in (2**k - 1, 2**k, 2**k + 1):
         for epoch in (0, 1):
             assert np.array_equal(np.sort(permutation(n, 1, "train", epoch)), np.arange(n)), f"n = {n}"
@@ -66,7 +66,7 @@ def test_any_domain_of_any_seed_is_permuted_without_loss(n, seed, epoch):
     cuts=st.lists(st.integers(0, 50), max_size=5),
 )
 def test_samples_asked_for_in_any_parts_are_those_asked_for_at_once(n, seed, wanted, cuts):
-    """A run that was stopped anywhere, or whose batches became larger, continues in the same order."""
+    """A run that stopped at any sample, or whose batch size changed, continues in the same order."""
     index = np.array([i % n for i in wanted])
     whole = order.permute(index, n, seed, "train", 0)
     parts = [
@@ -140,7 +140,7 @@ def test_another_epoch_seed_or_split_is_an_unrelated_order(one, other):
 
 
 def test_order_looks_random():
-    """Over 256 epochs: samples from each sixteenth of the epoch come evenly, but not too evenly, from each sixteenth
+    """Over 256 epochs, samples from each sixteenth of the epoch come evenly, but not too evenly, from each sixteenth
     of the data; neighbours, fixed points and repeats of the last epoch's place are as rare as by chance."""
     n, epochs = 1024, 256
     table = np.zeros((16, 16))
@@ -184,7 +184,7 @@ def test_huge_domains_stay_in_range_and_do_not_collide(n):
 
 @pytest.mark.parametrize("n", [5, 16, 65537])
 def test_any_shape_and_integer_type_gives_the_elements_of_the_whole_permutation(n):
-    """This includes a scalar, without an overflow warning: asking for one sample is the same as asking for all."""
+    """A scalar index works, too, without an overflow warning: one sample is the same as in the whole permutation."""
     whole = permutation(n, 9, "train", 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""A dataset gets its name when complete, one process at a time, and only a preparation's own files are touched."""
+"""A dataset gets its name once complete, one process writes it at a time, and only that process's files are changed."""
 
 import dataclasses
 import itertools
@@ -138,7 +138,7 @@ print(points, "points")
 
 @pytest.mark.parametrize("before", ["", "char"])
 def test_a_kill_at_any_change_to_the_disk_loses_nothing_and_the_same_command_ends_well(before, source, place):
-    """SIGKILL before each rename, unlink, mkdir and rmdir: one at a time, then a few in a row."""
+    """Kills the process before each rename, unlink, mkdir and rmdir: one kill at a time, then a few in a row."""
     command = [sys.executable, "-c", KILLED, place, source, before, "byte"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -152,7 +152,7 @@ def prepare_command(out: pathlib.Path, source: pathlib.Path, *more: str) -> list
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("there", [False, True])
 def test_preparations_of_one_dataset_at_once(there, overwrite, source, place, tmp_path):
-    """Each ends with success or one line; the result is what one of them should write, or what was there before."""
+    """Each succeeds or ends with one line; the dataset is what one of them should write, or what was there before."""
     whole = {}
     for tokenizer in ("byte", "char"):
         run(tmp_path / tokenizer, source, tokenizer)
@@ -281,7 +281,7 @@ def test_a_dataset_with_files_of_others_is_not_replaced(mine, source, place):
     with pytest.raises(DataError, match=r"not from launch\.prepare"):
         run(out, source, "char", overwrite=True)
     assert contents(place) == before
-    run(out, source)  # it is still a dataset
+    run(out, source)  # the folder is still a dataset
 
 
 def test_packed_rows_go_with_the_dataset_that_is_replaced(source, place):
@@ -290,7 +290,7 @@ def test_packed_rows_go_with_the_dataset_that_is_replaced(source, place):
         [sys.executable, "-m", "launch.pack", place / "out", "--seq_len=16"], env=ENVIRONMENT, check=True, timeout=60
     )
     assert (place / "out/train.packed-16.bin").exists()
-    files.lock_path(place / "out/train.packed-32.bin").touch()  # as a killed launch.pack leaves it
+    files.lock_path(place / "out/train.packed-32.bin").touch()  # a killed launch.pack leaves such files
     (place / f"out/train.packed-32.bin.writing-{'0' * 16}").touch()
     run(place / "out", source, "char", overwrite=True)
     assert os.listdir(place) == ["out"] and not (place / "out/train.packed-16.bin").exists()
@@ -384,7 +384,7 @@ if __name__ == "__main__":
 
 
 def test_killed_with_its_workers_again_and_again(tmp_path):
-    """SIGKILL and Ctrl-C in turn, at any time: one line or none, no process is left, and the bytes are the same."""
+    """SIGKILL and Ctrl-C, at random times, leave one line at most and no process; the final bytes are the same."""
     (tmp_path / "small.py").write_text(SMALL)
     lines = (json.dumps({"text": f"{i} " * (i % 50)}) + "\n" for i in range(15000))
     (tmp_path / "in.jsonl").write_text("".join(lines))
@@ -414,7 +414,7 @@ def test_killed_with_its_workers_again_and_again(tmp_path):
             codes.append(process.returncode)
         assert process.returncode in (-signal.SIGKILL, 130, 0) and "Traceback" not in stderr, stderr
         assert process.returncode == -signal.SIGKILL or stderr.strip().count("\n") == 0, stderr
-        with pytest.raises(ProcessLookupError):  # all of its group have ended
+        with pytest.raises(ProcessLookupError):  # every process of its group has ended
             for _ in range(200):
                 os.killpg(process.pid, 0)
                 time.sleep(0.1)
@@ -425,7 +425,7 @@ def test_killed_with_its_workers_again_and_again(tmp_path):
 
 
 def test_what_an_interrupted_preparation_left_is_checked(source, place, monkeypatch):
-    """Each of its files is truncated, extended or replaced: the dataset is the same, or one line says what to do."""
+    """Truncates, extends or replaces each leftover file: the dataset is the same, or one line says what to do."""
     monkeypatch.setattr(documents, "UNIT_BYTES", 30)
     monkeypatch.setattr(merge, "NOTE_UNITS", 2)
     expected = contents(place / "expected") if run(place / "expected", source, "char") else {}
@@ -480,7 +480,7 @@ def test_a_dataset_that_is_not_whole_is_not_said_to_be_there(source, place, name
 
 
 def test_a_dataset_inside_its_source_is_the_same_after_a_kill(source):
-    """What a killed preparation leaves there is neither read nor counted."""
+    """What a killed preparation leaves inside the source is neither read nor counted."""
     out = source / "sets/out"
     run(out, source)
     undisturbed = contents(out)
@@ -505,7 +505,7 @@ OF_UNFINISHED = ["characters.json", "merged.json", output.MARK, "units/000000.js
     ("name", "complete"), [(n, True) for n in OF_DATASETS + OF_UNFINISHED] + [(n, False) for n in OF_DATASETS]
 )
 def test_files_named_as_ours_in_a_dataset_are_not_ours(tmp_path, name, complete):
-    """This includes one that is not `complete`, because its preparation was killed before it had its name."""
+    """Such files are also kept if the dataset is not `complete`: its preparation was killed before the last rename."""
     source = tmp_path / "a.txt"
     source.write_text("some words of a text\n" * 40)
     run(tmp_path / "out", source, "char")
@@ -524,7 +524,7 @@ def test_files_named_as_ours_in_a_dataset_are_not_ours(tmp_path, name, complete)
 
 
 def test_a_dataset_of_an_earlier_version_is_replaced(source, place):
-    """Its manifest names only the shards."""
+    """The manifest of such a dataset names only the shards."""
     out = place / "out"
     run(out, source, "bpe:300")
     manifest = dataclasses.replace(formats.read_manifest(out), files={})

@@ -1,4 +1,4 @@
-"""Packed rows: every token once, nothing cut that fits, the same rows everywhere; the loss counts no padding."""
+"""Packed rows hold each token once, cut no document that fits, and are the same everywhere; the loss skips padding."""
 
 import bisect
 import contextlib
@@ -63,12 +63,12 @@ def open_windows(folder: pathlib.Path, seq_len: int = T, seed: int = 1) -> loade
 
 
 def lengths_like_text(count: int, seed: int = 0) -> list[int]:
-    """Log-normal, as lengths of documents are: median 12, some far longer than a row."""
+    """Log-normal lengths, as those of real documents: the median is 14, and some are far longer than a row."""
     return (np.random.default_rng(seed).lognormal(2.5, 1.0, count).astype(int) + 2).tolist()
 
 
 def expected_rows(index: packing.Index, tokens: np.ndarray) -> list[list[int]]:
-    """Pieces side by side, then padding, by lists and slices."""
+    """The rows by their definition, with lists and slices: pieces one after another, then padding."""
     pieces, first = index.load()
     rows = [[t for s, n in pieces[a:b] for t in tokens[s : s + n].tolist()] for a, b in itertools.pairwise(first)]
     return [row + [EOS] * (index.seq_len + 1 - len(row)) for row in rows]
@@ -77,7 +77,8 @@ def expected_rows(index: packing.Index, tokens: np.ndarray) -> list[list[int]]:
 def counted(tokens: np.ndarray, eos: int = EOS) -> np.ndarray:
     """Which targets of packed rows count: bool [rows, seq_len].
 
-    Only padding is an end of text after an end of text, and what remains of a cut document if that is its end of text.
+    A target does not count if it and the token before it are both end-of-text. Only padding is like this, and the rest
+    of a cut document if that rest is only its end-of-text.
     """
     return (tokens[:, :-1] != eos) | (tokens[:, 1:] != eos)
 
@@ -86,7 +87,7 @@ def counted(tokens: np.ndarray, eos: int = EOS) -> np.ndarray:
 
 
 def one_by_one(lengths: np.ndarray, width: int) -> list[int]:
-    """Best-fit-decreasing as described: the room left in each row, sorted."""
+    """Best-fit-decreasing as the paper describes it. Returns the room left in each row, sorted."""
     rooms: list[int] = []
     for length in sorted(lengths.tolist(), reverse=True):
         at = bisect.bisect_left(rooms, length)
@@ -131,7 +132,7 @@ def test_a_realistic_distribution_leaves_little_padding():
     borders = np.cumsum([0, *lengths])
     start = time.monotonic()
     packed = packing.pack_shard(borders[:-1], int(borders[-1]), 1025)
-    assert time.monotonic() - start < 5  # 0.1 s; one document at a time takes longer than this
+    assert time.monotonic() - start < 5  # it takes 0.1 s; packing one document at a time would take more than 5 s
     assert borders[-1] / (len(packed.row_ends) * 1025) > 0.999
 
 
@@ -147,7 +148,7 @@ def packed(tmp_path):
 
 def test_rows_hold_whole_documents_and_an_epoch_every_token_once(tmp_path):
     lengths = lengths_like_text(500)
-    shards = (1000, 1017, 3000)  # one of them as long as a row
+    shards = (1000, 1017, 3000)  # the second shard is as long as a row
     tokens = write(tmp_path, lengths, *shards, ends=False)
     index, there = packing.pack_dataset(tmp_path, T)
     assert not there and packing.pack_dataset(tmp_path, T) == (index, True)
@@ -199,7 +200,7 @@ def test_any_lengths_and_shards_are_read_as_they_were_written(lengths, borders, 
 
 
 def test_cut_by_windows_counts_what_windows_cut(tmp_path):
-    """By hand: rows of 5, windows [0, 5), [4, 9), [8, 13): the document at 3 is in two, that at 8 in one."""
+    """By hand: rows of 5, windows [0, 5), [4, 9), [8, 13): the document at 3 is in two, the one at 8 in one."""
     write(tmp_path, [3, 5, 5])
     index, _ = packing.pack_dataset(tmp_path, 4)
     assert (index.cut, index.cut_by_windows, index.rows) == (0, 1, 3)
@@ -208,7 +209,7 @@ def test_cut_by_windows_counts_what_windows_cut(tmp_path):
 
 
 def test_the_index_is_frozen(tmp_path):
-    """A run in progress relies on its rows: a change here must change packing.VERSION, too."""
+    """A run in progress relies on its packed rows: if these values change, packing.VERSION must change, too."""
     write(tmp_path, [i * i * 7919 % 41 + 2 for i in range(400)], 1000)
     index, _ = packing.pack_dataset(tmp_path, T)
     assert (index.rows, index.pieces, index.sha256[:16]) == (529, 696, "9fd12f2cf89a171f")
@@ -234,7 +235,7 @@ def test_each_epoch_and_seed_has_an_order_of_its_own(packed):
 
 
 def damaged(path: pathlib.Path, how: str) -> str:
-    """Damages the index at `path` and returns what the error says."""
+    """Damages the index at `path` and returns what the error must say."""
     raw = path.read_bytes()
     if how == "truncated":
         path.write_bytes(raw[:-1])
@@ -393,7 +394,7 @@ def tokens(prepared) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["one", "mixed"])
 def test_the_loss_of_packed_documents_is_that_of_each_alone(prepared, tokens, name):
-    """Each document of a row, by the plain evaluation: its own tokens and what follows it, but no padding."""
+    """Evaluates each document of a row without packing: its own tokens and the next token, but no padding."""
     cfg, mesh = packed_config(prepared, mask_documents=True), mesh_of(name)
     eos = cfg.data.eos_id
     alone = []
@@ -415,12 +416,12 @@ def test_the_loss_of_packed_documents_is_that_of_each_alone(prepared, tokens, na
     loss = step_once(cfg, mesh, batch)[0]["train/loss"]
     assert loss == pytest.approx(expected, rel=1e-5)
     unmasked = step_once(cfg, mesh, batch.replace(loss_weights=None))[0]["train/loss"]
-    assert abs(unmasked - expected) > 1e-3  # padding is another loss
+    assert abs(unmasked - expected) > 1e-3  # counting padding gives another loss
 
 
 @pytest.mark.parametrize("mask_documents", [False, True])
 def test_microbatches_and_meshes_give_the_step_of_the_whole_batch(prepared, tokens, mask_documents):
-    """Microbatches and devices have different numbers of targets; a mean of means would be another loss."""
+    """Microbatches and devices have different numbers of targets; a mean of means would give another loss."""
     cfg = packed_config(prepared, mask_documents, z_loss=0.1)
     batch = packed_batch(cfg, tokens)
     whole, params = step_once(cfg, mesh_of("one"), batch)
@@ -433,7 +434,7 @@ def test_microbatches_and_meshes_give_the_step_of_the_whole_batch(prepared, toke
 
 
 def test_what_follows_the_documents_of_a_row_as_padding_changes_no_gradient(prepared, tokens):
-    """Rows of padding beside others: the step is that of the others."""
+    """If half of the rows are padding, the step is that of the other half."""
     cfg = packed_config(prepared, mask_documents=True)
     half = tokens.copy()
     half[8:] = cfg.data.eos_id

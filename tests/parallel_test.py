@@ -1,4 +1,4 @@
-"""One run, any mesh: losses, gradients, checkpoints and layouts against one device's, in float32 on real text."""
+"""Compares losses, gradients, checkpoints and layouts on every mesh with those of one device, in float32 on text."""
 
 import dataclasses
 import functools
@@ -76,9 +76,9 @@ MODELS = {
 
 
 def config(name: str, model: str = "llama", remat: str = "none") -> Config:
-    """`name` of MESHES, or 'one' for one device; there the logits of all tokens exist at the same time.
+    """The configuration for `name` of MESHES, or for one device ('one'), which computes all logits at the same time.
 
-    A tensor axis of eight needs eight key-value heads; all others have 4, so that their shards have grouped queries.
+    A tensor axis of 8 needs 8 key-value heads. On all other meshes there are 4, so that shards have grouped queries.
     """
     mesh = {"data": 1} | MESHES.get(name.removesuffix(" of 8 heads"), {})
     eight = mesh.get("tensor") == 8 or name.endswith(" of 8 heads")
@@ -129,7 +129,7 @@ def compile_step(here: Program) -> jax.stages.Compiled:
 
 @functools.cache
 def initial(name: str, model: str) -> TrainState:
-    """The state on the host, without a compilation; tests/step_test.py checks that it is the same on any mesh."""
+    """An initial state, drawn on the host without a compilation; tests/step_test.py checks that of Program.init."""
     draw = np.random.default_rng(0)
 
     def one(path, leaf):
@@ -158,7 +158,7 @@ def advance(step, here: Program, state: TrainState, first: int, stop: int) -> tu
 
 
 def first_step(name: str, model: str = "llama", remat: str = "none"):
-    """(metrics, gradient by path, state). The first moment after one step is 1 - b1 of the clipped gradient."""
+    """(metrics, gradient by path, state) of one step. The first moment is then 1 - b1 times the clipped gradient."""
     here = program(name, model, remat)
     (row,), state = advance(compiled(name, model, remat), here, start(name, model, remat), 0, 1)
     rule = here.config.optimizer
@@ -190,7 +190,7 @@ def assert_same_gradient(gradient: dict, expected: dict) -> None:
 
 @every_mesh
 def test_the_same_run_on_every_mesh(name):
-    """100 losses within 1e-4 of those of one device, which learns: it halves its loss."""
+    """100 losses are within 1e-4 of those of one device, where training halves the loss."""
     rows, one = run(name)[0], run(one_device(name))[0]
     assert one[0]["train/loss"] == pytest.approx(np.log(VOCAB), rel=0.02)
     assert one[-1]["train/loss"] < 0.5 * one[0]["train/loss"]
@@ -202,7 +202,7 @@ def test_the_same_run_on_every_mesh(name):
 
 @every_mesh
 def test_the_same_gradient_on_every_mesh(name):
-    """Each parameter's, of the whole batch: the norm of its difference to one device's is 1e-5 of it at most."""
+    """Each parameter's gradient differs from that of one device by at most 1e-5 of its norm."""
     gradient, expected = run(name)[1], run(one_device(name))[1]
     assert all(np.abs(leaf).max() > 1e-6 for leaf in expected.values())
     assert_same_gradient(gradient, expected)
@@ -212,11 +212,11 @@ def test_the_same_gradient_on_every_mesh(name):
     "name", ["zero1 data x fsdp x context", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW if n != "tensor")]
 )
 def test_the_same_gradient_with_biases_documents_and_two_tables(name):
-    """Learned positions, biases, layernorm, an output table of its own, documents that do not see each other."""
+    """The model has learned positions, biases, layernorm and a separate output table, and documents are masked."""
     row, gradient, _ = first_step(name, "gpt2")
     one, expected, _ = first_step("one", "gpt2")
     assert row["train/loss"] == pytest.approx(one["train/loss"], rel=1e-6)
-    # Adding the same to all keys leaves the softmax as it is: that bias has no gradient but rounding.
+    # Adding the same vector to all keys does not change the softmax: the gradient of this bias is only rounding.
     no_gradient = ("layers", "attention", "key", "bias")
     assert np.abs(gradient.pop(no_gradient)).max() < 1e-6 and np.abs(expected.pop(no_gradient)).max() < 1e-6
     assert_same_gradient(gradient, expected)
@@ -231,7 +231,7 @@ def test_the_same_gradient_with_biases_documents_and_two_tables(name):
     ],
 )
 def test_the_same_gradient_with_windows_caps_and_norms_of_queries_and_keys(name, model):
-    """Norms of all heads as one vector are over devices if these have some of the heads."""
+    """A norm over all heads as one vector spans devices if each device has only some of the heads."""
     row, gradient, _ = first_step(name, model)
     one, expected, _ = first_step("one", model)
     assert row["train/loss"] == pytest.approx(one["train/loss"], rel=1e-6)
@@ -242,7 +242,7 @@ def test_the_same_gradient_with_windows_caps_and_norms_of_queries_and_keys(name,
 
 
 def assert_chain_is_the_run(folder, names: list[str], stops: list[int]) -> None:
-    """Trains on each mesh up to its stop, from the checkpoint that the one before it left."""
+    """Trains on each mesh up to its stop, from the checkpoint of the previous mesh; the losses are those of one run."""
     checkpoints, state, first, rows = Checkpoints(folder, CheckpointConfig(keep_last=2)), None, 0, []
     for name, stop in zip(names, stops, strict=True):
         state = start(name) if state is None else checkpoints.restore(program(name), first)[0]
@@ -261,7 +261,7 @@ def test_a_checkpoint_goes_on_on_another_mesh(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_checkpoint_goes_from_mesh_to_mesh(tmp_path, seed):
-    """It goes through all meshes, in random order."""
+    """The checkpoint goes through all meshes that have the same model, in random order."""
     names = [name for name in MESHES if one_device(name) == "one"]
     names = [str(name) for name in np.random.default_rng(seed).permutation(["one", *names])]
     assert_chain_is_the_run(tmp_path, names, [STEPS * (i + 1) // len(names) for i in range(len(names))])
@@ -272,7 +272,7 @@ def test_a_checkpoint_goes_from_mesh_to_mesh(tmp_path, seed):
 
 @every_mesh
 def test_a_device_holds_its_part_and_no_more(name):
-    """1 / (fsdp context) of matrices, and 1 / tensor of those with an axis for it; of moments also 1 / data."""
+    """Matrices are split over fsdp · context, and over tensor if an axis can be; with ZeRO-1, moments over data."""
     here = program(name)
     axes = traverse_util.flatten_dict(here.axes)
     sizes, split = here.mesh.shape, here.config.mesh.shard_optimizer
@@ -297,7 +297,7 @@ def bytes_on_a_device(tree) -> int:
 
 @pytest.mark.parametrize("name", ["one", *FAST])
 def test_the_state_is_updated_in_its_place(name):
-    """Every byte of the old state becomes the new one's."""
+    """The new state reuses every byte of the old state's memory."""
     memory = compiled(name).memory_analysis()
     assert memory.alias_size_in_bytes == bytes_on_a_device(program(name).state)
 
@@ -319,10 +319,10 @@ def test_logits_exist_a_chunk_at_a_time(name):
     for shape in shapes_in(compiled(name).as_text()):
         for axis in vocabulary & set(shape):
             widest = max(widest, math.prod(shape) // axis)
-    if name == "one":  # not in chunks: the test does see them
+    if name == "one":  # without chunks: the test does find logits
         assert widest == tokens == 512
     else:
-        assert widest == 32 < tokens  # the table: [vocabulary, embed]
+        assert widest == 32 < tokens  # the embedding table: [vocabulary, embed]
 
 
 def whole_weights(hlo: str) -> set[tuple[int, ...]]:
@@ -332,20 +332,20 @@ def whole_weights(hlo: str) -> set[tuple[int, ...]]:
 
 @pytest.mark.parametrize("model", ["llama", "bfloat16"])
 def test_weights_are_gathered_again_for_the_backward_pass(monkeypatch, model):
-    """If kept from the forward pass, those of all layers would be complete on every device: fsdp would save nothing."""
-    # A device has four rows: activations of as many rows as there are layers would have the shapes of weights.
+    """If weights were kept from the forward pass, each device would hold all weights, and fsdp would save no memory."""
+    # A device has four rows: with two, the number of layers, activations would have the shapes of weights.
     cfg = dataclasses.replace(config("fsdp", model), global_batch_size=32)
     here = Program(cfg, sharding.make_mesh(cfg))
     assert not whole_weights(compile_step(here).as_text())
     monkeypatch.setattr(transformer, "_remat", lambda config, layer, partitioner: layer)
-    assert whole_weights(compile_step(here).as_text())  # the test does see them
+    assert whole_weights(compile_step(here).as_text())  # the test does find such weights
 
 
 @pytest.mark.parametrize(
     "remat", ["attention", "offload", *(pytest.param(remat, marks=pytest.mark.slow) for remat in ("dots", "full"))]
 )
 def test_what_is_recomputed_changes_nothing(remat):
-    """The parameters are sharded, so that even `none` recomputes: it gathers weights again."""
+    """The parameters are sharded, so even `none` recomputes something: the backward pass gathers weights again."""
     name = "slices of data x fsdp x tensor"
     row, gradient, _ = first_step(name, remat=remat)
     assert row["train/loss"] == pytest.approx(run(name)[0][0]["train/loss"], rel=1e-6)
@@ -355,7 +355,7 @@ def test_what_is_recomputed_changes_nothing(remat):
 
 
 def test_a_slice_is_one_step_along_data():
-    """Only `data` crosses the slow network: devices of one slice differ in the other axes."""
+    """Only the axis `data` crosses the slow network between slices; the other axes stay within a slice."""
     ids = np.vectorize(lambda d: d.id)(program("slices of data x fsdp x tensor").mesh.devices)
     assert [sorted(part.ravel().tolist()) for part in ids] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     ids = np.vectorize(lambda d: d.id)(program("zero1 slices of data x context").mesh.devices)

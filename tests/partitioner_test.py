@@ -56,7 +56,7 @@ def test_the_order_of_a_partitioner_is_for_its_context_axis():
 
 
 def test_a_partitioner_gathers_as_its_mesh_says_or_as_its_caller_says():
-    """A plan compiles the step of one device with what the mesh gathers (trainer/planning/plan.py)."""
+    """A plan measures activations on one device, but gathers weights as the real mesh does (planning/plan.py)."""
     assert not MeshPartitioner(config(), mesh_of(data=4, tensor=2)).gathers_params
     assert not MeshPartitioner(config(), mesh_of(fsdp=8), gathers_params=False).gathers_params
     assert MeshPartitioner(config(), mesh_of(data=8), gathers_params=True).gathers_params
@@ -108,7 +108,7 @@ def test_a_projection_and_its_gradients_are_their_definition(axes, dtype):
 # Attention
 
 
-SCALE = 0.37  # not that of any head size, which a kernel might take by itself
+SCALE = 0.37  # not 1 / sqrt(head size), which a kernel might use by default
 
 
 def by_definition(q, k, v, segment_ids, g):
@@ -134,7 +134,7 @@ def by_definition(q, k, v, segment_ids, g):
 
 @functools.cache
 def problem(heads: int, kv_heads: int, length: int, *, size: int, documents: bool):
-    """(q, k, v, segment_ids or None, g) and the answer, in float64 and in the order of the rows."""
+    """(q, k, v, segment_ids or None, g) and the expected results, in float64 and in the order of the sequence."""
     draw = np.random.default_rng(0)
     q, k, v, g = (draw.standard_normal((2, length, n, size)) for n in (heads, kv_heads, kv_heads, heads))
     ids = random_documents(2, length) if documents else None
@@ -142,7 +142,7 @@ def problem(heads: int, kv_heads: int, length: int, *, size: int, documents: boo
 
 
 def on_mesh(partitioner: MeshPartitioner, q, k, v, segment_ids, g):
-    """The result and gradients of the partitioner's attention: given and returned in the order of the rows."""
+    """The result and gradients of the partitioner's attention; inputs and outputs are in the order of the sequence."""
     order = np.arange(q.shape[1]) if partitioner.order is None else partitioner.order
     q, k, v, g = (jnp.asarray(x[:, order]) for x in (q, k, v, g))
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids[:, order])
@@ -170,7 +170,7 @@ def on_mesh(partitioner: MeshPartitioner, q, k, v, segment_ids, g):
     ids=str,
 )
 def test_attention_on_a_split_sequence_is_its_definition(axes, kv_heads, documents):
-    """To 1e-12 in float64: nothing is left out, counted twice or out of order."""
+    """The results agree to 1e-12 in float64: no key is left out, counted twice or out of order."""
     given, expected = problem(4, kv_heads, 32, size=6, documents=documents)
     cfg = config(model={"num_kv_heads": kv_heads}, data={"seq_len": 32, "mask_documents": documents, "eos_id": 0})
     with jax.enable_x64(True):
@@ -190,7 +190,7 @@ class Interpreted(MeshPartitioner):
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("axes", [{"context": 2}, {"context": 2, "tensor": 2, "fsdp": 2}], ids=str)
 def test_splash_on_a_split_sequence(monkeypatch, axes, documents):
-    """Its masks follow the order of the shards: forward and gradients to float32's accuracy."""
+    """The kernel's masks follow the order of the shards: the result and gradients are as accurate as float32."""
     monkeypatch.setattr(kernels, "splash_kernel", functools.partial(kernels.splash_kernel, interpret=True))
     given, expected = problem(4, 2, 256, size=64, documents=documents)
     given = [None if x is None else x.astype(np.float32) if x.dtype == np.float64 else x for x in given]
@@ -224,4 +224,4 @@ def test_the_start_up_page_names_the_kernel_and_why(monkeypatch, caplog, attenti
         startup.log_summary(cfg, Program(cfg, mesh_of(fsdp=2, context=2, tensor=2)), windows, data)
     assert f"attention {said}" in caplog.text.replace("  ", " ")
     assert "mesh data 1 x fsdp 2 x context 2 x tensor 2" in caplog.text
-    assert "WARNING" not in caplog.text  # about replicated parameters
+    assert "WARNING" not in caplog.text  # no parameter is replicated by accident

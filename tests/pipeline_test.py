@@ -1,4 +1,4 @@
-"""From text to dataset: the split, complete documents, and a folder that is complete or not there."""
+"""From text to dataset: documents are split and kept whole, and the folder is either complete or does not exist."""
 
 import gzip
 import json
@@ -24,7 +24,7 @@ POEM = "".join(f"Line {i}: the sëa, 東 and 🚀 again.\n" for i in range(37))
 
 
 def tokens(folder: pathlib.Path, split: str) -> np.ndarray:
-    """The tokens of a split, read as the format is documented and not by the code under test."""
+    """The tokens of a split, read as the format's documentation says and not with the code under test."""
     manifest = json.loads((folder / "manifest.json").read_text())
     dtype = {"uint16": "<u2", "uint32": "<u4"}[manifest["dtype"]]
     return np.concatenate([np.fromfile(folder / s["file"], dtype) for s in manifest["splits"][split]["shards"]])
@@ -81,7 +81,8 @@ def test_manifest_counts_what_was_written(file, tmp_path):
         ids = tokens(out, split)
         text = codec.decode(ids)
         assert (spec.documents, spec.tokens) == (1, len(ids))
-        assert spec.text_bytes == len(text.encode("utf-8")) > len(text)  # bits per byte needs bytes
+        # text_bytes counts bytes, not characters: bits per byte divides by it.
+        assert spec.text_bytes == len(text.encode("utf-8")) > len(text)
     assert codec.decode(tokens(out, "train")) + codec.decode(tokens(out, "val")) == POEM
     assert sorted(contents(out)) == [
         "manifest.json", "summary.json", "tokenizer/meshlm_tokenizer.json", "train-00000.bin", "train.documents.bin",
@@ -157,7 +158,7 @@ def test_nothing_for_validation_is_an_empty_split_that_opens(file, tmp_path):
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65536, "uint16"), (65537, "uint32")])
 def test_token_type_follows_the_vocabulary(vocab_size, dtype, tmp_path):
-    """Every id survives on both sides of the border; as uint16 the last of 65537 would come back as 0."""
+    """Every id is read back on both sides of the border; in uint16, the last of 65537 ids would be read back as 0."""
     text = "".join(map(chr, range(0x10000, 0x10000 + vocab_size)))
     (tmp_path / "in.txt").write_text(text, encoding="utf-8")
     manifest = run(tmp_path / "out", tmp_path / "in.txt", val_fraction=0.5)
@@ -176,7 +177,7 @@ def test_shards_join_to_what_one_shard_would_hold(shard_tokens, folder, tmp_path
         sizes = [shard.tokens for shard in manifest.splits[split].shards]
         assert len(sizes) == -(-whole.splits[split].tokens // shard_tokens)
         assert set(sizes[:-1]) <= {shard_tokens} and 0 < sizes[-1] <= shard_tokens
-        offsets = f"{split}.documents.bin"  # count through the shards, so the cut does not show in them
+        offsets = f"{split}.documents.bin"  # offsets count through all shards, so cuts do not change them
         assert (tmp_path / "cut" / offsets).read_bytes() == (tmp_path / "whole" / offsets).read_bytes()
         files = formats.TokenFiles(tmp_path / "cut", manifest, split)  # checks sizes and hashes
         assert np.array_equal(np.concatenate(files.shards), tokens(tmp_path / "whole", split))
@@ -295,7 +296,7 @@ pipeline.prepare_dataset(out, source=str(source), tokenizer="char", val_fraction
 
 @pytest.mark.parametrize("replacing", [False, True])
 def test_a_killed_run_leaves_the_name_as_it_was_and_the_next_goes_on(replacing, folder, tmp_path, monkeypatch):
-    """kill -9 between two units: the next run does only those that are left, and ends with the same bytes."""
+    """kill -9 between two units: the next run encodes only the units that are left, and writes the same bytes."""
     out = tmp_path / "out"
     if replacing:
         run(out, folder, "byte")
@@ -375,7 +376,7 @@ def records(folder: pathlib.Path) -> pathlib.Path:
 
 @pytest.mark.parametrize("split", ["auto", "last", "file", "document"])
 def test_the_result_does_not_depend_on_the_workers(split, tmp_path, monkeypatch):
-    """One process with whole files, and three that take units of them in any order."""
+    """One process, and three workers that take units of the files in any order, write the same dataset."""
     source = records(tmp_path / "corpus")
     one = run(tmp_path / "one", source, split=split, count_duplicates=True)
     monkeypatch.setattr(pipeline, "INLINE_BYTES", 0)
@@ -397,7 +398,7 @@ def test_units_cut_anywhere_join_to_the_same_documents(tmp_path, monkeypatch):
 
 
 def test_records_become_documents(tmp_path):
-    """Every text of every format, whole and once, read back from the tokens."""
+    """The tokens decode to every text of every format, complete and exactly once."""
     source = records(tmp_path / "corpus")
     manifest = run(tmp_path / "out", source)
     codec = tokenizers.load(tmp_path / "out" / "tokenizer")
@@ -446,7 +447,7 @@ def test_a_damaged_dataset_is_not_taken_for_a_whole_one(file, tmp_path):
 
 
 def test_two_processes_do_not_prepare_one_dataset(folder, tmp_path):
-    """The second names the first, and harms nothing; the lock of a dead process is free."""
+    """The second process names the first one and changes nothing; the lock of a dead process is free."""
     holder = subprocess.Popen(
         [sys.executable, "-c", KILLED.replace("signal.SIGKILL", "signal.SIGSTOP"), tmp_path / "out", folder],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -476,7 +477,7 @@ cli.run(prepare.main)
     ("limit", "units_done"), [(1000, 0), (1_000_000, 0), (7_000_000, 2)], ids=["tokenizer", "units", "shards"]
 )
 def test_a_disk_that_fills_up_leaves_no_dataset_and_the_same_command_goes_on(limit, units_done, tmp_path):
-    """Real writes fail: of the tokenizer, of a unit, of the merge. Four texts of 3 MB are two units."""
+    """Real writes fail: those of the tokenizer, of a unit or of the merge. The four texts of 3 MB make two units."""
     for name in "abcd":
         (tmp_path / f"{name}.txt").write_text("".join(map(chr, range(32, 1000))) * 1600)
     out = tmp_path / "out"
@@ -530,7 +531,7 @@ def test_what_was_wrong_is_said_at_the_end(tmp_path):
 
 @pytest.mark.parametrize("size", [40, 1 << 20])
 def test_long_texts_are_compared_as_wholes(tmp_path, monkeypatch, size):
-    """It does not matter in which pieces they are read. There are copies, a compressed one, and a longer text."""
+    """The pieces in which texts are read do not matter. Some texts are copies, one is compressed, and one is longer."""
     (tmp_path / "texts").mkdir()
     for name, text in {"a": "word " * 40, "b": "word " * 41, "c": "word " * 40, "d": "word", "e": "word"}.items():
         (tmp_path / f"texts/{name}.txt").write_text(text)
@@ -562,7 +563,7 @@ def test_duplicates_are_counted_and_kept(tmp_path, monkeypatch):
     manifest = run(tmp_path / "out", tmp_path / "in.jsonl", count_duplicates=True, val_fraction=0.4)
     assert pipeline.read_summary(tmp_path / "out")["duplicates"] == 20
     assert sum(s.documents for s in manifest.splits.values()) == 30
-    # Copies of a text are on one side: validation measures nothing that was trained on.
+    # All copies of a text are on one side of the split: validation uses no text that was trained on.
     codec = tokenizers.load(tmp_path / "out" / "tokenizer")
     sides = [set(codec.decode(tokens(tmp_path / "out", s)).split("<eos>")) - {""} for s in ("train", "val")]
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 10
@@ -604,7 +605,7 @@ def test_a_text_that_spells_the_end_of_text_does_not_end_a_document(tmp_path):
 
 
 def test_text_that_names_a_tokenizer_of_another_dataset_is_compared_by_content(file, tmp_path):
-    """char and byte have no file of their own: their content is compared as well."""
+    """A char or byte tokenizer is stored only in meshlm_tokenizer.json; its content is compared as well."""
     run(tmp_path / "a", file)
     run(tmp_path / "b", file, str(tmp_path / "a"))
     assert run(tmp_path / "b", file, str(tmp_path / "a")) == formats.read_manifest(tmp_path / "b")
@@ -618,7 +619,7 @@ def test_text_that_names_a_tokenizer_of_another_dataset_is_compared_by_content(f
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])
 def test_a_tokenizer_that_changed_before_a_run_resumes(kind, folder, tmp_path):
-    """Units of the tokenizer that was there before are not used with the new one."""
+    """Units that were encoded with the old tokenizer are not used with the new one."""
     given = tmp_path / "given"
 
     def give(number: int) -> None:

@@ -1,4 +1,4 @@
-"""Plans: the real step compiled for machines that are not here, and what its program must and must not contain.
+"""Plans compile the real step for machines that are not here; these tests check what its program contains.
 
 The compiling tests are slow and need the extra `plan`; `make test-plans` runs them in an environment that has it.
 """
@@ -85,7 +85,7 @@ def test_fsdp_on_gpus_gathers_twice_and_scatters_once_a_layer():
     assert sum(c.count for c in large) == 2 * LAYERS  # forward and backward, all weights of a layer combined
     assert all(c.axes == ("fsdp",) and c.dtype in ("bf16", "bf16+f32") for c in large)
     assert sum(c.count * c.bytes for c in gathers) < 1.01 * 2 * LAYERS * 2 * LAYER_PARAMS
-    # Gradients of matrices and norms in one, summed in float32.
+    # One reduce-scatter per layer sums the gradients of matrices and norms, in float32.
     assert {c.dtype for c in scatters} == {"f32"} and sum(c.count for c in scatters) == LAYERS
     assert sum(c.count * c.bytes for c in scatters) == LAYERS * 4 * (LAYER_PARAMS + 2 * 512)
     assert not of_gradients(collectives)
@@ -101,7 +101,7 @@ def test_fsdp_on_a_tpu_gathers_weights_of_one_layer_in_bfloat16():
     assert sum(c.count for c in weights) == 2 * 7 * LAYERS  # seven matrices, forward and backward
     assert sum(c.count * c.bytes for c in weights) == 2 * LAYERS * 2 * LAYER_PARAMS
     assert sum(c.count * c.bytes for c in gathers if c.dtype != "bf16") <= 2 * LAYERS * 2 * 4 * 512  # norms
-    # Gradients are summed only if each device keeps just its part, by a reduce-scatter or what stands for one.
+    # Each sum of gradients is a reduce-scatter, or an all-reduce of which each device uses only its own shard.
     scatters = in_layers(collectives, "reduce-scatter")
     sums = [c for c in of_gradients(collectives) if set(c.trips) & {LAYERS, LAYERS - 1}]
     assert all(c.sliced == c.bytes for c in sums)
@@ -150,7 +150,7 @@ CASES = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "num_slices", "mesh"), CASES)
 def test_no_logits_of_all_tokens_and_the_state_is_donated(name, num_slices, mesh):
-    """On every mesh, with the flash kernel of the platform; that with a context axis masks documents, too."""
+    """Tests several meshes, with the platform's flash kernel. The one with a context axis also masks documents."""
     program, executable, text = compiled(name, num_slices, mesh)
     shape = program.mesh.shape
     tokens = ROWS * SEQ_LEN // shape["context"]
@@ -163,11 +163,11 @@ def test_no_logits_of_all_tokens_and_the_state_is_donated(name, num_slices, mesh
     calls = " ".join(hlo.custom_calls(text))
     assert "fmha" in calls if name.startswith("h100") else "splash" in calls
     memory = executable.memory_analysis()
-    batch = 4 + sum(  # and the seed
+    batch = 4 + sum(  # 4 bytes are the seed
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(program.abstract_batch(np.uint16))
     )
-    assert memory.argument_size_in_bytes - memory.alias_size_in_bytes <= 64 * 1024 + batch  # padded
+    assert memory.argument_size_in_bytes - memory.alias_size_in_bytes <= 64 * 1024 + batch  # arguments are padded
 
 
 def by_command(*argv: str) -> subprocess.CompletedProcess:
@@ -224,13 +224,13 @@ def test_the_recorded_plan_is_what_is_compiled_now(name, machine):
     assert max(made["beside_bytes"].values()) <= made["peak_bytes"], "a run would end at its first evaluation"
     for part in ("parameters", "optimizer", "gradients", "activations"):
         assert made["memory"][part] == recorded["memory"][part], part
-    if made["jax"] == recorded["jax"]:  # another compiler lays out and overlaps differently
+    if made["jax"] == recorded["jax"]:  # another compiler chooses other layouts and overlaps
         assert made["peak_bytes"] == pytest.approx(recorded["peak_bytes"], rel=0.02)
         assert made["step_s_at_best"] == pytest.approx(recorded["step_s_at_best"], rel=0.02)
 
 
 def test_the_parts_of_memory_are_those_of_the_shapes():
-    """On the CPU's own devices: nothing is compiled."""
+    """The step is lowered for the CPU's own devices; nothing is compiled."""
     cfg = config(8, {"data": 1, "fsdp": 4, "tensor": 2}, model={"remat": "full"})
     chip = chips.CHIPS["v5e"]
     machine = topology.Topology("v5e:2x4", chip, jax.devices(), 1)
@@ -239,8 +239,8 @@ def test_the_parts_of_memory_are_those_of_the_shapes():
     norms = (2 * LAYERS + 1) * 512
     matrices = LAYERS * LAYER_PARAMS + 2 * program.config.model.padded_vocab_size * 512
     assert memory["parameters"] == memory["gradients"] == 4 * (matrices // 8 + norms // 4)
-    assert memory["optimizer"] == 2 * memory["parameters"] + 4  # and Adam's count of steps
-    # Under full remat a layer keeps its input, in bf16; beside them the embedding's result and what the norm keeps.
+    assert memory["optimizer"] == 2 * memory["parameters"] + 4  # 4 bytes are Adam's count of steps
+    # Under full remat each layer keeps its input, in bf16. The embedding's result and what the norm keeps are added.
     inputs = LAYERS * ROWS * SEQ_LEN * 512 * 2
     assert inputs <= memory["activations"] <= 2.5 * inputs
 
@@ -303,7 +303,7 @@ def test_recorded_plans_cover_every_recipe_for_accelerators():
 
 @pytest.mark.parametrize("name", plans.VOCAB_SIZES)
 def test_headers_of_recipes_are_those_of_the_recorded_plans(name):
-    """If a recipe has changed since, run `make plans`."""
+    """If a recipe has changed since its plan was recorded, run `make plans`."""
     recorded = json.loads(plans.FILE.read_text())
     for p in recorded:
         if p["recipe"].split(":")[0] == name:
@@ -325,7 +325,7 @@ def test_the_roofline_is_the_slowest_part():
 
 
 def test_what_runs_beside_the_steps_is_lowered_as_the_run_does_it():
-    """Nothing is compiled."""
+    """The programs are lowered but not compiled."""
     cfg = config(8, {"data": 1, "fsdp": 8}, grad_accum_steps=4)
     program, _ = plan.lower(cfg, jax.devices())
     beside = plan.lower_beside(program)

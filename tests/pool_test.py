@@ -111,7 +111,7 @@ def children(pid: int) -> list[int]:
 
 @pytest.mark.parametrize("after_s", [0.0, 0.05, 0.3, 0.7, 1.5])
 def test_ctrl_c_ends_workers_at_once_and_without_a_word(after_s, tmp_path):
-    """The whole group gets SIGINT, as from a terminal, even while workers start; they would sleep for a minute."""
+    """The process group gets SIGINT, as from a terminal, even while workers start. Each worker would sleep a minute."""
     (tmp_path / "interrupted.py").write_text(INTERRUPTED)
     process = subprocess.Popen(
         [sys.executable, tmp_path / "interrupted.py"], env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
@@ -127,7 +127,7 @@ def test_ctrl_c_ends_workers_at_once_and_without_a_word(after_s, tmp_path):
 
 
 def test_ctrl_c_waits_while_a_worker_starts():
-    """This holds even if another thread gets it: blocking the signal keeps it only from this thread."""
+    """This holds even if another thread gets the signal: blocking it affects only the thread that blocks it."""
     threading.Thread(target=time.sleep, args=(1,), daemon=True).start()
     begun = False
     with pytest.raises(KeyboardInterrupt):

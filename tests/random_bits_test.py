@@ -1,4 +1,4 @@
-"""trainer/parallel/random_bits.py: rows of random bools are those of the whole array."""
+"""trainer/parallel/random_bits.py: rows of random bools equal those of the whole array."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def test_products_of_64_bits():
 
 
 def test_an_array_of_more_than_4_billion_elements():
-    """Attention weights of a large batch are such an array. It does not fit here, so two rows of it are compared."""
+    """Attention weights of a large batch are such an array. It does not fit here, so two of its rows are compared."""
     key, row = jax.random.key(1), 2**17
     part = bernoulli_rows(key, 0.5, (1, 2**16), row)
     assert not np.array_equal(part, bernoulli_rows(key, 0.5, (1, 2**16), row - 2**16)), "2**32 elements apart"

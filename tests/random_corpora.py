@@ -1,6 +1,6 @@
 """Random folders of files as users have them, each with what a reader must find in it.
 
-The truth of a file is known because it was written here: nothing is detected, and no code of data/ is used.
+The truth of a file is known because this module wrote it: nothing is detected, and no code of data/ is used.
 """
 
 import bz2
@@ -53,26 +53,27 @@ BAD_RECORDS = [b'{"text": ', b'{"txt": "a"}', b'{"text": 5}', b'["text"]', b"[" 
 
 @dataclasses.dataclass
 class Truth:
-    """What a file holds.
+    """What a reader must find in a file.
 
     kind: 'text' (one document: `raw`), 'records' (`records`; `raw` is the last of them if that is not UTF-8),
-      'refused' (text that is not read, or what is not text), or 'left out'.
-    records: the text of each, None if it has none (an error unless bad records are skipped), '' if it is empty.
+      'refused' (text in a format that is not read, or content that is not text), or 'left out'.
+    records: the text of each record; None if a record has no text (an error unless bad records are skipped), '' if its
+      text is empty.
     """
 
     kind: str
     raw: bytes = b""
     records: list[str | None] = dataclasses.field(default_factory=list)
-    replaced: int = 0  # U+FFFD that stand for what is not UTF-8
+    replaced: int = 0  # the number of U+FFFD that replace invalid text
     bom: bool = False
-    certain: bool = True  # False: a reader may also call it damaged (a compressed file that was cut off)
+    certain: bool = True  # if False, a reader may also call the file damaged: it is compressed and cut off
 
 
 @dataclasses.dataclass
 class Corpus:
     folder: pathlib.Path
     files: dict[str, Truth]  # by name relative to the folder, on a path without links if there is one
-    left_out: int  # entries that are not read, whatever is in them
+    left_out: int  # the number of entries that are not read, whatever they contain
     has_loop: bool = False
 
 
@@ -82,10 +83,10 @@ def text(rng: random.Random, least: int = 0) -> str:
 
 
 def some_bytes(rng: random.Random) -> bytes:
-    """The bytes of a text: UTF-8, perhaps with a few bytes that are not, or a few NULs."""
+    """The bytes of a text: UTF-8, perhaps with a few bytes that are not UTF-8, or with a NUL."""
     raw = text(rng).encode()
     while any(line.strip().startswith(b"{") and line.strip().endswith(b"}") for line in raw.splitlines()):
-        raw = text(rng).encode()  # it might pass for a record
+        raw = text(rng).encode()  # such a line might pass for a record
     if rng.random() < 0.15 and len(raw) >= 200:
         at = rng.randrange(len(raw) + 1)
         raw = raw[:at] + rng.choice((b"\xff", b"\0", b"\xc3", b"\xed\xa0\x80", b"\xf0\x9f")) + raw[at:]
@@ -223,7 +224,7 @@ def media(rng: random.Random) -> tuple[str, bytes]:
 
 
 def compressed(rng: random.Random, raw: bytes) -> tuple[str, bytes]:
-    """(suffix, content): several members or frames, perhaps with a window that zstd does not accept by default."""
+    """(suffix, content): two gzip members or zstd frames, perhaps with a window that zstd refuses by default."""
     cut = rng.randrange(len(raw) + 1)
     if rng.random() < 0.5:
         return ".gz", gzip.compress(raw[:cut]) + gzip.compress(raw[cut:])
@@ -237,7 +238,7 @@ def compressed(rng: random.Random, raw: bytes) -> tuple[str, bytes]:
 
 
 def write(rng: random.Random, root: pathlib.Path) -> Corpus:
-    """Writes a random folder below `root`, and beside it what links lead to."""
+    """Writes a random folder below `root`, and the targets of its links next to it."""
     source, outside = root / "source", root / "outside"
     source.mkdir()
     outside.mkdir()
@@ -270,12 +271,12 @@ def _write_file(rng: random.Random, corpus: Corpus, folder: pathlib.Path, name: 
         else:
             suffix, (raw, truth) = rng.choice((".jsonl", ".ndjson", ".jl")), json_lines(rng)
             if rng.random() < 0.2 and truth.records and truth.records[0] is not None:
-                suffix = ".json"  # as in C4 and Dolma
+                suffix = ".json"  # C4 and Dolma name JSON lines like this
     else:
         suffix, (raw, truth) = rng.choice(SUFFIXES), plain_text(rng)
     if truth.kind in ("text", "records") and suffix != ".parquet" and rng.random() < 0.25:
         end, raw = compressed(rng, raw)
-        suffix += end if rng.random() < 0.9 else ""  # detected by its content
+        suffix += end if rng.random() < 0.9 else ""  # without the suffix, the content shows compression
         if rng.random() < 0.05:
             raw, truth.certain = raw[: rng.randrange(1, len(raw))], False
     path = folder / (name + suffix)
@@ -288,9 +289,10 @@ def _write_file(rng: random.Random, corpus: Corpus, folder: pathlib.Path, name: 
 
 
 def _write_other(rng: random.Random, corpus: Corpus, folder: pathlib.Path, name: str, outside: pathlib.Path) -> None:
-    """Adds a link, or a hidden, special or empty file: each is left out, or leads to one more file."""
+    """Adds a link, or a hidden, special or empty file. It is left out, unless it is a link to one more file."""
     path, kind = folder / name, rng.randrange(9)
-    # A link to a folder that is read, and one to a file outside, give that file two names with links: either is right.
+    # With both a link back to the folder and a link to a file outside, that file has two names, and a reader may
+    # choose either: only one of these links is made.
     if path.exists() or (kind == 0 and any(outside.iterdir())) or (kind > 6 and corpus.has_loop):
         return
     corpus.has_loop |= kind == 0
@@ -314,7 +316,7 @@ def _write_other(rng: random.Random, corpus: Corpus, folder: pathlib.Path, name:
         if not names:
             return
         path.symlink_to(corpus.folder / rng.choice(names))
-    else:  # a file, or a folder with one, outside
+    else:  # a link to a file outside, or to a folder that holds one
         raw, truth = plain_text(rng)
         raw, truth = (raw, truth) if raw else (b"x", Truth("text", raw=b"x"))
         there = outside / f"{len(list(outside.iterdir()))}"

@@ -1,5 +1,5 @@
-"""Datasets of random folders hold what a plain reading of the folders finds: the same documents in the same order on
-the right side of the split, and everything else counted; or the preparation ends with one line.
+"""Datasets of random folders hold what a plain reading of the folders finds: the same documents, in the same order, on
+the right side of the split, with everything else counted. Otherwise the preparation must end with one line.
 
     python -m tests.random_corpora_test --folders=2000 [--seed=0]
 """
@@ -38,7 +38,7 @@ class Request:
 
 
 class Refused(Exception):
-    """A preparation must end with one line, for this reason."""
+    """The preparation must fail with one line, for this reason."""
 
 
 @dataclasses.dataclass
@@ -65,7 +65,7 @@ def request(rng: random.Random, corpus: Corpus) -> Request:
 
 
 def read(corpus: Corpus, asked: Request) -> Reading:
-    """The plain reading. Raises Refused."""
+    """Reads all files in the plainest way. Raises Refused if a preparation must fail."""
     raw, skip = asked.tokenizer == "byte", asked.bad_records == "skip"
     reading = Reading([], True, asked.split, corpus.left_out, 0, True)
     taken: list[Truth] = []
@@ -83,7 +83,7 @@ def read(corpus: Corpus, asked: Request) -> Reading:
             texts: list[str | bytes | None] = [truth.raw if raw else truth.raw.decode("utf-8", "replace")]
         else:
             texts = [t.encode() if raw and t is not None else t for t in truth.records]
-            if raw and truth.raw:  # a column of bytes is taken as it is
+            if raw and truth.raw:  # the byte tokenizer takes the bytes of a column unchanged
                 texts[-1] = truth.raw
         if None in texts and not skip:
             raise Refused(f"a record of {name!r} has no text")
@@ -91,7 +91,7 @@ def read(corpus: Corpus, asked: Request) -> Reading:
             raise Refused(f"{name!r} is not UTF-8")
         found = [(name, t) for t in texts if t]
         reading.documents += found
-        if not (raw and (truth.kind == "text" or truth.raw)):  # otherwise nothing is decoded
+        if not (raw and (truth.kind == "text" or truth.raw)):  # in the other cases nothing is decoded
             damage += truth.replaced
         if not raw:
             damage += sum(t.count("\0") for _, t in found)
@@ -109,7 +109,7 @@ def read(corpus: Corpus, asked: Request) -> Reading:
 
 
 def splits(corpus: Corpus, reading: Reading, asked: Request, got: dict) -> dict[str, list]:
-    """The documents of both sides; if whole files are split, the side of each is taken from `got`."""
+    """The documents of both sides of the split. If the split is by whole files, `got` shows the side of each file."""
     found: dict[str, list] = {"train": [], "val": []}
     if reading.split == "last":
         cut = int(sum(len(text) for _, text in reading.documents) * (1 - asked.val_fraction))
@@ -130,7 +130,7 @@ def splits(corpus: Corpus, reading: Reading, asked: Request, got: dict) -> dict[
 
 
 def _sides(files: list[list], train: list, val: list) -> list[str] | None:
-    """The side of each file; None if the two sides are not complete files in order."""
+    """The side of each file; None if the two sides do not consist of complete files in order."""
     if not files:
         return None if train or val else []
     texts = files[0]
@@ -210,8 +210,8 @@ def check(seed: int, root: pathlib.Path) -> str:
 
 
 def splits_have_train(corpus: Corpus, reading: Reading, asked: Request) -> bool:
-    """A dataset without a training token is refused."""
-    if reading.split == "file":  # which may give all of the text to validation when other files hold none
+    """Whether a training token exists; a dataset without one is refused."""
+    if reading.split == "file":  # if only one file has text, it may be in validation
         return len({name for name, _ in reading.documents}) > 1
     return any(splits(corpus, reading, asked, {})["train"])
 
@@ -221,7 +221,7 @@ class Killed(BaseException):
 
 
 def killed_and_resumed(rng: random.Random, root: pathlib.Path, corpus: Corpus, asked: Request) -> None:
-    """If a preparation ends at a random unit and starts again, the dataset has the same bytes."""
+    """A preparation that is killed at a random unit and then started again writes the same bytes."""
     left = rng.randrange(4)
 
     def dying(*args, real=encode.encode_unit):

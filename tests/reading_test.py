@@ -1,4 +1,4 @@
-"""What a read error proves: damage only if what was read is wrong, whatever a library makes of the error."""
+"""Diagnosis of read errors: only wrong content proves damage, in whatever way a library reports the error."""
 
 import errno
 import json
@@ -29,7 +29,7 @@ WRONG = [
 
 
 def wrapped(error: BaseException, words: list[bool]) -> BaseException:
-    """Wraps an error as libraries do: one is raised from another, or while it is handled."""
+    """Wraps an error as libraries do: another error is raised from it, or while it is handled."""
     for from_it in words:
         outer = RuntimeError("Failed to load checkpointable: params due to incompatible handler")
         outer.__cause__, outer.__context__ = (error, None) if from_it else (None, error)
@@ -62,14 +62,14 @@ def test_anything_else_proves_nothing(folder, error):
 
 
 def test_what_seems_to_be_missing_and_may_not_be_looked_at_is_not_damage(tmp_path):
-    """Orbax asks whether files exist, and takes every error for no. A mount that is gone has no folder at all."""
+    """Orbax asks whether files exist, and treats any error as "no". If a mount is gone, even the folder is missing."""
     found = reading.diagnose(tmp_path / "gone", WRONG[3])
     assert type(found) is Unreadable and str(tmp_path / "gone") in str(found)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "x"), Unreadable("x", 42), Damaged("x"), Suspect("x")])
 def test_patience(tmp_path, monkeypatch, error):
-    """Reading is retried; content that is wrong is read twice."""
+    """A failed read is retried several times; wrong content is read only once more."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0, 0.0, 0.0))
     tried = []
 
@@ -129,7 +129,7 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
     ],
 )
 def test_the_words_of_a_store_say_whether_an_error_may_pass(words, passes, tmp_path, monkeypatch):
-    """They have no errno. A mirror and a lock end with the same code for them: 42 or 2."""
+    """A store's errors have no errno. The mirror and the lock exit with 42 if an error may pass, and else with 2."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
     tried = []
 

@@ -203,7 +203,7 @@ NOT_TEXT = {
 @pytest.mark.parametrize("name", ["a.txt", "a", "a.jsonl", "a.json", "a.parquet"])
 @pytest.mark.parametrize("what", NOT_TEXT)
 def test_what_is_no_text_is_refused_by_what_it_is(what, name, packed, tmp_path):
-    """Its name does not matter. Records and Parquet, in which random bytes may occur, are left to their readers."""
+    """The file's name does not matter, except that random bytes in records and Parquet are left to their readers."""
     if what.startswith("not text") and name not in ("a.txt", "a"):
         return
     with pytest.raises(recognize.Refusal, match=rf"{what.strip()}.*--format=text") as e:
@@ -299,7 +299,7 @@ def test_what_cannot_be_read_is_an_error_that_names_it(tmp_path):
 @settings(max_examples=120, deadline=None)
 @given(st.text(max_size=400), st.sampled_from([".txt", ".md", ".py", "", ".html"]))
 def test_prose_of_any_script_is_text(tmp_path_factory, text, suffix):
-    """NUL characters are not prose, and are left out here; other control characters stay."""
+    """NUL characters are not prose, so the test removes them; other control characters stay."""
     raw = ("Once, " + text.replace("\0", "")).encode("utf-8", "replace")
     assert told(tmp_path_factory.getbasetemp(), f"prose{suffix}", raw).name == "text"
 
@@ -392,7 +392,7 @@ def test_records_and_prose_about_tokenizers_are_read(tmp_path):
 @pytest.mark.parametrize("packed", ["", ".zst"])
 @pytest.mark.parametrize("raw", JSON_VALUES)
 def test_one_json_value_is_no_text(raw, packed, tmp_path):
-    """It may be complete, cut off, or longer than the part that is examined. Under another name it is text."""
+    """The value may be complete, cut off, or longer than the examined part. In a file named .txt, it is text."""
     with pytest.raises(recognize.Refusal, match=r"JSON.*jq -c \..*--format=text") as e:
         told(tmp_path, "a.json" + packed, PACK[packed](raw))
     assert e.value.is_beside

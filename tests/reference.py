@@ -1,7 +1,7 @@
 """The transformer again, in plain NumPy and float64, written from the papers' definitions: slow and easy to check.
 
-It shares no code with the model package. It reads sizes from the shapes of the parameters if it can, so that a derived
-one (the size of a head or the MLP) that is wrong in the model is not equally wrong here.
+It shares no code with the model package. If possible, it reads sizes from the shapes of the parameters, so that an
+error in a size that the model derives (that of a head or the MLP) is not repeated here.
 """
 
 import math
@@ -15,7 +15,7 @@ def forward(params: dict, config, tokens: np.ndarray) -> np.ndarray:
 
 
 def forward_and_attention(params: dict, config, tokens: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """`forward`, and the attention weights of each layer and head, [b, t, s] each."""
+    """Does `forward`, and also returns the attention weights of each layer and head, [b, t, s] each."""
     params = as_float64(params)
     tokens = np.asarray(tokens)
     x = params["embedding"][tokens] * (config.embedding_scale or 1.0)
@@ -58,10 +58,10 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def rotate(x: np.ndarray, positions: np.ndarray, theta: float, scaling=None) -> np.ndarray:
-    """RoPE of x [t, d]: the pair (x_i, x_{i + d/2}), as a complex number, turned by position · theta^(-2i/d).
+    """RoPE of x [t, d]: rotates the pair (x_i, x_{i + d/2}), as a complex number, by position · theta^(-2i/d).
 
     Args:
-      scaling: a RopeScaling; None: none.
+      scaling: a RopeScaling, or None for no scaling.
     """
     out = np.empty_like(x, dtype=np.float64)
     d = x.shape[-1]
@@ -76,7 +76,7 @@ def rotate(x: np.ndarray, positions: np.ndarray, theta: float, scaling=None) -> 
 
 
 def _scaled_frequency(frequency: float, i: int, d: int, theta: float, scaling) -> float:
-    """As the papers' authors publish it: Llama 3.1's reference code, and YaRN's."""
+    """The scaled frequency, computed as in the reference code of Llama 3.1 and YaRN."""
     if scaling is None or scaling.kind == "none":
         return frequency
     if scaling.kind == "linear":

@@ -1,6 +1,6 @@
-"""Object stores: the cache has what the store has, fetched once; a run from a store equals one from a folder.
+"""Object stores: the cache holds each object, fetched once; a run on a dataset in a store equals one on a folder.
 
-The clients are the real ones, the stores speak their protocols on loopback (object_store.py).
+The clients are the real ones; the stores speak their protocols on loopback (object_store.py).
 """
 
 import errno
@@ -125,7 +125,7 @@ def test_what_is_wrong_is_said_in_one_line(scheme, store, tmp_path, monkeypatch)
 
 @schemes
 def test_no_key_writes_or_removes_anything_outside_the_cache(scheme, store, tmp_path):
-    """A path or an object that would be outside is refused, and what is there stays as it is."""
+    """A path or key that leads outside the cache is refused, and the files there stay unchanged."""
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "thesis.tex").write_text("years of work")
@@ -155,7 +155,7 @@ def test_inspect_writes_nothing_outside_the_cache(store, tmp_path):
 
 @schemes
 def test_a_pattern_is_that_of_a_disk_and_what_is_listed_is_what_is_read(scheme, store):
-    """This holds whatever another run has fetched; hidden parts and folders below a match do not count."""
+    """This holds whatever another run has fetched before. Hidden names do not match, and a folder is not a match."""
     for key in ("t/0.bin", "t/a/1.bin", "t/b/c/2.bin", "t/.h/3.bin", "t/x.bin/4.bin"):
         store.put(key, key.encode())
     remote.fetch(f"{scheme}://a-bucket/t")
@@ -192,7 +192,7 @@ def test_a_copy_that_is_not_as_it_was_made_is_fetched_again(damage, store):
 
 
 def test_only_copies_are_removed_from_the_cache(store):
-    """An index that launch.pack wrote beside them stays, and so does one that replaced a copy."""
+    """An index that launch.pack wrote next to the copies stays, and so does an index that replaced a copy."""
     store.put("set/manifest.json", b"{}")
     store.put("set/train.packed-8.bin", b"old")
     store.put("set/gone.bin", b"x")
@@ -240,7 +240,7 @@ def test_a_link_in_the_cache_leads_nowhere(store, tmp_path):
 
 
 def test_a_disk_that_is_full_is_left_as_it_was(store, monkeypatch):
-    """Nothing is left of what did not fit: it would take up the space that is missing."""
+    """No partial file is left, because it would take up the space that is missing."""
     store.put("set/a.bin", b"old")
     folder = pathlib.Path(remote.fetch("gs://a-bucket/set"))
     store.put("set/a.bin", b"new")
@@ -257,7 +257,7 @@ def test_a_disk_that_is_full_is_left_as_it_was(store, monkeypatch):
 
 
 def test_keys_of_any_characters(store):
-    """They are the same in the cache."""
+    """A file in the cache has the same name as its key."""
     for key in ("set/caf\xe9 \u4e2d.bin", "set/#?%.bin", "set/back\\slash.bin", "set/~.bin"):
         store.put(key, key.encode())
     folder = pathlib.Path(remote.fetch("gs://a-bucket/set"))
@@ -266,7 +266,7 @@ def test_keys_of_any_characters(store):
 
 @schemes
 def test_files_of_a_dataset_in_a_store_are_never_taken_for_loose_ones(scheme, store, tmp_path):
-    """What the store has now decides: a manifest that is only in the cache does not count."""
+    """Only the store's current content counts: a manifest that exists only in the cache is ignored."""
     path = f"{scheme}://a-bucket/sets/dataset"
     for name, content in contents(runs.dataset(tmp_path)).items():
         store.put(f"sets/dataset/{name}", content)
@@ -280,7 +280,7 @@ def test_files_of_a_dataset_in_a_store_are_never_taken_for_loose_ones(scheme, st
 
 
 def test_a_run_from_a_store_is_that_from_the_folder(store, tmp_path):
-    """A mixture of a store and a folder opens, too."""
+    """A mixture of a dataset in a store and one in a folder can be opened, too."""
     folder = runs.dataset(tmp_path)
     for name, content in contents(folder).items():
         store.put(f"sets/dataset/{name}", content)

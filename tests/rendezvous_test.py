@@ -1,4 +1,4 @@
-"""Where processes meet before JAX starts: which are let in, which are refused, and what else may listen there."""
+"""The rendezvous of processes before JAX starts: which ones it accepts or refuses, and what else may have its port."""
 
 import contextlib
 import http.server
@@ -33,12 +33,12 @@ def release(locks: list[socket.socket]) -> None:
 
 
 def peer(process: int, run: str = "/runs/a", pid: int = 1) -> Peer:
-    """Another process for each pid."""
+    """A process of a run; each pid makes it a different process."""
     return Peer.myself(process, run)._replace(pid=1000 * process + pid)
 
 
 def joining(port: int, *peers: Peer, within_s: float = 10.0):
-    """Lets each peer join on a thread. Returns the threads, and what each peer ends with."""
+    """Lets each peer join in a thread. Returns the threads, and by peer its result or error."""
     ended: dict[int, object] = {}
 
     def join(i: int) -> None:
@@ -50,12 +50,12 @@ def joining(port: int, *peers: Peer, within_s: float = 10.0):
     threads = [threading.Thread(target=join, args=(i,)) for i in range(len(peers))]
     for thread in threads:
         thread.start()
-        time.sleep(0.05)  # they come in this order
+        time.sleep(0.05)  # peers connect in this order
     return threads, ended
 
 
 def opened(size: int, *peers: Peer, run: str = "/runs/a") -> tuple[list[str], dict[int, object]]:
-    """What process 0 says about peers that it refuses, and what each peer ends with."""
+    """What process 0 says about peers that it refuses, and by peer its result or error."""
     port = runs.free_port()
     threads, ended = joining(port, *peers)
     with contextlib.closing(Rendezvous(f"localhost:{port}", port, size, run)) as meeting:
@@ -96,7 +96,7 @@ def test_who_does_not_belong_is_refused_and_the_others_are_not(stranger, said):
         for thread in (waiting, *first):
             thread.join()
     assert len(refused) == 1 and said in refused[0]
-    kind = Stopped if "second" in said else ConfigError  # the first may be gone silently, with its machine
+    kind = Stopped if "second" in said else ConfigError  # the first process may have died silently
     assert isinstance(ended[1], kind) and said in str(ended[1]) and "pid " in str(ended[1])
     assert ended[0] is None and ended[2] is None
 
@@ -121,7 +121,7 @@ def test_who_went_away_may_come_again():
 
 
 def spoken(port: int, who: Peer) -> socket.socket:
-    """A connection over which `who` has introduced itself, and sends nothing more, not even that it is gone."""
+    """A connection on which `who` introduces itself and then sends nothing more, not even when it is gone."""
     connection = socket.create_connection(("localhost", port))
     assert connection.recv(100) == rendezvous.GREETING
     connection.sendall(json.dumps(who._asdict()).encode() + b"\n")
@@ -129,7 +129,7 @@ def spoken(port: int, who: Peer) -> socket.socket:
 
 
 def test_who_comes_again_takes_its_place():
-    """Its connection was lost silently, and process 0 still counts it."""
+    """The first connection of a peer was lost silently, and process 0 still counts it."""
     port = runs.free_port()
     with contextlib.closing(Rendezvous(f"localhost:{port}", port, 3, "/runs/a")) as meeting:
         refused: list[str] = []
@@ -138,7 +138,7 @@ def test_who_comes_again_takes_its_place():
         with spoken(port, peer(1)) as lost:
             runs.wait_until(lambda: meeting.missing == [2])
             threads, ended = joining(port, peer(1))
-            runs.wait_until(lambda: lost.recv(100) == b"")  # it was closed
+            runs.wait_until(lambda: lost.recv(100) == b"")  # process 0 closed it
             more, ended_2 = joining(port, peer(2))
             for thread in (waiting, *threads, *more):
                 thread.join()
@@ -146,7 +146,7 @@ def test_who_comes_again_takes_its_place():
 
 
 def test_what_a_closed_connection_still_said_is_not_heard():
-    """Two send at the same time; when process 0 reads the later one, it closes the other."""
+    """Two connections of a peer send at the same time; when process 0 reads the second, it closes the first."""
     port = runs.free_port()
     with contextlib.closing(Rendezvous(f"localhost:{port}", port, 3, "/runs/a")) as meeting:
         lost, again = (socket.create_connection(("localhost", port)) for _ in range(2))
@@ -162,7 +162,7 @@ def test_what_a_closed_connection_still_said_is_not_heard():
 
 
 def test_a_machine_that_is_gone_is_noticed():
-    """It sends nothing: the kernel probes it (keep-alive)."""
+    """A machine that is gone sends nothing, so the kernel must probe it (keep-alive)."""
     port, asked = runs.free_port(), socket.SO_KEEPALIVE
     with contextlib.closing(Rendezvous(f"localhost:{port}", port, 3, "/runs/a")) as meeting:
         waiting = threading.Thread(target=lambda: list(meeting.wait()), daemon=True)
@@ -187,11 +187,11 @@ def test_what_a_kernel_does_not_know_keeps_nobody_out(option, monkeypatch):
     with contextlib.closing(meeting), socket.create_connection(("localhost", port), timeout=1.0) as connection:
         meeting._accept()
         assert connection.recv(100) == rendezvous.GREETING
-        rendezvous._keep_alive(connection)  # nor does a peer fail by itself
+        rendezvous._keep_alive(connection)  # this does not fail in a peer, either
 
 
 def test_the_second_of_a_number_comes_in_when_the_first_is_found_to_be_gone(monkeypatch):
-    """Its machine died silently, and is replaced before the kernel of process 0 notices."""
+    """The first process's machine died silently, and was replaced before the kernel of process 0 noticed."""
     monkeypatch.setattr(rendezvous, "GONE_S", 10.0)
     assert (
         rendezvous.KEEP_ALIVE["TCP_KEEPIDLE"]
@@ -205,7 +205,7 @@ def test_the_second_of_a_number_comes_in_when_the_first_is_found_to_be_gone(monk
         with spoken(port, peer(1)):
             runs.wait_until(lambda: meeting.missing == [2])
             threads, ended = joining(port, peer(1, pid=2))
-            time.sleep(1.2)  # it has tried three times
+            time.sleep(1.2)  # the second process has tried three times
             assert not ended
         runs.wait_until(lambda: len(meeting._arrived) == 1 and meeting._arrived[1][1] == peer(1, pid=2))
         more, ended_2 = joining(port, peer(2))
@@ -226,7 +226,7 @@ def test_one_folder_by_any_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("ends", [True, False])
 def test_the_earlier_attempt_of_process_0_is_waited_for(ends, tmp_path):
-    """It may still be saving. That its port is not free is not a mistake in the settings."""
+    """The earlier attempt may still be saving, so a port that is not free is not a mistake in the settings."""
     port, reasons = runs.free_port(), []
     earlier = [
         *rendezvous._acquire_locks(rendezvous._lock_names(port, str(tmp_path))),
@@ -246,7 +246,7 @@ def test_the_earlier_attempt_of_process_0_is_waited_for(ends, tmp_path):
 
 @contextlib.contextmanager
 def descriptors(left: int):
-    """Lets this process open only `left` more."""
+    """Lets this process open only `left` more file descriptors."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = (fd for fd in range(soft) if not os.path.exists(f"/proc/self/fd/{fd}"))
     most = max((fd + 1 for fd in itertools.islice(free, left)), default=0)
@@ -259,7 +259,7 @@ def descriptors(left: int):
 
 @pytest.mark.parametrize("left", [0, 3])
 def test_without_descriptors_it_does_not_spin(left, monkeypatch):
-    """Silent connections are closed to make room. If there are none, it says so once, and retries now and then."""
+    """Process 0 closes silent connections to make room. If there are none, it warns once and retries now and then."""
     monkeypatch.setattr(rendezvous, "_allow_files", lambda size: None)
     port, said, tried = runs.free_port(), [], []
     real = Rendezvous._make_room
@@ -279,7 +279,7 @@ def test_without_descriptors_it_does_not_spin(left, monkeypatch):
 
 @pytest.mark.parametrize("then", ["nothing", "another"])
 def test_a_process_0_that_goes_away_is_what_is_missing(then):
-    """The error names process 0 and not the others, and does not take the port for another run's."""
+    """The error names process 0, not the other processes, and does not say that another run has the port."""
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
         threads, ended = joining(port, peer(1), within_s=2.0)
@@ -331,7 +331,7 @@ def http_server():
 
 
 def test_a_port_that_another_program_has():
-    """JAX's service crashed there (139)."""
+    """JAX's own service crashed on such a port (exit code 139)."""
     server = http_server()
     port = server.server_address[1]
     with pytest.raises(ConfigError, match=f"port {port} of this host is not free .*another run or program") as e:
@@ -345,7 +345,7 @@ def test_a_port_that_another_program_has():
 
 @pytest.mark.parametrize("said", [b"", b"\x00\x00\x18\x04", rendezvous.GREETING[:-1]])
 def test_who_says_half_a_line_and_then_nothing_is_not_waited_for(said):
-    """The service of a run that has begun behaves like this until a connection sends its first bytes."""
+    """JAX's service, once a run has started, behaves like this until a client sends its first bytes."""
     with socket.create_server(("localhost", 0)) as server:
         threads, ended = joining(server.getsockname()[1], peer(1), within_s=0.5)
         connection, _ = server.accept()
@@ -358,7 +358,7 @@ def test_who_says_half_a_line_and_then_nothing_is_not_waited_for(said):
 def test_two_runs_never_have_one_port_not_even_for_a_moment():
     port = runs.free_port()
     first = Rendezvous(f"localhost:{port}", port, 2, "/runs/a")
-    first.close()  # and JAX has not begun yet
+    first.close()  # JAX has not taken the port yet
     held = rendezvous._locks.copy()
     rendezvous._locks.clear()
     with pytest.raises(ConfigError, match="is not free"):

@@ -1,4 +1,4 @@
-"""The restart log: complete rows after any cut, and a goodput from 0 to 1 whatever the files hold."""
+"""The restart log has complete rows after any cut, and goodput is from 0 to 1 whatever the files hold."""
 
 import json
 import pathlib
@@ -35,7 +35,7 @@ def attempt(first: int, last: int, seconds: float, waited: float = 0.0, number: 
 
 
 def begun(folder: pathlib.Path) -> pathlib.Path:
-    """Makes a folder a run, as the trainer does."""
+    """Makes the folder a run directory, as the trainer does."""
     (folder / "config.json").touch()
     return folder
 
@@ -94,7 +94,7 @@ def test_a_full_disk_is_a_warning_and_the_rows_follow(tmp_path, monkeypatch):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 10, hard))
     try:
-        ended(log)  # ten bytes of it are written
+        ended(log)  # ten bytes of the row are written
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert len(warned) == 1 and str(log.path) in warned[0]
@@ -105,7 +105,7 @@ def test_a_full_disk_is_a_warning_and_the_rows_follow(tmp_path, monkeypatch):
 
 
 def test_nothing_is_written_into_a_folder_that_is_no_run_yet(tmp_path):
-    """The trainer refuses such a folder unless it is empty."""
+    """The log must write nothing there: the trainer refuses a folder that has files but is not a run directory."""
     log = RestartLog(tmp_path / "run")
     ended(log)
     assert not (tmp_path / "run").exists()
@@ -129,7 +129,7 @@ def test_only_committed_steps_count(tmp_path):
     assert restarts.newest_step(tmp_path) == 0
     commit(tmp_path, 20)
     commit(tmp_path, 100)
-    (tmp_path / "checkpoints" / "200").mkdir()  # being written
+    (tmp_path / "checkpoints" / "200").mkdir()  # this checkpoint is being written
     for name in ("300.orbax-checkpoint-tmp", "²"):
         (tmp_path / "checkpoints" / name).mkdir()
         (tmp_path / "checkpoints" / name / "_CHECKPOINT_METADATA").touch()
@@ -150,7 +150,7 @@ def test_lost_steps_are_those_of_this_attempt(tmp_path):
         20,
         10,
     )
-    # It ends before it has cut the rows of the attempt before, which has lost them already.
+    # This attempt ends before it has cut the rows that the previous one lost; they count as lost only once.
     assert ended(log).lost_steps == 0
     log.begin()
     (tmp_path / "metrics.jsonl").unlink()
@@ -189,12 +189,17 @@ def test_table(tmp_path):
 def test_goodput_by_hand():
     rows = [row(10, 1.0), {"step": 10, "val/loss": 1.0}, row(20, 2.0), row(30, 1.0)]
     assert restarts.goodput(rows, [attempt(0, 30, 80.0)]) == 40 / 80
-    assert restarts.goodput(rows, [attempt(0, 25, 80.0)]) == 35 / 80  # what is not committed is lost
-    assert restarts.goodput(rows, [attempt(20, 30, 80.0)]) == 10 / 80  # steps before supervision
-    assert restarts.goodput(rows, [attempt(0, 10, 30.0), attempt(20, 30, 40.0, waited=10.0)]) == 20 / 80  # and between
-    assert restarts.goodput(rows, [attempt(0, 20, 40.0), attempt(10, 30, 40.0)]) == 40 / 80  # done twice, counted once
-    assert restarts.goodput(rows, [attempt(0, 20, 40.0), attempt(20, 10, 40.0)]) == 10 / 80  # lost again: quarantined
-    assert restarts.goodput(rows, [attempt(0, 90, 80.0)]) == 40 / 80  # no time is known after the last row
+    # Steps that are not committed are lost.
+    assert restarts.goodput(rows, [attempt(0, 25, 80.0)]) == 35 / 80
+    # Steps before supervision do not count, nor do steps between two attempts.
+    assert restarts.goodput(rows, [attempt(20, 30, 80.0)]) == 10 / 80
+    assert restarts.goodput(rows, [attempt(0, 10, 30.0), attempt(20, 30, 40.0, waited=10.0)]) == 20 / 80
+    # A step that was done twice counts once.
+    assert restarts.goodput(rows, [attempt(0, 20, 40.0), attempt(10, 30, 40.0)]) == 40 / 80
+    # Steps whose checkpoint was quarantined are lost again.
+    assert restarts.goodput(rows, [attempt(0, 20, 40.0), attempt(20, 10, 40.0)]) == 10 / 80
+    # The time of steps after the last row is not known.
+    assert restarts.goodput(rows, [attempt(0, 90, 80.0)]) == 40 / 80
     assert restarts.goodput(rows, []) is None
     assert restarts.goodput([], [attempt(0, 30, 80.0)]) == 0
 
@@ -211,7 +216,7 @@ def test_a_row_of_compilation_is_no_step_time():
     ends=st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20), st.floats(0, 100), st.floats(0, 100)), min_size=1),
 )
 def test_goodput_of_a_run_is_the_share_of_kept_steps(every, step_time, ends):
-    """Attempts that keep `kept` steps and lose `lost`, with overhead and a wait."""
+    """Each attempt keeps `kept` steps and loses `lost`, with overhead and a wait."""
     attempts, at, wall = [], 0, 0.0
     for number, (kept, lost, overhead, waited) in enumerate(ends, start=1):
         seconds = (kept + lost) * step_time + overhead + 1e-3

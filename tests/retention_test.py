@@ -1,4 +1,4 @@
-"""Which checkpoints stay, and when one is due by time, whatever the steps and times."""
+"""Which checkpoints are kept, and when a save is due by time, whatever the steps and times."""
 
 import math
 import statistics
@@ -52,7 +52,7 @@ def test_what_a_stop_leaves_takes_the_place_of_no_planned_step(every, last, stop
 
 @given(st.dictionaries(st.integers(1, 99), LOSSES), st.dictionaries(st.integers(1, 99), st.integers(0, 2)))
 def test_losses_over_other_windows_are_not_compared(steps, windows):
-    """For each number of windows the best stays, as if there were no others."""
+    """For each number of evaluated windows, the best checkpoint is kept as if there were no others."""
     config = CheckpointConfig(keep_last=1, keep_best=1)
     wanted = set()
     for number in {windows.get(step) for step in steps} | {None}:
@@ -63,7 +63,7 @@ def test_losses_over_other_windows_are_not_compared(steps, windows):
 
 @given(st.dictionaries(st.integers(1, 99), LOSSES), st.integers(1, 5), st.integers(0, 3))
 def test_a_newer_step_never_brings_an_older_one_back(steps, last, best):
-    """What was deleted is gone: what to keep is decided again after every save, and must not include it."""
+    """The checkpoints to keep are chosen again after every save; a deleted checkpoint must not be among them."""
     config = CheckpointConfig(keep_last=last, keep_best=best)
     before = kept(steps, config)
     assert kept({step: steps.get(step) for step in before} | {100: None}, config) <= before | {100}
@@ -82,7 +82,7 @@ def test_due_after_the_minutes_and_not_before(minutes, later):
 
 @given(stalls=st.lists(st.floats(0, 1e3), min_size=1), share=st.floats(0.001, 1))
 def test_slow_saves_become_rarer(stalls, share):
-    """Saves stall the loop for at most this share of the time, unless they are three times the set minutes apart."""
+    """Saves stall the loop for at most `share` of the time, or are three times the configured minutes apart."""
     saves = clock(share=share)
     for stall in stalls:
         saves.started(2000.0, stall)
@@ -103,7 +103,7 @@ def test_one_slow_save_puts_nothing_off(fast, slow):
 
 @pytest.mark.parametrize("minutes", [0, 10])
 def test_a_failed_save_is_tried_again_ever_more_rarely(minutes):
-    """Fault 12: a full disk is tried again soon, but does not keep the loop busy with saving."""
+    """Fault 12: a save to a full disk is tried again soon, but saving does not keep the loop busy."""
     saves, now = clock(minutes), 2000.0
     for pause in (RETRY_S, 2 * RETRY_S, 4 * RETRY_S):
         saves.started(now, 0.0)

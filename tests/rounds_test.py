@@ -1,4 +1,4 @@
-"""Agreements and their cost: processes are threads, and a store counts calls. Real processes: coordination_test.py."""
+"""Agreements and their cost. Processes are threads, and a store counts calls; coordination_test.py has real ones."""
 
 import contextlib
 import random
@@ -103,7 +103,7 @@ def test_a_process_0_that_does_not_come(monkeypatch):
 
 @pytest.mark.parametrize("late", [0, 1, 3])
 def test_an_agreement_that_ends_ends_for_all(monkeypatch, late):
-    """Process 0 used to continue by itself with what it had found, and late processes heard nothing."""
+    """Process 0 used to continue by itself with the answers it had, and late processes never heard of the error."""
     monkeypatch.setattr(rounds, "ANSWER_GRACE_S", 0.1)
     gang, heard = Gang(4, timeout_s=0.2), []
     gang.all(lambda p: p.listen_for_errors(lambda error: heard.append((p.index, error))))
@@ -204,7 +204,7 @@ def test_events_are_taken_up_at_one_tick_by_all_whoever_asks():
     gang = Gang(4)
     listen(gang)
     for k in range(20):
-        for p in random.Random(k).sample(gang.processes, 2):  # two ask at the same time
+        for p in random.Random(k).sample(gang.processes, 2):  # two processes request it at the same time
             threading.Thread(target=p.request, args=(SAVE,)).start()
         ticks = gang.all(lambda p: ticks_until(p, SAVE))
         assert len(set(ticks)) == 1, ticks
@@ -212,7 +212,7 @@ def test_events_are_taken_up_at_one_tick_by_all_whoever_asks():
 
 
 def test_a_process_that_stands_still_longer_than_any_limit_makes_nobody_deaf(caplog, monkeypatch):
-    """After one agreement that took too long, no request was heard any more: no timed saves, no SIGTERM."""
+    """After one agreement that took too long, processes used to ignore all requests: timed saves and SIGTERM."""
     monkeypatch.setattr(rounds, "WARN_AFTER_S", 0.2)
     gang = Gang(3, timeout_s=0.1)
     deaf: list[object] = []
@@ -238,7 +238,7 @@ def test_who_cannot_hear_any_more_says_so():
 
 
 def test_the_last_of_many_requests_costs_what_the_first_did_and_none_leaves_a_key():
-    """benchmarks.coordination makes ten thousand, through JAX's service."""
+    """benchmarks.coordination makes ten thousand requests, through JAX's service."""
     gang = Gang(2)
     listen(gang)
     calls = []
@@ -263,13 +263,13 @@ def test_bytes_and_keys_grow_no_faster_than_the_processes(what):
     costs = [costs_of(what, size) for size in (8, 64)]
     (_, sent, keys), (more_calls, more_sent, more_keys) = costs
     others = 63 / 7
-    # About three calls per process, and more for one that waits long: never as many as there are processes.
+    # A process makes about three calls, and more if it waits long, but never as many as there are processes.
     assert more_calls < 10 * 64 and more_keys < 1.2 * others * keys, costs
-    assert more_sent < 1.5 * others * sent, costs  # what has come is looked at after 1, 2, 4, … waits
+    assert more_sent < 1.5 * others * sent, costs  # arrived values are read after 1, 2, 4, … waits
 
 
 def costs_of(what: str, size: int) -> tuple[int, int, int]:
-    """Calls, bytes and keys of one agreement after others."""
+    """Calls and bytes of the second of two agreements, and the largest number of keys during both."""
     gang = Gang(size)
     listen(gang)
     fields = {f"config.field{i}": "x" * 30 for i in range(100)}
@@ -298,12 +298,12 @@ def test_a_difference_costs_the_details_of_two():
     before = gang.store.sent
     errors = gang.all(lambda p: p.check_same("setting", fields | {"last": p.index // 20}))
     assert all(isinstance(error, ConfigError | RemoteError) for error in errors)
-    # Process 0 reads its own without the store; the other's is sent once and read twice at most, with the rest.
+    # Process 0 has its own details without the store; the other process's are sent once and read at most twice.
     assert gang.store.sent - before < 4 * len(str(fields)) + 32 * 2 * 400
 
 
 def test_a_wait_without_a_limit_is_few_calls(monkeypatch):
-    """Each call that timed out stays in JAX's service until the key is set."""
+    """A call that timed out stays in JAX's service until the key is set, so there must be few calls."""
 
     class Empty:
         calls = 0

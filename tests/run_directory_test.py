@@ -1,4 +1,4 @@
-"""Run directory: nothing of another run, or of another kind, is ever overwritten."""
+"""The run directory: a file of another run, or a file that is not of a run, is never overwritten."""
 
 import dataclasses
 import errno
@@ -120,7 +120,7 @@ def test_what_is_recorded(tmp_path, config, data):
 
 
 def test_the_commit_of_a_checkout_that_another_user_owns(tmp_path, monkeypatch):
-    """As in a container: git refused, and environment.json silently had null."""
+    """This happens in containers: git refused such a checkout, and environment.json silently had null."""
     monkeypatch.setattr(run_directory, "__file__", str(tmp_path / "run_directory.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     found = run_directory._commit()
@@ -148,7 +148,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, config):
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ELOOP, errno.ENOSPC])
 @pytest.mark.parametrize("method", ["stat", "iterdir", "read_text", "open"])
 def test_what_cannot_be_read_or_written_is_one_line(tmp_path, config, data, monkeypatch, code, method):
-    """Code 42 if it may pass, else 2, after retries. A run that cannot be seen is not taken for a new one."""
+    """After retries, the code is 42 if the error may pass, else 2. A run that cannot be read does not count as new."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0,))
     run = tmp_path / "run"
     run.mkdir()
@@ -188,7 +188,7 @@ def test_what_cannot_be_read_or_written_is_one_line(tmp_path, config, data, monk
 
 
 def test_a_path_that_is_too_long_or_leads_nowhere_is_one_line(tmp_path, config):
-    """A run on a disk that is gone must not start over beside it."""
+    """If the disk of a run is gone, the run must not start over on another disk."""
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "run").mkdir()

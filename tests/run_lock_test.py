@@ -28,12 +28,12 @@ from trainer.reliability import reading, run_lock
 from trainer.reliability.run_lock import RunLock
 
 BEAT_S, STALE_S = 0.05, 0.6
-WAIT_S = 20  # for what should come at once
+WAIT_S = 20  # the limit for what should happen at once
 REFUSED = (
     r"^{} is being trained by {} pid {}; wait for it, choose another --workdir, or take it over with --steal_lock$"
 )
 
-# argv: location, host to pretend to be on ('' for ours), steal. A line on stdin: take the run; the next: give it back.
+# argv: location, host to pretend to be on ('' for ours), steal. A line on stdin takes the run, the next releases it.
 CHILD = f"""
 import dataclasses, logging, sys
 from trainer.reliability import run_lock
@@ -72,7 +72,7 @@ class Child:
         self.process.stdin.write(f"{line}\n")
 
     def says(self, *starts: str) -> str:
-        """The next line that starts with one of these."""
+        """The next line of output that starts with one of `starts`."""
         for line in self.process.stdout:
             if line.startswith(starts):
                 return line.strip()
@@ -99,7 +99,7 @@ def children():
 
 @pytest.fixture
 def take():
-    """Makes locks of this process, pretending to be on `host`, and gives them back after the test."""
+    """Makes locks of this process, which pretends to be on `host`, and releases them after the test."""
     with contextlib.ExitStack() as stack:
 
         def make(
@@ -139,7 +139,7 @@ def record(run: pathlib.Path) -> dict:
 
 
 def leave_record(run: pathlib.Path, **fields) -> run_lock.Owner:
-    """Leaves the record of an owner that did not give the run back."""
+    """Leaves the record of an owner that did not release the run."""
     owner = dataclasses.replace(run_lock.this_process(), **fields)
     run.mkdir(exist_ok=True)
     (run / ".lock").write_text(json.dumps({**dataclasses.asdict(owner), "beat": 7, "time": "2026-01-01T00:00:00"}))
@@ -160,7 +160,7 @@ def ended_pid() -> int:
 
 
 def test_an_owner_that_lives_is_refused_at_once_and_a_released_run_is_free(tmp_path, take):
-    """Two runs in one directory: the second must say who has it, and leave nothing behind."""
+    """Starts a second run in the same directory: it must name the owner, and leave no file behind."""
     run = tmp_path / "new" / "run"
     lock = take(run, stale=60)
     before = time.monotonic()
@@ -176,7 +176,7 @@ def test_an_owner_that_lives_is_refused_at_once_and_a_released_run_is_free(tmp_p
 
 
 def test_the_record_says_who_and_beats(tmp_path, take):
-    """What other processes and users rely on: who owns it, a counter that increases, and no other file."""
+    """Processes and users rely on this: the record names the owner and has a rising counter; there is no other file."""
     lock = take(tmp_path)
     first = record(tmp_path)
     assert {k: first[k] for k in ("id", "pid", "host")} == {
@@ -195,7 +195,7 @@ def test_the_record_says_who_and_beats(tmp_path, take):
 
 
 def test_a_killed_owner_of_this_machine_is_replaced_at_once(tmp_path, children, take, warnings):
-    """kill -9, even while the dead process is a zombie: the run must resume without a minute's wait."""
+    """After kill -9, even while the dead process is a zombie, the run must resume without a minute's wait."""
     child = children(tmp_path)
     child.takes()
     with pytest.raises(ConfigError, match=f"pid {child.process.pid};"):
@@ -211,7 +211,7 @@ def test_a_killed_owner_of_this_machine_is_replaced_at_once(tmp_path, children, 
 
 
 def test_an_owner_that_cannot_be_any_more_is_replaced_at_once(tmp_path, take):
-    """If the pid is another process's now, there is nothing to wait for."""
+    """If the owner's pid now belongs to another process, there is nothing to wait for."""
     leave_record(tmp_path, start=1)
     before = time.monotonic()
     take(tmp_path, stale=60)
@@ -242,7 +242,7 @@ def test_an_owner_that_cannot_be_seen_is_watched(fields, tmp_path, take, warning
 
 @pytest.mark.parametrize("fields", [{"boot": "another"}, {"boot": "another", "machine": ""}])
 def test_a_clone_that_lives_keeps_its_run(fields, tmp_path, take):
-    """One image, one host name: the run is not taken from a job that has a heartbeat."""
+    """Clones of one image have the same host name, but a run is not taken from a job that has a heartbeat."""
     lost = []
     first = take(tmp_path, beat=0.05, lost=lost, **fields)
     with pytest.raises(ConfigError, match="is being trained by"):
@@ -251,7 +251,7 @@ def test_a_clone_that_lives_keeps_its_run(fields, tmp_path, take):
 
 
 def test_a_copied_record_is_nobodys(tmp_path, take):
-    """cp -r of a run that is being trained: the copy can be trained, the run is not harmed."""
+    """After cp -r of a run that is being trained, the copy can be trained, and the run is not harmed."""
     lost = []
     first = take(tmp_path / "live", beat=0.05, lost=lost)
     shutil.copytree(tmp_path / "live", tmp_path / "copy")
@@ -264,7 +264,7 @@ def test_a_copied_record_is_nobodys(tmp_path, take):
 
 
 def test_an_error_that_passes_is_tried_again(tmp_path, take, monkeypatch):
-    """A brief file system error at the start is retried; for one that stays, the launcher may try again."""
+    """A brief file system error at the start is retried; after a persistent one, the launcher may try again."""
     monkeypatch.setattr(reading, "PAUSES_S", (0.0, 0.0))
     real, errors = run_lock._open, [OSError(errno.EIO, "x"), OSError(errno.ESTALE, "y")]
     monkeypatch.setattr(run_lock, "_open", lambda *a, **k: real(*a, **k) if not errors else _raise(errors.pop()))
@@ -279,7 +279,7 @@ def _raise(error):
 
 
 def test_an_owner_elsewhere_that_lives_is_refused(tmp_path, children, take):
-    """The same on a shared file system: its heartbeat shows that it is alive."""
+    """On a shared file system, the heartbeat of an owner on another machine shows that it is alive."""
     child = children(tmp_path, "elsewhere")
     child.takes()
     with pytest.raises(ConfigError, match=REFUSED.format(".*", "elsewhere", child.process.pid)):
@@ -288,7 +288,7 @@ def test_an_owner_elsewhere_that_lives_is_refused(tmp_path, children, take):
 
 
 def test_a_stopped_owner_is_replaced_and_finds_out_when_it_goes_on(tmp_path, children, take):
-    """It was stopped (by a debugger) past the limit: when it continues, it must not write beside the new owner."""
+    """The owner was stopped past the limit, say by a debugger. When it continues, it must not write any more."""
     child = children(tmp_path, "elsewhere")
     child.takes()
     child.process.send_signal(signal.SIGSTOP)
@@ -296,7 +296,7 @@ def test_a_stopped_owner_is_replaced_and_finds_out_when_it_goes_on(tmp_path, chi
     lock = take(tmp_path, lost=lost)
     child.process.send_signal(signal.SIGCONT)
     assert f"taken over by {lock.owner.host} pid {os.getpid()};" in child.says("lost:")
-    child.tell()  # gives back what is not its own
+    child.tell()  # the child releases a run that is not its own
     child.tell()
     child.says("refused:")
     assert record(tmp_path)["id"] == lock.owner.id
@@ -304,14 +304,14 @@ def test_a_stopped_owner_is_replaced_and_finds_out_when_it_goes_on(tmp_path, chi
 
 
 def test_a_taker_that_does_not_look_counts_no_time(tmp_path, take, monkeypatch):
-    """A taker that was stopped itself, or a file system that hung for both, must not mistake that for a dead owner."""
+    """If the taker itself was stopped, or the file system hung for both, the owner must not count as dead."""
     leave_record(tmp_path, host="elsewhere")
     sleeps, offset = [], [0.0]
     monotonic, sleep = time.monotonic, time.sleep
 
     def sleep_long(seconds):
         sleeps.append(seconds)
-        offset[0] += 1000  # as if stopped here
+        offset[0] += 1000  # as if this process were stopped here
         sleep(seconds / 10)
 
     monkeypatch.setattr(run_lock.time, "monotonic", lambda: monotonic() + offset[0])
@@ -321,7 +321,7 @@ def test_a_taker_that_does_not_look_counts_no_time(tmp_path, take, monkeypatch):
 
 
 def test_one_of_two_racers_wins(tmp_path, children):
-    """Whether free, left by a dead owner, or by an unknown one: there is one winner, and the other learns of it."""
+    """One racer wins, whether the run is free or left by a dead or unknown owner; the error names the winner."""
     racers = [children(tmp_path), children(tmp_path)]
     for n in range(24):
         run = tmp_path / str(n)
@@ -339,7 +339,7 @@ def test_one_of_two_racers_wins(tmp_path, children):
 
 
 def test_thieves_race_too(tmp_path, take, monkeypatch):
-    """--steal_lock takes the run from the owner it saw, not from one that came in between, or both would win."""
+    """--steal_lock takes a run only from the owner it saw: if thieves could take it from each other, both would win."""
     lost, first = [], []
     take(tmp_path, lost=lost)
     write = RunLock._write
@@ -359,7 +359,7 @@ def test_thieves_race_too(tmp_path, take, monkeypatch):
 
 
 def test_steal(tmp_path, children, take, warnings):
-    """A user who knows better takes the run at once, even from a live owner, which learns of it, once."""
+    """--steal_lock takes the run at once, even from a live owner, which is informed once."""
     child = children(tmp_path)
     child.takes()
     before = time.monotonic()
@@ -374,7 +374,7 @@ def test_steal(tmp_path, children, take, warnings):
 
 
 def test_a_record_that_was_removed_is_a_loss(tmp_path, take):
-    """Another owner may have had the run in between and given it back; writing more would overwrite its work."""
+    """Another owner may have taken and released the run in the meantime; more writes would overwrite its work."""
     lost = []
     lock = take(tmp_path, lost=lost)
     (tmp_path / ".lock").unlink()
@@ -385,7 +385,7 @@ def test_a_record_that_was_removed_is_a_loss(tmp_path, take):
 
 
 def test_a_record_that_was_removed_is_regained_where_that_is_wanted(tmp_path, take, warnings):
-    """The folder may be gone for a while, too; but a run that another owner has taken is lost."""
+    """Even the folder may be gone for a while; but a run that another owner has taken is lost."""
     lost, place = [], tmp_path / "place"
     lock = take(place, lost=lost, regain=True)
     shutil.rmtree(place)
@@ -400,7 +400,7 @@ def test_a_record_that_was_removed_is_regained_where_that_is_wanted(tmp_path, ta
 
 
 def test_release_within_on_lost(tmp_path):
-    """It is the natural thing to do there, and must not deadlock."""
+    """A caller may naturally release the lock in on_lost; this must not deadlock."""
     locks, done = [], []
     locks.append(RunLock(tmp_path, on_lost=lambda m: (locks[0].release(), done.append(m)), heartbeat_s=BEAT_S))
     thief = RunLock(tmp_path, steal=True, on_lost=lambda m: None, heartbeat_s=BEAT_S)
@@ -411,7 +411,7 @@ def test_release_within_on_lost(tmp_path):
 
 @pytest.mark.parametrize("hours", [-1, 1])
 def test_shifted_clocks_change_nothing(hours, tmp_path, take, monkeypatch):
-    """Clocks of machines, or times of files, that differ by an hour cause neither a theft nor a refusal."""
+    """If clocks or file times differ by an hour, a live owner still keeps the run, and a dead one is replaced."""
     real = datetime.datetime
     lost = []
     owner = take(tmp_path, host="elsewhere", lost=lost)
@@ -432,7 +432,7 @@ def test_shifted_clocks_change_nothing(hours, tmp_path, take, monkeypatch):
     with pytest.raises(ConfigError, match="elsewhere"):
         take(tmp_path, stale=5)
     assert not owner.lost
-    owner._stop.set()  # as if it had died
+    owner._stop.set()  # as if the owner had died
     owner._thread.join()
     before = time.monotonic()
     take(tmp_path)
@@ -457,10 +457,10 @@ DAMAGED = st.one_of(
 @example(b"")
 @example(b"[" * 2000)
 @example(b"x" * 5_000_000)
-@example(b"another-host process 17")  # as an earlier version wrote it
+@example(b"another-host process 17")  # an earlier version wrote such records
 @example(json.dumps({**VALID, "pid": 10**300}).encode())
 def test_a_damaged_record_is_an_unknown_owners(content):
-    """Half a record, another program's file: refused or taken over, in bounded time, and never a traceback."""
+    """Whatever the record holds, the run is refused or taken over, in bounded time, and never with a traceback."""
     with tempfile.TemporaryDirectory() as folder:
         pathlib.Path(folder, ".lock").write_bytes(content)
         try:
@@ -476,7 +476,7 @@ def test_a_damaged_record_is_an_unknown_owners(content):
 
 @pytest.mark.parametrize("content", ["{", "[" * 2000, json.dumps({**VALID, "host": "two\nlines"})], ids=range(3))
 def test_a_damaged_record_is_watched_as_well(content, tmp_path, take, warnings):
-    """Its owner may have a file system that tears writes, and gets the time to write another one."""
+    """The owner's file system may tear writes, so the owner gets time to write another record."""
     (tmp_path / ".lock").write_text(content)
     before = time.monotonic()
     take(tmp_path, stale=0.2)
@@ -485,9 +485,9 @@ def test_a_damaged_record_is_watched_as_well(content, tmp_path, take, warnings):
 
 
 class Owners(RuleBasedStateMachine):
-    """Owners on two machines that take, beat, stop beating, steal and give back in any order.
+    """Owners on two machines that take, renew, stop renewing, steal and release the lock in any order.
 
-    The last one that took the run and has not given it back has it; all others find that out at the next heartbeat.
+    The last owner that took the run and has not released it holds it; all others learn this at the next heartbeat.
     """
 
     def __init__(self) -> None:
@@ -540,7 +540,7 @@ class Owners(RuleBasedStateMachine):
         assert found.exists() == (self.holder is not None)
         if self.holder is not None:
             assert json.loads(found.read_bytes())["id"] == self.holder.owner.id
-        assert len(self.told) == sum(lock.lost for lock in self.locks)  # each one once
+        assert len(self.told) == sum(lock.lost for lock in self.locks)  # each owner is informed once
 
     def teardown(self):
         self.everybody_beats()
@@ -590,7 +590,7 @@ def test_a_place_that_cannot_be_written_is_said_in_one_line(tmp_path, take):
 
 
 def test_a_read_only_file_system(tmp_path, take):
-    """Not even root can write there."""
+    """Not even root can write to a read-only file system."""
     reason = os.strerror(errno.EROFS)
     with mounted(tmp_path / "disk", "ro,size=64k"):
         for location in (tmp_path / "disk", tmp_path / "disk" / "run"):
@@ -599,7 +599,7 @@ def test_a_read_only_file_system(tmp_path, take):
 
 
 def test_a_full_disk_costs_no_run(tmp_path, take, warnings):
-    """The record is written beside the old one: the run keeps it, warns once, and renews it when there is space."""
+    """A new record is written next to the old one. Until there is space, the run keeps the old one and warns once."""
     run = tmp_path / "disk"
     with mounted(run, "size=64k"):
         lost = []
@@ -623,7 +623,7 @@ def test_a_full_disk_costs_no_run(tmp_path, take, warnings):
 
 
 def test_a_file_system_without_locks(tmp_path, take, warnings, monkeypatch):
-    """Some clusters' have none. A warning says so, and heartbeats still detect two owners."""
+    """The file systems of some clusters have no locks. A warning says so; heartbeats still detect two owners."""
     wait, opened = run_lock._wait, []
     open_store = run_lock._open
 
@@ -659,7 +659,7 @@ def test_a_file_system_without_locks(tmp_path, take, warnings, monkeypatch):
 
 
 def test_what_a_process_that_was_killed_while_writing_left(tmp_path, take):
-    """tensorstore overwrites it and leaves its tail, which does not matter, because a record has a fixed size."""
+    """TensorStore overwrites the leftover but keeps its tail, which does no harm: a record has a fixed size."""
     for left in (b"", b"{" * 100, b"x" * 5000):
         (tmp_path / ".lock.__lock").write_bytes(left)
         lock = take(tmp_path)
@@ -683,7 +683,7 @@ schemes = pytest.mark.parametrize("scheme", ["gs", "s3"])
 @schemes
 @pytest.mark.parametrize("path", ["", "/runs/mine/"])
 def test_a_run_in_an_object_store(scheme, path, store, take):
-    """Every write is under a condition that the store enforces: take, refuse, beat, steal, give back."""
+    """Taking, renewing and stealing the lock are writes with a condition that the store enforces."""
     location, key = f"{scheme}://a-bucket{path}", f"{path}/.lock".strip("/").replace("//", "/")
     lost = []
     lock = take(location, lost=lost)
@@ -705,7 +705,7 @@ def test_a_run_in_an_object_store(scheme, path, store, take):
 
 @schemes
 def test_who_is_dead_in_an_object_store(scheme, store, take):
-    """The answers are those on a disk, also for damaged records of any size."""
+    """As on a disk, a dead owner is replaced at once, and a damaged record of any size is watched."""
     store.put(
         "run/.lock", json.dumps(dataclasses.asdict(dataclasses.replace(run_lock.this_process(), start=1))).encode()
     )
@@ -719,7 +719,7 @@ def test_who_is_dead_in_an_object_store(scheme, store, take):
 
 @schemes
 def test_a_store_that_denies(scheme, store, take, warnings):
-    """While a run is in progress, this is a warning; at its start, an error that says where to look."""
+    """A denied write is a warning while a run is in progress, and at its start an error that says where to look."""
     lost = []
     lock = take(f"{scheme}://a-bucket/run", lost=lost)
     store.denied = True
@@ -738,9 +738,10 @@ def test_a_store_that_denies(scheme, store, take, warnings):
 
 @schemes
 def test_an_answer_that_was_lost_is_no_theft(scheme, store, take):
-    """The client retries what was done already, and is refused because of our own record, not another's."""
+    """The client retries a write that was done already, and the store refuses it because of our own record."""
     lost = []
-    store.lose_answers = int(scheme == "s3")  # when it is taken; at gs:// by a heartbeat
+    # At s3:// the answer to the first write is lost, at gs:// the answer to a heartbeat.
+    store.lose_answers = int(scheme == "s3")
     lock = take(f"{scheme}://a-bucket/run", lost=lost)
     store.lose_answers = int(scheme == "gs")
     before = lock._beat

@@ -79,7 +79,7 @@ def start(argv: list[str], devices: int = 1, cwd: pathlib.Path = ROOT, **extra: 
 
 
 def finish(process: subprocess.Popen, code: int | Container[int] = 0, within_s: float = TIMEOUT_S) -> str:
-    """Waits, bounded; asserts the exit code (128 + n for signal n) and returns what was printed."""
+    """Waits with a time limit, asserts the exit code (128 + n for signal n), and returns the output."""
     try:
         out, _ = process.communicate(timeout=within_s)
     except subprocess.TimeoutExpired:
@@ -96,7 +96,7 @@ def exit_code(process: subprocess.Popen) -> int:
 
 
 def kill(processes: list[subprocess.Popen]) -> None:
-    """Kills those that still run, with the children of supervisors, which have sessions of their own."""
+    """Kills the processes that still run, and the children of supervisors, which have sessions of their own."""
     for process in processes:
         if process.poll() is None:
             children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -109,7 +109,7 @@ def kill(processes: list[subprocess.Popen]) -> None:
 
 @contextlib.contextmanager
 def ending(*processes: subprocess.Popen) -> Iterator[list[subprocess.Popen]]:
-    """None of them outlives the with statement."""
+    """Kills the processes at the end of the with statement, if they still run."""
     try:
         yield list(processes)
     finally:
@@ -118,7 +118,7 @@ def ending(*processes: subprocess.Popen) -> Iterator[list[subprocess.Popen]]:
 
 @contextlib.contextmanager
 def quota(*processes: subprocess.Popen) -> Iterator[None]:
-    """Keeps their files from growing past 4 KiB meanwhile: they write as on a full disk."""
+    """In the with statement, no file of the processes can grow past 4 KiB: they write as on a full disk."""
     limit_files(4096, processes)
     try:
         yield
@@ -128,7 +128,7 @@ def quota(*processes: subprocess.Popen) -> Iterator[None]:
 
 def limit_files(most: int, processes: Iterable[subprocess.Popen]) -> None:
     for process in processes:
-        with contextlib.suppress(ProcessLookupError):  # it has ended
+        with contextlib.suppress(ProcessLookupError):  # the process has ended
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
 
 
@@ -155,7 +155,13 @@ def start_gang(
     environments: dict[int, dict[str, str]] | None = None,
     **fields,
 ) -> list[subprocess.Popen]:
-    """Starts `size` processes of one run. By number of the process: what goes before its command, fields, variables."""
+    """Starts `size` processes of one run.
+
+    Args:
+      before: by number of the process, the words before its command.
+      per_process: by number of the process, further fields.
+      environments: by number of the process, further environment variables.
+    """
     address = address or f"localhost:{free_port()}"
     gang = []
     for i in range(size):
@@ -172,7 +178,7 @@ def finish_gang(gang: list[subprocess.Popen], code: int = 0) -> list[str]:
 
 
 def wait_until(true: Callable[[], bool], *processes: subprocess.Popen) -> None:
-    """Waits, bounded, while all of the processes are alive."""
+    """Waits, with a time limit, until `true` returns true; all of the processes must stay alive."""
     deadline = time.monotonic() + TIMEOUT_S
     while not true():
         ended = [process for process in processes if process.poll() is not None]
@@ -198,7 +204,7 @@ def rows(run: pathlib.Path, name: str = "metrics.jsonl") -> list[dict]:
 
 
 def losses(run: pathlib.Path) -> list[tuple]:
-    """What must be the same, bit for bit, in the same order, in an interrupted and an uninterrupted run."""
+    """The values that are the same, bit for bit and in the same order, in an interrupted and an uninterrupted run."""
     kept = ("step", "tokens", "train/loss", "train/grad_norm", "train/param_norm", "train/lr", "val/loss")
     return [tuple(row.get(k) for k in kept) for row in rows(run) if "train/loss" in row or "val/loss" in row]
 

@@ -11,7 +11,7 @@ from trainer.errors import ConfigError
 
 @pytest.fixture
 def used(monkeypatch):
-    """The folder that JAX is configured with, if any."""
+    """A function that returns the cache folder that JAX is configured with, or None."""
     told = {"jax_compilation_cache_dir": "what JAX has read from the variable"}
     monkeypatch.setattr(jax.config, "update", lambda name, value: told.update({name: value}))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
@@ -54,7 +54,7 @@ def test_a_folder_that_others_can_replace_is_not_used(tmp_path, used):
     (tmp_path / "open").chmod(0o777)
     runtime.use_compilation_cache(tmp_path / "open/run")
     assert used() is None
-    (tmp_path / "open").chmod(0o1777)  # as /tmp
+    (tmp_path / "open").chmod(0o1777)  # like /tmp
     runtime.use_compilation_cache(tmp_path / "open/run")
     assert used() == str(tmp_path / "open/.xla")
 

@@ -1,6 +1,6 @@
 """filter_logits at its exact borders: which token is the last that is kept.
 
-Probabilities are powers of two, so that sums of them are exact and equal to top_p where a test says so.
+Probabilities are powers of two, so that their sums are exact and can equal top_p.
 """
 
 import jax
@@ -22,7 +22,7 @@ def kept(**options) -> list[int]:
 
 
 def test_the_probabilities_are_exact():
-    """The tests below rely on it: with a rounding error no border would be met."""
+    """The tests below rely on exact probabilities: with a rounding error, no sum would equal top_p."""
     descending = jax.nn.softmax(-jnp.sort(-LOGITS))
     assert descending.tolist() == [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 16]
     assert jnp.cumsum(descending).tolist() == [1 / 2, 3 / 4, 7 / 8, 15 / 16, 1]
@@ -33,13 +33,13 @@ def test_the_probabilities_are_exact():
     [(0.5, [2]), (0.75, [2, 0]), (0.875, [2, 0, 3]), (0.9375, [2, 0, 3, 1, 4]), (0.0, [2])],
 )
 def test_tokens_that_reach_top_p_exactly_are_enough(top_p, expected):
-    """The smallest set whose probabilities reach p: the next token is left out when the sum before it equals p."""
+    """The smallest set whose probabilities reach p is kept: a token is left out if the sum before it equals p."""
     assert kept(top_p=top_p) == expected
 
 
 @pytest.mark.parametrize(("top_p", "expected"), [(0.5, [2, 0]), (0.75, [2, 0, 3]), (0.875, [2, 0, 3, 1, 4])])
 def test_anything_above_takes_one_token_more(top_p, expected):
-    """Of two tokens that are equally likely both stay."""
+    """If two tokens are equally likely, both are kept."""
     assert kept(top_p=float(np.nextafter(np.float32(top_p), np.float32(1)))) == expected
 
 
@@ -59,13 +59,13 @@ def test_top_k_of_0_or_of_all_keeps_all(top_k):
 
 
 def test_top_p_is_of_what_top_k_leaves():
-    """Of the two most likely tokens the first has 2/3."""
+    """Among the two most likely tokens, the first has a probability of 2/3."""
     assert kept(top_k=2, top_p=0.6) == [2] and kept(top_p=0.6) == [2, 0]
     assert kept(top_k=2, top_p=0.7) == [2, 0]
 
 
 def test_top_p_is_of_what_temperature_makes():
-    """At temperature 1/2 probabilities are squared: 64, 16, 4, 1 and 1 of 86; the first has 0.74."""
+    """At temperature 1/2 probabilities are squared: 64, 16, 4, 1 and 1 of 86; the first is 0.74."""
     assert kept(temperature=0.5, top_p=0.6) == [2] and kept(temperature=2.0, top_p=0.5) == [2, 0]
 
 

@@ -22,7 +22,7 @@ def test_a_prompt_is_its_tokens_and_there_is_none_without_a_tokenizer():
 
 @pytest.mark.parametrize("text", ["\n", " ", "\u200b"])
 def test_a_prompt_of_which_nothing_is_kept_is_refused_in_one_line(text):
-    """SentencePiece models may drop white space like this."""
+    """A SentencePiece model may drop all of a prompt that is white space."""
     with pytest.raises(ConfigError, match=r"config\.sample\.prompt is .* keeps nothing; give other text") as error:
         sampling.prompt_of(config(sample={"prompt": text}), tokenizer(lambda text: np.array([], np.int32)))
     assert str(error.value).isprintable()

@@ -1,4 +1,4 @@
-"""The learning rate schedule: the same with NumPy and JAX, fixed when a run begins; warnings if it looks odd."""
+"""The learning rate schedule is the same in NumPy and JAX and fixed when a run begins; an odd one causes a warning."""
 
 import numpy as np
 import pytest

@@ -33,7 +33,7 @@ BETWEEN = [" ", " ", " ", " ", "  ", "\n", "\n\n", "\n  ", "\t", ". ", "", " \r\
 
 
 def any_text(rng: random.Random, length: int, run: int = 300) -> str:
-    """Words and what may be between them; now and then a run of one character, at most `run` long."""
+    """Words and separators, and now and then a run of one character, at most `run` long."""
     parts: list[str] = []
     size = 0
     while size < length:
@@ -88,7 +88,7 @@ def tiny_units(monkeypatch):
 
 
 def prepared(folder, text: bytes, codec, **request) -> tuple[dict[str, list[int]], dict]:
-    """The tokens of a text in a file, by split, and the summary."""
+    """Prepares a file that holds `text`; returns its tokens by split, and the summary."""
     tokenizers.save(codec, folder / "tokenizer")
     (folder / request.get("name", "x.txt")).write_bytes(text)
     arguments = {key: value for key, value in request.items() if key != "name"}
@@ -103,7 +103,7 @@ def prepared(folder, text: bytes, codec, **request) -> tuple[dict[str, list[int]
 def test_a_prepared_text_has_the_tokens_of_the_whole(family, tiny_units, tmp_path):
     """The file has many units, is compressed or not, and has a validation split at its end or none."""
     codec, rng = families.make(family), random.Random(family)
-    text = any_text(rng, 20_000, run=40)  # windows are small here
+    text = any_text(rng, 20_000, run=40)  # runs must fit into the small windows
     rows, summary = prepared(tmp_path, text.encode(), codec, val_fraction=0.0)
     assert parts.NO_SEAM not in summary["problems"]["counts"]
     assert rows["train"] == codec.encode(text).tolist()
@@ -117,7 +117,7 @@ def test_a_prepared_text_has_the_tokens_of_the_whole(family, tiny_units, tmp_pat
 
 @pytest.mark.parametrize("offset", [-300, -100, -1, 0, 1, 100, 300])
 def test_no_text_crosses_the_cut_to_validation(offset, tiny_units, tmp_path):
-    """Near the cut between two units there is less context."""
+    """The cut to validation is close to the cut between two units, so there is less context."""
     codec = families.make("llama2")
     text = "\n".join(["  the quick  fox "] * 1000)
     text = text[: text.index("\n", 4000) + 1].ljust(4000) + text
@@ -129,7 +129,7 @@ def test_no_text_crosses_the_cut_to_validation(offset, tiny_units, tmp_path):
 
 
 def test_bytes_that_are_no_text_near_a_cut(tiny_units, tmp_path):
-    """Both units see the same bytes there; nothing is lost, and nothing is there twice."""
+    """Both units see the same bytes near their cut, so nothing is lost or duplicated."""
     codec, rng = families.make("sp-bpe"), random.Random(0)
     for i in range(10):
         raw = b"".join(
@@ -141,7 +141,7 @@ def test_bytes_that_are_no_text_near_a_cut(tiny_units, tmp_path):
         )[0]
         assert rows == pieces, i
         text = raw.decode("utf-8", "replace")
-        assert abs(len(codec.decode(rows["train"])) - len(text)) < 8  # a cut inside of it makes one U+FFFD or two
+        assert abs(len(codec.decode(rows["train"])) - len(text)) < 8  # a cut inside a sequence makes one U+FFFD or two
 
 
 def test_a_place_where_no_seam_is_found_is_counted(tiny_units, tmp_path, monkeypatch):
@@ -153,7 +153,7 @@ def test_a_place_where_no_seam_is_found_is_counted(tiny_units, tmp_path, monkeyp
 
 @pytest.mark.parametrize("family", ["bpe-nfc", "llama2", "unigram", "word-piece", "sp-bpe", "sp-unigram"])
 def test_a_long_text_is_encoded_a_part_at_a_time(family, monkeypatch):
-    """Memory depends on the largest call: 160 bytes for each of its bytes. Only a run without a seam is one call."""
+    """The largest call decides the memory, 160 bytes per byte of text. Only a run without a seam is a single call."""
     codec, sizes = families.make(family), []
     monkeypatch.setattr(seams, "PART", 4000)
 
@@ -184,7 +184,7 @@ def test_many_small_texts_are_few_calls():
 
 @pytest.mark.parametrize("cutter", [pre_tokenizers.Split(Regex("[A-Z]{6}"), "isolated"), pre_tokenizers.FixedLength(6)])
 def test_where_equal_ids_prove_nothing(cutter, monkeypatch):
-    """Runs of unknown words, of one word, and of a few that repeat, in text that is split into sixes from the start."""
+    """Text is split into words of six characters, with runs of unknown words, of one word, and of a few in turn."""
     monkeypatch.setattr(seams, "PART", 3000)
     draw = random.Random(0)
     words = ["<unk>", *{"".join(draw.choices("ACGT", k=6)) for _ in range(3000)}, "AAAAAA", "ACACAC", "CACACA"]

@@ -1,4 +1,4 @@
-"""SentencePiece models have the package's ids and each token's bytes; documents cannot forge their end."""
+"""SentencePiece models give the package's ids and each token's bytes; a document cannot forge its end-of-text."""
 
 import io
 
@@ -27,7 +27,7 @@ def train(**options) -> bytes:
 
 @pytest.fixture(scope="module")
 def raw() -> bytes:
-    """A model like Llama 2's: byte fallback, text as it is."""
+    """A model like Llama 2's: it has byte fallback, and does not normalize text."""
     return train(
         vocab_size=340,
         model_type="bpe",
@@ -56,7 +56,7 @@ def test_special_tokens_do_not_come_from_text(raw):
     assert 2 not in ids and tokenizer.decode(ids) == "hello</s>"
     assert tokenizer.decode([*tokenizer.encode("a"), 2, *tokenizer.encode("b")]) == "a</s>b"
     assert tokenizer.token_bytes(2) == b"</s>"
-    assert 3 in tokenizer.encode("x<tool>")  # the model's makers want this one found
+    assert 3 in tokenizer.encode("x<tool>")  # a user-defined symbol is meant to be found in text
 
 
 def test_a_batch_is_its_texts_and_a_lone_surrogate_is_no_crash(raw):

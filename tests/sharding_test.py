@@ -1,4 +1,4 @@
-"""Mesh arithmetic, the rules, and the check against parameters that are replicated by accident."""
+"""Mesh arithmetic, the sharding rules, and the check against parameters that are replicated by accident."""
 
 import dataclasses
 
@@ -65,7 +65,7 @@ def test_slices_that_do_not_fit(mesh, parts):
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What JAX knows about a TPU."""
+    """A stand-in for JAX's device of a TPU."""
 
     id: int
     slice_index: int
@@ -75,7 +75,7 @@ class Device:
 
 
 def test_devices_say_which_slice_they_are_in():
-    """In whatever order they are listed; a number of slices that contradicts them is an error."""
+    """The order in which devices are listed does not matter; a num_slices that contradicts them is an error."""
     devices = [Device(i, i % 2) for i in range(8)]
     sizes = {"data": 4, "fsdp": 2, "context": 1, "tensor": 1}
     for num_slices in (0, 2):
@@ -109,7 +109,7 @@ def test_nothing_large_is_left_whole(name):
 
 
 def test_the_share_counts_what_the_rules_do_not_split():
-    """If a mesh has only the axis tensor, embed is not split: norms are replicated, and nothing else."""
+    """If a mesh has only the axis tensor, embed is not split: the norms are replicated, and nothing else."""
     mesh = sharding.mesh_of({"data": 1, "fsdp": 1, "context": 1, "tensor": 8}, jax.devices())
     program = Program(config(model={"num_heads": 8, "num_kv_heads": 8}), mesh)
     share = sharding.replicated_share(program.params, mesh)
@@ -124,7 +124,7 @@ def test_optimizer_state_is_split_like_the_parameters():
     assert {leaf.sharding.spec for leaf in jax.tree.leaves(program.params) if leaf.ndim >= 2} == shardings
 
 
-# Two matrices of one shape that are split in different ways, and one whose path is the end of another's.
+# Matrices of the same shape are split in different ways, and the path of one is the end of the paths of others.
 PARAMETERS = {
     "kernel": ((8, 8), P("fsdp", None)),
     "up/kernel": ((8, 8), P("fsdp", "tensor")),
@@ -145,7 +145,7 @@ def labelled(yes: str, no: str) -> dict:
 
 
 def kept_by_parameter(params: dict) -> dict:
-    """Moments below the parameter's name, not above it."""
+    """A state in which the names of moments come below the parameter's name, not above it."""
     return jax.tree.map(lambda p: {"m": jnp.zeros_like(p), "seen": jnp.zeros((), jnp.int32)}, params)
 
 
@@ -193,7 +193,7 @@ def test_a_moment_is_split_as_its_parameter(name):
 
 
 def test_a_factored_moment_is_not_split():
-    """Its shape is not its parameter's, even if it is that of a parameter with a shorter name."""
+    """A factored moment does not have its parameter's shape, but may have that of another parameter."""
     mesh = mesh_of("mixed")
     params = {
         "scale": jax.ShapeDtypeStruct((8,), jnp.float32),

@@ -82,7 +82,7 @@ def test_it_chats_with_its_own_template_and_goes_out_as_it_came(gguf, converted)
 
 
 def test_its_loss_is_that_of_transformers(gguf, converted):
-    """On 512 tokens of a fixed text, in float32."""
+    """Compares the losses on 512 tokens of a fixed text, in float32."""
     opened = GgufFile(gguf)
     family, model, unused = families.loaded(opened.config)
     assert unused == []
@@ -117,4 +117,4 @@ def test_training_goes_on_alike_on_two_meshes(gguf, converted, dataset):
             "--config.model.remat=full", devices=devices)  # fmt: skip
         losses.append([row["train/loss"] for row in runs.rows(out) if "train/loss" in row])
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
-    assert 2 < losses[0][0] < 5  # it has read English before
+    assert 2 < losses[0][0] < 5  # the pretrained model knows English

@@ -1,4 +1,4 @@
-"""Several sources in one run: one vocabulary, weights that may change, validation of each; all of it, with a kill."""
+"""Several sources in one run: one vocabulary, weights that may change, validation of each, and a kill and resume."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ def llmc(path: pathlib.Path, ids: np.ndarray) -> pathlib.Path:
 
 
 def megatron(path: pathlib.Path, documents: list[np.ndarray]) -> pathlib.Path:
-    """Writes documents as megatron-core's IndexedDatasetBuilder does: a sequence per document, int32."""
+    """Writes documents as megatron-core's IndexedDatasetBuilder does: one int32 sequence per document."""
     path.write_bytes(b"".join(ids.astype("<i4").tobytes() for ids in documents))
     lengths = np.array([len(ids) for ids in documents], "<i4")
     offsets = (np.cumsum([0, *lengths[:-1]]) * 4).astype("<i8")
@@ -81,7 +81,8 @@ def test_the_fingerprint_follows_tokens_and_order_but_not_weights_or_folders(thr
     reordered = ",".join(reversed(path_of(three).split(",")))
     assert one != open_(reordered).fingerprint()
     alone = open_(str(three / "fresh"))
-    assert alone.fingerprint() == formats.read_manifest(three / "fresh").fingerprint()  # as before there were several
+    # The fingerprint of a single source is that of its manifest.
+    assert alone.fingerprint() == formats.read_manifest(three / "fresh").fingerprint()
 
 
 def test_other_tokenizers_are_refused(three, tmp_path):
@@ -116,7 +117,7 @@ def test_fields_that_do_not_fit_the_sources(fields, parts, three):
 
 
 def test_a_file_trains_in_one_source_and_validates_in_none_other(three, tmp_path):
-    """Its names do not matter: another glob, another folder that is a link, a validation file of another source."""
+    """The file's name does not matter: it may match another glob, be in a linked folder, or validate another source."""
     (tmp_path / "link").symlink_to(three)
     (tmp_path / "hard_val.bin").hardlink_to(three / "upper_train.bin")
     upper, link = f"{three}/upper_*.bin", tmp_path / "link"
@@ -129,7 +130,7 @@ def test_a_file_trains_in_one_source_and_validates_in_none_other(three, tmp_path
     ):
         with pytest.raises(DataError, match="are the same file, which"):
             open_(path, 300, val_path=val_path)
-    twice = f"{three}/upper_val.bin,{link}/upper_val.bin"  # it validates both
+    twice = f"{three}/upper_val.bin,{link}/upper_val.bin"  # a file may validate both sources
     assert open_(f"{more},{three}/upper_train.bin", 300, val_path=twice)
 
 
@@ -172,7 +173,7 @@ def test_names_are_distinct_whatever_the_paths():
         paths = list({"/".join(rng.choices(parts, k=rng.randint(1, 3))) for _ in range(rng.randint(2, 5))})
         try:
             names = sources.names_of(paths)
-        except DataError:  # one place, spelled in two ways
+        except DataError:  # two of the paths name one place
             assert len({os.path.normpath(path) for path in paths}) < len(paths)
             continue
         assert len(set(names)) == len(paths) and all(names)
@@ -212,7 +213,7 @@ def undisturbed(three, tmp_path_factory) -> pathlib.Path:
 
 
 def test_a_mixture_is_killed_and_goes_on_bit_for_bit(three, undisturbed, tmp_path):
-    """A Megatron file, an llm.c shard and a freshly prepared BPE dataset, kill -9 after a checkpoint."""
+    """A run on a Megatron file, an llm.c shard and a freshly prepared BPE dataset gets kill -9 after a checkpoint."""
     run = tmp_path / "run"
     process = runs.start(runs.command(run, path_of(three), **FIELDS))
     deadline = time.monotonic() + runs.TIMEOUT_S

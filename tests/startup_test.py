@@ -1,4 +1,4 @@
-"""The start-up page: mistakes on it are warnings."""
+"""The start-up page warns of mistakes."""
 
 import logging
 import types
@@ -16,13 +16,13 @@ from trainer.state import Program
 
 
 def flattened(params: dict) -> dict:
-    """A moment of all parameters in one vector, whose path does not name any of them."""
+    """An optimizer state with the moments of all parameters in one vector, whose path does not name a parameter."""
     return {"all": jnp.zeros(sum(p.size for p in jax.tree.leaves(params)))}
 
 
 @pytest.fixture
 def warnings(monkeypatch, caplog):
-    """The warnings of the page for a configuration and a mesh."""
+    """A function that returns the page's warnings for a configuration and a mesh."""
     monkeypatch.setattr(logging.getLogger("meshlm"), "propagate", True)
     monkeypatch.setitem(optimizer.OPTIMIZERS, "flattened", lambda c: optax.GradientTransformation(flattened, None))
     monkeypatch.setitem(optimizer.OPTIMIZERS, "stateless", lambda c: optax.identity())

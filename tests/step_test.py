@@ -1,5 +1,5 @@
 """The step: accumulation against the large batch, dropout, documents, evaluation. tests/parallel_test.py checks that
-the run is the same on every mesh, tests/loss_test.py the loss."""
+the run is the same on every mesh, and tests/loss_test.py checks the loss."""
 
 import dataclasses
 import hashlib
@@ -74,8 +74,8 @@ def test_the_same_batches_on_every_mesh(dataset):
 
 
 def test_initial_parameters_are_the_same_on_every_mesh():
-    """The random bits are the same; jax 0.12 compiles their conversion to normal numbers by the shape of a shard, so
-    the last bits may differ (2.7e-7 of the value seen)."""
+    """The random bits are the same, but JAX 0.12 compiles their conversion to normal numbers for the shape of a shard,
+    so the last bits may differ (a difference of 2.7e-7 of the value was seen)."""
     cfg, trees = config(), []
     for name in MESHES:
         mesh = mesh_of(name)
@@ -122,10 +122,10 @@ def test_dropout_is_the_same_on_every_mesh(dataset, name):
 
 
 class Recording(MeshPartitioner):
-    """Keeps every dropout mask that a step draws, on meshes of the axis `data`.
+    """Keeps every dropout mask that a step draws, on meshes with only the axis `data`.
 
     Attributes:
-      rows: (shape of the mask, row in its microbatch, bits of the row) of each mask and row.
+      rows: for each row of each mask, (its shape, its number in the microbatch, its bits).
     """
 
     def __init__(self, config: Config, mesh: jax.sharding.Mesh):
@@ -147,11 +147,11 @@ class Recording(MeshPartitioner):
 
 
 ACCUM, LAYERS = 2, 2
-ROWS_OF_A_STEP = 16 * (1 + 3 * LAYERS)  # each of 16 rows: embedding; attention weights and both results of each layer
+ROWS_OF_A_STEP = 16 * (1 + 3 * LAYERS)  # masks: embedding; in each layer, attention weights and both results
 
 
 def masks_of_steps(dataset, name: str, steps: list[tuple[int, int]]) -> list[list]:
-    """The rows of Recording of each of `steps`, (number of the step, seed), all with the same batch."""
+    """`Recording.rows` of each step of `steps`, pairs (number of the step, seed), all with the same batch."""
     cfg, mesh = config(model={"dropout": 0.3, "num_layers": LAYERS}, grad_accum_steps=ACCUM), mesh_of(name)
     recording, found = Recording(cfg, mesh), []
     with jax.set_mesh(mesh):
@@ -172,7 +172,7 @@ def masks_of_steps(dataset, name: str, steps: list[tuple[int, int]]) -> list[lis
 
 
 def test_no_two_rows_are_dropped_alike(dataset):
-    """Every step, seed, microbatch, layer, row and place in a layer has bits of its own, the same on any mesh."""
+    """Every step, seed, microbatch, layer, row and place in a layer has its own mask, the same on any mesh."""
     steps = [(0, 0), (1, 0), (7, 0), (0, 1), (0, 0)]
     one, data = (masks_of_steps(dataset, name, steps) for name in ("one", "data"))
     assert one == data, "each row is dropped as on one device"
@@ -190,7 +190,7 @@ def test_z_loss_is_in_the_gradient_but_not_in_the_reported_loss(dataset):
 
 
 def test_bfloat16_stays_near_float32(dataset):
-    # Five steps: later ones measure how training at this rate magnifies rounding, not the rounding.
+    # After more than five steps, losses would show how training at this rate magnifies rounding.
     rows, state = train(dataset, config(model={"dtype": "bfloat16"}), mesh_of("one"), 5)
     assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(state.params))
     for a, b in zip(rows, train(dataset, config(), mesh_of("one"), 5)[0], strict=True):
@@ -199,7 +199,7 @@ def test_bfloat16_stays_near_float32(dataset):
 
 @pytest.mark.parametrize("name", ["mixed", "context"])
 def test_eval_step_counts_what_it_is_told(dataset, name):
-    """Each target as often as its weight says, and the weights themselves."""
+    """The step returns the sum of each target's loss times its weight, and the sum of the weights."""
     cfg, mesh = config(), mesh_of(name)
     with jax.set_mesh(mesh):
         program = Program(cfg, mesh)
@@ -217,7 +217,7 @@ def test_eval_step_counts_what_it_is_told(dataset, name):
 
 @pytest.mark.parametrize("name", ["one", "mixed", "context"])
 def test_masked_documents_are_trained_and_evaluated_as_if_each_were_alone(dataset, name):
-    """The loss of a row of several documents is that of the rows that hold them one by one."""
+    """The loss of a row of several documents equals that of rows that hold one document each."""
     cfg, mesh, eos = config(data={"seq_len": 32, "mask_documents": True, "eos_id": 7}), mesh_of(name), 7
     with jax.set_mesh(mesh):
         program = Program(cfg, mesh)
@@ -239,7 +239,7 @@ def test_masked_documents_are_trained_and_evaluated_as_if_each_were_alone(datase
         nats, count = make_eval_step(program)(params, masked)
         assert nats == pytest.approx(float(expected), rel=1e-5) and count == full.size
         unmasked, _ = plain(params, from_tokens(tokens, loss_mask=full))
-        assert abs(unmasked - expected) > 1e-3  # without the mask it is another loss
+        assert abs(unmasked - expected) > 1e-3  # without the mask the loss differs
         batch = on_mesh(from_tokens(tokens, document_end=eos), mesh)
         _, metrics = make_train_step(program)(program.init(), batch, np.uint32(0))
         assert metrics["train/loss"] == pytest.approx(float(expected) / full.size, rel=1e-5)

@@ -1,4 +1,4 @@
-"""The slow host is named, noise is not, and the probe sees a process that gets half of its time."""
+"""The report names a slow host but not noise, and the probe detects a process that gets half of its time."""
 
 import contextlib
 import signal
@@ -15,13 +15,13 @@ from trainer.reliability import stragglers
 
 
 def values(**measures: list[float]) -> dict[int, tuple[str, dict[str, float]]]:
-    """For each measure, one value for each process, on hosts w0, w1, …."""
+    """What processes on hosts w0, w1, … measured; `measures` has, for each measure, one value per process."""
     count = len(next(iter(measures.values())))
     return {i: (f"w{i}", {name: of[i] for name, of in measures.items()}) for i in range(count)}
 
 
 TABLE = {
-    # what: the probes of the processes, ratio, the slow ones
+    # what: the processes' probe times, the ratio, the slow processes
     "one of four": ([3.2, 3.2, 9.92, 3.1], 3.1, [2]),
     "two processes: more than twice the other": ([2.0, 10.0], 5.0, [1]),
     "two processes: alike": ([2.0, 2.2], 1.1, []),
@@ -86,7 +86,7 @@ def test_the_probe_runs_under_the_mesh_of_a_run_and_compiles_once():
     assert first > 0 and again > 0
 
 
-# Ten times as long as usual, so that it spans several turns of throttled(), and these several of a busy machine.
+# The probe takes ten times as long as usual, so that it spans several turns of throttled() on a busy machine.
 SCRIPT = """
 import sys
 from trainer.reliability import stragglers
@@ -132,7 +132,7 @@ def test_the_probe_sees_a_throttled_process():
         try:
             assert process.stdout.readline() == "ready\n"
             free, slow = [], []
-            # In turns, and the best of each: other work on the machine slows down some of both, or all of one.
+            # Both are measured in turns, and the best are compared: other work may slow down some of either.
             while len(free) < 5 or (len(free) < 40 and min(slow) < 1.2 * min(free)):
                 free.append(probe_ms())
                 with throttled(process):

@@ -1,4 +1,4 @@
-"""Consoles that are closed, full or limited to ASCII: a run continues, and programs can read what is for them."""
+"""If a console is closed, full or limited to ASCII, a run continues, and programs can read what it writes for them."""
 
 import json
 import shlex
@@ -11,7 +11,7 @@ import pytest
 from data.preparation.pipeline import prepare_dataset
 from tests import runs
 
-# As on a machine without any locale, and with Python's own UTF-8 mode off.
+# The environment of a machine without any locale, with Python's own UTF-8 mode off.
 ASCII = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii:strict"}
 
 
@@ -41,7 +41,7 @@ def test_what_a_run_writes_is_utf_8_on_any_console(run):
 
 
 def test_a_workdir_that_is_not_utf_8_is_refused_in_one_line(tmp_path):
-    """Orbax, TensorStore and XLA accept only UTF-8 names: it ended in a type error of C++."""
+    """Orbax, TensorStore and XLA accept only UTF-8 names: others ended in a C++ type error."""
     for command in ("train", "sample", "evaluate", "supervise"):
         argv = [sys.executable, "-m", f"launch.{command}", f"--workdir={tmp_path}/new\udce9"]
         ended = subprocess.run(argv, cwd=runs.ROOT, capture_output=True, text=True, timeout=60)
@@ -49,7 +49,7 @@ def test_a_workdir_that_is_not_utf_8_is_refused_in_one_line(tmp_path):
 
 
 def test_a_parent_that_ignores_what_becomes_of_children_changes_nothing(run):
-    """The exit codes of children cannot be read then."""
+    """If the parent ignored SIGCHLD, a command cannot read the exit codes of its children."""
     argv = [sys.executable, "-m", "launch.evaluate", f"--workdir={run}", "--json"]
     ended = subprocess.run(
         ["bash", "-c", f"trap '' CHLD; exec {shlex.join(argv)}"],
@@ -84,7 +84,7 @@ time.sleep(60)
 
 
 def test_a_console_that_stands_still_keeps_no_run_from_stopping(tmp_path):
-    """Its reader is stopped (Ctrl-S, less): output waits, but a request to stop is heard."""
+    """If the console's reader is stopped (Ctrl-S, less), output waits, but a request to stop is still handled."""
     argv = [sys.executable, "-c", STANDING_STILL, str(tmp_path / "asked")]
     process = subprocess.Popen(argv, cwd=runs.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:

@@ -19,7 +19,7 @@ def test_positional_arguments_are_counted_without_self():
 
 
 def test_no_function_takes_more_than_five_positional_arguments():
-    """The reader of a call with more cannot tell them apart; keyword-only ones are named there."""
+    """With more, the reader of a call cannot tell the arguments apart; keyword-only arguments are named in the call."""
     too_many = [
         f"{path.relative_to(ROOT)}:{node.lineno}: {names}"
         for package in ("data", "launch", "model", "trainer")
@@ -32,7 +32,7 @@ def test_no_function_takes_more_than_five_positional_arguments():
 
 
 def attributes_made_late(tree: ast.Module) -> list[str]:
-    """Attributes of classes that are assigned in another method than __init__ and not in the class or its __init__."""
+    """Attributes that a method assigns although neither the body nor the __init__ of the class or a base does."""
     classes = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
     return [
         f"{name}.{method.name} makes {', '.join(sorted(late))}"
@@ -70,7 +70,7 @@ def test_a_late_attribute_is_found():
 
 
 def test_every_attribute_is_made_in_init():
-    """Then __init__ shows all state of an object."""
+    """If this holds, __init__ shows the whole state of an object."""
     late = [
         f"{path.relative_to(ROOT)}: {what}"
         for package in ("data", "launch", "model", "trainer")

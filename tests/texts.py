@@ -1,4 +1,4 @@
-"""Text for the tests of tokenizers: what is hard, and what hypothesis makes up."""
+"""Text for the tests of tokenizers: hard cases, and text that hypothesis generates."""
 
 import random
 
@@ -11,7 +11,7 @@ CORPUS = [
     "def encode(self, text):\n    return [self.table[c] for c in text]\n\n\n",
     "naïve café — 東京 さくら 🚀🚀 hello, hello, hello   world\t\t\r\n",
 ] * 5
-# Words of the corpus between characters of every sort, so that both merges and splits occur.
+# Words of the corpus, which TEXT mixes with characters of every kind, so that both merges and splits occur.
 PIECES = [
     "the",
     " quick",
@@ -37,7 +37,7 @@ ALL_TRICKY = [*OLD_TRICKY, NEW_CHARACTERS]
 
 
 def damaged_copies(raw: bytes, times: int):
-    """`raw` cut off, and with bytes changed, in `times` ways."""
+    """`times` damaged copies of `raw`: a third are cut off, the others have changed bytes."""
     rng = random.Random(0)
     for i in range(times):
         if i % 3 == 0:
@@ -45,6 +45,6 @@ def damaged_copies(raw: bytes, times: int):
             continue
         changed = bytearray(raw)
         for _ in range(rng.choice((1, 1, 3))):
-            at = rng.randrange(min(len(raw), rng.choice((200, len(raw)))))  # the beginning more often
+            at = rng.randrange(min(len(raw), rng.choice((200, len(raw)))))  # more often near the beginning
             changed[at] = rng.choice((0, 10, 34, 49, 255, rng.randrange(256)))
         yield bytes(changed)

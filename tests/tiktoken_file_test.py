@@ -63,7 +63,7 @@ def test_ids_of_any_text(pair, text):
 )
 def test_files_known_by_the_number_of_ranks(count, name, size, eos, tmp_path):
     tokens = [bytes([i]) for i in range(256)] + [b"\xff" + i.to_bytes(3, "big") for i in range(count - 256)]
-    path = tmp_path / "tokenizer.model"  # Llama 3's name for it
+    path = tmp_path / "tokenizer.model"  # Llama 3 names its ranks like this
     path.write_bytes(lines(tokens))
     tokenizer = tokenizers.make(str(path), eos=True)
     assert isinstance(tokenizer, RankTokenizer) and tokenizer.pattern == name
@@ -81,7 +81,7 @@ def test_patterns_and_special_tokens_are_those_of_tiktoken(name, pattern, monkey
 
 
 def test_llama_3_special_tokens():
-    """Ids in llama3/tokenizer.py that are easy to get wrong."""
+    """Checks ids of llama3/tokenizer.py that are easy to get wrong."""
     ids = tiktoken_file.KNOWN[128000][1]
     assert len(ids) == 256 and list(ids.values()) == list(range(128000, 128256))
     assert ids["<|reserved_special_token_3|>"] == 128005 and ids["<|reserved_special_token_4|>"] == 128008

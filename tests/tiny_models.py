@@ -52,13 +52,13 @@ CONFIGS = {
     ),
 }  # fmt: skip
 
-every_config = {"argvalues": CONFIGS.values(), "ids": CONFIGS.keys()}  # of pytest.mark.parametrize
+every_config = {"argvalues": CONFIGS.values(), "ids": CONFIGS.keys()}  # arguments of pytest.mark.parametrize
 
 
 def abstract(
     config: ModelConfig, partitioner: Partitioner | None = None
 ) -> tuple[nnx.GraphDef, dict[tuple[str, ...], nnx.Param]]:
-    """Graph definition, and the parameters by path, with shapes in place of arrays."""
+    """The graph definition, and the parameters by path, with shapes in place of arrays."""
     graph, variables = nnx.split(
         nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(params=0), partitioner)), nnx.Param
     )
@@ -74,7 +74,8 @@ def random_params(config: ModelConfig, seed: int = 0) -> dict:
         if path[-1] == "scale":
             leaf = (not config.norm_plus_one) + 0.3 * noise
         elif path[-1] == "kernel":
-            # Scores of deviation 1.5^2: attention far from uniform. If sharper, it would amplify float32's rounding.
+            # Scores have a deviation of 1.5^2: attention is far from uniform. Sharper attention would amplify
+            # float32's rounding.
             leaf = noise * (1.5 if path[-2] in ("query", "key") else 1.2) / np.sqrt(shape[-2])
         else:  # biases, embedding, learned positions
             leaf = 0.3 * noise

@@ -1,4 +1,4 @@
-"""The text that a tokenizer is trained on: all of a small corpus, parts from everywhere in a large one."""
+"""The text that a tokenizer is trained on: all of a small corpus, or parts from everywhere in a large one."""
 
 import gzip
 import itertools
@@ -44,7 +44,7 @@ def test_all_of_what_fits_although_its_files_are_of_any_size(tmp_path, monkeypat
 
 
 def test_a_compressed_file_is_not_read_to_its_end(tmp_path, monkeypatch):
-    """It is one unit, however large; the sample is counted in bytes of text, whatever the kind of file."""
+    """A compressed file is one unit, however large; the sample is counted in bytes of text for any kind of file."""
     monkeypatch.setattr(documents, "UNIT_BYTES", 10_000)
     lines = [f"{i} {random.Random(i).random()} wörd\n" for i in range(20_000)]
     text = "".join(lines).encode()

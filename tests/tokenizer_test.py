@@ -36,7 +36,7 @@ def output(*argv: str, stdin: str = "") -> str:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The same vocabulary in both formats."""
+    """A folder with the same vocabulary in both formats."""
     folder = tmp_path_factory.mktemp("trained")
     for name in ("t.json", "t.model"):
         said = output("train", "--source=data", "--vocab_size=400", "--special_tokens=<eos>", f"--out={folder / name}")

@@ -18,7 +18,7 @@ from data.tokenizers import ByteTokenizer, CharTokenizer, characters
 from data.tokenizers.hf_json import JsonTokenizer, train_bpe
 from tests.texts import ALL_TRICKY, CORPUS
 
-# The 65 characters of tiny Shakespeare, in an order that is not theirs.
+# The 65 characters of tiny Shakespeare, in another order than that of their ids.
 SHAKESPEARE_LIKE = (
     "zyxwvutsrqponmlkjihgfedcba ZYXWVUTSRQPONMLKJIHGFEDCBA\n?;:3.-,'&$!"
     "\nFirst Citizen:\nBefore we proceed any further, hear me speak.\n"
@@ -66,7 +66,7 @@ def test_text_that_spells_a_special_token_is_not_one():
 
 
 def test_characters_below_min_frequency_become_unk():
-    tokenizer = CharTokenizer.train(["aaab", "bbc"], min_frequency=3)  # counted over all documents
+    tokenizer = CharTokenizer.train(["aaab", "bbc"], min_frequency=3)  # frequencies are counted over all documents
     assert tokenizer.characters == "ab" and tokenizer.special_tokens == ["<unk>"]
     assert tokenizer.encode("abcz").tolist() == [0, 1, 2, 2]
     assert tokenizer.decode([0, 2]) == "a<unk>"
@@ -87,7 +87,7 @@ def test_unknown_character_without_unk_is_an_error_that_names_it():
     tokenizer = CharTokenizer.train(["abc"], special_tokens=["<eos>"])
     with pytest.raises(DataError, match=r"'é' \(U\+00E9\), '🚀' \(U\+1F680\)") as e:
         tokenizer.encode("ab🚀cé")
-    assert "<unk>" in str(e.value)  # says what to do
+    assert "<unk>" in str(e.value)  # the error says what to do
 
 
 def test_byte_ids_are_the_utf8_bytes():
@@ -110,7 +110,7 @@ def test_byte_decode_joins_characters_of_several_bytes_and_puts_special_tokens_b
     assert tokenizer.eos_id == 257 and tokenizer.vocab_size == 258
     rocket = tokenizer.encode("🚀").tolist()
     assert tokenizer.decode([*rocket, 257, *rocket, 256]) == "🚀<eos>🚀<x>"
-    assert tokenizer.decode([*rocket[:2], 257, 0x61]) == "\ufffd<eos>a"  # what a model may emit: stray bytes
+    assert tokenizer.decode([*rocket[:2], 257, 0x61]) == "\ufffd<eos>a"  # a model may emit stray bytes
     assert tokenizer.decode(np.array(rocket, np.uint16)) == "🚀"
 
 
@@ -224,7 +224,7 @@ def trained() -> JsonTokenizer:
 
 
 def test_a_file_and_a_folder_that_holds_one(trained, tmp_path):
-    path = tmp_path / "any name.txt"  # the content counts
+    path = tmp_path / "any name.txt"  # only the content counts
     path.write_bytes(trained.file()[1])
     folder = tmp_path / "model"
     folder.mkdir()
@@ -289,7 +289,7 @@ def test_a_saved_file_is_the_same_byte_for_byte_and_loads_as_the_same(trained, t
     for text, ids in zip(ALL_TRICKY, loaded.encode_batch(ALL_TRICKY), strict=True):
         assert np.array_equal(ids, trained.encode(text))
     again = tokenizers.load(tokenizers.save(JsonTokenizer(trained.file()[1], eos="<x>"), tmp_path / "x").parent)
-    assert again.eos_id == 298  # what was chosen is kept
+    assert again.eos_id == 298  # the chosen end-of-text token is kept
 
 
 def test_either_file_changed_or_gone_is_detected(trained, tmp_path):
@@ -317,7 +317,7 @@ def test_a_saved_tokenizer_does_not_lead_out_of_its_folder(trained, tmp_path):
 
 
 def test_without_the_packages(trained, tmp_path, monkeypatch):
-    """char and byte need none; without tiktoken the ids are the same; an error for a missing one names the extra."""
+    """char and byte need no package; without tiktoken the ids are the same; other errors name the extra to install."""
     ids = trained.encode(CORPUS[0])
     folder = tokenizers.save(trained, tmp_path / "json").parent
     (tmp_path / "ranks").write_bytes(b"YQ== 0\n")
@@ -365,17 +365,17 @@ class _Exploit:
 
 
 def test_a_pickle_in_place_of_a_tokenizer_is_refused_and_not_run(tmp_path):
-    """nanoGPT's meta.pkl runs whatever code it holds; a dataset from another user must not."""
+    """nanoGPT's meta.pkl runs whatever code it holds; a dataset from another user must run none."""
     touched = tmp_path / "touched"
     (tmp_path / tokenizers.FILE_NAME).write_bytes(pickle.dumps(_Exploit(touched)))
     with pytest.raises(DataError):
         tokenizers.load(tmp_path)
     assert not touched.exists()
-    json.loads(tokenizers.save(CharTokenizer("ab"), tmp_path).read_text())  # what is written is plain JSON
+    json.loads(tokenizers.save(CharTokenizer("ab"), tmp_path).read_text())  # `save` writes plain JSON
 
 
 def test_no_module_of_the_data_package_can_unpickle():
-    """It has neither an import of a pickle-like module nor numpy's allow_pickle."""
+    """No module imports a pickle-like module or uses NumPy's allow_pickle."""
     modules = sorted(pathlib.Path(data.__file__).parent.rglob("*.py"))
     assert len(modules) > 40
     for path in modules:

@@ -1,4 +1,4 @@
-"""topology.py: which machines it knows and, with the extra `plan`, what the compilers make of their names."""
+"""topology.py: which machines it knows and, with the extra `plan`, how the compilers interpret their names."""
 
 import importlib.util
 import pathlib
@@ -18,7 +18,7 @@ HAS_CUDA = importlib.util.find_spec("jax_cuda13_plugin") is not None
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """After the test, undoes what `describe` sets."""
+    """Restores, after the test, the environment variables that `describe` sets."""
     for name, value in topology.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
 

@@ -1,4 +1,4 @@
-"""Configuration: errors name field, value and what would be right; changes at a resume are sorted as documented."""
+"""Configuration: errors name the field, its value and what is allowed; changes at a resume are sorted as documented."""
 
 import dataclasses
 import json
@@ -93,7 +93,7 @@ def test_errors_say_what_is_wrong(tree, parts):
     ],
 )
 def test_what_a_run_recorded_is_read_although_it_is_refused_now(tree, tmp_path, monkeypatch):
-    """Ranges are for new values: a run of an earlier version, its steps and its mirror can be resumed."""
+    """Ranges apply only to new values: a run of an earlier version can be resumed, also from its mirror."""
     with pytest.raises(ConfigError):
         from_dict(tree)
     recorded = from_dict(tree, recorded=True)
@@ -140,7 +140,7 @@ def test_changes_at_a_resume(change, kind):
 
 
 def test_the_optimizer_cannot_change_at_a_resume():
-    """Another one cannot read the state. A run of an earlier version, which did not name it, has AdamW."""
+    """Another optimizer cannot read the state. A run of an earlier version, which named no optimizer, has AdamW."""
     fields = dataclasses.asdict(Config())
     del fields["optimizer"]["name"]
     before = from_dict(fields, recorded=True)
@@ -151,7 +151,7 @@ def test_the_optimizer_cannot_change_at_a_resume():
 
 
 def test_the_type_of_the_moments_cannot_change_at_a_resume():
-    """The rest of the section may change, but what was saved has the other type."""
+    """The rest of the optimizer section may change with the flag, but saved moments have the other type."""
     found = changes(Config(), from_dict({"optimizer": {"moments_dtype": "bfloat16", "b2": 0.95}}))
     assert found["refused"] == ["config.optimizer.moments_dtype: 'float32' -> 'bfloat16'"]
     assert found["flag"] == ["config.optimizer.b2: 0.99 -> 0.95"] and not found["harmless"]

@@ -1,4 +1,4 @@
-"""The whole transformer: against a NumPy reference in float64, and its own switches against each other."""
+"""Compares the whole transformer with a NumPy reference in float64, and its own switches with each other."""
 
 import dataclasses
 import functools
@@ -55,23 +55,23 @@ def evaluated(config: ModelConfig):
 
 @pytest.mark.parametrize("config", **every_config)
 def test_logits_and_loss_are_those_of_the_reference(config):
-    """Every option of the forward pass, and the -inf of the vocabulary's padding."""
+    """Covers every option of the forward pass, and the logits of the vocabulary's padding, which are -inf."""
     tokens, loss, logits, _ = evaluated(config)
     expected, attention = reference.forward_and_attention(tiny_models.make(config)[1], config, tokens[:, :-1])
     assert logits.dtype == np.float32 and logits.shape == (3, config.max_seq_len, 64)
     np.testing.assert_allclose(logits[..., : config.vocab_size], expected, rtol=0, atol=LOGITS_ATOL)
     assert (logits[..., config.vocab_size :] == -np.inf).all()
     assert loss == pytest.approx(reference.cross_entropy(expected, tokens[:, 1:]), abs=5e-6)
-    # The comparison means something: logits vary, and attention is neither uniform nor stuck on one token.
+    # The comparison is meaningful: logits vary, and attention is neither uniform nor stuck on one token.
     assert expected.std() > 0.5
     assert len(attention) == config.num_layers * config.num_heads
     for weights in attention:
-        assert 0.15 < weights[:, -1].max(-1).mean() < 0.95  # uniform would be 1/16 or 1/12
+        assert 0.15 < weights[:, -1].max(-1).mean() < 0.95  # uniform attention would be 1/16 or 1/12
 
 
 @pytest.mark.parametrize("config", **every_config)
 def test_gradients_are_the_slopes_of_the_reference(config):
-    """Central differences of the float64 loss along single coordinates and a random direction of every leaf."""
+    """Checks central differences of the float64 loss along single coordinates and a random direction of every leaf."""
     tokens, _, _, gradient = evaluated(config)
     params = traverse_util.flatten_dict(reference.as_float64(tiny_models.make(config)[1]))
     assert gradient.keys() == params.keys()
@@ -93,8 +93,8 @@ def test_gradients_are_the_slopes_of_the_reference(config):
             slope = (loss_at(path, leaf + h * direction) - loss_at(path, leaf - h * direction)) / (2 * h)
             # float32 was off by up to 3e-7 when this was written.
             np.testing.assert_allclose((g * direction).sum(), slope, rtol=2e-5, atol=5e-7, err_msg="/".join(path))
-        # Every parameter matters, except one: adding the same to all keys leaves the softmax as it is, unless rope
-        # turns it.
+        # Every parameter matters, except the keys' bias: adding the same vector to all keys does not change the
+        # softmax, unless rope rotates the vector.
         if path[-2:] != ("key", "bias") or config.position == "rope":
             assert np.abs(g).max() > 1e-4, path
 
@@ -109,9 +109,9 @@ VARIANTS = [
 
 @pytest.mark.parametrize("fields", VARIANTS, ids=str)
 def test_scanning_and_rematerialisation_change_nothing(fields):
-    """Same parameters, same dropout key: same loss, logits and gradients, so a checkpoint fits any of them."""
+    """The same parameters and dropout key give the same loss, logits and gradients: a checkpoint fits all variants."""
     params, tokens = tiny_models.random_params(BASE), tiny_models.random_tokens(BASE, 2, BASE.max_seq_len + 1)
-    key = jax.random.key(5, impl="unsafe_rbg")  # compiles faster than threefry, and is as much a function of the key
+    key = jax.random.key(5, impl="unsafe_rbg")  # this compiles faster than threefry, and also depends only on the key
     (loss, logits), gradient = loss_and_gradient(BASE)(params, tokens, key)
     other = dataclasses.replace(BASE, **fields)
     assert jax.tree.map(np.shape, tiny_models.random_params(other)) == jax.tree.map(np.shape, params)
@@ -120,7 +120,7 @@ def test_scanning_and_rematerialisation_change_nothing(fields):
     np.testing.assert_allclose(other_logits[..., :50], logits[..., :50], rtol=0, atol=LOGITS_ATOL)
     for path, g in traverse_util.flatten_dict(gradient).items():
         g_other = traverse_util.flatten_dict(other_gradient)[path]
-        # The order of sums may differ: rounding, relative to the leaf's largest gradient.
+        # The order of sums may differ, so rounding is allowed, relative to the leaf's largest gradient.
         np.testing.assert_allclose(g_other, g, rtol=0, atol=1e-5 * np.abs(g).max(), err_msg="/".join(path))
 
 
@@ -137,14 +137,14 @@ def count_of(primitive: str, jaxpr) -> int:
 
 
 def test_each_remat_policy_recomputes_what_it_says():
-    """Matrix products in the backward pass: none adds none, dots the two of attention, full those of a whole layer."""
+    """In the backward pass, `none` recomputes no matrix product, `dots` attention's two, `full` those of a layer."""
     counts = {}
     for remat in ("none", "dots", "full"):
         config = dataclasses.replace(BASE, remat=remat)
         tokens = np.zeros((2, config.max_seq_len + 1), np.int32)
         params = tiny_models.random_params(config)
         counts[remat] = count_of("dot_general", jax.make_jaxpr(loss_and_gradient(config))(params, tokens, None).jaxpr)
-    # Of a layer's 7 weight products and 2 of attention, the backward pass does not need the last one's result.
+    # Of a layer's 7 weight products and 2 of attention, the backward pass does not need the result of the last.
     assert counts["dots"] == counts["none"] + 2
     assert counts["full"] == counts["none"] + 8
 
@@ -179,7 +179,7 @@ def test_layers_are_looped_over_in_turns_or_runs(kinds, expected):
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_a_profile_says_which_part_of_the_model_an_operation_is_of(remat):
-    """By named scopes in the lowered program: q, k, v, out and two products of attention, and three of the mlp."""
+    """The lowered program has named scopes: attention has q, k, v, out and its two products, the MLP has three."""
     config = dataclasses.replace(CONFIGS["llama"], remat=remat)
     params, tokens = tiny_models.make(config)[1], tiny_models.random_tokens(config, 1)
     text = tiny_models.jitted_forward(config).lower(params, tokens).as_text(debug_info=True)
@@ -187,13 +187,13 @@ def test_a_profile_says_which_part_of_the_model_an_operation_is_of(remat):
     products = [names[loc] for loc in re.findall(r"stablehlo\.dot_general.*loc\((#loc\d+)\)$", text, re.MULTILINE)]
     for scope, count in {"attention": 6, "mlp": 3}.items():
         assert len([name for name in products if scope in name.split("/")]) == count
-    assert len(products) == 10  # with the head
+    assert len(products) == 10  # these nine and the head
     assert {"embedding", "norm"} <= {scope for name in names.values() for scope in name.split("/")}
 
 
 @pytest.mark.parametrize("config", **every_config)
 def test_every_parameter_names_one_logical_axis_per_dimension(config):
-    """trainer/sharding.py places each array by these names; a wrong name is a wrong or a needlessly copied layout."""
+    """trainer/sharding.py places each array by these names; a wrong name gives a wrong layout or needless copies."""
     sizes = {
         "layers": config.num_layers,
         "embed": config.embed_dim,
@@ -212,7 +212,7 @@ def test_every_parameter_names_one_logical_axis_per_dimension(config):
         assert len(set(axes)) == len(axes), path
 
 
-EXPECTED_AXES = {  # of the two projections of equal shape that are most easily confused
+EXPECTED_AXES = {  # the axes of parameters that are easily confused
     ("layers", "attention", "query", "kernel"): ("layers", "embed", "heads"),
     ("layers", "attention", "key", "kernel"): ("layers", "embed", "kv_heads"),
     ("layers", "attention", "out", "kernel"): ("layers", "heads", "embed"),
@@ -267,7 +267,7 @@ def initial_params() -> dict:
 
 
 def test_initial_parameters(initial_params):
-    """GPT-2's: deviation 0.02, less for what adds to the residual stream; scales 1, biases 0; no two layers alike."""
+    """As in GPT-2: deviation 0.02, less for weights into the residual stream; scales 1, biases 0; layers differ."""
     kinds = set()
     for path, leaf in traverse_util.flatten_dict(initial_params).items():
         assert leaf.dtype == jnp.float32
@@ -278,7 +278,7 @@ def test_initial_parameters(initial_params):
         std = UNTRAINED.init_std
         if path[-2:-1] in (("out",), ("down",)):
             std /= np.sqrt(2 * UNTRAINED.num_layers)
-        # Five sigma of the deviation of n draws, std / sqrt(2n).
+        # The tolerance is five standard errors of the deviation of n draws: std / sqrt(2n).
         assert abs(leaf.std() - std) < 5 * std / np.sqrt(2 * leaf.size), path
         if path[0] == "layers":
             assert np.abs(np.corrcoef(leaf[0].ravel(), leaf[1].ravel())[0, 1]) < 5 / np.sqrt(leaf[0].size), path
@@ -287,7 +287,7 @@ def test_initial_parameters(initial_params):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_untrained_model_knows_nothing(initial_params, tied):
-    """Its loss is that of guessing among vocab_size tokens; guessing among the padded 64 would be 6 % more."""
+    """The loss is that of guessing among vocab_size tokens; guessing among the padded 64 would be 6 % more."""
     config = dataclasses.replace(UNTRAINED, tie_embeddings=tied)
     params = {name: leaf for name, leaf in initial_params.items() if not (tied and name == "head")}
     tokens = tiny_models.random_tokens(config, 8, config.max_seq_len + 1)
@@ -305,7 +305,7 @@ def test_a_model_without_a_vocabulary_or_context_is_refused():
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_bfloat16_stays_close_to_float32(name):
-    """Activations in bfloat16, parameters and logits in float32."""
+    """Activations are in bfloat16; parameters and logits stay in float32."""
     config = CONFIGS[name]
     half = dataclasses.replace(config, dtype="bfloat16")
     params, tokens = tiny_models.make(config)[1], tiny_models.random_tokens(config, 4)
@@ -314,8 +314,8 @@ def test_bfloat16_stays_close_to_float32(name):
     assert logits.dtype == jnp.float32
     for variable in tiny_models.abstract(half)[1].values():
         assert variable.get_value().dtype == jnp.float32
-    # What rounding only the parameters costs, in float64. The model also rounds both sides of a product's activations,
-    # and each rounding is as likely up as down: three times as many add up to sqrt(3) times the error, 3 with reserve.
+    # The error of rounding only the parameters, in float64. The model also rounds the activations before and after a
+    # product. Rounding is as likely up as down, so three times as many give sqrt(3) times the error; 3 leaves a margin.
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     unavoidable = reference.forward(rounded, config, tokens) - reference.forward(params, config, tokens)
     error = np.asarray(logits - exact)
@@ -324,7 +324,7 @@ def test_bfloat16_stays_close_to_float32(name):
 
 
 def test_bfloat16_is_the_type_of_every_weight_product():
-    """Matrix units are fast only there: one operand left in float32 would lift the whole product."""
+    """Matrix units are fast only in bfloat16: one operand in float32 would make the whole product float32."""
     config = dataclasses.replace(CONFIGS["gpt2"], dtype="bfloat16", scan_layers=True)
     apply, params = tiny_models.make(config)
     jaxpr = jax.make_jaxpr(lambda params, tokens: apply(params)(tokens)[0])(params, np.zeros((2, 16), np.int32)).jaxpr
@@ -353,13 +353,13 @@ def test_no_logit_depends_on_a_later_token(name):
         changed[:, t] = (changed[:, t] + 1) % config.vocab_size
         other = np.asarray(forward(params, changed))[..., : config.vocab_size]
         np.testing.assert_array_equal(other[:, :t], logits[:, :t])
-        # Every later place does see the change, or the test above proves nothing.
+        # Every later position must see the change, or the check above proves nothing.
         assert (np.abs(other - logits)[:, t:].max(-1) > 1e-4).all()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_documents_of_a_row_are_as_if_each_had_a_row_of_its_own(name):
-    """Rotary and learned positions, other documents in each row: logits are those of the reference for one document."""
+    """With rotary or learned positions, each document has the logits of the reference for only that document."""
     config = CONFIGS[name]
     params = tiny_models.make(config)[1]
     tokens, documents = tiny_models.random_tokens(config, 2), documents_of([3, 4, 9], [6])
@@ -386,7 +386,7 @@ def documents_of(*borders: list[int]) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("documents", [False, True])
 def test_tokens_in_another_order_have_the_same_logits_at_their_index(name, documents):
-    """The order of a sequence that is split over devices, and any other."""
+    """This holds for the order of a sequence that is split over devices, and for any other order."""
     config = CONFIGS[name]
     forward, params = tiny_models.jitted_forward(config), tiny_models.make(config)[1]
     tokens = tiny_models.random_tokens(config, 2)
@@ -408,7 +408,7 @@ def test_tokens_in_another_order_have_the_same_logits_at_their_index(name, docum
 
 
 class InOrder(Partitioner):
-    """Computes attention among tokens that are in `order`, as MeshPartitioner does: keys are put in their order."""
+    """Computes attention of tokens in `order`, as MeshPartitioner does: keys are put back in sequence order."""
 
     def __init__(self, order):
         self.order = order
@@ -442,7 +442,7 @@ def test_rows_of_a_batch_do_not_see_each_other():
 
 @pytest.mark.parametrize("config", [CONFIGS["llama"], CONFIGS["gpt2"]], ids=["llama", "gpt2"])
 def test_prefill_and_decoding_with_a_cache_give_the_logits_of_a_full_pass(config):
-    """The prompt with padding after it, then a chunk of three, then single tokens, each at its own start."""
+    """Passes the prompt with padding after it, then a chunk of three, then single tokens, each at its own start."""
     apply, params = tiny_models.make(config)
     tokens = tiny_models.random_tokens(config, 4)
     full = np.asarray(tiny_models.jitted_forward(config)(params, tokens))[..., : config.vocab_size]
@@ -494,7 +494,7 @@ def test_dropout_needs_a_key_and_follows_it():
         keyed = forward(params, tokens, dropout_rate=np.float32(rate), dropout_key=jax.random.key(key))
         return np.asarray(keyed)
 
-    # A rate without a key is evaluation of a model that trains with dropout.
+    # A rate without a key means evaluation of a model that trains with dropout.
     np.testing.assert_array_equal(forward(params, tokens, dropout_rate=np.float32(0.5)), plain)
     np.testing.assert_allclose(dropped(0.0, 1), plain, rtol=0, atol=LOGITS_ATOL)
     np.testing.assert_array_equal(dropped(0.3, 1), dropped(0.3, 1))
@@ -503,7 +503,7 @@ def test_dropout_needs_a_key_and_follows_it():
 
 
 def test_every_dropout_of_every_layer_has_a_mask_of_its_own():
-    """A model that writes its masks into its logits.
+    """The model of this test writes its masks into its logits.
 
     All weights are 0, the biases of the sub-layers' outputs are powers of two, and the head is the identity: before
     the last norm, the stream is the sum of 16 (embedding), 1 and 2 (attention and feed-forward of the first layer),
@@ -521,7 +521,7 @@ def test_every_dropout_of_every_layer_has_a_mask_of_its_own():
     logits = tiny_models.jitted_forward(config)(
         traverse_util.unflatten_dict(leaves), tokens, dropout_rate=np.float32(rate), dropout_key=jax.random.key(3)
     )
-    # The norm divides each place by one number; the largest of 64 sums is 31 almost surely.
+    # The norm divides each position by one number; the largest of its 64 sums is almost surely 31.
     sums = 31 * np.asarray(logits) / np.max(logits, axis=-1, keepdims=True)
     whole = np.rint(sums).astype(int)
     np.testing.assert_allclose(sums, whole, atol=1e-3)
@@ -533,7 +533,7 @@ def test_every_dropout_of_every_layer_has_a_mask_of_its_own():
 
 @pytest.mark.parametrize("config", **every_config)
 def test_activations_are_placed_by_the_names_of_their_axes(config):
-    """One name or None for each dimension, as trainer/sharding.py expects, and each name on the dimension it means."""
+    """Each dimension has one name or None, as trainer/sharding.py expects, and each name is on the right dimension."""
     seen: set[str | None] = set()
     sizes = {
         "batch": 3, "seq": 7, "heads": config.num_heads, "kv_heads": config.kv_heads, "vocab": config.padded_vocab_size,
@@ -592,12 +592,13 @@ def test_every_parameter_is_gathered_or_looked_up_under_its_own_axes(config):
         in_stack = axes[0] == "layers"
         expected += [(axes[in_stack:], shape[in_stack:])] * (traced if in_stack else 1)
     if config.tie_embeddings:
-        expected.append((("vocab", "embed"), (config.padded_vocab_size, config.embed_dim)))  # the output table, too
+        # The tied table is also used as the output table.
+        expected.append((("vocab", "embed"), (config.padded_vocab_size, config.embed_dim)))
     assert sorted(used, key=str) == sorted(expected, key=str)
 
 
 def test_the_constrained_activation_is_the_one_that_is_used():
-    """A constraint that is computed but not assigned would place nothing."""
+    """A constraint whose result is not used would have no effect."""
     config = CONFIGS["llama"]
     params = tiny_models.make(config)[1]
     tokens = tiny_models.random_tokens(config, 3, 7)
@@ -616,7 +617,7 @@ def test_the_constrained_activation_is_the_one_that_is_used():
 
     @jax.jit
     def with_zero_at(params, chosen):
-        """The call with this number returns zeros."""
+        """The logits if `constrain` returns zeros in its call number `chosen`."""
         count = itertools.count()
         altering = Altering(lambda x, axes: jnp.where(next(count) == chosen, 0, x))
         return tiny_models.applier(config, altering)(params)(tokens)[0]
@@ -629,7 +630,7 @@ def test_the_constrained_activation_is_the_one_that_is_used():
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_logits_are_as_exact_in_bfloat16_as_those_of_the_loss(name):
-    """Products of bfloat16 numbers, summed and kept in float32: rounded once more, they pick other tokens."""
+    """Products of bfloat16 numbers are summed and kept in float32: if rounded again, they would pick other tokens."""
     config = dataclasses.replace(CONFIGS[name], dtype="bfloat16")
     params, tokens = tiny_models.random_params(config), tiny_models.random_tokens(config, 2)
     model = tiny_models.applier(config)(params)

@@ -1,4 +1,4 @@
-"""A stuck process prints its stacks and exits with 42; one that was only stopped continues. In real processes."""
+"""A stuck process prints its stacks and exits with 42; one that was only stopped continues. Processes are real."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from trainer.config import WatchdogConfig
 from trainer.reliability import watchdog
 from trainer.reliability.watchdog import CHECK_S, MEDIAN_STEPS, SAVING, WAITING, Pace, Watchdog
 
-LATE_S = 2.0  # beyond the limit, including start-up on a busy machine
+LATE_S = 2.0  # how long after the limit it may end, including start-up on a busy machine
 PRELUDE = """
 import ctypes, logging, pathlib, sys, threading, time
 from trainer.reliability import watchdog
@@ -115,7 +115,7 @@ def test_a_stall_that_holds_the_gil_is_ended_by_the_timer(tmp_path):
 
 
 def test_a_pause_of_the_whole_process_is_no_stall(tmp_path):
-    """It falls within a step that lasts for more than one check after it."""
+    """The pause falls within a step, which lasts for more than one check after the pause."""
     code = """
     dog = start(min_s=4)
     sys.stdin.readline()
@@ -177,7 +177,7 @@ def test_heartbeat_says_where_the_process_is(tmp_path, monkeypatch):
     assert beat["time"].endswith("+00:00")
     before = path.stat().st_mtime_ns
     time.sleep(1.2 * CHECK_S)
-    assert path.stat().st_mtime_ns == before  # not at every check
+    assert path.stat().st_mtime_ns == before  # not every check writes a heartbeat
     wait_for(lambda: path.stat().st_mtime_ns > before)
     dog.close()
     assert heartbeat(tmp_path, 3)["phase"] == "ended"
@@ -187,9 +187,9 @@ def test_heartbeat_says_where_the_process_is(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("of", [1, 16, 500, 4096, 100_000])
 def test_all_processes_together_write_a_hundred_heartbeats_a_second_at_most(tmp_path, of):
-    """Each is a new file and a rename on the file system that they share."""
+    """Each heartbeat creates a file and renames it, on the file system that the processes share."""
     dog = Watchdog(tmp_path, WatchdogConfig(), of - 1, of=of)
-    wait_for((tmp_path / f"heartbeat.{of - 1}.json").exists)  # the first at once
+    wait_for((tmp_path / f"heartbeat.{of - 1}.json").exists)  # the first heartbeat is written at once
     dog.close()
     assert of / dog._every_s <= 100 and (dog._every_s == 5 or of > 500)
 
@@ -275,21 +275,21 @@ def test_limit_of_a_step_is_a_multiple_of_the_median(pace, clock):
     assert pace.limit_s("starting") == pace.limit_s("training") == 1000
     pace.phase("compiling")
     steps(pace, clock, 300)
-    assert pace._mark.phase == "training" and pace.limit_s("training") == 1000  # that step compiled
+    assert pace._mark.phase == "training" and pace.limit_s("training") == 1000  # the only step was a compilation
     steps(pace, clock, 2)
     assert pace.limit_s("training") == 40
     steps(pace, clock, 0.1, 0.1, 500)
     assert pace.limit_s("training") == pytest.approx(20 * 1.05)
     steps(pace, clock, *[0.1] * MEDIAN_STEPS)
-    assert pace.limit_s("training") == 10  # min_s; and the first ones are forgotten
+    assert pace.limit_s("training") == 10  # min_s; the first steps are forgotten
     assert pace.limit_s("evaluating") == 1000
-    assert pace.limit_s("training", counts=False) == 1000  # peers may still be in the phase before
+    assert pace.limit_s("training", counts=False) == 1000  # peers may still be in the previous phase
 
 
 @pytest.mark.parametrize("limits", [{}, {"slow_s": 1}, {"min_s": 1e5}, {"slow_s": float("inf")}], ids=str)
 @pytest.mark.parametrize("save_s", [0, 300, 6 * 3600])
 def test_nothing_that_is_allowed_elsewhere_ends_a_process(clock, limits, save_s):
-    """slow_s killed a save that its own limit allows; a process that waits is never found before one that is stuck."""
+    """slow_s ended a save that the limit of saves allows. A stuck process is found before the processes that wait."""
     pace = Pace(WatchdogConfig(**limits), clock)
     pace.save_limit_s = lambda: save_s
     steps(pace, clock, 1, 1)
@@ -337,5 +337,5 @@ def test_time_in_which_nobody_looked_does_not_count(pace, clock):
     assert looks(pace, clock, 1.0) == 5
     pace.step(3)
     assert looks(pace, clock, 3600.0) == 2 * CHECK_S
-    # A thread that is always late still finds a stall.
+    # A watchdog thread that is always late still finds a stall.
     assert looks(pace, clock, *[5.0] * 10) == 2 * CHECK_S * 11

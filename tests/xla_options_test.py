@@ -14,7 +14,7 @@ from trainer import xla_options
     [
         ("gpu", "float32", None, "float32"),
         ("tpu", "float32", None, "float32"),
-        ("gpu", "float32", "tensorfloat32", "tensorfloat32"),  # asked for in the environment
+        ("gpu", "float32", "tensorfloat32", "tensorfloat32"),  # the environment asks for it
         ("gpu", "bfloat16", None, None),
         ("cpu", "float32", None, None),
     ],

@@ -10,7 +10,7 @@ GPU_FRACTION = 0.92
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One JAX device (half a chip of TPU7x). The vendor's peaks, dense; programs reach only part of each."""
+    """One JAX device (half a chip of TPU7x), with the vendor's peaks (dense); programs reach only part of each."""
 
     platform: str  # as in JAX: 'tpu' or 'cuda'
     device_kind: str  # prefix of jax.Device.device_kind
@@ -24,8 +24,8 @@ class Chip:
     axes: int  # dimensions of a slice's network: 2 or 3 for a torus; 1 for a node
 
 
-# FLOP/s, HBM and ICI of TPUs: cloud.google.com/tpu/docs, one page per chip, with ICI for both ways together. Memory is
-# what libtpu leaves to programs. Between slices: those pages give 6.4 and 25.6 Tbit/s for the 256 chips of a v5e and a
+# FLOP/s, HBM and ICI of TPUs: cloud.google.com/tpu/docs, one page per chip; ICI there counts both ways. Memory is
+# what libtpu leaves to programs. Between slices, those pages give 6.4 and 25.6 Tbit/s for the 256 chips of a v5e and a
 # v6e pod, and 50 Gbit/s per v5p; v4 is assumed to equal v5p, and a TPU7x chip a v6e chip.
 # GPUs: NVIDIA's data sheets of the SXM cards. Memory: GPU_FRACTION of the card. Between nodes: one network card for
 # each GPU, as in NVIDIA's DGX (400 Gbit/s, 200 for A100); a cluster may have less.
@@ -48,6 +48,6 @@ CHIPS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip of a jax.Device.device_kind; None if it is not in the table: no numbers are better than guesses."""
+    """The chip of a jax.Device.device_kind; None if it is not in the table, because a guess would mislead."""
     fitting = [chip for chip in CHIPS.values() if device_kind.startswith(chip.device_kind)]
     return max(fitting, key=lambda chip: len(chip.device_kind), default=None)

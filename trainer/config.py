@@ -133,8 +133,8 @@ class MeshConfig:
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     every_steps: int = 1000  # 0: only by time, at the end and when stopped
-    every_minutes: float = 10.0  # also when this much time has passed since the last one; 0: never
-    # The largest share of wall time that timed saves may stall training; if it is exceeded, they become rarer.
+    every_minutes: float = 10.0  # also when this much time has passed since the last save; 0: never
+    # The largest share of wall time that timed saves may stall training; above it, timed saves become rarer.
     max_share: float = 0.01
     keep_last: int = 2
     keep_every_steps: int = 0  # save at each multiple of this and keep it for good; 0: none
@@ -179,7 +179,7 @@ class WatchdogConfig:
     min_s: float = 120.0  # a step stalls when it takes longer than this, and than `factor` running medians
     factor: float = 20.0
     # The limit of every phase that is not a step: start, compilation, restore, save, sampling. inf: no limit, also for
-    # processes that wait for one in such a phase.
+    # processes that wait for a peer in such a phase.
     slow_s: float = 1800.0
     stop_s: float = 300.0  # from a request to stop to the exit, saved or not
     straggler_every_steps: int = 1000  # how often to compare the speed of the processes; 0: never
@@ -285,7 +285,7 @@ def check_divisible(config: Config, axes: dict[str, int]) -> None:
     """Raises ValueError, with both numbers, if a mesh axis does not divide an array that it shards."""
     model, accum, context = config.model, config.grad_accum_steps, axes["context"]
     microbatch = f" / grad_accum_steps = {config.global_batch_size} / {accum}" if accum > 1 else ""
-    parameter_axes = ["fsdp", "context"] if context > 1 else ["fsdp"]  # those that shard the parameters' embed axis
+    parameter_axes = ["fsdp", "context"] if context > 1 else ["fsdp"]  # the axes that shard the parameters' embed axis
     vocabulary = f"the vocabulary, padded to a multiple of {VOCAB_MULTIPLE},"
     rules = [
         (f"global_batch_size{microbatch}", config.global_batch_size // accum, ["data", "fsdp"], 1),
@@ -343,8 +343,8 @@ def from_dict(tree: dict[str, Any], recorded: bool = False) -> Config:
     """A Config from nested plain values; a missing field takes its default.
 
     Args:
-      recorded: the tree is a run's own record. Its numbers are not checked, because an earlier version
-        may have accepted some that are refused now.
+      recorded: whether the tree is a run's own record. Its numbers are then not checked, because an earlier version may
+        have accepted some that are refused now.
 
     Raises ConfigError.
     """

@@ -16,12 +16,12 @@ class CheckpointError(UserError):
 
 
 class Diverged(UserError):
-    """Loss or gradient is not finite, or a spike, and config.divergence says to stop."""
+    """The loss or gradient is not finite, or is a spike, and config.divergence says to stop."""
 
     exit_code = 4
 
 
 class Stopped(UserError):
-    """The run has to stop, but the same command can resume it: a peer is missing, a step stalls."""
+    """The run has to stop, but the same command can resume it: a peer is missing, or a step stalls."""
 
     exit_code = 42

@@ -14,8 +14,8 @@ from trainer.config import Config
 
 
 def microbatch_rows(config: Config, batch_sharding: jax.sharding.NamedSharding) -> int:
-    """Rows per evaluation batch: those of a training microbatch, so that evaluation needs no more memory than a step,
-    rounded up to a multiple of the batch shards. Padded rows do not count."""
+    """Rows per evaluation batch: as many as a training microbatch has, so that evaluation needs no more memory than a
+    step, rounded up to a multiple of the batch shards. Padded rows do not count in the loss."""
     rows = config.global_batch_size // config.grad_accum_steps
     shards = sharding.batch_shards(batch_sharding.mesh.shape)
     return -(-rows // shards) * shards
@@ -33,11 +33,11 @@ def evaluate(
 ) -> dict[str, float] | None:
     """val/loss (nats a token), val/perplexity and, if the text's bytes are known, val/bits_per_byte.
 
-    They are unknown for token files of other programs, and for a dataset whose tokenizer loses text (losses.py).
+    The number of bytes is unknown for token files of other programs, and if the tokenizer loses text (losses.py).
 
     Evaluates `num_windows` fixed windows of each source; 0: its full split. With several sources, val/loss is the mean
-    over all their targets, and val/loss/NAME that of each. Returns None if `interrupted`, called after each batch,
-    returns true.
+    over all their targets, and val/loss/NAME is the mean over those of source NAME. `interrupted` is called after each
+    batch; if it returns true, the result is None.
     """
     totals, counts = dict.fromkeys(sources, 0.0), dict.fromkeys(sources, 0.0)
     for name, files in sources.items():

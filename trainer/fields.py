@@ -16,12 +16,12 @@ NONE_WORDS = ("none", "null")
 TRUE_WORDS = ("true", "t", "yes", "y", "1")
 FALSE_WORDS = ("false", "f", "no", "n", "0")
 
-# Of (section, dotted name, value), where the value is a bool, int, float or str. Raises ValueError.
+# Called with (section, dotted name, value); the value is a bool, int, float or str. Raises ValueError to refuse it.
 Check = Callable[[type, str, Any], None]
 
 
 def types_of(section: type) -> dict[str, Any]:
-    """The type of each field of a dataclass, in their order."""
+    """The type of each field of a dataclass, in the order of the fields."""
     hints = typing.get_type_hints(section)
     return {field.name: hints[field.name] for field in dataclasses.fields(section)}
 
@@ -52,11 +52,11 @@ def build(section: type, tree: Any, *, prefix: str = "", check: Check = lambda s
     """An instance of a dataclass from nested plain values; a missing field takes its default.
 
     Args:
-      prefix: of the names in messages, such as 'model.'.
-      check: of further conditions on single values.
+      prefix: the beginning of each name in messages, such as 'model.'.
+      check: checks further conditions on single values.
 
     Raises:
-      ValueError: a field is not known, or a value is not of its type; and what the dataclasses raise.
+      ValueError: a field is not known, or a value is not of its field's type. (The dataclasses may raise other errors.)
     """
     kinds = types_of(section)
     if not isinstance(tree, dict):
@@ -90,7 +90,7 @@ def _convert(kind: Any, value: Any, check: Callable[[Any], None]) -> Any:
                 return value
         raise TypeError
     if kind is float and type(value) is int:
-        value = float(value)  # OverflowError, a ValueError's sister, if it is too large
+        value = float(value)  # raises OverflowError, which is not a ValueError, if the number is too large
     if type(value) is not kind:
         raise TypeError
     check(value)
@@ -116,7 +116,7 @@ def from_text(kind: Any, text: str) -> Any:
 
 
 def to_text(value: Any) -> str:
-    """What from_text reads as `value`."""
+    """The text that from_text reads as `value`."""
     if value is None:
         return NONE_WORDS[0]
     if isinstance(value, tuple | list):
@@ -125,7 +125,7 @@ def to_text(value: Any) -> str:
 
 
 def describe(kind: Any) -> str:
-    """What a value of this type must be, for messages: 'a whole number or none'."""
+    """What a value of this type must be, for messages: 'a whole number, or none'."""
     if (inner := _optional(kind)) is not None:
         return f"{describe(inner)}, or none"
     if typing.get_origin(kind) is tuple:
@@ -136,7 +136,7 @@ def describe(kind: Any) -> str:
 
 
 def _optional(kind: Any) -> Any:
-    """X of X | None; None for any other type."""
+    """The type X if `kind` is X | None; None for any other type."""
     if typing.get_origin(kind) not in (types.UnionType, typing.Union):
         return None
     (inner,) = (argument for argument in typing.get_args(kind) if argument is not type(None))
@@ -144,7 +144,7 @@ def _optional(kind: Any) -> Any:
 
 
 def _element(kind: Any) -> Any:
-    """X of tuple[X, ...]."""
+    """The type X of tuple[X, ...]."""
     element, ellipsis = typing.get_args(kind)
     assert ellipsis is Ellipsis, f"{kind}: a field may be tuple[X, ...], not a tuple of a fixed length"
     return element

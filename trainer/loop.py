@@ -63,7 +63,7 @@ class Cursor:
 
 
 class BadStep(NamedTuple):
-    """A step that the run must not train on from: it stops there or rolls back past it, as the verdict says."""
+    """A step after which the run must not continue: the run stops or rolls back past the step, as the verdict says."""
 
     cursor: Cursor
     verdict: Verdict
@@ -325,7 +325,7 @@ class Trainer:
             self.checkpoints.set_evaluations({})
             return self._new_state(), Cursor(0, 0)
         state, meta = restored
-        identity.check(meta, self.config, self.data, self.run_dir)  # again: this one may be a mirror's
+        identity.check(meta, self.config, self.data, self.run_dir)  # again: this checkpoint may come from the mirror
         self.checkpoints.set_evaluations(metrics.evaluations(self.run_dir, meta["step"], meta.get("evaluations", ())))
         return state, Cursor(meta["step"], meta["samples"])
 
@@ -335,7 +335,7 @@ class Trainer:
         return self.program.init_with(initial.params_of(self.program, self.data.load_tokenizer(), self.processes))
 
     def _restore_good(self, bad: BadStep, choose: Callable[[list[int]], int | None]) -> tuple[TrainState, Cursor]:
-        """The state of the step that `choose` returns. Steps without a finite loss are set aside, until one has it.
+        """The state of the step that `choose` returns. Sets steps aside until one has a finite loss.
 
         A step's own loss is that of the state before its update, so the newest checkpoint may be the first bad state.
         """
@@ -368,7 +368,7 @@ class Trainer:
             if bad.verdict.action == divergence.STOP:
                 raise self._diverged(bad)
             wanted = bad.cursor.step - max(self.config.divergence.rollback_steps, 1)
-            # Later checkpoints stay where they are until one is found that the run can resume from.
+            # Later checkpoints are not moved until one is found from which the run can resume.
             state, restored = self._restore_good(
                 bad, lambda steps: _newest_up_to(wanted, self._planned(bad.cursor.step, steps))
             )

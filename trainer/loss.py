@@ -1,9 +1,9 @@
 """Cross-entropy of hidden states without their logits: a chunk of tokens at a time, on shards of the vocabulary.
 
-Logits of a whole batch would be the largest array of a step by far. Here a device makes those of one chunk, takes from
-them the loss and, as the loss is a weighted sum, its final gradients at once; nothing of the chunk is kept and nothing
-is computed twice (as in Liger Kernel's fused linear cross-entropy, Hsu et al., 2024; the sums over vocabulary shards
-are Megatron's, Shoeybi et al., 2019).
+Logits of a whole batch would be the largest array of a step by far. Here a device computes the logits of one chunk and
+from them the loss and, because the loss is a weighted sum, its final gradients. It keeps nothing else of the chunk and
+computes nothing twice (as in Liger Kernel's fused linear cross-entropy, Hsu et al., 2024; the sums over vocabulary
+shards are Megatron's, Shoeybi et al., 2019).
 
 Shape suffixes: n token of one device, c token of a chunk, v column of this device's vocabulary shard, e embed.
 """
@@ -24,10 +24,11 @@ def make_loss(program: Program):
     Args of the result:
       x: hidden states [b, t, embed].
       table: the parameter of Transformer.output_table, float32.
-      targets, weights: [b, t] integers below vocab_size, and float32: cross-entropy = sum(weights * nats of each
-        token), total loss = cross-entropy + z_loss * sum(weights * log(Z) ** 2).
+      targets: [b, t], integers below vocab_size.
+      weights: [b, t], float32. The cross-entropy is sum(weights * nats of each token), and the total loss is
+        cross-entropy + z_loss * sum(weights * log(Z) ** 2).
 
-    Only the total loss has a gradient (to x and table); the cross-entropy is for reading.
+    Only the total loss has a gradient (to x and table); the cross-entropy is only for reports.
     """
     axes = program.output_axes
     x_spec, table_spec, tokens, scalar = (
@@ -63,7 +64,7 @@ class _Shard:
         self.chunk_tokens = config.loss_chunk_tokens
         self.axes = program.output_axes
         self.embed_axis = self.axes.index("embed")
-        self.table = self.axes[0][0] + self.axes[1][0]  # subscripts: 've' or 'ev'
+        self.table = self.axes[0][0] + self.axes[1][0]  # subscripts for einsum: 've' or 'ev'
         self.columns = config.model.padded_vocab_size // program.mesh.shape["tensor"]
 
     def value(self, x: Array, table: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
@@ -92,13 +93,13 @@ class _Shard:
         return self.over_tokens(sums), (dx.reshape(x.shape), dtable)
 
     def chunk(self, w: Array, x_ce: Array, targets_c: Array, weights_c: Array):
-        """((total loss, cross-entropy), gradient of the total loss to the logits [c, v] in the type of x)."""
+        """((total loss, cross-entropy), gradient of the total loss to the logits [c, v], in the dtype of x)."""
         first = self.collectives.index("tensor") * self.columns
         logits_cv = unembed(x_ce, w, self.axes, config=self.model, first=first)
         top_c1 = self.collectives.pmax(jnp.max(logits_cv, axis=1, keepdims=True), "tensor")
         exp_sum_c1 = self.collectives.psum(jnp.sum(jnp.exp(logits_cv - top_c1), axis=1, keepdims=True), "tensor")
         log_z_c1 = top_c1 + jnp.log(exp_sum_c1)
-        # Picked by comparison: the target is in one of the shards.
+        # A comparison picks the target's logit, because only one of the shards has it.
         is_target_cv = first + jnp.arange(self.columns)[None] == targets_c[:, None]
         target_c = self.collectives.psum(jnp.sum(jnp.where(is_target_cv, logits_cv, 0), axis=1), "tensor")
         log_z_c = log_z_c1[:, 0]
@@ -110,9 +111,9 @@ class _Shard:
         return (total, loss), dlogits_cv.astype(x_ce.dtype)
 
     def over_chunks(self, one, carry, tokens: tuple[Array, Array, Array]):
-        """Folds `one` over equal chunks of (x, targets, weights), of at most loss_chunk_tokens and as few as possible.
+        """Folds `one` over equal chunks of (x, targets, weights): as few as possible, of loss_chunk_tokens at most.
 
-        The last chunk is padded with tokens of weight 0, fewer than there are chunks.
+        The last chunk is padded with tokens of weight 0; their number is below the number of chunks.
         """
         x, targets, weights = tokens
         n = targets.size

@@ -1,4 +1,4 @@
-"""Optimizers by name, the learning rate of each step, and the optax chain that makes updates of gradients."""
+"""Optimizers by name, the learning rate of each step, and the optax chain that turns gradients into updates."""
 
 import functools
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from trainer import schedule
 from trainer.config import OptimizerConfig
 from trainer.errors import ConfigError
 
-# By config.optimizer.name: from the clipped gradient to the direction of descent, before weight decay and learning
-# rate. An optimizer that keeps arrays of the parameters' shapes needs one line here and nothing anywhere else.
+# By config.optimizer.name: the transformation of the clipped gradient to the direction of descent, before weight decay
+# and learning rate. An optimizer whose state has arrays of the parameters' shapes needs one line here and nothing else.
 OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
     "adamw": lambda config: optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
 }
@@ -31,22 +31,22 @@ def chosen(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def make_schedule(config: OptimizerConfig, num_train_steps: int) -> Callable[[Array], Array]:
-    """Learning rate of the update after `step` finished steps (trainer/schedule.py)."""
+    """A function from the number of finished steps to the learning rate of the next update (trainer/schedule.py)."""
     return functools.partial(schedule.learning_rate, config, num_train_steps, xp=jnp)
 
 
 def make_optimizer(
     config: OptimizerConfig, learning_rate: Callable[[Array], Array], axes: dict
 ) -> optax.GradientTransformationExtraArgs:
-    """From a gradient to what is added to the parameters: update(grads, state, params, step=...).
+    """The transformation of a gradient to what is added to the parameters: update(grads, state, params, step=...).
 
     The chain has the same state whatever the values of the config, so that a checkpoint fits any of them. The learning
     rate is a function of `step`, the number of finished steps, and not part of the state.
 
     Args:
-      learning_rate: from `step` to a float32 scalar.
-      axes: the parameters' logical axes. Weight decay is for those of two or more besides `layers`: a stacked norm is
-        a matrix by its shape, but still a norm.
+      learning_rate: maps `step` to a float32 scalar.
+      axes: the parameters' logical axes. Weight decay applies to parameters with two or more axes besides `layers`: a
+        stacked norm has the shape of a matrix, but is still a norm.
 
     Raises:
       ConfigError: the config names an optimizer that does not exist.
@@ -65,10 +65,10 @@ def make_optimizer(
 def at_rate(
     learning_rate: Callable[[Array], Array], direction: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
-    """Multiplies the updates of `direction` by -learning_rate(step); `step` is given to update().
+    """Multiplies the updates of `direction` by -learning_rate(step); `step` is an argument of update().
 
-    The state is that of `direction`: a link of a chain would add one to the tree that is saved. Groups of parameters
-    can have rates of their own, each as a part of an optax.partition.
+    The state is that of `direction`; as a link of optax.chain, this would add a level to the tree that is saved. Groups
+    of parameters can have their own rates, if each group is a part of an optax.partition.
     """
     inner = optax.with_extra_args_support(direction)
 

@@ -26,7 +26,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, name: str) -> np.ndarray:
 
 
 def prompt_of(config: Config, tokenizer: Tokenizer | None) -> np.ndarray | None:
-    """The tokens of config.sample.prompt; None without a tokenizer: then no samples are made. Raises ConfigError."""
+    """The tokens of config.sample.prompt; None without a tokenizer, when no samples are made. Raises ConfigError."""
     if tokenizer is None:
         return None
     return encode_prompt(tokenizer, config.sample.prompt, "config.sample.prompt")
@@ -50,7 +50,7 @@ class Sampler:
         )
 
     def sample(self, params: dict, step: int) -> str:
-        """The text that follows the prompt; the seed depends on the step."""
+        """A text that follows the prompt; the random seed depends on the step."""
         (ids,) = self._generator(
             params,
             self._prompt,
@@ -67,7 +67,7 @@ def make_generator(
     """The generator of a run's model; its context is data.seq_len, the length of the training rows.
 
     Args:
-      vocab_size: of the tokenizer. Imported weights may have more rows than it has tokens.
+      vocab_size: the number of tokens of the tokenizer. Imported weights may have more rows than that.
     """
     config = program.config
     return Generator(

@@ -1,4 +1,4 @@
-"""The learning rate of each step, and warnings about odd ones. No JAX: a resume shows its changes before loading it."""
+"""The learning rate of each step, and warnings about odd settings. No JAX, so that a resume shows changes at once."""
 
 import dataclasses
 from typing import Any
@@ -12,8 +12,8 @@ def learning_rate(config: OptimizerConfig, num_train_steps: int, step: Any, xp: 
     """The rate of the update after `step` finished steps: linear warmup to the peak, then as config.schedule says.
 
     Args:
-      step: integers of any shape.
-      xp: numpy or jax.numpy; computes in float32.
+      step: an array of integers, of any shape.
+      xp: the library that computes, in float32: numpy or jax.numpy.
     """
     warmup, last = config.warmup_steps, length(config, num_train_steps)
     peak, end = config.peak_lr, config.end_lr
@@ -44,7 +44,8 @@ def fixed(config: Config, before: Config | None = None) -> Config:
     """`config` with an explicit decay_steps, so that the schedule stays the same if the run gets more steps.
 
     Args:
-      before: the configuration that a resumed run began with; its length is kept if `config` sets none.
+      before: the configuration that a resumed run began with; the length of its schedule is kept if
+        `config` does not set decay_steps.
     """
     optimizer = config.optimizer
     if optimizer.schedule == "constant" or optimizer.decay_steps:

@@ -21,7 +21,7 @@ EMBED_AXES: tuple[str, ...] = ("fsdp", "context")
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES,
     "seq": "context",
-    "embed": EMBED_AXES,  # of parameters; that of an activation is named None, since fsdp splits its batch
+    "embed": EMBED_AXES,  # of parameters; for activations the axis is None, since fsdp splits their batch
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -29,17 +29,17 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "position": None,
     "layers": None,
 }
-# For the code of a step, which works on one replica of the model and knows nothing of the axis `data` (see by_replica).
+# Rules for the code of a step, which works on one replica of the model and does not see the axis `data` (by_replica).
 REPLICA_BATCH_AXES = tuple(axis for axis in BATCH_AXES if axis != "data")
 REPLICA_RULES = RULES | {"batch": REPLICA_BATCH_AXES}
-# For the optimizer's state with mesh.shard_optimizer: replicas share it, each updating its shard of the parameters.
+# Rules for the optimizer's state with mesh.shard_optimizer: replicas split it, each updates its shard of parameters.
 ZERO1_RULES = RULES | {"embed": (*EMBED_AXES, "data")}
-# The axes that shard the tokens of a replica, over which sums over tokens go.
+# The axes that shard the tokens of a replica. A sum over tokens is a sum over these axes, too.
 TOKEN_AXES = (*REPLICA_BATCH_AXES, "context")
 
 
 def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh of `config` over all devices. Raises ConfigError where axes, devices, batch or model do not divide."""
+    """The mesh of `config` over all devices. Raises ConfigError if axes do not divide devices, batch or model."""
     devices = jax.devices() if devices is None else devices
     sizes = axis_sizes(config.mesh, len(devices))
     try:
@@ -50,11 +50,11 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
 
 
 def mesh_of(sizes: dict[str, int], devices: list[jax.Device], num_slices: int = 0) -> Mesh:
-    """Devices laid out so that neighbours in the mesh are neighbours in the network, and slices differ in `data` only.
+    """A mesh whose neighbours are neighbours in the network, and whose slices differ only in `data`.
 
     Args:
-      num_slices: groups of devices with a fast network inside each (slices of TPUs, nodes of GPUs), equal parts of
-        `devices` in their order if these do not say which group they are in; 0: what they say.
+      num_slices: the number of groups of devices with a fast network inside each (slices of TPUs, nodes of GPUs). If
+        devices do not report their group, the groups are equal parts of `devices`, in order. 0: as devices report.
 
     Raises:
       ConfigError: `data` is not divisible by the slices.
@@ -87,7 +87,7 @@ def _slices(devices: list[jax.Device], num_slices: int) -> list[list[jax.Device]
 
 
 def axis_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
-    """The sizes of all axes, with -1 filled in."""
+    """The sizes of all axes, with -1 replaced by the number of remaining devices."""
     sizes = mesh.sizes()
     named = {k: v for k, v in sizes.items() if v != -1}
     product = 1
@@ -114,12 +114,12 @@ def inference_mesh(config: Config) -> Mesh:
 
 
 def batch_shards(sizes: Mapping[str, int]) -> int:
-    """Equal shards of the rows of a batch, on a mesh with these sizes of its axes."""
+    """The number of shards of the rows of a batch, on a mesh with these sizes of its axes."""
     return math.prod(sizes[axis] for axis in BATCH_AXES)
 
 
 def spec(axes: tuple[str | None, ...], rules: dict = RULES) -> PartitionSpec:
-    """Logical axes to mesh axes: spec(('batch', 'seq', None)) == P(('data', 'fsdp'), 'context', None)."""
+    """The mesh axes for logical axes: spec(('batch', 'seq', None)) == P(('data', 'fsdp'), 'context', None)."""
     return PartitionSpec(*(None if a is None else rules[a] for a in axes))
 
 
@@ -128,10 +128,11 @@ def named(mesh: Mesh | AbstractMesh, *axes: str | None, rules: dict = RULES) -> 
 
 
 def by_replica(f: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
-    """`f` on the rows of each replica of the model, that is by hand along `data`; the compiler splits the other axes.
+    """A function that runs `f` on the rows of each replica of the model: a shard_map over `data` only. The compiler
+    splits the other axes.
 
-    So what the replicas send each other is what `f` says, when it says it. For one replica it is `f` itself: in a
-    shard_map XLA fuses other operations, and the last bits of sums differ.
+    So replicas communicate only what `f` says, and when it says so. With one replica this is `f` itself, because in a
+    shard_map XLA would fuse other operations, which changes the last bits of sums.
     """
     if mesh.shape["data"] == 1:
         return f
@@ -139,7 +140,7 @@ def by_replica(f: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callab
 
 
 def by_device(f: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
-    """`f` on the part of each device of a replica: by hand along all axes. Specs by REPLICA_RULES, without `data`."""
+    """A function that runs `f` on each device's shards: a shard_map over all axes. Specs follow REPLICA_RULES."""
 
     def mapped(*arguments: Any) -> Any:
         here = mesh_here(mesh)
@@ -151,29 +152,29 @@ def by_device(f: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callabl
 
 
 def mesh_here(mesh: Mesh) -> Mesh | AbstractMesh:
-    """`mesh` as JAX wants to hear of it where the code that calls this is traced: inside of by_replica, `data` is no
-    axis for the compiler."""
+    """The mesh to pass to JAX in code that is being traced: inside by_replica, the abstract mesh of the context, in
+    which the compiler does not split `data`."""
     here = jax.sharding.get_abstract_mesh()
     return mesh if here.empty else here
 
 
 def of_optimizer_state(state: Any, params: dict, shardings: dict, other: NamedSharding) -> Any:
-    """Shardings of an optimizer's state, a tree like `state`: a moment is sharded as its parameter's moments are to be.
+    """Shardings of an optimizer's state, a tree like `state`; `shardings` has the sharding of each parameter's moments.
 
-    Optax keeps moments in copies of the parameters' tree, of which optax.masked and optax.partition leave out some. So
-    the parameter of an array is the one whose path is the longest part of the array's own path.
+    Optax keeps moments in copies of the parameters' tree, in which optax.masked and optax.partition leave out some
+    parameters. So an array belongs to the parameter whose path is the longest part of the array's own path.
 
     Args:
       state, params: abstract trees.
-      shardings: of the moments of each parameter, a tree like `params`.
-      other: of arrays that belong to no parameter, such as a count of steps, or that do not have the shape of theirs,
-        such as a factored moment. replicated_share tells whether they are large.
+      shardings: the sharding of each parameter's moments, a tree like `params`.
+      other: the sharding of arrays that do not belong to a parameter (a count of steps) or do not have its shape (a
+        factored moment). replicated_share tells whether they are large.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     of_path = {path: (p.shape, where) for (path, p), where in zip(leaves, jax.tree.leaves(shardings), strict=True)}
 
     def of_array(path: tuple, array: jax.ShapeDtypeStruct) -> NamedSharding:
-        parts = (path[i:j] for j in range(len(path), 0, -1) for i in range(j))  # the last of equally long ones first
+        parts = (path[i:j] for j in range(len(path), 0, -1) for i in range(j))  # of equally long parts the last first
         parameter = max((part for part in parts if part in of_path), key=len, default=())
         shape, where = of_path.get(parameter, (None, other))
         return where if shape == array.shape else other
@@ -182,10 +183,11 @@ def of_optimizer_state(state: Any, params: dict, shardings: dict, other: NamedSh
 
 
 def replicated_share(tree: Any, mesh: Mesh, *, of: Any = None, axes: tuple[str, ...] = PARAMETER_AXES) -> float:
-    """The numbers in `tree` that every device holds although `axes` of the mesh could split them.
+    """The share of numbers that every device holds although `axes` of the mesh could split them.
 
     Args:
-      of: the tree of whose numbers they are a share; None: `tree`.
+      tree: the replicated numbers in this tree count.
+      of: the tree whose numbers are the whole; None: `tree`.
     """
     if all(mesh.shape[axis] == 1 for axis in axes):
         return 0.0

@@ -30,19 +30,19 @@ class TrainState:
     opt_state: Any
     guard: dict = dataclasses.field(
         default_factory=dict
-    )  # scalars (trainer/reliability/divergence.py); {}: no step is judged
+    )  # scalars (trainer/reliability/divergence.py); {}: the device does not judge steps
 
 
 class Program:
-    """The static side of a run: graph definition, optimizer, shardings. Holds no arrays.
+    """The static part of a run: graph definition, optimizer, shardings. It holds no arrays.
 
     Attributes:
-      partitioner: of the model's arrays on the mesh, with its attention kernel.
+      partitioner: splits the model's arrays over the mesh, and has the attention kernel.
       axes: the parameters' logical axes, a tree like params with tuples as leaves.
-      moments: shardings of what the optimizer keeps of each parameter, a tree like params.
+      moments: the sharding of the optimizer's arrays for each parameter, a tree like params.
       params, state: abstract trees (ShapeDtypeStruct with sharding) of the parameters and of the whole TrainState.
       output_axes: logical axes of the table that makes logits.
-      num_params: without the rows that pad the vocabulary.
+      num_params: the number of parameters, without the rows that pad the vocabulary.
     """
 
     def __init__(self, config: Config, mesh: Mesh, partitioner: MeshPartitioner | None = None):
@@ -79,7 +79,7 @@ class Program:
         self.num_params = sum(p.size for p in jax.tree.leaves(self.params)) - padding * config.model.embed_dim * tables
 
     def _abstract(self, partitioner: Partitioner) -> tuple[Transformer, Any, Any]:
-        """The model with shapes in place of arrays; its graph definition; its parameters."""
+        """The model with shapes in place of arrays, its graph definition, and its parameters."""
         model = nnx.eval_shape(lambda: Transformer(self.config.model, nnx.Rngs(params=0), partitioner))
         return model, *nnx.split(model, nnx.Param)
 
@@ -92,9 +92,9 @@ class Program:
         """The shapes of a batch, to compile for.
 
         Args:
-          dtype: of the token files.
-          rows: None: global_batch_size.
-          masked: whether it has loss_weights; None: as the loader makes batches to train on.
+          dtype: the dtype of the token files.
+          rows: the number of rows; None: global_batch_size.
+          masked: whether the batch has loss_weights; None: as in the loader's training batches.
         """
         data = self.config.data
         return batch.abstract(
@@ -107,7 +107,7 @@ class Program:
         )
 
     def init(self) -> TrainState:
-        """The state before the first step, each device making only its own shards; the same values on any mesh."""
+        """The state before the first step. Each device makes only its shards; the values are the same on any mesh."""
         shardings = jax.tree.map(lambda s: s.sharding, self.state)
         return jax.jit(self._init, out_shardings=shardings)(jax.random.key(self.config.seed))
 
@@ -124,7 +124,7 @@ class Program:
         return dataclasses.replace(state, params=params)
 
     def init_guard(self) -> dict:
-        """The guard of a run whose steps were not judged so far."""
+        """The guard of a run whose steps have not been judged before."""
         return jax.jit(lambda: divergence.init_guard(self.config.divergence), out_shardings=self.replicated)()
 
     def model(self, params: dict) -> Transformer:

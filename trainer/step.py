@@ -16,7 +16,7 @@ from trainer.loss import make_loss
 from trainer.reliability import divergence
 from trainer.state import Program, TrainState
 
-ROWS, SAME = PartitionSpec("data"), PartitionSpec()  # of sharding.by_replica: each its own rows; the same for all
+ROWS, SAME = PartitionSpec("data"), PartitionSpec()  # specs of by_replica: own rows; the same for all
 
 
 def make_train_step(program: Program):
@@ -27,7 +27,7 @@ def make_train_step(program: Program):
     def train_step(state: TrainState, batch: Batch, seed: Array) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step) if config.model.has_dropout else None
         loss, reported, grads = gradient(state.params, batch, key, state.step)
-        # With mesh.shard_optimizer each replica sums, and then updates, its own shard.
+        # With mesh.shard_optimizer, each replica gets the sum of its own shard only, and then updates that shard.
         grads = jax.lax.with_sharding_constraint(grads, program.moments)
         updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)
@@ -35,7 +35,7 @@ def make_train_step(program: Program):
         judged: dict[str, Array] = {}
         if guard:
             guard, bad, judged = divergence.detect(config.divergence, guard, loss, grad_norm)
-            # The step still counts: its batch is used up, and the schedule advances.
+            # A bad step still counts: its batch is used up, and the schedule advances.
             params, opt_state = jax.tree.map(
                 lambda before, after: jnp.where(bad, before, after),
                 (state.params, state.opt_state),
@@ -63,8 +63,8 @@ def make_train_step(program: Program):
 def make_gradient(program: Program):
     """(params, batch, key or None, step) -> (loss, what layers report, gradients), of the whole batch.
 
-    The loss is the mean over the targets, by their weights. Each replica works through its rows by itself, and all sum
-    what they have at the end: once a step, however many microbatches there are.
+    The loss is the weighted mean over the targets. Each replica processes its own rows; at the end all sum their
+    results, once per step, however many microbatches there are.
     """
     accum, partitioner = program.config.grad_accum_steps, program.partitioner
     total_loss = make_total_loss(program)
@@ -109,7 +109,7 @@ def make_total_loss(program: Program):
         total, loss = weighted_loss(out.hidden, out.table, out.batch.targets, out.batch.loss_weights)
         if not any(out.aux):
             return total, (loss, {})
-        share = batch.loss_weights.sum()  # of this microbatch in the whole batch
+        share = batch.loss_weights.sum()  # the share of this microbatch in the whole batch
         losses, metrics = jax.tree.map(lambda x: share * x, out.aux)
         return total + sum(losses.values()), (loss, losses | metrics)
 
@@ -117,7 +117,7 @@ def make_total_loss(program: Program):
 
 
 def _with_mean_weights(batch: Batch) -> Batch:
-    """The weights of a mean over all targets of the batch."""
+    """`batch` with weights divided by their sum, so that a weighted sum is the mean over all targets of the batch."""
     if batch.loss_weights is None:
         return batch.replace(loss_weights=jnp.full(batch.targets.shape, 1 / jnp.float32(batch.targets.size)))
     total = batch.loss_weights.sum()
@@ -135,7 +135,7 @@ def _microbatches(batch: Batch, accum: int, partitioner: Any) -> Batch:
 
 
 def make_eval_step(program: Program):
-    """(params, batch) -> float32 (sum of the nats of its targets by their weights, sum of the weights)."""
+    """(params, batch) -> (sum of weight * nats over the targets, sum of the weights), both float32."""
     weighted_loss = make_loss(program)
 
     def of_replica(params: dict, batch: Batch) -> Array:
@@ -153,12 +153,12 @@ def make_eval_step(program: Program):
 
 
 class Forward(NamedTuple):
-    """What a forward pass leaves for the loss.
+    """What the loss needs of a forward pass.
 
     Attributes:
       hidden: [b, t, embed].
-      table: the parameter that makes logits of it.
-      batch: in the order of tokens of `hidden`.
+      table: the parameter that turns `hidden` into logits.
+      batch: the batch, with its tokens in the order of `hidden`.
       aux: what the layers report.
     """
 
@@ -169,10 +169,10 @@ class Forward(NamedTuple):
 
 
 def forward(program: Program, params: dict, batch: Batch, **dropout: Any) -> Forward:
-    """The model on a replica's rows, each in the order of tokens that the mesh wants.
+    """Runs the model on a replica's rows, with the tokens of each row in the partitioner's order.
 
     Args:
-      dropout: as of Transformer.hidden.
+      dropout: the dropout arguments of Transformer.hidden.
     """
     partitioner = program.partitioner
     index = None

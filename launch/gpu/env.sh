@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Settings of XLA, JAX and NCCL for training on NVIDIA GPUs, all in one place. Sourced by launch/gpu/run.sh, or by hand
-# before any other command. Variables that are already set win. DETERMINISTIC=1: the same bits each time.
+# before any other command. Variables that are already set win. DETERMINISTIC=1 makes results the same bit for bit.
 #
 # No step was timed with these, because no GPU was at hand; the comments say what compiled programs show. XLA ends the
 # process on a flag that it does not know: tests/system/gpu_launch_test.py starts the installed jaxlib with these.

@@ -3,7 +3,7 @@
 #
 #   launch/gpu/run.sh -- python -m launch.train --config=configs/llama_1b.py --workdir=runs/llama
 #
-#   --per_gpu         one process for each GPU; default: one process with all of them
+#   --per_gpu         one process for each GPU; default: one process with all GPUs
 #   --nodes=N --node=I --coordinator=HOST:PORT
 #                     N machines, each started with this command; this is number I, from 0, and HOST is number 0 (its
 #                     port open to the others; the run directory on a file system that all share)

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# How launch/local/ and launch/gpu/ check the training command in the array COMMAND. Sourced after lib.sh.
+# How launch/local/ and launch/gpu/ check the training command in the array COMMAND. Scripts source it after lib.sh.
 
 # Sets PYTHON to the interpreter that COMMAND names: supervisor and checks must run in the same environment.
 find_python() {

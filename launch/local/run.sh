@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Runs several processes of one run on this machine, each under its own supervisor: tries out what a pod does.
+# Runs several processes of one run on this machine, each under its own supervisor, as a pod does, to try that out.
 #
 #   launch/local/run.sh --processes=4 -- python -m launch.train --config=configs/tiny.py --workdir=runs/tiny
 #
 #   --processes=N            processes on this machine (2)
-#   --devices_per_process=N  CPU devices of each process, with JAX_PLATFORMS=cpu; default: those that JAX finds
+#   --devices_per_process=N  CPU devices of each process, with JAX_PLATFORMS=cpu; default: the devices JAX finds
 #   --nodes=N --node=I --coordinator=HOST:PORT
 #                            N machines, each started with this command; this is number I, from 0, and HOST is number 0
 #   --per_gpu                process I uses only GPU I of the machine
 #   --dry_run                print the commands, run nothing
 #
-# Lines are prefixed with [process]. Ctrl-C, SIGTERM and SIGUSR1 go to all: they save the same step, and the script
-# exits with 42. The same command resumes. Exit codes are those of docs/reliability.md: 0 if all exited with 0, else the
-# most telling one.
+# Lines are prefixed with [process]. Ctrl-C, SIGTERM and SIGUSR1 go to all processes: all save the same step, and
+# the script exits with 42. The same command resumes. Exit codes are those of docs/reliability.md: 0 if all exited with
+# 0, otherwise the most informative one.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=../lib.sh
 source "$(dirname "$(readlink -f "$0")")/../lib.sh"
@@ -43,7 +43,7 @@ is_place() { # HOST:PORT
 }
 
 # Prints a port that no process listens on, below the range of outgoing connections: in the seconds between two
-# attempts, when it is free, no connection takes it by chance. So it can stay the same for all attempts.
+# attempts, when the port is free, no connection takes it by chance. So all attempts can use the same port.
 free_port() {
   local port
   while port=$((20000 + RANDOM % 10000)) && (: <"/dev/tcp/localhost/$port") 2>/dev/null; do :; done

@@ -3,7 +3,7 @@
 #   COMMAND='python -m launch.train …' launch/sky/run.sh tpu|cuda
 #
 # launch.supervise handles what can be handled on these machines: crashes, and peers that died. The exit code tells
-# SkyPilot the rest: 42 asks for new machines; any other ends the job, and the same command resumes the run.
+# SkyPilot what else to do: 42 asks for new machines; any other ends the job, and the same command resumes the run.
 set -euo pipefail
 CDPATH="" cd "$(dirname "$(readlink -f "$0")")/../.."
 # shellcheck source-path=SCRIPTDIR source=../lib.sh
@@ -14,8 +14,8 @@ PORT=${COORDINATOR_PORT:-8476}
 HOSTS=${SKYPILOT_NUM_NODES:-1} RANK=${SKYPILOT_NODE_RANK:-0} IPS=${SKYPILOT_NODE_IPS:-localhost}
 PATH=$HOME/meshlm-env/bin:$PATH
 
-# Sets WORDS to those of COMMAND, as a shell reads them, without expanding file patterns. Outside of quotes nothing may
-# end the command or begin another.
+# Sets WORDS to the words of COMMAND, as a shell reads them, without expanding file patterns. Outside of quotes nothing
+# may end the command or begin another.
 read_command() {
   local rest=${COMMAND:-} bare="" quoted
   quoted=$'^([^\'"\\\\$]*)(\\\\.|\\$\'([^\'\\\\]|\\\\.)*\'|\\$|\'[^\']*\'|"([^"\\\\]|\\\\.)*")'
@@ -62,8 +62,8 @@ check_nfs
 read_command
 check_run_directory
 
-# Signals reach every process of the host, and this one has to outlive the save. A signal distinguishes a stop from a
-# supervisor that gives up after three restarts without a new checkpoint, which new machines would not help.
+# Signals reach every process of the host, and this script has to outlive the save. A signal distinguishes a stop from a
+# supervisor that gives up after three restarts without a new checkpoint; then new machines would not help.
 signalled="" code=0
 trap 'signalled=1' TERM INT USR1
 supervise || code=$?

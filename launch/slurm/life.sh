@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # The attempts of a run under Slurm: a row of RUN/lives.jsonl for each start of the job, in the format that
-# trainer/reliability/restarts.py reads (without goodput, which would need Python here). Sourced by train.sbatch, which
+# trainer/reliability/restarts.py reads (without goodput, which would need Python here). train.sbatch sources it,
 # sets RUN and is the only writer.
 
 begin_life() {

@@ -2,13 +2,13 @@
 # Keeps a run going for weeks: creates the machines, sets them up, starts the command, and starts over with new machines
 # when these are taken away. It ends, and deletes the machines,
 #   with 0          when the run is done,
-#   with its code   when the command must not be restarted (any code except 42, 1, and 128 and above), or three attempts
-#                   made no new checkpoint,
+#   with its code   when the command must not be restarted (any code except 42, 1, and 128 and above, but also 130), or
+#                   three attempts made no new checkpoint,
 #   with 42         after --max_hours of babysitting, when the run has saved; and after five requests in a row that
 #                   brought no machines.
-# It also ends with 42 if the machines are not known to be deleted: the same command tries that again. It sets up, stops
-# and deletes only what was created from here (label meshlm). It never acts on missing information: each action rests on
-# what the cloud and the workers have said in the same round.
+# It also ends with 42 if the machines are not known to be deleted: the same command tries again to delete them. It
+# sets up, stops and deletes only machines that were created from here (label meshlm) or taken over. It never acts on
+# missing information: each action rests on what the cloud and the workers have said in the same round.
 # Ctrl-C ends only this script: the run continues, and the same command watches it again.
 #   launch/tpu/babysit.sh [--max_hours=N] [--poll_s=30] [--keep] [settings] [--dry_run] -- python -m launch.train …
 #     --keep        keeps the machines at the end; they keep billing
@@ -47,7 +47,7 @@ fi
 take_name
 know_owner
 
-# State of this command, kept until it is done: its age, in seconds of babysitting; its best step, and the attempts
+# State kept until this command is done: its age, in seconds of babysitting; its best step, and the attempts
 # without a better one; whether an attempt is in progress (begun, or perhaps); what was requested, and how often since
 # there were last machines; and the code of its first start.
 TOLD=("$BUCKET" "$NFS" "${COMMAND[@]}")
@@ -92,7 +92,7 @@ tick() {
 named=""
 known="" # the state of NAME in the last round; empty if it is not known
 
-# Whatever ends this script, it names what may keep billing.
+# Whatever ends this script, the script names what may keep billing.
 leave() {
   trap '' "${SIGNALS[@]}"
   end_jobs
@@ -136,7 +136,7 @@ finish() { # CODE TEXT
   exit "$code"
 }
 
-# Tries for up to LOST_S, until it is known that nothing of ours is left.
+# Tries to delete NAME for up to LOST_S, until it is known that nothing of ours is left.
 delete() {
   local end=$((CLOCK + LOST_S))
   while true; do
@@ -192,7 +192,7 @@ over() {
   awk -v age="$(recall "$MINE/age" 0)" "BEGIN { exit !($MAX_HOURS > 0 && age > 3600 * $MAX_HOURS) }"
 }
 
-# Asks the run to save; if that fails, it is asked again each round, for LOST_S at most.
+# Asks the run to save; if that fails, asks again in each round, for LOST_S at most.
 stop_at_the_end() {
   note "$MAX_HOURS hours have passed: the run saves"
   [[ $NOW != ACTIVE ]] || tpu stop || too_long stopping || return 0
@@ -205,7 +205,7 @@ check_mine() {
   [[ ! $NOW =~ ^(CREATING|ACCEPTED|WAITING_FOR_RESOURCES|PROVISIONING|ACTIVE)$ ]] || check_kind
 }
 
-# The machines exist and are ours. The command on them may be another's, so it asks first what runs there.
+# Called if the machines exist and are ours. Their command may be another user's, so this first asks what runs there.
 attend() {
   rm -f "$MINE/requests"
   watch

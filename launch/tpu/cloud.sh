@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # gcloud, for the scripts of launch/tpu/: calls with retries and one-line errors; what exists, whose it is, what is
-# billing. Sourced; runs nothing.
+# billing. Scripts source it; it runs nothing.
 
 ATTEMPTS=5
 RETRY_S=${MESHLM_RETRY_S:-5} # doubled each time
@@ -56,8 +56,8 @@ nap() { # SECONDS
   wait $!
 }
 
-# Whether the network or the service is at fault, in the words of gcloud 528. It reports an expired login in the words
-# of a network failure, too.
+# Whether the network or the service is at fault, by the messages of gcloud 528. gcloud reports an expired login like a
+# network failure, which this must not take it for.
 is_passing() {
   [[ ! $REASON =~ invalid_grant|[Rr]eauth ]] || return 1
   # Statuses of the service; those of an operation are numbers.
@@ -120,8 +120,8 @@ keep_made() {
   [[ $MADE == "$(recall "$STATE/made" "")" ]] || remember "$STATE/made" "$MADE"
 }
 
-# Sets OWNER, which identifies STATE by account, machine and a random number. It is the label meshlm of what is created
-# from here. Only what has or had this label is set up, stopped or deleted, or what --adopt took over.
+# Sets OWNER, which identifies STATE by account, machine and a random number; resources created from here have it as the
+# label meshlm. Only resources that have or had this label, or that --adopt took over, are set up, stopped or deleted.
 know_owner() {
   local file=$STATE/owner who
   if [[ ! -e $file ]]; then
@@ -169,7 +169,7 @@ need() {
   [[ -n $DRY_RUN ]] || check_ours
 }
 
-# Prints what is billing, or will be, one per line: queued resources except dead ones, and machines except those gone.
+# Prints what is billing, or will be, one per line: queued resources that are not dead, and machines that are not gone.
 billing() {
   cloud queued-resources list --format='csv[no-heading](name.basename(),state.state)' || explain "cannot list queued resources"
   grep -vE ',(FAILED|SUSPENDED)$' <<<"$OUTPUT" | grep . | sed 's/,/ /; s/^/queued resource /' || true

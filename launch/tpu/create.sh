@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Requests TPU VMs as a queued resource, and labels them as made from here (label meshlm). Does nothing if NAME exists
+# Requests TPU VMs as a queued resource, and labels them as made from here (label meshlm). It does nothing if NAME exists
 # already and was made from here with this TYPE and SLICES.
 #   launch/tpu/create.sh [--env=tpu.env] [--zone=… and other settings] [--dry_run]
 set -euo pipefail

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Deletes NAME with all its machines, and prints what is still billing in the zone. The bucket is kept.
 #   launch/tpu/delete.sh [--adopt] [settings] [--dry_run]
-#     --adopt    also if it was not made from here
+#     --adopt    also if NAME was not made from here
 # Exit codes: 0 if NAME is gone; 2 if it does not exist or is not ours; 42 if it is not known to be gone.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu.sh
@@ -19,7 +19,7 @@ need
   exit
 }
 made=$MADE said=""
-# By now another user may have created a NAME: deletes it only if its creation time is still the one seen before.
+# By now another user may have created a resource NAME: NAME is deleted only if its creation time is the one seen before.
 for ((attempt = 1; attempt <= ATTEMPTS; attempt++)); do
   [[ $MADE != "$made" ]] || delete || said=": ${REASON:0:240}"
   ((attempt == 1)) || nap "$RETRY_S"

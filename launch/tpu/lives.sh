@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# The attempts of a command on the workers of NAME, for babysit.sh: starts one, asks the workers for its state, counts
-# it at its end. Sourced; runs nothing.
+# The attempts of a command on the workers of NAME, for babysit.sh: starts an attempt, asks the workers for its state,
+# counts it at its end. babysit.sh sources this; it runs nothing.
 # shellcheck disable=SC2034,SC2153 # babysit.sh shares its variables
 
 # Counts an attempt that has ended; ends the script after too many without a new step.
@@ -19,8 +19,8 @@ life_ended() { # CODE HOW
   [[ ! -s $MINE/alive ]] || count_life "$@"
 }
 
-# Copies the end of the log of each worker that answers to LOGS, a new folder below STATE/logs; LOGS is empty if none
-# does.
+# Copies the end of the log of each worker that answers to LOGS, a new folder below STATE/logs; LOGS is empty if no
+# worker answers.
 last_words() {
   local worker
   LOGS=""
@@ -44,8 +44,8 @@ seen_step() { # STEP
   remember "$MINE/fruitless" 0
 }
 
-# Sets the machines up, which is quick if they were before, and starts the command. A failure of this counts as an
-# attempt only if a worker has reported it (2), or if it has lasted for LOST_S. Only machines that are silent or were
+# Sets the machines up, which is quick if they were set up before, and starts the command. A failure of this counts as
+# an attempt only if a worker has reported it (2), or if it has lasted for LOST_S. Only machines that are silent or were
 # taken away are replaced.
 begin_life() {
   local code=0
@@ -81,8 +81,8 @@ keep_code() {
   fi
 }
 
-# Sets FOUND to what the workers report: running, done, "ended CODE" with the most telling code, none, or other (another
-# command runs there); lost if one of them is silent or gone; unknown if it is not known for another reason.
+# Sets FOUND to what the workers report: running, done, "ended CODE" with the most informative code, none, or other
+# (another command runs there); lost if a worker is silent or gone; unknown if it is not known for another reason.
 watch() {
   local worker file status code step worst="" all=" "
   FOUND=unknown

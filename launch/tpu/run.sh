@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Starts the training command on every worker, in the background, after stopping the one before. The same command on the
-# same run directory resumes.
+# Starts the training command on every worker, in the background, after stopping the earlier one. The same command on
+# the same run directory resumes.
 #   launch/tpu/run.sh [--adopt] [settings] [--dry_run] -- python -m launch.train --config=… --workdir=runs/…
 #     --adopt    also if NAME was not made from here
 set -euo pipefail

@@ -24,7 +24,7 @@ if [[ -z $CODE ]]; then
 fi
 [[ -r $CODE ]] || fail 2 "--code=$CODE cannot be read"
 copy_to_workers "$COPY_S" "$CODE" || give_up $? "have not got the code; the same command copies it to all again"
-# For the babysitter, which knows that the run is broken, a running command is stopped. Otherwise it may be healthy.
+# Only the babysitter, which knows that the run is broken, stops a running command here. Otherwise it may be healthy.
 # shellcheck disable=SC2016 # for the worker's shell
 unpack='if [ -f meshlm-run/lock ] && ! flock --nonblock --shared meshlm-run/lock true; then '
 if by_babysitter; then

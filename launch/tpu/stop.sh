@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Stops the training command on every worker: it saves first, as at a preemption. The machines stay, and keep billing.
+# Stops the training command on every worker; the command saves first, as at a preemption. The machines stay, and keep
+# billing.
 #   launch/tpu/stop.sh [--adopt] [settings] [--dry_run]
 #     --adopt    also if NAME was not made from here
 set -euo pipefail

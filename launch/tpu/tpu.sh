@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # What the scripts of launch/tpu/ share: settings and state files; cloud.sh talks to gcloud, workers.sh to the workers.
-# Sourced; runs nothing. A queued resource NAME has the node NAME, or NAME-0, NAME-1, … with several slices.
+# They source this; it runs nothing. A queued resource NAME has the node NAME, or NAME-0, NAME-1, … with several slices.
 # shellcheck source-path=SCRIPTDIR source=../lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
 # shellcheck source-path=SCRIPTDIR source=cloud.sh
@@ -65,16 +65,16 @@ remember() { # FILE VALUE
     fail 42 "$1 cannot be written, and $NAME in $ZONE of $PROJECT may exist, and may be billing; free disk space, and try again"
 }
 
-# Ends the script after a signal. The cloud may carry out a request all the same.
+# Ends the script after a signal. The cloud may carry out a request nevertheless.
 leave_all() {
   trap '' "${SIGNALS[@]}"
   end_jobs
   fail 42 "ended by a signal; $NAME in $ZONE of $PROJECT may exist, and may be billing: launch/tpu/status.sh"
 }
 
-# Runs a function of these scripts in the background: without the babysitter's lock (9), which would otherwise outlive
-# the babysitter. A TERM ends it at once, with the command that it waits for. (Bash itself would first wait for that
-# command, because there is an EXIT trap.)
+# Runs a function of these scripts in the background, without the babysitter's lock (9), which would otherwise outlive
+# the babysitter. A TERM ends the function at once, with the command that it waits for. (Bash itself would first wait
+# for that command, because there is an EXIT trap.)
 as_job() { # FUNCTION ARGUMENT...
   exec 9>&-
   trap 'kill "$!" 2>/dev/null; exit 143' TERM
@@ -87,7 +87,7 @@ end_jobs() {
   for pid in $(jobs -p); do kill "$pid" 2>/dev/null || true; done
 }
 
-# Babysitters: NAME has one at most, and no other script acts on NAME meanwhile, because it would undo that work.
+# Babysitters: NAME has one at most, and no other script acts on NAME meanwhile: it would undo the babysitter's work.
 
 # The babysitter locks $STATE/babysitter (fd 9), which has its pid; other scripts that act hold a shared lock on it.
 take_name() {

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Waits until NAME is ACTIVE; exits with 42 if it never will be, and has to be deleted and created again.
+# Waits until NAME is ACTIVE; exits with 42 if NAME cannot become that, and has to be deleted and created again.
 #   launch/tpu/wait.sh [--poll_s=30] [--limit_s=N] [settings] [--dry_run]
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu.sh

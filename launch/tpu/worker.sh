@@ -13,8 +13,8 @@
 #                               stopping the command before
 #   worker.sh status            prints running, exited CODE or none, and the newest committed step
 #   worker.sh status BUCKET NFS COMMAND...  the same; "other" if another command runs, none if another has ended
-#   worker.sh stop              saves and ends it, as a preemption would
-#   worker.sh log [LINES]       prints the end of its log
+#   worker.sh stop              lets the command save and end, as a preemption would
+#   worker.sh log [LINES]       prints the end of the command's log
 set -euo pipefail
 
 RUN=$HOME/meshlm-run
@@ -126,7 +126,7 @@ install_gcsfuse() {
   sudo apt-get update -qq && sudo apt-get install -qq -y gcsfuse
 }
 
-# Does nothing if the same call has started it before (gcloud retries when an answer is lost).
+# Starts the command; does nothing if the same call has started it before (gcloud retries when an answer is lost).
 start() { # BUCKET NFS COMMAND...
   if is_running && [[ -n ${MESHLM_CALL:-} && $(cat "$RUN/call") == "$MESHLM_CALL" ]]; then
     status

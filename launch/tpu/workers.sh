@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Runs things on all workers of NAME at once, for the scripts of launch/tpu/. Sourced; runs nothing.
+# Runs things on all workers of NAME at once, for the scripts of launch/tpu/. Scripts source it; it runs nothing.
 
 AT_ONCE=32                    # concurrent connections
 ANSWERS="" FAILED=0 UNKNOWN=0 # results of the last call
@@ -53,7 +53,7 @@ ssh_words() { # NODE WORKER NUMBER WORD...
   printf '%s\0' --command="$(quote env MESHLM_PROCESS="$3" MESHLM_CALL="$CALL" "${@:4}")"
 }
 
-# Not to all workers in one call: with more than one, gcloud refuses an ssh-agent that has another key.
+# Prints words for a copy to one worker: for a copy to several, gcloud refuses an ssh-agent that has another key.
 scp_words() { # NODE WORKER NUMBER FILE
   printf '%s\0' gcloud compute tpus tpu-vm scp "$4" "$1:meshlm.tgz" --worker="$2" --project="$PROJECT" --zone="$ZONE" --quiet
   printf '%s\0' --scp-flag=-oBatchMode=yes
@@ -77,8 +77,8 @@ on_worker() { # LIMIT_S WORD...
   return "$code"
 }
 
-# Runs what WORDS prints for each worker, on all at once. The output of each is in $ANSWERS/NODE.WORKER.txt, in a new
-# folder for each call, and its exit code in CODES; workers that failed are named. Returns 1 if some failed: FAILED
+# Runs what WORDS prints for each worker, on all workers at once. Puts each one's output in $ANSWERS/NODE.WORKER.txt, in
+# a new folder for each call, and its exit code in CODES, and names workers that failed. Returns 1 if some failed: FAILED
 # counts those that said so, UNKNOWN those whose state is not known. Another code means that the workers cannot be
 # listed, which has been reported.
 each_worker() { # LIMIT_S WORDS ARGUMENT...
@@ -151,12 +151,12 @@ ask_workers() { # LIMIT_S VERB ARGUMENT...
     'if [ -e meshlm/launch/tpu/worker.sh ]; then exec bash meshlm/launch/tpu/worker.sh "$@"; else echo none 0; fi' worker "${@:2}"
 }
 
-# Whether the result is not known: the connection failed (255), time ran out (124, 137), gcloud failed, or it was busy.
+# Whether the result is not known: no connection (255), time ran out (124, 137), gcloud failed, or the worker was busy.
 is_unknown() { # CODE FILE
   [[ $1 =~ ^(255|124|137|$BUSY)$ ]] || grep -qE '^ERROR: (\(gcloud|gcloud crashed)' "$2"
 }
 
-# Whether the worker itself is silent or gone. Other errors of ssh concern this machine, its keys, or the network.
+# Whether the worker itself is silent or gone. Other errors of ssh are faults of this machine, its keys, or the network.
 is_silent() { # CODE FILE
   case $1 in
   124 | 137) return 0 ;;
@@ -185,7 +185,7 @@ give_up() { # CODE WHAT
   fail 42 "$UNKNOWN workers of $NAME have not answered, and perhaps $2"
 }
 
-# Removes the answers at the end of the script, unless a worker failed: then the user reads them.
+# Removes the answers at the end of the script, unless a worker failed: then the user may need them.
 tidy() {
   [[ -z $ANSWERS ]] || ((FAILED + UNKNOWN)) || rm -rf "$ANSWERS"
   [[ -z $DRY_RUN ]] || rm -rf "$STATE" # the temporary one of find_state

@@ -62,7 +62,7 @@ PLACE=("--cluster=$CLUSTER" "--project=$PROJECT" "--zone=$ZONE")
 CREATE=(xpk workload create "--workload=$NAME" "${PLACE[@]}")
 CREATE+=("--tpu-type=$TYPE" "--num-slices=$SLICES" "--docker-image=$IMAGE" ${STORAGE:+"--storage=$STORAGE"})
 # xpk itself restarts on 42 and 127 to 255; 1 is a crash in Python. Configuration (2), data (3) and divergence (4) end
-# it.
+# the workload.
 CREATE+=("--max-restarts=$MAX_RESTARTS" --restart-on-exit-codes=1 "--termination-grace-period-seconds=$GRACE_S")
 # exec: xpk passes SIGTERM to the process that it started, which would otherwise be a shell.
 CREATE+=("--command=exec $(one_line "${COMMAND[@]}")")

@@ -1,4 +1,5 @@
-"""launch/tpu/babysit.sh under uncertainty: lost, empty and late answers, machines of others, other settings.
+"""launch/tpu/babysit.sh under uncertainty: answers that are lost, empty or late, machines of others, and changed
+settings.
 
 The run is a shell that waits for a file, so that a test decides when it is done.
 """
@@ -15,7 +16,7 @@ import pytest
 from tests import runs
 from tests.system.tpu_cloud import Cloud, babysitting, checkpoint, end, light, rounds, starts, waiting
 
-# What gcloud 528 prints around its errors.
+# Text that gcloud 528 prints around its errors.
 ACCOUNT = "This command is authenticated as a@b which is the active account specified by the [core/account] property."
 TIMED_OUT = "ssh: connect to host 1.2.3.4 port 22: Connection timed out"
 WAITS = "Create request issued for: [run]\nWaiting for operation [o] to complete...\n..failed.\n"
@@ -31,7 +32,7 @@ def forget_all(cloud: Cloud) -> None:
     shutil.rmtree(cloud.folder / "state")
 
 
-# What is not known
+# Unknown states
 
 
 def test_looking_is_no_reason_to_start(cloud):
@@ -76,7 +77,7 @@ ANSWERS += [{"match": "tpu-vm describe", "code": 0, "stdout": said} for said in 
 
 
 def test_an_answer_that_is_none_is_no_reason_to_act(cloud):
-    """Whatever comes instead of an answer, a healthy run is not started again and nothing is deleted."""
+    """Invalid output in place of an answer never makes the babysitter start a healthy run again or delete anything."""
     with babysitting(cloud, MESHLM_LOST_S="60") as babysitter:
         for answer in ANSWERS:
             cloud.script(workers=1, faults=[answer | {"times": 2}])
@@ -98,7 +99,7 @@ def test_what_gcloud_says_around_an_answer(cloud):
 
 
 def test_a_worker_that_is_gone_for_long(cloud):
-    """It is replaced, and the run resumes on the new one."""
+    """A worker that is gone for long is replaced, and the run resumes on the new worker."""
     with babysitting(cloud, MESHLM_LOST_S="1") as babysitter:
         cloud.script(workers=1, faults=[{"match": "worker status", "code": 255, "stderr": TIMED_OUT, "times": 30}])
         runs.wait_until(lambda: cloud.done("queued-resources create") == 2, babysitter)
@@ -110,7 +111,7 @@ def test_a_worker_that_is_gone_for_long(cloud):
 
 @pytest.mark.parametrize("what", ["start", "worker.sh setup", "queued-resources create", "tpu-vm scp"])
 def test_an_answer_that_is_lost(cloud, what):
-    """What was done nevertheless is not done twice, or doing it twice changes nothing."""
+    """The action was carried out although its answer is lost: it is not repeated, or repeating it changes nothing."""
     said = "ERROR: gcloud crashed (ConnectionError): ('Connection aborted.', RemoteDisconnected('…'))"
     code = 255 if what == "start" else 1
     match = "worker.sh start" if what == "start" else what
@@ -126,7 +127,7 @@ def test_an_answer_that_is_lost(cloud, what):
 
 
 def test_a_create_of_which_nothing_is_known(cloud):
-    """It may cost, so create.sh says so and exits with 42, a code at which the babysitter keeps asking."""
+    """The resource may bill, so create.sh says so and exits with 42, a code at which the babysitter keeps asking."""
     lost = {
         "match": "queued-resources create",
         "lost": True,
@@ -144,7 +145,7 @@ def test_a_create_of_which_nothing_is_known(cloud):
 
 @pytest.mark.parametrize("state", ["SUSPENDING", "FAILED"])
 def test_a_create_whose_answer_is_lost_and_what_became_of_it(cloud, state):
-    """It is ours, whatever its state is by then."""
+    """The resource is ours, whatever its state is after the lost answer."""
     lost = {"match": "queued-resources create", "lost": True, "stderr": "ERROR: (gcloud) DEADLINE_EXCEEDED: x"}
     cloud.script(states=["WAITING_FOR_RESOURCES", state], faults=[lost])
     assert "run is requested" in cloud.run("create")
@@ -155,11 +156,11 @@ def test_a_create_whose_answer_is_lost_and_what_became_of_it(cloud, state):
     assert cloud.resources == {}
 
 
-# What is not ours
+# Resources that are not ours
 
 
 def made_by(cloud: Cloud, mark: str | None = None, **what) -> None:
-    """Creates `run` (ACTIVE unless `what` says otherwise) with another label: `mark`, or none."""
+    """Creates `run`, sets the fields in `what`, and gives it another label: `mark`, or none."""
     cloud.run("create")
     cloud.change("run", labels={"meshlm": mark} if mark else {}, **what)
 
@@ -167,7 +168,7 @@ def made_by(cloud: Cloud, mark: str | None = None, **what) -> None:
 @pytest.mark.parametrize("mark", [None, "another-user-0123456789ab"])
 @pytest.mark.parametrize("state", ["ACTIVE", "FAILED"])
 def test_what_others_have_made(cloud, state, mark):
-    """A babysitter that finds it, and scripts run by hand, leave it as it is, and say how to adopt it."""
+    """Neither a babysitter nor scripts that are run by hand change a resource of others; they say how to adopt it."""
     made_by(cloud, mark, state=state)
     calls = len(cloud.calls)
     out = cloud.run("babysit", *waiting(cloud), code=2)
@@ -188,7 +189,7 @@ def test_ours_and_not_what_was_asked_for(cloud, words):
 
 
 def test_state_that_is_lost(cloud):
-    """Or the same command on another machine: it ends with 2, and with --adopt it watches the run."""
+    """Without its state, as on another machine, the same command ends with 2; with --adopt it watches the run."""
     with babysitting(cloud) as babysitter:
         babysitter.kill()
     forget_all(cloud)
@@ -215,7 +216,7 @@ def test_an_owner_that_is_damaged(cloud):
 
 
 def test_another_command_on_the_same_machines(cloud):
-    """The babysitter does not end the run in progress for it; stop.sh by hand does."""
+    """The babysitter does not end the run in progress for another command; running stop.sh by hand does."""
     argv = waiting(cloud)
     with babysitting(cloud) as babysitter:
         babysitter.send_signal(signal.SIGINT)
@@ -230,7 +231,7 @@ def test_another_command_on_the_same_machines(cloud):
 
 
 def test_a_run_that_was_started_by_hand(cloud):
-    """It is watched, and not started again."""
+    """The babysitter watches a run that was started by hand, and does not start it again."""
     argv = waiting(cloud)
     cloud.run("create")
     cloud.run("wait")
@@ -243,7 +244,7 @@ def test_a_run_that_was_started_by_hand(cloud):
     assert starts(cloud) == 1
 
 
-# What bills
+# Resources that bill
 
 REFUSALS = {
     "tokens": "ERROR: (gcloud.x) There was a problem refreshing your current auth tokens: Failed to resolve 'oauth2.x'",
@@ -255,7 +256,8 @@ REFUSALS = {
 
 @pytest.mark.parametrize(("why", "code"), [("tokens", 0), ("network", 3), ("rights", 0), ("state", 3)])
 def test_what_cannot_be_deleted(cloud, why, code):
-    """The exit code is never 0: what bills is named, and the same command resumes the deletion."""
+    """The exit code is never 0: the message names the resource that bills, and the same command resumes the
+    deletion."""
     end(cloud, code)
     cloud.script(workers=1, faults=[{"match": "resources delete", "stderr": REFUSALS[why], "times": 10**6}])
     out = cloud.run("babysit", *waiting(cloud), code=code or 42, MESHLM_LOST_S="1")
@@ -268,7 +270,7 @@ def test_what_cannot_be_deleted(cloud, why, code):
 
 
 def test_what_is_deleted_after_a_while(cloud):
-    """Even if answers are lost, or report a deletion that did not happen."""
+    """A deletion succeeds even if answers are lost, or report a deletion that did not happen."""
     end(cloud)
     faults = [{"match": "resources delete", "stderr": REFUSALS["network"], "times": 7}]
     faults += [{"match": "resources delete", "code": 0, "times": 7}]
@@ -286,7 +288,8 @@ def test_whatever_ends_it_names_what_bills(cloud, signal_):
 
 
 def test_the_same_command_at_once(cloud):
-    """It works at once after Ctrl-C, which the process group gets: in a pause, while gcloud hangs, during a setup."""
+    """After Ctrl-C, which the whole process group gets, the same command works at once. The signal comes in a pause,
+    while gcloud hangs, or during a setup."""
     for round_, hang in enumerate((None, "queued-resources describe", "worker status", "worker.sh setup")):
         if hang:
             cloud.script(workers=1, faults=[{"match": hang, "hang": 20, "code": 1}])
@@ -302,7 +305,7 @@ def test_the_same_command_at_once(cloud):
                 runs.wait_until(lambda: "worker.sh start" in str(cloud.calls), babysitter)
             time.sleep(0.5)
             os.killpg(babysitter.pid, signal.SIGINT)
-            # Not until its output is closed: a process that keeps running would hold it open.
+            # Does not wait until the output is closed: a process that keeps running would hold it open.
             assert babysitter.wait(timeout=5) == 42, round_
         held = cloud.folder / "state/meshlm/tpu/p.us-east5-b.run/babysitter"
         assert subprocess.run(["flock", "-n", held, "true"]).returncode == 0, hang
@@ -356,7 +359,8 @@ def test_settings_are_read_once(cloud):
 
 
 def test_a_machine_without_its_mounts(cloud):
-    """It has restarted: the run resumes in the shared folder, never on the machine's own disk."""
+    """A machine that has restarted has no mounts: the run resumes in the shared folder, never on the machine's own
+    disk."""
     argv = waiting(cloud, "echo x >>runs/lives", workdir="runs/x")
     with babysitting(cloud, "--nfs=server:/shared", *argv) as babysitter:
         lives = cloud.folder / "exports/shared/lives"
@@ -370,7 +374,7 @@ def test_a_machine_without_its_mounts(cloud):
 
 @pytest.mark.parametrize("words", [["--nfs=server:/shared"], ["--nfs=server:/other"], ["--nfs="]])
 def test_a_start_by_hand_without_mounts(cloud, words):
-    """It mounts what the settings say, or refuses."""
+    """A start by hand mounts the folder of the settings, or refuses."""
     cloud.run("create")
     cloud.run("wait")
     cloud.run("setup", "--nfs=server:/shared")
@@ -385,7 +389,7 @@ def test_a_start_by_hand_without_mounts(cloud, words):
 
 
 def test_the_code_of_the_first_start(cloud, tmp_path):
-    """It is kept for a command while the clone changes; --new_code takes the current code."""
+    """The code of the first start is kept for a command while the clone changes; --new_code takes the current code."""
     cloud.code = runs.clone(tmp_path / "clone")
     changed, copied = "launch/tpu/example.env", cloud.folder / "workers/run.0/meshlm"
     with babysitting(cloud) as babysitter:
@@ -424,7 +428,7 @@ def test_an_agent_with_another_key(cloud):
     ]
 
 
-# What gcloud says
+# Messages of gcloud
 
 
 PASSING = [
@@ -453,7 +457,7 @@ LASTING = {
 
 @pytest.mark.parametrize("said", PASSING)
 def test_what_passes(cloud, said):
-    """Errors that pass are retried; here as gcloud 528 words them, after it has said that it waits."""
+    """Temporary errors are retried. Their texts are those of gcloud 528, after its message that it waits."""
     cloud.script(faults=[{"match": "resources create", "stderr": f"{WAITS}ERROR: {said}", "times": 2}])
     out = cloud.run("create")
     assert out.count("gcloud: ERROR: ") == 2 and cloud.resources

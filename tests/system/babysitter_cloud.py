@@ -2,7 +2,7 @@
 
 Instead of gcloud, the scripts of launch/tpu/ call histories.sh, which asks this model. The clock of a world advances
 by a tick each time the babysitter describes its queued resource; a seed decides what happens. Messages are those of
-gcloud 528 (tests/system/real_gcloud_test.py compares them with those of the installed one).
+gcloud 528 (tests/system/real_gcloud_test.py compares them with messages of the installed gcloud).
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ URL = "https://tpu.googleapis.com/v2/" + PLACE
 REPORT = "If you would like to report this issue, please run the following command:\n  gcloud feedback\n"
 CRASH = f"ERROR: gcloud crashed ({{}}): {{}}\n\n{REPORT}"
 ISSUED = "{} request issued for: [{}]\nWaiting for operation [" + PLACE + "/operations/operation-1] to complete...\n"
-# What ssh prints if a worker is silent, and if something is wrong on this machine.
+# Messages of ssh if a worker is silent, and if the error is on this machine.
 SILENT = ["ssh: connect to host 1.2.3.4 port 22: Connection timed out", "Connection closed by 1.2.3.4 port 22"]
 BROKEN = ["me@1.2.3.4: Permission denied (publickey).", "ssh: connect to host 1.2.3.4 port 22: Network is unreachable"]
 WHOM = "This command is authenticated as me@x.org which is the active account specified by the [core/account] property"
@@ -37,7 +37,7 @@ def http_error(code: int, status: str, text: str) -> str:
     )
 
 
-# The act may have been carried out, but its answer was lost.
+# The action may have been carried out, but its answer was lost.
 LOST = [
     http_error(503, "UNAVAILABLE", "The service is currently unavailable."),
     http_error(500, "INTERNAL", "Internal error encountered."),
@@ -54,7 +54,7 @@ LOST = [
     ),
     LATE,
 ]
-# Nothing was carried out.
+# No action was carried out.
 REFUSED = [
     CRASH.format(
         "ConnectionError",
@@ -85,9 +85,9 @@ class Worker:
     call: str = ""
     running: bool = False
     code: int | None = None
-    epoch: int = 0  # of the resource, when this worker's command was started
-    silent: int = 0  # for this many ticks it does not answer
-    late: list = dataclasses.field(default_factory=list)  # acts of calls that timed out, still to be carried out
+    epoch: int = 0  # the epoch of the resource when this worker's command was started
+    silent: int = 0  # the worker does not answer for this many ticks
+    late: list = dataclasses.field(default_factory=list)  # pending actions of calls that timed out
 
 
 @dataclasses.dataclass
@@ -101,8 +101,8 @@ class Resource:
     state: str
     ahead: list[str]
     workers: dict[tuple[str, int], Worker] = dataclasses.field(default_factory=dict)
-    epoch: int = 0  # increases when its workers' processes no longer form one group
-    bare: bool = False  # while it is deleted, its description has only its state and time of creation
+    epoch: int = 0  # increases when the workers' processes no longer form one group
+    bare: bool = False  # during deletion, the description has only state and creation time
 
     @property
     def nodes(self) -> list[str]:
@@ -119,7 +119,7 @@ class Resource:
 
 
 class World:
-    """What exists in a zone, decided by a seed. Hold the lock to read or change it."""
+    """The resources and events of a zone, which a seed determines. Hold the lock to read or change a world."""
 
     def __init__(self, seed: str):
         dice = random.Random(seed)
@@ -133,23 +133,24 @@ class World:
         self.fault_rate = dice.choice([0, 0.03, 0.1, 0.1, 0.3])
         self.event_rate = dice.choice([0, 0.05, 0.15, 0.3])
         self.others_rate = dice.choice([0, 0, 0.1])
-        self.calm = dice.choice([3, 6, 12, 25])  # from this tick on nothing goes wrong
+        self.calm = dice.choice([3, 6, 12, 25])  # no faults from this tick on
         self.outage = range(first := dice.choice([0, 2, 5, 99, 99]), first + dice.choice([1, 2, 5]))
-        self.outage_at_end = dice.choice([0, 0, 0, 0, 3, 8, 30])  # in ticks after the run: when a last outage ends
+        self.outage_at_end = dice.choice([0, 0, 0, 0, 3, 8, 30])  # ticks after the run at which a last outage ends
         self.stubborn = dice.choice([0, 0, 0, 0, 0, 1, 4, 12])  # this many deletions fail
         self.length, self.step = dice.randrange(1, 6), 0
         self.ends = dice.choices([1, 2, 3, 4, 42, 130, 137], [6, 1, 1, 1, 6, 1, 3], k=1)  # exit codes of an attempt
         self.stuck = dice.random() < 0.1  # attempts make no progress
         self.made = 0
-        self.asked_to_stop = False  # by the person, or by --max_hours
-        # Rounds with a silent worker since all workers last answered; whether this round has one.
+        self.asked_to_stop = False  # the person or --max_hours has asked for a stop
+        # The number of rounds with a silent worker since all workers last answered, and whether this round has a silent
+        # worker.
         self.silent_rounds, self.is_silent = 0, False
         self.answered: set[tuple[str, int]] = set()
-        self.adopts = False  # the person adopts what the next answer shows
-        self.coming: list[tuple[int, Resource]] = []  # (tick at which it becomes visible, resource)
+        self.adopts = False  # the person adopts the resource that the next answer shows
+        self.coming: list[tuple[int, Resource]] = []  # (tick at which the resource becomes visible, resource)
         self.run_codes: set[int] = set()
 
-    # What happens
+    # Events
 
     def note(self, text: str) -> None:
         self.log.append(f"{self.tick:3} {text}")
@@ -159,7 +160,8 @@ class World:
         self.violations.append(text)
 
     def draw(self, key: str) -> random.Random:
-        """Dice that depend only on the seed and on how often `key` was drawn, not on what runs concurrently."""
+        """A random generator that depends only on the seed and on how often `key` was drawn, not on concurrent
+        calls."""
         self.counts[key] = self.counts.get(key, 0) + 1
         return random.Random(f"{self.seed} {key} {self.counts[key]}")
 
@@ -270,7 +272,7 @@ class World:
             asks = f"{what.replace('-', '_')}_{verb}"
             if asks == "queued_resources_describe" and role == "babysit" and "createTime" in flags["--format"]:
                 self.go_on()
-                if script == "babysit.sh":  # not a script that it has called
+                if script == "babysit.sh":  # not a script that the babysitter has called
                     self.silent_rounds += self.is_silent
                     self.is_silent, self.answered = False, set()
             key = f"{asks} {role} {' '.join(words[2:])} {flags.get('--worker', '')}"
@@ -284,7 +286,8 @@ class World:
             return code, out, err
 
     def fault(self, key: str, acts: bool = False) -> tuple[str, tuple[int, str, str]] | None:
-        """None, or the kind of fault and the answer. An act is carried out if its answer is lost, not if refused."""
+        """None, or the kind of fault and the answer. An action is carried out if its answer is lost, but not if it is
+        refused."""
         if self.tick >= self.calm:
             return None
         dice = self.draw(key)
@@ -333,7 +336,7 @@ class World:
         return 0, self.with_other_text(",".join(row) + "\n", key), ""
 
     def with_other_text(self, answer: str, key: str) -> str:
-        """gcloud, or a wrapper of it, now and then prints text of its own on stdout."""
+        """Adds text to an answer: sometimes gcloud, or a wrapper of gcloud, prints its own text on stdout."""
         dice = self.draw(f"other text {key}")
         if self.tick >= self.calm or dice.random() >= self.fault_rate:
             return answer
@@ -354,7 +357,7 @@ class World:
         dice = self.draw("create")
         label = flags.get("--labels", "").removeprefix("meshlm=")
         made = self.make(name, "us", flags["--accelerator-type"], int(flags.get("--node-count", 1)), label)
-        if fault and dice.random() < 0.2:  # and it is not visible at once
+        if fault and dice.random() < 0.2:  # the resource is not visible at once
             self.coming.append((self.tick + dice.choice([1, 2]), made))
             return fault[1]
         self.resources[name] = made
@@ -418,7 +421,7 @@ class World:
             self.violation(f"{role} {what}: a healthy run")
 
     def reach(self, name: str, flags: dict, key: str):
-        """The resource, the worker, and what is wrong with the connection: None, or as in fault()."""
+        """Returns the resource, the worker, and the fault of the connection: None, or a value as from fault()."""
         found = self.node(name.partition(":")[0])
         worker = found and found.workers[name.partition(":")[0], int(flags["--worker"])]
         if worker and worker.silent:
@@ -431,7 +434,7 @@ class World:
                 if said in (LATE, 255):
                     why = self.draw(key).choice(SILENT + BROKEN)
                     fault = fault[0], (said, "", "" if said == LATE else self.broken(255, why))
-                elif said == 0:  # the output is lost, and the exit code does not show it
+                elif said == 0:  # the output is lost, but the exit code is 0
                     fault = "lost", (0, "", "")
         return found, worker, fault
 
@@ -464,7 +467,7 @@ class World:
         if fault and fault[1][0] == LATE and self.draw(key).random() < 0.5:
             worker.late.append(act)
             return fault[1]
-        if "meshlm-busy" in flags["--command"]:  # waits for what is still in progress there
+        if "meshlm-busy" in flags["--command"]:  # waits for calls that are still in progress on the worker
             while worker.late:
                 worker.late.pop(0)()
         code, out = act()
@@ -483,7 +486,7 @@ class World:
 
     @staticmethod
     def told(words: list[str]) -> list[str]:
-        """The verb and arguments that worker.sh is called with; an empty verb if it is not called."""
+        """The verb and arguments with which worker.sh is called; an empty verb if worker.sh is not called."""
         for i, word in enumerate(words[1:], 1):
             if word in VERBS and (words[i - 1].endswith("worker.sh") or words[i - 1] == "worker"):
                 return words[i:]
@@ -491,7 +494,7 @@ class World:
 
     def work(self, role: str, found: Resource, worker: Worker, words: list[str]) -> tuple[int, str]:
         verb, *told = self.told(words)
-        if worker not in found.workers.values():  # the machine is gone by now
+        if worker not in found.workers.values():  # the machine is already gone
             return 255, ""
         if verb in ("setup", "start", "stop"):
             self.check_ours(role, found, verb)
@@ -541,7 +544,7 @@ class World:
 
 
 class Server(socketserver.ThreadingTCPServer):
-    """Passes the calls of tests/system/fakes/histories.sh on to the world that they name."""
+    """Passes each call of tests/system/fakes/histories.sh on to the world that the call names."""
 
     daemon_threads, request_queue_size, allow_reuse_address = True, 128, True
 

@@ -1,7 +1,9 @@
-"""Random histories of launch/tpu/babysit.sh and a person beside it, in a model of the cloud (babysitter_cloud.py).
+"""Random histories of launch/tpu/babysit.sh and of a person who uses other scripts, in a model of the cloud
+(babysitter_cloud.py).
 
-Whatever happens, nothing of ours keeps costing without being named, nothing of others is touched, and a healthy run is
-neither started a second time nor stopped. A history that fails is printed in full. Its seed replays it:
+Whatever happens, none of our resources keeps billing without being named, no resource of others is changed, and a
+healthy run is neither started a second time nor stopped. A history that fails is printed in full, and its seed replays
+it:
 
   python -m tests.system.babysitter_histories_test --seed=17       or many: --histories=2000 [--first=0] [--at_once=2]
 """
@@ -32,7 +34,7 @@ BROKEN = re.compile(r"\.sh: line \d+: .*(unbound variable|not found|syntax error
 
 
 class History:
-    """One person, one folder, one world."""
+    """A random history of one person with one folder, in one world."""
 
     def __init__(self, seed: int, code: pathlib.Path, server: Server, folder: pathlib.Path):
         self.name, self.dice = f"history {seed}", random.Random(seed)
@@ -44,7 +46,7 @@ class History:
         self.flags = ["--poll_s=0"]
         self.keeps = self.dice.random() < 0.1
         self.lost_state, self.last = False, None
-        self.clock = self.dice.choice(["", "", "", "1000000", "-1000000"])  # seconds by which it is set, once
+        self.clock = self.dice.choice(["", "", "", "1000000", "-1000000"])  # seconds of a jump of the clock
 
     def start(self, script: str, *words: str) -> subprocess.Popen:
         self.world.note(f"the person: {script} {' '.join(words)}")
@@ -79,7 +81,7 @@ class History:
     def said(self, process: subprocess.Popen, script: str) -> str:
         return (self.folder / f"{script}.txt").read_bytes()[process.said_from :].decode(errors="replace")
 
-    # What the person does
+    # Actions of the person
 
     def tell(self) -> None:
         """Plays the whole history."""
@@ -109,7 +111,8 @@ class History:
         self.leave(babysitter)
 
     def before(self) -> None:
-        """Resources that may exist already: `run`, of others or ours, or one of others with another name."""
+        """May create a resource before the history begins: `run`, ours or of others, or one of others with another
+        name."""
         world, what = self.world, self.dice.random()
         if what < 0.1:
             with world.lock:
@@ -143,11 +146,12 @@ class History:
         self.wait(other)
         if babysitter.poll() is None and other.returncode != 2:
             self.world.violation(f"{script} beside a babysitter ended with {other.returncode}")
-        if script == "babysit" and other.returncode != 2:  # the first had just ended, so this one was admitted
+        if script == "babysit" and other.returncode != 2:  # the first had just ended, so the second was admitted
             self.last = other
 
     def interrupt(self, babysitter: subprocess.Popen) -> bool:
-        """Signals the babysitter at some time. Returns whether it had ended by itself before."""
+        """Signals the babysitter at some time. Returns True if the babysitter ended without asking to be started
+        again."""
         self.live_beside(babysitter, self.dice.randrange(0, 2))
         self.wait_for_tick(babysitter, self.world.tick + self.dice.randrange(0, 12))
         time.sleep(self.dice.choice([0, 0, 0.02, 0.1]))
@@ -156,9 +160,9 @@ class History:
         kill = self.dice.choice([signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
         self.world.note(f"the person: {kill.name}")
         if kill == signal.SIGKILL and self.dice.random() < 0.3:
-            os.kill(babysitter.pid, kill)  # and what it has called keeps running for a while
+            os.kill(babysitter.pid, kill)  # its child processes keep running for a while
         else:
-            os.killpg(babysitter.pid, kill)  # as a terminal does, or a machine that shuts down
+            os.killpg(babysitter.pid, kill)  # a terminal, or a shutdown of the machine, signals the group
         self.wait(babysitter)
         if babysitter.returncode == 42:
             self.check_named(babysitter)
@@ -176,7 +180,7 @@ class History:
                 self.world.lock.wait(0.05)
 
     def wait(self, process: subprocess.Popen) -> None:
-        """Waits for the end of a process, which is killed at the first violation."""
+        """Waits until a process ends, and kills it at the first violation."""
         end = time.monotonic() + LIMIT_S
         while process.poll() is None and not self.world.violations:
             if time.monotonic() > end:
@@ -187,7 +191,7 @@ class History:
             process.wait()
         self.world.note(f"{pathlib.Path(process.args[0]).stem} ended with {process.returncode}")
 
-    # What must hold
+    # Invariants
 
     def leave(self, babysitter: subprocess.Popen) -> None:
         for process in self.beside:
@@ -220,7 +224,7 @@ class History:
             world.violation("ours bills, unnamed")
 
     def clean_up(self) -> None:
-        """Runs delete.sh, in a cloud in which nothing fails any more."""
+        """Runs delete.sh in a cloud without further failures."""
         self.world.asked_to_stop, self.world.calm, self.world.stubborn = True, -1, 0
         for _ in range(3):  # a deletion that has begun takes several ticks
             process = self.start("delete")
@@ -245,7 +249,7 @@ class History:
 
 
 def tell(seed: int, code: pathlib.Path, server: Server) -> str:
-    """Plays one history. Returns all of it if something does not hold, else an empty string."""
+    """Plays one history. Returns its full text if an invariant is violated, else an empty string."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix=f"history-{seed}-"))
     history = History(seed, code, server, folder)
     try:
@@ -276,7 +280,7 @@ def test_histories(tmp_path):
     assert not found, "\n\n".join(found.values())
 
 
-# Deliberate mistakes, by the violation that reveals them: a script and one change of it.
+# Deliberate mistakes, each of which changes one place of a script; the key is the violation that reveals it.
 MISTAKES = {
     "a machine of others": ("cloud.sh", "is_ours() {\n", "is_ours() {\n  return 0\n"),
     "ours keeps billing": ("babysit.sh", "! tpu delete || return 0", "tpu delete || true; return 0"),

@@ -1,4 +1,4 @@
-"""The scripts of launch/tpu/ beside each other and other users: who may act, what is reported, what is kept."""
+"""Several scripts of launch/tpu/ and other users at the same time: who may act, what is reported, and what is kept."""
 
 import os
 import pathlib
@@ -31,16 +31,16 @@ def machines(cloud):
 
 
 def of_others(cloud: Cloud, second: int = 0) -> None:
-    """From now on, NAME is a machine that others have made."""
+    """Makes NAME a machine that others have created."""
     created = f"2026-11-29T23:59:{second:02}.000000001Z"
     cloud.put("run", state="ACTIVE", next=[], nodes=["run"], type="v6e-16", labels={}, created=created)
 
 
-# Whose machines
+# Whose machines they are
 
 
 def test_adopting_is_for_what_is_there(cloud):
-    """--adopt takes over what is there now, and nothing that has the name later."""
+    """--adopt takes over the resource that exists now, and not a later one with the same name."""
     of_others(cloud)
     with babysitting(cloud, "--adopt", *waiting(cloud)) as babysitter:
         of_others(cloud, 1)
@@ -58,7 +58,7 @@ def test_nothing_is_adopted_that_is_not_there(cloud):
 
 
 def test_a_name_that_is_another_machine_by_now(machines):
-    """The first deletion is carried out, but its answer is lost."""
+    """A deletion is carried out, but its answer is lost. Then the name belongs to a new machine, which must stay."""
     machines.script(faults=[{"match": "resources delete", "lost": True, "hang": 1, "stderr": "ERROR: UNAVAILABLE"}])
     process = machines.start("delete")
     runs.wait_until(lambda: not machines.resources, process)
@@ -77,7 +77,7 @@ def test_hours_are_those_of_this_command(machines, hours):
 
 
 def test_a_run_that_vanishes(cloud):
-    """It is started again, but not forever."""
+    """A run that vanishes is started again, but only a few times."""
     with babysitting(cloud) as babysitter:
         for life in (1, 2, 3):
             runs.wait_until(lambda life=life: starts(cloud) == life, babysitter)
@@ -102,7 +102,7 @@ def test_nobody_acts_beside_a_babysitter(cloud, script):
 
 
 def test_its_reader_goes_away(cloud):
-    """The run continues, and the log records it."""
+    """When the reader of its output is gone, the babysitter and the run continue, and the log records the end."""
     with babysitting(cloud) as babysitter:
         babysitter.stdout.close()
         rounds(cloud, 2, babysitter)
@@ -112,7 +112,7 @@ def test_its_reader_goes_away(cloud):
 
 
 def test_nodes_of_another_name_are_not_adopted(cloud):
-    """The scripts could not reach them."""
+    """The scripts could not reach such nodes."""
     of_others(cloud)
     cloud.change("run", nodes=["mine"])
     assert "are called 'mine', and only those called run" in cloud.run("babysit", "--adopt", *waiting(cloud), code=2)
@@ -120,7 +120,7 @@ def test_nodes_of_another_name_are_not_adopted(cloud):
 
 
 def test_a_script_that_acts_keeps_a_babysitter_away(machines):
-    """A command that has just been started is not stopped."""
+    """A script is starting a command: a babysitter must neither stop it nor start it again."""
     machines.script(workers=1, faults=[{"match": "worker.sh start", "hang": 3, "lost": True, "code": 0}])
     process = machines.start("run", *waiting(machines)[1:])
     runs.wait_until(lambda: not machines.has_faults(), process)
@@ -133,7 +133,7 @@ def test_a_script_that_acts_keeps_a_babysitter_away(machines):
     assert starts(machines) == 1
 
 
-# What is not known
+# Unknown states
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,8 @@ def test_a_script_that_acts_keeps_a_babysitter_away(machines):
     ["x@1.2.3.4: Permission denied (publickey).", "ssh: connect to host x port 22: Network is unreachable", "x", ""],
 )
 def test_an_ssh_that_is_broken_here(cloud, why):
-    """It says nothing about the workers, which are not replaced. After --max_hours the babysitter ends."""
+    """Such an error does not show the state of the workers, so they are not replaced. After --max_hours the babysitter
+    ends."""
     with babysitting(cloud, "--max_hours=0.002", *waiting(cloud), MESHLM_LOST_S="1") as babysitter:
         cloud.script(workers=1, faults=[{"match": "worker status", "code": 255, "stderr": why, "times": 10**6}])
         out = runs.finish(babysitter, 42)
@@ -149,14 +150,15 @@ def test_an_ssh_that_is_broken_here(cloud, why):
 
 
 def test_what_runs_was_never_seen(machines):
-    """After --max_hours it is still not known what runs: it may be another user's, and is left as it is."""
+    """If the babysitter has not learned what runs after --max_hours, the command may be another user's, so it is not
+    stopped."""
     machines.script(workers=1, faults=[{"match": "worker status", "code": 0, "times": 10**6}])
     out = machines.run("babysit", "--max_hours=0.0001", *waiting(machines), code=42, MESHLM_LOST_S="1")
     assert "KEEPS BILLING" in out and machines.resources and not machines.done("worker.sh stop")
 
 
 def test_silence_ends_with_an_answer(cloud):
-    """Two silences with an answer between them do not add up."""
+    """Two periods of silence with an answer in between do not add up."""
     silent = {"match": "worker status", "code": 255, "stderr": "ssh: connect to host x port 22: Connection timed out"}
     cloud.script(workers=1, faults=[{**silent, "times": 6}])
     with babysitting(cloud, MESHLM_LOST_S="4") as babysitter:
@@ -169,7 +171,7 @@ def test_silence_ends_with_an_answer(cloud):
 
 
 def test_scripts_that_are_gone(cloud, tmp_path):
-    """A clone that is moved away does not count as the end of an attempt."""
+    """If the clone is moved away, the attempt does not count as ended."""
     cloud.code = runs.clone(tmp_path / "clone")
     with babysitting(cloud, MESHLM_LOST_S="9") as babysitter:
         setup = cloud.code / "launch/tpu/setup.sh"
@@ -200,7 +202,7 @@ def test_an_answer_that_is_not_one_is_no_success(machines, lost, script, match):
 
 
 def test_as_many_slices_as_were_made(cloud):
-    """Settings that differ by now are refused, and so is an answer with fewer workers than before."""
+    """Settings that no longer match the machines are refused, and so is an answer with fewer workers than before."""
     cloud.script(workers=2)
     cloud.run("create", "--slices=2")
     cloud.run("wait", "--slices=2")
@@ -214,7 +216,7 @@ def test_as_many_slices_as_were_made(cloud):
 
 
 def test_requests_that_fail(cloud):
-    """Their reason is reported; after five in a row the babysitter ends."""
+    """The reason why a request failed is reported; after five failures in a row the babysitter ends."""
     cloud.script(workers=1, states=["FAILED"])
     with runs.ending(cloud.start("babysit", *waiting(cloud))) as (babysitter,):
         runs.wait_until(lambda: bool(cloud.resources), babysitter)
@@ -225,7 +227,7 @@ def test_requests_that_fail(cloud):
 
 
 def test_another_type_is_asked_for_anew(cloud):
-    """An error in its first request ends the babysitter, whatever was requested before."""
+    """An error in the first request for the other type ends the babysitter, even if an earlier type was accepted."""
     with babysitting(cloud) as babysitter:
         babysitter.send_signal(signal.SIGTERM)
         runs.finish(babysitter, 42)
@@ -264,7 +266,7 @@ def test_a_signal_while_the_workers_are_asked_for(cloud):
 
 
 def test_what_a_dead_babysitter_has_begun(cloud):
-    """A start that has no connection yet is not retried once the babysitter that wants it is dead."""
+    """If a start has no connection yet, it is not retried after its babysitter has died."""
     cloud.script(workers=1, faults=[{"match": "worker.sh start", "code": 255, "hang": 2, "times": 3}])
     with runs.ending(cloud.start("babysit", *waiting(cloud))) as (babysitter,):
         runs.wait_until(lambda: starts(cloud) == 1, babysitter)
@@ -274,7 +276,7 @@ def test_what_a_dead_babysitter_has_begun(cloud):
     assert starts(cloud) == 1 and not (cloud.folder / "workers/run.0/meshlm-run").exists()
 
 
-# What is kept
+# Files that are kept
 
 
 def test_a_setup_by_hand_ends_nothing(machines):
@@ -286,7 +288,7 @@ def test_a_setup_by_hand_ends_nothing(machines):
 
 
 def test_a_setup_removes_what_it_has_brought(machines):
-    """It removes nothing else: datasets and mounts stay."""
+    """A setup removes only files that an earlier setup has copied: datasets and mounts stay."""
     home = machines.folder / "workers/run.0/meshlm"
     for name in ("datasets/mine", "launch/old.py"):
         (home / name).parent.mkdir(exist_ok=True)
@@ -296,7 +298,7 @@ def test_a_setup_removes_what_it_has_brought(machines):
 
 
 def test_a_supervisor_that_dies(machines):
-    """Its trainer is still saving, so stop.sh waits for it."""
+    """The supervisor dies while its trainer runs, so stop.sh waits until the trainer has saved."""
     saved = machines.folder / "saved"
     saves = f"trap 'sleep 4; touch {saved}; exit 42' TERM; while :; do sleep 0.1; done"
     argv = ["--", "sh", "-c", saves, "--workdir=bucket/runs/x"]
@@ -332,7 +334,7 @@ def test_the_code_is_that_of_these_scripts(machines, tmp_path, name):
     assert (machines.folder / "workers/run.0/meshlm/pyproject.toml").exists()
 
 
-# Codes and words
+# Exit codes and messages
 
 
 @pytest.mark.parametrize("code", [5, 127, 130])
@@ -343,7 +345,8 @@ def test_codes_that_no_restart_mends(cloud, code):
 
 
 def test_a_mistake_that_was_mended(cloud):
-    """With --keep, the machines are still there, and so is the exit code of the last attempt."""
+    """With --keep, the machines still exist and have the exit code of the last attempt, which must not end the next
+    babysitter."""
     end(cloud, 2)
     cloud.run("babysit", "--keep", *waiting(cloud), code=2)
     end(cloud)
@@ -352,7 +355,7 @@ def test_a_mistake_that_was_mended(cloud):
 
 
 def test_nothing_costs_yet(cloud):
-    """Then the babysitter does not say that it costs."""
+    """Before the machines exist, the babysitter does not say that they bill."""
     cloud.script(workers=1, states=["PROVISIONING"] * 99)
     with runs.ending(cloud.start("babysit", *waiting(cloud))) as (babysitter,):
         rounds(cloud, 3, babysitter)
@@ -362,7 +365,7 @@ def test_nothing_costs_yet(cloud):
 
 
 def empty(folder: pathlib.Path) -> str:
-    """A PATH of what the scripts need, without git."""
+    """A PATH with the commands that the scripts need, except git."""
     (folder / "bin").mkdir()
     for name in (
         "bash",
@@ -408,7 +411,7 @@ def test_a_mistake_is_one_line(cloud, script, words, environment, says):
 
 
 def test_flags_in_a_turkish_locale(cloud):
-    """In it, the capital of i is another letter."""
+    """In this locale, the upper case of i is a different letter."""
     made = ["localedef", "--inputfile=tr_TR", "--charmap=UTF-8", cloud.folder / "tr_TR.UTF-8"]
     if not shutil.which("localedef") or subprocess.run(made, capture_output=True).returncode > 1:
         pytest.skip("the sources of locales are not here")

@@ -1,4 +1,4 @@
-"""docs/clusters.md: each of our commands in it is valid, and its links lead somewhere."""
+"""docs/clusters.md: each of our commands on the page is valid, and each of its links leads to a page."""
 
 import os
 import re
@@ -15,7 +15,7 @@ PLACES = {"PROJECT": "p", "ZONE": "us-east5-b", "CLUSTER": "c", "IMAGE": "i", "N
 
 
 def commands() -> list[str]:
-    """Lines of code blocks, and inline code, that start one of our scripts."""
+    """The lines of code blocks, and the inline code, that start one of our scripts."""
     text = PAGE.read_text()
     lines = [line for block in re.findall(r"^```\n(.*?)^```", text, re.M | re.S) for line in block.splitlines()]
     lines += re.findall(r"`([^`]*launch/[^`]*)`", text)
@@ -27,7 +27,7 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The clone of the page's reader, with settings in tpu.env and xpk.env."""
+    """A clone such as a reader of the page has, with settings in tpu.env and xpk.env."""
     made = tmp_path_factory.mktemp("clone")
     for name in ("tpu", "xpk"):
         text = (runs.ROOT / f"launch/{name}/example.env").read_text()

@@ -1,4 +1,4 @@
-"""The Dockerfile without Docker: its instructions are carried out here, one by one, as far as that is meaningful."""
+"""Tests the Dockerfile without Docker: the instructions that matter are carried out here one by one."""
 
 import json
 import os
@@ -18,7 +18,7 @@ DOCKERFILE = runs.ROOT / "launch/docker/Dockerfile"
 
 
 def instructions() -> list[tuple[str, str]]:
-    """(COPY, "configs configs") and so on; comments are left out, and continued lines joined."""
+    """Pairs such as (COPY, "configs configs"); comments are left out, and continued lines are joined."""
     text = re.sub(r"^\s*#.*\n", "", DOCKERFILE.read_text(), flags=re.MULTILINE).replace("\\\n", " ")
     return [tuple(line.split(maxsplit=1)) for line in text.splitlines() if line.strip()]
 
@@ -32,7 +32,8 @@ def copies() -> list[tuple[list[str], str]]:
 
 
 def command(*words: str) -> list[str]:
-    """What a container runs: the entry point, which is a list, so that no shell is involved, and the words."""
+    """The command of a container: the entry point, which is a list, so that no shell is involved, and then the
+    words."""
     (entry,) = those("ENTRYPOINT")
     return [*json.loads(entry), *words]
 
@@ -43,7 +44,7 @@ def image(tmp_path_factory):
     folder = tmp_path_factory.mktemp("meshlm")
     for sources, target in copies():
         for source in map(runs.ROOT.joinpath, sources):
-            if source.is_dir():  # its contents, as COPY does
+            if source.is_dir():  # COPY copies the contents of a folder
                 shutil.copytree(
                     source, folder / target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
                 )
@@ -64,7 +65,7 @@ def test_only_what_is_copied_is_sent_to_the_builder():
 
 
 def test_packages_come_before_the_code():
-    """Otherwise each change of the code would install them again."""
+    """If the code came first, each change of it would install the packages again."""
     steps = [f"{name} {rest}" for name, rest in instructions()]
     install = next(i for i, step in enumerate(steps) if "pip install" in step)
     code = [i for i, step in enumerate(steps) if re.fullmatch(r"COPY (\w+) \1", step)]
@@ -100,7 +101,7 @@ def test_a_linter_finds_nothing():
 
 @pytest.mark.slow
 def test_sigterm_reaches_the_trainer(image, tmp_path):
-    """It starts from the image's code and through its entry point; the same command resumes."""
+    """The trainer is started from the image's code through its entry point; the same command resumes."""
     data, run = runs.dataset(tmp_path), tmp_path / "run"
     words = command("python", *runs.command(run, data, num_train_steps=100_000, optimizer__decay_steps=200)[1:])
     process = subprocess.Popen(
@@ -118,7 +119,7 @@ def test_sigterm_reaches_the_trainer(image, tmp_path):
 
 @pytest.mark.slow
 def test_the_code_is_found_from_any_folder(image, tmp_path):
-    """It is copied after the installation, and the container may be started in another folder."""
+    """The code is copied after the installation, and the container may be started in another folder."""
     install(tmp_path, sys.executable, "--no-deps", EXTRA="tpu")
     shutil.copytree(image, tmp_path / "meshlm", dirs_exist_ok=True)
     code = "import configs, data, launch, model, trainer.errors; print(launch.__doc__, trainer.errors.__file__)"
@@ -133,7 +134,7 @@ def test_the_code_is_found_from_any_folder(image, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("extra, package", [("tpu", "libtpu"), ("cuda", "jax-cuda13-plugin")])
 def test_the_packages_can_be_had(tmp_path, extra, package):
-    """They resolve to the known-good versions. (pip may have to fetch the wheels for that.)"""
+    """pip resolves the packages to the known-good versions, and may have to download the wheels for that."""
     report = tmp_path / "report.json"
     install(tmp_path, python_of_the_image(), "--dry-run", f"--report={report}", EXTRA=extra)
     found = {
@@ -145,7 +146,8 @@ def test_the_packages_can_be_had(tmp_path, extra, package):
 
 
 def install(folder: pathlib.Path, python: str, *flags: str, **environment: str) -> None:
-    """Runs the Dockerfile's step that installs packages, with these pip flags: in folder/meshlm, by folder/python."""
+    """Runs the Dockerfile's step that installs packages, in folder/meshlm, with the Python in folder/python and these
+    pip flags."""
     subprocess.run([python, "-m", "venv", folder / "python"], check=True, timeout=120)
     (folder / "meshlm").mkdir()
     for source in copies()[0][0]:

@@ -2,8 +2,8 @@
 
   python -m tests.system.fault_injection_test --runs=500 --seed=1
 
-fault_injector.c, preloaded, makes open, read, write, rename, fsync and unlink fail, wait, or do less than requested,
-only for files of the run. All runs are forks of one process that has loaded the libraries.
+fault_injector.c is preloaded and makes open, read, write, rename, fsync and unlink fail, wait, or do less than
+requested; only files of the run are affected. All runs are forks of one process that has loaded the libraries.
 """
 
 import argparse
@@ -53,10 +53,11 @@ LIMIT_S = 300
 
 @dataclasses.dataclass
 class Plan:
-    """Which calls break: of the operations in the bits of `only`, counted from 0, `count` from `first` on, each with a
-    probability of `chance` in 1000.
+    """Which calls break. The bits of `only` select operations. Of their calls, counted from 0, `count` calls from
+    `first` on break, each with a probability of `chance` in 1000.
 
-    error 0 stands for any error that the call may return; delay_ms and shorten (do less than requested) replace it.
+    If `error` is 0, the call fails with any error that it may return. With delay_ms or shorten, the call is delayed or
+    does less than requested instead of failing; with kill, the process is killed.
     """
 
     seed: int
@@ -79,7 +80,7 @@ class Plan:
 def random_plan(seed: int) -> Plan:
     rng = random.Random(seed)
     only = rng.choice([63, 63, 1 << rng.randrange(6), 1 << rng.randrange(6), 0b000011, 0b111100])
-    # A tiny run opens and reads some five hundred times, and calls each of the others fifty to a hundred times.
+    # A tiny run calls open and read about five hundred times, and each other operation fifty to a hundred times.
     first = int(10 ** rng.uniform(0, 2.7 if only & 0b11 else 2)) - 1
     plan = Plan(seed, only, first)
     plan.count, plan.chance = rng.choice([(1, 1000), (1, 1000), (5, 1000), (100, 1000), (10**9, 1000), (10**9, 30)])
@@ -93,15 +94,15 @@ def random_plan(seed: int) -> Plan:
     elif how < 0.6:
         plan.error = getattr(errno, rng.choice(ERRORS))
         if plan.error == errno.EINTR:
-            plan.count = min(plan.count, 5)  # Python retries an interrupted call, forever
+            plan.count = min(plan.count, 5)  # Python retries an interrupted call forever
     return plan
 
 
-# One process that has the libraries
+# One process that has loaded the libraries
 
 
 class Forks:
-    """Runs commands as forks of a process that has imported what takes seconds to import."""
+    """Runs commands as forks of a process that has imported the libraries, because imports take seconds."""
 
     def __init__(self, library: pathlib.Path):
         environment = runs.environment(LD_PRELOAD=str(library), INJECTOR=str(library))
@@ -111,7 +112,8 @@ class Forks:
         )
 
     def run(self, argv: list[str], out: pathlib.Path, plan: Plan | None = None, folder: str = "") -> int:
-        """Returns the exit code, 128 + n for signal n. The output is in `out`, the broken calls in a file beside it."""
+        """Returns the exit code (128 + n for signal n). `out` gets the output; a file beside it has the broken
+        calls."""
         assert self._process.stdin is not None and self._process.stdout is not None
         arm = {**dataclasses.asdict(plan), "folder": folder} if plan else None
         self._process.stdin.write(json.dumps({"argv": argv, "out": str(out), "arm": arm}) + "\n")
@@ -185,7 +187,8 @@ def _become(job: dict, library: ctypes.CDLL) -> None:
 
 
 class World:
-    """The undisturbed run that broken ones are compared with, and its first half, from which some of them start."""
+    """An undisturbed run, with which broken runs are compared, and its first half, from which some broken runs
+    start."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
@@ -205,7 +208,7 @@ class World:
         return runs.command(run, self.data, **{**FIELDS, "optimizer__decay_steps": STEPS, **fields})[2:]
 
     def broken(self, seed: int) -> tuple[list[str], str]:
-        """Breaks a run. Returns what is wrong afterwards, and a line that describes the run."""
+        """Runs a training with faults. Returns what is wrong afterwards, and a line that describes the run."""
         rng = random.Random(seed)
         run = self.folder / f"run{seed}"
         if rng.random() < 0.6:
@@ -247,7 +250,7 @@ class World:
 
 
 def healthy(run: pathlib.Path, folder: str = "checkpoints") -> list[int]:
-    """The complete steps there: all their files were written before Orbax gave them their final name."""
+    """The complete steps in a folder: they have all files, and the name that Orbax gives a step after writing it."""
     found = []
     for path in (run / folder).glob("*"):
         name = path.name.split(".")[0]

@@ -1,5 +1,5 @@
-"""launch/gpu/: what the check reports about machines with GPUs, from recorded answers of nvidia-smi and a fake libcuda;
-settings that the installed XLA knows; what run.sh starts."""
+"""launch/gpu/: reports of the check about machines with GPUs, from recorded answers of nvidia-smi and a fake libcuda;
+the settings, which the installed XLA must know; and the processes that run.sh starts."""
 
 import importlib.metadata
 import os
@@ -76,7 +76,7 @@ int cuDeviceGetCount(int *count) { *count = number("FAKE_COUNT"); return 0; }
 
 @pytest.fixture(scope="session")
 def libcuda(tmp_path_factory):
-    """A folder with a libcuda.so.1 that answers as the environment says."""
+    """A folder with a libcuda.so.1 whose answers are set by the environment."""
     if shutil.which("cc") is None:
         pytest.skip("needs a C compiler")
     folder = tmp_path_factory.mktemp("libcuda")
@@ -189,7 +189,7 @@ def test_what_would_not_work(tmp_path, libcuda, fields, message):
     lines = check(machine(tmp_path, libcuda=libcuda, **fields), 2)
     assert any(line.startswith("error: ") and message in line for line in lines), lines
     assert not any("ready" in line for line in lines)
-    if fields.get("version") != "0.9.1":  # of which each wheel has an error
+    if fields.get("version") != "0.9.1":  # with this version, each wheel has an error
         assert len(lines) == 1
 
 
@@ -257,7 +257,7 @@ def test_gpus_without_nvlink(tmp_path, libcuda, topology, warning):
 
 
 def settings(**environment: str) -> dict[str, str]:
-    """What env.sh sets, in an environment with nothing else about GPUs."""
+    """The variables that env.sh sets, in an environment without other GPU settings."""
     clean = {"PATH": os.environ["PATH"], **environment}
     command = ["bash", "-euc", "source launch/gpu/env.sh; env -0"]
     done = subprocess.run(command, cwd=runs.ROOT, env=clean, capture_output=True, text=True, check=True)
@@ -289,7 +289,7 @@ def test_deterministic_settings_are_those_of_the_documentation():
 
 @pytest.mark.parametrize("unknown", [False, True])
 def test_jax_knows_the_settings(unknown):
-    """XLA ends the process on a flag that it does not know, as the second case shows."""
+    """XLA ends the process if it does not know a flag, as the second case shows."""
     found = settings(DETERMINISTIC="1")
     found["XLA_FLAGS"] += " --xla_gpu_no_such_flag=1" * unknown
     code = "import jax; jax.jit(lambda x: x + 1)(1); print(jax.config.jax_optimization_level)"
@@ -341,7 +341,7 @@ def test_one_process_for_each_gpu(tmp_path, visible, gpus):
 
 
 def test_jax_takes_the_device_it_is_given():
-    """JAX_LOCAL_DEVICE_IDS names it, because the other GPUs must stay visible to NCCL."""
+    """JAX_LOCAL_DEVICE_IDS names the device, because the other GPUs must stay visible to NCCL."""
     code = """
 import jax, sys
 from jax._src import xla_bridge
@@ -377,7 +377,7 @@ def test_mistakes(tmp_path, words, fields, message):
 
 @pytest.mark.slow
 def test_a_training_with_one_process_for_each_device(tmp_path):
-    """Everything except a GPU: two are counted, two processes start, find each other and train."""
+    """Tests everything except a GPU: two GPUs are counted, and two processes start, find each other and train."""
     data, run = runs.dataset(tmp_path), tmp_path / "run"
     environment = machine(tmp_path, gpus=2) | {"JAX_PLATFORMS": "cpu"}
     argv = runs.command(run, data, **interrupted.FIELDS | {"num_train_steps": 5})

@@ -1,4 +1,4 @@
-"""launch/local/run.sh: the processes of a run side by side, stopped, killed and restarted, as on a pod."""
+"""launch/local/run.sh: the processes of a run on one machine are stopped, killed and restarted, as on a pod."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def script(*words: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_scripts_of_a_clone_that_git_gives_the_ends_of_lines_of_windows(tmp_path):
-    """With them, each script would fail at its first line: "bash\\r: No such file"."""
+    """If git writes CRLF, each script would fail at its first line: "bash\\r: No such file"."""
     source = tmp_path / "source"
     source.mkdir()
     for name in (".gitattributes", "Makefile"):
@@ -81,7 +81,7 @@ def test_mistakes(words, message):
 
 
 def test_a_python_without_our_packages(tmp_path):
-    """The system's Python lacks them, if the environment was not activated."""
+    """The system's Python lacks our packages if the environment was not activated."""
     bare = tmp_path / "python3"
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
     bare.chmod(0o755)
@@ -126,7 +126,7 @@ def test_one_process_needs_no_coordinator():
     assert shlex.split(done.stdout) == [sys.executable, "-m", "launch.supervise", "--", *TRAIN]
 
 
-# Commands side by side, without a training
+# Concurrent commands, without training
 
 
 def gang(*commands: list[str]) -> subprocess.Popen:
@@ -173,19 +173,20 @@ def test_a_command_that_is_none():
 
 
 def test_each_signal_comes_to_all_as_often_as_it_was_sent(tmp_path):
-    """A terminal's whole process group gets a Ctrl-C, which must still arrive only once: twice means exit at once."""
+    """The whole process group of a terminal gets a Ctrl-C, but a command must get it only once: a second one means exit
+    at once."""
     with runs.ending(gang(*(listening(tmp_path, name, "exit 42") for name in "ab"))) as (process,):
         runs.wait_until(lambda: all((tmp_path / name).exists() for name in "ab"), process)
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGUSR1, signal.SIGQUIT, signal.SIGTERM):
             os.killpg(process.pid, number)
-            time.sleep(0.3)  # two pending signals of a kind are one
+            time.sleep(0.3)  # two pending signals of the same kind count as one
         out = runs.finish(process, 42, SOON_S)
     for i in range(2):
         own = [line.split()[1] for line in out.splitlines() if line.startswith(f"[{i}]")]
         assert own == ["INT", "INT", "USR1", "QUIT", "TERM"]
 
 
-@pytest.mark.slow  # it waits 10 s
+@pytest.mark.slow  # the launcher waits 10 s
 def test_what_is_left_over_is_told_to_stop(tmp_path):
     with runs.ending(gang(bash("exit 3"), listening(tmp_path, "a", "exit 42"))) as (process,):
         out = runs.finish(process, 3, 10 + SOON_S)
@@ -193,13 +194,14 @@ def test_what_is_left_over_is_told_to_stop(tmp_path):
 
 
 def test_killed_it_leaves_nobody_behind(tmp_path):
-    """Then no process can pass a signal on: the commands get a SIGTERM, and can still print and write files."""
+    """A launcher that is killed cannot pass a signal on: the commands get a SIGTERM, and can still print and write
+    files."""
     saves = f"sleep 0.5; echo saved; touch {tmp_path}/saved; exit 42"
     process = gang(listening(tmp_path, "a", saves))
     with runs.ending(process):
         runs.wait_until(lambda: (tmp_path / "a").exists(), process)
         process.kill()
-        out = runs.finish(process, 137, SOON_S)  # until all that hold its output have ended
+        out = runs.finish(process, 137, SOON_S)  # waits until all processes that hold its output have ended
     assert (tmp_path / "saved").exists() and out.splitlines() == ["[0] TERM", "[0] saved"]
 
 
@@ -240,7 +242,8 @@ def alive(pid: int) -> bool:
 
 
 def codes(run: pathlib.Path) -> list[list[int]]:
-    """The exit codes of each process's attempts. (On a busy machine JAX may fail to connect them, which costs one.)"""
+    """The exit codes of each process's attempts. (On a busy machine JAX may fail to connect the processes, which costs
+    an attempt.)"""
     return [[life.code for life in restarts.read_attempts(run / name)] for name in ("lives.jsonl", "lives.1.jsonl")]
 
 
@@ -250,7 +253,7 @@ def last_codes(run: pathlib.Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, data):
-    """An uninterrupted run, by the script."""
+    """An uninterrupted run that the script starts."""
     run = tmp_path_factory.mktemp("runs") / "whole"
     with runs.ending(start(run, data)) as (process,):
         out = runs.finish(process)
@@ -283,7 +286,7 @@ def test_stopped_all_save_the_same_step(tmp_path, data, whole):
 
 @pytest.mark.slow
 def test_one_killed_the_supervisors_start_all_again(tmp_path, data, whole):
-    """Process 0 hosts the coordinator, whose port is used again a moment after its death."""
+    """Process 0 hosts the coordinator; when it is killed, the port of the coordinator is used again a moment later."""
     run = tmp_path / "run"
     with runs.ending(start(run, data)) as (process,):
         runs.wait_until(lambda: bool(interrupted.saved(run)), process)

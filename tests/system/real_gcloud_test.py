@@ -1,6 +1,6 @@
-"""The fakes of gcloud compared with the installed one, which asks a small local server instead of Google's.
+"""Compares the fakes of gcloud with the installed gcloud, which calls a small local server instead of Google's.
 
-Its waits are skipped (sitecustomize), and its messages are compared word by word, except for addresses.
+gcloud's waits are skipped (sitecustomize), and its messages are compared word by word, except for addresses.
 """
 
 import http.server
@@ -33,7 +33,8 @@ pytestmark = pytest.mark.skipif(not MESSAGES.exists(), reason="no Google Cloud C
 
 
 class Service(http.server.ThreadingHTTPServer):
-    """Queued resources as JSON, by Google's API; `says`, if it is set, is the answer to everything except the login."""
+    """A server of queued resources with Google's API. If `says` is set, it is the answer to everything except the
+    login."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Request)
@@ -155,7 +156,7 @@ def gcloud(tmp_path_factory) -> Iterator[Gcloud]:
 
 
 def plain(text: str) -> str:
-    """The text without addresses, the hints after a crash, and what depends on this server."""
+    """The text without addresses, hints after a crash, and parts that depend on this server."""
     text = re.sub(r"http://127.0.0.1:\d+/v2/\S*?(?=[?])", babysitter_cloud.URL, text)
     text = re.sub(r"url: /v2/\S+", "url: /v2", text)
     text = re.sub(r"<\{.*'status'", "<{'content-type': 'application/json', 'status'", text)
@@ -168,7 +169,7 @@ def plain(text: str) -> str:
     return re.sub(r"^ERROR: \(gcloud\S+\) ", "", text).strip()
 
 
-# For each failure of the model: what the service answers, or which addresses are wrong.
+# For each failure of the model: the answer of the service, or settings with a wrong address.
 FAILURES = {
     503: trouble(503, "UNAVAILABLE", "The service is currently unavailable."),
     500: trouble(500, "INTERNAL", "Internal error encountered."),
@@ -192,7 +193,7 @@ FAILURES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("sign", FAILURES, ids=str)
 def test_failures_of_the_model(gcloud, sign):
-    """Each equals a message of the installed gcloud, word by word; none is left out."""
+    """Each message of the model equals a message of the installed gcloud, word by word; all are compared."""
     modelled = [said for said in babysitter_cloud.LOST + babysitter_cloud.REFUSED if isinstance(said, str)]
     assert len(modelled) == len(FAILURES)
     gcloud.service.says, environment = FAILURES[sign], {}
@@ -208,7 +209,7 @@ def test_failures_of_the_model(gcloud, sign):
 
 
 def test_states():
-    """What the scripts and the model call states are states of the API."""
+    """All states that the scripts and the model name are states of the API."""
     text = MESSAGES.read_text()
     resources, nodes = text.partition("class QueuedResourceState")[2], text.partition("class Node(")[2]
     known = {
@@ -228,7 +229,7 @@ def test_states():
 
 @pytest.mark.slow
 def test_the_fake_says_what_the_real_one_says(gcloud, tmp_path):
-    """The same calls, to a cloud that is empty at first, have the same exit codes, results and messages."""
+    """The same calls, to a cloud that is empty at first, give the same exit codes, results and messages."""
     queued, machine = ["compute", "tpus", "queued-resources"], ["compute", "tpus", "tpu-vm"]
     script = (runs.ROOT / "launch/tpu/cloud.sh").read_text()
     fields = re.search(r"^FIELDS='(.*)'", script, re.MULTILINE)[1]
@@ -274,7 +275,8 @@ for error in (ssh.CommandError("/usr/bin/ssh", return_code=255), exceptions.SSHK
 
 
 def test_what_ssh_says():
-    """About a broken connection, and an agent with another key, which gcloud refuses for several workers at once."""
+    """Compares the messages for a broken connection and for an SSH agent with another key, which gcloud refuses for
+    several workers at once."""
     done = subprocess.run([sys.executable, "-c", EXCEPTIONS, SDK], text=True, capture_output=True, timeout=60)
     broken, agent = done.stdout.splitlines()
     assert broken == "255 [/usr/bin/ssh] exited with return code [255]."

@@ -1,6 +1,6 @@
 """Tests of the SkyPilot jobs, on a fake SkyPilot with real processes (fakes/sky) and with the real package.
 
-The tests of the real package need a Python that has it: .venv-sky/bin/python, or the one that MESHLM_SKY_PYTHON names.
+The tests of the real package need a Python that has SkyPilot: .venv-sky/bin/python, or the path in MESHLM_SKY_PYTHON.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ exit "${CODE:-0}"
 
 
 def signal_all(home: pathlib.Path, number: int) -> None:
-    """Signals all processes of a host, i.e. with this HOME, except SkyPilot's own, which run script.sh."""
+    """Signals all processes of a host, i.e. those with this HOME, except SkyPilot's own, which run script.sh."""
     for path in pathlib.Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             ours = f"HOME={home}".encode() in (path / "environ").read_bytes().split(b"\0")
@@ -101,18 +101,18 @@ def gang(rank: int, size: int = 2) -> dict[str, str]:
     return {"SKYPILOT_NUM_NODES": str(size), "SKYPILOT_NODE_RANK": str(rank), "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
 
 
-# What is run on a host
+# What runs on a host
 
 
 def test_a_tpu_host_runs_the_command_unchanged(host):
-    """TPU hosts find each other; only the supervisor needs the process number."""
+    """TPU hosts find each other without flags; only the supervisor needs the process number."""
     words = [*TRAIN, f"--workdir={host.runs}/a", *ODD]
     host.run("tpu", words, **gang(rank=1))
     assert host.words() == ["-m", "launch.supervise", "--process=1", "--", *words]
 
 
 def test_each_tpu_host_keeps_its_own_lives(host):
-    """This uses the real supervisor, which must not take itself for process 0."""
+    """This uses the real supervisor, which must not act as process 0 on other hosts."""
     run = host.runs / "a"
     run.mkdir()
     (run / "config.json").touch()
@@ -144,7 +144,7 @@ def test_one_host_may_keep_its_run_on_its_disk_when_checkpoints_are_mirrored(hos
     assert host.words()[-1] == MIRROR
 
 
-# What the exit code tells SkyPilot
+# The exit code for SkyPilot
 
 
 @pytest.mark.parametrize("code, expected", [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (42, 1), (130, 130), (134, 134)])
@@ -154,7 +154,8 @@ def test_what_the_supervisor_gives_up_new_machines_do_not_mend(host, code, expec
 
 @pytest.mark.parametrize("code, expected", [(0, 0), (1, 42), (2, 2), (3, 3), (4, 4), (42, 42), (134, 42), (143, 42)])
 def test_what_was_told_to_stop_asks_for_new_machines(host, code, expected):
-    """The scripts outlive the process that is saving."""
+    """At SIGTERM, the scripts wait for the process, which saves, and turn its code into a code that asks for new
+    machines."""
     environment = host.environment(shlex.join([*TRAIN, f"--workdir={host.runs}/a"]), CODE=str(code), WAIT="1")
     process = host.start("bash launch/sky/run.sh tpu\nexit $?\n", environment)
     with runs.ending(process):
@@ -196,7 +197,7 @@ def test_an_accelerator_that_is_none(host):
     assert "name the accelerator" in host.run("gpu", [*TRAIN], code=2)
 
 
-# The whole job
+# A complete job
 
 
 class Sky:
@@ -250,7 +251,8 @@ def sky(tmp_path):
 
 
 def test_setup(sky):
-    """Setup installs known-good packages and mounts the folder; then a mistake in the command ends the job."""
+    """The job's setup installs known-good packages and mounts the folder; then a mistake in the command ends the
+    job."""
     process = sky.launch("tpu", [*TRAIN, "--workdir=elsewhere"])
     with runs.ending(process):
         assert "FAILED [2]" in runs.finish(process, 1, within_s=60)
@@ -280,8 +282,8 @@ def test_a_bucket_is_asked_for(sky):
 
 @pytest.mark.slow
 def test_a_job_that_loses_its_machines(sky, tmp_path):
-    """Two GPU nodes (on the CPU here). The command on one gets SIGTERM, then the machines are preempted, with and
-    without notice: the losses equal those of an uninterrupted run."""
+    """A job runs on two GPU nodes (on the CPU here). The command on one node gets SIGTERM; then the machines are
+    preempted, with and without notice. The losses equal those of an uninterrupted run."""
     data = runs.dataset(tmp_path)
     fields = {**interrupted.FIELDS, "num_train_steps": interrupted.STEPS}
     whole, run = tmp_path / "whole", sky.runs / "a"
@@ -315,8 +317,8 @@ def all_is_saved(run: pathlib.Path) -> int:
 
 # The real SkyPilot
 
-# Exit codes of the hosts: whether SkyPilot starts the job again. It reports 137 for hosts that it ended because another
-# one failed.
+# Keys are exit codes of the hosts; values say whether SkyPilot starts the job again. SkyPilot reports 137 for a host
+# that it ended because another host failed.
 CODES = {
     "[42]": True,
     "[42, 137]": True,
@@ -342,7 +344,7 @@ def real_python():
 
 
 def really_launch(python: str, home: pathlib.Path, *words: str) -> dict:
-    """The job that the real package makes of a command line, without any of this machine's settings."""
+    """The job that the real package makes from a command line, without any settings of this machine."""
     env = {
         "PATH": os.environ["PATH"],
         "HOME": str(home),
@@ -358,7 +360,7 @@ def really_launch(python: str, home: pathlib.Path, *words: str) -> dict:
 
 
 def documented(accelerator: str) -> list[str]:
-    """The words of the command in the comment at the top of the file, after `sky jobs launch -n run`."""
+    """The words after `sky jobs launch -n run` in the comment at the top of the file."""
     lines = [
         line.removeprefix("#")
         for line in (runs.ROOT / YAML[accelerator]).read_text().splitlines()
@@ -375,7 +377,8 @@ def documented(accelerator: str) -> list[str]:
      ("cuda", {"H100": 8}, "aws/us-east-2", 2, "s3://mine")],
 )  # fmt: skip
 def test_the_real_package(host, real_python, accelerator, kind, place, nodes, bucket):
-    """Its parser accepts the file and the documented flags, and a command passes through its scripts unchanged."""
+    """SkyPilot's parser accepts the file and the documented flags, and a command passes through its scripts
+    unchanged."""
     words = [*TRAIN, f"--workdir={host.runs}/a", *ODD]
     job = really_launch(real_python, host.home, *documented(accelerator), "--env", f"COMMAND={shlex.join(words)}")
     assert (job["name"], job["nodes"], job["mounts"]) == ("run", nodes, {"/bucket": [bucket, "MOUNT"]})

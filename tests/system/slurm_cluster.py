@@ -1,9 +1,9 @@
-"""The clusters that tests of launch/slurm submit jobs to: fakes of Slurm's commands, or a real one on this machine.
+"""The clusters that tests of launch/slurm submit jobs to: fakes of Slurm's commands, or a real cluster on this machine.
 
-The real cluster is Debian's munged, slurmctld and two slurmd, in a folder of their own. It needs the packages
-slurmctld, slurmd, slurm-client and munge, and root; their daemons need not run already, and neither /etc nor /var is
-touched. A node is a slurmd with its own port; the first has this machine's name, because the others connect to it by
-name.
+The real cluster has Debian's munged, slurmctld and two slurmd, with their files in a temporary folder. It needs root
+and the packages slurmctld, slurmd, slurm-client and munge; the system's daemons need not run, and /etc and /var stay
+unchanged. A node is a slurmd with its own port. The first node has this machine's name, because the other nodes connect
+to it by name.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from tests import runs
 
 SCRIPT = "launch/slurm/train.sbatch"
 FAKES = runs.ROOT / "tests/system/fakes/slurm"
-JOB_S = 120  # from submission to the end, for a job that does not train
-NODES = (platform.node(), f"{platform.node()}-2")  # Slurm allocates them in the order of their names
-KILL_WAIT_S = 10  # from a SIGTERM to the SIGKILL
+JOB_S = 120  # the limit from submission to the end, for a job that does not train
+NODES = (platform.node(), f"{platform.node()}-2")  # Slurm allocates nodes in the order of their names
+KILL_WAIT_S = 10  # the time from a SIGTERM to the SIGKILL
 START_S, END_S = 60, 60
 ENDS = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
 PATH = f"{os.environ['PATH']}:/usr/sbin"
-# cred_expire is also how long a requeued job has to wait, in seconds; 5 is the minimum.
+# cred_expire is also the time, in seconds, that a requeued job has to wait; 5 is the minimum.
 CONFIG = """
 ClusterName=test
 SlurmctldHost=localhost
@@ -61,7 +61,7 @@ PartitionName=urgent Nodes=ALL PriorityTier=2
 
 
 def missing() -> str:
-    """Why a cluster cannot run here; empty if it can."""
+    """The reason why a cluster cannot run here; empty if it can."""
     commands = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "squeue", "scancel", "sinfo")
     absent = [name for name in commands if not shutil.which(name, path=PATH)]
     if absent:
@@ -75,8 +75,9 @@ def missing() -> str:
 
 @contextlib.contextmanager
 def running() -> Iterator[dict[str, str]]:
-    """Starts the cluster and yields the variables with which Slurm's commands find it. Leaves nothing behind."""
-    with tempfile.TemporaryDirectory(prefix="slurm") as name:  # short, because the path of a socket has to be
+    """Starts the cluster and yields the variables with which Slurm's commands find it; stops it and removes its
+    files."""
+    with tempfile.TemporaryDirectory(prefix="slurm") as name:  # a short name, because paths of sockets are limited
         folder = pathlib.Path(name)
         environment = {"SLURM_CONF": str(configure(folder)), "PATH": PATH}
         with daemons(folder, environment) as start:
@@ -91,7 +92,7 @@ def running() -> Iterator[dict[str, str]]:
             try:
                 yield environment
             finally:
-                # A running job has a daemon of its own, which would outlive slurmd.
+                # A running job has its own daemon, which would outlive slurmd.
                 ask(environment, "scancel", f"--user={os.getuid()}")
                 until(lambda: not ask(environment, "squeue", "--noheader"), END_S)
 
@@ -110,7 +111,8 @@ def configure(folder: pathlib.Path) -> pathlib.Path:
 
 @contextlib.contextmanager
 def daemons(folder: pathlib.Path, environment: dict[str, str]) -> Iterator[Callable[..., None]]:
-    """Yields a function that starts a daemon, with its log in the folder; stops them in reverse order."""
+    """Yields a function that starts a daemon, with its log in the folder; at the end, stops the daemons in reverse
+    order."""
     started: list[subprocess.Popen] = []
 
     def start(*argv: str) -> None:
@@ -149,7 +151,7 @@ def until(true: Callable[[], bool], within_s: float) -> None:
 
 
 class Fake:
-    """The fakes: sbatch is also the controller, and exits when the job does."""
+    """The fakes of Slurm's commands: sbatch is also the controller, and exits when the job ends."""
 
     kill_wait_s = 15
 
@@ -162,7 +164,7 @@ class Fake:
         return runs.exit_code(process) if process.poll() is not None else -1
 
     def preempt(self, job: str) -> None:
-        """Requeues the job: it gets SIGTERM at once, without a warning before, and is started again."""
+        """Requeues the job: it gets SIGTERM without an earlier warning signal, and is started again."""
         self.do("scontrol", "requeue", job)
 
     def do(self, *argv: str) -> None:
@@ -182,13 +184,13 @@ class Real(Fake):
     def end(self, process: subprocess.Popen, job: str) -> int:
         shown = ask(self.environment, "scontrol", "show", "job", job)
         state, code = (shown.partition(f"{what}=")[2].split()[0] for what in ("JobState", "ExitCode"))
-        if state not in ENDS:  # not a final state; some are brief: SIGNALING, CONFIGURING, REQUEUED
+        if state not in ENDS:  # not final; some such states are brief: SIGNALING, CONFIGURING, REQUEUED
             return -1
         code, number = map(int, code.split(":"))
         return code or (128 + number if number else 0)
 
     def preempt(self, job: str) -> None:
-        """Runs a job in a partition of higher priority."""
+        """Runs a job in a partition of higher priority, which preempts this job."""
         argv = ["srun", "--partition=urgent", "--nodes=2", "sleep", "1"]
         subprocess.run(argv, env=os.environ | self.environment, check=True, timeout=60, capture_output=True)
 
@@ -204,7 +206,7 @@ class Job:
         self.id = self.process.stdout.readline().strip()
 
     def leaves(self, code: int, within_s: float = JOB_S) -> str:
-        """Waits until the job ends, which must be with this code; returns its log."""
+        """Waits until the job ends; its exit code must be `code`. Returns its log."""
         self.until(lambda: self.cluster.end(self.process, self.id) >= 0, within_s)
         left = self.cluster.end(self.process, self.id)
         assert left == code, f"exit code {left}, expected {code}:\n{self.log()}"

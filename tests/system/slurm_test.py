@@ -20,9 +20,9 @@ from tests.system.faults import interrupted
 from tests.system.slurm_cluster import SCRIPT, Fake, Job, Real
 from trainer.reliability import restarts
 
-# --workdir=RUN --played=ATTEMPTS: plays the attempt whose index is the number of restarts. "save": the step that
-# process 0 commits; "row": the last step that it took; "codes": how each process exits: a code; -n: by signal n;
-# "wait": after a SIGTERM, with a save and 42; "slow": the same 3 s later; "deaf": not at a SIGTERM.
+# With --workdir=RUN --played=ATTEMPTS, this plays the attempt whose index is the number of restarts. "save" is the step
+# that process 0 commits; "row" is the last step that it took; "codes" says how each process exits: with a code; -n, by
+# signal n; "wait", after a SIGTERM, with a save and 42; "slow", the same 3 s later; "deaf", not at a SIGTERM.
 PLAYER = """
 import json, os, pathlib, signal, sys, time
 flags = dict(word[2:].split("=", 1) for word in sys.argv[1:] if word.startswith("--"))
@@ -81,7 +81,7 @@ def real_slurm():
 
 @pytest.fixture(params=["fake", pytest.param("real", marks=pytest.mark.slow)])
 def submit(request, tmp_path):
-    """Submits a command to one cluster or the other."""
+    """Submits a command to the fake cluster or to the real cluster."""
     cluster = Fake(tmp_path) if request.param == "fake" else Real(tmp_path, request.getfixturevalue("real_slurm"))
     jobs = []
 
@@ -133,7 +133,7 @@ def written(folder: pathlib.Path) -> list[dict]:
 
 
 def test_words_arrive_unchanged(tmp_path, submit, writer):
-    """One process per node: flags give its number, and JAX does not see SLURM_LOCALID, i.e. takes all devices."""
+    """With one process per node, flags give its number, and JAX does not see SLURM_LOCALID, so it takes all devices."""
     words = [
         "two words",
         "",
@@ -201,7 +201,7 @@ IN_APPTAINER = ["apptainer", "exec", "--nv", "--bind", f"{ROOT}:{ROOT}", "--pwd"
     ids=["plain", "cpus", "pyxis", "apptainer"],
 )
 def test_calls(tmp_path, submit, writer, options, extra, to_srun, before):
-    """Each call of Slurm's commands, with all its arguments."""
+    """Compares all calls of Slurm's commands, with all arguments."""
     command = writer("a b")
     submit(*options, command=command, **extra).leaves(0)
     calls = [json.loads(line) for line in (tmp_path / "slurm/calls.jsonl").read_text().splitlines()]
@@ -223,7 +223,8 @@ def test_calls(tmp_path, submit, writer, options, extra, to_srun, before):
 
 @only_fake
 def test_settings_for_gpus(tmp_path, submit, writer):
-    """Those of launch/gpu/env.sh, if the job has GPUs; variables that sbatch was called with take precedence."""
+    """If the job has GPUs, it gets the settings of launch/gpu/env.sh; variables in sbatch's environment take
+    precedence."""
     argv = ["bash", "-c", "source launch/gpu/env.sh && env --null"]
     shown = subprocess.run(argv, cwd=runs.ROOT, env=runs.environment(), capture_output=True, text=True, timeout=30)
     settings = dict(word.partition("=")[::2] for word in shown.stdout.split("\0") if word)
@@ -262,11 +263,12 @@ def test_started_by_hand_or_elsewhere(cwd, part):
     assert result.returncode == 2 and line.startswith("error: ") and part in line
 
 
-# What is queued again
+# When a job is queued again
 
 
 def test_what_is_queued_again(tmp_path, submit, player):
-    """Codes 42, 1 and deaths by signal, of all processes or one, if each attempt saves; until the run is done."""
+    """A job is queued again after code 42, code 1, or death by a signal, of all processes or of one, until the run is
+    done. Each attempt here saves."""
     kill, abort, term = -signal.SIGKILL, -signal.SIGABRT, -signal.SIGTERM
     ended = [[42, term], [1, 1], [abort, 42], [kill, kill], [0, kill], [0, 0]]
     played = [{"codes": codes, "save": 10 * (i + 1), "row": 10 * (i + 1) + i} for i, codes in enumerate(ended)]
@@ -292,14 +294,15 @@ def test_what_is_queued_again(tmp_path, submit, player):
     ids=str,
 )
 def test_what_is_not(tmp_path, submit, player, codes, code):
-    """One process's code for wrong data or a wrong configuration counts, although srun exits with the highest code."""
+    """If one process exits with a code for wrong data or a wrong configuration, this code counts, although srun exits
+    with the highest code."""
     log = submit("--nodes=2", command=player({"codes": codes, "save": 10}, {"codes": [0, 0]})).leaves(code)
     assert f"Attempt 1 ended with {code}; checkpoint at step 10, 0 before.\n" in log and "queued" not in log
     assert [life.code for life in journal(tmp_path)] == [code]
 
 
 def test_three_fruitless_lives_are_the_end(tmp_path, submit, player):
-    """They are counted from the last new checkpoint, and from zero for another job; also if the run never existed."""
+    """Attempts are counted since the last new checkpoint, and separately for each job, even before the run exists."""
     crash = {"codes": [1, 1]}
     played = [crash, crash, {"codes": [42, 42], "save": 10}, crash, crash, {"codes": [-6, -6]}]
     log = submit("--nodes=2", command=player(*played)).leaves(134, within_s=300)
@@ -312,7 +315,8 @@ def test_three_fruitless_lives_are_the_end(tmp_path, submit, player):
 
 
 def test_a_mistake_leaves_nothing_behind(tmp_path, submit, player):
-    """A command that cannot be started is not started again, and nothing is written to a folder that is not a run."""
+    """If a command cannot be started, the job is not queued again, and no file is written to a folder that is not a
+    run."""
     (tmp_path / "run").mkdir()
     log = submit(command=["no-such-command", f"--workdir={tmp_path / 'run'}"]).leaves(127)
     assert "no-such-command: not found" in log and "Attempt 1 ended with 127" in log
@@ -321,7 +325,7 @@ def test_a_mistake_leaves_nothing_behind(tmp_path, submit, player):
 
 @only_fake
 def test_damaged_rows_of_lives_are_left_as_they_are(tmp_path, submit, player):
-    """A row was cut short when a node died; the next one starts on a new line."""
+    """If a row was cut short when a node died, the next row starts on a new line."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run/lives.jsonl").write_text('{"life": 4, "start": "2')
     submit(command=player({"codes": [42], "save": 10}, {"codes": [0]})).leaves(0)
@@ -331,8 +335,8 @@ def test_damaged_rows_of_lives_are_left_as_they_are(tmp_path, submit, player):
 # Signals
 
 
-# Exit codes of an attempt that Slurm ends, while its tasks exit with 42: srun, which is ended too, is sometimes gone
-# before it hears of them. The job is started again after any of these.
+# Exit codes of an attempt that Slurm ends while its tasks exit with 42: Slurm also ends srun, sometimes before srun
+# learns their exit codes. The job may be started again after any of these codes.
 TOLD = (42, 137, 143)
 
 
@@ -342,7 +346,8 @@ def starts(tmp_path: pathlib.Path, count: int, processes: int = 2):
 
 
 def test_a_signal_to_the_tasks(tmp_path, submit, player):
-    """As before the time limit or a preemption with a grace period: a save, 42, and the script requeues the job."""
+    """The signal is that before the time limit or a preemption with a grace period: the tasks save and exit with 42,
+    and the script requeues the job."""
     job = submit("--nodes=2", command=player({"codes": ["wait", "wait"], "save": 10}, {"codes": [0, 0]}))
     job.until(starts(tmp_path, 1))
     submit.cluster.do("scancel", "--signal=TERM", job.id)
@@ -352,7 +357,8 @@ def test_a_signal_to_the_tasks(tmp_path, submit, player):
 
 
 def test_a_preemption(tmp_path, submit, player):
-    """Without a grace period: Slurm ends everything and requeues the job. The trainers have KillWait seconds."""
+    """If there is no grace period, Slurm ends all processes and requeues the job. The trainers have KillWait seconds to
+    save."""
     job = submit("--nodes=2", command=player({"codes": ["wait", "wait"], "save": 10}, {"codes": [0, 0]}))
     job.until(starts(tmp_path, 1))
     submit.cluster.preempt(job.id)
@@ -366,7 +372,8 @@ def test_a_preemption(tmp_path, submit, player):
 
 @only_fake
 def test_lives_without_a_row(tmp_path, submit, player):
-    """They died with their node. Failures in an earlier job do not count for a job that has progressed since."""
+    """Some attempts have no row, because they died with their node. Failures of an earlier job do not count if the run
+    has progressed since."""
     (tmp_path / "run").mkdir()
     row = dict.fromkeys(("start", "end"), "2026-01-01T00:00:00+00:00") | {"waited": 0, "seconds": 0}
     row |= {"cause": "exit code 1", "code": 1, "first_step": 5, "last_step": 5, "lost_steps": 0}
@@ -380,7 +387,7 @@ def test_lives_without_a_row(tmp_path, submit, player):
 
 @only_fake
 def test_a_second_signal(tmp_path, submit, player):
-    """It comes while the tasks save: the script waits until they are gone."""
+    """A second signal comes while the tasks save: the script waits until they have exited."""
     job = submit(command=player({"codes": ["slow"], "save": 10}))
     job.until(starts(tmp_path, 1, processes=1))
     for _ in range(2):
@@ -392,7 +399,7 @@ def test_a_second_signal(tmp_path, submit, player):
 
 @only_fake
 def test_a_run_below_the_home(tmp_path, submit, player):
-    """~ means what it means to the trainer: each attempt's checkpoint is found."""
+    """The script expands ~ as the trainer does, so it finds each attempt's checkpoint."""
     played = [{"codes": [42], "save": step} for step in (10, 20, 30)] + [{"codes": [0]}]
     command = [word.replace(f"--workdir={tmp_path}", "--workdir=~") for word in player(*played)]
     script = tmp_path / "player.py"
@@ -404,7 +411,7 @@ def test_a_run_below_the_home(tmp_path, submit, player):
 
 @only_fake
 def test_the_signal_comes_while_the_life_is_written(tmp_path, submit, player):
-    """A subshell has no traps and would die of it; then the row had no step."""
+    """A subshell has no traps, so the signal would kill it, and the row would have no step."""
     (tmp_path / "bin").mkdir()
     stand_in = tmp_path / "bin/basename"
     signal_first = "[ \"${1##*/}\" != 10 ] || { trap '' TERM && kill -TERM 0; }"
@@ -429,7 +436,7 @@ def test_scancel_is_the_end(tmp_path, submit, player):
 
 
 def test_a_job_that_may_not_be_queued_again(tmp_path, submit, player):
-    """It ends for good, with the full time for a save; the log has Slurm's message and says how to resume."""
+    """The job ends for good, with the full time for a save; the log has Slurm's message and says how to resume."""
     job = submit("--nodes=2", command=player({"codes": ["wait", "wait"], "save": 10}, {"codes": [0, 0]}))
     job.until(starts(tmp_path, 1))
     submit.cluster.do("scontrol", "update", f"JobId={job.id}", "Requeue=0")
@@ -440,7 +447,8 @@ def test_a_job_that_may_not_be_queued_again(tmp_path, submit, player):
 
 
 def test_the_time_limit(tmp_path, submit, player):
-    """The signal comes before it (fake: 120 s, as the script requests); the next attempt has the full time again."""
+    """The signal comes before the time limit (fake: 120 s, as the script requests); the next attempt has the full time
+    again."""
     times = {"fake": ["--time=2:03"], "real": ["--time=1", "--signal=TERM@20"]}[submit.cluster.name]
     job = submit("--nodes=2", *times, command=player({"codes": ["wait", "wait"], "save": 10}, {"codes": [0, 0]}))
     log = job.leaves(0, within_s=240)
@@ -448,7 +456,7 @@ def test_the_time_limit(tmp_path, submit, player):
 
 
 def test_a_time_limit_that_was_too_near(tmp_path, submit, player):
-    """Processes that have not exited by then are killed, which would end the job, but the script requeues it."""
+    """Processes that have not exited by the time limit are killed. This would end the job, but it is requeued."""
     times = {"fake": ["--time=0:04", "--signal=TERM@2"], "real": ["--time=1", "--signal=TERM@20"]}[submit.cluster.name]
     job = submit("--nodes=2", *times, command=player({"codes": ["deaf", "deaf"]}, {"codes": [0, 0], "save": 10}))
     log = job.leaves(0, within_s=300)
@@ -481,7 +489,7 @@ distributed.shutdown()
     ("options", "visible"), [(["--nodes=2"], ["all", "all"]), (["--nodes=1", "--ntasks-per-node=2"], ["0", "1"])]
 )
 def test_devices_that_jax_takes(tmp_path, submit, options, visible):
-    """All of a node's devices for a single process; otherwise the one with the process's number."""
+    """A single process on a node takes all devices; otherwise each process takes the device with its number."""
     submit(*options, command=[sys.executable, "-c", JOIN, f"--workdir={tmp_path / 'run'}"]).leaves(0)
     assert written(tmp_path) == [[2, i, visible[i]] for i in range(2)]
 
@@ -505,8 +513,9 @@ def whole(tmp_path_factory, data):
 
 @pytest.mark.slow
 def test_the_same_run(tmp_path, submit, data, whole):
-    """Two nodes; a preemption, a signal as before the time limit, a killed process: one submission, and the losses are
-    those of an uninterrupted run, bit for bit. (It takes minutes, so it uses the fakes only if there is no Slurm.)"""
+    """A job on two nodes meets a preemption, a signal as before the time limit, and a killed process. It is submitted
+    once, and the losses equal those of an uninterrupted run bit for bit. (The test takes minutes, so it uses the fakes
+    only if there is no Slurm.)"""
     if submit.cluster.name == "fake" and not slurm_cluster.missing():
         pytest.skip("Slurm is here")
     run = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""The supervisor with real children: small scripts that save, die and exit as instructed, and no JAX anywhere."""
+"""The supervisor with real child processes: small scripts that save, die and exit as instructed, without JAX."""
 
 import json
 import os
@@ -15,9 +15,9 @@ from tests import runs
 from trainer.reliability import restarts
 
 TIMEOUT_S = 20
-# CHILD --workdir=RUN ATTEMPTS: plays the next entry of ATTEMPTS. "save": a step to commit; "step": the step of a row;
-# "end": an exit code, a signal's name, or "wait" for signals, each of which is noted in RUN/signals; "codes" then has
-# an exit code for each signal, or None to stay.
+# CHILD --workdir=RUN ATTEMPTS plays the next entry of ATTEMPTS. "save" is a step to commit; "step" is the step of a
+# row; "end" is an exit code, a signal's name, or "wait". In the last case the child notes each signal that it gets in
+# RUN/signals; "codes" has, for each of these signals, an exit code, or None to continue.
 CHILD = """
 import json, os, pathlib, signal, sys, time
 run, played = pathlib.Path(sys.argv[1].partition("=")[2]), json.loads(sys.argv[2])
@@ -54,7 +54,8 @@ os._exit(life["end"])
 
 
 class Supervised:
-    """A supervisor of a run in `folder` whose attempts are `played`; the last of them is played again and again."""
+    """A supervisor of a run in `folder` whose attempts are `played`; the last attempt is repeated if more are
+    needed."""
 
     def __init__(self, folder: pathlib.Path, *played: dict, flags: tuple[str, ...] = ("--backoff_s=0.01",), **env: str):
         self.run = folder / "run"
@@ -72,7 +73,7 @@ class Supervised:
         )
 
     def leaves(self, code: int) -> str:
-        """Waits, bounded; asserts the exit code and returns what was printed."""
+        """Waits at most TIMEOUT_S for the supervisor's end, asserts the exit code, and returns the output."""
         try:
             self.out, self.err = self.process.communicate(timeout=TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -126,7 +127,7 @@ def test_what_is_started_again(tmp_path):
     assert [life.waited > 0 for life in written] == [False, True, True, True, True, True]
     wall = sum(life.seconds + life.waited for life in written)
     assert written[-1].goodput == pytest.approx(50e-4 / wall)
-    assert out.count("child leaves") == 4  # straight through
+    assert out.count("child leaves") == 4  # the child's output is passed through
     assert "steps lost 7, goodput " in out
     assert all(cause in out for cause in causes)
 
@@ -180,7 +181,7 @@ def test_waits_have_a_limit(tmp_path):
 def test_a_signal_is_passed_on_once_and_ends_it(tmp_path, name):
     supervised = Supervised(tmp_path, {"end": "wait", "codes": [42]})
     supervised.until("ready")
-    os.killpg(supervised.process.pid, signal.Signals[name])  # as a terminal does: the whole group gets it
+    os.killpg(supervised.process.pid, signal.Signals[name])  # a terminal also signals the whole group
     supervised.leaves(42)
     assert supervised.words("signals") == [name]
     assert [life.cause for life in supervised.lives()] == ["stopped (42)"]
@@ -189,8 +190,8 @@ def test_a_signal_is_passed_on_once_and_ends_it(tmp_path, name):
 
 
 def test_nohup_is_heeded(tmp_path):
-    """Then the run does not stop when a terminal is closed, but does at SIGTERM."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts it
+    """Under nohup, a run does not stop when a terminal is closed, but it stops at SIGTERM."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup starts a command in this way
     try:
         supervised = Supervised(tmp_path, {"end": "wait", "codes": [42]})
     finally:
@@ -249,7 +250,7 @@ def test_a_killed_supervisor_stops_its_child(tmp_path):
     supervised = Supervised(tmp_path, {"end": "wait", "codes": [42]})
     supervised.until("ready")
     supervised.process.kill()
-    supervised.leaves(-signal.SIGKILL)  # waits for all that hold its pipes, i.e. also the child
+    supervised.leaves(-signal.SIGKILL)  # waits until all processes that hold the pipes have ended, also the child
     assert supervised.words("signals") == ["SIGTERM"]
 
 
@@ -267,7 +268,7 @@ def test_a_second_supervisor_goes_on_with_the_file(tmp_path):
     assert [(life.life, life.cause) for life in again.lives()] == [(1, "stopped (42)"), (2, "exit code 3"), (3, "done")]
     assert [life.waited > 0 for life in again.lives()] == [False, True, False]
     assert len(path.read_text().splitlines()) == 3
-    assert "done" in out and "exit code 3" not in out and "attempts 3" in out  # its own attempts, then all of them
+    assert "done" in out and "exit code 3" not in out and "attempts 3" in out  # lists its own, counts all
 
 
 def test_supervision_goes_on_when_the_file_cannot_be_written(tmp_path):
@@ -299,7 +300,7 @@ def test_each_process_has_its_own_file(tmp_path, environment, process):
 
 
 def test_a_process_that_is_told_its_number(tmp_path):
-    """On TPU VMs the environment does not have it."""
+    """On TPU VMs the environment does not have the process number."""
     supervised = Supervised(tmp_path, {"end": 0}, flags=("--process=5",), TPU_WORKER_ID="2")
     supervised.leaves(0)
     assert len(supervised.lives(".5")) == 1

@@ -31,7 +31,7 @@ class Cloud:
             "PATH": f"{FAKES / 'cloud'}:/usr/local/bin:/usr/bin:/bin",
             "FAKE_CLOUD": str(folder),
             "FAKE_PYTHON": sys.executable,
-            "FAKE_JOB": str(random.randrange(10**6)),  # the coordinator's port comes from it
+            "FAKE_JOB": str(random.randrange(10**6)),  # the coordinator's port depends on it
             "XDG_STATE_HOME": str(folder / "state"),
             "MESHLM_RETRY_S": "0",
         }
@@ -41,14 +41,14 @@ class Cloud:
             (self.folder / "script.json").write_text(json.dumps(what))
 
     def has_faults(self) -> bool:
-        """Whether any faults are still to come."""
+        """Whether any faults have not occurred yet."""
         with self.locked():
             script = json.loads((self.folder / "script.json").read_text())
         return any(fault.get("times", 1) for fault in script["faults"])
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps gcloud from reading and writing meanwhile."""
+        """Keeps the fake gcloud from reading and writing its files in the meantime."""
         with (self.folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
@@ -72,7 +72,7 @@ class Cloud:
             return runs.finish(process, code, within_s=120)
 
     def owner(self) -> str:
-        """The owner, which the label of its resources has to name."""
+        """The owner, whose name must be the label of the resources."""
         return (self.folder / "state/meshlm/tpu/p.us-east5-b.run/owner").read_text()
 
     @property
@@ -82,18 +82,18 @@ class Cloud:
             return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def done(self, *words: str) -> int:
-        """How many calls have these words in them."""
+        """The number of calls that contain all these words."""
         return sum(all(word in " ".join(call) for word in words) for call in self.calls)
 
     def put(self, name: str, **what) -> None:
-        """Adds a queued resource that others have made, in place of any with this name."""
+        """Adds a queued resource that others have made; it replaces a resource with the same name."""
         with self.locked():
             cloud = self.resources
             cloud[name] = {"place": "projects/p/locations/us-east5-b", **what}
             (self.folder / "cloud.json").write_text(json.dumps(cloud))
 
     def change(self, name: str, **what) -> None:
-        """Changes what the cloud knows of a resource."""
+        """Changes fields of a resource in the cloud."""
         with self.locked():
             cloud = self.resources
             cloud[name] |= what
@@ -105,7 +105,7 @@ class Cloud:
         return json.loads(path.read_text()) if path.exists() else {}
 
     def preempt(self) -> None:
-        """Takes the machines away: all that runs on them dies, and their disks are gone."""
+        """Takes the machines away: all their processes die, and their disks are gone."""
         with self.locked():
             cloud = self.resources
             for found in cloud.values():
@@ -115,7 +115,7 @@ class Cloud:
         shutil.rmtree(self.folder / "workers", ignore_errors=True)
 
     def reboot(self) -> None:
-        """Restarts the machines: nothing runs there, and nothing is mounted; the disks are as they were."""
+        """Restarts the machines: no process runs, and nothing is mounted; the disks are unchanged."""
         self.kill_workers()
         for home in (self.folder / "workers").iterdir():
             for path in (home / "meshlm/bucket", home / "meshlm/runs"):
@@ -124,7 +124,7 @@ class Cloud:
                     path.mkdir()
 
     def kill_workers(self) -> None:
-        """Kills all processes whose HOME is a worker's."""
+        """Kills all processes whose HOME is that of a worker."""
         for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
             try:
                 ours = f"HOME={self.folder / 'workers'}/".encode() in path.read_bytes()
@@ -158,7 +158,7 @@ esac
 
 @contextlib.contextmanager
 def light(folder: pathlib.Path) -> Iterator[Cloud]:
-    """A cloud with one worker, whose Python is the fake one above."""
+    """A cloud with one worker, which runs the fake Python above."""
     with running(folder) as made:
         made.script(workers=1)
         python = folder / "python"
@@ -169,7 +169,7 @@ def light(folder: pathlib.Path) -> Iterator[Cloud]:
 
 
 def waiting(cloud: Cloud, *more: str, workdir: str = "bucket/runs/x") -> list[str]:
-    """The babysitter's arguments for a command that waits for the file `done` and exits with the code in it."""
+    """The babysitter's arguments for a command that waits for the file `done` and exits with the code in this file."""
     script = (
         f"{'; '.join([*more, ''])}until [ -s {cloud.folder}/done ]; do sleep 0.1; done; exit $(cat {cloud.folder}/done)"
     )
@@ -189,7 +189,7 @@ def babysitting(cloud: Cloud, *argv: str, **environment: str) -> Iterator[subpro
 
 
 def rounds(cloud: Cloud, count: int, babysitter: subprocess.Popen) -> None:
-    """Waits until the babysitter has asked for NAME this many times more."""
+    """Waits until the babysitter has described the resource `count` more times."""
     before = cloud.done("queued-resources describe")
     runs.wait_until(lambda: cloud.done("queued-resources describe") >= before + count, babysitter)
 
@@ -199,7 +199,7 @@ def starts(cloud: Cloud) -> int:
 
 
 def checkpoint(cloud: Cloud, step: int) -> None:
-    """Adds a checkpoint, i.e. progress: attempts without a new one are counted."""
+    """Adds a checkpoint, i.e. progress: the babysitter counts attempts without a new checkpoint."""
     folder = cloud.folder / f"buckets/b/runs/x/checkpoints/{step}"
     folder.mkdir(parents=True)
     (folder / "_CHECKPOINT_METADATA").touch()

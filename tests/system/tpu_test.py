@@ -73,13 +73,13 @@ def test_create_several_reserved_slices(cloud):
 
 
 def test_a_shell_on_the_first_of_many_slices(cloud):
-    """The names of the others are not read, which must not end the script (SIGPIPE)."""
+    """The script does not read the names of the other slices; the SIGPIPE of this must not end the script."""
     first = "gcloud compute tpus tpu-vm ssh run-0 --worker=0 --project=p --zone=us-east5-b\n"
     assert cloud.run("ssh", "--slices=5000", "--dry_run") == first
 
 
 def test_arguments_arrive_unchanged(cloud):
-    """They pass through this shell, gcloud's ssh and the worker's shell."""
+    """The arguments pass through the script's shell, gcloud's ssh and the worker's shell."""
     cloud.run("create")
     cloud.run("wait")
     argv = [sys.executable, "-c", "import json, sys; print(json.dumps(sys.argv[1:]))", *ODD]
@@ -88,7 +88,7 @@ def test_arguments_arrive_unchanged(cloud):
 
 
 def test_a_dry_run_of_everything_needs_no_cloud(cloud):
-    """It shows what a spot run would do, command by command, before it costs anything."""
+    """A dry run shows each command of a spot run before anything bills."""
     argv = ["python", "-m", "launch.train", "--workdir=bucket/runs/x", "--config.sample.prompt=two words"]
     out = cloud.run("babysit", "--dry_run", "--", *argv, PATH=without_gcloud(cloud.folder / "bin"))
     lines = [shlex.split(line) for line in out.splitlines() if line.startswith("gcloud")]
@@ -107,7 +107,8 @@ def test_a_dry_run_of_everything_needs_no_cloud(cloud):
 
 @pytest.fixture(scope="module")
 def real_gcloud(tmp_path_factory):
-    """Checks that the real gcloud can parse a command line; without an account it then stops."""
+    """A function that checks that the real gcloud can parse a command line; without an account, gcloud stops after
+    that."""
     if shutil.which("gcloud") is None:
         pytest.skip("no gcloud here to parse the command lines")
     environment = {**os.environ, "CLOUDSDK_CONFIG": str(tmp_path_factory.mktemp("gcloud"))}
@@ -174,7 +175,7 @@ def test_status_names_what_is_billing(cloud):
 
 
 def test_status_where_the_workers_are_not_known(cloud):
-    """Their earlier answers are not shown as their current ones."""
+    """Earlier answers of the workers are not shown as current answers."""
     cloud.run("create")
     cloud.run("wait")
     cloud.run("ssh", "--", "echo", "before")
@@ -185,7 +186,7 @@ def test_status_where_the_workers_are_not_known(cloud):
 
 
 def test_a_babysitter_for_whom_the_workers_are_not_known(cloud):
-    """They are not known for a while; meanwhile the run continues."""
+    """The workers are not known for a while; meanwhile the run continues."""
     done = cloud.folder / "done"
     argv = ["sh", "-c", f"until [ -e {done} ]; do sleep 0.1; done", "--workdir=bucket/runs/x"]
     with runs.ending(cloud.start("babysit", "--poll_s=0.2", "--", *argv)) as (babysitter,):
@@ -197,7 +198,7 @@ def test_a_babysitter_for_whom_the_workers_are_not_known(cloud):
     assert "it is not known what the workers do" in out and "done at step 0" in out
 
 
-# Mistakes, each in one line
+# Mistakes: each is reported in one line
 
 MISTAKES = {
     "not logged in": ("You do not currently have an active account selected.", "gcloud auth login"),
@@ -223,7 +224,7 @@ def test_the_cloud_says_no(cloud, what):
 
 @pytest.mark.parametrize("script", ["setup", "run", "logs", "ssh", "stop"])
 def test_before_there_are_machines(cloud, script):
-    """It is the same after they were taken away, or in another zone."""
+    """The error is the same after the machines were taken away, or if they are in another zone."""
     out = cloud.run(script, "--", "python", "--workdir=bucket/x", code=2)
     (line,) = [line for line in out.splitlines() if not line.startswith("code of ")]
     assert "launch/tpu/create.sh" in line and not [call for call in cloud.calls if call[3] == "ssh"]
@@ -272,7 +273,7 @@ def test_numbers_that_are_none(cloud, script, word, says):
 
 
 def test_a_terminal_does_not_say_how_many_lines(cloud):
-    """bash sets LINES if it has a terminal."""
+    """--lines must win although bash sets LINES if it has a terminal."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(ours, (50, 80))
     argv = cloud.command("logs", "--dry_run", "--lines=7")
@@ -318,7 +319,8 @@ def test_commands_that_cannot_be(cloud, words, says):
 
 
 def test_workers_that_fail_are_named(cloud):
-    """One that refuses connections for a while, one that hangs, one on which a command fails."""
+    """One worker refuses connections for a while, one hangs, and on one a command fails; only the last two are
+    named."""
     cloud.script(workers=3, faults=[{"match": "--worker=0", "code": 255, "times": 2}])
     cloud.run("create")
     cloud.run("wait")
@@ -332,7 +334,8 @@ def test_workers_that_fail_are_named(cloud):
 
 
 def test_the_code_that_is_copied(cloud, tmp_path):
-    """It is the commit plus changes to tracked files. A file that only looks changed, as after a touch, has none."""
+    """The copied code is the commit plus changes to tracked files. A file with a new time but the same content is not
+    changed."""
     cloud.code, copied = runs.clone(tmp_path / "clone"), cloud.folder / "workers/run.1/meshlm"
     cloud.run("create")
     cloud.run("wait")
@@ -348,7 +351,7 @@ def test_the_code_that_is_copied(cloud, tmp_path):
 
 
 def test_a_shared_folder(cloud):
-    """NFS is mounted at runs/ on each worker, shows at once what another has written, and outlives the code there."""
+    """NFS is mounted at runs/ on each worker, shows other workers' writes at once, and survives a second setup."""
     cloud.run("create")
     cloud.run("wait")
     for _ in range(2):
@@ -369,7 +372,7 @@ def test_a_shared_folder_that_is_not_there(cloud):
 
 
 def test_a_command_that_cannot_be_stopped(cloud):
-    """Nothing of it may be left, or the next command finds the TPU in use."""
+    """No process of the command may be left, or the next command finds the TPU in use."""
     cloud.run("create")
     cloud.run("wait")
     cloud.run("setup")
@@ -383,7 +386,7 @@ def test_a_command_that_cannot_be_stopped(cloud):
 
 
 def test_a_machine_that_was_started_again(cloud):
-    """The command that ran is gone, whatever process has its pid now."""
+    """The command counts as ended, even if another process has its pid now."""
     cloud.run("create")
     cloud.run("wait")
     cloud.run("setup")
@@ -397,7 +400,7 @@ def test_a_machine_that_was_started_again(cloud):
 
 
 def test_half_of_the_workers_are_not_set_up(cloud):
-    """They are named, the others are not, and the same command, run again, fixes it."""
+    """Only the workers that failed are named, and running the same command again sets them up."""
     cloud.script(
         workers=4, faults=[{"match": f"ssh run --worker={i}", "code": 1, "stderr": "No space left"} for i in (1, 3)]
     )
@@ -445,7 +448,7 @@ def newest(cloud: Cloud) -> int:
 
 @pytest.mark.slow
 def test_a_babysitter_and_three_preemptions(cloud, tmp_path):
-    """The machines are preempted at random moments, and once the babysitter dies, too; the losses show none of it."""
+    """The machines are preempted at random moments, and once the babysitter also dies; the losses are unaffected."""
     data = runs.dataset(cloud.folder / "buckets/b")
     runs.finish_gang(runs.start_gang(tmp_path / "whole", data, **TRAIN))
     cloud.script(states=["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"])
@@ -473,7 +476,8 @@ def test_a_babysitter_and_three_preemptions(cloud, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("fields", "code"), [({"model__num_heads": 7}, 2), ({"num_train_steps": 10}, 0)])
 def test_a_babysitter_knows_when_to_end(cloud, fields, code):
-    """It ends at an error that a restart does not fix, and at the end of the run; the machines are deleted."""
+    """The babysitter ends at an error that a restart does not fix, and when the run is done; it deletes the
+    machines."""
     runs.dataset(cloud.folder / "buckets/b")
     out = cloud.run("babysit", "--poll_s=0.5", "--", *training(cloud, **fields), code=code)
     assert "which a restart does not fix" in out if code else "done at step 10" in out
@@ -483,7 +487,8 @@ def test_a_babysitter_knows_when_to_end(cloud, fields, code):
 
 @pytest.mark.slow
 def test_a_babysitter_gives_up(cloud):
-    """It does so after three attempts without a checkpoint; in each, the workers' supervisors have retried."""
+    """A babysitter gives up after three attempts without a checkpoint; in each, the workers' supervisors have
+    retried."""
     argv = ["sh", "-c", "exit 1", "--workdir=bucket/runs/x"]
     out = cloud.run("babysit", "--poll_s=0.2", "--", *argv, code=1)
     assert "3 attempts without a new checkpoint" in out and cloud.resources == {}
@@ -508,7 +513,7 @@ def test_the_hours_of_a_babysitter(cloud):
 
 @pytest.mark.slow
 def test_start_stop_and_start_again(cloud):
-    """By hand: run, status, logs, stop; the same command resumes the run."""
+    """Uses run, status, logs and stop by hand; the same command resumes the run."""
     runs.dataset(cloud.folder / "buckets/b")
     cloud.run("create")
     cloud.run("wait")
@@ -520,7 +525,7 @@ def test_start_stop_and_start_again(cloud):
         time.sleep(0.1)
     out = cloud.run("status")
     assert re.search(r"run.0 running [1-9]", out) and re.search(r"run.1 running [1-9]", out)
-    cloud.run("run", "--", *argv)  # the first command is stopped, or two would train one run
+    cloud.run("run", "--", *argv)  # stops the first command, or two would train one run
     assert "Resuming after step" in cloud.run("logs", "--lines=200") or newest(cloud)
     cloud.run("stop")
     assert "exited 42" in cloud.run("status")

@@ -1,4 +1,4 @@
-"""Complete runs in real processes: resume bit for bit, signals, exit codes, sampling, evaluation."""
+"""Complete runs in real processes: tests that they resume bit for bit, signals, exit codes, sampling and evaluation."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, data):
-    """A run with dropout, so that a resume has to restore random numbers, too."""
+    """A run with dropout, so that a resume has to give the same random numbers, too."""
     run = tmp_path_factory.mktemp("runs") / "whole"
     out = runs.train(run, data, num_train_steps=STEPS, model__dropout=0.1)
     return run, out
@@ -73,7 +73,8 @@ def test_killed_three_times_the_losses_are_the_same_bit_for_bit(tmp_path, data, 
 
 
 def test_a_stop_at_an_evaluation_step_owes_the_evaluation(tmp_path, data, uninterrupted):
-    """Every step evaluates here, so whichever is the last before the stop, its evaluation must follow the restart."""
+    """An evaluation follows every step here, so the evaluation of the last step before the stop must follow the
+    restart."""
     run = tmp_path / "run"
     argv = runs.command(run, data, num_train_steps=STEPS, eval__every_steps=1)
     process = runs.start(argv)
@@ -111,7 +112,7 @@ def test_a_console_that_is_closed_ends_no_run_and_hides_no_signal(tmp_path, data
     if supervised:
         argv = [sys.executable, "-m", "launch.supervise", "--", *argv]
     reader, writer = os.pipe() if console == "pipe" else os.openpty()
-    buffered = runs.environment(PYTHONUNBUFFERED="")  # as for users: unread output is still in the buffer at the end
+    buffered = runs.environment(PYTHONUNBUFFERED="")  # as for users: at the end, the buffer has unread output
     process = subprocess.Popen(argv, cwd=runs.ROOT, env=buffered, stdout=writer, stderr=writer)
     os.close(writer)
     with runs.ending(process):
@@ -142,7 +143,7 @@ def test_a_second_interrupt_leaves_at_once(tmp_path, data):
     run = tmp_path / "run"
     process = runs.start(runs.command(run, data, num_train_steps=100_000, eval__every_steps=1, eval__num_windows=0))
     runs.wait_for_rows(run, process, count=3)
-    # Both signals come during one step or evaluation, faster than it can end.
+    # Both signals come during one step or evaluation, before it can end.
     process.send_signal(signal.SIGINT)
     while "Stopping after this step" not in (process.stdout.readline() or "Stopping after this step"):
         pass
@@ -210,7 +211,7 @@ def test_damaged_data_is_found_before_the_first_step(tmp_path, data):
 
 
 def test_compiled_programs_lie_beside_the_run(tmp_path, data):
-    """A new machine finds them there; a mistake leaves none."""
+    """A new machine finds the compiled programs there; a command with a mistake leaves none."""
 
     def train(name: str, code: int = 0, **fields) -> set[str]:
         argv = ["env", "-u", "JAX_COMPILATION_CACHE_DIR", *runs.command(tmp_path / "runs" / name, data, **fields)]
@@ -233,7 +234,7 @@ def test_a_second_job_on_the_same_run_is_refused(tmp_path, data):
     finally:
         process.kill()
         process.communicate()
-    # A dead owner's lock is free by itself.
+    # The lock of a dead owner is released automatically.
     runs.train(run, data, num_train_steps=max(r["step"] for r in runs.rows(run)) + 5)
 
 
@@ -263,7 +264,7 @@ def test_a_kernel_that_this_machine_cannot_run_is_found_before_anything_is_writt
 
 
 def with_fault(argv: list[str], code: str) -> subprocess.Popen:
-    """Starts the command of `python -m MODULE` after `code` has injected a fault into what it calls."""
+    """Starts the command of `python -m MODULE` after `code` has injected a fault into a function that it calls."""
     python, _, module, *flags = argv
     return runs.start(
         [python, "-c", f"from launch import cli; import {module} as it; {code}; cli.run(it.main)", *flags]
@@ -271,7 +272,8 @@ def with_fault(argv: list[str], code: str) -> subprocess.Popen:
 
 
 def test_too_little_memory_is_one_line_and_ends_restarts_where_they_cannot_help(tmp_path, data):
-    """After a step it may have been chance, so a restart tries again; before the first step it would fail again."""
+    """If memory runs out after a step, a restart may help, so the exit code asks for one; before the first step, a
+    restart would only fail again."""
     argv = runs.command(tmp_path / "run", data, num_train_steps=4)
     code = "import jax, trainer.loop as loop; loop.evaluate = lambda *a, **k: exec(\"raise jax.errors.JaxRuntimeError('"
     code += "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 393.2GiB.')\", {'jax': jax})"
@@ -331,8 +333,8 @@ def test_evaluate_covers_the_whole_split_on_any_devices(tmp_path, uninterrupted,
     assert set(result) == {"step", "tokens", "val/loss", "val/perplexity", "val/bits_per_byte"}
     assert result["step"] == STEPS and result["tokens"] == STEPS * 8 * 32
     assert result["val/perplexity"] == pytest.approx(math.exp(result["val/loss"]))
-    assert result["val/bits_per_byte"] == pytest.approx(result["val/loss"] / math.log(2))  # ASCII: one byte a token
-    for devices in (3, 8):  # 3 do not divide the run's batch
+    assert result["val/bits_per_byte"] == pytest.approx(result["val/loss"] / math.log(2))  # ASCII: 1 byte per token
+    for devices in (3, 8):  # 3 does not divide the run's batch size
         elsewhere = json.loads(tool("evaluate", run, "--json", devices=devices))
         assert elsewhere["val/loss"] == pytest.approx(result["val/loss"], rel=1e-6)
     during = [r for r in runs.rows(run) if "val/loss" in r][-1]

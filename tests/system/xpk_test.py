@@ -1,6 +1,6 @@
-"""The workload for GKE: xpk's arguments, what a container makes of them, and the manifest of the real xpk package.
+"""The workload for GKE: xpk's arguments, what a container does with them, and the manifest of the real xpk package.
 
-The tests of the real package need a Python that has it: .venv-xpk/bin/python, or the one that MESHLM_XPK_PYTHON names.
+The tests of the real package need a Python that has xpk: .venv-xpk/bin/python, or the path in MESHLM_XPK_PYTHON.
 """
 
 import os
@@ -24,7 +24,7 @@ SETTINGS = (
 ODD = ["two words", 'it\'s "quoted" $HOME `id` \\', "new\nline $$ $(HOME)", "", "*", "--flag=a b", "#", "$$(HOME)", "é"]
 TRAIN = ["python", "-m", "launch.train", "--config=configs/tiny.py", "--workdir=/runs/a"]
 PLACE = ["--cluster=c", "--project=p", "--zone=us-east5-b"]
-# What xpk 1.16 puts around a command (xpk/core/docker_container.py).
+# The code that xpk 1.16 puts around a command (xpk/core/docker_container.py).
 CONTAINER = """\
 echo XPK Start: $(date);
 _sigterm() (kill -SIGTERM $! 2>/dev/null;);
@@ -106,12 +106,12 @@ def test_a_dry_run_runs_nothing(folder):
     assert not (folder / "call").exists()
 
 
-# What the container makes of it
+# What the container does with the command
 
 
 @pytest.mark.parametrize("word", ODD)
 def test_the_command_is_one_plain_line(folder, word):
-    """It has to fit into a YAML block, and Kubernetes must have nothing to replace in it."""
+    """The command has to fit into a YAML block, and Kubernetes must find nothing to replace in it."""
     command = create(folder, *TRAIN, word)[-1].removeprefix("--command=")
     assert command.isascii() and command.isprintable()
     assert kubernetes(command, {"HOME": "/elsewhere"}) == command
@@ -132,7 +132,7 @@ def say_words(folder: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_sigterm_reaches_the_command(folder):
-    """Kubernetes sends it to the container's bash, which passes it on and exits with the command's code."""
+    """Kubernetes sends SIGTERM to the container's bash, which passes it on and exits with the command's code."""
     run(folder, "--name=run", "--", sys.executable, "-c", STOPS_WITH_42, "--workdir=/runs/a")
     command = told(folder)[-1].removeprefix("--command=")
     container = runs.start(["bash", "-c", CONTAINER.replace("COMMAND", command)])
@@ -208,7 +208,7 @@ def real_xpk():
 
 
 def manifest(xpk: pathlib.Path, folder: pathlib.Path, words: list[str]) -> dict:
-    """The JobSet that the real package makes of our command line, without asking any cloud."""
+    """The JobSet that the real package makes from our command line, without calling any cloud."""
     path = folder / "manifest.yaml"
     env = {"PATH": os.environ["PATH"], "HOME": str(folder), "TELEMETRY_ENABLED": "false"}
     dry = ["--dry-run", "--skip-validation", f"--output-manifest-file={path}"]
@@ -218,7 +218,7 @@ def manifest(xpk: pathlib.Path, folder: pathlib.Path, words: list[str]) -> dict:
 
 
 def test_the_real_package(folder, real_xpk):
-    """Its parser accepts our flags, and its manifest has what we promise."""
+    """xpk's parser accepts our flags, and its manifest agrees with our documentation."""
     words = create(folder, str(folder / "say"), "--workdir=/runs/a", *ODD)
     spec = manifest(real_xpk, folder, words)["spec"]
     job = spec["replicatedJobs"][0]["template"]["spec"]
@@ -238,7 +238,7 @@ def test_the_real_package(folder, real_xpk):
 
 
 def test_the_real_package_fails_as_the_fake(folder, real_xpk):
-    """They fail if there is no such cluster, for which the real one asks gcloud."""
+    """Both fail alike if there is no such cluster; the real package calls gcloud to find out."""
     (folder / "bin").mkdir()
     (folder / "bin/gcloud").write_text("#!/bin/sh\nexit 1\n")
     (folder / "bin/gcloud").chmod(0o755)
@@ -259,7 +259,7 @@ def test_the_real_package_knows_the_types_we_name(folder, real_xpk):
         assert manifest(real_xpk, folder, words)["kind"] == "JobSet"
 
 
-# Run by a Python that has xpk: each line of the input is a command, which its parser must accept.
+# A Python that has xpk runs this: each line of the input is a command that xpk's parser must accept.
 PARSE = """
 import argparse, shlex, sys
 from xpk.parser.core import set_parser

@@ -1,1 +1,1 @@
-"""Imports and exports weights of other systems, as folders in the layout of Hugging Face and as .gguf files."""
+"""Weights of other systems: reads folders of Hugging Face and .gguf files, and writes folders of Hugging Face."""

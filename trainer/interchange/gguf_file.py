@@ -1,7 +1,7 @@
 """A .gguf file of llama.cpp as if it were a folder of Hugging Face, dequantised slice by slice. No JAX.
 
 Its tensors have other names than in Hugging Face's folders. For Llama the rows of queries and keys are in Meta's order:
-the two elements that RoPE rotates together are adjacent there, but half a head apart here.
+the two elements that RoPE rotates together are adjacent in the file, but half a head apart in this program.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """

@@ -35,7 +35,7 @@ HF_CONFIG = "a folder of Hugging Face has one"
 
 
 def place_of(init_from: str) -> tuple[pathlib.Path, int | None]:
-    """The folder, and the step of a run; None: its newest, or no run. A folder's own name may end in :N."""
+    """The absolute path, and the step; None: a run's newest, or not a run. An existing path may itself end in :N."""
     match = re.fullmatch(r"(.+):(\d+)", init_from)
     if match is None or os.path.exists(init_from):
         return pathlib.Path(os.path.abspath(init_from)), None
@@ -47,12 +47,12 @@ def is_run(path: pathlib.Path) -> bool:
 
 
 def is_needed(run_dir: pathlib.Path) -> bool:
-    """Whether the run in `run_dir` has no checkpoint yet, so that it begins with config.init_from. Raises Unreadable."""
+    """Whether the run in `run_dir` has no checkpoint yet, and so begins with config.init_from. Raises Unreadable."""
     return identity.newest_meta(run_dir / "checkpoints") is None
 
 
 def model_of(init_from: str) -> ModelConfig:
-    """The model whose weights are there. Raises ConfigError."""
+    """The model whose weights `init_from` names. Raises ConfigError."""
     path, step = place_of(init_from)
     if is_run(path):
         return run_directory.read_config(path).model
@@ -92,7 +92,7 @@ def adopted(config: Config, run_dir: pathlib.Path) -> Config:
 
 
 def _fixed(init_from: str) -> str:
-    """The same from any folder, and with the step of a run that may still be training. Raises ConfigError."""
+    """`init_from` with an absolute path, and with a step if it is a run, which may still train. Raises ConfigError."""
     path, step = place_of(init_from)
     if not is_run(path):
         return str(path)
@@ -123,7 +123,7 @@ def _with_model(config: Config, model: ModelConfig) -> Config:
 
 
 def keep_companions(config: Config, run_dir: pathlib.Path) -> None:
-    """Copies the files that say how the model is used to RUN/hf of a new run: an export has them again.
+    """Copies the files that say how the model is used to RUN/hf of a new run, from which an export takes them.
 
     Raises ConfigError, DataError, Unreadable.
     """

@@ -35,7 +35,7 @@ def shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) -> 
 def write(
     path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], make: Callable[[str], np.ndarray], dtype: str
 ) -> dict[str, int]:
-    """Writes the tensors of `shapes` as `make` returns them, in `dtype`; returns the CRC-32 of each one's bytes.
+    """Writes the tensors of `shapes` as `make` returns them, in `dtype`; returns the CRC-32 of each tensor's bytes.
 
     Raises OSError, and ValueError if a tensor is not finite in `dtype`.
     """

@@ -1,1 +1,1 @@
-"""The model on a mesh: what each device holds, which collectives run, and who computes attention."""
+"""The model on a mesh: what each device holds, which collectives run, and which kernel computes attention."""

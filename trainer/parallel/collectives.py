@@ -1,7 +1,7 @@
 """Collectives over the devices of one replica, inside sharding.by_device.
 
-They are used where the layout must be exact rather than the compiler's choice: the embedding, the loss, a sequence that
-is split.
+They are for code whose layout must be exact rather than the compiler's choice: the embedding, the loss, and attention
+over a sequence that is split.
 """
 
 import jax
@@ -13,7 +13,7 @@ from trainer.sharding import RULES
 
 
 class Collectives:
-    """Collectives over the axes of `mesh` that have more than one device; the others cost nothing.
+    """Collectives over axes of `mesh`; an axis with one device costs nothing.
 
     Attributes:
       fsdp_axes: the mesh axes that shard the embed axis of a parameter.
@@ -37,13 +37,14 @@ class Collectives:
         return jax.lax.pmax(x, axis) if self.mesh.shape[axis] > 1 else x
 
     def _summable(self, x: Array) -> Array:
-        """On CPUs XLA sums bfloat16 in float32, but its pass that arranges this aborts in nested shard_maps."""
+        """`x` in a dtype that psum accepts. On CPUs XLA sums bfloat16 in float32, but the pass that does so aborts in
+        nested shard_maps, so the cast is made here."""
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         return x.astype(jnp.float32) if on_cpu and x.dtype == jnp.bfloat16 else x
 
     def all_gather_sequence(self, x: Array, sums_dtype: jnp.dtype) -> Array:
-        """A device's shard of rows [b, t / context, …] to the rows, in the order of the devices; the gradient is
-        reduce-scattered in `sums_dtype`."""
+        """All-gathers a device's shard of rows [b, t / context, …] to whole rows, in the order of the devices. The
+        gradient is reduce-scattered in `sums_dtype`."""
 
         def gather(x: Array) -> Array:
             return jax.lax.all_gather(x, "context", axis=1, tiled=True)
@@ -59,12 +60,12 @@ class Collectives:
         return gathered(x)
 
     def all_gather_param(self, w: Array, axis: int) -> Array:
-        """A device's shard of a parameter to all of its embed axis, `axis`."""
+        """All-gathers a device's shard of a parameter along its embed axis, which is number `axis`."""
         return jax.lax.all_gather(w, self.fsdp_axes, axis=axis, tiled=True) if self.fsdp_axes else w
 
     def reduce_scatter_grad(self, dw: Array, axis: int) -> Array:
-        """The gradient of an unsharded parameter to the sum over the devices of a replica, each keeping its shard: the
-        reverse of `all_gather_param`. (Replicas are summed once a step, in trainer/step.py.)"""
+        """Sums the gradient of a whole parameter over the devices of a replica; each device keeps its shard of the sum.
+        This reverses `all_gather_param`. (Gradients of replicas are summed once a step, in trainer/step.py.)"""
         if self.fsdp_axes:
             dw = jax.lax.psum_scatter(dw, self.fsdp_axes, scatter_dimension=axis, tiled=True)
         return dw

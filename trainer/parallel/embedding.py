@@ -10,14 +10,14 @@ from trainer.parallel.collectives import Collectives
 
 
 def embed(table: Array, ids: Array, *, mesh: Mesh, axes: tuple[str, str], dtype: jnp.dtype) -> Array:
-    """Rows of `table` [n, embed], a parameter with logical axes `axes`, in `dtype`: [b, t] to [b, t, embed].
+    """The rows `ids` [b, t] of `table` [n, embed], a parameter with logical axes `axes`, in `dtype`: [b, t, embed].
 
-    The gradient of a row is the sum over all tokens that looked it up, which for a frequent one are thousands in a
-    batch: summed in float32, whatever `dtype` is. Left to the compiler, which would split that sum along `embed`, every
-    device would need the gradients of the whole batch.
+    The gradient of a row is the sum over all tokens that looked it up, thousands in a batch for a frequent token, so it
+    is computed in float32, whatever `dtype` is. The compiler would split that sum along `embed`, and then every device
+    would need the gradients of the whole batch.
     """
     collectives = Collectives(mesh)
-    split = sharding.RULES[axes[0]]  # of rows: the tensor axis for a vocabulary, none for positions
+    split = sharding.RULES[axes[0]]  # the mesh axis that splits rows: tensor for a vocabulary, None for positions
     assert split is None or isinstance(split, str)
     rows = table.shape[0] // (mesh.shape[split] if split else 1)
     tokens, results, of_table = (
@@ -25,7 +25,7 @@ def embed(table: Array, ids: Array, *, mesh: Mesh, axes: tuple[str, str], dtype:
     )
 
     def local(ids: Array) -> tuple[Array, Array | bool]:
-        """Indices into the rows of this device, and which of them are there."""
+        """Indices into this device's rows, and which of `ids` are among them."""
         if split is None or mesh.shape[split] == 1:
             return ids, True
         ids = ids - collectives.index(split) * rows

@@ -22,7 +22,7 @@ from trainer.parallel.collectives import Collectives
 
 
 def zigzag_order(seq_len: int, shards: int) -> np.ndarray:
-    """The order of a row's tokens in which `shards` equal shards have the same work under a causal mask.
+    """An order of a row's tokens in which `shards` equal shards have the same work under a causal mask.
 
     Shard i gets blocks i and 2 shards - 1 - i of 2 shards blocks: an early one, which sees few keys, and a late one (as
     in Llama 3's context parallelism, Grattafiori et al., 2024, section 3.3.2). int32 [seq_len].
@@ -34,16 +34,16 @@ def zigzag_order(seq_len: int, shards: int) -> np.ndarray:
 class MeshPartitioner(Partitioner):
     """The partitioner of `mesh`, by the rules of trainer/sharding.py.
 
-    It is that of one replica of the model, inside sharding.by_replica. Parameters are all-gathered along `embed` just
+    It partitions one replica of the model, inside sharding.by_replica. Parameters are all-gathered along `embed` just
     before use, in the compute dtype; their gradients are reduce-scattered, in optimizer.gradients_dtype. With a context
     axis the keys and values of a row are all-gathered for its queries, whose shards have equal work.
 
     Args:
-      gathers_params: as of Partitioner; None: as the mesh says.
+      gathers_params: as in Partitioner; None: as the mesh requires.
 
     Attributes:
-      kernel, reason: the attention kernel and why it is that one.
-      order: int32 [seq_len], the index of each token of a row in the order of the devices; None: 0, 1, ….
+      kernel, reason: the attention kernel, and why it was chosen.
+      order: int32 [seq_len], the index of each token of a row in the order of the devices; None: the order is 0, 1, ….
 
     Raises:
       ConfigError: no kernel can honour the configuration.
@@ -78,7 +78,8 @@ class MeshPartitioner(Partitioner):
         if not self.gathers_params:
             return w.astype(dtype)
         gathered = jax.custom_vjp(lambda w: self._gathered(w, axes, dtype))
-        # Not gathered(w), which would hide the gathered array from remat, and it would be kept for the backward pass.
+        # The forward rule does not call gathered(w): remat would not see the gathered array, and would keep it for the
+        # backward pass.
         gathered.defvjp(
             lambda w: (self._gathered(w, axes, dtype), None),
             lambda _, g: (self._scattered(g, axes).astype(w.dtype),),
@@ -86,8 +87,9 @@ class MeshPartitioner(Partitioner):
         return gathered(w)
 
     def linear(self, x: Array, w: Array, axes: tuple[str, str]) -> Array:
-        """The gradient of autodiff has the type of x. If that is narrower than the type in which gradients are summed
-        over devices, it would be rounded before the sum, so it is written out. The products are the same."""
+        """x @ w. Autodiff would give the gradient of w the dtype of x. If that is narrower than the dtype in which
+        gradients are summed over devices, the gradient would be rounded before the sum. So the backward pass is
+        written out here, with the same products."""
         dtype = self.sums_dtype(x.dtype)
         if x.dtype == dtype:
             return super().linear(x, w, axes)
@@ -108,7 +110,7 @@ class MeshPartitioner(Partitioner):
         return linear(x, w)
 
     def add_bias(self, y: Array, b: Array, axes: tuple[str]) -> Array:
-        """The gradient is summed over tokens in the type of its sum over devices, as that of `linear` is."""
+        """y + b. The bias's gradient is summed over tokens in the dtype of sums over devices, as in `linear`."""
 
         def forward(y: Array, b: Array):
             return y + over_tokens(self._gathered(b, axes, y.dtype), y), None
@@ -123,30 +125,30 @@ class MeshPartitioner(Partitioner):
         return add_bias(y, b)
 
     def sums_dtype(self, computed: jnp.dtype | str) -> jnp.dtype:
-        """The type in which gradients of the type `computed` are summed over devices, never a narrower one."""
+        """The dtype in which gradients of dtype `computed` are summed over devices, never a narrower one."""
         return jnp.promote_types(self.config.optimizer.gradients_dtype, computed)
 
     def sum_of_replicas(self, gradients: Any) -> Any:
-        """The sum of a tree of gradients over the replicas, each of which has that of its own rows."""
+        """The sum of a tree of gradients over the replicas; each replica has the gradients of its own rows."""
         if self.mesh.shape["data"] == 1:
             return gradients
         dtype = self.sums_dtype(self.config.model.dtype)
         return jax.tree.map(lambda g: self.collectives.psum(g.astype(dtype), "data").astype(g.dtype), gradients)
 
     def _gathered(self, w: Array, axes: tuple[str | None, ...], dtype: jnp.dtype) -> Array:
-        """The cast comes before the all-gather, which then moves half the bytes."""
+        """`w` cast to `dtype`, then all-gathered: in this order, an all-gather in bfloat16 moves half the bytes."""
         w = w.astype(dtype)
         if not self.gathers_params:
             return w
         return self.constrain(self.constrain(w, axes), tuple(None if a == "embed" else a for a in axes))
 
     def _scattered(self, g: Array, axes: tuple[str | None, ...]) -> Array:
-        """The gradient is given the layout of the parameter before anything else, so that its sum over devices is a
+        """Gives a gradient the layout of its parameter before any other use, so that its sum over devices is a
         reduce-scatter."""
         return self.constrain(g, axes) if self.gathers_params else g
 
     def bernoulli(self, key: Array, p: Array | float, shape: tuple[int, ...]) -> Array:
-        """The bools of this replica's rows out of those of the whole batch, which are the same on any mesh."""
+        """Random bools for this replica's rows. Those of the whole batch are the same on any mesh."""
         if self.mesh.shape["data"] == 1:
             return super().bernoulli(key, p, shape)
         return random_bits.bernoulli_rows(key, p, shape, jax.lax.axis_index("data") * shape[0])
@@ -156,8 +158,8 @@ class MeshPartitioner(Partitioner):
 
     def attention(self, q: Array, k: Array, v: Array, ctx: Context, spec: AttentionSpec) -> Array:
         if self.kernel == "xla" and not self.context_parallel:
-            # Plain array code is split by the compiler, and its dropout is the same on any mesh. The rate of dropout
-            # is not an argument of what is rematerialized, so that a constant stays one.
+            # Plain array code is split by the compiler, and its dropout is the same on any mesh. The dropout rate is
+            # not an argument of the rematerialized function, so that a constant rate stays constant.
             attend = super().attention
         else:
             attend = self._attention_by_shard
@@ -167,7 +169,7 @@ class MeshPartitioner(Partitioner):
         return compute(q, k, v)
 
     def _attention_by_shard(self, q: Array, k: Array, v: Array, ctx: Context, spec: AttentionSpec) -> Array:
-        """A kernel on each device, with its rows, heads and queries, and all keys and values of those rows."""
+        """Runs a kernel on each device, with its rows, heads and queries, and all keys and values of those rows."""
         heads, rows, seq = (
             sharding.spec(names, sharding.REPLICA_RULES)
             for names in (("batch", "seq", "heads", None), ("batch", "seq"), ("seq",))
@@ -189,7 +191,7 @@ class MeshPartitioner(Partitioner):
         return by_device(splash, (q, k, v), ctx.index, ctx.segment_ids)
 
     def _in_order(self, x: Array) -> Array:
-        """A device's shard [b, t / context, …] of a row to the row in the order of its tokens."""
+        """All-gathers a device's shard [b, t / context, …] of rows to whole rows in the order of their tokens."""
         assert self.order is not None
         gathered = self.collectives.all_gather_sequence(x, self.sums_dtype(x.dtype))
         blocks = gathered.reshape(x.shape[0], 2 * self.context, -1, *x.shape[2:])

@@ -1,4 +1,4 @@
-"""Random bools for a part of the rows of an array, as if they had been cut out of all."""
+"""Random bools for some rows of an array: the same bools as if those of the whole array had been made."""
 
 import math
 
@@ -9,9 +9,9 @@ from jax.extend.random import threefry2x32_p
 
 
 def bernoulli_rows(key: Array, p: Array | float, shape: tuple[int, ...], first: Array | int) -> Array:
-    """`jax.random.bernoulli(key, p, (n, *shape[1:]))[first : first + shape[0]]` for any n, by the work of these rows.
+    """`jax.random.bernoulli(key, p, (n, *shape[1:]))[first : first + shape[0]]` for any n. Computes only these rows.
 
-    With JAX's threefry (partitionable, as launch/environment.py has it) the bits of an element depend only on the
+    With JAX's threefry (partitionable, as launch/environment.py sets it) the bits of an element depend only on the
     key and on its index.
     """
     if str(jax.random.key_impl(key)) != "threefry2x32":

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-BITS = {"pred": 8, "token": 0, "bf16": 16, "c64": 64, "c128": 128}  # the names of others end with it: f32, s4
+BITS = {"pred": 8, "token": 0, "bf16": 16, "c64": 64, "c128": 128}  # other names end with the bits: f32, s4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Instruction:
     opcode: str
     operands: tuple[str, ...]  # names in the same computation
     number: int | None  # value of an integer constant, or number of a parameter
-    attributes: str  # the rest of its text
+    attributes: str  # the rest of the instruction's text
 
     def attribute(self, name: str) -> str | None:
-        """'name' of an attribute body=%name."""
+        """The value of an attribute, such as 'cond.1' if the text has condition=%cond.1; None if there is none."""
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
         return found and found[1]
 
@@ -40,7 +40,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """A while loop. `trips` is None if the text does not have it; `depth` counts the loops around it."""
+    """A while loop. `trips` is None if the text does not say; `depth` counts the loops around it."""
 
     name: str
     trips: int | None
@@ -55,13 +55,13 @@ class Collective:
     Attributes:
       kind: one of KINDS.
       axes: mesh axes along which the devices of a group differ; () if not known.
-      group_size: devices of a group; 2 for a permute.
-      bytes: of the full buffer on one device (the larger of operand and result), in one execution; the sum over all
-        arrays that were combined.
-      sliced: of an all-reduce, the bytes of arrays of which every device uses only its own shard. XLA makes this of
-        many reduce-scatters, mostly on TPUs; it is sent like any all-reduce.
+      group_size: devices in a group; 2 for a permute.
+      bytes: the size of the full buffer on one device (the larger of operand and result), in one execution; the sum
+        over all arrays that were combined.
+      sliced: of an all-reduce, the bytes of arrays of which every device uses only its own shard. XLA turns many
+        reduce-scatters into such all-reduces, mostly on TPUs; they are sent like any other all-reduce.
       dtype: 'bf16'; 'bf16+f32' if arrays of several dtypes were combined.
-      trips: of the loops around it, outermost first; None if not known (counted as 1).
+      trips: how often each loop around it runs, outermost first; None if not known (counted as 1).
       crosses_slices: whether a group has devices of several slices.
       count: executions in one call of the program.
     """
@@ -95,7 +95,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """An array of the program; `materialized` except in a fusion or reducer, which gives it no buffer."""
+    """An array of the program. It is not `materialized` inside a fusion or reducer, which gives it no buffer."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -112,7 +112,7 @@ class Row:
     executions: int  # in a step
     bytes: int  # full buffers of all executions in a step, on one device
     sent: int  # by a device in a step
-    sliced: int  # see Collective; of all executions
+    sliced: int  # of all executions; see Collective
     crosses_slices: bool
 
 
@@ -191,7 +191,7 @@ def custom_calls(text: str) -> collections.Counter[str]:
 
 
 def summary(found: list[Collective], num_layers: int) -> list[Row]:
-    """Sums of the collectives by kind, axes and place, those that send most first."""
+    """Sums of the collectives by kind, axes and place (in the layers or not); the sum that sends most comes first."""
     rows: dict[tuple, list[Collective]] = {}
     for c in found:
         in_layers = num_layers > 1 and any(trips in (num_layers, num_layers - 1) for trips in c.trips)
@@ -256,7 +256,7 @@ class _Program:
         return [known[name].type for name in operands if name in known]
 
     def _trips(self, computation: str, loop: Instruction) -> int | None:
-        """As the compiler notes it, or (limit - start) of a counter that the condition compares with a constant."""
+        """How often a loop runs, by the compiler's note or by the counter that its condition compares; else None."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known[1])
@@ -273,7 +273,7 @@ class _Program:
         return None if trips is None else max(trips, 0)
 
     def _start(self, computation: str, loop: Instruction, condition: str, name: str) -> int | None:
-        """The number `name` of the condition, at the first trip."""
+        """The integer `name` of a loop's condition, as it is at the first trip; None if it is not known."""
         instruction = self.computations[condition].get(name)
         while instruction and instruction.opcode in ("copy", "bitcast", "convert"):
             instruction = self.computations[condition].get(instruction.operands[0])
@@ -281,7 +281,7 @@ class _Program:
             return _constant(instruction)
         known = self.computations[computation]
         element = known.get(loop.operands[0])
-        for _ in range(100):  # back to where the element of the loop's first state was made
+        for _ in range(100):  # back to the instruction that made this element of the loop's initial state
             if element is None or element.opcode == "constant":
                 return _constant(element)
             if element.opcode == "tuple":
@@ -293,10 +293,10 @@ class _Program:
         return None
 
     def sliced_bytes(self, computation: str, instruction: Instruction, devices: int) -> int:
-        """Bytes of the results of which only slices are used, into a number of parts that divides `devices`."""
+        """Bytes of the results of which only slices are used; the number of slices per result divides `devices`."""
         users = self._users(computation)
         if instruction.opcode.endswith("-start"):
-            instruction = self.computations[computation][users[instruction.name][0]]  # the type that it is done with
+            instruction = self.computations[computation][users[instruction.name][0]]  # -done has the final type
         if not instruction.type.startswith("("):
             results = {instruction.name: instruction.type}
         else:
@@ -345,7 +345,7 @@ def _index(element: Instruction) -> int:
 def _called(instruction: Instruction) -> list[str]:
     """The computations that the instruction runs, except those of a loop and reducers."""
     if instruction.opcode.endswith(("-done", "-update")):
-        return []  # their start instruction has them
+        return []  # the -start instruction has the computations
     names = [instruction.attribute(a) for a in ("calls", "true_computation", "false_computation")]
     if instruction.opcode == "call":
         names.append(instruction.attribute("to_apply"))
@@ -357,19 +357,20 @@ def _called(instruction: Instruction) -> list[str]:
 def _kind(instruction: Instruction, fusion: Instruction | None) -> str | None:
     kind = instruction.opcode.removesuffix("-start").removeprefix("ragged-")
     if kind == "send":
-        # Between TPU slices the host sends; recv is the other half of the pair.
+        # Hosts send between TPU slices. Only the send of each pair is counted, not the recv.
         done = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
         name = done[1].lower().replace("_", "-") if done else ""
         return name if name in KINDS else "collective-permute"
     if kind == "all-reduce" and fusion is not None and "all-reduce-scatter" in (fusion.attribute("calls") or ""):
-        return "reduce-scatter"  # the TPU compiler's name of a reduce-scatter: all-reduce and slice as one operation
+        return "reduce-scatter"  # the TPU compiler fuses a reduce-scatter's all-reduce and slice under this name
     return kind if kind in KINDS else None
 
 
 def _groups(instruction: Instruction, mesh_axes: dict[str, int]) -> list[list[int]]:
-    """The groups of devices that communicate, in any notation of HLO; [] if all do, or there is no information.
+    """The groups of devices that communicate, in any notation of HLO; [] if all do, or if the text does not say.
 
-    In a program for several TPU slices the groups may be only those of the first slice, because all are alike.
+    In a program for several TPU slices the text may have only the groups of the first slice, because all slices have
+    the same groups.
     """
     text = instruction.attributes
     pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", text)
@@ -409,10 +410,10 @@ def _iota(shape: str, source: str, order: str | None) -> np.ndarray:
 
 
 def _axis_groups(mesh: str, device_ids: str | None, axes: str) -> list[list[int]]:
-    """Groups along "'y'", or a part of it, "'y':(1)2", of a mesh "'x'=2,'y'=4".
+    """The groups along "'y'", or along a part of this axis, "'y':(1)2", of a mesh "'x'=2,'y'=4".
 
-    Its devices are given as "[4,2]T(1,0)" or "3,1,2,0". The axes may be XLA's own ('axis_0'); only the device numbers
-    matter.
+    The mesh's devices are given as "[4,2]T(1,0)" or "3,1,2,0". The axes may be XLA's own ('axis_0'); only the
+    device numbers matter.
     """
     sizes = {name: int(size) for name, size in re.findall(r"'?([\w.\-]+)'?=(\d+)", mesh)}
     ids = np.arange(math.prod(sizes.values()))
@@ -451,7 +452,7 @@ def _span(groups: list[list[int]], mesh_axes: dict[str, int], num_slices: int) -
 
 
 def _arrays(kind: str) -> list[tuple[str, tuple[int, ...]]]:
-    """'bf16[4,8]{1,0}' -> [('bf16', (4, 8))]; of a tuple all elements."""
+    """'bf16[4,8]{1,0}' -> [('bf16', (4, 8))]; for a tuple type, all its elements."""
     found = re.findall(r"\b([a-z][a-z0-9]*)\[([\d,<=]*)\]", kind)
     return [(dtype, tuple(int(d.lstrip("<=")) for d in dims.split(",") if d)) for dtype, dims in found]
 
@@ -491,7 +492,7 @@ def _parse(text: str) -> Instruction:
 
 
 def _closing(text: str) -> int:
-    """The index after the parenthesis that closes the first one."""
+    """The index after the parenthesis that closes the first opening one."""
     depth = 0
     for found in re.finditer(r"[()]", text):
         depth += 1 if found[0] == "(" else -1

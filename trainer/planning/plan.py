@@ -1,6 +1,6 @@
 """What a train step costs on a machine that is not here: it is compiled for that machine, and its HLO is read.
 
-The compiler tells whether it fits, the peak of memory, and every collective with its bytes and axes; FLOPs and
+The compiler tells whether the step fits, its peak of memory, and every collective with its bytes and axes; FLOPs and
 parameters are counted. The step time is a roofline, a lower bound (`ASSUMPTIONS`), not a prediction.
 """
 
@@ -35,16 +35,17 @@ ASSUMPTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """Bytes and FLOPs are of one device, seconds of one step.
+    """The cost of a step. Bytes and FLOPs are those of one device; seconds are those of one step.
 
     Attributes:
       memory: bytes by part: parameters, optimizer, gradients, activations (kept for the backward pass), temporary (the
         rest of the peak). Only `peak` is the compiler's; the parts are counted from shapes, and activations are limited
         to what the peak allows.
-      peak: most bytes at one time in a step; if the compiler gave up because there is less memory, what it asked for,
-        and then there are no collectives.
-      seconds: of the roofline, by limit: compute, memory, and each network by its axes.
-      beside: most bytes at one time in evaluation and sampling, which run between steps; {} if a step does not fit.
+      peak: the most bytes in use at one time in a step. If the compiler gave up because there is less memory, the bytes
+        that it asked for; `collectives` is then empty.
+      seconds: the roofline's seconds by limit: compute, memory, and each network by its axes.
+      beside: the most bytes in use at one time in evaluation and in sampling, which run between steps; {} if a step
+        does not fit.
     """
 
     config: Config
@@ -79,17 +80,17 @@ class StepPlan:
 
     @property
     def mfu(self) -> float:
-        """Upper bound by the roofline: model FLOPs / what the peak allows in a step."""
+        """The roofline's upper bound of MFU: model FLOPs / the FLOPs that the chip's peak allows in step_s."""
         return self.model_flops / self.hardware_flops * self.seconds["compute"] / self.step_s
 
     @property
     def hours(self) -> float:
-        """Of the full run at the roofline's step time."""
+        """Hours of the full run at the roofline's step time."""
         return self.step_s * self.config.num_train_steps / 3600
 
 
 def lower(config: Config, devices: list[jax.Device]) -> tuple[Program, Any]:
-    """The program and its lowered train step for `devices`, which may be absent. Raises ConfigError as make_mesh."""
+    """The program and its lowered train step for `devices`, which may be absent. Raises ConfigError like make_mesh."""
     program = Program(config, sharding.make_mesh(config, devices))
     seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=program.replicated)
     return program, make_train_step(program).lower(program.state, program.abstract_batch(_dtype(config)), seed)
@@ -113,7 +114,7 @@ def lower_beside(program: Program) -> dict[str, Any]:
 
 
 def peaks_beside(program: Program, usable: int) -> dict[str, int]:
-    """Most bytes at one time in each of these, with the optimizer's state, which stays on the devices."""
+    """The most bytes in use in evaluation and in sampling, with the optimizer's state, which stays on the devices."""
     kept = _bytes_of_shards((program.state.opt_state, program.state.guard))
     peaks = {}
     for name, lowered in lower_beside(program).items():
@@ -172,7 +173,7 @@ def axes_of(row: hlo.Row) -> str:
 
 
 def _out_of_memory(error: Exception, usable: int) -> int:
-    """The bytes that the compiler asked for and that do not exist. Raises ConfigError for any other failure."""
+    """The bytes that the compiler asked for when memory was too small. Raises ConfigError for any other failure."""
     text = " ".join(str(error).split())
     if "RESOURCE_EXHAUSTED" not in text or "vmem" in text.lower():
         raise ConfigError(f"the compiler refuses this step: {text[:300]}") from error
@@ -201,7 +202,7 @@ def memory_by_part(program: Program, topology: Topology) -> dict[str, int]:
 
 
 def kept_activations(program: Program, device: jax.Device) -> int:
-    """Bytes of a device that the forward pass keeps for the backward pass, without parameters.
+    """Bytes that the forward pass keeps on a device for the backward pass, without parameters.
 
     These are what jax.vjp closes over in a one-device model with the heads, feed-forward and sequence of a shard.
     """
@@ -256,7 +257,7 @@ def _widths(model: ModelConfig, tensor: int) -> float:
 
 
 def largest_batch(failed: StepPlan, topology: Topology, attempts: int = 3) -> StepPlan | None:
-    """The plan with the largest batch that fits, searched from one that does not fit; None if none is found.
+    """The plan with the largest batch that was found to fit, given a plan that does not; None if no batch was found.
 
     Memory that depends on the batch is proportional to it, so the first guess is close.
     """

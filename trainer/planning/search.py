@@ -1,6 +1,6 @@
-"""Which mesh, remat policy and microbatch are fastest on a machine: many are estimated, and the best are compiled.
+"""Which mesh, remat policy and microbatch are fastest on a machine: many are estimated, the best compiled.
 
-The estimate only chooses what is compiled, and in which order; what is returned was compiled and fits.
+The estimate only chooses which candidates to compile, and in which order; every plan returned was compiled and fits.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ from trainer.reporting import flops
 from trainer.state import Program
 
 REMATS = ("none", "dots", "full")
-ROOM = 0.9  # share of a device's memory that counted parts may take; the rest is for temporary arrays
+ROOM = 0.9  # the share of a device's memory for parts that can be counted; the rest is for temporary arrays
 
 
 def search(
     config: Config, topology: Topology, compile_at_most: int, progress: Callable[[str], None]
 ) -> list[plan.StepPlan]:
     """Plans that fit, fastest first. The batch of a step does not change; the number of microbatches may."""
-    best: dict[tuple, tuple[float, int, Config]] = {}  # for each mesh and policy the one with the largest microbatch
+    best: dict[tuple, tuple[float, int, Config]] = {}  # for each mesh and policy: the fastest microbatch size
     for candidate in candidates(config, topology):
         seconds = estimate(candidate, topology)
         if seconds is not None:
@@ -47,7 +47,7 @@ def search(
 
 
 def candidates(config: Config, topology: Topology) -> Iterator[Config]:
-    """Every mesh that the model allows, with powers of two along fsdp and tensor, x remat policies x microbatches."""
+    """Every mesh that the model allows (powers of two along fsdp and tensor), with each remat policy and microbatch."""
     devices, context = len(topology.devices), max(config.mesh.context, 1)
     for tensor in _powers_of_two(topology.chip.host):
         for fsdp in _powers_of_two(devices // topology.num_slices):
@@ -90,10 +90,10 @@ def estimate(config: Config, topology: Topology) -> float | None:
     weights = flops.matmul_params(config) / mesh["tensor"]
     summed = program.partitioner.sums_dtype(model.dtype).itemsize
     sent = {
-        # Of each part of the batch: gathered forward and backward, and its gradient scattered.
+        # In each microbatch, weights are gathered forward and backward, and gradients are scattered.
         "fsdp": (2 * itemsize + summed) * weights * ring("fsdp", "context") * config.grad_accum_steps,
         "tensor": (4 if model.remat == "none" else 6) * 2 * residual * ring("tensor"),
-        # Once a step, of the parts of a replica.
+        # Once per step, each device sums the gradients of its shard over the replicas.
         "data": 2 * summed * params_of_a_device(program) * ring("data"),
     }
     flash = program.partitioner.kernel != "xla"
@@ -110,7 +110,7 @@ def params_of_a_device(program: Program) -> int:
 
 
 def table(plans: list[plan.StepPlan]) -> str:
-    """Markdown, fastest first."""
+    """The plans as a Markdown table, in their order."""
     lines = [
         "| data x fsdp x context x tensor | remat | rows a device | grad_accum_steps | GiB | "
         "tokens/s a device at best | MFU | limit |",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 COMPILERS = 'pip install -e ".[plan]"'  # jax[tpu] and jax[cuda13-local]: libtpu and the CUDA plugin without CUDA
 EXAMPLES = {2: "16x16", 3: "4x4x4", 1: "8"}
 FLAT_SHAPES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))  # all slices of v5e and v6e
-PARTS_OF_A_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))  # of the others; larger slices consist of 4x4x4 cubes
+PARTS_OF_A_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))  # of other TPUs; larger slices consist of 4x4x4 cubes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Topology:
     """A machine to compile for.
 
     Attributes:
-      name: as the user typed it, of one slice: 'v5p:4x4x4', 'h100:8'.
-      devices: of all slices, slice after slice. Those of several TPU slices have a slice_index; that of GPUs is always
-        0, so a mesh over several nodes needs mesh.num_slices.
-      num_slices: TPU slices, or nodes of GPUs.
+      name: one slice, as the user typed it: 'v5p:4x4x4', 'h100:8'.
+      devices: the devices of all slices, slice after slice. Their slice_index distinguishes TPU slices, but is 0 for
+        all GPUs, so a mesh over several nodes of GPUs needs mesh.num_slices.
+      num_slices: the number of TPU slices, or of nodes of GPUs.
     """
 
     name: str
@@ -47,9 +47,9 @@ class Topology:
 def describe(name: str, num_slices: int = 1) -> Topology:
     """The devices of `num_slices` slices like 'v5p:4x4x4' (chips along each axis) or nodes like 'h100:8' (GPUs).
 
-    A v4, v5p or TPU7x slice of complete 4x4x4 cubes wraps around on every axis, a smaller one on none; v5e and v6e
-    wrap on an axis that has the pod's 16 chips. (Without the wrap XLA would turn all-gathers into all-reduces.) Twisted
-    tori are not supported.
+    A v4, v5p or TPU7x slice of complete 4x4x4 cubes wraps around on every axis, a smaller slice on none; v5e and
+    v6e slices wrap around on an axis that has the pod's 16 chips. (Without the wrap XLA would turn all-gathers into
+    all-reduces.) Twisted tori are not supported.
 
     Raises:
       ConfigError: there is no such machine, or its compiler is not installed.
@@ -67,7 +67,7 @@ def describe(name: str, num_slices: int = 1) -> Topology:
     asked = f"{family}:{'x'.join(map(str, shape))}"
     try:
         devices = topologies.get_topology_desc(asked, chip.platform, **options).devices
-    except Exception as e:  # of many types: a missing library, a version that does not fit, an odd shape
+    except Exception as e:  # its type varies: a missing library, a version that does not fit, an odd shape
         raise ConfigError(f"topology {name}: the compiler refuses it: {str(e).splitlines()[0]}") from e
     return Topology(name, chip, devices, num_slices)
 
@@ -151,12 +151,13 @@ def _tpu_options(chip: Chip, shape: tuple[int, ...], num_slices: int) -> dict[st
     if math.prod(shape) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     if chip.device_kind == "TPU v4":
-        options["chip_config_name"] = "megacore"  # its two cores are one device, as usual
+        options["chip_config_name"] = "megacore"  # a chip's two cores are one device, as usual
     return options
 
 
-# As cudaGetDeviceProperties reports them: name, compute capability, multiprocessors, bytes of memory, of L2, of shared
-# memory of a multiprocessor and at most of a block, GHz. XLA tiles, fuses and estimates costs by these.
+# What cudaGetDeviceProperties reports: name, major compute capability, number of multiprocessors, bytes of memory and
+# of L2, bytes of shared memory per multiprocessor, the most of these that a block may use, and the clock in GHz. XLA
+# tiles, fuses and estimates costs by these numbers.
 GPUS = {
     "a100": ("NVIDIA A100-SXM4-80GB", 8, 108, 85_097_971_712, 41_943_040, 167_936, 166_912, 1.41),
     "h100": ("NVIDIA H100 80GB HBM3", 9, 132, 84_942_979_072, 52_428_800, 233_472, 232_448, 1.98),

@@ -4,8 +4,8 @@ Orbax (v1) writes and commits the arrays; this module adds what Orbax does not p
 - A flipped byte restores without an error, so each leaf has a checksum, and the metadata has a digest.
 - Orbax takes any directory whose name is a number for a step, so incomplete ones are moved to RUN/quarantine.
 - Orbax casts another dtype silently, so dtypes and shapes are compared.
-- A commit is read back before it counts, and a failed save is reported when it fails.
-- Damage has to be proved (reading.py), and a damaged step is moved away only after another one was restored.
+- The metadata of a committed step is read back before the step counts, and a failed save is reported at once.
+- A step counts as damaged only if that is proved (reading.py). It is moved away only after another one was restored.
 - retention.py decides which steps are kept: Orbax's own manager remembers failed steps, refuses to go back to an
   earlier step, and deletes while the loop waits.
 """
@@ -47,15 +47,15 @@ logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # hides tracebacks of O
 
 ITEMS = ("params", "opt_state")
 DELETING = ".deleting"
-ASIDE = ".set_aside"  # suffix of steps that are intact, but that the run must not resume from
-FETCHED = ".fetched"  # suffix of copies from the mirror that were not restored yet
+ASIDE = ".set_aside"  # suffix of intact steps from which the run must not resume
+FETCHED = ".fetched"  # suffix of copies that were fetched from the mirror but not restored yet
 # Timeout of an async save: a host that cannot write makes the others wait, and meanwhile no other save can start. The
-# first save gets SAVE_TIMEOUT_S, since its duration is unknown; later ones get max(LATER_TIMEOUT_S, TIMEOUT_FACTOR x
-# the previous save). So that slow storage does not make every save fail, the timeout is at least what SLOWEST_BYTES_S
-# takes, and doubles after each save that reached it.
+# first save gets SAVE_TIMEOUT_S, since its duration is unknown; later saves get max(LATER_TIMEOUT_S, TIMEOUT_FACTOR x
+# the duration of the previous save). To let saves succeed on slow storage, the timeout is at least the time of a save
+# at SLOWEST_BYTES_S, and it doubles after each save that reached it.
 SAVE_TIMEOUT_S, LATER_TIMEOUT_S, TIMEOUT_FACTOR = 300, 60, 10
 SLOWEST_BYTES_S, LONGEST_TIMEOUT_S = 50e6, 6 * 3600  # bytes/s of one process
-# How long to wait for the previous save before skipping this one, and if the previous one has failed somewhere.
+# How long to wait for the previous save before skipping this one: usually, and if that save failed on a process.
 PATIENCE_S, AFTER_FAILURE_S = 30, 1
 
 
@@ -63,13 +63,13 @@ PATIENCE_S, AFTER_FAILURE_S = 30, 1
 def _checksums(tree: Any) -> Array:
     """The sum of the bit patterns of each leaf modulo 2**32, uint32 [leaves]: any single flipped bit changes it.
 
-    Each device sums its shard, and the sums are added: no leaf is gathered.
+    Each device sums its shard, and the sums are added, so no leaf is gathered.
     """
 
     def one(x: Array) -> Array:
         bits = jax.lax.bitcast_convert_type(x, {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[x.dtype.itemsize])
         sums = bits.astype(jnp.uint32)
-        for _ in range(sums.ndim):  # one axis at a time, the last one last: ten times as fast on XLA's CPU backend
+        for _ in range(sums.ndim):  # one axis at a time, from the first: ten times as fast on XLA's CPU backend
             sums = jax.lax.optimization_barrier(jnp.sum(sums, axis=0, dtype=jnp.uint32))
         return sums
 
@@ -81,9 +81,9 @@ def checksums(tree: Any) -> list[int]:
 
 
 class LiteralPath(gpath.PosixGPath):
-    """A path for Orbax in which no character starts a pattern, and no folder name means an object store.
+    """A path for Orbax that is taken literally: no character starts a pattern, and no folder means an object store.
 
-    Orbax finds what it has written with glob(), and a [ in the name of any parent folder would start a pattern.
+    Orbax finds its files with glob(), in which a [ in the name of any parent folder would start a pattern.
     """
 
     _uri_scheme = None  # /gs and /s3 are ordinary folders
@@ -98,13 +98,13 @@ class Checkpoints:
 
     Args:
       run_dir: the run directory.
-      config: what to keep. None opens the checkpoints for reading: nothing is written, moved or deleted.
-      processes: all that save; None: only this one.
-      mirror: receives copies of the steps, and returns those that are lost here.
+      config: which checkpoints to keep. None opens them only for reading: nothing is written, moved or deleted.
+      processes: all processes that save; None: only this one.
+      mirror: receives copies of the steps, and returns copies of steps that are lost here.
 
     Attributes:
       val_losses: val/loss of the steps that were evaluated; the caller fills it.
-      val_windows: eval.num_windows of these losses, by step; None or missing if not known. The caller fills it.
+      val_windows: by step, eval.num_windows of its loss; None or missing if not known. The caller fills it.
       failed: whether the last save failed.
     """
 
@@ -138,23 +138,25 @@ class Checkpoints:
         self._change_files("checkpoints", self._clean_up)
 
     def _change_files(self, what: str, function: Callable[[], None]) -> None:
-        """Runs `function` on process 0; again if files cannot be read or written just now. The others wait."""
+        """Runs `function` on process 0, with retries if a file error may pass. The other processes wait."""
         self.processes.run_on_process_0(what, lambda: reading.writing(function, self.directory))
 
     def _clean_up(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        if self._steps():  # if all steps are incomplete, something else is wrong
+        if self._steps():  # if no step is complete, something else is wrong, and all stay
             self._move_incomplete()
-        for path in self.directory.iterdir():  # after incomplete steps have made room for copies of their numbers
+        # This comes after incomplete steps were moved, so that copies can take their numbers.
+        for path in self.directory.iterdir():
             if identity.STEP.fullmatch(path.name):
                 continue
             if path.name.endswith(FETCHED) and self._is_complete(path) and not reading.is_there(path.with_suffix("")):
-                path.rename(path.with_suffix(""))  # the process that fetched it died; the restore verifies it
+                # The process that fetched this copy died; the restore verifies the copy.
+                path.rename(path.with_suffix(""))
             elif path.name.endswith((DELETING, FETCHED)) or ".orbax-checkpoint-tmp" in path.name:
                 _remove(path)
 
     def _move_incomplete(self) -> None:
-        """Moves incomplete steps to quarantine: they would block saves and copies of the same numbers."""
+        """Moves incomplete steps to quarantine, because they would block saves and copies with the same numbers."""
         for path in self.directory.iterdir():
             if identity.STEP.fullmatch(path.name) and not self._is_complete(path):
                 self._move_to_quarantine(path, "it is incomplete")
@@ -162,15 +164,16 @@ class Checkpoints:
     # Writing
 
     def warm_up(self, state: TrainState) -> None:
-        """Compiles what save() runs. Otherwise the first save would seem slow, and slow timed saves are spaced out."""
+        """Compiles what save() runs. Otherwise the first save would seem slow, and timed saves would become rarer."""
         _arrays(_items(state))
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any], *, last: bool = True) -> float:
         """Starts a save of `state` after `step` finished steps; returns the seconds for which it stalled the caller.
 
-        When it returns, the arrays are copied, and the state may be donated. Only one save runs at a time. A second one
-        waits for the first, for minutes if it is the `last`. If the first is then still in flight on any process, the
-        second is skipped, and counts as failed. (When a save fails on some processes, Orbax waits on the others.)
+        When this returns, the arrays are copied, and the state may be donated. Only one save runs at a time. A second
+        save waits for the first, for minutes if it is the `last` one. If the first is still in flight on any process
+        after that, the second is skipped and counts as failed. (When a save fails on some processes, Orbax waits on the
+        others.)
 
         Args:
           meta: JSON values that restore_newest() returns with the state.
@@ -182,11 +185,11 @@ class Checkpoints:
             log.error("checkpoint at step %d SKIPPED: the previous one is still being written, or failing", step)
             return time.perf_counter() - start
         if self.failed:
-            self._clear_partial()  # once more: other threads of the failed save may have written since
+            self._clear_partial()  # again, because other threads of the failed save may have written more
         self.failed = False
         items = _items(state)
         arrays = _arrays(items)
-        if committed == identity.digest(arrays):  # by a save that failed late, on some processes
+        if committed == identity.digest(arrays):  # a save that failed late, on some processes, has committed it
             log.info("checkpoint at step %d is committed already", step)
             return time.perf_counter() - start
         meta = meta | {"step": step, "arrays": arrays, "evaluations": self._evaluations()}
@@ -197,7 +200,7 @@ class Checkpoints:
             context.asynchronous.timeout_secs = int(self._limit_s)
             with context:
                 response = ocp.save_checkpointables_async(self._path(step), items, custom_metadata=meta)
-        except Exception as e:  # whatever a disk makes Orbax raise
+        except Exception as e:  # a failing disk makes Orbax raise many types
             self._report_failure(step, e)
             return time.perf_counter() - start
         self._watcher = threading.Thread(target=self._watch, args=(step, response), name="checkpoint", daemon=True)
@@ -213,7 +216,7 @@ class Checkpoints:
     def _evaluations(self) -> list[dict[str, Any]]:
         """Rows for the metadata, in case metrics.jsonl is lost: the evaluations of steps that may still exist.
 
-        [] except on process 0, whose metadata is written.
+        On processes other than 0 this is [], because only the metadata of process 0 is written.
         """
         if self.processes.index:
             return []
@@ -227,14 +230,14 @@ class Checkpoints:
 
     @property
     def limit_s(self) -> float:
-        """How long the save in flight, or the last one, may take."""
+        """The time limit of the save in flight, or of the last save."""
         return self._limit_s
 
     def _limit(self, items: dict[str, Any]) -> float:
-        """Seconds that a save of `items` may take, the same on all processes.
+        """Seconds that a save of `items` may take; the same on all processes.
 
-        A process that cannot write fails at once, and then the others reach their limit. So a save counts as slow only
-        if it was slow on all.
+        If one process cannot write, it fails at once, but the others reach their limit. So a save counts as too slow
+        only if it reached the limit on all processes.
         """
 
         def of_all(values: list[tuple[float, int]]) -> tuple[float, int]:
@@ -248,7 +251,7 @@ class Checkpoints:
     def _prepare(self, step: int, last: bool) -> tuple[bool, str | None]:
         """Whether the previous save has ended on all processes, and the digest of the arrays committed as `step`.
 
-        If a save has failed on one process, it will not end soon on the others, so the wait is short.
+        If the save has failed on one process, it will not end soon on the others, so this does not wait long for it.
         """
         free, failed, committed = self._save_status(f"before step {step}", step)
         if not free:
@@ -257,14 +260,14 @@ class Checkpoints:
         return free, committed
 
     def _save_status(self, name: str, step: int) -> tuple[bool, bool, str | None]:
-        """Whether no process is busy, whether one has failed, and what process 0 has committed as `step`."""
+        """Whether no process is saving, whether a save has failed on any, and the digest of `step` on process 0."""
         committed = self._committed(step) if self.processes.index == 0 and not self.busy else None
         mine = json.dumps([self.busy, self.failed, committed])
         everyone = [json.loads(answer) for answer in self.processes.distinct_values(name, mine)]
         return not any(busy for busy, _, _ in everyone), any(failed for _, failed, _ in everyone), everyone[0][2]
 
     def _committed(self, step: int) -> str | None:
-        """The digest of the arrays of a complete step; None if there is none."""
+        """The digest of the arrays of `step`; None if it does not exist or is not complete."""
         if not os.path.exists(self.directory / str(step)):
             return None
         try:
@@ -312,7 +315,10 @@ class Checkpoints:
                 self.mirror.offer(step, lambda copies: self._kept(here) | self._kept(here | copies))
 
     def copy_missing(self, step: int) -> None:
-        """Copies the restored `step` if the mirror, which may be new or was full, lacks it. After `set_evaluations`."""
+        """Copies the restored `step` to a mirror that lacks it, because the mirror is new or was full.
+
+        Call this after `set_evaluations`.
+        """
         if self.mirror is not None and step not in self.mirror.known:
             self._offer(step)
 
@@ -323,9 +329,9 @@ class Checkpoints:
         self._clear_partial()
 
     def _clear_partial(self) -> None:
-        """Removes what a failed save has left: it takes space that the next one may need."""
+        """Removes the files that a failed save has left, because the next save may need their space."""
         if self.processes.index == 0:
-            with contextlib.suppress(OSError):  # it is cleared again before the next save
+            with contextlib.suppress(OSError):  # the next save tries this again
                 for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
                     _remove(path)
 
@@ -338,7 +344,7 @@ class Checkpoints:
     def wait_for_copies(self) -> None:
         """Waits until the mirror has copied the last save, if there is a mirror.
 
-        All processes wait here: if they waited in the collective of an evaluation, they would look stuck.
+        All processes wait here. If the others waited in the collective of an evaluation, they would look stuck.
         """
 
         def wait() -> None:
@@ -355,14 +361,14 @@ class Checkpoints:
         return self._watcher is not None and self._watcher.is_alive()
 
     def _kept(self, steps: set[int]) -> set[int]:
-        """Those of `steps` that should stay."""
+        """Which of `steps` to keep."""
         assert self.config is not None
         return retention.kept({step: self.val_losses.get(step) for step in steps}, self.config, self.val_windows)
 
     def delete_old(self) -> None:
-        """Deletes steps that need not stay, on process 0. A save in flight does this itself when it has ended.
+        """Deletes, on process 0, the steps that are not to be kept. A save in flight does so itself when it has ended.
 
-        A step is renamed first: half deleted, it must not look like a step.
+        A step is renamed first, so that a half-deleted one does not look like a step.
         """
         if self.processes.index or (self.busy and threading.current_thread() is not self._watcher):
             return
@@ -380,7 +386,7 @@ class Checkpoints:
     # Reading
 
     def _path(self, step: int, suffix: str = "") -> LiteralPath:
-        """The folder of a step with symlinks resolved: Orbax compares paths across processes."""
+        """The folder of a step, with symlinks resolved, because Orbax compares paths across processes."""
         return LiteralPath((self.directory / f"{step}{suffix}").resolve())
 
     def steps(self) -> list[int]:
@@ -397,7 +403,7 @@ class Checkpoints:
     def _is_complete(self, path: pathlib.Path) -> bool:
         """Whether a step's folder has all its parts.
 
-        Raises OSError for a broken symlink: a part on a disk that is not mounted is not missing.
+        Raises OSError for a broken symlink, because a part on a disk that is not mounted is not missing.
         """
         for part in (path, path / METADATA_FILE, *(path / item for item in ITEMS)):
             if not reading.is_there(part):
@@ -407,7 +413,7 @@ class Checkpoints:
         return True
 
     def meta(self, step: int, suffix: str = "") -> dict[str, Any]:
-        """The meta that was passed to save(), and `step` and `arrays`: by item and leaf, [kind, checksum].
+        """The meta that was passed to save(), with `step` and `arrays`, which has [kind, checksum] by item and leaf.
 
         Raises Damaged, Unreadable.
         """
@@ -422,15 +428,16 @@ class Checkpoints:
     ) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest state that is complete and undamaged, on the program's mesh, and its meta; None for a new run.
 
-        Process 0 chooses the step, and all processes verify it. If it fails on any, another one is chosen. When that
-        one was restored, those that failed are moved to quarantine with a message; so nothing is moved if all fail.
-        A copy from the mirror takes its place in the run after it was restored.
+        Process 0 chooses the step, and all processes verify it. If a step fails on any process, another one is chosen.
+        When a step was restored, those that failed are moved to quarantine with a message; if all fail, nothing is
+        moved. A copy from the mirror takes its place in the run only after it was restored.
 
         Args:
-          choose: returns one of the existing steps, which are ascending, or None for a new run; None: the newest.
+          choose: called with the existing steps, ascending; returns one of them, or None for a new run. If `choose`
+            itself is None, the newest step is restored.
 
         Raises:
-          CheckpointError: there were checkpoints, but none is usable. A new run would hide the loss.
+          CheckpointError: there were checkpoints, but none is usable. (To start a new run would hide the loss.)
           Unreadable: files cannot be read here and now.
           ConfigError: a checkpoint is of another model.
         """
@@ -454,9 +461,10 @@ class Checkpoints:
     def _next_step(
         self, failed: dict[tuple[int, str], str], choose: Callable[[list[int]], int | None] | None
     ) -> tuple[int, str] | None:
-        """The newest step that has not failed, or the one that `choose` returns, and its suffix; fetches a copy.
+        """The newest step that has not failed, or the one that `choose` returns, and its suffix; fetches its copy.
 
-        The mirror is always asked: a run that starts again, or resumes from an older step, deletes copies in the end.
+        The mirror is always asked. Otherwise a run might start again, or resume from an older step, and would in the
+        end delete the newer copies.
         """
         here = [step for step in self.steps() if (step, "") not in failed]
         choose = choose or max
@@ -488,7 +496,7 @@ class Checkpoints:
         return None
 
     def _check_lost(self) -> None:
-        """Called if no step is left. Raises CheckpointError if there were some, OSError."""
+        """Called if no step is left. Raises CheckpointError if the run has had steps; OSError if it cannot read."""
         if reading.is_there(self.quarantine) or reading.is_there(self.quarantine_there):
             raise CheckpointError(
                 f"no usable checkpoint in {self.directory}, and some in quarantine; put one back, restore one from a "
@@ -510,12 +518,12 @@ class Checkpoints:
     def _steps_in_mirror(self, optional: bool) -> list[int]:
         """The steps of which the mirror has copies.
 
-        If it cannot be read: [] and a warning if they are `optional`, because the step to restore is in the run; else
-        raises CheckpointError, Unreadable.
+        If the mirror cannot be read: [] and a warning if the copies are `optional`, because the step to restore is in
+        the run; else raises CheckpointError, Unreadable.
         """
         if self.mirror is None:
             return []
-        if self.mirror.busy:  # it may be deleting one of them
+        if self.mirror.busy:  # the mirror may be deleting a copy
             self.mirror.wait()
         try:
             return reading.patiently(self.mirror.steps, self.directory)
@@ -526,16 +534,16 @@ class Checkpoints:
             return []
 
     def _finish_restore(self, failed: dict[tuple[int, str], str], step: int, suffix: str) -> None:
-        """After `step` was restored: moves those that failed to quarantine, and a copy to its place. Idempotent."""
+        """After `step` was restored: moves failed steps to quarantine, and a fetched copy to its place. Idempotent."""
         self._move_incomplete()
         for (other, other_suffix), reason in failed.items():
             path = self.directory / f"{other}{other_suffix}"
             if other_suffix and self._is_in_quarantine(path.name):
-                _remove(path)  # the mirror still has it, and each start would add one more
+                _remove(path)  # the mirror still has it, and each start would add another copy
             elif reading.is_there(path):
                 self._move_to_quarantine(path, reason)
         copy = self.directory / f"{step}{FETCHED}"
-        if suffix and reading.is_there(copy):  # else an earlier try has moved it
+        if suffix and reading.is_there(copy):  # if not, an earlier attempt has moved it
             copy.rename(self.directory / str(step))
 
     def _is_in_quarantine(self, name: str) -> bool:
@@ -551,7 +559,7 @@ class Checkpoints:
         return TrainState(at, items["params"], items["opt_state"], guard), meta
 
     def restore_params(self, program: Program, step: int) -> tuple[dict, dict[str, Any]]:
-        """Only the parameters: for sampling and evaluation. Raises CheckpointError, ConfigError."""
+        """Only the parameters of a step, for sampling and evaluation. Raises CheckpointError, ConfigError."""
         items, meta = self._load(step, {"params": program.state.params})
         return items["params"], meta
 
@@ -567,10 +575,10 @@ class Checkpoints:
             items, meta = reading.patiently(lambda: self._read(step, abstract, suffix), path)
         except (Damaged, Suspect, Unreadable) as e:
             problem = [type(e).__name__, str(e), e.exit_code]
-        # Checksums are a collective: start only if every process has loaded its shards.
+        # Checksums are computed by a collective, so they start only if every process has loaded its shards.
         answers = map(json.loads, self.processes.distinct_values(f"read step {step}", json.dumps(problem)))
         problems = {kind: (reason, exit_code) for kind, reason, exit_code in filter(None, reversed(list(answers)))}
-        if Unreadable.__name__ in problems:  # first: if one process cannot read, what others find proves less
+        if Unreadable.__name__ in problems:  # first: if one process cannot read, errors of others prove less
             raise Unreadable(*problems[Unreadable.__name__])
         for kind in (Damaged, Suspect):
             if kind.__name__ in problems:
@@ -582,9 +590,9 @@ class Checkpoints:
         return items, meta
 
     def _read(self, step: int, abstract: dict[str, Any], suffix: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Each process reads by itself: in Orbax's barriers the others would wait for one that cannot read."""
+        """Reads a step without Orbax's barriers, in which the others would wait for a process that cannot read."""
         path = self._path(step, suffix)
-        # Process 0 chose the step. If it is incomplete here, this host has an older view of the file system, or none.
+        # Process 0 chose the step. If it is incomplete here, this host sees an older state of the file system, or none.
         if not self._is_complete(self.directory / f"{step}{suffix}"):
             raise Unreadable(
                 f"{path} is missing or incomplete on {platform.node()}; nothing was moved", Stopped.exit_code
@@ -596,7 +604,7 @@ class Checkpoints:
         try:
             with self._single_process():
                 return asyncio.run(_load_items(path, abstract)), meta
-        except (MemoryError, jax.errors.JaxRuntimeError):  # they say nothing about the files
+        except (MemoryError, jax.errors.JaxRuntimeError):  # not a problem of the files
             raise
         except Exception as e:  # a damaged file makes the reader raise many types
             raise reading.diagnose(path, e) from None
@@ -608,7 +616,7 @@ class Checkpoints:
         return context
 
     def _check_found(self, path: LiteralPath, meta: dict[str, Any], names: Iterable[str]) -> None:
-        """Compares what Orbax finds of the items `names` with what was saved: it would cast a dtype silently.
+        """Compares the arrays that Orbax finds in the items `names` with what was saved. (Orbax casts dtypes silently.)
 
         Raises Damaged, Suspect, Unreadable.
         """
@@ -642,12 +650,12 @@ class Checkpoints:
         """
 
         def move() -> None:
-            if self.mirror is not None:  # first: if this process dies in between, the run does not return to them
+            if self.mirror is not None:  # first, so that the run cannot return to them if this process dies
                 self.mirror.list_unwanted(steps)
             for step in steps:
                 target = self.directory / f"{step}{ASIDE}"
                 if not reading.is_there(self.directory / str(step)):
-                    continue  # an earlier try has moved it, or there is only a copy
+                    continue  # an earlier attempt has moved it, or only the mirror has it
                 _remove(target)
                 (self.directory / str(step)).rename(target)
                 log.warning("%s; %s is now %s", reason, self.directory / str(step), target.name)
@@ -666,14 +674,14 @@ class Checkpoints:
             if e.errno != errno.EXDEV:
                 raise
             with contextlib.suppress(OSError):
-                self.quarantine.rmdir()  # if it was made just now
+                self.quarantine.rmdir()  # remove it if it was made just now, and is empty
             target = _renamed(path, self.quarantine_there / name)
         log.error("%s; moved %s to %s", reason, path, target)
 
 
 @contextlib.contextmanager
 def _postponed() -> Iterator[None]:
-    """Postpones deletions, with a warning, if the file system fails: nothing is deleted while it cannot be read."""
+    """Postpones deletions, with a warning, if the file system fails; what cannot be read is not deleted."""
     try:
         yield
     except OSError as e:
@@ -686,7 +694,7 @@ def _renamed(path: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
 
 
 def _remove(path: pathlib.Path) -> None:
-    """Removes as much as possible. Of a symlink only the link: its target does not belong to the run."""
+    """Removes as much of `path` as possible. Of a symlink it removes only the link: the target is not the run's."""
     if path.is_symlink():
         path.unlink()
     else:
@@ -694,7 +702,7 @@ def _remove(path: pathlib.Path) -> None:
 
 
 async def _load_items(path: LiteralPath, abstract: dict[str, Any]) -> dict[str, Any]:
-    """As ocp.load_checkpointables, which counts its calls: after a retry on one process, saves would not match."""
+    """Like ocp.load_checkpointables, which counts its calls: after a retry on one process, saves would not match."""
     handler = ocp.handlers.PyTreeHandler()
     return {name: await (await handler.load(path / name, item)) for name, item in abstract.items()}
 
@@ -706,7 +714,7 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def _arrays(items: dict[str, Any]) -> dict[str, dict[str, list]]:
-    """By item and leaf, [kind, checksum]."""
+    """[kind, checksum] by item and leaf."""
     return {
         name: {leaf: [kind, checksum] for (leaf, kind), checksum in zip(_leaves(x).items(), checksums(x), strict=True)}
         for name, x in items.items()
@@ -714,7 +722,7 @@ def _arrays(items: dict[str, Any]) -> dict[str, dict[str, list]]:
 
 
 def _check_wanted(path: pathlib.PurePath, saved: dict[str, dict[str, Any]], abstract: dict[str, Any]) -> None:
-    """Raises ConfigError if leaves have another name, shape or dtype: the checkpoint is of another model."""
+    """Raises ConfigError if leaves have other names, shapes or dtypes: the checkpoint is of another model."""
     for name, wanted in abstract.items():
         there, here = _kinds(saved[name]), _leaves(wanted)
         if differing := [leaf for leaf in there | here if there.get(leaf) != here.get(leaf)]:
@@ -730,7 +738,7 @@ def _kinds(saved: dict[str, Any]) -> dict[str, str]:
 
 
 def _leaves(tree: Any) -> dict[str, str]:
-    """'layers.mlp.up' -> 'float32[2, 32, 96]'"""
+    """The kind of each leaf by name: 'layers.mlp.up' -> 'float32[2, 32, 96]'."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(k, simple=True, separator="."): f"{v.dtype}{list(v.shape)}" for k, v in leaves}
 

@@ -1,8 +1,8 @@
-"""How the processes of a run agree, through process 0 (trainer/reliability/rounds.py): no device takes part.
+"""How the processes of a run agree, through process 0 (trainer/reliability/rounds.py), without using devices.
 
 They agree on whether all are about to train the same thing (`check_same`, `run_on_all`), on what process 0 has found
 (`broadcast_from_0`), on the step after which a request of any process is taken up (`request`, `tick`), and on the error
-with which all exit when one does (`report_error`, `listen_for_errors`).
+with which all exit when one process fails (`report_error`, `listen_for_errors`).
 """
 
 import contextlib
@@ -27,14 +27,14 @@ log = logging.getLogger("meshlm")
 T = TypeVar("T")
 TIMEOUT_S = 300.0
 EXIT_BARRIER_S = 10.0  # how long process 0 waits for the others in exit_barrier()
-EXIT_DELAY_S = 0.5  # how long it then stays, so that they can exit
+EXIT_DELAY_S = 0.5  # how long process 0 then stays, so that the others can exit before it
 LONGEST_MESSAGE = 4000  # characters of an error that is sent to all
-MOST_VALUES = 10  # that distinct_values() sends to all
+MOST_VALUES = 10  # the most values that distinct_values() sends to all
 STOP, SAVE, END = "stop", "save", "end"
 
 
 class RemoteError(UserError):
-    """An error of another process, which ends this one, too. `process` is its number if only that one raised it."""
+    """An error of another process, which ends this one, too. `process` is its number if only one process raised it."""
 
     def __init__(self, message: str, exit_code: int, process: int | None = None):
         super().__init__(message)
@@ -46,13 +46,13 @@ class Processes:
     """All processes call every method except `request`, `report_error` and `remote_error`, in the same order.
 
     Args:
-      timeout_s: limit of an agreement until `watched_by` is called. The process that reaches it reports that to all, so
-        that none trains without the others.
-      index, size: of this process; None: as JAX counts.
-      store: the store that all share; None: that of JAX's coordination service.
+      timeout_s: time limit of an agreement until `watched_by` is called. A process that reaches the limit reports this
+        to all, so that no process trains without the others.
+      index, size: number of this process, and of processes; None: as JAX counts.
+      store: the store that all processes share; None: that of JAX's coordination service.
 
     Attributes:
-      index, size: of this process.
+      index, size: number of this process, and of processes.
       hosts: the name of each process's host, on process 0; empty on others.
     """
 
@@ -71,7 +71,7 @@ class Processes:
         self._store = store or ServiceStore()
         self._agreements = Rounds(self._store, "agreements", self.index, self.size)
         # Errors
-        self._known_error: UserError | None = None  # all processes have it already
+        self._known_error: UserError | None = None  # an error that all processes have received
         self._remote_error: RemoteError | None = None
         self._has_remote_error = threading.Event()
         self._error_listener: threading.Thread | None = None
@@ -81,19 +81,19 @@ class Processes:
         self._on_disconnect: Callable[[UserError], None] = lambda error: None
         self._tick_rounds = Rounds(self._store, "ticks", self.index, self.size)
         self._ticks = 0
-        self._due: dict[int, set[str]] = {}  # events by the tick at which they are taken up
-        self._tick_lock = threading.Lock()  # held while all agree on a tick: the loop waits in tick()
+        self._due: dict[int, set[str]] = {}  # events, by the tick at which they are taken up
+        self._tick_lock = threading.Lock()  # held while all agree on a tick, so that the loop waits in tick()
         self._event = 0  # number of the event that the listener waits for
-        self._event_lock = threading.Lock()  # held while a request is placed: the listener does not advance meanwhile
+        self._event_lock = threading.Lock()  # held while a request is placed, so that the listener waits
         self._listener: threading.Thread | None = None
         self._stopping = False
         self.hosts: list[str] = []
         self.hosts = self.gather("hosts", platform.node())
 
     def watched_by(self, waiting: Callable[[], AbstractContextManager[Any]]) -> None:
-        """From now on agreements have no limit, because a peer may save, or fetch a copy, for hours.
+        """From now on agreements have no time limit, because a peer may save, or fetch a copy, for hours.
 
-        The watchdog of a process ends it if it is stuck, and JAX's heartbeat ends all if one has died.
+        Instead, the watchdog of a process ends it if it is stuck, and JAX's heartbeat ends all if a process has died.
 
         Args:
           waiting: makes a context that is entered while this process waits for others.
@@ -104,11 +104,11 @@ class Processes:
     # Values
 
     def decide(self, name: str, value: Any, decision: Callable[[list[Any]], T]) -> T:
-        """What `decision`, called on process 0 only, returns for the values of all. Both are sent as JSON.
+        """What `decision`, called on process 0 only, returns for the values of all. Values and result are sent as JSON.
 
         Raises:
           UserError: `decision` raised it; all processes exit with its code.
-          Stopped: a process did not take part in time. Those that did raise this; `report_error` informs the others.
+          Stopped: a process did not take part in time. The others raise this, and `report_error` informs that process.
         """
         raised: list[UserError] = []
 
@@ -124,13 +124,13 @@ class Processes:
         text = json.dumps(value)
         try:
             found = json.loads(self._hold(text, answer))
-        except TimeoutError:  # the others do not know it yet
+        except TimeoutError:  # the others do not know this error yet
             raise Stopped(self._missing(name, [0])) from None
         if "decided" in found:
             return found["decided"]
         if "missing" in found:
             stopped = Stopped(found["missing"])
-            self._known_error = stopped if self.index else None  # process 0 reports it to those that were missing
+            self._known_error = stopped if self.index else None  # process 0 reports it to the missing ones
             raise stopped
         code, message = found["error"]
         self._known_error = (
@@ -158,9 +158,9 @@ class Processes:
         return values
 
     def distinct_values(self, name: str, value: str) -> list[str]:
-        """The distinct values of all: that of process 0 first, then by process; the first MOST_VALUES of them.
+        """The distinct values of all processes, in the order of processes, MOST_VALUES at most.
 
-        Even if many processes report a different problem each, the answer stays short.
+        The answer stays short even if many processes each report a different problem.
         """
         return self.decide(name, value, lambda values: list(dict.fromkeys(values))[:MOST_VALUES])
 
@@ -171,7 +171,7 @@ class Processes:
     def check_same(self, what: str, fields: dict[str, Any]) -> None:
         """Raises ConfigError on every process, naming hosts and fields, if `fields` are not the same on all.
 
-        Hashes are compared. If one differs, process 0 and the first process that differs send the fields themselves.
+        Processes send hashes. If one differs, process 0 and the first process that differs then send the fields.
         """
         text = json.dumps(fields, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -197,7 +197,7 @@ class Processes:
         return f"{self._named(i)} has another {what}: {shown}{more}; give all the same flags, files and versions"
 
     def run_on_all(self, what: str, function: Callable[[], T]) -> T:
-        """What `function` returns on this process. A UserError of any process ends all, with its exit code."""
+        """What `function` returns on this process. If any process raises a UserError, all end with its exit code."""
         value, error = None, None
         try:
             value = function()
@@ -217,7 +217,7 @@ class Processes:
         return value  # type: ignore[return-value]
 
     def run_on_process_0(self, what: str, function: Callable[[], T]) -> T | None:
-        """What `function` returns on process 0; None on others, which wait for it. Its UserError ends all."""
+        """What `function` returns on process 0; None on others, which wait for process 0. Its UserError ends all."""
         return self.run_on_all(what, lambda: function() if self.index == 0 else None)
 
     def broadcast_from_0(self, what: str, function: Callable[[], T]) -> T:
@@ -243,7 +243,7 @@ class Processes:
                     on_error(self._remote_error)
 
         def listen() -> None:
-            with contextlib.suppress(Stopped):  # the service is gone; the listener, or JAX itself, ends the process
+            with contextlib.suppress(Stopped):  # the service is gone: on_disconnect, or JAX, ends the process
                 wait()
 
         if self.size > 1:
@@ -258,7 +258,7 @@ class Processes:
         text = " ".join(str(error).split())[:LONGEST_MESSAGE]
         text = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}; see its log"
         report = [self.index, f"on {platform.node()} (process {self.index}): {text}", code]
-        with contextlib.suppress(Stopped, KeyTaken):  # no process listens any more; another process was first
+        with contextlib.suppress(Stopped, KeyTaken):  # no process listens, or another one was first
             self._store.set(f"{PREFIX}/error", json.dumps(report))
 
     def remote_error(self, within_s: float) -> RemoteError | None:
@@ -277,9 +277,9 @@ class Processes:
         """Starts to listen for requests. The functions are called once at most, on threads of their own.
 
         Args:
-          on_stop: as soon as this process hears that all should stop. They may never come to agree on a step.
-          on_early_stop: when all have agreed to stop, and no process has called tick() yet.
-          on_disconnect: when this process can no longer hear requests; must end it.
+          on_stop: called as soon as this process hears a request to stop. The processes may never agree on a step.
+          on_early_stop: called when all have agreed to stop, but no process has called tick() yet.
+          on_disconnect: called when this process can no longer hear requests. It must end the process.
         """
         self._on_stop = on_stop
         self._on_early_stop = on_early_stop
@@ -289,14 +289,14 @@ class Processes:
             self._listener.start()
 
     def request(self, event: str) -> None:
-        """Asks that tick() return `event` on all processes, at the same tick. From any thread of any process."""
+        """Asks that tick() return `event` on all processes, at the same tick. Any thread of any process may call it."""
         self._note(event)
         if self.size == 1:
             with self._tick_lock:
                 started = self._schedule(event, self._ticks)
             self._scheduled(event, started)
             return
-        # The first free number, counted from where the listener is. The listener does not advance meanwhile: it would
+        # Takes the first free number from the listener's number on. The listener must not advance meanwhile: it would
         # remove events that are done, and their numbers would seem free.
         with self._event_lock:
             for k in itertools.count(self._event):
@@ -304,13 +304,13 @@ class Processes:
                     return self._store.set(f"{PREFIX}/events/{k}", event)
 
     def tick(self) -> set[str]:
-        """The events that all take up now, as agreed. Called after every step and every batch of an evaluation."""
+        """The events that all take up at this tick. Called after every step, and after every batch of an evaluation."""
         with self._tick_lock:
             self._ticks += 1
             return self._due.pop(self._ticks, set())
 
     def close(self) -> None:
-        """Ends events and errors of others. All processes call it when the loop has ended."""
+        """Stops listening for requests and errors of others. All processes call this when the loop has ended."""
         if self._listener is not None:
             if self.index == 0:
                 self.request(END)
@@ -327,8 +327,8 @@ class Processes:
         """Barrier before os._exit, for processes that exit for the same reason.
 
         Process 0 hosts the coordination service, so it exits last. If `error` means that all should be started again,
-        a process may have died, and process 0 waits for none. (jax.distributed.shutdown would end the service while
-        another main thread is busy, and would wait for a process that exits for another reason.)
+        a process may have died, and process 0 does not wait for the others. (jax.distributed.shutdown would end the
+        service while another main thread is busy, and would wait for a process that exits for another reason.)
         """
         if self.size == 1:
             return
@@ -353,23 +353,23 @@ class Processes:
             raise
 
     def _agree_on_tick(self, event: str) -> None:
-        """As in JAX's preemption service, all loops are held, and the event is due at the tick after the furthest.
+        """As in JAX's preemption service, all loops are held, and the event is due one tick after the furthest of them.
 
-        There is no limit. A loop that is held for too long is a step that takes too long, which the watchdog ends; a
-        limit here would expire on some processes and not on others.
+        This has no time limit, which would expire on some processes but not on others. If a loop is held for too long,
+        its step takes too long, and the watchdog ends the process.
         """
         self._note(event)
         with self._tick_lock:
             furthest = self._tick_rounds.hold(str(self._ticks), lambda ticks: str(max(int(t) for t in ticks if t)))
             started = self._schedule(event, int(furthest))
         self._scheduled(event, started)
-        if self.index == 0 and self._event:  # every process that takes part in this one is past the one before
+        if self.index == 0 and self._event:  # all that agreed on this event are past the one before
             self._store.remove(f"{PREFIX}/events/{self._event - 1}")
         with self._event_lock:
             self._event += 1
 
     def _schedule(self, event: str, furthest: int) -> bool:
-        """Makes the event due; returns whether a process has called tick() already."""
+        """Makes the event due at the tick after `furthest`; returns whether any process has called tick() already."""
         self._due.setdefault(furthest + 1, set()).add(event)
         return furthest > 0
 

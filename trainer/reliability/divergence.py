@@ -1,5 +1,4 @@
-"""Detects bad steps on the device: with a policy of skip or rollback a bad update is not applied. The loop acts on the
-metrics.
+"""If needs_guard, detects bad steps on the device, and does not apply their updates. The loop acts on the metrics.
 
 The guard is part of the training state: a flat dict of scalars, the same on every device. It has the running mean and
 variance, over good steps, of the loss and of the logarithm of the gradient norm. For the first `window` steps these are
@@ -14,10 +13,10 @@ from jax import Array
 
 from trainer.config import DivergenceConfig
 
-# Floor of the standard deviation. Both quantities are in log space (the loss is log perplexity), so one value suits
-# both: when training is very flat, a rise below spike_z x 0.01 is noise.
+# Floor of the standard deviation. The loss (log perplexity) and the logarithm of the gradient norm are both in log
+# space, so one value suits both: when training is very flat, a rise below spike_z x 0.01 is noise.
 STD_FLOOR = 0.01
-LARGEST = 1e18  # larger losses are clipped to this: its square is still finite in float32
+LARGEST = 1e18  # larger losses are clipped to this, whose square is still finite in float32
 
 
 CONTINUE, SKIP, ROLLBACK, STOP = "continue", "skip", "rollback", "stop"  # the last three: values of config.divergence
@@ -31,7 +30,7 @@ class Verdict(NamedTuple):
 
 
 def needs_guard(config: DivergenceConfig) -> bool:
-    """Whether bad steps are detected on the device. Without, a step that is not finite stops the run or rolls back."""
+    """Whether the device detects bad steps. If not, a step that is not finite makes the loop stop or roll back."""
     return config.spike != "ignore" or config.not_finite == "skip"
 
 
@@ -60,8 +59,8 @@ def detect(
 
     Returns metrics:
       train/skipped: 1.0 if the step is bad.
-      train/loss_z, train/grad_norm_z: standard deviations above the mean; 0 if not known: before `window` good steps,
-        and for a step that is not finite.
+      train/loss_z, train/grad_norm_z: standard deviations above the mean; 0 if not known, which is before `window` good
+        steps and for a step that is not finite.
       train/bad_in_a_row: int32, consecutive bad steps, this one included.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -101,7 +100,7 @@ def verdict(config: DivergenceConfig, values: dict[str, float]) -> Verdict:
     loss, grad, param = (values[f"train/{name}"] for name in ("loss", "grad_norm", "param_norm"))
     if not all(map(math.isfinite, (loss, grad, param))):
         reason = f"is not finite: loss {loss:.4g}, gradient norm {grad:.4g}, parameter norm {param:.4g}"
-        # Parameters that are not finite stay so, whatever is skipped.
+        # Parameters that are not finite stay so, whichever update is skipped.
         action = config.not_finite if math.isfinite(param) else action_for_state(config)
     elif values.get("train/skipped"):
         z = ", ".join(f"{name} {values[f'train/{name}_z']:.1f}" for name in ("loss", "grad_norm"))
@@ -116,5 +115,5 @@ def verdict(config: DivergenceConfig, values: dict[str, float]) -> Verdict:
 
 
 def action_for_state(config: DivergenceConfig) -> str:
-    """STOP or ROLLBACK for a state whose loss is not finite: leaving out an update does not help."""
+    """STOP or ROLLBACK for a state whose loss is not finite. (To skip an update would not help.)"""
     return ROLLBACK if config.not_finite == ROLLBACK else STOP

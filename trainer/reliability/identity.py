@@ -17,7 +17,7 @@ from trainer.reliability import reading
 from trainer.reliability.reading import Damaged
 from trainer.reliability.restarts import METADATA_FILE
 
-MAX_LEN = "config.model.max_seq_len:"  # longer texts than those of the first training
+MAX_LEN = "config.model.max_seq_len:"  # may differ: a converted model may be trained on other lengths
 STEP = re.compile("0|[1-9][0-9]{0,17}")  # the name of a step's folder
 
 
@@ -26,7 +26,7 @@ def digest(value: dict[str, Any]) -> str:
 
 
 def meta_from(raw: bytes) -> dict[str, Any]:
-    """The meta of a step from Orbax's metadata file. Raises ValueError if it is not what was saved."""
+    """The meta of a step in the content of Orbax's metadata file. Raises ValueError if it is not what was saved."""
     try:
         meta = json.loads(raw.decode())["custom_metadata"]
         if meta.pop("digest") != digest(meta):
@@ -50,7 +50,7 @@ def read_meta(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def newest_meta(checkpoints: pathlib.Path) -> dict[str, Any] | None:
-    """The meta of the newest step that has an undamaged one; None if there is none. Raises Unreadable."""
+    """The meta of the newest step whose metadata is not damaged; None if there is no such step. Raises Unreadable."""
 
     def find() -> dict[str, Any] | None:
         if not reading.is_there(checkpoints):
@@ -59,7 +59,7 @@ def newest_meta(checkpoints: pathlib.Path) -> dict[str, Any] | None:
         for step in sorted(names, reverse=True):
             try:
                 return read_meta(checkpoints / str(step))
-            except Damaged:  # the restore finds and reports it
+            except Damaged:  # the restore reports it
                 continue
         return None
 
@@ -85,12 +85,12 @@ def check(meta: dict[str, Any], config: Config, data: sources.Sources, where: ob
 
 
 def is_converted(meta: dict[str, Any]) -> bool:
-    """Whether launch.convert made the checkpoint, and nothing was trained yet: any data and any training will do."""
+    """Whether launch.convert made the checkpoint, and it was not trained yet, so it fits any data and training."""
     return meta["data_fingerprint"] is None
 
 
 def refused_changes(meta: dict[str, Any], config: Config) -> list[str]:
-    """The differences to the configuration of a checkpoint that no flag allows, as trainer.config.changes has them."""
+    """The changes to the configuration of a checkpoint that no flag allows, as lines of trainer.config.changes."""
     refused = changes(from_dict(meta["config"], recorded=True), config)["refused"]
     if not is_converted(meta):
         return refused
@@ -99,7 +99,7 @@ def refused_changes(meta: dict[str, Any], config: Config) -> list[str]:
 
 def check_tokenizer(meta: dict[str, Any], tokenizer: tokenizers.Tokenizer | None, where: object) -> None:
     """Raises ConfigError if the tokenizer is not the checkpoint's. A run without one may get one later."""
-    trained_with = meta.get("tokenizer_sha256")  # None also in checkpoints of earlier versions, which lack it
+    trained_with = meta.get("tokenizer_sha256")  # also None for a checkpoint of an earlier version, which lacks it
     if trained_with is None or (found := tokenizer_sha256(tokenizer)) == trained_with:
         return
     here = f"this one is {found[:12]}…" if found else "none is named here"
@@ -110,7 +110,7 @@ def check_tokenizer(meta: dict[str, Any], tokenizer: tokenizers.Tokenizer | None
 
 
 def tokenizer_sha256(tokenizer: tokenizers.Tokenizer | None) -> str | None:
-    """Hash of the tokenizer's content and of its own file, if it has one."""
+    """Hash of the tokenizer's content and of its standard file, if it has one."""
     if tokenizer is None:
         return None
     content, file = tokenizer.to_json(), tokenizer.file()

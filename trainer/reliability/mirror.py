@@ -1,15 +1,16 @@
 """A second place for checkpoints: a folder, or gs://… or s3://… through TensorStore.
 
-    MIRROR/mirror.json           {"id": random, set when it is created; "of": [its run directory, its own place]}
-    MIRROR/config.json           the configuration of the run that it belongs to
-    MIRROR/checkpoints/<step>/…  the files of RUN/checkpoints/<step>; Orbax's metadata is copied last and completes it
+    MIRROR/mirror.json           {"id": random, set when it is created; "of": [run directory, place of the mirror]}
+    MIRROR/config.json           the configuration of the run that the mirror belongs to
+    MIRROR/checkpoints/<step>/…  the files of RUN/checkpoints/<step>; Orbax's metadata comes last and completes a copy
 
 Nothing is copied to, read from or deleted in a place without that id, because an unmounted file system leaves an empty
-folder. Process 0 copies, on a thread, one step at a time; a step that is superseded while it waits is skipped.
+folder. A thread of process 0 copies one step at a time. If another step is offered before a copy begins, only the newer
+one is copied.
 
 RUN/mirrors.json has, for each mirror that the run has had, the steps whose copies are to be deleted, and the step that
-is being copied. It is written before anything that relies on it, and a step is removed from it only when its copy is
-known to be deleted: after a rollback no later start is offered a copy of a step that was rolled back past.
+is being copied. The file is written before anything that relies on it, and a step is removed from it only when its copy
+is known to be deleted. So after a rollback, no start restores the copy of a step that was rolled back past.
 """
 
 import errno
@@ -35,7 +36,7 @@ from trainer.reliability.restarts import METADATA_FILE
 
 log = logging.getLogger("meshlm")
 TIMEOUT_S = 600  # for one file
-PIECE_BYTES = 16 << 20  # read at a time
+PIECE_BYTES = 16 << 20  # bytes to read at a time
 MARK = "mirror.json"
 MIRRORS = "mirrors.json"  # in the run directory
 OF_A_RUN = ("environment.json", "command.txt")  # files that run directories have and mirrors do not
@@ -44,16 +45,17 @@ Keep = Callable[[set[int]], set[int]]
 
 
 class Mirror:
-    """Copies of the checkpoints in `source`. For process 0 only.
+    """Copies of the checkpoints in `source`. Only process 0 has this.
 
     Args:
       location: folder or URL.
       source: RUN/checkpoints.
-      config: of the run.
-      check: called with the meta of the newest copy before anything is written; raises an error if it does not fit.
+      config: the configuration of the run.
+      check: called with the meta of the newest copy before anything is written; raises an error if the meta does not
+        fit the run.
       newest: the newest step in `source`; None if there is none.
-      strict: whether settings that need --allow_config_change must be those of the mirror's config.json if the mirror
-        has a later copy than `newest`; False with that flag.
+      strict: whether settings that need --allow_config_change must equal those of the mirror's config.json if the
+        mirror has a later copy than `newest`; False if the flag is given.
 
     Attributes:
       copying: the step being copied, or None.
@@ -85,7 +87,7 @@ class Mirror:
         self._waiting: tuple[int, Keep] | None = None
         self._changed = threading.Condition()
         self._list_path = source.parent / MIRRORS
-        self._id = secrets.token_hex(8)  # replaced by the id of the mirror if it exists
+        self._id = secrets.token_hex(8)  # replaced by the mirror's id if the mirror exists
         place = self.location if remote.is_remote(location) else str(pathlib.Path(location).resolve())
         self._of = [str(source.parent.resolve()), place]
         self._mirrors = reading.patiently(self._read_mirrors, self._list_path)
@@ -119,7 +121,7 @@ class Mirror:
             raw = self._read(f"checkpoints/{step}/{METADATA_FILE}") or b""
             try:
                 meta = identity.meta_from(raw)
-            except ValueError:  # a damaged copy, which the restore would find
+            except ValueError:  # the copy is damaged, which a restore would report
                 continue
             check(meta)
             break
@@ -128,10 +130,10 @@ class Mirror:
         self._write(MARK, json.dumps({"id": self._id, "of": self._of}).encode())
         self._write("config.json", to_json(config).encode())
         if (unfinished := self._here.unfinished) is not None:
-            self._record(unwanted={unfinished} - self.copies, unfinished=None)  # that copy was started and not finished
+            self._record(unwanted={unfinished} - self.copies, unfinished=None)  # the copy was not finished
 
     def _check_run(self, mark: str | None, of: Any) -> None:
-        """Raises ConfigError if this run directory is a copy of another one, to which the mirror still belongs."""
+        """Raises ConfigError if this run directory is a copy of another, which still owns the mirror."""
         if mark not in self._mirrors or of == self._of:
             return
         try:
@@ -141,7 +143,7 @@ class Mirror:
         except (OSError, ValueError, TypeError, RecursionError):
             return  # the run was moved, or an earlier version wrote the mark
         if place != self._of[1]:
-            return  # the mirror was copied as well
+            return  # the mirror was copied together with the run
         if is_theirs:
             raise ConfigError(
                 f"config.checkpoint.mirror = {self.location} is the mirror of {run}, of which this run directory is a "
@@ -195,19 +197,19 @@ class Mirror:
 
     @staticmethod
     def _clear_leftovers(folder: pathlib.Path, is_ours: bool) -> None:
-        """Deletes partial files of copies that were killed: TensorStore would write over them without truncation."""
+        """Deletes partial files of copies that were killed, because TensorStore would not truncate them."""
         steps = [path for path in folder.glob("checkpoints/*") if is_ours and _step(path.name) is not None]
         partial = f"*{PARTIAL}"
         for leftover in [folder / f"config.json{PARTIAL}", *(path for step in steps for path in step.rglob(partial))]:
             leftover.unlink(missing_ok=True)
 
-    # Copying there
+    # Copying to the mirror
 
     def offer(self, step: int, keep: Keep) -> None:
-        """Copies `step` after the current copy, then deletes copies that need not stay.
+        """Copies `step` when the current copy is finished, then deletes copies that need not stay.
 
         Args:
-          keep: returns which of the given steps, those that have copies, should stay.
+          keep: called with the steps that have copies; returns those whose copies stay.
         """
         with self._changed:
             self._waiting = step, keep
@@ -225,9 +227,9 @@ class Mirror:
                 (self.copying, keep), self._waiting = self._waiting, None
             try:
                 self._copy(self.copying)
-            except Exception as e:  # of any type: training and later copies continue
+            except Exception as e:  # after an error of any type, training and later copies continue
                 log.error("checkpoint at step %d was NOT copied to %s: %s", self.copying, self.location, _line(e))
-                self.copying = None  # what was copied can be deleted
+                self.copying = None  # clean_up can delete what was copied
             try:
                 self.clean_up(keep)
             except Exception as e:
@@ -238,7 +240,7 @@ class Mirror:
         self._check_there()
         self._record(unfinished=step)
         try:
-            self._delete(step)  # an older copy under this number, from before a rollback
+            self._delete(step)  # an older copy with this number, from before a rollback
             self._record(wanted={step})
             folder = self.source / str(step)
             files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != METADATA_FILE)
@@ -252,7 +254,7 @@ class Mirror:
 
     def _copy_file(self, path: pathlib.Path, key: str) -> None:
         if remote.is_remote(self.location):
-            # Its clients need all of an object at once; Orbax's files have 2 GB at most.
+            # Clients of object stores need all of an object at once; Orbax's files have 2 GB at most.
             self._write(key, path.read_bytes())
             return
         with names.open_parent(pathlib.Path(self.location), key) as (folder, last):
@@ -264,26 +266,26 @@ class Mirror:
             os.rename(partial, last, src_dir_fd=folder, dst_dir_fd=folder)
 
     def clean_up(self, keep: Keep) -> None:
-        """Deletes the copies of other steps; all stay if the mirror cannot be listed."""
+        """Deletes the copies that `keep` does not return. If the mirror cannot be listed, all stay."""
         existing = self.complete_copies() - self._here.unwanted
         self._record(unwanted=existing - keep(existing) - {self.copying})
         self.delete_unwanted()
 
     def list_unwanted(self, steps: Iterable[int]) -> None:
-        """Lists these steps, copied or not, as unwanted: their copies are not offered any more. Raises OSError."""
+        """Lists `steps` as unwanted in all mirrors of the run, so that no copy of them is restored. Raises OSError."""
         self._record(unwanted=set(steps), everywhere=True)
 
     def delete_unwanted(self) -> None:
-        """Deletes the copies that are listed as unwanted, except the one being copied; those that fail stay listed."""
+        """Deletes the copies listed as unwanted, except the current one. If a deletion fails, the copy stays listed."""
         for step in sorted(self._here.unwanted - {self.copying}):
             try:
                 self._delete(step)
-                self._record(wanted={step})  # takes it off the list
+                self._record(wanted={step})  # takes the step off the list
             except _ERRORS as e:
                 log.warning("the copy of step %d in %s could not be deleted: %s", step, self.location, _line(e))
 
     def _delete(self, step: int) -> None:
-        """Deletes a copy, first the file that completes it."""
+        """Deletes a copy; first the metadata file, without which the copy is not complete."""
         self._check_there()
         self._store.write(f"checkpoints/{step}/{METADATA_FILE}", None).result(TIMEOUT_S)
         self._store.delete_range(_range(f"checkpoints/{step}/")).result(TIMEOUT_S)
@@ -295,9 +297,9 @@ class Mirror:
     def _record(
         self, *, unwanted: Iterable[int] = (), wanted: Iterable[int] = (), everywhere: bool = False, **unfinished: Any
     ) -> None:
-        """Changes what is known of the copies in this mirror, or `everywhere`, in all that the run has had.
+        """Changes what is known of the copies in this mirror or, if `everywhere`, in all mirrors that the run has had.
 
-        The file is written first.
+        mirrors.json is written first.
         """
         with self._changed:
             changed = {
@@ -335,12 +337,12 @@ class Mirror:
         return self._thread is not None
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> None:
-        """Waits until no step is being copied, `timeout_s` at most."""
+        """Waits until no step is being copied and no copy deleted, `timeout_s` at most."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._thread is None, timeout_s):
                 log.error("step %s is not yet copied to %s after %.0f s", self.copying, self.location, timeout_s)
 
-    # Copying back
+    # Copying from the mirror
 
     def steps(self) -> list[int]:
         """The steps with complete copies, newest first, without those that are listed as unwanted.
@@ -350,13 +352,13 @@ class Mirror:
         try:
             return sorted(self._list() - self._here.unwanted, reverse=True)
         except _ERRORS as e:
-            if not self.copies:  # there were none, and nothing else writes there
+            if not self.copies:  # the mirror had no copies, and only this process writes there
                 return []
             reason = f"cannot list {self.location}: {_line(e)}; start again when it answers"
             raise (Unreadable(reason, Stopped.exit_code) if reading.passes(e) else CheckpointError(reason)) from None
 
     def complete_copies(self) -> set[int]:
-        """The steps with complete copies; empty, with a warning, if they cannot be listed."""
+        """The steps with complete copies. If they cannot be listed, this logs a warning and returns an empty set."""
         try:
             return self._list()
         except _ERRORS as e:
@@ -383,7 +385,7 @@ class Mirror:
     def fetch(self, step: int, suffix: str = "") -> bool:
         """Copies `step` into the run, as <step><suffix>; False, with a line in the log, if the copy is damaged.
 
-        Raises Unreadable if it cannot be read: then no older step may be used instead.
+        Raises Unreadable if the copy cannot be read, because no older step may be used instead in that case.
         """
         partial = self.source / f"{step}.orbax-checkpoint-tmp-mirror"
 
@@ -442,7 +444,7 @@ def _step_of(key: str) -> int | None:
 
 
 def _step(name: str) -> int | None:
-    """The step of a folder's name; None if it is another name."""
+    """The step that a folder's name means; None if it is not the name of a step."""
     return int(name) if re.fullmatch("0|[1-9][0-9]{0,17}", name) else None
 
 

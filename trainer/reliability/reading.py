@@ -1,7 +1,7 @@
 """What a read error proves: that a file is damaged, or only that it cannot be read here and now.
 
-A file is damaged if what was read is wrong: a checksum, a digest, a length, a missing file. An error of the operating
-system (EIO, ESTALE, EMFILE, EACCES, …) proves nothing about the file, whatever type a library gives it.
+A file is damaged if its checksum, its digest or its length is wrong, or if the file is missing. An error of the
+operating system (EIO, ESTALE, EMFILE, EACCES, …) proves nothing about the file, whatever type a library gives it.
 """
 
 import errno
@@ -16,11 +16,11 @@ from typing import TypeVar
 from trainer.errors import CheckpointError, ConfigError, Stopped
 
 T = TypeVar("T")
-PAUSES_S = (0.5, 2.0, 8.0)  # before retries
+PAUSES_S = (0.5, 2.0, 8.0)  # pauses before retries
 MISSING = (errno.ENOENT, errno.ENOTDIR)
 FORBIDDEN = (errno.EACCES, errno.EPERM)
 NOT_A_FILE = (errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
-# Errors of writing for which a retry does not help.
+# Errors of writing that a retry cannot cure.
 LASTING = (
     *MISSING,
     *FORBIDDEN,
@@ -31,10 +31,11 @@ LASTING = (
     errno.EEXIST,
     errno.EINVAL,
 )
-# TensorStore's words for truncated, changed and missing files, and for an error of the operating system.
+# TensorStore's words for truncated, changed and missing files; and those with which it reports the operating system's
+# error number.
 WRONG = re.compile(r"\b(DATA_LOSS|OUT_OF_RANGE|NOT_FOUND)\b")
 OS_ERROR = re.compile(r"os_error_code='(\d+)'")
-# Its words for errors of an object store: those that last, and those that may pass.
+# TensorStore's words for errors of an object store: the errors that last, and those that may pass.
 STORE_LASTING = re.compile(r"\b(PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND|FAILED_PRECONDITION|UNIMPLEMENTED)\b")
 STORE_PASSING = re.compile(
     r"\b(ABORTED|UNAVAILABLE|DEADLINE_EXCEEDED|CANCELLED|RESOURCE_EXHAUSTED|INTERNAL|UNKNOWN)\b|no answer within"
@@ -46,11 +47,11 @@ class Damaged(CheckpointError):
 
 
 class Suspect(CheckpointError):
-    """The reader failed, and the reason is not proved: damage, or another version of a library."""
+    """The reader failed, but the cause is not proved: it may be damage, or another version of a library."""
 
 
 class Unreadable(CheckpointError):
-    """The operating system refused to read. Exits with 42, since the same command may work later, unless it lasts."""
+    """The operating system refused to read. If that may pass, the exit code is 42: the same command may work later."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
@@ -71,7 +72,7 @@ def diagnose(path: os.PathLike[str], error: BaseException) -> Damaged | Suspect 
         if code is not None and code not in MISSING:
             return cannot_read(OSError(code, os.strerror(code)), path)
     reason = " ".join(f"{type(chain[-1]).__name__}: {chain[-1]}".split())[:300]
-    try:  # Orbax reports a file that it has no permission for as missing
+    try:  # Orbax reports a file as missing if it lacks the permission to read it
         _read_a_byte_of_each_file(path)
     except OSError as e:
         return cannot_read(e, path)
@@ -82,7 +83,7 @@ def diagnose(path: os.PathLike[str], error: BaseException) -> Damaged | Suspect 
 
 
 def patiently(function: Callable[[], T], path: os.PathLike[str]) -> T:
-    """What `function` returns. It is retried if it cannot read, and once if it finds damage.
+    """What `function` returns. It is called again if it cannot read, and once more if it finds damage.
 
     Raises Damaged, Suspect, Unreadable.
     """
@@ -104,7 +105,7 @@ def patiently(function: Callable[[], T], path: os.PathLike[str]) -> T:
 
 
 def passes(error: BaseException) -> bool:
-    """Whether a retry may succeed later, by the error's number or by the message of an object store's client."""
+    """Whether a later retry may succeed, judged by the error's number or by the message of an object store's client."""
     code, text = _os_code(error), str(error)
     if code is not None:
         return code not in LASTING
@@ -114,7 +115,7 @@ def passes(error: BaseException) -> bool:
 
 
 def again(function: Callable[[], T], errors: tuple[type[Exception], ...] = (OSError,)) -> T:
-    """What `function` returns. It is retried if it raises one of `errors` that may pass."""
+    """What `function` returns. It is called again if it raises one of `errors` and that may pass."""
     for pause_s in PAUSES_S:
         try:
             return function()
@@ -126,11 +127,11 @@ def again(function: Callable[[], T], errors: tuple[type[Exception], ...] = (OSEr
 
 
 def writing(function: Callable[[], T], path: os.PathLike[str], what: str = "cannot use") -> T:
-    """What `function` returns. It writes files, or reads files other than those of checkpoints; it may be retried.
+    """What `function` returns. It writes files, or reads files other than those of checkpoints. It may be called again.
 
     Args:
-      path: named in the message if the error does not have a file name.
-      what: start of the message; the file follows.
+      path: the file that the message names if the error has no file name.
+      what: the beginning of the message; the name of the file follows.
 
     Raises:
       ConfigError: the error lasts.
@@ -148,7 +149,7 @@ def writing(function: Callable[[], T], path: os.PathLike[str], what: str = "cann
 
 
 def is_there(path: pathlib.Path) -> bool:
-    """As exists(), which in some versions of Python is False if permission is denied. Raises OSError."""
+    """Like exists(), which however is False in some versions of Python if permission is denied. Raises OSError."""
     try:
         path.stat()
     except OSError as e:

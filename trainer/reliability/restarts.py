@@ -1,8 +1,8 @@
-"""The restart log of a run: one row for each attempt, that is, each start of its command; and the goodput of all.
+"""The restart log of a run, with one row for each attempt, that is, each start of its command; and the run's goodput.
 
     RUN/lives.jsonl (of process 0), RUN/lives.<process>.jsonl
 
-launch/supervise.py writes them. This module imports neither JAX nor Orbax: a supervisor has to work without them.
+launch/supervise.py writes these files. This module imports neither JAX nor Orbax: a supervisor must work without them.
 """
 
 import bisect
@@ -26,7 +26,7 @@ log = logging.getLogger("meshlm")
 
 METADATA_FILE = "_CHECKPOINT_METADATA"  # Orbax writes it last into the folder of a step
 STEP_TIME, COMPILE_TIME = "perf/step_time_s", "perf/compile_s"
-MOST_SHOWN = 20  # rows of the table
+MOST_SHOWN = 20  # how many rows a table shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Attempt:
     """One start of the command, and one row of the log. The names of the fields are those of the file.
 
     Attributes:
-      life: number of the attempt, from 1, counted over all supervisors of the run.
-      waited: seconds between the previous attempt and this one; 0 for the first one of a supervisor.
+      life: number of the attempt, counted from 1 over all supervisors of the run.
+      waited: seconds between the previous attempt and this one; 0 for the first attempt of a supervisor.
       code: exit code; 128 + n if signal n killed the process.
-      first_step, last_step: newest committed step before and after.
-      lost_steps: steps that this attempt did past last_step, as far as metrics.jsonl has rows for them.
+      first_step, last_step: the newest committed step before and after the attempt.
+      lost_steps: number of steps past last_step that this attempt finished, as far as metrics.jsonl has rows of them.
       goodput: of all attempts up to this one; None if it is not known.
     """
 
@@ -59,7 +59,7 @@ KINDS = {int: ("life", "code", "first_step", "last_step", "lost_steps"), float: 
 
 
 def newest_step(run_dir: pathlib.Path) -> int:
-    """The newest committed step of a run; 0 if there is none, or if that cannot be read."""
+    """The newest committed step of a run; 0 if there is none, or if the folder cannot be read."""
     try:
         return newest_committed(run_dir)
     except OSError:
@@ -85,7 +85,7 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
 def rows_in(raw: bytes) -> list[dict[str, Any]]:
     """The rows in the content of a .jsonl file; malformed lines are skipped."""
     rows = []
-    for line in raw.split(b"\n")[:-1]:  # after the last line feed there is a torn line, or nothing
+    for line in raw.split(b"\n")[:-1]:  # what follows the last line feed is a torn line, or empty
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -120,13 +120,13 @@ def _is_seconds(value: object) -> bool:
 
 
 def goodput(rows: Sequence[dict[str, Any]], attempts: Sequence[Attempt]) -> float | None:
-    """Time of the steps that were kept / time of all attempts and the waits between them; None if that is 0.
+    """The time of the steps that were kept / the time of all attempts and of the waits between them; None if that is 0.
 
     Args:
-      rows: of metrics.jsonl. A row's step time is that of the steps since the row before. Steps after the last row
-        have no time, and do not count. A row of the first step only is skipped, because it is mostly compilation: the
-        next row counts for both.
-      attempts: in their order. Steps that belong to none of them, or were lost later, do not count.
+      rows: the rows of metrics.jsonl. A row has the mean time of the steps since the previous row. Steps after the last
+        row have no known time, and do not count. A row that has only the first step is skipped, because that is mostly
+        compilation; the next row's step time counts for that step, too.
+      attempts: the attempts, in order. Steps that belong to no attempt, or were lost later, do not count.
     """
     wall = sum(attempt.seconds + attempt.waited for attempt in attempts)
     if not wall:
@@ -156,7 +156,7 @@ def _has_step_time(row: dict[str, Any]) -> bool:
 
 
 class RestartLog:
-    """The attempts of a run, in their file; and the one that is running, from begin() to end().
+    """The file with the attempts of a run, and the attempt that is running, from begin() to end().
 
     Nothing is written before the run has its config.json, because the trainer refuses a folder that is not empty and
     not a run. Rows that cannot be written are kept, and written with the next one.
@@ -175,21 +175,21 @@ class RestartLog:
         self._metrics_before: tuple[int, ...] | None = None
 
     def begin(self) -> None:
-        """An attempt starts."""
+        """Starts an attempt."""
         self._start = _now()
         self._start_s = time.monotonic()
         self._first_step = newest_step(self.run_dir)
         self._metrics_before = _version(self.metrics)
 
     def end(self, returncode: int) -> Attempt:
-        """The attempt has ended; writes its row.
+        """Ends the attempt and writes its row.
 
         Args:
-          returncode: as of subprocess: -n if signal n killed the process.
+          returncode: that of subprocess: -n if signal n killed the process.
         """
         now, last_step, rows = time.monotonic(), newest_step(self.run_dir), read_rows(self.metrics)
         reached = max((row["step"] for row in rows if _is_count(row.get("step"))), default=0)
-        if _version(self.metrics) == self._metrics_before:  # rows past the last step are those of an earlier attempt
+        if _version(self.metrics) == self._metrics_before:  # all rows are those of earlier attempts
             reached = 0
         attempt = Attempt(
             life=max((earlier.life for earlier in self.attempts), default=0) + 1,
@@ -215,7 +215,7 @@ class RestartLog:
         try:
             with self.path.open("a+b") as f:
                 f.seek(0)
-                f.truncate(f.read().rfind(b"\n") + 1)  # a torn line, if there is one
+                f.truncate(f.read().rfind(b"\n") + 1)  # cuts off a torn line, if there is one
                 f.writelines(json.dumps(dataclasses.asdict(row)).encode() + b"\n" for row in self._unwritten)
                 files.close_durably(f)
         except OSError as e:
@@ -229,7 +229,7 @@ def _now() -> str:
 
 
 def _version(path: pathlib.Path) -> tuple[int, ...] | None:
-    """What changes when a file is written to; None if it cannot be read."""
+    """A value that changes when the file is written; None if it cannot be read."""
     try:
         found = path.stat()
     except OSError:
@@ -248,7 +248,7 @@ def cause(returncode: int) -> str:
 
 
 def table(attempts: Sequence[Attempt], since: int = 0) -> list[str]:
-    """Lines for people: a table of attempts[since:], MOST_SHOWN at most, then one line about all of them."""
+    """Lines for people: a table of attempts[since:], of which it shows MOST_SHOWN at most, then one line about all."""
     lines = ["attempt  cause             steps                 lost   seconds    waited"]
     for attempt in attempts[since:][-MOST_SHOWN:]:
         steps = f"{attempt.first_step} to {attempt.last_step}"

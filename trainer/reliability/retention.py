@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, and when the next timed save is due. Pure; process 0 decides for all."""
+"""Which checkpoints are kept, and when the next timed save is due. No I/O; process 0 decides for all."""
 
 import collections
 import math
@@ -8,13 +8,13 @@ from types import MappingProxyType
 
 from trainer.config import CheckpointConfig
 
-RETRY_S = 10.0  # after a failed save; doubled with each further failure
-STALLS = 5  # saves whose median stall counts: a single slow save does not mean that the disk is slow
-LONGEST_INTERVAL = 3  # x every_minutes: what a preemption without warning may cost, even if saves are slow
+RETRY_S = 10.0  # the pause after a failed save; it doubles with each further failure
+STALLS = 5  # the last saves, whose median stall counts: one slow save does not mean that the disk is slow
+LONGEST_INTERVAL = 3  # x every_minutes: the most that a preemption without warning may cost, even if saves are slow
 
 
 def planned(step: int, config: CheckpointConfig) -> bool:
-    """Whether a run that is not stopped has this step, too. With timed saves any step may be one of its steps."""
+    """Whether a run that is not stopped saves this step, too. With timed saves, it may save any step."""
     every = [n for n in (config.every_steps, config.keep_every_steps) if n]
     return bool(config.every_minutes) or not every or any(step % n == 0 for n in every)
 
@@ -27,9 +27,9 @@ def kept(
     """The steps to keep: the last planned ones, the newest, the permanent ones and the best ones.
 
     Args:
-      steps: committed steps with their val/loss, None if not evaluated. A loss that is not finite is never the best.
-      windows: eval.num_windows of the losses, by step; steps that are missing share one more value. Only losses over
-        the same number of windows are compared, and the best ones of each number are kept.
+      steps: committed steps with their val/loss; None if not evaluated. A loss that is not finite is never the best.
+      windows: by step, eval.num_windows of the loss; all missing steps count as having the same number. Only losses
+        over the same number of windows are compared, and the best ones of each number are kept.
     """
     ordered = sorted(steps)
     keep = {*[step for step in ordered if planned(step, config)][-config.keep_last :], *ordered[-1:]}
@@ -45,11 +45,11 @@ def kept(
 class SaveClock:
     """When a timed save is due: after every_minutes, later if saves are slow, sooner if the last one failed.
 
-    `now` is always that of one monotonic clock, in seconds.
+    Each `now` is a time of the same monotonic clock, in seconds.
 
     Attributes:
-      last: when the last save was started, or the run.
-      saving: whether a save was started whose end was not reported yet.
+      last: when the last save was started; before the first save, when the run was started.
+      saving: whether a save was started, and its end was not reported yet.
       stalls: seconds for which the last saves stalled the loop.
     """
 
@@ -64,7 +64,7 @@ class SaveClock:
 
     @property
     def interval_s(self) -> float:
-        """Long enough that the usual stall is at most config.max_share of it, within limits."""
+        """Seconds between timed saves: the median stall is at most config.max_share of them, within limits."""
         wanted_s = 60 * self.config.every_minutes
         usual_s = statistics.median(self.stalls) if self.stalls else 0.0
         return min(max(wanted_s, usual_s / self.config.max_share), LONGEST_INTERVAL * wanted_s)
@@ -82,7 +82,7 @@ class SaveClock:
         return self.config.every_minutes > 0 and now - self.last >= self.interval_s
 
     def started(self, now: float, stall_s: float) -> None:
-        """A save was started, and stalled the loop for `stall_s`."""
+        """Notes that a save was started, and stalled the loop for `stall_s`."""
         self.last = now
         self.saving = True
         self._requested = False
@@ -90,7 +90,7 @@ class SaveClock:
         self.stalls.append(stall_s)
 
     def ended(self, ok: bool, now: float) -> None:
-        """The save has ended."""
+        """Notes that the save has ended; a failed save is due again after a pause."""
         self.saving = False
         if ok:
             self._retry_s = RETRY_S

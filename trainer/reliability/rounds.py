@@ -1,7 +1,7 @@
 """Rounds of agreement: a value of each process goes to process 0, whose answer goes to all.
 
 A round costs one key and two messages for each process, whatever the values are, and its keys are removed in the next
-round. The key-value store of JAX's coordination service, which process 0 hosts, has the values: no device takes part.
+round. The values are in the key-value store of JAX's coordination service, which process 0 hosts; devices are not used.
 """
 
 import itertools
@@ -14,15 +14,15 @@ from trainer.errors import Stopped
 
 log = logging.getLogger("meshlm")
 PREFIX = "meshlm"
-# Limit of one call in a wait without a limit. A call that timed out stays in JAX's service, about 15 kB, until its key
-# is set; with this limit there are few.
+# Limit of each call while a process waits without a limit. A call that timed out stays in JAX's service and takes
+# about 15 kB until its key is set; with this limit there are few such calls.
 FOREVER_S = 1e6
-WARN_AFTER_S = 60.0  # process 0 then logs whom it waits for, and again after twice as long
-ANSWER_GRACE_S = 30.0  # how much longer than for the values processes wait for the answer of process 0
+WARN_AFTER_S = 60.0  # process 0 then logs the process it waits for, and logs it again after twice as long
+ANSWER_GRACE_S = 30.0  # how much longer processes wait for the answer than process 0 for the values
 
 
 class KeyTaken(Exception):
-    """Store.set: the key was set before."""
+    """Store.set raises this if the key was set before."""
 
 
 class Store(Protocol):
@@ -77,7 +77,7 @@ def wait_for(store: Store, key: str) -> str:
 
 
 class Rounds:
-    """Rounds of one name. All processes hold them in the same order, each on one thread at a time."""
+    """The rounds with one name. All processes hold them in the same order, each process on one thread at a time."""
 
     def __init__(self, store: Store, name: str, index: int, size: int):
         self._store = store
@@ -89,7 +89,7 @@ class Rounds:
     def hold(self, value: str, answer: Callable[[Sequence[str | None]], str], limit_s: float | None = None) -> str:
         """What `answer`, called on process 0 only, returns for the values of all processes.
 
-        A value is None if it did not arrive within `limit_s`; without a limit, all are waited for.
+        A value is None if it did not arrive within `limit_s`; without a limit, this waits for all values.
 
         Raises TimeoutError if process 0 does not answer within the limit.
         """
@@ -103,14 +103,15 @@ class Rounds:
         values = [value, *self._others(f"{here}/values", limit_s)]
         text = answer(values)
         self._store.set(f"{here}/answer", text)
-        if n and None not in values:  # every process in this round has read the answer of the one before
+        if n and None not in values:  # so all have read the answer of the previous round
             self._store.remove(f"{PREFIX}/{self._name}/{n - 1}")
         return text
 
     def _others(self, folder: str, limit_s: float | None) -> list[str | None]:
         """The values of processes 1 to N - 1.
 
-        Waits for single keys; after 1, 2, 4, … waits it lists all keys that are set by then: N log N at worst.
+        This waits for one key after another. After 1, 2, 4, … waits it lists all keys that are set by then, so the cost
+        is N log N at worst.
         """
         end = None if limit_s is None else time.monotonic() + limit_s
         found: dict[str, str | None] = {}

@@ -31,7 +31,7 @@ from trainer.errors import ConfigError
 from trainer.reliability import identity, reading, restarts
 
 log = logging.getLogger("meshlm")
-# Prefixes of files that a first start may have left if it was killed before it wrote config.json.
+# Prefixes of files that may exist if the first start was killed before it wrote config.json.
 BEFORE_A_RUN = (".lock", "config.json.writing", "lives.")
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "ml-collections")
 
@@ -63,7 +63,7 @@ def resolve(config: Config) -> Config:
             f"config.model.vocab_size is not set, and {config.data.path} does not have it; set it (the largest id seen "
             f"is {found.largest_id}), or name the tokenizer with config.data.tokenizer_path"
         )
-    if config.init_from:  # weights may have more rows than the tokenizer has tokens, or get more
+    if config.init_from:  # weights may have, or get, more rows than the tokenizer has tokens
         known = max(known, model.vocab_size)
     elif model.vocab_size not in (0, known):
         raise ConfigError(
@@ -88,12 +88,12 @@ def resolve(config: Config) -> Config:
 
 
 def vocab_size(config: Config) -> int:
-    """The vocabulary of token files, unless a tokenizer says it. Weights may have more rows than that has tokens."""
+    """The vocabulary size to open the data with; 0: that of the tokenizer, since weights may have more rows."""
     return 0 if config.init_from and config.data.tokenizer_path else config.model.vocab_size
 
 
 def read_config(run_dir: pathlib.Path) -> Config:
-    """The configuration of an existing run: config.json, or if that is lost, the copy in its newest checkpoint.
+    """The configuration of an existing run: config.json or, if that is lost, the copy in the newest checkpoint.
 
     Raises ConfigError, Unreadable.
     """
@@ -112,11 +112,11 @@ def read_config(run_dir: pathlib.Path) -> Config:
 
 
 def check_links(run_dir: pathlib.Path) -> None:
-    """Checks the symlinks on the path of the run and of its checkpoints: one may lead to a disk that is not mounted.
+    """Checks the symlinks on the paths of the run and its checkpoints, which may lead to a disk that is not mounted.
 
     Raises:
       ConfigError: a link is broken.
-      Unreadable: that cannot be read just now.
+      Unreadable: the path cannot be read just now.
     """
     for path in (*run_dir.absolute().parents, run_dir, run_dir / "checkpoints"):
         if os.path.islink(path) and not reading.writing(functools.partial(reading.is_there, path), path):
@@ -128,7 +128,7 @@ def check_links(run_dir: pathlib.Path) -> None:
 def check_changes(run_dir: pathlib.Path, config: Config, allow: bool) -> Config:
     """Compares `config` with the configuration of the run in `run_dir`, if there is one.
 
-    Returns `config` with the length of its schedule fixed: the one that the run started with, unless `config` sets it.
+    Returns `config` with a fixed length of the schedule: the length that the run started with, unless `config` sets it.
 
     Args:
       allow: accept changes that need --allow_config_change.
@@ -141,7 +141,7 @@ def check_changes(run_dir: pathlib.Path, config: Config, allow: bool) -> Config:
     not_usable = f"--workdir={run_dir} cannot be used:"
     if not reading.writing(lambda: is_run(run_dir), run_dir, not_usable):
         return schedule.fixed(config)
-    if not (recorded := read_config(run_dir)).data.path:  # launch.convert made it; nothing was trained yet
+    if not (recorded := read_config(run_dir)).data.path:  # launch.convert made the run; nothing was trained yet
         return schedule.fixed(config)
     before = schedule.fixed(recorded)
     config = schedule.fixed(config, before)
@@ -166,7 +166,7 @@ def check_changes(run_dir: pathlib.Path, config: Config, allow: bool) -> Config:
 
 
 def check_mirror(run_dir: pathlib.Path, mirror: str) -> None:
-    """Raises ConfigError for a mirror in the run directory: both would be lost together."""
+    """Raises ConfigError if the mirror is in the run directory, because both would be lost together."""
     if mirror and not remote.is_remote(mirror):
         place, own = pathlib.Path(mirror).resolve(), run_dir.resolve()
         if own in (place, *place.parents):
@@ -195,9 +195,9 @@ def record(
     """Writes config.json, tokenizer/ (if there is one) and environment.json, and appends the command to command.txt.
 
     Args:
-      numbers: settings besides the configuration that losses depend on, for environment.json.
+      numbers: settings that losses depend on but that are not in the configuration; they go into environment.json.
 
-    Raises ConfigError, Unreadable if that fails.
+    Raises ConfigError or Unreadable if a file cannot be written.
     """
     reading.writing(
         lambda: _record(run_dir, config, data, argv, numbers), run_dir, f"cannot write to --workdir={run_dir}:"
@@ -205,7 +205,7 @@ def record(
 
 
 def recorded(run_dir: pathlib.Path) -> str:
-    """environment.json as the last start wrote it, to compare between processes. Raises ConfigError, Unreadable."""
+    """The text of environment.json from the last start, which processes compare. Raises ConfigError, Unreadable."""
     text = _text(run_dir / "environment.json")
     if text is None:
         raise ConfigError(
@@ -239,21 +239,22 @@ def _record(
     files.write_durably(run_dir / "environment.json", (json.dumps(environment, indent=1) + "\n").encode())
     with (run_dir / "command.txt").open(
         "a", encoding="utf-8", errors="backslashreplace"
-    ) as f:  # last, because a retry repeats all of this
+    ) as f:  # last, because a retry repeats all steps of this function
         f.write(f"{now} {shlex.join(argv)}\n")
 
 
 def _has_tokenizer(run_dir: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> bool:
     try:
         there = tokenizers.load(run_dir / "tokenizer")
-    except DataError:  # not there, or damaged
+    except DataError:  # the tokenizer is missing or damaged
         return False
     return identity.tokenizer_sha256(there) == identity.tokenizer_sha256(tokenizer)
 
 
 def _commit() -> dict[str, str | None]:
-    """The commit of this code, with '+' if files were changed since; None, and why, outside of a git checkout."""
-    # In a container the checkout often belongs to another user, which git refuses; but this code is running already.
+    """The commit of this code, with '+' if files have changed since; without a git checkout None and the reason."""
+    # In a container another user often owns the checkout, which git refuses by default. Git may read it here,
+    # because the checkout's code is running already.
     git = ["git", "-C", str(pathlib.Path(__file__).parent), "-c", "safe.directory=*"]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)

@@ -1,9 +1,9 @@
 """A run directory belongs to one process at a time, on a local disk, a shared file system, gs:// or s3://.
 
-The owner's record is the object `.lock` there. It is written only over the generation that was read (TensorStore's
-conditional write), and has a counter that the owner increments every few seconds. A process that wants the run, and
-cannot tell whether the owner is alive, watches that counter by its own monotonic clock: the clocks of two machines are
-never compared.
+The owner's record is the object `.lock` in the directory. It is written only over the generation that was read
+(TensorStore's conditional write), and has a counter that the owner increments every few seconds. A process that wants
+the run, and cannot tell whether the owner is alive, watches that counter by its own monotonic clock: the clocks of two
+machines are never compared.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ from trainer.reliability import reading
 log = logging.getLogger("meshlm")
 
 KEY = ".lock"
-# Records are padded to this length, so that one bounded read has all of a record. More may follow: if a killed process
-# has left a longer file half written, TensorStore writes over it without truncation.
+# Records are padded to this length, so that one bounded read returns a whole record. More bytes may follow: if a killed
+# process has left a longer file half written, TensorStore writes over it without truncation.
 RECORD_BYTES = 1024
 TIMEOUT_S = 30  # for one read or write
 
@@ -42,8 +42,8 @@ class Owner:
     Attributes:
       machine: /etc/machine-id, because two machines may have the same host name; '' if there is none.
       boot: id of the kernel's boot, which changes when the machine restarts; '' if not known.
-      namespace: of process ids, because a container does not see the processes of another one.
-      start: when the process was started, in ticks since boot, because a pid is used again.
+      namespace: the namespace of its process id, because a container does not see the processes of another one.
+      start: when the process was started, in ticks since boot, because process ids are reused.
     """
 
     id: str
@@ -78,7 +78,7 @@ class RunLock:
     """The lock of a run, held from construction until release().
 
     Attributes:
-      owner: this process, as in the record.
+      owner: this process, as the record describes it.
       lost: whether another process has taken the run over.
     """
 
@@ -98,15 +98,15 @@ class RunLock:
         Args:
           location: a directory, which is created if it is missing, or gs://BUCKET/PATH or s3://BUCKET/PATH.
           flag: the flag that sets the location, for messages.
-          steal: take it over from the current owner.
-          on_lost: called once, on the heartbeat's thread, when another process has taken it over; the message says who.
-          regain: take it again if its record has vanished, because the folder was deleted or unmounted. Otherwise the
-            lock is lost then: another process may have had it in between and released it.
-          heartbeat_s: between two increments of the counter; must be well below the `stale_s` of all processes.
+          steal: take the lock over from its current owner.
+          on_lost: called once, on the heartbeat's thread, when another process has the lock; the message names it.
+          regain: take the lock again if its record has vanished, because the folder was deleted or unmounted. If this
+            is False, the lock then counts as lost: another process may have taken and released it.
+          heartbeat_s: seconds between two increments of the counter; well below the `stale_s` of all processes.
 
         Raises:
-          ConfigError: another process has it, or the location cannot be written.
-          Stopped: it failed, also when retried, with an error that may pass.
+          ConfigError: another process has the lock, or the location cannot be written.
+          Stopped: retries also failed, with an error that may pass.
         """
         self.owner = this_process()
         self._location = str(location)
@@ -129,17 +129,17 @@ class RunLock:
         return self._lost
 
     def release(self) -> None:
-        """Deletes the record if it is ours. Never fails: others find that the owner of a record left behind is dead."""
+        """Deletes the record if it is ours. Never raises: if the record stays, others find that its owner is dead."""
         if self._released:
             return
         self._released = True
         self._stop.set()
-        if threading.current_thread() is not self._thread:  # on_lost may call this
+        if threading.current_thread() is not self._thread:  # on_lost may call release()
             self._thread.join(TIMEOUT_S)
         try:
             while True:
                 record, generation = self._read()
-                # S3's client checks the condition before a deletion, not with it, so only our own record is deleted.
+                # S3's client checks the condition before a deletion, not with it, so this deletes only our own record.
                 if not self._is_ours(record) or self._write(None, generation):
                     return
         except OSError as e:
@@ -162,9 +162,9 @@ class RunLock:
         poll_s = min(1.0, stale_s / 20)
         record, generation = first, _ = self._read()
         waited, now = 0.0, time.monotonic()
-        while not self._is_ours(record):  # it is ours also after a write whose answer was lost
+        while not self._is_ours(record):  # ours, too, if the answer to our write was lost
             owner = _parse(record)
-            copied = _place(record) not in ("", self._place)  # the record came with a copy of the folder
+            copied = _place(record) not in ("", self._place)  # the folder is a copy, and has the record of its original
             alive = None if copied else _is_alive(owner, self.owner)
             name = owner or "an unknown process (its record is damaged)"
             over = None
@@ -191,20 +191,20 @@ class RunLock:
                 if not waited:
                     log.info("waiting   for the lock of %s, held by %s; %g s at most", self._location, name, stale_s)
                 time.sleep(poll_s)
-                # Time without a read (this process was suspended, the store did not answer) does not prove a death.
+                # Time without a read (this process was suspended, or the store did not answer) does not prove a death.
                 last, now = now, time.monotonic()
                 waited += min(now - last, 2 * poll_s)
             record, generation = self._read()
 
     def _wait_for_exit(self, owner: Owner | None, limit_s: float) -> None:
-        """Waits until the former owner has ended, or had a heartbeat to notice: both must not write to the run."""
+        """Waits until the former owner has ended, or had time for a heartbeat: only one may write to the run."""
         log.info("waiting   for it to exit; %g s at most", limit_s)
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline and _is_alive(owner, self.owner) is not False:
             time.sleep(min(0.2, limit_s))
 
     def _keep(self) -> None:
-        """The heartbeat's thread."""
+        """Renews the lock until release(), on the heartbeat's thread."""
         failing = False
         while not self._stop.wait(self._heartbeat_s):
             try:
@@ -221,11 +221,11 @@ class RunLock:
                 failing = False
 
     def _renew(self) -> bool:
-        """One heartbeat: whether the run is still ours."""
+        """Makes one heartbeat; returns whether the run is still ours."""
         self._beat += 1
         while True:
-            # Read first: after a write whose answer was lost our record has a generation that we do not know, and a
-            # file's generation (inode and time) can repeat within a tick of the kernel's clock.
+            # Read before each write: if the answer to a write was lost, our record has a generation that is not known
+            # here, and a file's generation (inode and time) can repeat within a tick of the kernel's clock.
             record, generation = self._read()
             vanished = record is None and self._regain
             if not self._is_ours(record) and not vanished:
@@ -234,7 +234,7 @@ class RunLock:
                 if vanished:
                     log.warning("the lock of %s had vanished; taken again", self._location)
                 return True
-        if self._stop.is_set():  # released while the store did not answer
+        if self._stop.is_set():  # release() was called while the store did not answer
             return False
         self._lost = True
         if record is None:
@@ -245,7 +245,7 @@ class RunLock:
         return False
 
     def _record(self) -> bytes:
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")  # only for people
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")  # only people read it
         fields = dataclasses.asdict(self.owner) | {"beat": self._beat, "time": now, "place": self._place}
         text = json.dumps(fields)
         return text.encode().ljust(RECORD_BYTES - 1) + b"\n"
@@ -255,16 +255,16 @@ class RunLock:
         return owner is not None and owner.id == self.owner.id
 
     def _read(self) -> tuple[bytes | None, bytes]:
-        """The record, None if there is none, and the generation to write over."""
+        """The record (None if there is none), and the generation to write over."""
         try:
             found = _wait(self._store.read(KEY, byte_range=slice(0, RECORD_BYTES)))
-        except _OutOfRange:  # it is shorter than our records
+        except _OutOfRange:  # the object is shorter than our records
             found = _wait(self._store.read(KEY))
         return (found.value if found.state == "value" else None), found.stamp.generation
 
     def _write(self, content: bytes | None, generation: bytes) -> bool:
-        """Writes the record, or deletes it if `content` is None, if it still has this generation; whether it did."""
-        assert generation  # b"" would be unconditional in TensorStore; b"\x02" means that there is no record
+        """Writes `content`, or if that is None deletes the record. Returns False if the generation has changed."""
+        assert generation  # TensorStore takes b"" for any generation; b"\x02" means that there is no record
         try:
             return bool(_wait(self._store.write(KEY, content, if_equal=generation)).generation)
         except OSError as e:
@@ -289,7 +289,7 @@ def _open(location: str, locking: str = "os") -> Any:
         return _wait(tensorstore.KvStore.open(spec))
     except FileExistsError:
         raise NotADirectoryError(errno.ENOTDIR, "Not a directory") from None
-    except (DataError, ValueError, RuntimeError) as e:  # e.g. an invalid name
+    except (DataError, ValueError, RuntimeError) as e:  # for example an invalid name
         raise _as_os_error(e) from None
 
 
@@ -321,7 +321,7 @@ def _first_line(e: Exception) -> str:
 
 
 def _parse(record: bytes | None) -> Owner | None:
-    """The owner in a record; None if there is no record, or it is damaged."""
+    """The owner in a record; None if there is no record, or if it is damaged."""
     try:
         found = json.loads(record or b"")
         owner = Owner(**{field.name: found[field.name] for field in dataclasses.fields(Owner)})
@@ -353,8 +353,8 @@ def _same_owner(record: bytes, other: bytes | None) -> bool:
 
 
 def _is_alive(owner: Owner | None, me: Owner) -> bool | None:
-    """Whether the process is still running; None if that cannot be known from here."""
-    # Another boot id does not prove a restart: machines made from one image may share host name and machine id.
+    """Whether the process `owner` is still running; None if this process cannot know."""
+    # A different boot id does not prove a restart: machines made from one image may share host name and machine id.
     if owner is None or (owner.host, owner.machine, owner.boot) != (me.host, me.machine, me.boot) or not me.boot:
         return None
     if owner.namespace != me.namespace:
@@ -366,7 +366,7 @@ def _is_alive(owner: Owner | None, me: Owner) -> bool | None:
         os.kill(owner.pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it belongs to another user, and /proc hides it
+    except OSError:  # the process belongs to another user, and /proc hides it
         return None
     return None
 

@@ -1,7 +1,7 @@
-"""Which host is slow. In a synchronous run all have the same step time, so each measures what depends on itself only.
+"""Which host is slow. In a synchronous run all processes have the same step time, so each measures only itself.
 
-That is the time for which a process itself delayed the steps, and a probe: a computation on a single device. This
-module does not send the values; trainer/loop.py gathers them.
+It measures the time for which it has delayed the steps itself, and a probe, which is a computation on a single device.
+This module does not send the values; trainer/loop.py gathers them.
 """
 
 import functools
@@ -15,8 +15,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-PROBES = 3  # measurements, of which the median counts
-SHOWN = 3  # slow hosts named for each measure
+PROBES = 3  # number of measurements, of which the median counts
+SHOWN = 3  # the most slow hosts to name for each measure
 
 # For each measure its name in messages, its unit, and a floor below which differences do not matter.
 MEASURES = {
@@ -27,7 +27,7 @@ MEASURES = {
 
 
 def measure_probe() -> float:
-    """Milliseconds that some matrix products take on this process's slowest device; the devices run one by one.
+    """Milliseconds that some matrix products take on this process's slowest device. The devices run one after another.
 
     Waits until the devices are idle. A CPU is shared with everything that runs on the machine, this program's own
     threads included, so a value twice as high as the last one means nothing there. The first call compiles, ~1 s.
@@ -36,7 +36,7 @@ def measure_probe() -> float:
 
 
 def _probe_ms(device: jax.Device) -> float:
-    # JAX refuses a single device under the mesh of the run, which the trainer has set.
+    # Without this, JAX refuses to use a single device, because the trainer has set the mesh of the run.
     with jax.set_mesh(Mesh(np.array([device]), ("probe",))):
         size, products = (128, 64) if device.platform == "cpu" else (2048, 64)
         run = _products(size, products, jnp.float32 if device.platform == "cpu" else jnp.bfloat16)
@@ -53,7 +53,7 @@ def _probe_ms(device: jax.Device) -> float:
 def _products(size: int, products: int, dtype: jnp.dtype) -> Callable[[float], Array]:
     """The probe. A matrix of 1 / size is its own square, so values stay the same, and no product can be skipped.
 
-    It is made on the device, which holds three of them, 24 MiB at most, while the probe runs.
+    The matrix is made on the device, which holds three such matrices, 24 MiB at most, while the probe runs.
     """
 
     def probe(value: Array) -> Array:
@@ -72,8 +72,8 @@ def report(
     reach 2. Values below a measure's floor count as the floor: 0.1 ms of waiting for data is not ten times 0.01 ms.
 
     Args:
-      values: by process, the name of its host and its MEASURES; missing ones are skipped.
-      threshold: ratio from which a host is slow.
+      values: by process, the name of its host and its MEASURES; missing measures are skipped.
+      threshold: the ratio from which a host counts as slow.
     """
     ratios: dict[str, float] = {}
     lines: list[str] = []

@@ -1,4 +1,4 @@
-"""The progress line: it is rewritten in place on a terminal; elsewhere a new line is printed every SECONDS."""
+"""The progress line. On a terminal it is rewritten in place; elsewhere a new line is printed every SECONDS."""
 
 import contextlib
 import logging
@@ -18,7 +18,7 @@ class StatusLine:
         self._shown = False
 
     def show(self, line: str, *, now: bool = False) -> None:
-        """Shows `line` if enough time has passed since the last one, or if `now`."""
+        """Shows `line` if enough time has passed since the last line, or if `now` is true."""
         time_now = time.monotonic()
         if not now and time_now - self._last < (TERMINAL_SECONDS if self.terminal else SECONDS):
             return

@@ -1,4 +1,4 @@
-"""FLOPs of a train step from its configuration only; the formula and the peaks of MFU. No JAX.
+"""FLOPs of a train step, from its configuration only; the formula of MFU, and the chips' peaks for it. No JAX.
 
 A matrix product costs 2 FLOPs per parameter and token, and its backward pass twice that. Attention multiplies queries
 with keys, and weights with values: 2 products of 2 H Q T FLOPs per token and layer (H heads of size Q, T keys), and
@@ -10,15 +10,16 @@ twice that in the backward pass. So, per token, with P the parameters in matrix 
     hardware_flops_per_token         the first, plus what model.remat recomputes
 
 The first is PaLM's (Chowdhery et al., 2022, appendix B): model FLOPs, whether or not a kernel skips or recomputes some.
-For a GPT-2, P and N differ only by norms and biases (0.02 %), so figures compare with nanoGPT's. Element-wise
-operations, norms, the embedding look-up and the optimizer are not counted: under 2 % at the sizes that matter.
+For a GPT-2, P and N differ only by norms and biases (0.02 %), so the figures can be compared with nanoGPT's.
+Element-wise operations, norms, the embedding look-up and the optimizer are not counted: they take under 2 % at the
+sizes that matter.
 """
 
 from model.config import ModelConfig
 from trainer import chips
 from trainer.config import Config
 
-FORMULA = "6 P + 12 L H Q T (attention counted full, nothing recomputed)"  # the name to print beside an MFU
+FORMULA = "6 P + 12 L H Q T (attention counted full, nothing recomputed)"  # how to name the formula beside an MFU
 
 
 def attention_params(model: ModelConfig) -> int:
@@ -32,12 +33,12 @@ def mlp_params(model: ModelConfig) -> int:
 
 
 def head_params(model: ModelConfig) -> int:
-    """Parameters of the output head, tied or not, with the rows that pad the vocabulary, which are computed, too."""
+    """Parameters of the output head, tied or not, including rows that pad the vocabulary, which are also computed."""
     return model.padded_vocab_size * model.embed_dim
 
 
 def matmul_params(config: Config) -> int:
-    """P: the parameters that are in matrix products: no embedding look-up, norms, biases or positions."""
+    """P, the number of parameters in matrix products: without the embedding look-up, norms, biases and positions."""
     model = config.model
     return model.num_layers * (attention_params(model) + mlp_params(model)) + head_params(model)
 
@@ -45,8 +46,8 @@ def matmul_params(config: Config) -> int:
 def attention_flops_per_token(config: Config, *, causal: bool = False) -> int:
     """2 L H Q T: one of the two products of attention in the forward pass, in all layers.
 
-    With all T keys, of which a window W of a local layer leaves W; with `causal` only those that a query sees, a mean
-    of T / 2, or W (1 - W / 2T).
+    A query has T keys, or W in a local layer with window W. With `causal`, only the keys that a query sees count, on
+    average T / 2, or W (1 - W / 2T).
     """
     model, length = config.model, config.data.seq_len
     keys = 0.0
@@ -62,10 +63,10 @@ def flops_per_token(config: Config, *, causal: bool = False) -> int:
 
 
 def nanogpt_flops_per_token(config: Config, num_params: int) -> int:
-    """6 N + 12 L H Q T as nanoGPT computes it, to compare with its figures.
+    """6 N + 12 L H Q T as nanoGPT computes it, for comparison with nanoGPT's figures.
 
     Args:
-      num_params: all parameters of the model; learned positions are subtracted here.
+      num_params: the number of all parameters of the model; this function subtracts learned positions.
     """
     model = config.model
     if model.position == "learned":
@@ -76,14 +77,14 @@ def nanogpt_flops_per_token(config: Config, num_params: int) -> int:
 def hardware_flops_per_token(config: Config, *, flash: bool = False) -> int:
     """FLOPs of a token's products that devices execute: flops_per_token plus what model.remat recomputes.
 
-    That is, for each policy: none: nothing. attention: the scores (the weighted sum is not needed again). dots: scores
+    The policies recompute: none: nothing. attention: the scores (the weighted sum is not needed again). dots: scores
     and weighted sum, because the products with weights are kept. full, offload: a layer's forward pass except its last
     product, which the backward pass does not need. tests/flops_test.py compares each with XLA's count.
 
     Args:
-      flash: for a kernel (cudnn, splash) that skips what is masked and recomputes scores in its own backward pass;
-        remat then repeats its full forward pass. The plain kernel computes up to twice the keys of a window, which is
-        not counted.
+      flash: whether the kernel (cudnn, splash) skips what is masked and recomputes scores in its own backward pass;
+        remat then repeats the kernel's full forward pass. The plain kernel computes up to twice the keys of a window,
+        which is not counted.
     """
     model, attention = config.model, attention_flops_per_token(config)
     layer = attention_params(model) + mlp_params(model)
@@ -97,8 +98,8 @@ def hardware_flops_per_token(config: Config, *, flash: bool = False) -> int:
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bf16 FLOP/s of a jax.Device.device_kind; None if not known: no MFU is better than a guessed one."""
-    if "PCIe" in device_kind or "NVL" in device_kind:  # named like the SXM cards, but at least a fifth slower
+    """Dense bf16 FLOP/s of a jax.Device.device_kind; None if not known, because a guessed MFU would mislead."""
+    if "PCIe" in device_kind or "NVL" in device_kind:  # named like the SXM cards, but a fifth slower or more
         return None
     chip = chips.chip_of(device_kind)
     return None if chip is None else chip.flops

@@ -19,11 +19,11 @@ from trainer.reliability import reading, restarts
 from trainer.reporting import console, flops
 
 log = logging.getLogger("meshlm")
-FLUSH_S = 60  # between two flushes of TensorBoard's file
+FLUSH_S = 60  # seconds between two flushes of TensorBoard's file
 
 
 def peak_memory_gib() -> float:
-    """Most memory used so far by any local device, or by this process if the devices do not report theirs (CPU)."""
+    """The most memory that any local device has used so far; that of this process if devices do not report it (CPU)."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
     used = max(peaks) if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -33,7 +33,7 @@ def peak_memory_gib() -> float:
 def cut_rows_after(path: pathlib.Path, step: int) -> int:
     """Drops the rows of a .jsonl file past `step`, and malformed lines; returns how many lines it dropped.
 
-    A killed run leaves rows past its checkpoint; without them the file reads as one uninterrupted run in the end.
+    A killed run leaves rows past its checkpoint. Without them, the file reads like that of an uninterrupted run.
     """
     if not reading.is_there(path):
         return 0
@@ -59,12 +59,12 @@ def was_sampled(run_dir: pathlib.Path, step: int) -> bool:
 
 
 def evaluations(run_dir: pathlib.Path, last: int, saved: Any = ()) -> dict[int, dict[str, Any]]:
-    """The rows with a finite loss on held-out text, by step, up to `last`; {} except on process 0, which needs them.
+    """The rows with a finite loss on held-out text, by step, up to `last`. Only process 0 needs them; others get {}.
 
     Args:
-      saved: such rows from a checkpoint's metadata. They count for steps that metrics.jsonl lacks, as when it was lost.
+      saved: such rows from a checkpoint's metadata. They count only for steps that metrics.jsonl does not have.
 
-    Raises Unreadable: without these rows the best checkpoint would be deleted.
+    Raises Unreadable if the file cannot be read, because without these rows the best checkpoint would be deleted.
     """
     if jax.process_index() != 0:
         return {}
@@ -93,11 +93,11 @@ class MetricWriters:
         self._board: TensorBoardWriter | None = None
 
     def open(self, step: int) -> None:
-        """Opens the files to continue after `step`: rows past it are cut off. Closes them first if they are open.
+        """Opens the files to continue after `step`, and cuts off rows past it. Closes the files first if they are open.
 
         Raises:
-          ConfigError: they cannot be written.
-          Unreadable: they cannot be written just now.
+          ConfigError: the files cannot be written.
+          Unreadable: the files cannot be written just now.
         """
         self.close()
         if jax.process_index() != 0:
@@ -117,7 +117,7 @@ class MetricWriters:
         return reading.writing(cut_and_open, self._run_dir, f"cannot write to --workdir={self._run_dir}:")
 
     def metrics(self, step: int, tokens: int, values: dict[str, float]) -> None:
-        """Writes one row. repr of a Python float is the shortest text that reads back exactly."""
+        """Writes one row. A float is written as its repr, the shortest text that reads back exactly."""
         if self._metrics is None:
             return
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
@@ -130,7 +130,7 @@ class MetricWriters:
             self._samples.add(json.dumps(row, ensure_ascii=False))
 
     def flush(self) -> None:
-        """Syncs all rows to the disk before a checkpoint: a run that resumes from it finds the rows up to its step."""
+        """Syncs all rows to the disk before a checkpoint, so that a run that resumes from it finds its rows."""
         for writer in (self._metrics, self._samples):
             if writer is not None:
                 writer.write()
@@ -143,7 +143,7 @@ class MetricWriters:
 
 
 class JsonlWriter:
-    """A .jsonl file. Rows that cannot be written are kept, and written with a later one."""
+    """A .jsonl file. Rows that cannot be written are kept, and are written with a later row."""
 
     def __init__(self, path: pathlib.Path):
         self._path = path
@@ -169,11 +169,11 @@ class JsonlWriter:
         self._failing = False
 
     def sync(self) -> None:
-        with contextlib.suppress(OSError):  # write errors were logged already
+        with contextlib.suppress(OSError):  # errors of writing were logged already
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """A second call does nothing: it may come while an error is being handled."""
+        """Closes the file. A second call, which may come while an error is being handled, does nothing."""
         if self._file.closed:
             return
         self.write()
@@ -186,8 +186,8 @@ class JsonlWriter:
 class TensorBoardWriter:
     """TensorBoard's file, written by the caller's thread.
 
-    The thread of tensorboardX's own SummaryWriter dies when the disk is full, and the run then waits for it. Here,
-    rows that cannot be written are dropped, and later ones go to another file.
+    tensorboardX's own SummaryWriter has a thread that dies when the disk is full, and the run then waits for it. Here,
+    rows that cannot be written are dropped, and later rows go to another file.
     """
 
     def __init__(self, folder: pathlib.Path, first_step: int):
@@ -205,7 +205,7 @@ class TensorBoardWriter:
             if self._file is None:
                 self._folder.mkdir(exist_ok=True)
                 self._file = event_file_writer.EventsWriter(str(self._folder / "events"), f".{step}")
-                # TensorBoard then hides what an earlier start wrote of these steps.
+                # This makes TensorBoard hide what an earlier start wrote for these steps.
                 start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
                 first = step if self._failing else self._first_step
                 self._file.write_event(event_pb2.Event(wall_time=time.time(), step=first, session_log=start))
@@ -231,11 +231,11 @@ class TensorBoardWriter:
 
 
 class StepTimer:
-    """Time per step between two rows; evaluation, sampling and saving are left out. The formula of MFU is in flops.py.
+    """The time per step between two rows, without evaluation, sampling and saving. The formula of MFU is in flops.py.
 
     Attributes:
       compile_s: seconds from start() to the end of the first step, which compiles or loads from the cache; None before.
-      data_wait_s, checkpoint_stall_s: seconds since the last row in which the loop waited for data, or for a save.
+      data_wait_s, checkpoint_stall_s: for how many seconds since the last row the loop waited for data, or for a save.
     """
 
     def __init__(self, config: Config):
@@ -253,7 +253,7 @@ class StepTimer:
         self.start()
 
     def start(self) -> None:
-        """The time of the first step starts now."""
+        """Starts the time of the first step."""
         self._row_start = self._own_start = time.perf_counter()
 
     @contextlib.contextmanager
@@ -278,7 +278,7 @@ class StepTimer:
         self._own_start += time.perf_counter() - start
 
     def own_time(self) -> dict[str, float]:
-        """Seconds since the last call in which this process itself delayed the steps (stragglers.py)."""
+        """For how many seconds since the last call this process itself delayed the steps (stragglers.py)."""
         now = time.perf_counter()
         host_s = max(now - self._own_start - self._own_data_s - self._own_device_s, 0.0)
         own = {"data_wait_s": self._own_data_s, "host_s": host_s}

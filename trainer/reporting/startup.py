@@ -18,7 +18,8 @@ from trainer.config import Config
 from trainer.state import Program
 
 log = logging.getLogger("meshlm")
-# Of the parameters, or of the optimizer's state, replicated although the mesh could split them: more is a mistake.
+# The largest share of the parameters, or of the training state, that may be replicated although the mesh could split
+# it; a larger share is a mistake.
 REPLICATED_SHARE_ALLOWED = 0.02
 
 Lines = Iterator[tuple[int, str]]  # log level and text
@@ -96,9 +97,10 @@ def _in_place(dataset: Dataset) -> str:
 
 
 def replicated(program: Program) -> list[str]:
-    """A line for the parameters, and one for the optimizer's state, if every device holds too much of them.
+    """A line for the parameters, and one for the optimizer's state, if every device holds too large a part of them.
 
-    The optimizer's state counts as a share of the whole training state: a factored one is replicated, but small.
+    The optimizer's state counts as a share of the whole training state, because a factored state is replicated, but
+    small.
     """
     mesh, params, opt_state = program.mesh, program.params, program.state.opt_state
     axes = sharding.MESH_AXES if program.config.mesh.shard_optimizer else sharding.PARAMETER_AXES

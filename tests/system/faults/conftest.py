@@ -20,7 +20,7 @@ def reference(tmp_path_factory, data):
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory, data):
-    """An uninterrupted run on one device that kept every tenth step. Tests copy it and do not change it."""
+    """An uninterrupted run on one device that kept every tenth step. Tests change only copies of it."""
     run = tmp_path_factory.mktemp("runs") / "whole"
     runs.train(run, data, num_train_steps=interrupted.WHOLE_STEPS, checkpoint__keep_last=10)
     return run

@@ -1,4 +1,4 @@
-"""Runs that resume with something else: another tokenizer, other devices, another batch, a second job, other hosts."""
+"""Runs that resume with another tokenizer, other devices or another batch size; a second job; and hosts that differ."""
 
 import contextlib
 import itertools
@@ -20,7 +20,7 @@ SLOW = {"num_train_steps": 800, "eval__every_steps": 1, "eval__num_windows": 0, 
 
 
 def forget_after(run: pathlib.Path, step: int) -> None:
-    """As if the run had been killed after this save."""
+    """Makes the run look as if it had been killed after this save."""
     for path in (run / "checkpoints").iterdir():
         if int(path.name) > step:
             shutil.rmtree(path)
@@ -31,18 +31,19 @@ def one_line(out: str) -> str:
     return line
 
 
-# Another tokenizer, other devices, another batch
+# Another tokenizer, other devices, another batch size
 
 
 def test_another_tokenizer(tmp_path, data, whole):
-    """Fault 19: it is refused, because the tokens would mean something else. (Another dataset: train_test.)"""
+    """Fault 19: another tokenizer is refused, because the ids would have other meanings. (train_test has another
+    dataset.)"""
     source = tmp_path / "corpus.txt"
     source.write_text(runs.text())
     prepare_dataset(tmp_path / "bytes", source=str(source), tokenizer="byte")
     before = (whole / "config.json").read_bytes()
     line = one_line(runs.train(whole, tmp_path / "bytes", num_train_steps=STEPS, code=2))
     assert "config.model.vocab_size: 19 -> " in line
-    # A vocabulary of the same size, but other tokens for the same text.
+    # The vocabulary has the same size, but the ids of a text differ.
     (tmp_path / "swapped.txt").write_text(runs.text().replace("m", "M"))
     prepare_dataset(tmp_path / "swapped", source=str(tmp_path / "swapped.txt"), tokenizer="char")
     run = shutil.copytree(whole, tmp_path / "run")
@@ -52,7 +53,7 @@ def test_another_tokenizer(tmp_path, data, whole):
 
 
 def test_other_devices(tmp_path, data, whole):
-    """Fault 20: one device, then four, then two processes: the same samples, and losses within 1e-5."""
+    """Fault 20: runs on one device, then four, then two processes have the same samples, and losses within 1e-5."""
     run = shutil.copytree(whole, tmp_path / "run")
     forget_after(run, 20)
     fields = {"num_train_steps": STEPS, "checkpoint__keep_last": 10}
@@ -62,14 +63,14 @@ def test_other_devices(tmp_path, data, whole):
     out = runs.finish_gang(runs.start_gang(run, data, mesh__fsdp=2, **fields))
     assert "Resuming after step 40." in out[0] and "2 cpu in 2 process(es)" in out[0]
     found, expected = runs.losses(run), runs.losses(whole)
-    assert [row[:2] for row in found] == [row[:2] for row in expected]  # steps and tokens
+    assert [row[:2] for row in found] == [row[:2] for row in expected]  # compares steps and tokens
     for a, b in zip(found, expected, strict=True):
         assert [v is None for v in a] == [v is None for v in b]
         assert [v for v in a if v is not None] == pytest.approx([v for v in b if v is not None], rel=1e-5)
 
 
 def test_another_batch_goes_on_with_the_next_sample(tmp_path, data):
-    """Fault 20: without learning, a loss shows which samples a step had: a step of 16 has those of two steps of 8."""
+    """Fault 20: without learning, a loss shows the samples of a step: a step of 16 has those of two steps of 8."""
     fields = {"optimizer__peak_lr": 1e-30, "optimizer__end_lr": 0.0, "checkpoint__keep_last": 10}
     whole = tmp_path / "whole"
     runs.train(whole, data, num_train_steps=STEPS, **fields)
@@ -96,7 +97,7 @@ def test_another_batch_goes_on_with_the_next_sample(tmp_path, data):
     ],
 )  # fmt: skip
 def test_what_does_not_divide(tmp_path, data, fields, expected):
-    """Fault 21: it is refused before anything is compiled or written."""
+    """Fault 21: sizes that do not divide are refused before anything is compiled or written."""
     started = time.monotonic()
     out = runs.train(tmp_path / "run", data, devices=4, code=2, **fields)
     assert expected in one_line(out)
@@ -107,8 +108,8 @@ def test_what_does_not_divide(tmp_path, data, fields, expected):
 
 
 def test_a_run_that_is_taken_over(tmp_path, data):
-    """Fault 22: a second job is refused with host and pid; --steal_lock makes the first exit, and the losses are still
-    those of one run. The lock of a killed job is free at once."""
+    """Fault 22: a second job is refused, and the error names host and pid of the first. --steal_lock makes the first
+    job exit, and the losses are still those of one run. The lock of a killed job is released at once."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     runs.train(whole, data, **SLOW)
     first = runs.start(runs.command(run, data, **SLOW | {"checkpoint__every_steps": 20}))
@@ -142,7 +143,8 @@ def copy_of_the_code(folder: pathlib.Path) -> pathlib.Path:
 
 
 def gang_that_differs(run, data, cwd: dict[int, pathlib.Path] | None = None, **environment: str) -> list[str]:
-    """What both processes print. Only the second gets `environment`; each may have its own working directory."""
+    """Returns the output of two processes. Only the second gets `environment`; each may have its own working
+    directory."""
     return gang_in(cwd or {}, run, data, code=2, **environment)
 
 
@@ -163,7 +165,7 @@ def commands_of_gang(run, data) -> list[list[str]]:
 
 
 def assert_not_admitted(folders: dict[int, pathlib.Path], run: pathlib.Path, data) -> None:
-    """Process 1 exits with 2 and both say why. Process 0 keeps waiting for one from the right folder."""
+    """Process 1 must exit with 2, and both must say why. Process 0 keeps waiting for a process in the right folder."""
     first, second = gang = start_gang(folders, run, data)
     with runs.ending(*gang):
         said = f"has --workdir={(folders[1] / run).resolve()}, and process 0 at localhost:"
@@ -174,7 +176,7 @@ def assert_not_admitted(folders: dict[int, pathlib.Path], run: pathlib.Path, dat
 
 
 def test_other_code(tmp_path, data):
-    """Fault 24: even another comment is refused, because it shows that the code may be outdated elsewhere, too."""
+    """Fault 24: code that differs only in a comment is refused, because other parts of it may be outdated, too."""
     code = copy_of_the_code(tmp_path / "code")
     with (code / "trainer/step.py").open("a") as file:
         file.write("# newer\n")
@@ -194,14 +196,14 @@ def test_another_version_of_a_library(tmp_path, data):
 
 
 def test_another_precision(tmp_path, data):
-    """Fault 24: the same code and versions, but a variable that changes their arithmetic."""
+    """Fault 24: code and versions are equal, but an environment variable changes the arithmetic of one process."""
     out = gang_that_differs(tmp_path / "run", data, JAX_DEFAULT_MATMUL_PRECISION="highest")
     assert all("(process 1) has another setting: jax_default_matmul_precision: " in text for text in out)
     assert not (tmp_path / "run").exists()
 
 
 def test_another_step(tmp_path, data):
-    """Fault 24: a library of the same version that was modified on one host."""
+    """Fault 24: a library has the same version on both hosts, but was modified on one."""
     (tmp_path / "sitecustomize.py").write_text(
         "import jax\nplain = jax.nn.silu\njax.nn.silu = lambda x: plain(2 * x) / 2\n"
     )
@@ -221,8 +223,8 @@ def folders_of_hosts(tmp_path: pathlib.Path, monkeypatch) -> dict[int, pathlib.P
 
 
 def test_a_run_directory_that_is_not_shared(tmp_path, data):
-    """Fault 24: a checkpoint with one part on each host could never be restored. The path is the same, but each process
-    has its own disk there."""
+    """Fault 24: the path is the same, but each process has its own disk there. A checkpoint with one part on each host
+    could never be restored."""
     if os.geteuid():
         pytest.skip("only root can mount a folder for a single process")
     gang, run = [], tmp_path / "runs/run"
@@ -236,14 +238,14 @@ def test_a_run_directory_that_is_not_shared(tmp_path, data):
 
 
 def test_a_run_directory_in_the_current_folder(tmp_path, data, monkeypatch):
-    """Fault 24: each process is started in another folder."""
+    """Fault 24: the two processes are started in different folders."""
     assert_not_admitted(folders_of_hosts(tmp_path, monkeypatch), pathlib.Path("run"), data)
 
 
 @pytest.mark.parametrize("how", ["links", "mounts"])
 def test_a_run_directory_under_two_names(tmp_path, data, how, monkeypatch):
-    """Symlinks of each host to one folder work; one folder mounted in two places is refused, because Orbax would fail
-    each save."""
+    """Each host may have its own symlink to one folder. A folder that is mounted in two places is refused, because each
+    save by Orbax would fail."""
     (tmp_path / "shared").mkdir()
     folders = folders_of_hosts(tmp_path, monkeypatch)
     if how == "links":

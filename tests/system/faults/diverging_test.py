@@ -1,4 +1,4 @@
-"""Runs that diverge, in real processes: a stretch of noise in the data, and a learning rate that leads to NaN."""
+"""Runs that diverge, in real processes, because the data has a stretch of noise, or the learning rate leads to NaN."""
 
 import math
 import re
@@ -28,9 +28,9 @@ NAN = {"optimizer__peak_lr": 1e18, "optimizer__warmup_steps": 0, "optimizer__cli
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Tokens in a fixed order, except for noise in the samples of step BAD, none of it in adjacent windows."""
+    """Tokens in a fixed order, except for noise in the samples of step BAD; no noise is in adjacent windows."""
     folder = tmp_path_factory.mktemp("data")
-    places = np.arange(60_000, dtype="<u2")  # each token is its own offset, so a window shows its place
+    places = np.arange(60_000, dtype="<u2")  # each token is its offset, so a window shows its place
     places.tofile(folder / "train.bin")
     sources = open_sources(DataConfig(path=str(folder / "train.bin"), seq_len=SEQ_LEN), 1 << 16)
     windows = loader.MixedWindows(sources.files("train"), sources.stages, seq_len=SEQ_LEN, seed=0, packings={})
@@ -44,7 +44,7 @@ def data(tmp_path_factory):
 
 
 def everything(run) -> list[dict]:
-    """The rows without timings and memory."""
+    """The rows of metrics.jsonl without timings and memory."""
     return [{k: v for k, v in row.items() if not k.startswith(("perf/", "memory/"))} for row in runs.rows(run)]
 
 
@@ -58,7 +58,7 @@ def losses_after(run, step: int) -> list[float]:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory, data):
-    """A run that ignores spikes; the policies have to do better."""
+    """A run that ignores spikes, with which other policies are compared."""
     run = tmp_path_factory.mktemp("runs") / "plain"
     runs.train(run, data, **FIELDS)
     train = {row["step"]: row["train/loss"] for row in runs.rows(run) if "train/loss" in row}
@@ -68,7 +68,8 @@ def plain(tmp_path_factory, data):
 
 
 def test_skip(tmp_path, data, plain):
-    """Fault 17: the update of the bad batch is skipped, a row says so, and the loss after it is lower than without."""
+    """Fault 17: the update of the bad batch is skipped, a row says so, and the next validation loss is lower than
+    without skipping."""
     run = tmp_path / "run"
     out = runs.train(run, data, **FIELDS, divergence__spike="skip")
     (line,) = [line for line in out.splitlines() if "its update was left out" in line]
@@ -88,8 +89,8 @@ def test_stop(tmp_path, data):
 
 
 def test_rollback_and_killed_after_it(tmp_path, data):
-    """Fault 17: the run rolls back to step 40, and continues with the samples after the bad step. Killed before and
-    after the next save, it ends with the same metrics bit for bit."""
+    """Fault 17: the run rolls back to step 40, and continues with the samples after the bad step. If it is killed
+    before and after the next save, it ends with the same metrics bit for bit."""
     fields = {**FIELDS, "divergence__spike": "rollback"}
     whole, run = tmp_path / "whole", tmp_path / "killed"
     out = runs.train(whole, data, **fields)
@@ -109,7 +110,7 @@ def test_rollback_and_killed_after_it(tmp_path, data):
 
 
 def test_a_stop_does_not_change_where_a_run_goes_back_to(tmp_path, data):
-    """Without timed saves: the save of the stop at 42 is not a rollback target, nor does it displace one."""
+    """There are no timed saves: the save at the stop after step 42 is not a rollback target and displaces none."""
     fields = {
         **FIELDS,
         "divergence__spike": "rollback",

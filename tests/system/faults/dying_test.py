@@ -1,4 +1,4 @@
-"""Processes that die or hang: the others notice within the limit and say so, and the run resumes bit for bit."""
+"""Processes that die or hang: the other processes report this within the limit, and the run resumes bit for bit."""
 
 import json
 import os
@@ -15,13 +15,13 @@ from trainer.reliability import restarts
 
 pytestmark = pytest.mark.slow
 
-# From the death of one process to the exit of the other: the heartbeat timeout of 10 s, plus what a busy machine adds.
+# From the death of one process to the exit of the other: the heartbeat timeout of 10 s, plus time on a busy machine.
 NOTICED_S = 30
 GONE = {42, *interrupted.CRASHED}
 
 
 def test_all_killed_during_a_save(tmp_path, data, reference):
-    """Fault 1: the half-written step is removed, and the run resumes from the last committed one."""
+    """Fault 1: the half-written step is removed, and the run resumes from the last committed step."""
     run = tmp_path / "run"
     with runs.ending(*interrupted.start_gang(run, data)) as gang:
         runs.wait_until(lambda: interrupted.saving(run), *gang)
@@ -32,7 +32,8 @@ def test_all_killed_during_a_save(tmp_path, data, reference):
 
 
 def test_one_killed(tmp_path, data, reference):
-    """Fault 2: the other exits within the heartbeat timeout and says why, and the same commands resume the run."""
+    """Fault 2: the other process exits within the heartbeat timeout and says why, and the same commands resume the
+    run."""
     run, before = tmp_path / "run", 0
     for victim in (1, 0):
         with runs.ending(*interrupted.start_gang(run, data)) as gang:
@@ -47,7 +48,7 @@ def test_one_killed(tmp_path, data, reference):
 
 
 def test_one_killed_under_supervisors(tmp_path, data, reference):
-    """Fault 2: the supervisors restart both, although they neither end nor start at the same time."""
+    """Fault 2: the supervisors restart both processes, although these neither end nor start at the same time."""
     run, supervisor = tmp_path / "run", [sys.executable, "-m", "launch.supervise", "--backoff_s=1", "--"]
     fields = {"num_train_steps": 60, "before": {0: supervisor, 1: supervisor}}
     with runs.ending(*interrupted.start_gang(run, data, **fields)) as gang:
@@ -59,7 +60,8 @@ def test_one_killed_under_supervisors(tmp_path, data, reference):
 
 
 def test_one_stands_still(tmp_path, data, reference):
-    """Fault 8: the other reports what it is stuck in, and exits; the stopped one exits too, once it continues."""
+    """Fault 8: the other process reports what it is stuck in, and exits; the stopped process exits when it
+    continues."""
     run, before = tmp_path / "run", 0
     limits = {"watchdog__min_s": 2.0, "watchdog__factor": 1.0}
     for victim in (1, 0):
@@ -78,7 +80,7 @@ def test_one_stands_still(tmp_path, data, reference):
 
 
 def test_a_crash_loop_ends(tmp_path, data):
-    """Fault 26: a trainer that never reaches a step is restarted three times, and then no more."""
+    """Fault 26: a trainer that never reaches a step is restarted three times; then the supervisor gives up."""
     if shutil.which("prlimit") is None:
         pytest.skip("needs prlimit (util-linux)")
     run = tmp_path / "run"

@@ -1,6 +1,6 @@
-"""What the tests of faults share: a run that does not end by itself, and the uninterrupted run that it must equal.
+"""Shared by the tests of faults: a run that does not end by itself, and the uninterrupted run that it must equal.
 
-One process with two devices and two processes with one each have the same losses, bit for bit.
+One process with two devices and two processes with one device each have the same losses, bit for bit.
 """
 
 import pathlib
@@ -10,7 +10,7 @@ from tests import runs
 
 STEPS = 200
 WHOLE_STEPS = 60  # of the uninterrupted run on one device
-CRASHED = range(128, 160)  # by a signal; JAX aborts (134) when a peer is gone
+CRASHED = range(128, 160)  # death by a signal; JAX aborts (134) when a peer is gone
 # Steps take a few milliseconds, so that a fault strikes well before the last step that is compared.
 FIELDS = {
     "num_train_steps": 100_000,
@@ -37,24 +37,24 @@ def saved(run: pathlib.Path) -> list[int]:
 
 
 def saving(run: pathlib.Path) -> bool:
-    """Whether a save after the first is under way, seen from outside."""
+    """Whether a save after the first is in progress, judged by the files."""
     return bool(saved(run)) and any((run / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
 
 
 def compiles(run: pathlib.Path, process: int = 0) -> bool:
-    """Whether a process has begun to compile the train step: its start-up page is out."""
+    """Whether a process has begun to compile the train step, i.e. its start-up page is in the log."""
     log = run / f"log.{process}.txt"
     return log.exists() and "untrained" in log.read_text()
 
 
 def trained(run: pathlib.Path) -> list[tuple]:
-    """The logged metrics of each step, without validation, which falls on other steps."""
+    """The logged metrics of each step, without those of evaluations, which may follow different steps."""
     kept = ("step", "tokens", "train/loss", "train/grad_norm", "train/param_norm", "train/lr")
     return [tuple(row[k] for k in kept) for row in runs.rows(run) if "train/loss" in row]
 
 
 def goes_on(run: pathlib.Path, data: pathlib.Path, reference: pathlib.Path, *flags: str, size: int = 2, **more) -> None:
-    """The same command resumes from the newest checkpoint, and nothing shows that the run was interrupted."""
+    """Runs the same command: it must resume from the newest checkpoint, with the metrics of an uninterrupted run."""
     step = saved(run)[-1]
     more["num_train_steps"] = step + 5
     if size == 2:

@@ -1,5 +1,5 @@
-"""Four hosts, each with an address of its own, on one switch. As on GPU nodes, launch/gpu/run.sh starts each of them
-with its node number; no GPU is needed for that."""
+"""Four hosts on one switch, each with its own address. As on GPU nodes, launch/gpu/run.sh starts a process on each host
+with its node number; this needs no GPU."""
 
 import contextlib
 import os
@@ -22,12 +22,12 @@ HOSTS = 4
 STEPS = 60
 FIELDS = {"num_train_steps": STEPS, "mesh__data": HOSTS, "watchdog__min_s": 5.0, "watchdog__factor": 1.0}
 LIMITS = ("--heartbeat_timeout_s=10", "--start_timeout_s=120")
-WITHIN_S = 300  # for four processes on few cores, twice
+WITHIN_S = 300  # enough for two runs of four processes on few cores
 
 
 @contextlib.contextmanager
 def switched():
-    """Network namespaces that are each linked to one switch: (their names, their addresses)."""
+    """(names, addresses) of network namespaces that are all linked to one switch."""
     if os.geteuid() or shutil.which("ip") is None:
         pytest.skip("needs root and iproute2")
     switch = f"meshlm{os.getpid()}"
@@ -65,13 +65,14 @@ def start(run: pathlib.Path, data: pathlib.Path, names: list[str], addresses: li
 
 
 def ended(run: pathlib.Path) -> list[int]:
-    """How many attempts of each host's trainer have ended."""
+    """The number of attempts that have ended, for the trainer of each host."""
     names = ["lives.jsonl", *(f"lives.{i}.jsonl" for i in range(1, HOSTS))]
     return [len(restarts.read_attempts(run / name)) if (run / name).exists() else 0 for name in names]
 
 
 def test_one_host_is_cut_off(tmp_path, data):
-    """Fault 2: all trainers exit, their supervisors wait for the missing host, and with a new link all resume."""
+    """Fault 2: all trainers exit, their supervisors wait for the missing host, and all resume when the link is
+    restored."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     with switched() as (names, addresses):
         with runs.ending(*start(whole, data, names, addresses)) as gang:

@@ -1,4 +1,4 @@
-"""Processes that do not find each other, differ in their number or their clocks, or lose the link between them."""
+"""Processes that do not find each other, disagree on their number, have different clocks, or lose their link."""
 
 import contextlib
 import os
@@ -16,9 +16,9 @@ from tests.system.faults import interrupted
 pytestmark = pytest.mark.slow
 
 LIMIT = "--start_timeout_s=5"
-WITHIN_S = 25  # the limit, plus the start of Python and JAX on a busy machine
+WITHIN_S = 25  # the limit plus the time that Python and JAX need to start on a busy machine
 GONE = {42, *interrupted.CRASHED}
-# Sets the clock of Python code an hour ahead; other code keeps the real one, which must not matter either.
+# Sets the clock of Python code an hour ahead. Other code keeps the real clock, and this must not matter either.
 LATER = """
 import datetime, time
 now, now_ns = time.time, time.time_ns
@@ -40,7 +40,7 @@ def alone(run, data, address: str, process: int = 1, **more) -> subprocess.Popen
 
 @contextlib.contextmanager
 def linked():
-    """Two network namespaces with a link between them: (their names, their addresses)."""
+    """(names, addresses) of two network namespaces with a link between them."""
     if os.geteuid() or shutil.which("ip") is None:
         pytest.skip("needs root and iproute2")
     names = [f"meshlm{os.getpid()}{side}" for side in "ab"]
@@ -74,12 +74,13 @@ def inside(name: str) -> list[str]:
     return ["ip", "netns", "exec", name]
 
 
-# Finding each other
+# Before the processes have found each other
 
 
 @pytest.mark.parametrize("host, reason", [("localhost", "Connection refused"), ("missing.invalid", "not known")])
 def test_no_coordinator(tmp_path, data, host, reason):
-    """Fault 23: nothing listens there, or there is no such host: one line with the address, within the limit."""
+    """Fault 23: nothing listens at the address, or there is no such host: within the limit, one line names the
+    address."""
     address = f"{host}:{runs.free_port()}"
     out = runs.finish(alone(tmp_path / "run", data, address), code=42, within_s=WITHIN_S)
     assert f"error: no coordinator at {address} after 5 s: " in out.splitlines()[-1] and reason in out
@@ -97,7 +98,7 @@ def test_a_network_that_swallows_packets(tmp_path, data):
 
 
 def test_a_worker_that_does_not_come(tmp_path, data):
-    """Fault 23: process 0 says that not all have come; JAX would abort silently (134)."""
+    """Fault 23: process 0 reports that a process is missing; JAX would abort silently (134)."""
     address = f"localhost:{runs.free_port()}"
     out = runs.finish(alone(tmp_path / "run", data, address, process=0), code=42, within_s=WITHIN_S)
     assert "error: waited " in out.splitlines()[-1] and f"for all 2 processes at {address}; start the missing" in out
@@ -120,7 +121,7 @@ def test_sigterm_while_waiting_for_the_others(tmp_path, data, process):
      ((3, 2), 42, r"error: (waited|not all|process 0 at .* is gone: |no coordinator)")],
 )  # fmt: skip
 def test_another_number_of_processes(tmp_path, data, counts, code, message):
-    """Fault 23: JAX would use the coordinator's number; both exit, and each says what is wrong or missing."""
+    """Fault 23: JAX would use the coordinator's number; both processes exit, and each says what is wrong or missing."""
     address = f"--coordinator_address=localhost:{runs.free_port()}"
     gang = []
     for i, count in enumerate(counts):
@@ -132,9 +133,10 @@ def test_another_number_of_processes(tmp_path, data, counts, code, message):
 
 
 def test_strangers_on_the_port_of_a_run(tmp_path, data):
-    """Fault 23: a second run, and a process that has joined already, exit with one line; the run is not disturbed.
+    """Fault 23: a second run, and a process whose number has already joined, exit with one line; the run is not
+    disturbed.
 
-    JAX would end the run: "unexpectedly tried to connect with a different incarnation".
+    JAX would end the first run: "unexpectedly tried to connect with a different incarnation".
     """
     address = f"localhost:{runs.free_port()}"
     with runs.ending(*interrupted.start_gang(tmp_path / "run", data, address=address)) as gang:
@@ -150,18 +152,18 @@ def test_strangers_on_the_port_of_a_run(tmp_path, data):
 
 
 def test_a_proxy_that_does_not_know_the_way(tmp_path, data):
-    """Fault 23: gRPC would ask the proxy for the coordinator, and wait forever."""
+    """Fault 23: gRPC would try to reach the coordinator through the proxy, and wait forever."""
     proxy = {name: "http://proxy.invalid:3128" for name in ("http_proxy", "https_proxy", "grpc_proxy")}
     fields = {"num_train_steps": 2, "environments": {0: proxy, 1: proxy}}
     out = runs.finish_gang(interrupted.start_gang(tmp_path / "run", data, **fields))
     assert "Everything is in" in out[0] and "JAX detected proxy" not in out[0]
 
 
-# Once they have found each other
+# After the processes have found each other
 
 
 def test_clocks_an_hour_apart(tmp_path, data, reference):
-    """Fault 25: one process decides when to save, so that timed saves are the same on all."""
+    """Fault 25: one process decides when to save, so all processes have the same timed saves."""
     run, later = tmp_path / "run", tmp_path / "later"
     later.mkdir()
     (later / "sitecustomize.py").write_text(LATER)
@@ -174,7 +176,7 @@ def test_clocks_an_hour_apart(tmp_path, data, reference):
 
 
 def test_the_link_between_two_hosts_is_cut(tmp_path, data, reference):
-    """Fault 2, on hosts with their own addresses: each takes the other for dead and exits; then both resume."""
+    """Fault 2, on hosts with their own addresses: each process considers the other dead and exits; then both resume."""
     run = tmp_path / "run"
     limits = {"watchdog__min_s": 3.0, "watchdog__factor": 1.0}
     with linked() as (names, addresses):

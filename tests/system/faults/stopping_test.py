@@ -11,8 +11,8 @@ from tests.system.faults import interrupted
 
 pytestmark = pytest.mark.slow
 
-SOON_S = 15  # from a signal to the end; a second or two on an idle machine
-STUCK = ("--start_timeout_s=100", "--heartbeat_timeout_s=100")  # only what is tested ends the process
+SOON_S = 15  # from a signal to the exit, which takes a second or two on an idle machine
+STUCK = ("--start_timeout_s=100", "--heartbeat_timeout_s=100")  # these limits do not end the process during a test
 
 
 def test_sigterm_during_a_save(tmp_path, data, reference):
@@ -28,7 +28,7 @@ def test_sigterm_during_a_save(tmp_path, data, reference):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_sigterm_during_an_evaluation(tmp_path, data, reference, size):
-    """Fault 6: a long evaluation is cut short, and done after the restart."""
+    """Fault 6: a long evaluation is interrupted, and runs after the restart."""
     run = tmp_path / "run"
     fields = {"eval__every_steps": 10, "eval__num_windows": 0}
     start = interrupted.start_gang if size == 2 else lambda *a, **k: [interrupted.start_one(*a, **k)]
@@ -62,7 +62,7 @@ def test_sigterm_during_compilation(tmp_path, data, reference, size):
 
 
 def test_a_process_that_cannot_stop_leaves_by_the_deadline(tmp_path, data, reference):
-    """Fault 6: its peer hangs, and with it the collective; the machine may be preempted at any moment."""
+    """Fault 6: a peer hangs, and so does the collective of the process; the machine may be preempted at any moment."""
     run = tmp_path / "run"
     with runs.ending(*interrupted.start_gang(run, data, *STUCK, watchdog__stop_s=2)) as gang:
         runs.wait_until(lambda: bool(interrupted.saved(run)), *gang)
@@ -75,7 +75,8 @@ def test_a_process_that_cannot_stop_leaves_by_the_deadline(tmp_path, data, refer
 
 
 def test_a_second_interrupt_where_the_first_cannot_work(tmp_path, data, reference):
-    """Fault 7: it exits with 130 at once, although the main thread waits for a peer in C++; the last save is intact."""
+    """Fault 7: the process exits with 130 at once, although the main thread waits for a peer in C++; the last save is
+    intact."""
     run = tmp_path / "run"
     with runs.ending(*interrupted.start_gang(run, data, *STUCK)) as gang:
         runs.wait_until(lambda: bool(interrupted.saved(run)), *gang)
@@ -89,11 +90,11 @@ def test_a_second_interrupt_where_the_first_cannot_work(tmp_path, data, referenc
 
 
 def test_a_second_interrupt_during_a_save(tmp_path, data, reference):
-    """Fault 7: a half-written step is not a checkpoint; the run resumes from the one before."""
+    """Fault 7: a half-written step is not a checkpoint; the run resumes from the step before."""
     run = tmp_path / "run"
     with runs.ending(interrupted.start_one(run, data)) as (process,):
         runs.wait_until(lambda: interrupted.saving(run), process)
-        while process.poll() is None:  # repeatedly: signals that are pending together count as one
+        while process.poll() is None:  # repeated, because pending signals count as one
             process.send_signal(signal.SIGINT)
             time.sleep(0.005)
         runs.finish(process, code=130, within_s=2)
@@ -101,7 +102,8 @@ def test_a_second_interrupt_during_a_save(tmp_path, data, reference):
 
 
 def test_a_second_interrupt_during_compilation(tmp_path, data):
-    """Fault 7: the first would end it at once, if its peer were not stopped; the second does not wait for the peer."""
+    """Fault 7: the first interrupt would end the process at once if its peer were not stopped; the second does not wait
+    for the peer."""
     run = tmp_path / "run"
     cold = f"--compilation_cache={tmp_path / 'cache'}"
     with runs.ending(*interrupted.start_gang(run, data, *STUCK, cold, model__scan_layers=False)) as gang:

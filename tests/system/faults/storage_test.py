@@ -1,4 +1,5 @@
-"""Disks that are full, read-only or damaged, with real processes: never a worse model, never a silent fresh start."""
+"""Disks that are full, read-only or damaged, with real processes: the model never gets worse, and no run silently
+starts from scratch."""
 
 import contextlib
 import os
@@ -38,7 +39,7 @@ def disk(folder: pathlib.Path, megabytes: float, options: str = ""):
 
 
 def fill(folder: pathlib.Path) -> pathlib.Path:
-    """Fills the disk with a file, which is returned: deleting it makes room again."""
+    """Fills the disk with a file and returns the file: deleting it frees the space again."""
     ballast = folder / "ballast"
     with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
@@ -88,7 +89,7 @@ def test_a_token_outside_the_vocabulary_at_the_start(tmp_path, data):
 
 
 def test_a_token_outside_the_vocabulary_in_mid_run(tmp_path, data):
-    """Fault 10: the file is written to after it was checked. The run ends; what it saved before is whole."""
+    """Fault 10: the file is overwritten after it was checked. The run ends, and its earlier checkpoints are intact."""
     shutil.copytree(data, tmp_path / "data")
     run, shard = tmp_path / "run", tmp_path / "data/train-00000.bin"
     process = runs.start(runs.command(run, tmp_path / "data", **SLOW | {"checkpoint__every_steps": 5}))
@@ -106,7 +107,7 @@ def test_a_token_outside_the_vocabulary_in_mid_run(tmp_path, data):
 
 @pytest.mark.parametrize("how", ["file", "flag"])
 def test_validation_data_that_is_missing(tmp_path, data, how):
-    """Fault 11: found at the start and not at the first evaluation."""
+    """Fault 11: the error comes at the start and not only at the first evaluation."""
     shutil.copytree(data, tmp_path / "data")
     fields = {}
     if how == "file":
@@ -120,13 +121,14 @@ def test_validation_data_that_is_missing(tmp_path, data, how):
     assert runs.rows(tmp_path / "run") == []
 
 
-# A disk that is full
+# Full disks
 
 
 def test_full_in_mid_run(tmp_path, data, slow_whole):
-    """Fault 12: an alarm; the old step is intact, and soon after there is space a save succeeds, before one is due.
+    """Fault 12: an error is logged, and the old step is intact. Soon after there is space, a save succeeds, before one
+    is due.
 
-    Rows that could not be written are not lost, and TensorBoard does not hang.
+    Rows that could not be written are written later, and TensorBoard does not hang.
     """
     with disk(tmp_path / "disk", 6) as mounted:
         run = mounted / "run"
@@ -137,8 +139,8 @@ def test_full_in_mid_run(tmp_path, data, slow_whole):
             out = wait_for_line(process, "FAILED")
             assert "checkpoint at step 100 FAILED, training continues" in out
             assert steps(run) == [50]
-            out += wait_for_line(process, "val/loss") + wait_for_line(process, "val/loss")  # and the loop has seen it
-            process.send_signal(signal.SIGSTOP)  # otherwise the run may end before it is time to retry
+            out += wait_for_line(process, "val/loss") + wait_for_line(process, "val/loss")  # the loop has noticed
+            process.send_signal(signal.SIGSTOP)  # otherwise the run may end before the retry is due
             ballast.unlink()
             time.sleep(10.5)
             process.send_signal(signal.SIGCONT)
@@ -153,7 +155,8 @@ def test_full_in_mid_run(tmp_path, data, slow_whole):
 
 @pytest.mark.parametrize("who", [0, 1])
 def test_full_for_one_of_two_processes(tmp_path, data, reference, who):
-    """Fault 12: the other waits for a save that the first has given up. Training continues, and later so do saves."""
+    """Fault 12: one process gives up a save; the other still waits for it and skips the next. Training continues, and
+    later saves succeed."""
     run = tmp_path / "run"
     gang = interrupted.start_gang(run, data, checkpoint__every_steps=20)
     with runs.ending(*gang):
@@ -172,7 +175,7 @@ def test_full_for_one_of_two_processes(tmp_path, data, reference, who):
 
 
 def test_full_at_the_last_save(tmp_path, data, slow_whole):
-    """Fault 12: a run without its last state has not succeeded; the same command resumes it when there is space."""
+    """Fault 12: if its last state is not saved, a run has failed; the same command resumes it when there is space."""
     with disk(tmp_path / "disk", 6) as mounted:
         run = mounted / "run"
         argv = runs.command(run, data, **SLOW)
@@ -181,17 +184,17 @@ def test_full_at_the_last_save(tmp_path, data, slow_whole):
             runs.wait_until(lambda: (run / "checkpoints/100").exists(), process)
             ballast = fill(mounted)
             out = runs.finish(process, 3)
-        (line,) = [line for line in out.splitlines() if line.startswith("error: ")]  # among what Orbax's threads print
+        (line,) = [line for line in out.splitlines() if line.startswith("error: ")]  # Orbax's threads print other lines
         assert "step 150 could not be written; make room in" in line and "from step 100" in line
         assert steps(run) == [50, 100]
-        assert runs.finish(runs.start(argv), 2).count("\n") == 1  # still full
+        assert runs.finish(runs.start(argv), 2).count("\n") == 1  # the disk is still full
         ballast.unlink()
         runs.finish(runs.start(argv))
         assert runs.losses(run) == runs.losses(slow_whole) and steps(run)[-1] == 150
 
 
 def test_full_at_the_start(tmp_path, data):
-    """Fault 12: one line and exit code 2, because another --workdir or more space is needed."""
+    """Fault 12: the start fails with one line and exit code 2, because another --workdir or more space is needed."""
     with disk(tmp_path / "disk", 1) as mounted:
         fill(mounted)
         out = runs.train(mounted / "run", data, num_train_steps=9, code=2)
@@ -207,7 +210,7 @@ def test_a_run_directory_that_cannot_be_written(tmp_path, data, how):
     assert f"cannot write to --workdir={at / 'run'}" in last_line(out) and len(out.splitlines()) == 1
 
 
-# Checkpoints that are damaged
+# Damaged checkpoints
 
 
 def largest_of(step: pathlib.Path, part: str) -> pathlib.Path:
@@ -219,7 +222,7 @@ def cut(path: pathlib.Path) -> None:
 
 
 def test_a_flipped_bit(tmp_path, data, whole):
-    """Fault 14: the run resumes from the checkpoint before, and ends the same bit for bit."""
+    """Fault 14: the run resumes from the checkpoint before, and its losses are the same bit for bit."""
     run = shutil.copytree(whole, tmp_path / "run")
     flip_a_bit_in_the_parameters(run / "checkpoints/60")
     out = runs.train(run, data, num_train_steps=STEPS)
@@ -229,7 +232,7 @@ def test_a_flipped_bit(tmp_path, data, whole):
 
 
 def test_partial_steps_in_every_way(tmp_path, data, whole):
-    """Fault 15: one after another is quarantined with its reason, and the newest complete one is used."""
+    """Fault 15: each incomplete step is quarantined with a reason, and the newest complete step is used."""
     run = shutil.copytree(whole, tmp_path / "run")
     at = run / "checkpoints"
     (at / "80").mkdir()
@@ -247,7 +250,7 @@ def test_partial_steps_in_every_way(tmp_path, data, whole):
 
 
 def test_every_step_bad(tmp_path, data, whole):
-    """Fault 16: there is never a silent fresh start, not even the second time."""
+    """Fault 16: a start fails instead of silently starting from scratch, also the second time."""
     run = shutil.copytree(whole, tmp_path / "run")
     for step in (run / "checkpoints").iterdir():
         flip_a_bit_in_the_parameters(step)
@@ -258,7 +261,8 @@ def test_every_step_bad(tmp_path, data, whole):
 
 @pytest.mark.parametrize("damage", ["flip", "cut"])
 def test_damage_that_one_of_two_processes_sees(tmp_path, data, gang_run, damage):
-    """Faults 14 and 15: each reads its own shard; the other must neither wait for it nor restore another step."""
+    """Faults 14 and 15: each process reads its own shard. If one shard is damaged, the other process must neither wait
+    nor restore another step."""
     run = shutil.copytree(gang_run, tmp_path / "run")
     path = largest_of(run / "checkpoints/20/params/ocdbt.process_1", "d/*")
     if damage == "cut":
@@ -285,8 +289,8 @@ def gang_run(tmp_path_factory, data):
 
 
 def train_in_two(run: pathlib.Path, data: pathlib.Path, mirror: str, **environment: str) -> int:
-    """Stops a run after the step that is returned, then resumes it to its end; both wait for the copy of their last
-    step."""
+    """Stops a run and resumes it to its end; both parts wait for the copy of their last step. Returns the step of the
+    stop."""
     argv = runs.command(run, data, **SLOW, checkpoint__mirror=mirror)
     process = runs.start(argv, **environment)
     with runs.ending(process):
@@ -300,7 +304,7 @@ def train_in_two(run: pathlib.Path, data: pathlib.Path, mirror: str, **environme
 
 @pytest.fixture(scope="module")
 def mirrored(tmp_path_factory, data, slow_whole):
-    """A folder with a run and its mirror, which have the same two steps, and the first of these steps."""
+    """(a folder with a run and its mirror, which have the same two steps; the first of these steps)."""
     folder = tmp_path_factory.mktemp("mirrored")
     stopped = train_in_two(folder / "run", data, folder / "mirror")
     assert copies(folder / "mirror") == steps(folder / "run") == [stopped, 150]
@@ -309,7 +313,7 @@ def mirrored(tmp_path_factory, data, slow_whole):
 
 
 def test_checkpoints_come_back_from_the_mirror(tmp_path, data, slow_whole, mirrored):
-    """Faults 14 to 16: no local checkpoint is usable, nor is the newest copy; the copy before it is."""
+    """Faults 14 to 16: no local checkpoint is usable, nor is the newest copy; the copy before it is usable."""
     folder, stopped = mirrored
     shutil.copytree(folder, tmp_path / "here")
     run, mirror = tmp_path / "here/run", tmp_path / "here/mirror"
@@ -320,13 +324,13 @@ def test_checkpoints_come_back_from_the_mirror(tmp_path, data, slow_whole, mirro
     assert f"fetched   step {stopped}" in out and f"Resuming after step {stopped}." in out
     assert quarantined(run) == [stopped, 150, 150]
     assert runs.losses(run) == runs.losses(slow_whole)
-    shutil.rmtree(run / "checkpoints")  # the last step was copied again, and is intact
+    shutil.rmtree(run / "checkpoints")  # the last step was copied again, so its copy is intact
     assert "already has its 150 steps" in runs.train(run, data, **SLOW, checkpoint__mirror=mirror)
 
 
 @pytest.mark.parametrize("how", ["full", "gone"])
 def test_a_mirror_that_fails_does_not_disturb_the_run(tmp_path, data, slow_whole, how):
-    """Fault 12, in the mirror: an alarm, and nothing else."""
+    """Fault 12, in the mirror: the failure is logged, and the run is not affected."""
     with disk(tmp_path / "disk", 0.6) if how == "full" else contextlib.nullcontext(tmp_path) as at:
         mirror = at / "mirror"
         process = runs.start(runs.command(tmp_path / "run", data, **SLOW, checkpoint__mirror=mirror))
@@ -335,12 +339,12 @@ def test_a_mirror_that_fails_does_not_disturb_the_run(tmp_path, data, slow_whole
                 runs.wait_until(lambda: (mirror / "config.json").exists(), process)
                 shutil.rmtree(mirror)
                 mirror.write_text("no folder any more")
-                process.send_signal(signal.SIGSTOP)  # until the next heartbeat of its lock is due
+                process.send_signal(signal.SIGSTOP)  # until the next heartbeat of the mirror's lock is due
                 time.sleep(10.5)
                 process.send_signal(signal.SIGCONT)
             out = runs.finish(process)
     assert "was NOT copied to" in out and "Traceback" not in out
-    assert how == "full" or "cannot renew the lock" in out  # which is due every ten seconds
+    assert how == "full" or "cannot renew the lock" in out  # the lock is renewed every 10 s
     assert steps(tmp_path / "run")[-1] == 150 and runs.losses(tmp_path / "run") == runs.losses(slow_whole)
 
 
@@ -355,7 +359,7 @@ def test_the_mirror_of_another_run_is_refused(tmp_path, data, mirrored):
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
 def test_a_mirror_in_an_object_store(tmp_path, data, slow_whole, scheme):
-    """The local checkpoints are lost with their machine; the mirror has all that is needed."""
+    """The local checkpoints are lost with their machine; the mirror is sufficient to resume."""
     run, at, mirror = tmp_path / "run", "some/run/checkpoints", f"{scheme}://bucket/some/run"
     with object_store.running() as store:
         stopped = train_in_two(run, data, mirror, **store.environment)

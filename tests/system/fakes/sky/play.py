@@ -1,12 +1,12 @@
 """A SkyPilot whose machines are folders: plays `sky jobs launch FILE` with real processes on this machine.
 
-    $FAKE_SKY/calls.jsonl       its arguments
-    $FAKE_SKY/hosts/N.I/        the home of host I of the N-th machines, and their output in N.I.log.txt
+    $FAKE_SKY/calls.jsonl       the arguments of its calls
+    $FAKE_SKY/hosts/N.I/        the home of host I of the N-th set of machines; its output is in N.I.log.txt
     $FAKE_SKY/states.txt        the states of the job so far, a line each
-    $FAKE_SKY/preempt           made by a test: the machines are taken away, with this many seconds of notice
+    $FAKE_SKY/preempt           a test creates it: the machines are taken away after this many seconds of notice
 
-It treats scripts and exit codes as SkyPilot 0.14 does (log_lib.py, task_codegen.py, recovery_strategy.py there):
-the first host that fails ends the others, whose code is then 137; a code in recover_on_exit_codes brings new machines.
+It treats scripts and exit codes as SkyPilot 0.14 does (see its log_lib.py, task_codegen.py, recovery_strategy.py): the
+first host that fails ends the others, whose code is then 137; a code in recover_on_exit_codes brings new machines.
 """
 
 import argparse
@@ -30,7 +30,7 @@ GRACE_S = 30
 
 
 class Host:
-    """A machine: a home folder, and one script at a time in it."""
+    """A machine: a home folder in which one script runs at a time."""
 
     def __init__(self, name: str, environment: dict[str, str]):
         self.home = STATE / "hosts" / name
@@ -89,7 +89,7 @@ def is_alive(pid: int) -> bool:
 
 
 def take_away(hosts: list[Host], notice_s: float) -> None:
-    """Removes the hosts as a cloud does: SIGTERM to every process of a machine that is shut down, then it is gone."""
+    """Removes the hosts as a cloud does: SIGTERM and a pause if there is notice, then SIGKILL."""
     pids = [pid for host in hosts for pid in tree(host.process.pid)]
     if notice_s:
         kill(pids, signal.SIGTERM)
@@ -101,7 +101,8 @@ def take_away(hosts: list[Host], notice_s: float) -> None:
 
 
 def wait(hosts: list[Host]) -> list[int] | None:
-    """Exit codes, when all have ended, or one has failed and the others were ended; None if they are taken away."""
+    """Waits until all hosts have ended, or one has failed and the others were ended. Returns their exit codes, or None
+    if the machines were taken away."""
     while True:
         if (STATE / "preempt").exists():
             take_away(hosts, float((STATE / "preempt").read_text()))

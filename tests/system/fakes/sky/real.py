@@ -1,7 +1,7 @@
-"""The real SkyPilot up to the point where it would call the cloud: `sky WORDS...` is parsed, its job printed as JSON.
+"""The real SkyPilot up to its call of the cloud: parses `sky WORDS...` and prints the job as JSON.
 
-Run by a Python that has skypilot. The job has the script that SkyPilot would run on the second of two hosts, and says
-whether it would be started again after each list of exit codes in $CODES.
+A Python that has skypilot runs this. The output has the script that SkyPilot would run on the second of two hosts, and
+whether the job would be started again after each list of exit codes in $CODES.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""What the fakes of Slurm's commands share: a folder ($FAKE_SLURM) with a log of calls and the state of one job.
+"""Shared by the fakes of Slurm's commands: a folder ($FAKE_SLURM) with a log of calls and the state of one job.
 
-They behave as Slurm 22.05 was observed to; slurm_test.py runs the same tests with both.
+The fakes behave as Slurm 22.05 was observed to; slurm_test.py runs the same tests with the fakes and with Slurm.
 """
 
 import contextlib
@@ -11,8 +11,8 @@ import signal
 import sys
 
 FOLDER = pathlib.Path(os.environ["FAKE_SLURM"])
-JOB_ID = 4095 + 4096  # its port for the coordinator is the last of all
-KILL_WAIT_S = 15.0  # from a SIGTERM to the SIGKILL
+JOB_ID = 4095 + 4096  # gives the coordinator the highest port
+KILL_WAIT_S = 15.0  # the time from a SIGTERM to the SIGKILL
 
 
 def log() -> None:
@@ -27,7 +27,7 @@ def say(name: str, value: object = "") -> None:
 
 
 def said(name: str) -> str | None:
-    """What was said about `name`; None if nothing was."""
+    """The stored text of `name`; None if there is none."""
     path = FOLDER / name
     return path.read_text() if path.exists() else None
 
@@ -47,7 +47,7 @@ def tasks() -> list[str]:
 
 
 def options(words: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Leading --NAME=VALUE and --NAME of a command line, and the rest."""
+    """Splits a command line: the leading options --NAME=VALUE and --NAME, and the remaining words."""
     found = {}
     while words and words[0].startswith("--"):
         name, _, value = words[0][2:].partition("=")
@@ -57,7 +57,7 @@ def options(words: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def end_job() -> None:
-    """Sends SIGTERM as slurmd does: to the script, all that belongs to it, and the tasks."""
+    """Sends SIGTERM as slurmd does: to the process group of the script, and to the tasks."""
     if batch := said("batch"):
         send(signal.SIGTERM, batch, group=True)
     send(signal.SIGTERM, *tasks())
