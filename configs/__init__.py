@@ -1,1 +1,1 @@
-"""Recipes: one file each, get_config() -> ConfigDict. Loaded by path; only other recipes import them."""
+"""Recipes: each file has get_config() -> ConfigDict. Recipes are loaded by path; only other recipes import them."""

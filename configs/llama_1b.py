@@ -31,7 +31,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizer.update(peak_lr=4e-4, end_lr=4e-5, warmup_steps=2000, b2=0.95)
     config.checkpoint.update(every_steps=1000, every_minutes=20.0, keep_every_steps=10_000)
     config.eval.update(every_steps=1000, num_windows=1024)
-    if variant == "one":  # found by --search for an H100; half the largest microbatch that fits
+    if variant == "one":  # launch.plan --search found this for an H100; the microbatch is half the largest that fits
         config.grad_accum_steps = 128
         config.model.remat = "none"
     elif variant:

@@ -1,9 +1,9 @@
 """Llama 3.1 70B's shape: 80 layers, 64 heads, 8 key-value heads, 8192 wide, T = 8192, 8 million tokens a step.
 
-For 512 TPU v5p (v5p-1024), with parameters sharded over all of them (fsdp), and for two such slices (`llama_70b:two`),
-which split a batch of the same size. Each slice holds all parameters, so only gradients cross the network between them.
-We have not run it on such hardware yet, so no time or loss is claimed here. Pass a prepared dataset with
---config.data.path.
+`llama_70b` is for 512 TPU v5p (v5p-1024), with parameters sharded over all of them (fsdp). `llama_70b:two` is for two
+such slices, which split a batch of the same size; each slice holds all parameters, so only gradients cross the network
+between the slices. We have not run it on such hardware yet, so no time or loss is claimed here. Pass a prepared dataset
+with --config.data.path.
 
 Plans (make plans; compiled without the machine; the step at best is a roofline, docs/scaling.md):
   llama_70b      on v5p:8x8x8     fits:  33.8 of 95.7 GiB, at best  20.16 s a step (compute)

@@ -1,8 +1,9 @@
 """Llama 3.1 8B's shape: 32 layers, 32 heads, 8 key-value heads, 4096 wide, T = 8192, 4 million tokens a step.
 
-`llama_8b` is for 64 TPU v5p (v5p-128), `llama_8b:gpus` for a node of 8 GPUs, `llama_8b:v6e` for 256 TPU v6e: the same
-experiment with a different number of microbatches. Parameters are sharded over all devices (fsdp). We have not run it
-on such hardware yet, so no time or loss is claimed here. Pass a prepared dataset with --config.data.path.
+`llama_8b` is for 64 TPU v5p (v5p-128), `llama_8b:gpus` for a node of 8 GPUs, `llama_8b:v6e` for 256 TPU v6e: all are
+the same experiment with a different number of microbatches. Parameters are sharded over all devices
+(fsdp). We have not run it on such hardware yet, so no time or loss is claimed here. Pass a prepared dataset with
+--config.data.path.
 
 Plans (make plans; compiled without the machine; the step at best is a roofline, docs/scaling.md):
   llama_8b:gpus  on h100:8        fits:  27.1 of 72.8 GiB, at best  34.40 s a step (compute)

@@ -2,7 +2,7 @@
 
 `shakespeare_char:cpu` is a smaller variant for two CPU cores: 4 layers, 4 heads, 128 wide, T = 64, batch 12, no
 dropout, 2,000 steps. Measured: val/loss 1.667 over the full validation split, 3:15 on two (busy) CPU cores. We have
-not trained the large one to completion; nanoGPT reports a best val/loss of 1.4697 for it.
+not trained the large variant to completion; nanoGPT reports a best val/loss of 1.4697 for it.
 """
 
 from ml_collections import ConfigDict

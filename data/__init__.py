@@ -1,1 +1,1 @@
-"""Corpora, tokenizers, token shards, the order of sequences, the loader. Does not know models or training."""
+"""Corpora, tokenizers, token shards, the order of sequences, the loader. It does not know models or training."""

@@ -1,4 +1,4 @@
-"""A batch: what goes from the loader through the step and the model to the loss."""
+"""A batch: what the loader passes to the step, the model and the loss."""
 
 import dataclasses
 import functools
@@ -15,14 +15,14 @@ import numpy as np
 )
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Arrays [rows, seq_len] of NumPy or JAX, or their shapes. What a run does not need is None and costs nothing.
+    """Arrays [rows, seq_len] of NumPy or JAX, or their shapes. A field that a run does not need is None.
 
     Attributes:
       inputs: token ids, in the type of the files until `widened`.
       targets: the token that follows each input.
-      loss_weights: how much each target counts, bool or float; None: all count the same.
-      positions: int32, the position of each input in its document; None: in its row.
-      segment_ids: int32, equal for two inputs of a row if and only if they are of one document; None: a row is one.
+      loss_weights: how much each target counts, bool or float; None: all targets count the same.
+      positions: int32, the position of each input in its document; None: the position in its row is used.
+      segment_ids: int32, equal for inputs of a row if and only if they share a document; None: a row is one document.
     """
 
     inputs: Any
@@ -35,18 +35,18 @@ class Batch:
         return dataclasses.replace(self, **changes)
 
     def widened(self) -> "Batch":
-        """The types that the step computes with. Files and transfers keep two bytes a token, and one a weight."""
+        """The batch in the dtypes of the step. In files and transfers, a token takes 2 or 4 bytes, and a weight one."""
         weights = None if self.loss_weights is None else self.loss_weights.astype(np.float32)
         ids = {name: getattr(self, name).astype(np.int32) for name in ("inputs", "targets")}
         return self.replace(**ids, loss_weights=weights)
 
 
 def from_tokens(tokens: np.ndarray, *, loss_mask: np.ndarray | None = None, document_end: int | None = None) -> Batch:
-    """The batch of rows of text.
+    """The batch for rows of tokens.
 
     Args:
-      tokens: [rows, seq_len + 1]; each but the first is the target of the one before it.
-      loss_mask: bool [rows, seq_len], which targets count.
+      tokens: [rows, seq_len + 1]; each token except the first of a row is the target of the token before it.
+      loss_mask: bool [rows, seq_len], which targets count; None: all.
       document_end: the token that ends a document and belongs to it, if documents are masked from each other.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -57,7 +57,7 @@ def from_tokens(tokens: np.ndarray, *, loss_mask: np.ndarray | None = None, docu
 
 
 def documents(inputs: np.ndarray, document_end: int) -> tuple[np.ndarray, np.ndarray]:
-    """(positions, segment_ids), int32 [rows, seq_len]: of a token in its document, and of the document in its row."""
+    """(positions, segment_ids), int32 [rows, seq_len]: a token's place in its document, and that document's number."""
     begins = np.zeros(inputs.shape, bool)
     begins[:, 1:] = inputs[:, :-1] == document_end
     index = np.arange(inputs.shape[1], dtype=np.int32)[None]
@@ -66,10 +66,10 @@ def documents(inputs: np.ndarray, document_end: int) -> tuple[np.ndarray, np.nda
 
 
 def abstract(rows: int, seq_len: int, dtype: Any, *, masked: bool, documents: bool, sharding: Any) -> Batch:
-    """The shapes of a batch, to compile for.
+    """The shapes of a batch, for compilation.
 
     Args:
-      dtype: of the token files.
+      dtype: the dtype of the token files.
       masked: whether the loader says which targets count (data.packed).
       documents: whether documents are masked from each other (data.mask_documents).
     """

@@ -1,4 +1,4 @@
-"""The data section of the configuration. No heavy imports: a launcher validates it before it loads JAX."""
+"""The data section of the configuration. It has no heavy imports: a launcher validates it before it loads JAX."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,26 +12,26 @@ class DataConfig:
     # A dataset folder written by launch.prepare; or token files of another program: a file, a folder or a glob; or
     # several of these, separated by commas.
     path: str = ""
-    # Of several sources: 0.7,0.3; in stages, each from a sequence of the run on: 0:0.7,0.3; 50000:0.5,0.5. '': equal.
+    # Weights of the sources: 0.7,0.3; or in stages, each with its first sequence: 0:0.7,0.3; 50000:0.5,0.5. '': equal.
     weights: str = ""
     seq_len: int = 64  # T, the tokens predicted per sequence; a sequence has T + 1 tokens
     mask_documents: bool = False  # tokens attend only within their document, and positions restart with each document
-    packed: bool = False  # rows of complete documents, as launch.pack arranged them, instead of windows
+    packed: bool = False  # read rows of complete documents, which launch.pack arranged, instead of windows
     eos_id: int = -1  # the token after each document; -1: the dataset's own
     prefetch: int = 2  # batches that the loader's thread reads ahead
-    source: str = ""  # what launch.prepare makes `path` from; part of the error message if `path` does not exist yet
-    tokenizer: str = "char"  # likewise
-    # For token files that are read in place. With several sources: one value for all, or one for each, separated by
-    # commas.
+    source: str = ""  # what launch.prepare makes `path` from; named in the error message if `path` does not exist
+    tokenizer: str = "char"  # the tokenizer that launch.prepare makes; also named in that message
+    # The next fields are for token files that are read in place. With several sources: one value for all, or one value
+    # for each source, separated by commas.
     format: str = ""  # meshlm, or a format of data/token_files/external.py; '': detected
-    dtype: str = ""  # uint16 or uint32, if the files do not say (nanogpt, olmo); '': uint16
-    val_path: str = ""  # validation files; '': those of `path` with the word val, valid or validation in their name
-    # A tokenizer, as --tokenizer of launch.prepare. '': no text is generated, and model.vocab_size must be given.
+    dtype: str = ""  # uint16 or uint32, if the format does not say (nanogpt, olmo); '': uint16
+    val_path: str = ""  # validation files; '': files of `path` with val, valid or validation in their names
+    # A tokenizer, in the form of launch.prepare's --tokenizer. '': no text is generated; model.vocab_size is needed.
     tokenizer_path: str = ""
 
     # What a change means for a run that is resumed (trainer.config.changes); fields that are not named may not change.
-    # The fingerprint says whether another path has the same data. Weights may change from a sequence on that the run
-    # has not trained on yet (mixture.check_change).
+    # Another path is harmless if it has the same data, which the fingerprint shows. Weights may change for sequences
+    # that the run has not trained on yet (mixture.check_change).
     ON_RESUME: ClassVar[Mapping[str, str]] = dict.fromkeys(
         (
             "path", "weights", "prefetch", "source", "tokenizer", "format", "dtype", "val_path", "tokenizer_path",

@@ -1,4 +1,4 @@
-"""A dataset: a folder of launch.prepare, or token files of other programs, read in place (external.py).
+"""A dataset: a folder made by launch.prepare, or token files of other programs, which are read in place (external.py).
 
 Nothing here needs JAX: a launcher opens the data, and reports what is wrong with it, before it loads JAX.
 """
@@ -24,12 +24,12 @@ MANIFEST_BYTES = 64  # enough to recognise a manifest
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     path: str  # data.path as it was given
-    folder: pathlib.Path  # of a dataset folder: its path on this machine
-    manifest: formats.Manifest  # of external files: made from their headers and content, with vocab_size 0
+    folder: pathlib.Path  # the path on this machine; used for a dataset folder
+    manifest: formats.Manifest  # for external files: made from their headers and content, with vocab_size 0
     vocab_size: int  # 0: not known
-    tokenizer_path: str  # '' if there is none
-    load_tokenizer: Callable[[], tokenizers.Tokenizer | None]  # None if the configuration names none; raises DataError
-    external_files: dict[str, list[external.TokenFile]]  # by split; empty for a dataset folder
+    tokenizer_path: str  # '' if there is no tokenizer
+    load_tokenizer: Callable[[], tokenizers.Tokenizer | None]  # None: no tokenizer is configured; raises DataError
+    external_files: dict[str, list[external.TokenFile]]  # the files of each split; empty for a dataset folder
     largest_id: int = -1  # the largest id seen when external files were opened
 
     def files(self, split: str) -> formats.TokenFiles:
@@ -57,7 +57,7 @@ class Dataset:
 
 
 def fetch(path: str) -> pathlib.Path:
-    """A path of the configuration as a path on this machine; what is in an object store is downloaded to the cache.
+    """A path of the configuration as a path on this machine; objects in a store are downloaded to the cache.
 
     Raises:
       DataError: the download fails.
@@ -66,7 +66,7 @@ def fetch(path: str) -> pathlib.Path:
 
 
 def is_prepared(config: DataConfig) -> bool:
-    """Whether config.path is a dataset folder; in a store, by its current listing. Raises DataError."""
+    """Whether config.path is a dataset folder; for a store, its current listing decides. Raises DataError."""
     if config.format not in ("", "meshlm"):
         return False
     manifest = fetch(config.path) / formats.MANIFEST
@@ -87,11 +87,11 @@ def open_dataset(config: DataConfig, vocab_size: int = 0) -> Dataset:
     """Opens config.path.
 
     Args:
-      vocab_size: of the model, 0 if not known: the vocabulary of external files without a tokenizer.
+      vocab_size: the model's, or 0 if it is not known; used for external files without a tokenizer.
 
     Raises:
       FileNotFoundError: config.path does not exist.
-      DataError: it cannot be used.
+      DataError: config.path cannot be used.
     """
     path = fetch(config.path)
     prepared = is_prepared(config)
@@ -131,14 +131,14 @@ def _open_external(config: DataConfig, path: pathlib.Path, vocab_size: int) -> D
         shards = tuple(formats.Shard(f.path.name, f.tokens, c.digest) for f, c in zip(of_split, contents, strict=True))
         documents = sum(f.documents for f in of_split)
         splits[name] = formats.Split(sum(f.tokens for f in of_split), 0, documents, shards)
-    # Basenames only, so that moving files keeps the fingerprint. The tokenizer is left out: it does not affect tokens.
+    # Only basenames, so that moving files keeps the fingerprint; no tokenizer, because it does not affect the tokens.
     manifest = formats.Manifest(read[0].dtype, 0, None, "", splits, {"format": read[0].kind})
     tokenizer_path = config.tokenizer_path
     return Dataset(config.path, path, manifest, vocab_size, tokenizer_path, lambda: tokenizer, files, largest)
 
 
 def _paths_by_split(config: DataConfig) -> dict[str, list[pathlib.Path]]:
-    """Training and validation files; a file is never both."""
+    """The training and the validation files; a file is never in both lists."""
     paths = external.find_token_files(config.path)
     _refuse_parts_of_datasets(config.path, paths)
     if config.val_path:
@@ -159,8 +159,8 @@ def _paths_by_split(config: DataConfig) -> dict[str, list[pathlib.Path]]:
 
 
 def _refuse_parts_of_datasets(path: str, found: list[pathlib.Path]) -> None:
-    """Raises DataError for files in a dataset folder of launch.prepare: its manifest says what they are, and which of
-    them are for training."""
+    """Raises DataError for files in a dataset folder of launch.prepare: only its manifest says what each file is and
+    which files are for training."""
     for folder in sorted({file.parent for file in found}):
         name, ours = str(folder), formats.is_dataset(folder) or (folder / "tokenizer" / tokenizers.FILE_NAME).exists()
         if remote.is_remote(path):  # the cache may have copies of objects that were deleted
@@ -173,7 +173,7 @@ def _refuse_parts_of_datasets(path: str, found: list[pathlib.Path]) -> None:
 
 
 def _warn_of_tests(path: str, train: list[pathlib.Path]) -> None:
-    """Warns of training files that are named as for tests, unless the file itself was named."""
+    """Warns of training files whose names say that they are for tests, unless data.path is such a file itself."""
     place = fetch(path)
     if place.is_file():
         return

@@ -1,6 +1,6 @@
-"""Errors that a user can cause; each ends a command with one line and an exit code.
+"""Errors that a user can cause; each of them ends a command with one line and an exit code.
 
-The base class is here because data is the lowest package that raises one; trainer/errors.py adds the others.
+The base class is here because data is the lowest package that raises such errors; trainer/errors.py adds the others.
 """
 
 

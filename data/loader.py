@@ -6,7 +6,7 @@ Indices used here:
   window  permute(g % num_windows): which seq_len + 1 consecutive tokens; windows of one epoch do not overlap, except
           for the one token that is both the last target of a window and the first input of the next
   phase   where the first window of a shard starts in this epoch, so that window borders move between epochs
-Packed documents (data.packed) have rows instead of windows: the same rows in every epoch, in another order.
+Packed documents (data.packed) have rows instead of windows: every epoch has the same rows, in another order.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ if TYPE_CHECKING:  # launch.inspect reads windows without JAX
 
     from data.batch import Batch
 
-# Positions permuted at once: a call costs nearly the same for one as for thousands, and batches need them in order.
+# Positions permuted in one call: it costs nearly the same for one as for thousands, and batches need them in order.
 BLOCK = 1 << 14
-# The most memory of this process that mapped files may take: touched pages count as its own. Releasing them more often
-# would cost more than the gather, because they are mapped again.
+# The most memory that mapped files may take: touched pages count as memory of this process. Releasing pages more often
+# would cost more than the gather, because the pages must be mapped again.
 RESIDENT_BYTES = mmap_advice.memory_bytes() // 4
-CHECK_ROWS = 1 << 14  # rows read between two checks of the memory
+CHECK_ROWS = 1 << 14  # rows that are read between two checks of the memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Unreached:
-    """What no window contains, in any epoch."""
+    """The tokens that no window of any epoch contains."""
 
     files: int  # files shorter than a window
     tokens: int  # the tokens of these files
     tails: int  # tokens at the ends of other files, fewer than seq_len in each
 
     def __str__(self) -> str:
-        """'' if all tokens are read."""
+        """The tokens in words; '' if all tokens are read."""
         parts = []
         if self.files:
             parts.append(f"{self.files:,} file(s) shorter than a window ({self.tokens:,} tokens)")
@@ -60,8 +60,8 @@ class Windows:
     """Rows of seq_len + 1 tokens of a split, in the order of a keyed permutation. A subclass defines the windows.
 
     Attributes:
-      num_windows: in an epoch.
-      dtype: of the files.
+      num_windows: the number of windows in an epoch.
+      dtype: the dtype of the files.
       unreached: the tokens that are never read.
     """
 
@@ -85,11 +85,11 @@ class Windows:
         return out
 
     def loss_mask(self, g: np.ndarray) -> np.ndarray | None:
-        """Which targets of the sequences g count: bool [len(g), seq_len]; None: all."""
+        """Which targets of the sequences g count: bool [len(g), seq_len]; None: all of them."""
         return None
 
     def will_need(self, g: np.ndarray) -> None:
-        """Asks the kernel to read the sequences g from disk, if they are not cached: `rows` will need them next."""
+        """Asks the kernel to read the sequences g from disk, if they are not cached: `rows` needs them next."""
         raise NotImplementedError
 
     def _gather(self, g: np.ndarray) -> np.ndarray:
@@ -111,7 +111,7 @@ class Windows:
                     mmap_advice.release(shard)
 
     def _windows(self, epoch: int, position: np.ndarray) -> np.ndarray:
-        """The windows at these positions of an epoch, from cached blocks of the permutation."""
+        """The numbers of the windows at these positions of an epoch, from cached blocks of the permutation."""
         out = np.empty_like(position)
         for block, here in _groups(position // BLOCK):
             out[here] = self._block(epoch, block)[position[here] - block * BLOCK]
@@ -126,7 +126,7 @@ class TokenWindows(Windows):
     """Consecutive windows over the shards of a split."""
 
     def __init__(self, files: TokenFiles, *, seq_len: int, seed: int, split: str = "train"):
-        # Each shard loses one window, so that every phase in [0, seq_len) leaves the same number of windows.
+        # Each shard has one window fewer than fits, so that its windows fit at every phase in [0, seq_len).
         counts = [
             max(len(shard) // seq_len - 1, 1) if len(shard) > seq_len else 0  # a shorter shard is not used
             for shard in files.shards
@@ -134,7 +134,7 @@ class TokenWindows(Windows):
         self.first_window = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         lengths = [len(shard) for shard in files.shards]
         short = [length for length in lengths if 0 < length <= seq_len]
-        # The last phase ends at a multiple of seq_len. A shard of one window uses every phase that fits.
+        # The windows of the last phase end at a multiple of seq_len. A shard of one window uses every phase that fits.
         tails = [length % seq_len for length in lengths if length >= 2 * seq_len]
         self.unreached = Unreached(len(short), sum(short), sum(tails))
         super().__init__(files, int(self.first_window[-1]), seq_len=seq_len, seed=seed, split=split)
@@ -164,7 +164,7 @@ class TokenWindows(Windows):
             mmap_advice.will_need(shard.rows, windows * shard.rows.strides[0], shard.rows.itemsize)
 
     def _places(self, g: np.ndarray) -> Iterator[tuple[np.ndarray, ShardWindows, np.ndarray]]:
-        """For each (epoch, shard) in g: the indices into g, the windows of that shard, and which of them are meant."""
+        """For each (epoch, shard) in g: the indices into g, the shard's windows, and the numbers of those to read."""
         for epoch, of_epoch, windows in self._shuffled(g):
             for shard, mine in _groups(np.searchsorted(self.first_window, windows, side="right") - 1):
                 yield of_epoch[mine], self._rows_of(shard, epoch), windows[mine] - self.first_window[shard]
@@ -182,7 +182,7 @@ class ShardWindows:
     """`count` windows of seq_len + 1 tokens, seq_len apart, as views: no token is copied.
 
     Attributes:
-      rows: the windows, one item each: void [count]. NumPy gathers items of a one-dimensional array faster than rows
+      rows: the windows, void [count]: each is one item. NumPy gathers items of a one-dimensional array faster than rows
         of a two-dimensional view.
     """
 
@@ -196,9 +196,9 @@ class ShardWindows:
     def gather(self, windows: np.ndarray) -> np.ndarray:
         """Copies of these windows: void [len(windows)].
 
-        A few C calls; a Python loop over rows would compete with other threads for the interpreter lock. The first and
-        last bytes of all rows are read first, because these memory accesses overlap, while the copies would wait for
-        memory one after another: a third less time for rows of 2 KiB (docs/performance.md).
+        This makes a few C calls; a Python loop over rows would compete with other threads for the interpreter lock. The
+        first and last bytes of all rows are read first: these accesses overlap, but copies would wait for memory one
+        after another. This takes a third less time for rows of 2 KiB (docs/performance.md).
         """
         for touched in (self._first, self._last):
             _ = touched[windows]
@@ -206,7 +206,7 @@ class ShardWindows:
 
 
 class PackedWindows(Windows):
-    """The rows of a packing (packing.py): complete documents side by side, padded with the end-of-text token."""
+    """The rows of a packing (packing.py): documents one after another, padded with the end-of-text token."""
 
     def __init__(self, files: TokenFiles, index: packing.Index, *, seed: int, split: str = "train"):
         super().__init__(files, index.rows, seq_len=index.seq_len, seed=seed, split=split)
@@ -216,7 +216,7 @@ class PackedWindows(Windows):
         self.first_token = np.cumsum([0, *map(len, files.shards)])
 
     def _gather(self, g: np.ndarray) -> np.ndarray:
-        """One gather for each shard: a row is always in one shard."""
+        """One gather for each shard; all tokens of a row are always in one shard."""
         out = np.full((len(g), self.seq_len + 1), self.eos_id, self.dtype)
         column = np.arange(self.seq_len + 1)
         for here, shard, starts, lengths, used in self._places(g):
@@ -226,15 +226,15 @@ class PackedWindows(Windows):
         return out
 
     def loss_mask(self, g: np.ndarray) -> np.ndarray:
-        """Padding does not count, nor does the end of text of a document whose text is in another row.
+        """Padding does not count as a target, nor does an end-of-text token whose text is in another row.
 
-        Text that breaks off at the end of a shard is taught an end of text: the first token of its padding counts.
+        If a text breaks off at the end of a shard, the first end-of-text token of its padding does count as a target.
         """
         mask = np.empty((len(g), self.seq_len), bool)
         target = np.arange(1, self.seq_len + 1)
         for here, shard, starts, lengths, used in self._places(g):
             mask[here] = target[None] < used[:, None]
-            first = np.cumsum(lengths) - lengths  # of each piece, in these rows side by side
+            first = np.cumsum(lengths) - lengths  # of each piece, if these rows are concatenated
             row = np.searchsorted(np.cumsum(used), first, side="right")
             place = first - (np.cumsum(used) - used)[row]
             lone = (lengths == 1) & (place > 0)
@@ -249,8 +249,8 @@ class PackedWindows(Windows):
             mmap_advice.will_need(shard, starts * shard.itemsize, lengths * shard.itemsize)
 
     def _places(self, g: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """For each shard: the indices into g of its rows, its tokens, start and length of each piece of these rows (row
-        by row), and the number of tokens in each row."""
+        """For each shard: the indices into g of the shard's rows, the shard's tokens, start and length of each piece of
+        the rows (row by row), and the number of tokens in each row."""
         rows = np.empty(len(g), np.int64)
         for _, here, windows in self._shuffled(g):
             rows[here] = windows
@@ -279,10 +279,10 @@ class MixedWindows:
     """Windows of several sources mixed by weights (mixture.py), or of one source.
 
     Args:
-      packings: the packing of each source, if they are read packed.
+      packings: the packing of each source, if data.packed.
 
     Attributes:
-      sources: the windows of each.
+      sources: the windows of each source.
     """
 
     def __init__(
@@ -315,7 +315,7 @@ class MixedWindows:
         return out
 
     def loss_mask(self, g: np.ndarray) -> np.ndarray | None:
-        """Which targets of samples g count: bool [len(g), seq_len]; None: all, because no source is packed."""
+        """Which targets of the sequences g count: bool [len(g), seq_len]; None: all, because no source is packed."""
         if not any(isinstance(source, PackedWindows) for source in self.sources):
             return None
         out = np.ones((len(g), self.seq_len), bool)
@@ -336,7 +336,7 @@ class MixedWindows:
             yield met, here, index[here]
 
     def epochs(self, sequences_consumed: int) -> dict[str, float]:
-        """train/epoch, and with several sources train/epoch/NAME."""
+        """The metrics train/epoch and, if there are several sources, train/epoch/NAME."""
         consumed = self.mixture.consumed(sequences_consumed)
         epochs = {"train/epoch": sequences_consumed / sum(s.num_windows for s in self.sources)}
         if len(self.sources) > 1:
@@ -348,10 +348,10 @@ class MixedWindows:
 class Loader:
     """Global batches of jax.Arrays. Its only state is the number of sequences consumed, which the caller keeps.
 
-    Every process computes the order of the rows that its own devices hold, and reads only these.
+    Every process computes the order of the rows that its own devices hold, and reads only these rows.
 
     Args:
-      document_end: as of batch.from_tokens.
+      document_end: see batch.from_tokens.
     """
 
     def __init__(
@@ -381,7 +381,7 @@ class Loader:
         return put(self.sharding, self.global_batch_size, read)
 
     def prefetched(self, sequences_consumed: int, ahead: int) -> Prefetch:
-        """The batches from there on, up to `ahead` of them made in advance by a thread."""
+        """The batches after `sequences_consumed` sequences; a thread makes up to `ahead` of them in advance."""
 
         def make(i: int) -> Batch:
             following = sequences_consumed + (i + 1) * self.global_batch_size
@@ -398,7 +398,7 @@ def held_rows(sharding: jax.sharding.Sharding, num_rows: int) -> list[tuple[int,
 
 
 def put(sharding: jax.sharding.Sharding, num_rows: int, read: Callable[[np.ndarray], Any]) -> Any:
-    """A tree of sharded arrays [num_rows, …] of which `read(row indices)` supplies the rows that this process holds."""
+    """A tree of sharded arrays [num_rows, …]; `read(row indices)` supplies the rows that this process holds."""
     import jax
 
     trees = [(span, read(np.arange(*span, dtype=np.int64))) for span in held_rows(sharding, num_rows)]
@@ -416,7 +416,7 @@ def put(sharding: jax.sharding.Sharding, num_rows: int, read: Callable[[np.ndarr
 
 
 class Prefetch:
-    """Runs `make(0), make(1), …` on a thread; up to `ahead` results wait while it makes one more.
+    """Runs `make(0), make(1), …` in a thread; up to `ahead` results wait while it makes one more.
 
     An error in the thread is raised by the `next()` that would have returned the result, and ends the iteration.
     """
@@ -464,7 +464,7 @@ def evaluation_windows(files: TokenFiles, seq_len: int, limit: int = 0) -> tuple
     """Fixed windows over a validation split, in file order: each token except the first of a shard is a target once.
 
     Args:
-      limit: at most this many windows, spread evenly over the split; 0 for all.
+      limit: the most windows to return, spread evenly over the split; 0: all.
 
     Returns:
       (shard, start) int64 [num_windows, 2], and the number of targets of each window, int64 [num_windows]; only the
@@ -491,13 +491,13 @@ def evaluation_batches(
     limit: int = 0,
     document_end: int | None = None,
 ) -> Iterator[Batch]:
-    """Batches of batch_size rows, with loss_weights; the same for any number of processes.
+    """Batches of batch_size rows, with loss_weights. They are the same for any number of processes.
 
     The last batch is padded with rows whose targets do not count.
 
     Args:
-      limit: as of evaluation_windows.
-      document_end: as of batch.from_tokens.
+      limit: see evaluation_windows.
+      document_end: see batch.from_tokens.
     """
     from data.batch import from_tokens
 

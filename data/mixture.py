@@ -1,6 +1,6 @@
-"""Which source a sequence of the run comes from: shuffled blocks with exact counts, in stages of weights.
+"""Decides which source a sequence of the run comes from: by shuffled blocks with exact counts, in stages of weights.
 
-Sequence g of the run is in the stage with the largest start <= g, and there in block (g - start) // BLOCK. A block has
+Sequence g of the run is in the stage with the largest start <= g, in its block (g - start) // BLOCK. A block has
 a fixed number of sequences of each source, in an order permuted by a key (as in Levanter's MixtureDataset). Each source
 is consumed in its own order, without gaps, across blocks and stages. So the source and its sequence are a function of
 (seed, stages, g), and the number of sequences consumed is still the only state.
@@ -17,21 +17,21 @@ from data import order
 from data.errors import DataError
 
 VERSION = "mixture-1"  # part of the fingerprint of a mixture
-LAST_START = 1 << 62  # of a stage: sequence numbers are int64
+LAST_START = 1 << 62  # all stages start before it: sequence numbers are int64
 BLOCK = 2048
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
     start: int  # the first sequence of the run that these weights apply to
-    weights: tuple[float, ...]  # of the sources, in any unit
+    weights: tuple[float, ...]  # one for each source, in any unit
 
 
 def parse_stages(text: str, num_sources: int) -> tuple[Stage, ...]:
     """Parses '0.7,0.3', or stages '0:0.7,0.3; 50000:0.5,0.5', each with its first sequence; '' gives equal weights.
 
     Raises:
-      ValueError: the text has another form, or the weights are impossible.
+      ValueError: the text does not have this form, or the weights are impossible.
     """
     stages = []
     for part in (text or ",".join(["1"] * num_sources)).split(";"):
@@ -82,7 +82,7 @@ def _counts(stage: Stage) -> np.ndarray:
 
 
 class Mixture:
-    """Maps sequences of the run to (source, sequence of the source), and counts them."""
+    """Maps sequences of the run to (source, sequence of the source), and counts the sequences of each source."""
 
     def __init__(self, stages: Sequence[Stage], seed: int):
         self.stages = tuple(stages)
@@ -90,7 +90,7 @@ class Mixture:
         self.num_sources = len(stages[0].weights)
         self.counts = [_counts(stage) for stage in stages]
         self._block = functools.lru_cache(maxsize=8)(self._shuffled_block)
-        self._before = [np.zeros(self.num_sources, np.int64)]  # consumed of each source before each stage
+        self._before = [np.zeros(self.num_sources, np.int64)]  # sequences consumed of each source before each stage
         for i, (stage, following) in enumerate(itertools.pairwise(stages)):
             self._before.append(self._before[-1] + self._within(i, following.start - stage.start))
 
@@ -120,7 +120,7 @@ class Mixture:
         return self._before[stage] + self._within(stage, sequences - self.stages[stage].start)
 
     def _within(self, stage: int, sequences: int) -> np.ndarray:
-        """The same for the first `sequences` sequences of a stage."""
+        """How many of the first `sequences` sequences of a stage come from each source, int64 [num_sources]."""
         blocks, rest = divmod(sequences, BLOCK)
         sources, _ = self._block(stage, blocks)
         return blocks * self.counts[stage] + np.bincount(sources[:rest], minlength=self.num_sources)

@@ -1,4 +1,4 @@
-"""The order of sequences: an O(1) keyed permutation, and nothing else.
+"""The order of sequences: only a keyed permutation, which takes O(1) for each index.
 
 Sequence g of a run (g counts from 0 and never resets) belongs to epoch g // n and is the window permute(g % n) of
 that epoch. A balanced Feistel network with cycle walking gives a bijection on [0, n) for every n (Black and Rogaway,
@@ -10,18 +10,18 @@ import hashlib
 
 import numpy as np
 
-# Part of every dataset fingerprint: a change of the order changes the data. Golden vectors in the tests fix it.
+# A part of every dataset fingerprint: a change of the order changes the data. Golden vectors in tests fix the order.
 VERSION = "feistel-1"
 ROUNDS = 8
 
 
 def derive(*parts: object) -> bytes:
-    """32 bytes that depend on every part and on VERSION; the same on every machine and Python."""
+    """32 bytes that depend on every part and on VERSION; they are the same on every machine and Python."""
     return hashlib.blake2b(":".join(map(str, (VERSION, *parts))).encode(), digest_size=32).digest()
 
 
 def _round(half: np.ndarray, key: np.uint64) -> np.ndarray:
-    """The splitmix64 finaliser (Steele, Lea and Flood, 2014), keyed."""
+    """The splitmix64 finaliser (Steele, Lea and Flood, 2014), with a key."""
     x = half + key
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -33,7 +33,7 @@ def permute(index: np.ndarray, n: int, *key: object) -> np.ndarray:
 
     Args:
       index: int64 array of any shape, each in [0, n).
-      n: size of the domain, 1 <= n < 2**62.
+      n: the size of the domain, 1 <= n < 2**62.
       key: selects the permutation, for example (seed, split, epoch).
 
     Returns:
@@ -52,7 +52,7 @@ def permute(index: np.ndarray, n: int, *key: object) -> np.ndarray:
         return (left << half_bits) | right
 
     index = np.asarray(index)
-    x = cipher(index.astype(np.uint64).reshape(-1))  # an array: NumPy warns of the intended overflow for a scalar
+    x = cipher(index.astype(np.uint64).reshape(-1))  # an array: for a scalar, NumPy warns of the intended overflow
     # Cycle walking: the network permutes [0, 4**half_bits), and values outside [0, n) are permuted again. The domain
     # is smaller than 4 n (n > 1), so a few passes over fewer and fewer values suffice.
     outside = x >= np.uint64(n)

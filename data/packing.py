@@ -1,4 +1,4 @@
-"""Documents packed into rows of seq_len + 1 tokens, offline: an index beside the token files, which do not change.
+"""Packs documents into rows of seq_len + 1 tokens, offline: writes an index and does not change the token files.
 
 Best-fit-decreasing (Ding et al., "Fewer Truncations Improve Language Modeling", arXiv 2404.10830): from the longest to
 the shortest, each document goes into the fullest row that still has room for it. A document longer than a row is first
@@ -23,7 +23,7 @@ from data.storage import files, mmap_advice
 from data.token_files import formats, integrity
 
 FORMAT = "meshlm-packing"
-VERSION = 1  # to be raised if the same documents give other rows; tests/packing_test.py fixes these
+VERSION = 1  # raise it if the same documents give other rows; tests/packing_test.py fixes the rows
 HEADER_BYTES = 1024
 PIECE = np.dtype([("start", "<u8"), ("length", "<u4")])
 
@@ -33,7 +33,7 @@ class Index:
     """The fields of the header."""
 
     path: pathlib.Path
-    fingerprint: str  # of the dataset's manifest
+    fingerprint: str  # the fingerprint of the dataset's manifest
     seq_len: int
     eos_id: int
     rows: int
@@ -41,8 +41,8 @@ class Index:
     tokens: int
     documents: int
     cut: int  # documents in more than one piece
-    cut_by_windows: int  # documents that are not inside one window of the first phase, for comparison
-    sha256: str  # of everything after the header
+    cut_by_windows: int  # for comparison: documents that are not inside one window of the first phase
+    sha256: str  # the hash of everything after the header
 
     @property
     def utilisation(self) -> float:
@@ -88,11 +88,11 @@ def index_path(folder: pathlib.Path, seq_len: int, split: str = "train") -> path
 
 
 def read_index(folder: pathlib.Path, manifest: formats.Manifest, seq_len: int, split: str = "train") -> Index:
-    """The index of a dataset for rows of seq_len + 1 tokens. Index.load checks its content.
+    """The index of a dataset for rows of seq_len + 1 tokens. Only its header is checked here; see Index.load.
 
     Raises:
-      DataError: it is missing, or belongs to another dataset, length or version; the message has the command that
-        makes it.
+      DataError: the index is missing, or belongs to another dataset, length or version; the message has the command
+        that makes it.
     """
     path = index_path(folder, seq_len, split)
     try:
@@ -116,10 +116,10 @@ def read_index(folder: pathlib.Path, manifest: formats.Manifest, seq_len: int, s
 
 
 def verify_packings(folder: pathlib.Path, manifest: formats.Manifest, split: str = "train") -> list[Index]:
-    """All packings of a split, with every byte checked: the rows by their hash, and each number of the headers.
+    """All packings of a split. Checks every byte: the rows by their hash, and each number of the headers.
 
     Raises:
-      DataError: one is damaged, or belongs to another dataset; the message has the command that makes it again.
+      DataError: an index is damaged, or belongs to another dataset; the message has the command that makes it again.
     """
     found = []
     for path in sorted(folder.glob(f"{split}.packed-*.bin")):
@@ -139,7 +139,7 @@ def verify_packings(folder: pathlib.Path, manifest: formats.Manifest, split: str
 
 
 def count_cut(folder: pathlib.Path, manifest: formats.Manifest, seq_len: int, split: str) -> tuple[int, int]:
-    """The documents in more than one piece, and those that are not inside one window of the first phase."""
+    """The number of documents in more than one piece, and of documents not inside one window of the first phase."""
     spec, first = manifest.splits[split], 0
     offsets = np.memmap(folder / f"{split}.documents.bin", "<i8", mode="r")
     whole = np.zeros(2, np.int64)
@@ -171,10 +171,10 @@ def _read_header(path: pathlib.Path) -> Index | None:
 def pack_dataset(folder: pathlib.Path, seq_len: int, split: str = "train") -> tuple[Index, bool]:
     """Packs a split of a prepared dataset; returns the index, and whether it existed already.
 
-    An index of other data is replaced; an unrelated file of that name is never overwritten.
+    An index of other data is replaced; another kind of file with that name is never overwritten.
 
     Raises:
-      DataError: there is no such dataset, it has no end-of-text token or no tokens, or it is damaged.
+      DataError: the dataset does not exist, has no end-of-text token or no tokens, or is damaged.
     """
     try:
         manifest = formats.read_manifest(folder)
@@ -201,7 +201,7 @@ def pack_dataset(folder: pathlib.Path, seq_len: int, split: str = "train") -> tu
 def _usable(
     path: pathlib.Path, folder: pathlib.Path, manifest: formats.Manifest, seq_len: int, split: str
 ) -> Index | None:
-    """The existing index, if it belongs to this dataset; None if there is none, or one that may be replaced.
+    """The existing index, if it belongs to this dataset; None if there is no index, or it may be replaced.
 
     Raises:
       DataError: the file is not an index.
@@ -273,9 +273,9 @@ def _write(path: pathlib.Path, folder: pathlib.Path, manifest: formats.Manifest,
 
 
 def _begins(offsets: np.ndarray, first: int, stop: int) -> np.ndarray:
-    """Where documents begin in [first, stop), int64; the rest of a document of the shard before begins at `first`."""
+    """Where documents begin in [first, stop), int64; the rest of an earlier shard's document begins at `first`."""
     low, high = np.searchsorted(offsets, [first, stop])
-    begins = np.unique(np.append(offsets[low:high], first))  # an empty document begins where the next one does
+    begins = np.unique(np.append(offsets[low:high], first))  # an empty document begins at the same token as the next
     return begins[begins < stop]
 
 
@@ -301,15 +301,15 @@ def _check_ends(tokens: np.ndarray, ends: np.ndarray, eos_id: int, path: pathlib
 @dataclasses.dataclass(frozen=True)
 class Packed:
     pieces: np.ndarray  # PIECE [pieces], ordered by row, and within a row as in the file
-    row_ends: np.ndarray  # int64 [rows]: the number of pieces up to the end of each row
+    row_ends: np.ndarray  # int64 [rows]: how many pieces there are up to the end of each row
 
 
 def pack_shard(begins: np.ndarray, stop: int, width: int, *, closed: bool = True) -> Packed:
     """Packs the documents that begin at `begins` (int64, ascending; the last one ends at `stop`) into rows of `width`.
 
     Args:
-      closed: the last document ends with an end-of-text token. One that does not gets a row of its own, so that no
-        other document looks like its continuation.
+      closed: whether the last document ends with an end-of-text token. If not, its last piece gets its own row, so that
+        no other document looks like its continuation.
     """
     lengths = np.diff(np.append(begins, stop))
     counts = -(-lengths // width)
@@ -327,7 +327,7 @@ def pack_shard(begins: np.ndarray, stop: int, width: int, *, closed: bool = True
 
 
 def best_fit_decreasing(lengths: np.ndarray, width: int) -> np.ndarray:
-    """The row of each piece, int64: rows 0, 1, 2, … of `width`. All lengths must be in [1, width].
+    """The number of each piece's row, int64; rows have `width` tokens. All lengths must be in [1, width].
 
     Pieces of one length are interchangeable, and so are rows with the same free capacity, so both are handled in
     groups: the row that fits one piece best also fits the next piece of that length best, until it is too full. Each
@@ -337,7 +337,7 @@ def best_fit_decreasing(lengths: np.ndarray, width: int) -> np.ndarray:
     order = np.argsort(-lengths, kind="stable")
     sizes, counts = np.unique(lengths, return_counts=True)
     rows = np.empty(len(lengths), np.int64)
-    free_rows: dict[int, np.ndarray] = {}  # by their free capacity
+    free_rows: dict[int, np.ndarray] = {}  # from the free capacity to the rows that have it
     capacities: list[int] = []  # the keys of `free_rows`, ascending
     opened = first = 0
 
@@ -361,7 +361,7 @@ def best_fit_decreasing(lengths: np.ndarray, width: int) -> np.ndarray:
             capacity = capacities.pop(best)
             group, per_row = free_rows.pop(capacity), capacity // size
             placed = min(end - first, len(group) * per_row)
-            full, rest = divmod(placed, per_row)  # rows filled with `per_row` pieces, and pieces in one further row
+            full, rest = divmod(placed, per_row)  # rows that get `per_row` pieces, and the pieces in one more row
             used = full + bool(rest)
             rows[order[first : first + placed]] = np.repeat(group[:used], min(per_row, placed))[:placed]
             first += placed

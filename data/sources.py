@@ -1,4 +1,4 @@
-"""What a run reads: one dataset, or several mixed by weights that share a vocabulary.
+"""What a run reads: one dataset, or several datasets that share a vocabulary and are mixed by weights.
 
 data.path names the sources, separated by commas; data.weights says how they are mixed (mixture.py). Nothing here needs
 JAX.
@@ -23,25 +23,25 @@ from data.token_files import external, formats
 class Sources:
     datasets: dict[str, Dataset]  # by name, in the order of data.path
     stages: tuple[mixture.Stage, ...]
-    tokenizer_source: Dataset  # its vocabulary and tokenizer are used for all
-    packings: dict[str, packing.Index] = dataclasses.field(default_factory=dict)  # of each, if data.packed
+    tokenizer_source: Dataset  # the dataset whose vocabulary and tokenizer are used for all
+    packings: dict[str, packing.Index] = dataclasses.field(default_factory=dict)  # by name, if data.packed
 
     @property
     def vocab_size(self) -> int:
-        """0 if it is not known."""
+        """The size of the vocabulary; 0 if it is not known."""
         return self.tokenizer_source.vocab_size
 
     @property
     def tokenizer_path(self) -> str:
-        """'' if there is none."""
+        """The path of the tokenizer; '' if there is no tokenizer."""
         return self.tokenizer_source.tokenizer_path
 
     def load_tokenizer(self) -> tokenizers.Tokenizer | None:
-        """None if the configuration names none. Raises DataError."""
+        """The tokenizer; None if the configuration does not name one. Raises DataError."""
         return self.tokenizer_source.load_tokenizer()
 
     def eos_id(self) -> int | None:
-        """The token after each document: that of a prepared dataset, or else of the tokenizer."""
+        """The token after each document: from a prepared dataset, or else from the tokenizer; None if there is none."""
         found = [d.manifest.eos_id for d in self.datasets.values() if d.manifest.eos_id is not None]
         tokenizer = None if found else self.load_tokenizer()
         return found[0] if found else tokenizer.eos_id if tokenizer is not None else None
@@ -54,7 +54,7 @@ class Sources:
         """16 hex digits that change with any token and with the order of sequences. They do not change with the
         weights, which a run may change for later sequences."""
         prints = [d.manifest.fingerprint() for d in self.datasets.values()]
-        if self.packings:  # other rows in another order
+        if self.packings:  # the same tokens, but in other rows and another order
             prints = [index.sha256 + of_data for index, of_data in zip(self.packings.values(), prints, strict=True)]
             return hashlib.sha256(json.dumps([mixture.VERSION, "packed", prints]).encode()).hexdigest()[:16]
         if len(prints) == 1:
@@ -62,12 +62,12 @@ class Sources:
         return hashlib.sha256(json.dumps([mixture.VERSION, prints]).encode()).hexdigest()[:16]
 
     def files(self, split: str) -> dict[str, formats.TokenFiles]:
-        """The token files of each source; for 'val', of those that have a token to predict. Raises DataError."""
+        """The token files of each source; for 'val', only of sources with a token to predict. Raises DataError."""
         return {name: d.files(split) for name, d in self.datasets.items() if split == "train" or d.has(split)}
 
 
 def open_sources(config: DataConfig, vocab_size: int = 0) -> Sources:
-    """Opens all sources of config.path; for the arguments and errors see open_dataset.
+    """Opens all sources of config.path. Arguments and errors are those of open_dataset.
 
     Token files of other programs get the vocabulary of the prepared datasets that they are mixed with, unless
     data.tokenizer_path names a tokenizer. All prepared datasets must have been made with the same tokenizer.
@@ -111,7 +111,7 @@ def _check_distinct(datasets: dict[str, Dataset]) -> None:
         for split, path in data.paths():
             try:
                 stat = path.stat()
-            except OSError:  # reported when it is opened
+            except OSError:  # the error is reported when the file is opened
                 continue
             other, of, path_there = found.setdefault((stat.st_dev, stat.st_ino), (name, split, path))
             if other != name and "train" in (split, of):
@@ -123,7 +123,7 @@ def _check_distinct(datasets: dict[str, Dataset]) -> None:
 
 
 def packing_of(data: Dataset, seq_len: int) -> packing.Index:
-    """The packing of a dataset. Raises DataError if it cannot be packed, or has not been."""
+    """The packing of a dataset. Raises DataError if the dataset cannot be packed, or is not packed."""
     if data.external_files:
         raise DataError(
             f"{data.path} was not prepared by launch.prepare, and only that can be packed; leave data.packed false"
@@ -179,9 +179,10 @@ def names_of(paths: list[str]) -> list[str]:
 
 
 def _name(path: str, depth: int = 0) -> str:
-    """datasets/books is books, tokens/fineweb_*.bin is fineweb, tokens/*.bin is tokens.
+    """A source's name: datasets/books is books, tokens/fineweb_*.bin is fineweb, tokens/*.bin is tokens.
 
-    With a `depth`: that many parts, without wildcards and the suffixes of token files, or at most the full path.
+    If `depth` is above 0, the name has that many parts of the path, without wildcards and the suffixes of token files;
+    at most, it is the full path.
     """
     parts = list(pathlib.PurePath(path).parts)
     if depth == 0:
@@ -194,7 +195,7 @@ def _name(path: str, depth: int = 0) -> str:
 
 
 def _spread(field: str, text: str, count: int) -> list[str]:
-    """The values of a field for `count` sources: one for all, or one for each, separated by commas."""
+    """The values of a field for `count` sources: `text` has one for all, or one for each, separated by commas."""
     values = [value.strip() for value in _separated(text)]
     if len(values) == 1 and field != "val_path":
         values *= count

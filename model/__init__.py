@@ -1,1 +1,1 @@
-"""The transformer as nnx modules, attention, and generation. Knows nothing of data files, meshes or training."""
+"""The transformer as nnx modules, attention, and generation. It does not know data files, meshes or training."""

@@ -1,5 +1,5 @@
-"""Causal attention: projections, norms and rotation of queries and keys, the KV cache. model/kernels.py has the
-attention itself.
+"""Causal attention: projections, norms and rotation of queries and keys, the KV cache. The products of
+queries, keys and values are in model/kernels.py.
 
 Shape suffixes: b batch, t query, s key, h query head, k key-value head, d head size.
 """
@@ -41,13 +41,13 @@ class Attention(nnx.Module):
 
     @staticmethod
     def _norm(build: Build, size: int, axis: str) -> Norm | None:
-        """Of queries or keys: of all heads as one vector of this size, or of each head."""
+        """The norm of queries or keys: of each head, or of all heads as one vector of this size; or None."""
         choice = {"none": None, "head": (build.config.head_size, None), "projection": (size, axis)}
         arguments = choice[build.config.qk_norm]
         return None if arguments is None else Norm(build, *arguments)
 
     def __call__(self, x: Array, ctx: Context, cache: Cache | None = None) -> tuple[Array, Cache | None]:
-        """x [b, t, embed] to the same; a cache's k and v [b, s, k, d] gain rows at ctx.index."""
+        """x [b, t, embed] to the same shape; a cache's k and v [b, s, k, d] gain new rows at ctx.index."""
         spec = kernels.spec_of(self.config, local=ctx.local)
         q, k, v = project(x, self.query, self.key, self.value)
         q, k = self._heads(q, "heads", self.query_norm), self._heads(k, "kv_heads", self.key_norm)
@@ -64,7 +64,7 @@ class Attention(nnx.Module):
         return self.out(y.reshape(*x.shape[:-1], -1)), cache
 
     def _heads(self, y: Array, axis: str, norm: Norm | None = None) -> Array:
-        """[b, t, heads * d] to [b, t, heads, d], normalised before that as one vector, or after it each head."""
+        """[b, t, heads * d] to [b, t, heads, d], normalised as one vector before the reshape, or by head after it."""
         if norm is not None and self.config.qk_norm == "projection":
             y = norm(y)
         y = y.reshape(*y.shape[:-1], -1, self.config.head_size)

@@ -1,4 +1,4 @@
-"""Configuration of the transformer. No heavy imports: a launcher validates it before loading JAX."""
+"""Configuration of the transformer. It has no heavy imports: a launcher validates it before loading JAX."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ MLPS = (*GATED_MLPS, "gelu", "gelu_exact", "silu", "relu2")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "dots", "attention", "full", "offload")
 KERNELS = ("auto", "xla", "cudnn", "splash")
-# The embedding's rows are padded to a multiple of this, whatever the mesh, so that a tensor axis of any power of two up
-# to it divides them and matrix units are full. Rows past vocab_size are never predicted.
+# The embedding's rows are padded to a multiple of this number for every mesh. So matrix units are full, and a tensor
+# axis of any power of two up to this number divides the rows. Rows past vocab_size are never predicted.
 VOCAB_MULTIPLE = 64
 
 
@@ -23,17 +23,17 @@ def _require(ok: bool, message: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are changed for texts that are longer than those of the first training (model/rope.py)."""
+    """How rotary frequencies are changed for texts that are longer than the original context (model/rope.py)."""
 
     kind: Literal["none", "linear", "llama3", "yarn"] = "none"
-    factor: float = 1.0  # how much longer
-    original_len: int = 0  # the longest text of the first training; of llama3 and yarn
+    factor: float = 1.0  # how many times longer the new context is
+    original_len: int = 0  # llama3, yarn: the length of the original context
     low_freq_factor: float = 1.0  # llama3: a wave longer than original_len / this is stretched by `factor`
     high_freq_factor: float = 4.0  # llama3: a wave shorter than original_len / this is kept
-    beta_fast: float = 32.0  # yarn: what turns more often than this within original_len is kept
-    beta_slow: float = 1.0  # yarn: what turns less often than this is stretched by `factor`
+    beta_fast: float = 32.0  # yarn: a dimension that turns more often than this within original_len is kept
+    beta_slow: float = 1.0  # yarn: a dimension that turns less often than this is stretched by `factor`
     truncate: bool = True  # yarn: the bounds between the two are rounded to whole dimensions
-    attention_factor: float | None = None  # yarn: multiplies queries and keys; none: 0.1 ln(factor) + 1
+    attention_factor: float | None = None  # yarn: the factor of queries and keys; none: 0.1 ln(factor) + 1
 
     def __post_init__(self):
         def require(ok: bool, message: str):
@@ -65,47 +65,47 @@ class ModelConfig:
     mlp: str = "swiglu"
     position: str = "rope"  # rope (Su et al., 2021; rotates halves) or learned (like GPT-2's)
     rope_theta: float = 10_000.0
-    rope_fraction: float = 1.0  # of the dimensions of a head, the first ones, that are rotated
+    rope_fraction: float = 1.0  # the share of a head's dimensions that are rotated: the first ones
     rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
     norm: str = "rmsnorm"  # rmsnorm or layernorm
     norm_eps: float = 1e-5
-    norm_plus_one: bool = False  # the scale is 1 + its parameter, which begins at 0 (Gemma)
-    norm_at: Literal["before", "after", "both"] = "before"  # of each sub-layer; always at the end of the stack
-    # Of queries and keys, before they are rotated: of each head (Qwen3), or of all heads as one vector (OLMo 2).
+    norm_plus_one: bool = False  # the scale is 1 + its parameter, which is initialized to 0 (Gemma)
+    norm_at: Literal["before", "after", "both"] = "before"  # where each sub-layer has norms; the stack ends with one
+    # Norms of queries and keys before the rotation: of each head (Qwen3), or of all heads as one vector (OLMo 2).
     qk_norm: Literal["none", "head", "projection"] = "none"
     bias: bool = False  # biases in linear layers and layernorm
-    qkv_bias: bool | None = None  # of queries, keys and values; none: as `bias`
-    out_bias: bool | None = None  # of attention's output; none: as `bias`
-    mlp_bias: bool | None = None  # none: as `bias`
-    # A layer is global, or local: a query then sees only the last `window` keys, with its own.
+    qkv_bias: bool | None = None  # biases of queries, keys and values; none: as `bias`
+    out_bias: bool | None = None  # bias of the attention output; none: as `bias`
+    mlp_bias: bool | None = None  # biases of the feed-forward layers; none: as `bias`
+    # A layer is global or local. In a local layer, a query sees only the last `window` keys, including its own.
     window: int | None = None
-    layer_pattern: tuple[Literal["local", "global"], ...] = ("local",)  # repeated over the layers; counts with `window`
-    local_rope_theta: float | None = None  # of local layers, without rope_scaling; none: as the others
-    attention_scale: float | None = None  # of scores; none: 1 / sqrt(head_dim)
-    attention_softcap: float | None = None  # scores become cap tanh(score / cap) (Gemma 2); none: they stay
+    layer_pattern: tuple[Literal["local", "global"], ...] = ("local",)  # repeated over the layers; needs `window`
+    local_rope_theta: float | None = None  # of local layers, not scaled; none: as global layers
+    attention_scale: float | None = None  # the factor of scores; none: 1 / sqrt(head_dim)
+    attention_softcap: float | None = None  # scores become cap tanh(score / cap) (Gemma 2); none: not capped
     logits_softcap: float | None = None
-    embedding_scale: float | None = None  # of token embeddings, in `dtype`; none: 1
-    parallel: bool = False  # x + attention(norm(x)) + mlp(norm(x)), as in GPT-NeoX; not one after the other
+    embedding_scale: float | None = None  # the factor of token embeddings, in `dtype`; none: 1
+    parallel: bool = False  # x + attention(norm(x)) + mlp(norm(x)), as in GPT-NeoX, instead of mlp after attention
     tie_embeddings: bool = True  # output head = transposed token embedding
-    init_std: float = 0.02  # of initial weights (GPT-2)
-    init_depth_scale: bool = True  # projections into the residual stream begin at init_std / sqrt(2 num_layers) (GPT-2)
-    dropout: float = 0.0  # rate at step 0, on embeddings, attention weights and sub-layer outputs
+    init_std: float = 0.02  # the standard deviation of initial weights (GPT-2)
+    init_depth_scale: bool = True  # init_std / sqrt(2 num_layers) for projections into the residual stream (GPT-2)
+    dropout: float = 0.0  # the rate at step 0, for embeddings, attention weights and sub-layer outputs
     dropout_end: float = -1.0  # rate = (dropout - end) / (step / dropout_scale + 1) + end; below 0: constant
     dropout_scale: float = 1000.0  # steps until half of the difference to dropout_end is gone
-    dtype: str = "float32"  # of activations and of weights in products; parameters are kept in float32
+    dtype: str = "float32"  # of activations and of weights in matrix products; parameters are kept in float32
     scan_layers: bool = True  # compile one layer and loop over it; False unrolls: slower to compile, faster on a CPU
-    # Recompute in the backward pass: none; dots: all but weight products; attention: what is inside attention; full:
-    # everything; offload: the same, with the layers' inputs kept in the host's memory.
+    # What the backward pass recomputes: none: nothing; dots: all but weight products; attention: what is inside
+    # attention; full: everything; offload: everything, and the layers' inputs are kept in the host's memory.
     remat: str = "none"
     attention: str = (
-        "auto"  # kernel: xla anywhere, cudnn on GPUs, splash on TPUs; auto: the best that supports the rest
+        "auto"  # the kernel: xla anywhere, cudnn on GPUs, splash on TPUs; auto: the best that supports the model
     )
     # Derived by the launcher, from the dataset:
     vocab_size: int = 0  # 0: the tokenizer's
     max_seq_len: int = 0  # longest context; 0: data.seq_len
 
     # What a change means for a run that is resumed (trainer.config.changes); fields that are not named may not change.
-    # The harmless ones change only the rounding of sums.
+    # Harmless fields change only the rounding of sums.
     ON_RESUME: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("remat", "scan_layers", "attention"), "harmless"),
         **dict.fromkeys(("dropout", "dropout_end", "dropout_scale", "dtype"), "flag"),

@@ -1,4 +1,4 @@
-"""What a forward pass carries beside the activations: which token is where, dropout, and what layers report."""
+"""What a forward pass carries besides activations: indices and documents of tokens, dropout, and what layers report."""
 
 import dataclasses
 from typing import NamedTuple
@@ -11,11 +11,11 @@ from model.dropout import NO_DROPOUT, Dropout
 
 
 class Aux(NamedTuple):
-    """What layers report beside their result: float32 scalars by name, means over the tokens of the batch.
+    """What layers report besides their result: float32 scalars by name, each a mean over the tokens of the batch.
 
     Attributes:
-      losses: are added to the loss that has the gradient, as the load-balancing loss of experts is.
-      metrics: are shown as train/NAME.
+      losses: terms that are added to the training loss, such as the load-balancing loss of experts.
+      metrics: values that are shown as train/NAME.
     """
 
     losses: dict[str, Array]
@@ -24,16 +24,16 @@ class Aux(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """Of one forward pass; b rows of t tokens.
+    """The context of one forward pass over b rows of t tokens.
 
     Attributes:
-      index: int32 [t], the index of each token in its row. A token sees those of a lower index; it is also where the
-        cache keeps the token. Tokens may lie in another order than that of their index (see Partitioner).
+      index: int32 [t], the index of each token in its row. A token sees tokens of a lower index, and itself. A
+        cache keeps the token at this index. Tokens may lie in another order than their indices (see Partitioner).
       positions: int32 [b, t] or [1, t], the position of each token in its document.
       segment_ids: int32 [b, t], the document of each token; None: a row is one document.
-      dropout: of the layer that is computed.
-      local: whether that layer is local, as ModelConfig.local_layers says.
-      aux: what the layer reports.
+      dropout: the dropout of the current layer.
+      local: whether the current layer is local, as ModelConfig.local_layers says.
+      aux: what the current layer reports.
     """
 
     index: Array

@@ -22,8 +22,8 @@ class Dropout(NamedTuple):
 
     Attributes:
       rate: a number, or a float32 scalar.
-      key: None: nothing is dropped.
-      bernoulli: (key, p, shape) -> bool, as Partitioner.bernoulli.
+      key: the random key; None: nothing is dropped.
+      bernoulli: (key, p, shape) -> bools, such as Partitioner.bernoulli.
     """
 
     rate: Array | float = 0.0
@@ -38,7 +38,7 @@ class Dropout(NamedTuple):
         return jnp.where(keep, scaled.astype(x.dtype), 0)
 
     def split(self, n: int) -> list["Dropout"]:
-        """`n` of them with independent keys."""
+        """`n` Dropouts of this rate, with independent keys."""
         keys = [None] * n if self.key is None else jax.random.split(self.key, n)
         return [self._replace(key=key) for key in keys]
 

@@ -11,7 +11,7 @@ from model.attention import empty_cache
 from model.config import ModelConfig
 from model.transformer import Transformer
 
-SMALLEST_TEMPERATURE = 1e-30  # logits divided by it, or by its inverse, are finite in float32
+SMALLEST_TEMPERATURE = 1e-30  # dividing logits by this number, or by its inverse, gives finite float32
 
 
 def filter_logits(logits: Array, *, temperature: float, top_k: int, top_p: float) -> Array:
@@ -48,9 +48,9 @@ class Generator:
       config: of the model.
       apply: params -> Transformer.
       context: the longest context, from 2 to config.max_seq_len: the length that the model was trained on.
-      vocab_size: tokens from it on are never chosen: those that the tokenizer does not have; None: the model's.
+      vocab_size: ids from this number on are never chosen, because the tokenizer does not have them; None: the model's.
       temperature: 0, or a value too small to divide by in float32, means greedy decoding.
-      out_sharding: of the tokens; must be replicated if several processes read them.
+      out_sharding: the sharding of the generated tokens; it must be replicated if several processes read them.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Generator:
         return min(self.context, 1 << (wanted - 1).bit_length())
 
     def _fill_buffer(self, params, buffer: Array, *, known: Array, upto: Array, keys: Array, offset: Array) -> Array:
-        """Fills buffer[:, known:upto]; `offset`: position of buffer[:, 0] in the full text, for the keys."""
+        """Fills buffer[:, known:upto]; `offset`, the position of buffer[:, 0] in the full text, selects random keys."""
         model = self._apply(params)
         rows, length = buffer.shape
 
@@ -130,7 +130,7 @@ class Generator:
             return jax.vmap(jax.random.categorical)(of_token, logits).astype(jnp.int32)
 
         # Prefill: the full buffer at once. Entries past `known` are padding, but no query sees a key after itself,
-        # and each is overwritten before its position becomes visible.
+        # and each padding entry is overwritten before its position becomes visible.
         logits, cache = model(buffer, cache=empty_cache(self.config, rows, length), logits_at=known - 1)
         buffer = jax.lax.dynamic_update_slice(buffer, choose(logits[:, 0], known)[:, None], (0, known))
 

@@ -1,9 +1,9 @@
 """Attention kernels: softmax(scale q k^T) v over the keys that each query may see, on the arrays of one device.
 
-Each kernel honours its mask and its spec, or `refusal` says why it cannot: none is wrong in silence.
+Each kernel honours its mask and its spec, or `refusal` says why it cannot: no kernel is silently wrong.
 
-Shape suffixes: b batch, t query, s key, h query head, k key-value head, n query head of a key-value head and query,
-d head size.
+Shape suffixes: b batch, t query, s key, h query head, k key-value head, n pairs of a query and a query head of one
+key-value head, d head size.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ class AttentionSpec:
     """The options of attention that do not depend on the tokens.
 
     Attributes:
-      scale: of the scores.
-      window: a query sees only so many keys, the last ones up to its own; None: all up to its own.
-      softcap: scaled scores become softcap * tanh(score / softcap); None: they stay.
+      scale: the factor of the scores.
+      window: how many keys a query sees, of which the last is its own; None: all keys up to its own.
+      softcap: scaled scores become softcap * tanh(score / softcap); None: scores are not capped.
     """
 
     scale: float
@@ -38,19 +38,19 @@ class AttentionSpec:
 
 
 def spec_of(config: ModelConfig, *, local: bool = False) -> AttentionSpec:
-    """That of a local or global layer."""
+    """The AttentionSpec of a local or global layer."""
     scale = config.head_size**-0.5 if config.attention_scale is None else config.attention_scale
     return AttentionSpec(scale, config.window if local else None, config.attention_softcap)
 
 
 class Mask(NamedTuple):
-    """Which keys a query sees: those up to its own index, of its own document, and inside its window.
+    """Which keys a query sees: keys up to its own index, of its own document, and inside its window.
 
     Attributes:
       query_index: int32 [t], the index of each query among the keys.
       segment_ids: int32 [b, t], the document of each query; None: a row is one document.
-      key_segment_ids: int32 [b, s], of each key.
-      in_order: whether query_index is known to be 0, 1, …, t - 1, with as many keys.
+      key_segment_ids: int32 [b, s], the document of each key.
+      in_order: whether query_index is known to be 0, 1, …, t - 1, and there are t keys.
     """
 
     query_index: Array
@@ -72,12 +72,12 @@ class Mask(NamedTuple):
 def xla(
     q_bthd: Array, k_bskd: Array, v_bskd: Array, mask: Mask, spec: AttentionSpec, *, dropout: Dropout = NO_DROPOUT
 ) -> Array:
-    """The plain kernel: any backend, any arguments. Softmax in float32. A window costs twice its keys if
-    mask.in_order, and all keys otherwise.
+    """The plain kernel, for any backend and any arguments, with softmax in at least float32. With a short window and
+    mask.in_order, a query costs two blocks of keys (see _banded); otherwise it costs all keys.
 
     Args:
       q_bthd: queries; h is a multiple of k, and query head i uses key-value head i // (h / k).
-      dropout: of the attention weights.
+      dropout: is applied to the attention weights.
 
     Returns:
       [b, t, h, d] in the dtype of q.
@@ -89,7 +89,7 @@ def xla(
 
 
 def _attend(q_bthd: Array, k_bskd: Array, v_bskd: Array, visible: Array, spec: AttentionSpec, *, dropout: Dropout):
-    """The keys that are `visible`, bool [b or 1, t, s], to each query."""
+    """Attention of each query to the keys that are `visible` to it, bool [b or 1, t, s]."""
     b, t, h, d = q_bthd.shape
     kv = k_bskd.shape[2]
     # The g queries of a key-value head are rows of one matrix, so that each (b, k) is one plain matrix product.
@@ -103,11 +103,11 @@ def _attend(q_bthd: Array, k_bskd: Array, v_bskd: Array, visible: Array, spec: A
     return y_bknd.reshape(b, kv, h // kv, t, d).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
 
 
-SMALLEST_BAND = 64  # queries of a block: products of fewer are slow
+SMALLEST_BAND = 64  # the fewest queries in a block: matrix products with fewer are slow
 
 
 def _banded(q_bthd: Array, k_bskd: Array, v_bskd: Array, mask: Mask, spec: AttentionSpec, *, block: int, dropout):
-    """Queries in blocks of at least a window, each of which sees keys of its own block and of the one before."""
+    """Attention in blocks of at least a window: a query sees keys of its own block and of the block before."""
     b, t = q_bthd.shape[:2]
     blocks = -(-t // block)
 
@@ -124,7 +124,7 @@ def _banded(q_bthd: Array, k_bskd: Array, v_bskd: Array, mask: Mask, spec: Atten
     def as_rows(x: Array) -> Array:
         return x.reshape(b * blocks, *x.shape[2:])
 
-    # Of each block: which of its 2 block keys a query sees. Before the first block there is nothing to see.
+    # Which of the 2 * block keys each query of a block sees. The keys before the first block are padding.
     seen = Mask(block + jnp.arange(block)).visible(2 * block, spec.window)[:, None]
     there = (jnp.arange(blocks)[:, None] > 0) | (jnp.arange(2 * block)[None] >= block)
     visible = jnp.broadcast_to(seen & there[None, :, None], (b, blocks, block, 2 * block))
@@ -136,15 +136,15 @@ def _banded(q_bthd: Array, k_bskd: Array, v_bskd: Array, mask: Mask, spec: Atten
 
 
 def cudnn(q_bthd: Array, k_bskd: Array, v_bskd: Array, spec: AttentionSpec) -> Array:
-    """cuDNN's flash attention on a GPU (SDPA; arguments as of `xla`): causal, of one document a row."""
+    """cuDNN's flash attention on a GPU (SDPA): causal, with one document in each row. Arguments are those of `xla`."""
     window = None if spec.window is None else (spec.window - 1, 0)  # keys to the left and right of a query's own
     return jax.nn.dot_product_attention(
         q_bthd, k_bskd, v_bskd, scale=spec.scale, is_causal=True, local_window_size=window, implementation="cudnn"
     )
 
 
-# Most queries and keys of a block: what fits the vector memory of every TPU, with documents and without
-# (tests/plan_test.py compiles both). Whether more is faster on the larger ones only a TPU can tell.
+# The most queries and keys in a block: they fit the vector memory of every TPU, with and without documents
+# (tests/plan_test.py compiles both). We have not measured whether larger blocks are faster on TPUs with more memory.
 SPLASH_BLOCK = 512
 
 
@@ -154,14 +154,14 @@ def splash_kernel(
     """JAX's Pallas splash attention for a TPU: causal masks and windows, whose empty blocks are skipped.
 
     Args:
-      index: [t], the index of each query of all shards in its row. Keys are in order.
-      heads: query heads on one device.
+      index: [t], the index in its row of each query, over all shards. Keys are in order.
+      heads: the number of query heads on one device.
       context: number of shards of the queries.
-      documents: whether segment ids will be given, for which the fused backward kernel has no room.
-      interpret: run it without a TPU.
+      documents: whether segment_ids will be passed; the fused backward kernel has no room for them.
+      interpret: whether to run the kernel in Pallas's interpreter, without a TPU.
 
     Returns:
-      (kernel, blocks): the kernel, a tree that `splash` and shard_map take, and what its specs are made from.
+      the kernel: a tree that `splash` and shard_map take, and from which its sharding specs can be made.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as sa
 
@@ -186,7 +186,7 @@ def splash_kernel(
 
 
 def splash(kernel, q_bthd: Array, k_bskd: Array, v_bskd: Array, mask: Mask, *, spec: AttentionSpec) -> Array:
-    """`kernel`, which knows the index of each query, its window and its cap, on each row; arguments as of `xla`."""
+    """Runs `kernel`, which has the queries' indices, the window and the cap, on each row; see `xla` for the rest."""
     from jax.experimental.pallas.ops.tpu import splash_attention as sa
 
     q, k, v = (x.swapaxes(1, 2) for x in (q_bthd * spec.scale, k_bskd, v_bskd))
@@ -197,8 +197,8 @@ def splash(kernel, q_bthd: Array, k_bskd: Array, v_bskd: Array, mask: Mask, *, s
     return y_bhtd.swapaxes(1, 2)
 
 
-CUDNN_LARGE_HEADS = 9.0  # Hopper: heads of up to 256, of 128 before
-CUDNN_CAPABILITY = 8.0  # Ampere: cuDNN's flash attention runs on nothing older
+CUDNN_LARGE_HEADS = 9.0  # from Hopper on, heads may have a size of up to 256; before, of up to 128
+CUDNN_CAPABILITY = 8.0  # Ampere: cuDNN's flash attention does not run on older GPUs
 
 
 def refusal(
@@ -215,9 +215,9 @@ def refusal(
 
     Args:
       platform: of the devices, as jax names it: cpu, cuda or gpu, tpu.
-      context: shards of a sequence of seq_len.
+      context: the number of shards of a sequence of seq_len tokens.
       documents: whether documents are masked from each other.
-      capability: of a GPU, as JAX has it: its compute capability, such as '9.0', or a name of AMD's; '': not known.
+      capability: of a GPU, as JAX reports it: a compute capability such as '9.0', or AMD's name of it; '': not known.
     """
     head = config.head_size
     if kernel == "xla":
@@ -249,7 +249,7 @@ def refusal(
 
 
 def choose(config: ModelConfig, *, platform: str, **arguments) -> tuple[str, str]:
-    """The kernel for config.attention and why it is that one. Raises ValueError where the one it names refuses."""
+    """The kernel for config.attention, and why it was chosen. Raises ValueError if no allowed kernel can do it."""
     if config.attention != "auto":
         reason = refusal(config.attention, config, platform=platform, **arguments)
         if reason:

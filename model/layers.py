@@ -18,11 +18,11 @@ from model.partitioner import Partitioner, over_tokens
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """What modules are built with.
+    """What a module's constructor needs.
 
     Attributes:
       rngs: a `params` stream for the initial values.
-      stack: layers that are one module; None: no `layers` axis.
+      stack: the number of layers that are stacked in one module; None: parameters have no `layers` axis.
     """
 
     config: ModelConfig
@@ -32,24 +32,24 @@ class Build:
 
     @property
     def std(self) -> float:
-        """The deviation of initial weights."""
+        """The standard deviation of initial weights."""
         return self.config.init_std
 
     @property
     def out_std(self) -> float:
-        """That of projections back into the residual stream."""
+        """The standard deviation of initial weights of projections back into the residual stream."""
         return self.std * (2 * self.config.num_layers) ** -0.5 if self.config.init_depth_scale else self.std
 
     def bias(self, chosen: bool | None) -> bool:
-        """Whether a projection has a bias: as chosen for its kind, or for all."""
+        """Whether a projection has a bias: `chosen` for its kind, or config.bias if that is None."""
         return self.config.bias if chosen is None else chosen
 
     def stacked(self, layers: int) -> "Build":
-        """That of a stack of so many layers as one module."""
+        """A Build for one module that is a stack of `layers` layers."""
         return dataclasses.replace(self, stack=layers)
 
     def normal(self, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float) -> nnx.Param:
-        """Normal with deviation `std`, float32 [*shape], or [stack, *shape]."""
+        """A normally distributed parameter with standard deviation `std`, float32 [*shape] or [stack, *shape]."""
         shape, axes = self._with_stack(shape, axes)
         return nnx.Param(std * jax.random.normal(self.rngs.params(), shape), axes=axes)
 
@@ -62,7 +62,7 @@ class Build:
 
 
 class Linear(nnx.Module):
-    """y = x W (+ b) over the last axis of x [b, t, in], W of shape (in, out)."""
+    """y = x W (+ b) over the last axis of x [b, t, in]; W has the shape (in, out)."""
 
     def __init__(
         self, build: Build, in_dim: int, out_dim: int, axes: tuple[str, str], *, bias: bool, std: float | None = None
@@ -77,7 +77,7 @@ class Linear(nnx.Module):
 
 
 def project(x: Array, *linears: Linear) -> list[Array]:
-    """Each of `linears` on the same input [b, t, in], of which the backward pass keeps one flattened copy."""
+    """The output of each of `linears` for one input [b, t, in]; the backward pass keeps one flattened copy of it."""
     flat = linears[0].partitioner.flatten(x)
 
     def one(linear: Linear) -> Array:
@@ -85,7 +85,7 @@ def project(x: Array, *linears: Linear) -> list[Array]:
         y = y.reshape(*x.shape[:-1], y.shape[-1])
         if linear.bias is None:
             return y
-        # After the reshape: XLA keeps a sum in float32 for what is added next, but not through a reshape.
+        # Added after the reshape: XLA keeps a sum in float32 for the next addition, but not across a reshape.
         return linear.partitioner.add_bias(y, linear.bias[...], linear.axes[1:])
 
     return [one(linear) for linear in linears]
@@ -95,7 +95,7 @@ class Norm(nnx.Module):
     """RMSNorm (Zhang and Sennrich, 2019) or LayerNorm over the last axis, computed in float32.
 
     Args:
-      size, axis: of the last axis; None: embed_dim.
+      size, axis: the size and logical axis of the last axis; a size of None is embed_dim.
     """
 
     def __init__(self, build: Build, size: int | None = None, axis: str | None = "embed"):
@@ -128,7 +128,7 @@ def _exact_gelu(h: Array) -> Array:
     return jax.nn.gelu(h, approximate=False)
 
 
-ACTIVATIONS = {  # by ModelConfig.mlp
+ACTIVATIONS = {  # the keys are values of ModelConfig.mlp
     "swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "geglu_exact": _exact_gelu, "glu": jax.nn.sigmoid,
     "gelu": jax.nn.gelu, "gelu_exact": _exact_gelu, "silu": jax.nn.silu, "relu2": lambda h: jnp.square(jax.nn.relu(h)),
 }  # fmt: skip
@@ -157,12 +157,12 @@ class MLP(nnx.Module):
 
 
 def unembed(x: Array, w: Array, axes: tuple[str, str], *, config: ModelConfig, first: Array | int = 0) -> Array:
-    """The logits of hidden states: the one head, of the loss, of evaluation and of sampling.
+    """The logits of hidden states. The loss, evaluation and sampling all use this function.
 
     Args:
       x: [..., embed].
-      w: the output table, or the shard of its vocabulary that begins with token `first`, in the type of x.
-      axes: its logical axes, ('vocab', 'embed') or ('embed', 'vocab').
+      w: the output table, or a shard of its vocabulary that begins with token `first`, in the dtype of x.
+      axes: the logical axes of w, ('vocab', 'embed') or ('embed', 'vocab').
 
     Returns:
       float32 [..., tokens of w], -inf for tokens from config.vocab_size on.
@@ -176,6 +176,6 @@ def unembed(x: Array, w: Array, axes: tuple[str, str], *, config: ModelConfig, f
 
 
 def unembed_slope(logits: Array, config: ModelConfig) -> Array | float:
-    """The derivative of unembed's logits to those before their cap; 0 for tokens that do not exist."""
+    """The derivative of unembed's logits by the uncapped ones: 1 without a cap; with one, 0 for tokens of -inf."""
     cap = config.logits_softcap
     return 1.0 if cap is None else 1 - jnp.square(jnp.maximum(logits, -cap) / cap)

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., 2021) and its forms for texts longer than those of the first training."""
+"""Rotary position embedding (Su et al., 2021) and its scaled forms for texts longer than the original context."""
 
 import dataclasses
 import math
@@ -14,8 +14,9 @@ class Rope:
     """The rotation of the queries and keys of a layer.
 
     Attributes:
-      size: dimensions of a head that are rotated, the first ones; even.
-      scaling: of the frequencies.
+      theta: the base of the frequencies.
+      size: how many dimensions of a head, the first ones, are rotated; even.
+      scaling: how the frequencies are changed for longer texts.
     """
 
     theta: float
@@ -23,7 +24,7 @@ class Rope:
     scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
 
     def __call__(self, x_bthd: Array, positions: Array) -> Array:
-        """Rotates halves, as GPT-NeoX and Hugging Face's Llama do, in float32 whatever x is.
+        """Rotates halves, as GPT-NeoX and Hugging Face's Llama do. Computes in float32 for any dtype of x.
 
         Args:
           x_bthd: [b, t, h, d].
@@ -40,14 +41,14 @@ class Rope:
 
     @property
     def attention_factor(self) -> float:
-        """What queries and keys are multiplied by: YaRN's (Peng et al., 2023, section 3.4)."""
+        """YaRN's factor of queries and keys (Peng et al., 2023, section 3.4); 1 for other kinds of scaling."""
         if self.scaling.kind != "yarn":
             return 1.0
         factor = self.scaling.attention_factor
         return 0.1 * math.log(self.scaling.factor) + 1 if factor is None else factor
 
     def frequencies(self) -> Array:
-        """Radians a position, float32 [size / 2]."""
+        """Radians per position, float32 [size / 2]."""
         half = self.size // 2
         frequency = self.theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
         if self.scaling.kind == "none":
@@ -62,7 +63,7 @@ class Rope:
         return self._kept_yarn(frequency) if self.scaling.kind == "yarn" else jnp.zeros_like(frequency)
 
     def _kept_llama3(self, frequency: Array) -> Array:
-        """Llama 3.1's (Grattafiori et al., 2024): by the number of times that a wave fits into the original length."""
+        """Llama 3.1's rule (Grattafiori et al., 2024), by how many waves fit into the original length."""
         scaling = self.scaling
         waves = scaling.original_len * frequency / (2 * math.pi)
         between = (waves - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
@@ -73,7 +74,7 @@ class Rope:
         scaling = self.scaling
 
         def dimension(turns: float) -> float:
-            """The dimension that turns so often within the original length."""
+            """The dimension that turns `turns` times within the original length."""
             return self.size * math.log(scaling.original_len / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
 
         low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
@@ -85,7 +86,7 @@ class Rope:
 
 
 def rope_of(config: ModelConfig, *, local: bool) -> Rope:
-    """That of a local or global layer. A theta of local layers is made for a window, so it is not scaled."""
+    """The Rope of a local or global layer. local_rope_theta is chosen for a window, so rope_scaling does not apply."""
     if local and config.local_rope_theta:
         return Rope(config.local_rope_theta, config.rotated_size)
     return Rope(config.rope_theta, config.rotated_size, config.rope_scaling)

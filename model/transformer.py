@@ -23,7 +23,7 @@ LAYER_INPUT = "layer_input"  # a name for jax.checkpoint's policies
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), with norms where ModelConfig.norm_at has them.
 
-    With build.stack, that many as one module.
+    If build.stack is set, one module holds that many blocks.
     """
 
     def __init__(self, build: Build):
@@ -61,9 +61,9 @@ class Transformer(nnx.Module):
     """Token ids to logits.
 
     Args:
-      config: with vocab_size and max_seq_len set.
+      config: its vocab_size and max_seq_len must be set.
       rngs: a `params` stream for the initial values.
-      partitioner: of the parameters and activations.
+      partitioner: lays out the parameters and activations; None: a single device.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, partitioner: Partitioner | None = None):
@@ -89,8 +89,8 @@ class Transformer(nnx.Module):
         """Logits of the next token after each input.
 
         Args:
-          inputs, cache, arguments: as of `hidden`.
-          logits_at: the place in t of the only logits that are wanted; t is then 1 in the result.
+          inputs, cache, arguments: see `hidden`.
+          logits_at: the only position along t whose logits are wanted; the result then has t = 1.
 
         Returns:
           logits float32 [b, t, padded_vocab_size], -inf beyond vocab_size; the new cache.
@@ -104,11 +104,11 @@ class Transformer(nnx.Module):
 
     @property
     def output_axes(self) -> tuple[str, str]:
-        """Logical axes of output_table."""
+        """The logical axes of output_table."""
         return ("vocab", "embed") if self.head is None else ("embed", "vocab")
 
     def output_table(self) -> Array:
-        """The parameter that makes logits of hidden states, float32."""
+        """The parameter that maps hidden states to logits, float32."""
         return self.embedding[...] if self.head is None else self.head.kernel[...]
 
     def hidden(
@@ -122,23 +122,23 @@ class Transformer(nnx.Module):
         dropout_rate: Array | float = 0.0,
         dropout_key: Array | None = None,
     ) -> tuple[Array, Aux, Cache | None]:
-        """What the head makes logits of: the normalised residual stream after the last layer.
+        """The hidden states from which the head computes logits: the normalised residual stream after the last layer.
 
         Args:
           inputs: integer [b, t], ids below vocab_size.
-          index: int32 [t], the index of each input in its row; None: 0, 1, …. Above 0 at first only with a cache that
-            holds the tokens before it; in another order only with a partitioner whose order it is.
-          positions: int32 [b, t], of each input in its document; None: its index.
+          index: int32 [t], the index of each input in its row; None: 0, 1, …. It may begin above 0 only with a
+            cache that holds the tokens before, and be in another order only if that is the partitioner's order.
+          positions: int32 [b, t], the position of each input in its document; None: its index.
           segment_ids: int32 [b, t], the document of each input: no token sees another document. None: a row is one
-            document. Not with a cache.
+            document. It cannot be combined with a cache.
           cache: see attention.empty_cache; gains the keys and values of `inputs`.
-          dropout_rate, dropout_key: without a key nothing is dropped.
+          dropout_rate, dropout_key: the rate, and the random key; without a key nothing is dropped.
 
         Returns:
           [b, t, embed]; what the layers report; the new cache.
         """
         config = self.config
-        if inputs.shape[1] > config.max_seq_len:  # learned positions would be clamped in silence
+        if inputs.shape[1] > config.max_seq_len:  # learned positions would be clamped silently
             raise ValueError(f"{inputs.shape[1]} tokens are more than model.max_seq_len = {config.max_seq_len}")
         if segment_ids is not None and cache is not None:
             raise ValueError("a cache holds one document a row; segment_ids cannot be given with it")
@@ -164,8 +164,8 @@ class Transformer(nnx.Module):
             return x + self.partitioner.embed(self.position[...], positions, ("position", "embed"), dtype)
 
     def _layers(self, x: Array, ctx: Context, cache: Cache | None) -> tuple[Array, Aux, Cache | None]:
-        """The stack: a turn of unlike layers is compiled and looped over, or all are unrolled; the parameters are
-        stacked either way, so that checkpoints are the same."""
+        """Runs the layers: one period of the layer pattern is compiled and looped over, or all layers are unrolled. The
+        parameters are stacked in both cases, so that checkpoints are the same."""
         config = self.config
         graph, stacked = nnx.split(self.layers)
         key = ctx.dropout.key
@@ -197,7 +197,7 @@ def _over_layers(config: ModelConfig, layer, partitioner: Partitioner, x: Array,
 
 
 def _loop(config: ModelConfig, layer, partitioner: Partitioner, x: Array, of_layers, *, turn):
-    """The same for layers that are equal turns: (kinds of the layers of a turn, number of turns)."""
+    """_over_layers for layers that are equal turns; `turn`: (kinds of the layers of a turn, number of turns)."""
     kinds, count = turn
     of_kind = {
         local: _remat(config, functools.partial(layer, local=local), partitioner) for local in sorted(set(kinds))
@@ -221,8 +221,8 @@ def _loop(config: ModelConfig, layer, partitioner: Partitioner, x: Array, of_lay
 def turns(local: tuple[bool, ...]) -> list[tuple[tuple[bool, ...], int]]:
     """Layers as equal turns that a loop repeats, and a rest: [(kinds of the layers of a turn, number of turns)].
 
-    The shortest period is taken: five local layers and a global one, say. Without any, each run of equal layers is a
-    loop.
+    The shortest period is taken, for example five local layers and a global one. If there is no period, each run of
+    equal layers is a loop.
     """
     layers = len(local)
     for period in range(1, layers // 2 + 1):

@@ -1,1 +1,1 @@
-"""From a corpus to a dataset folder: its files, their documents, workers, shards."""
+"""From a corpus to a dataset folder: finds files, reads documents, encodes them in worker processes, writes shards."""

@@ -1,4 +1,4 @@
-"""The files of a corpus, which is a file, a directory, a glob, or a corpus known by name."""
+"""Finds the files of a corpus, which is a file, a directory, a glob, or a corpus known by name."""
 
 import dataclasses
 import errno
@@ -22,7 +22,7 @@ from data.storage.files import write_durably
 SHAKESPEARE_REPOSITORY_FILE = "karpathy/char-rnn, file data/tinyshakespeare/input.txt"
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-# Folders of the standard library that are not its own source code.
+# Folders below the standard library that do not have its own source code.
 STDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "__pycache__", "lib2to3", "pydoc_data", "encodings"}
 
 
@@ -32,12 +32,12 @@ class File:
 
     name: str
     path: pathlib.Path
-    kind: str = recognize.TEXT  # 'text' (the file is one document), 'jsonl' or 'parquet' (each record is one)
-    compression: str = ""  # or 'gz', 'zst'
-    content: str = ""  # a hash of the content, if known; then inode and times are not compared (see spool)
+    kind: str = recognize.TEXT  # 'text' (the file is a document), 'jsonl' or 'parquet' (each record is a document)
+    compression: str = ""  # 'gz', 'zst', or '' for none
+    content: str = ""  # a hash of the content, if known; it replaces inode and times in comparisons (spool.py)
 
     def size(self) -> int:
-        """Bytes on disk, now."""
+        """The current size on disk, in bytes."""
         return self.path.stat().st_size
 
     def open(self) -> IO[bytes]:
@@ -45,7 +45,7 @@ class File:
 
 
 def open_source(path: str | pathlib.Path) -> IO[bytes]:
-    """Raises DataError if it cannot be opened."""
+    """Opens a file for reading bytes. Raises DataError if it cannot be opened."""
     try:
         return open(path, "rb")
     except OSError as e:
@@ -78,10 +78,10 @@ def find_files(
 
     Args:
       source: PATH of a file or directory, a glob (** allowed), 'python-stdlib' or 'tinyshakespeare'.
-      cache: where a download is kept.
-      kind: of all files, one of recognize.KINDS; 'auto' detects it for each.
+      cache: the folder for downloads.
+      kind: the kind of all files, one of recognize.KINDS; 'auto' detects the kind of each file.
       bad_records: 'skip' leaves out files of a folder or glob that are not text; 'error' reports the first one.
-      own: paths that the preparation itself writes; ignored.
+      own: paths that the preparation itself writes, which are ignored.
       tokenizer: the tokenizer's file, which is left out even if it looks like text.
 
     Raises:
@@ -123,13 +123,13 @@ def named_as_held_out(source: str, files: Sequence[File]) -> list[str]:
 
 
 def is_pipe(source: str) -> bool:
-    """Whether the source is a pipe, which can be read only once. Raises DataError if that cannot be found out."""
+    """Whether the source is a pipe, which can be read only once. Raises DataError if its status cannot be read."""
     status = _status(pathlib.Path(source))
     return status is not None and stat.S_ISFIFO(status.st_mode)
 
 
 def _status(path: pathlib.Path) -> os.stat_result | None:
-    """None if there is no such file."""
+    """The status of a file; None if it does not exist."""
     try:
         return path.stat()
     except (OSError, ValueError) as e:
@@ -225,8 +225,8 @@ def _check_sha256(raw: bytes, where: str) -> None:
 
 
 def split_files(files: list[File], val_fraction: float) -> tuple[list[File], list[File]]:
-    """Training and validation files; a hash of the names chooses validation files until they have `val_fraction` of the
-    bytes.
+    """Training and validation files. Files are taken for validation in the order of a hash of their names, until they
+    have `val_fraction` of the bytes.
 
     A file is skipped if the validation files would have more than twice that share, or most of the corpus. At least one
     file stays on each side. A corpus of one file is not split here (see pipeline.make_plan).

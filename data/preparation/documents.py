@@ -1,8 +1,8 @@
-"""Documents read from files. A span is a part of one file that can be read by itself: a byte range of text or JSON
-lines, row groups of Parquet, or a complete compressed file. A work unit is a few spans: a worker's task, and what a
-preparation that was killed does not repeat.
+"""Reads documents from files. A span is a part of one file that can be read by itself: a byte range of text or JSON
+lines, row groups of Parquet, or a complete compressed file. A work unit is a few spans: it is a worker's
+task, and a preparation that was killed does not repeat finished units.
 
-The borders depend only on the files and not on the number of workers, so neither does the result.
+The borders of units depend only on the files, so the result does not depend on the number of workers.
 """
 
 import codecs
@@ -22,14 +22,14 @@ from data.errors import DataError
 from data.preparation.corpus import File
 from data.preparation.input_errors import NUL, REPLACED, InputErrors, Lines, Place
 
-UNIT_BYTES = 8 << 20  # of a work unit; a worker needs some 20 bytes of memory for each
+UNIT_BYTES = 8 << 20  # the size of a work unit; a worker needs some 20 bytes of memory for each byte
 LONG_LINE_BYTES = 64 << 20  # a longer record is used, but counted: usually its newlines were lost
-MAX_LINE_BYTES = 1 << 30  # a longer record is a bad record: reading it would take several times the memory
-LINE_SEARCH_BYTES = 1 << 16  # searched for a place at which a text can be split
-BLOCK_BYTES = 1 << 16  # read or decompressed at a time
-ZSTD_BYTES = 256  # given to zstandard at a time: four of them may become 128 KiB
-ZSTD_WINDOW_BYTES = 1 << 31  # as `zstd --long=31` writes
-ROWS = 128  # of Parquet, in memory at a time
+MAX_LINE_BYTES = 1 << 30  # a longer record is a bad record: reading one takes several times its size in memory
+LINE_SEARCH_BYTES = 1 << 16  # how much is searched for a place at which a text can be split
+BLOCK_BYTES = 1 << 16  # bytes that are read or decompressed at a time
+ZSTD_BYTES = 256  # bytes given to zstandard at a time: four bytes may become 128 KiB
+ZSTD_WINDOW_BYTES = 1 << 31  # the window of files that `zstd --long=31` writes
+ROWS = 128  # rows of Parquet in memory at a time
 BYTE_ORDER_MARK = codecs.BOM_UTF8
 
 
@@ -38,12 +38,12 @@ class Span:
     """A part of a file that can be read by itself."""
 
     file: File
-    start: int  # in bytes; for Parquet, in row groups; for a compressed file 0
+    start: int  # in bytes, or in row groups for Parquet; 0 for a compressed file
     stop: int
     first: bool  # whether the file begins here; `start` is after a byte order mark
     last: bool  # whether the file ends here
     size: int  # bytes on disk, for the progress
-    split: str | None = None  # 'train' or 'val' if the complete file belongs to one
+    split: str | None = None  # 'train' or 'val' if the complete file belongs to that split
 
 
 WorkUnit = tuple[Span, ...]
@@ -54,10 +54,10 @@ class ReadOptions:
     """How files are read: the key of the text in a record, and what happens to text that cannot be read."""
 
     text_key: str = "text"
-    invalid_utf8: str = "replace"  # with U+FFFD, and count; or 'error'
-    # Or 'skip', and count: broken JSON, a record without text under the key, a truncated compressed file.
+    invalid_utf8: str = "replace"  # 'replace' with U+FFFD, and count; or 'error'
+    # 'error', or 'skip' and count: broken JSON, a record without text under the key, a truncated compressed file.
     bad_records: str = "error"
-    raw: bool = False  # text as bytes, valid or not; of a record, its text in UTF-8
+    raw: bool = False  # read text as bytes, valid or not; the text of a record is then UTF-8
 
     @functools.cached_property
     def key_in_json(self) -> re.Pattern[str]:
@@ -67,7 +67,7 @@ class ReadOptions:
 
 def _spellings(character: str) -> str:
     """The pattern of a character in a JSON string (RFC 8259, section 7)."""
-    units = character.encode("utf-16-be", "surrogatepass").hex(" ", 2).split()  # two for a character beyond U+FFFF
+    units = character.encode("utf-16-be", "surrogatepass").hex(" ", 2).split()  # two units if it is beyond U+FFFF
     short, long = json.dumps(character)[1:-1], "".join(rf"\\u(?i:{unit})" for unit in units)
     return rf"(?:\\?{re.escape(character)}|{re.escape(short)}|{long})"
 
@@ -81,7 +81,7 @@ class Chunk(NamedTuple):
 
 
 def bytes_of(unit: WorkUnit) -> int:
-    """Bytes on disk."""
+    """The size of a unit on disk."""
     return sum(span.size for span in unit)
 
 
@@ -89,7 +89,7 @@ def plan_units(files: list[File], splits: dict[str, str] | None = None) -> list[
     """The work units of all files in order: large files are divided, small ones are grouped.
 
     Args:
-      splits: 'train' or 'val' for the name of each file, if complete files are split.
+      splits: 'train' or 'val' by file name, if complete files are assigned to splits; else None.
 
     Raises:
       DataError: a file cannot be read.
@@ -154,8 +154,8 @@ def _text_split(f: IO[bytes], at: int, size: int) -> int:
     return at + split_point(f.read(3 + LINE_SEARCH_BYTES))
 
 
-# Tokenizers begin a token at a single space between two words, and after a newline between two lines; so the parts of a
-# text that is split there have the tokens of the complete text. A run of white space can be one token.
+# Tokenizers begin a token at a single space between two words, and after a newline between two lines; so if a text is
+# split there, its parts have the tokens of the complete text. A longer run of white space can be one token.
 SPLIT_PLACES = [re.compile(place) for place in (r"(?<=\S)(?= \S)", r"(?<=\S\n)(?=\S)", r"(?=\s)")]
 
 
@@ -171,16 +171,16 @@ def split_point(window: bytes) -> int:
 
 
 def _rest_of_character(raw: bytes) -> int:
-    """How many bytes at the start may be the rest of a character: continuation bytes, 0b10xxxxxx, at most three."""
+    """How many bytes at the start of `raw` may end a character: at most three continuation bytes, 0b10xxxxxx."""
     return next((i for i, byte in enumerate(raw[:3]) if byte & 0xC0 != 0x80), min(3, len(raw)))
 
 
 def read_chunks(span: Span, options: ReadOptions, errors: InputErrors) -> Iterator[Chunk]:
-    """The documents of a span in order, long texts in several chunks; bytes if options.raw, else str. A text has the
-    same chunks whether its file is compressed or not. Empty documents are counted and left out.
+    """The documents of a span in order, as bytes if options.raw, else as str. A long text comes in several chunks; they
+    are the same whether its file is compressed or not. Empty documents are counted and left out.
 
     Raises:
-      DataError: the file cannot be read, or has something that `options` do not allow; it names file and place.
+      DataError: the file cannot be read, or has something that `options` do not allow; the message names the place.
     """
     kind = {"text": _read_text, "jsonl": _read_json_lines, "parquet": _read_parquet}[span.file.kind]
     try:
@@ -211,7 +211,7 @@ def _read_text(span: Span, options: ReadOptions, errors: InputErrors) -> Iterato
 
 
 def _rechunk(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """The chunks of a text that comes in blocks, split as plan_units splits one on disk; at least one, maybe empty."""
+    """The chunks of a text that comes in blocks, split as plan_units splits one on disk. At least one, maybe empty."""
     held = bytearray()
     for block in itertools.chain(blocks, [None]):
         held += block or b""
@@ -224,7 +224,7 @@ def _rechunk(blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _content(f: IO[bytes], span: Span, options: ReadOptions, errors: InputErrors) -> tuple[int, Iterator[bytes]]:
-    """The bytes of text or JSON lines, decompressed and without a byte order mark, and the offset of the first byte."""
+    """The offset of the first byte of text or JSON lines, and blocks of it, decompressed, without a byte order mark."""
     start, blocks = span.start, _on_disk(f, span)
     if span.file.compression:
         blocks, head = _decompressed(f, span, options, errors), b""
@@ -249,7 +249,7 @@ def _on_disk(f: IO[bytes], span: Span) -> Iterator[bytes]:
 
 
 def _decompressed(f: IO[bytes], span: Span, options: ReadOptions, errors: InputErrors) -> Iterator[bytes]:
-    """Blocks, none of them empty; of a damaged file, those before the damage."""
+    """Blocks that are not empty; for a damaged file, the blocks before the damage."""
     try:
         yield from filter(None, _gunzip(f) if span.file.compression == "gz" else _unzstd(f, span.file))
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
@@ -261,7 +261,7 @@ def _gunzip(f: IO[bytes]) -> Iterator[bytes]:
 
 
 def _unzstd(f: IO[bytes], file: File) -> Iterator[bytes]:
-    """As _gunzip. zstandard's own reader would take a truncated frame for the end of the file."""
+    """Decompressed blocks. zstandard's own reader would take a truncated frame for the end of the file."""
     try:
         import zstandard
     except ImportError:
@@ -273,7 +273,7 @@ def _unzstd(f: IO[bytes], file: File) -> Iterator[bytes]:
             try:
                 yield frame.decompress(raw)
             except zstandard.ZstdError as e:
-                if "allocation" in str(e).lower():  # the file is sound
+                if "allocation" in str(e).lower():  # the file itself is not damaged
                     raise DataError(f"cannot decompress {file.path}: {e}; its window needs up to 2 GiB") from None
                 hint = "; perhaps it was compressed with a dictionary: zstd -d -D FILE" if "ictionary" in str(e) else ""
                 raise EOFError(f"{e}{hint}") from None
@@ -291,11 +291,11 @@ def _not_utf8(where: str) -> DataError:
 
 
 def _text(raw: bytes, file: File, offset: int, options: ReadOptions, errors: InputErrors) -> str:
-    """Decodes a chunk of a text file, which begins at `offset`; newlines are kept as they are."""
+    """Decodes a chunk that begins at `offset` of a text file; newlines are kept as they are."""
     if nuls := raw.count(b"\0"):
         errors.record(NUL, Place(str(file.path), "offset", offset + raw.index(b"\0")), nuls)
     parts, start = [], 0
-    while start < len(raw):  # in blocks: strict decoding is several times faster, and works for most
+    while start < len(raw):  # by block: strict decoding is several times faster, and most blocks are valid
         stop = start + BLOCK_BYTES
         stop += _rest_of_character(raw[stop : stop + 3])
         part = raw[start:stop]
@@ -313,7 +313,7 @@ def _text(raw: bytes, file: File, offset: int, options: ReadOptions, errors: Inp
     return "".join(parts)
 
 
-# Replaces the bytes of a record that are not UTF-8 until they are counted. JSON escapes may spell such halves, too.
+# Stands for the bytes of a record that are not UTF-8 until they are counted. JSON escapes may spell such halves, too.
 HALF = "\ud800"
 
 
@@ -333,7 +333,7 @@ def _decode(raw: bytes, place: Place, options: ReadOptions) -> str:
 
 
 def _whole(text: str, place: Place, options: ReadOptions, errors: InputErrors) -> str:
-    """`text` with U+FFFD instead of halves of surrogate pairs, which are counted."""
+    """`text` with U+FFFD in place of each half of a surrogate pair; the replacements are counted."""
     replaced = 0
     while (half := _first_half(text)) is not None:
         replaced += text.count(half)
@@ -362,11 +362,11 @@ def _read_json_lines(span: Span, options: ReadOptions, errors: InputErrors) -> I
             if text:
                 yield Chunk(text, True, True)
     if not span.file.compression:
-        errors.count_lines(Lines(path, after, span.stop, number - 1))  # the last line has no newline
+        errors.count_lines(Lines(path, after, span.stop, number - 1))  # no newline follows the last line
 
 
 def _lines(blocks: Iterator[bytes]) -> Iterator[bytes | None]:
-    """Lines without their newline, the last one maybe empty; None for a line above MAX_LINE_BYTES."""
+    """Lines without their newlines; the last may be empty. None stands for a line above MAX_LINE_BYTES."""
     held: list[bytes] = []
     size = 0
     for block in blocks:
@@ -414,7 +414,7 @@ def _of_line(line: bytes | None, place: Place, options: ReadOptions, errors: Inp
 
 
 def _is_given_twice(text: str, options: ReadOptions) -> bool:
-    """Whether a line is a JSON object that itself has the text key twice; Python would keep only the last value.
+    """Whether a JSON object has the text key twice at its top level; Python's decoder would keep only the last value.
 
     Raises:
       RecursionError: the line is nested too deeply for a decoder with a hook.
@@ -431,7 +431,7 @@ def _is_given_twice(text: str, options: ReadOptions) -> bool:
 
 
 def _of_value(value: Any, place: Place, options: ReadOptions, errors: InputErrors) -> str | bytes | None:
-    """The text of a record; None if it has none, which has been counted or raised."""
+    """The text of a record; None, after counting, if there is none. Raises DataError for a bad record."""
     if not isinstance(value, str | bytes):
         _bad("text that is no string", place._replace(note=type(value).__name__), options, errors)
         return None
@@ -452,7 +452,7 @@ def _of_value(value: Any, place: Place, options: ReadOptions, errors: InputError
 
 @functools.lru_cache(maxsize=1)
 def _open_parquet(path: pathlib.Path, size: int, mtime_ns: int) -> tuple[Any, list[int]]:
-    """The file, and the number of rows before each of its row groups. Cached: opening takes time for each row group."""
+    """The file, and the number of rows before each row group. Cached, because opening takes time for each row group."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -464,7 +464,7 @@ def _open_parquet(path: pathlib.Path, size: int, mtime_ns: int) -> tuple[Any, li
         table = pyarrow.parquet.ParquetFile(opened, page_checksum_verification=True)
         groups = map(table.metadata.row_group, range(table.num_row_groups))
         return table, list(itertools.accumulate((group.num_rows for group in groups), initial=0))
-    except (OSError, ValueError, pyarrow.ArrowException) as e:  # also for column names that are not UTF-8
+    except (OSError, ValueError, pyarrow.ArrowException) as e:  # column names that are not UTF-8 also raise these
         raise DataError(f"{path} is not a Parquet file that can be read: {_first_line(e)}") from None
 
 
@@ -491,12 +491,12 @@ def _read_parquet(span: Span, options: ReadOptions, errors: InputErrors) -> Iter
                 text = _of_value(value, Place(str(path), "row", number), options, errors)
                 if text:
                     yield Chunk(text, True, True)
-    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as e:  # values of other types
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as e:  # for example for values of another type
         raise DataError(f"{path} cannot be read after row {number}: {_first_line(e)}") from None
 
 
 def _values(column: Any) -> list[Any]:
-    """The values, with strings as bytes, because Parquet does not check that they are UTF-8."""
+    """The values of a column; strings are returned as bytes, because Parquet does not check that they are UTF-8."""
     import pyarrow
 
     if isinstance(column, pyarrow.ExtensionArray):
@@ -520,7 +520,7 @@ def _bad(kind: str, where: str | Place, options: ReadOptions, errors: InputError
 
 
 def _exact(where: str | Place) -> str | Place:
-    """The place with its line counted from the beginning of the file, which is read for that: only before an error."""
+    """The place, with its line number in the whole file. This reads the file up to there: only for an error."""
     if isinstance(where, str) or not where.after:
         return where
     with open(where.path, "rb") as f:

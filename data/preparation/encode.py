@@ -2,7 +2,7 @@
 
 The files of unit I in PARTIAL/units/: I.train.tokens and I.val.tokens; I.train.ends and I.val.ends (uint64: the end of
 each document that ends in this unit, in the tokens of the unit); I.hashes (if requested; see parts.py); and I.json,
-which is written last: if it exists, the unit is done.
+which is written last: the unit is done when this file exists.
 """
 
 import dataclasses
@@ -24,17 +24,17 @@ from data.storage import files
 from data.token_files import formats
 from data.tokenizers import characters
 
-VERSION = 4  # of the unit files; a preparation does not resume from those of another version
+VERSION = 4  # of the unit files; a preparation does not resume from files of another version
 SPLITS = ("train", "val")
-BATCH_CHARACTERS = 1 << 18  # encoded in one call
+BATCH_CHARACTERS = 1 << 18  # about this many are encoded in one call
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is the same for every unit.
+    """The settings that are the same for every unit.
 
-    `split`: 'file' (each span names its own), 'document' (validation if a hash of the text is below val_fraction) or
-    'last' (characters from `cut` on are validation).
+    `split`: 'file' (each span names its split), 'document' (a document is for validation if a hash of its text is below
+    val_fraction) or 'last' (characters from number `cut` on are for validation).
     """
 
     partial: pathlib.Path
@@ -61,7 +61,7 @@ class Job:
 @dataclasses.dataclass(frozen=True)
 class Survey:
     characters: int
-    code_points: np.ndarray  # the distinct ones, uint32
+    code_points: np.ndarray  # the distinct code points, uint32
     counts: np.ndarray  # how often each occurs, int64
 
 
@@ -69,7 +69,7 @@ def survey_unit(unit: documents.WorkUnit, options: documents.ReadOptions, index:
     """Counts the characters of unit `index` (bytes if options.raw)."""
     counts = np.zeros(tokenizers.CODE_POINTS, np.int64)
     chunks = (chunk for span in unit for chunk in documents.read_chunks(span, options, InputErrors()))
-    for batch in _batches(chunks):  # joined, because many small documents cost as much as one
+    for batch in _batches(chunks):  # joined, because a call costs about the same for one small document as for many
         if options.raw:
             raw = b"".join(chunk.text for chunk in batch if isinstance(chunk.text, bytes))
             counts[:256] += characters.byte_counts(np.frombuffer(raw, np.uint8))
@@ -88,7 +88,7 @@ def encode_unit(index: int, unit: documents.WorkUnit, first_character: int, job:
     """Writes a unit's files and returns the content of its .json.
 
     Args:
-      first_character: the number of characters in the units before it.
+      first_character: the number of characters in the units before this one.
 
     Raises:
       DataError: the unit cannot be read, or the disk is full.
@@ -131,7 +131,7 @@ def _utf8_bytes(text: str | bytes) -> int:
 
 
 def finished_unit(job: Job, index: int) -> dict | None:
-    """What encode_unit returned for a unit that is done; None if it is not done, or its files were changed."""
+    """What encode_unit returned for a unit; None if the unit is not done, or its files were changed."""
     stem = job.partial / "units" / f"{index:06d}"
     try:
         result = json.loads(stem.with_suffix(".json").read_bytes())
@@ -148,13 +148,13 @@ def _sizes(stem: pathlib.Path, split: str) -> list[int]:
 
 def _encode_batch(codec: tokenizers.Tokenizer, batch: list[Part], errors: InputErrors) -> list[np.ndarray]:
     texts = [(part.left.before if part.left else "") + part.text for part in batch if isinstance(part.text, str)]
-    if not texts:  # only the byte tokenizer reads raw bytes, and it always does
+    if not texts:  # the parts are raw bytes, which only the byte tokenizer reads
         return [tokenizers.ByteTokenizer.encode_bytes(part.text) for part in batch if isinstance(part.text, bytes)]
     rows = []
     for part, ids in zip(batch, codec.encode_batch(texts), strict=True):
         row = part.left.take(ids) if part.left else ids
         same = row is not None
-        if row is None:  # the seam does not hold: the text by itself, as if it began a document
+        if row is None:  # the seam fails: encode the text by itself, as if it began a document
             row = codec.encode(str(part.text))
         if not same or (part.right and not part.right.ends(row)):
             errors.record(NO_SEAM, f"{part.path} ({part.text[:40]!r} …)")
@@ -178,7 +178,7 @@ def _batches(parts: Iterator[T]) -> Iterator[list[T]]:
 
 
 class _Output:
-    """One split of a unit."""
+    """The files of one split of a unit."""
 
     def __init__(self, stem: pathlib.Path, split: str, job: Job):
         self.stem = stem

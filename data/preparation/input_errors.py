@@ -1,4 +1,4 @@
-"""Errors in the input: all are counted, and a few places of each kind are named."""
+"""Errors in the input: all errors are counted, and a few places of each kind are named."""
 
 import collections
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ class Place(NamedTuple):
     what: str  # 'line', 'row' or 'offset'
     number: int
     note: str = ""
-    after: int = 0  # lines are counted from this byte on; not 0 until the lines before it have been counted
+    after: int = 0  # `number` counts lines from this byte on; 0 once the lines before that byte have been added
 
     def __str__(self) -> str:
         after = f" after byte {self.after}" if self.after else ""
@@ -31,14 +31,14 @@ class Lines(NamedTuple):
 
 
 class InputErrors:
-    """Errors of a unit, which counts lines from its own first byte on. `add`, called in the order of the units, makes
-    them lines of the file."""
+    """Errors of a unit, whose line numbers are counted from its own first byte. `add`, called in the order of units,
+    turns them into line numbers of the file."""
 
     def __init__(self) -> None:
         self.counts: collections.Counter[str] = collections.Counter()
         self.examples: dict[str, list[str | Place]] = {}
-        self.characters = 0  # in all text that was read; bytes for the byte tokenizer
-        self.lines: Lines | None = None  # of the part that was read last
+        self.characters = 0  # of all text that was read; bytes for the byte tokenizer
+        self.lines: Lines | None = None  # the lines of the part that was read last
 
     @property
     def invalid_share(self) -> float:
@@ -75,7 +75,7 @@ class InputErrors:
         return where._replace(number=where.number + lines.newlines, after=lines.start)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, for the file of a unit."""
+        """All fields, to be written into a unit's file."""
         return dict(vars(self))
 
     @classmethod

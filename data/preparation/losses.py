@@ -9,14 +9,14 @@ from data.tokenizers.base import Tokenizer, name_finder
 UNKNOWN = "unknown token, in place of text that the tokenizer cannot express"
 CHANGED = "text that does not decode to itself (of those compared: one character in 16)"
 SPELLED = "text that spells a special token, encoded as ordinary text"
-LOSSES = (UNKNOWN, CHANGED)  # then the number of bytes that the tokens stand for is not known
+LOSSES = (UNKNOWN, CHANGED)  # after one of these, the number of bytes that the tokens stand for is not known
 
 COMPARED = 1 << 12  # the most characters of a text that are compared
-SHARE = 16  # one in this many characters is compared, and COMPARED at the beginning of a unit
+SHARE = 16  # one in this many characters is compared, and COMPARED characters at the beginning of a unit
 
 
 class Losses:
-    """Compares the texts of a unit with their tokens, and adds to its errors."""
+    """Compares the texts of a unit with their tokens, and records losses in the unit's errors."""
 
     def __init__(self, codec: Tokenizer, errors: InputErrors):
         self.codec = codec

@@ -1,4 +1,4 @@
-"""Units to shards: concatenates the tokens of all units in order, splits them into shards, and hashes these."""
+"""From units to shards: concatenates the tokens of all units in order, divides them into shards, and hashes each."""
 
 import dataclasses
 import hashlib
@@ -17,15 +17,15 @@ from data.storage import files
 from data.token_files import formats
 
 SHARD_TOKENS = 100_000_000
-COPY_TOKENS = 1 << 22  # in memory at a time
-NOTE_UNITS = 8  # units between two records of the progress; 64 MiB of text
+COPY_TOKENS = 1 << 22  # tokens in memory at a time
+NOTE_UNITS = 8  # units between two records of the progress: some 64 MiB of text
 
 
 class _SplitWriter:
     """Writes one split: shards, and where each document begins.
 
     Args:
-      written: what `state` returned, to resume from it.
+      written: what `state` returned, to resume from there; None: start a new split.
     """
 
     def __init__(self, folder: pathlib.Path, split: str, job: encode.Job, written: dict[str, Any] | None = None):
@@ -34,7 +34,7 @@ class _SplitWriter:
         self.job = job
         self.shards: list[formats.Shard] = []
         self.tokens = self.text_bytes = self.documents = self.longest = 0
-        self._begin = 0  # of the document that is being written
+        self._begin = 0  # the first token of the document that is being written
         self._file: IO[bytes]
         offsets = folder / f"{split}.documents.bin"
         if written is None:
@@ -53,7 +53,7 @@ class _SplitWriter:
             raise DataError(f"{self._path} has changed; {start_again(folder)}")
 
     def state(self) -> dict[str, Any]:
-        """Syncs what was written to disk, and returns what is needed to resume from here."""
+        """Syncs the files to disk, and returns what is needed to resume from here."""
         for file in (self._offsets, self._file):
             file.flush()
             os.fsync(file.fileno())
@@ -75,7 +75,7 @@ class _SplitWriter:
         self.shards.append(formats.Shard(self._path.name, self._shard_tokens, self._sha256.hexdigest()))
 
     def unit(self, tokens: pathlib.Path, ends: np.ndarray, text_bytes: int) -> None:
-        """Appends the tokens of a unit's file; `ends` are the ends of documents, relative to its first token."""
+        """Appends the tokens of a unit's file; `ends` are the ends of documents, from the unit's first token."""
         begins = np.concatenate([[self._begin], ends + self.tokens])
         if len(ends):
             begins[:-1].astype("<u8").tofile(self._offsets)
@@ -95,7 +95,7 @@ class _SplitWriter:
                     self._open_shard()
 
     def close(self) -> formats.Split:
-        if self.tokens > self._begin:  # a document without an end: the split begins inside it
+        if self.tokens > self._begin:  # the splits divide the last document
             np.array([self._begin], "<u8").tofile(self._offsets)
             self.documents += 1
             self.longest = max(self.longest, self.tokens - self._begin)
@@ -109,7 +109,7 @@ class _SplitWriter:
 
 
 def _opened_at(path: pathlib.Path, size: int) -> IO[bytes]:
-    """A file to append to after its first `size` bytes; later ones, of a killed preparation, are removed."""
+    """Opens a file to append after its first `size` bytes; later bytes, left by a killed preparation, are removed."""
     file = path.open("r+b" if size else "wb")
     if os.fstat(file.fileno()).st_size < size:
         raise DataError(f"{path} is shorter than recorded; {start_again(path.parent)}")
@@ -121,13 +121,13 @@ def _opened_at(path: pathlib.Path, size: int) -> IO[bytes]:
 class Merge:
     """Writes the shards and document offsets of both splits into `partial`, unit by unit in order.
 
-    Units may be added in any order; each is appended after those before it. Every NOTE_UNITS units the progress is
-    recorded and the files of the appended units are removed, so the tokens of a corpus take disk space only once. A
-    later Merge of the same folder resumes from there.
+    Units may be added in any order; each is appended when all units before it have been. Every NOTE_UNITS units, the
+    progress is recorded and the files of the appended units are removed, so the tokens of a corpus take disk space only
+    once. A later Merge of the same folder resumes from the recorded progress.
 
     Attributes:
-      next: the unit to append next; those before it are done.
-      tokens: in all units that were appended.
+      next: the unit to append next; all units before it are done.
+      tokens: the number of tokens in the appended units.
     """
 
     def __init__(self, partial: pathlib.Path, job: encode.Job):
@@ -177,7 +177,7 @@ class Merge:
         self._noted = self.next
 
     def finish(self) -> tuple[dict[str, formats.Split], dict[str, Any]]:
-        """The splits of the manifest, and the summary: documents, tokens, bytes per token, longest document, errors."""
+        """Closes the files; returns the manifest's splits, and the summary: counts, longest document, errors."""
         assert not self._waiting
         splits = {split: writer.close() for split, writer in self.writers.items()}
         tokens, text_bytes = (sum(getattr(s, what) for s in splits.values()) for what in ("tokens", "text_bytes"))
@@ -195,7 +195,7 @@ class Merge:
 
 
 def _duplicates(partial: pathlib.Path, num_units: int) -> int:
-    """The number of documents whose text occurred before; needs 16 bytes of memory for each document."""
+    """The number of documents whose text occurred before. Needs at least 16 bytes of memory for each document."""
     stems = (partial / "units" / f"{index:06d}" for index in range(num_units))
     found = [np.fromfile(stem.with_suffix(".hashes"), "<u8") for stem in stems]
     chunks = np.concatenate([np.empty(0, "<u8"), *found]).reshape(-1, 2)

@@ -1,12 +1,12 @@
-"""Where a dataset is written and how it gets its name: by one process at a time, without harm to files of others.
+"""Where a dataset is written and how it gets its name: by one process at a time, without harm to unrelated files.
 
     NAME.partial              the unfinished dataset; its first file is MARK, written into a new or empty folder
     .NAME.meshlm-lock         held from before NAME.partial is first examined until NAME is complete
     .NAME.meshlm-replaced     the previous dataset NAME, from when the new one is complete until it is removed
 
 So a kill at any point leaves the old dataset or the new one, and the next preparation of NAME finishes the change. Only
-a folder with the mark is cleared, and only a dataset is replaced. Only files that its manifest names, or that are named
-as those of an unfinished dataset, are ever removed: a folder with any other file is refused.
+a folder with the mark is cleared, and only a dataset is replaced. A file is removed only if the manifest names it, or
+if it has the name of a file of an unfinished dataset: a folder with any other file is refused.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ from data.tokenizers import hf_json, minbpe, sentencepiece_file, tiktoken_file
 
 log = logging.getLogger("meshlm")
 
-PATH_BYTES = 4095  # of a complete path, on Linux
-INSIDE_BYTES = 100  # of a path below the dataset: no file there has a longer one
+PATH_BYTES = 4095  # the longest complete path on Linux
+INSIDE_BYTES = 100  # at least as long as any path below the dataset folder
 MARK = "meshlm-unfinished.json"
 FORMAT = "meshlm-unfinished-dataset"
-CHARACTERS, MERGED = "characters.json", "merged.json"  # the progress so far
+CHARACTERS, MERGED = "characters.json", "merged.json"  # files with the progress of a preparation
 _TOKENIZER_FILES = (
     tokenizers.FILE_NAME,
     hf_json.FILE_NAME,
@@ -61,7 +61,7 @@ _OWN = {
 
 @dataclasses.dataclass(frozen=True)
 class _Mark:
-    folder: int  # its inode: tells an unfinished dataset from a copy of it
+    folder: int  # the folder's inode: distinguishes an unfinished dataset from a copy of it
     key: str  # identifies what is being prepared; "" while files of another request are removed
 
 
@@ -71,12 +71,12 @@ def is_unfinished(folder: pathlib.Path) -> bool:
 
 
 class Output:
-    """A dataset folder that exists or is to be made.
+    """A dataset folder that exists or will be made.
 
     Attributes:
-      path: of the dataset, with links resolved.
-      partial: the folder in which it is written.
-      own: all paths that a preparation of it may use.
+      path: the path of the dataset, with links resolved.
+      partial: the folder in which the dataset is written.
+      own: all paths that a preparation of the dataset may use.
 
     Raises:
       DataError: a dataset cannot have this path.
@@ -106,7 +106,7 @@ class Output:
             )
 
     def has_dataset(self) -> bool:
-        """Whether `path` is a dataset, damaged or not. Raises DataError if it is something else."""
+        """Whether `path` is a dataset, damaged or not. Raises DataError if something else is there."""
         try:
             if formats.is_dataset(self.path):
                 return True
@@ -122,10 +122,10 @@ class Output:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the lock, so that no other process prepares this dataset; first finishes what a killed one left.
+        """Holds the lock, so that no other process prepares this dataset; first finishes what a killed process left.
 
         Raises:
-          DataError: another process has the lock; also for every OSError in the block: a file cannot be written.
+          DataError: another process has the lock, or the block raised an OSError: a file cannot be written.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,10 +152,10 @@ class Output:
             (self.path / MARK).unlink()
 
     def begin(self, key: str) -> None:
-        """Makes `partial`, or keeps it if it is from an earlier run with the same key; files of other keys are removed.
+        """Makes `partial`, or keeps its files if an earlier run with the same key made them; else removes its files.
 
         Raises:
-          DataError: it, or the dataset that is to be replaced, contains a file that preparations do not write.
+          DataError: `partial`, or the dataset that will be replaced, contains a file that preparations do not write.
         """
         if self.has_dataset():
             _check_own(self.path)
@@ -175,7 +175,8 @@ class Output:
                     f"{self.partial} is a copy of an unfinished dataset of another request; remove it or choose "
                     "another --out"
                 )
-            self._write_mark(dataclasses.replace(here, key=""))  # first: no run of the old key may resume from a part
+            # Before the files are removed, so that no run with the old key resumes from some of them.
+            self._write_mark(dataclasses.replace(here, key=""))
             _remove_files(path for path in _files(self.partial)[0] if path.name != MARK)
         if mark != here:
             self._write_mark(here)
@@ -186,14 +187,14 @@ class Output:
         files.write_durably(self.partial / MARK, text.encode())
 
     def is_complete(self) -> bool:
-        """Whether `partial` is complete: its manifest is written last."""
+        """Whether `partial` is complete: it has a manifest, which is written last."""
         return (self.partial / formats.MANIFEST).exists()
 
     def publish(self) -> None:
-        """Renames the complete dataset to its name, then removes the previous one.
+        """Renames the complete dataset to its name, then removes the previous dataset.
 
         Raises:
-          DataError: something that is not a dataset has appeared there.
+          DataError: something that is not a dataset has appeared at `path`.
         """
         done = _files(self.partial)[0]
         _remove_files(
@@ -246,12 +247,12 @@ def _files(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Path]
 
 
 def _is_ours(path: pathlib.Path, folder: str, named: set[str] | None, unfinished: bool) -> bool:
-    """Whether a file is named as one that preparations write, and the manifest does not contradict that.
+    """Whether a file has a name that preparations write, and the manifest does not contradict that.
 
     Args:
-      folder: its folder, a key of _OWN.
-      named: see _named.
-      unfinished: whether the mark exists, so that there may be files that a complete dataset does not have.
+      folder: the file's folder, a key of _OWN.
+      named: what _named returned.
+      unfinished: whether the mark exists; then there may be files that a complete dataset does not have.
     """
     half = files.WRITING.fullmatch(path.name)
     whole = half[1] if half else path.name
@@ -266,8 +267,8 @@ def _is_ours(path: pathlib.Path, folder: str, named: set[str] | None, unfinished
 
 
 def _named(folder: pathlib.Path) -> set[str] | None:
-    """The files that the manifest of a complete dataset names (for one of an earlier version: those that it may have);
-    None if the manifest is missing or damaged."""
+    """The files that a dataset's manifest names (for one of an earlier version, all that it may have); None if the
+    manifest is missing or damaged."""
     try:
         manifest = formats.read_manifest(folder)
     except (FileNotFoundError, DataError):
@@ -304,9 +305,9 @@ def _remove_files(paths: Iterable[pathlib.Path]) -> None:
 
 
 def _remove(folder: pathlib.Path) -> None:
-    """Removes a dataset, its manifest last, so that what a kill leaves is still recognised as one."""
+    """Removes a dataset, its manifest last, so that after a kill the rest is still recognised as a dataset."""
     own, others = _files(folder)
-    if others:  # they appeared after the first check
+    if others:  # these files appeared after the first check
         log.warning("%s is kept: it has files that are not from launch.prepare", folder)
         return
     manifest = folder / formats.MANIFEST

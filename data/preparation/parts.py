@@ -1,7 +1,7 @@
-"""Parts are encoded one by one: the texts of a unit with their splits. Long texts are divided at seams (seams.py).
+"""Divides a unit's texts into parts, each of one split. Long texts are divided at seams (seams.py).
 
-Two units that share a long text examine the same characters around the border between them, so they agree where one
-ends and the other begins. With --split=last the validation text begins as a text of its own.
+Two units that share a long text examine the same characters around the border between them, so they agree on the
+place at which the text is divided. With --split=last, the validation text is encoded as a text of its own.
 """
 
 import hashlib
@@ -24,13 +24,13 @@ class Part(NamedTuple):
     split: str
     text: str | bytes
     ends: bool  # whether a document ends with it
-    path: str  # of its file
-    left: Seam | None = None  # at its beginning
-    right: Seam | None = None  # at its end
+    path: str  # the file that it is from
+    left: Seam | None = None  # the seam at its beginning
+    right: Seam | None = None  # the seam at its end
 
 
 class Splitting(NamedTuple):
-    """As encode.Job has it: `kind` is 'file', 'document' or 'last'."""
+    """How texts are split; `kind` is encode.Job.split: 'file', 'document' or 'last'."""
 
     kind: str
     val_fraction: float
@@ -50,8 +50,9 @@ def parts_of_unit(
     """The parts of a unit in order.
 
     Args:
-      character: the number of characters in the units before it.
-      hashes: gets the hash of each chunk appended, and 1 if a document begins with it, plus 2 if one ends with it.
+      character: the number of characters in the units before this one.
+      hashes: a pair is appended for each chunk: its hash, and a number: 1 if a document begins with the chunk,
+        plus 2 if a document ends with the chunk.
     """
     cut = splitting.cut if splitting.kind == "last" else None
     for span in unit:
@@ -91,8 +92,8 @@ def _split(chunk: documents.Chunk, span: documents.Span, splitting: Splitting) -
 
 
 def _seam(codec: Tokenizer, before: str, after: str, character: int, cut: int | None) -> Seam | None:
-    """The seam near the border after `character` characters; None if no text is divided there, or without a seam. A
-    seam is never on the other side of the `cut` between training and validation."""
+    """The seam near the border after `character` characters; None if no text is divided there, or no seam is found. A
+    seam and its border are always on the same side of the `cut` between training and validation."""
     if cut is not None and character > cut:
         before = before[-(character - cut) :]
     elif cut is not None:
@@ -109,7 +110,7 @@ def _moved(text: str, before: str, after: str, left: int, right: int) -> str:
 
 
 def _window() -> int:
-    """The characters examined on each side of a border: fewer than any chunk has, except the last of a text."""
+    """How many characters are examined on each side of a border: fewer than in any chunk except the last of a text."""
     return min(seams.WINDOW, documents.UNIT_BYTES // 16)
 
 
@@ -120,7 +121,7 @@ def _without_context(chunks: Iterator[documents.Chunk]) -> Iterator[tuple[docume
 def _with_context(
     chunks: Iterator[documents.Chunk], span: documents.Span
 ) -> Iterator[tuple[documents.Chunk, str, str]]:
-    """Each chunk with the characters before and after it in its document that are examined."""
+    """Each chunk, with the characters of its document before and after the chunk that are examined."""
     tail = ""
     for chunk, following in itertools.pairwise(itertools.chain(chunks, [None])):
         assert chunk is not None and isinstance(chunk.text, str)
@@ -135,7 +136,7 @@ def _with_context(
 
 
 def _beside(file: File, at: int, before: bool) -> str:
-    """The characters before or after a byte of a file that are examined."""
+    """The characters that are examined before, or after, offset `at` of a file."""
     size = 4 * _window() + 4  # a character has at most four bytes; incomplete ones at the ends are not used
     with file.open() as f:
         f.seek(max(at - size, 0) if before else at)

@@ -46,8 +46,8 @@ class Request:
     `split` chooses the validation text. 'last': the last val_fraction of the characters (bytes for the byte tokenizer),
     as in nanoGPT; 'file': complete files, by a hash of their names; 'document': complete documents, by a hash of their
     text, so that copies are on the same side; 'auto': 'last' for one text file, 'file' for several, 'document' if there
-    are JSON lines or Parquet. `text_key`: the key in JSON lines, or the column of Parquet. `format`: of all files, one
-    of recognize.KINDS. For the rest see documents.ReadOptions.
+    are JSON lines or Parquet. `text_key`: the key in JSON lines, or the column of Parquet. `format`: the kind of all
+    files, one of recognize.KINDS. documents.ReadOptions explains the other fields.
     """
 
     source: str
@@ -74,18 +74,18 @@ class PreparationPlan:
     units: list[documents.WorkUnit]
     split: str  # 'auto' resolved
     options: documents.ReadOptions
-    eos: bool  # an end-of-text token after each document; a single text has none, as in nanoGPT
+    eos: bool  # whether an end-of-text token follows each document; not for a single text, as in nanoGPT
     source: str = ""  # identifies the files of the source
-    stamps: dict[pathlib.Path, Stamp] = dataclasses.field(default_factory=dict)  # of the files, before they were read
-    left_out: InputErrors = dataclasses.field(default_factory=InputErrors)  # files of the source
+    stamps: dict[pathlib.Path, Stamp] = dataclasses.field(default_factory=dict)  # of the files, before reading
+    left_out: InputErrors = dataclasses.field(default_factory=InputErrors)  # files of the source that are not read
 
     @functools.cached_property
     def bytes(self) -> int:
         return sum(map(documents.bytes_of, self.units))
 
     def key(self, tokenizer: tokenizers.Tokenizer | None, count_duplicates: bool) -> str:
-        """Changes with everything that determines the dataset: the request, the content of an existing tokenizer, the
-        files (see _stamp), their division into units, and the version of the code.
+        """A hash of all that determines the dataset: the request, the content of an existing tokenizer, the files (see
+        _stamp), their division into units, and the version of the code.
         """
         given = None
         if tokenizer is not None:
@@ -115,7 +115,7 @@ def prepare_dataset(
     progress: PreparationProgress = lambda *args: None,
     **request,
 ) -> formats.Manifest:
-    """Writes the dataset folder `out` and returns its manifest; read_summary returns what was counted.
+    """Writes the dataset folder `out` and returns its manifest; read_summary returns the counts.
 
     The folder gets its name only when it is complete. A preparation that is killed leaves `OUT.partial`, from which the
     next one resumes if its request and files are the same. A complete folder made by the same request is kept.
@@ -129,8 +129,8 @@ def prepare_dataset(
 
     Raises:
       DataError: the source cannot be used, or changed meanwhile; it has no training text, or too much of it is not
-        text; `out` is not a dataset; it is damaged or from another request and `overwrite` is false; another process
-        is preparing it; the disk is full.
+        text; `out` exists and is not a dataset, or is damaged or from another request and `overwrite` is false; another
+        process is preparing `out`; the disk is full.
     """
     asked, output = Request(**request), Output(out)
     check_special_tokens(asked.special_tokens)
@@ -143,7 +143,7 @@ def prepare_dataset(
         raise DataError(f"--source={asked.source} is in the folder in which the dataset is written; move it away")
     plan = make_plan(asked, output.path)
     with output.locked():
-        if not overwrite and output.has_dataset():  # it was made while the files were searched
+        if not overwrite and output.has_dataset():  # another process made it while this one searched the files
             return _intact(output.path, asked)
         given = None
         if not tokenizers.needs_texts(asked.tokenizer):
@@ -164,7 +164,7 @@ def existing_dataset(out: pathlib.Path, **request) -> formats.Manifest | None:
     """The manifest of a complete dataset at `out` that was made by this request; None if there is no dataset yet.
 
     Raises:
-      DataError: `out` is something else, or a dataset that is damaged or was made by another request.
+      DataError: `out` is not a dataset, is damaged, or was made by another request.
     """
     output = Output(out)
     if not output.has_dataset() or output.was_interrupted():
@@ -173,7 +173,7 @@ def existing_dataset(out: pathlib.Path, **request) -> formats.Manifest | None:
 
 
 def read_summary(out: pathlib.Path) -> dict[str, Any]:
-    """What the preparation counted; empty for a dataset of an earlier version. Raises DataError."""
+    """The counts of the preparation; empty for a dataset of an earlier version. Raises DataError."""
     path, advice = out / formats.SUMMARY, "copy it again or prepare again with --overwrite"
     summary = files.read_json(path, advice) if path.exists() else {}
     if not isinstance(summary, dict):
@@ -223,19 +223,19 @@ def _stamps(found: list[corpus.File]) -> dict[pathlib.Path, Stamp]:
 
 
 def _identity(found: list[corpus.File], stamps: dict[pathlib.Path, Stamp]) -> str:
-    """Changes with the names, sizes and times of the files of a source, but not if they are moved to another disk."""
+    """A hash of the names, sizes and times of a source's files; moving them to another disk does not change it."""
     content = [(file.name, *stamps[file.path][:2]) for file in found]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _stamp(path: pathlib.Path) -> Stamp:
-    """Changes if a file is written or replaced, even by one of the same size and time, but not if it is mounted at
-    another place."""
+    """A value that changes if a file is written or replaced, even by a file of the same size and modification time, but
+    not if the file's disk is mounted at another place."""
     try:
         stat = path.stat()
     except OSError as e:
         raise DataError(f"cannot read {path}: {e.strerror}") from None
-    if content := spool.content_hash(path):  # each run writes the file again
+    if content := spool.content_hash(path):  # each run writes this file again, so its inode and times change
         return (content,)
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
@@ -243,7 +243,7 @@ def _stamp(path: pathlib.Path) -> Stamp:
 def _intact(out: pathlib.Path, request: Request) -> formats.Manifest:
     """The manifest of an existing dataset. Raises DataError if it is damaged or was made by another request."""
     manifest = formats.read_manifest(out)
-    if Request("", "").to_json() | manifest.request != request.to_json():  # an earlier version had fewer fields
+    if Request("", "").to_json() | manifest.request != request.to_json():  # an earlier version wrote fewer fields
         raise DataError(
             f"{out} was prepared by another request ({manifest.request}); choose another --out, or --overwrite"
         )
@@ -259,7 +259,7 @@ def _intact(out: pathlib.Path, request: Request) -> formats.Manifest:
                 f"{out} was prepared with a tokenizer that differs from {request.tokenizer}; choose another --out, or "
                 "--overwrite"
             )
-    recorded = read_summary(out).get("source", "")  # missing in a dataset of an earlier version
+    recorded = read_summary(out).get("source", "")  # a dataset of an earlier version does not have it
     if recorded and corpus.is_there(request.source):
         found = _find(request, out).files
         if _identity(found, _stamps(found)) != recorded:
@@ -282,7 +282,7 @@ def _encode(
     """Makes the tokenizer, then encodes and merges all units.
 
     Args:
-      given: the tokenizer, if it is not made from the text.
+      given: the tokenizer; None if it will be made from the text.
     """
     codec, characters = _tokenizer(partial, plan, given, pool, progress)
     job = encode.Job(
@@ -337,7 +337,7 @@ def _problem_list(summary: dict[str, Any]) -> str:
 
 
 def notices(manifest: formats.Manifest) -> list[str]:
-    """Warnings about the split of a dataset that can nevertheless be used."""
+    """Warnings about the validation split; the dataset can be used in spite of them."""
     wanted = manifest.request.get("val_fraction", 0)
     train, val = (manifest.splits[split].text_bytes for split in encode.SPLITS)
     if not wanted:
@@ -363,7 +363,7 @@ def _tokenizer(
     pool: Pool,
     progress: PreparationProgress,
 ) -> tuple[tokenizers.Tokenizer, list[int]]:
-    """The tokenizer, made or kept from an earlier run, and the characters of each unit (0 if they are not needed)."""
+    """The tokenizer, made now or by an earlier run, and the number of characters of each unit (0 if not needed)."""
     counted, folder = partial / CHARACTERS, partial / "tokenizer"
     if not counted.exists():
         request = plan.request
@@ -386,7 +386,7 @@ def _tokenizer(
                 counts[survey.code_points] += survey.counts
                 done += documents.bytes_of(unit)
                 progress("reading", done, plan.bytes, 0)
-        shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed while it wrote the tokenizer
+        shutil.rmtree(folder, ignore_errors=True)  # a run that was killed while it wrote the tokenizer leaves a folder
         tokenizers.save(codec or _char_tokenizer(plan, counts), folder)
         for path in (*folder.iterdir(), folder):
             files.sync(path)

@@ -28,7 +28,7 @@ def cores() -> int:
 
 
 def _quotas() -> Iterator[float]:
-    """The quotas, in cores, of the cgroups around this process (cgroups of version 2, and `cpu` of version 1)."""
+    """The CPU quotas, in cores, of the cgroups that contain this process (cgroup version 2, or `cpu` of version 1)."""
     with contextlib.suppress(OSError):
         for line in pathlib.Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, name = line.split(":", 2)
@@ -48,9 +48,9 @@ def _quotas() -> Iterator[float]:
 
 
 class Pool:
-    """Runs functions in `workers` processes, or in this process if that is 1.
+    """Runs functions in `workers` processes, or in this process if `workers` is 1.
 
-    Workers end when this process does, however it ends, and at once if an exception leaves the `with` block.
+    Workers end when this process ends, even if it is killed, and at once if an exception leaves the `with` block.
     """
 
     def __init__(self, workers: int):
@@ -59,7 +59,7 @@ class Pool:
         if workers > 1:
             context = multiprocessing.get_context("spawn")
             ours, self._lifeline = context.Pipe(duplex=False)  # workers read from it until it is closed
-            with _interrupts_later():  # it starts a process that removes its semaphores at the end
+            with _interrupts_later():  # the executor starts a process that removes its semaphores at the end
                 self._executor = concurrent.futures.ProcessPoolExecutor(
                     workers, context, initializer=_start, initargs=(ours,)
                 )
@@ -76,10 +76,10 @@ class Pool:
         self._lifeline.close()
 
     def run(self, function: Callable, jobs: Iterable[tuple]) -> Iterator[tuple[tuple, Any]]:
-        """(job, function(*job)) of every job, as they finish.
+        """Yields (job, function(*job)) for every job, in the order in which jobs finish.
 
         Raises:
-          DataError: a worker was killed, usually because of too little memory. Also what `function` raises.
+          DataError: a worker was killed, usually because of too little memory. Errors of `function` are raised, too.
         """
         if self._executor is None:
             yield from ((job, function(*job)) for job in jobs)
@@ -104,9 +104,9 @@ class Pool:
 
 @contextlib.contextmanager
 def _interrupts_later() -> Iterator[None]:
-    """Defers Ctrl-C and similar signals until after the block. Workers that are started in it never receive them; they
-    end with their parent."""
-    # Workers inherit the blocked signals. Blocking does not defer them here, because other threads get them.
+    """Defers Ctrl-C and similar signals until after the block. Workers that are started in the block never receive
+    these signals; they end with their parent."""
+    # Workers inherit the blocked signals. Blocking defers nothing in this process: other threads get them.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
     heard: list[int] = []
     handlers: dict[int, Any] = {}
@@ -125,7 +125,7 @@ def _interrupts_later() -> Iterator[None]:
 
 
 def _start(lifeline: Connection) -> None:
-    """Sets up a new worker: libraries use one thread, because each core has a worker, and it ends with its parent."""
+    """Sets up a new worker: it ends with its parent, and libraries use one thread, because each core has a worker."""
     malloc.tune_allocator()
     os.environ["RAYON_NUM_THREADS"] = "1"
 

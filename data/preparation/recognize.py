@@ -1,6 +1,6 @@
-"""Detects what a file is: text, JSON lines, Parquet, or not text. The only place that knows kinds of files.
+"""Detects what a file is: text, JSON lines, Parquet, or not text. All rules for source files are here.
 
-The first bytes decide, after decompression; the name decides only if they leave it open.
+The first bytes decide, after decompression; the name decides only if the bytes fit several kinds.
 """
 
 import codecs
@@ -16,12 +16,12 @@ from collections.abc import Iterator
 
 from data.errors import DataError
 
-HEAD_BYTES = 1 << 16  # read from a file, and from its decompressed content
-BLOCK_BYTES = 1 << 10  # given to a decompressor at a time, so that data before a damaged place is used
+HEAD_BYTES = 1 << 16  # bytes that are read of a file, and of its decompressed content
+BLOCK_BYTES = 1 << 10  # bytes for one call of a decompressor; small, so that data before a damaged place is used
 MAX_WRONG = 0.1  # share of the first bytes that are NUL or not UTF-8; a text in Latin-1 has fewer
 MAX_NUL = 0.005  # share of the first bytes; binary records have NULs in the numbers between their texts
 SEEN_LINES = 20  # lines searched for records: the first may be truncated, or a header
-FEW_BYTES = 256  # a shorter file counts as this long, so that one odd byte does not make it binary
+FEW_BYTES = 256  # a shorter file counts as this long, so that one invalid byte does not make it binary
 TEXT, JSONL, PARQUET = "text", "jsonl", "parquet"
 KINDS = ("auto", TEXT, JSONL, PARQUET)
 
@@ -38,7 +38,7 @@ TO_UTF8 = "convert it with iconv -t UTF-8"
 TOKENS = "launch.train reads token files itself: --config.data.path"
 NO_TEXT = "leave it out"
 
-# A pattern of the first bytes, what such a file is, and what to do. These files are text themselves.
+# A pattern of the first bytes, what such a file is, and what to do. These formats consist of text.
 REFUSED_TEXT = (
     (
         rb"version https://git-lfs\S*\n|/annex/objects/\S+\s*\Z",
@@ -55,13 +55,13 @@ REFUSED_TEXT = (
         TO_RECORDS,
     ),
 )
-# Tokenizers that are text themselves: minbpe's, tiktoken's (single bytes first), merges.txt, tokenizer.json.
+# Formats of tokenizers that consist of text: minbpe's, tiktoken's (single bytes first), merges.txt, tokenizer.json.
 TOKENIZERS = (
     rb"minbpe v\d+\r?\n|([A-Za-z0-9+/]{2}== \d+\r?\n){8}|#version: \d[^\n]*\n(\S+ \S+\r?\n){3}",
     rb'\{\s*"version"\s*:\s*"[^"]*"\s*,\s*"truncation"\s*:',
     rb'\{(?=\s*")(?=.*(?<!\\)"added_tokens"\s*:)(?=.*(?<!\\)"(pre_tokenizer|model)"\s*:)',
 )
-# The same for files with bytes that text does not have; a text may begin with the letters of any of them.
+# The same for formats with bytes that text does not have. They are needed, because a text may begin with the letters.
 REFUSED = (
     (rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-32", TO_UTF8),
     (rb"\xff\xfe|\xfe\xff", "UTF-16", TO_UTF8),
@@ -87,7 +87,7 @@ REFUSED = (
     (rb".{6}\0\0\{\"", "safetensors: a model's weights", NO_TEXT),
     (rb"GGUF[\x01-\x09]\0", "a GGUF model", NO_TEXT),
 )
-# Files that are often in a folder with text and are left out there. Java's classes begin like Mach-O.
+# Files that are often in a folder with text, and that are then left out. Java's class files begin like Mach-O files.
 MEDIA = (
     (
         rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a|BM.{4}\0\0\0\0|II\*\0|MM\0\*|\0\0\x01\0|8BPS\0\x01|RIFF.{4}WEBP",
@@ -157,22 +157,22 @@ _BEGINS_OBJECT = re.compile(rb'\s*\{\s*("([^"\\]|\\.)*"\s*:|\})')
 _BEGINS_ARRAY = re.compile(rb'\s*\[\s*\{\s*("([^"\\]|\\.)*"\s*:|\})')
 _BEGINS_JSON_ARRAY = re.compile(rb'\s*\[\s*[\[{"]')  # an array of what may be texts, in a file named .json
 _BEGINS_TEXT = re.compile(rb'\s*("|\[\s*[\[{"])')
-_BEGINS_VALUES = re.compile(rb"\s*\[\s*((-?\d[\d.eE+-]*|true|false|null)\s*[,\]]|\])")  # an array of anything else
+_BEGINS_VALUES = re.compile(rb"\s*\[\s*((-?\d[\d.eE+-]*|true|false|null)\s*[,\]]|\])")  # an array of other values
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Kind:
-    name: str  # 'text' (the file is one document), 'jsonl' or 'parquet' (each record is one)
-    compression: str  # 'gz', 'zst' or ''
+    name: str  # 'text' (the file is one document), 'jsonl' or 'parquet' (each record is a document)
+    compression: str  # 'gz', 'zst', or '' for none
 
 
 class Refusal(DataError):
     """A file that is not text.
 
     Attributes:
-      what: what it is instead.
+      what: what the file is instead.
       is_media: it is an image, sound, a font or a program.
-      is_beside: it is media, or another kind of file that is often in a folder with text; a folder is read without it.
+      is_beside: it is media, or another kind of file that is often in a folder with text; folders are read without it.
     """
 
     def __init__(self, path: pathlib.Path, what: str, advice: str, is_media: bool = False, is_beside: bool = False):
@@ -187,11 +187,11 @@ def recognize(path: pathlib.Path, asked: str = "auto") -> Kind:
     """Detects what a file is.
 
     Args:
-      asked: one of KINDS; any except 'auto' is taken as given, whatever the file contains.
+      asked: one of KINDS; a kind other than 'auto' is not checked against the content.
 
     Raises:
       Refusal: the file is not text, or its kind must be given.
-      DataError: it cannot be read.
+      DataError: the file cannot be read.
     """
     try:
         with path.open("rb") as f:
@@ -257,7 +257,7 @@ def _text_or_records(path: pathlib.Path, suffix: str, head: bytes, is_whole: boo
         raise Refusal(path, "one JSON value, and not a record a line", TO_LINES, is_beside=True)
     if objects and (all(objects) or any(a and b for a, b in itertools.pairwise(objects))):
         raise Refusal(path, "text that looks like JSON lines", "say --format=jsonl if it is")
-    if _is_one_of_many(head, as_text=True):  # in one line, as some services write them
+    if _is_one_of_many(head, as_text=True):  # on one line, as some services write them
         raise Refusal(path, "JSON objects that are not one a line", "write them so, for example with jq -c .")
     if len(lines) > 1 and all(map(_is_text_value, lines[: min(SEEN_LINES, len(lines) - (not is_whole))])):
         raise Refusal(
@@ -267,7 +267,7 @@ def _text_or_records(path: pathlib.Path, suffix: str, head: bytes, is_whole: boo
 
 
 def _is_object(line: bytes, is_cut: bool) -> bool:
-    """Whether a line is a JSON object, or begins like one if the end of the head truncates it."""
+    """Whether a line is a JSON object; if the end of the head truncates the line, whether it begins like one."""
     if is_cut or not line.lstrip().startswith(b"{"):
         return is_cut and _BEGINS_OBJECT.match(line) is not None
     try:
@@ -293,7 +293,7 @@ def _is_one_of_many(head: bytes, as_text: bool = False) -> bool:
     """Whether another value follows the first object or string, which may have several lines.
 
     Args:
-      as_text: whether both are objects and the first is not empty; a text does not begin like that.
+      as_text: require that both are objects and the first is not empty, as no text begins.
     """
     text = head.decode("utf-8", "replace").lstrip()
     try:
@@ -307,7 +307,7 @@ def _is_one_of_many(head: bytes, as_text: bool = False) -> bool:
 
 
 def _is_over_several_lines(head: bytes) -> bool:
-    """Whether the first value contains a newline, which a JSON line never does; strings escape it."""
+    """Whether the first value contains a newline. A JSON line never does: newlines in strings are escaped."""
     text = head.decode("utf-8-sig", "replace").lstrip()
     if text.partition("\n")[0].rstrip() in ("{", "["):
         return True
@@ -319,7 +319,7 @@ def _is_over_several_lines(head: bytes) -> bool:
 
 
 def _share_wrong(head: bytes) -> float:
-    """The share of bytes that are NUL or not UTF-8. A character truncated by the end of the head does not count."""
+    """The share of bytes that are NUL or not UTF-8. A character that the end of the head truncates does not count."""
     text = codecs.getincrementaldecoder("utf-8")("replace").decode(head)
     wrong = head.count(0)
     if not head.isascii():
@@ -328,7 +328,7 @@ def _share_wrong(head: bytes) -> float:
 
 
 def _decompressed(raw: bytes, compression: str, path: pathlib.Path) -> bytes:
-    """The first HEAD_BYTES of the content; fewer if the file is damaged, which its reader reports."""
+    """The first HEAD_BYTES of the content; fewer if the file is damaged (its reader will report the damage)."""
     head = bytearray()
     for block in _gunzip(raw) if compression == "gz" else _unzstd(raw, path):
         head += block

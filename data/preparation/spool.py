@@ -1,7 +1,8 @@
 """Keeps standard input in a file during a preparation, which reads it more than once.
 
-The file is named by its content, so that the same text is the same file, also after a kill. A preparation holds a
-shared lock on its file. When it ends, it removes the files without a lock: its own, and those of killed preparations.
+The file's name is a hash of its content, so that the same text is in the same file, also after a kill. A
+preparation holds a shared lock on its file. When a preparation ends, it removes all files without a lock: its own, and
+files of killed preparations.
 """
 
 import contextlib
@@ -58,13 +59,13 @@ def _copy(stream: IO[bytes], f: IO[bytes]) -> str:
 
 
 def _named(f: IO[bytes], path: pathlib.Path) -> IO[bytes]:
-    """The file at `path`, locked: that of another preparation of the same text, or `f` linked to this name."""
+    """The file at `path`, locked: another preparation of the same text made it, or it is `f`, linked to this name."""
     while True:
         with contextlib.suppress(FileExistsError):
             os.link(f.name, path)
         try:
             kept = path.open("rb")
-        except FileNotFoundError:  # its last user has just removed it
+        except FileNotFoundError:  # the last preparation that used it has just removed it
             continue
         _lock(kept)
         if not _is_at(kept, path):

@@ -6,15 +6,15 @@ from data.preparation import documents
 from data.preparation.input_errors import InputErrors
 
 BYTES = 200 << 20  # more text hardly changes a vocabulary, and training keeps every distinct word in memory
-PARTS = 200  # the most places to read from: each costs time, however little is read there
+PARTS = 200  # the most places to read from: each place costs time, even if little is read there
 
 
 def texts(
     units: Sequence[documents.WorkUnit], options: documents.ReadOptions, errors: InputErrors, max_bytes: int = BYTES
 ) -> Iterator[str]:
-    """About `max_bytes` of text in UTF-8, from the beginnings of units; all text of plain files that are not larger.
+    """About `max_bytes` of text in UTF-8, from the beginnings of units; a smaller corpus of plain files is taken whole.
 
-    After each unit, the share of `max_bytes` that was taken equals the share of the corpus (on disk) that was passed.
+    After each unit, the share of `max_bytes` that was taken is about the share of the corpus (on disk) that was passed.
 
     Raises:
       DataError: a file cannot be read.

@@ -1,4 +1,4 @@
-"""The files of a folder or a glob, by one traversal for both. What it leaves out is counted."""
+"""Finds the files of a folder or a glob, with the same traversal for both. Files that are left out are counted."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ def walk(
     """The files below `root` that `pattern` (see names.matches) selects, sorted by name.
 
     Links are followed. Every real file is taken once. Every real folder is entered once, or again if another step of
-    the pattern comes next; so loops end. Paths without links are visited first, then links in sorted order.
+    the pattern comes next, so loops of links end. Paths without links are visited first, then links in sorted order.
 
     Args:
       left_out: counts entries that the pattern selects but that are not files to read.
@@ -52,7 +52,7 @@ class _Walk:
         self.skip = skip
         self.found: list[Found] = []
         self.taken: set[tuple[int, int]] = set()
-        self.entered: dict[tuple[int, int], list[frozenset[int]]] = {}  # and the next steps of the pattern
+        self.entered: dict[tuple[int, int], list[frozenset[int]]] = {}  # the next steps of the pattern, by visit
         self.links: list[tuple[str, str]] = []  # (name, path), to be visited in the next round
 
     def run(self, root: str) -> list[Found]:
@@ -96,7 +96,7 @@ class _Walk:
                 self.found.append(Found(name, path, status.st_size))
 
     def _folder(self, name: str, path: str, status: os.stat_result) -> list[tuple[str, str, os.stat_result]]:
-        """The entries of a folder that are not links, the last one first."""
+        """The entries of a folder that are not links, in descending order of their names."""
         steps = names.next_steps(name, self.pattern)
         if not steps:
             if names.matches(name, self.pattern):
@@ -130,7 +130,7 @@ class _Walk:
         return inside
 
     def _may_be(self, name: str) -> bool:
-        """Whether the pattern may select this name, or one below it."""
+        """Whether the pattern may select this name, or a name below it."""
         return bool(names.matched_steps(name, self.pattern))
 
     def _again(self, path: str) -> None:

@@ -1,1 +1,1 @@
-"""Files, object stores and their local cache, external names, and memory."""
+"""Files, object stores and their local cache, names from outside, and memory."""

@@ -1,11 +1,12 @@
 """Copies of a bucket's objects in a folder on this machine.
 
     CACHE/files/gs/BUCKET/KEY            a copy of the object
-    CACHE/state/gs/BUCKET/HASH.json      its record: key, generation, and the size and time of the copy
+    CACHE/state/gs/BUCKET/HASH.json      the record of a copy: key, generation, and the size and time of the copy
     CACHE/state/gs/BUCKET/HASH.lock      held by the process on this machine that fetches it
     CACHE/state/gs/BUCKET/HASH.partial   the part that has been fetched so far
 
-A copy that does not match its record (truncated, changed) is fetched again. Only a copy that matches it is removed.
+A copy that does not match its record (truncated, changed) is fetched again. Only a copy that
+matches its record is removed.
 """
 
 import base64
@@ -32,7 +33,7 @@ class Record:
     modified_ns: int
 
     def describes(self, status: os.stat_result | None) -> bool:
-        """Whether this is the file that was copied, unchanged."""
+        """Whether the file with this status is the recorded copy, unchanged."""
         return (
             status is not None
             and stat.S_ISREG(status.st_mode)
@@ -42,7 +43,7 @@ class Record:
 
 class Cache:
     """The copies of one bucket. Every method raises OSError if the folder cannot be read or written, or if a link leads
-    out of it, and DataError for a key that cannot be a path below it."""
+    out of the folder, and DataError for a key that cannot be a path below the folder."""
 
     def __init__(self, folder: pathlib.Path, scheme: str, bucket: str):
         self._folder = folder
@@ -56,7 +57,7 @@ class Cache:
         """Updates the copy to the object's current content, atomically, even if the power fails.
 
         Args:
-          is_current: whether the object still has this generation.
+          is_current: returns whether the object still has a given generation.
           download: writes the object into a file, and returns its generation.
         """
         with (
@@ -101,7 +102,7 @@ class Cache:
 
     @contextlib.contextmanager
     def _locked(self, key: str) -> Iterator[tuple[int, str]]:
-        """The folder of records, and the name of this key's files there; for one process at a time."""
+        """Locks a key for this process; yields the folder of records, and the name of the key's files there."""
         name = hashlib.sha256(os.fsencode(key)).hexdigest()
         with names.open_parent(self._folder, f"{self._state}/{name}") as (state, _):
             lock = os.open(f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666, dir_fd=state)
@@ -113,7 +114,7 @@ class Cache:
 
 
 def _read(state: int, name: str) -> Record | None:
-    """A record; None if it is missing, or is not of this version."""
+    """A record; None if it is missing, damaged or of another version."""
     try:
         with os.fdopen(os.open(f"{name}.json", os.O_RDONLY | os.O_NOFOLLOW, dir_fd=state), "rb") as f:
             record = Record(**json.loads(f.read()))
@@ -128,7 +129,7 @@ def _read(state: int, name: str) -> Record | None:
 
 @contextlib.contextmanager
 def _partial(state: int, name: str) -> Iterator[IO[bytes]]:
-    """A new file that is removed after a failure, because it would take disk space that may be missing."""
+    """Yields a new file. After a failure the file is removed, because the disk may be full."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(name, dir_fd=state)
     opened = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=state)

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, and locks that end with their owner."""
+"""Writes files that are either complete or absent, and holds locks that end with their owner."""
 
 import contextlib
 import errno
@@ -18,18 +18,20 @@ from data.errors import DataError
 log = logging.getLogger("meshlm")
 
 OWNER = re.compile(r".* process \d+")  # the content of a lock file
-WRITING = re.compile(r"(.+)\.writing-[0-9a-f]{16}")  # the name of a file that a killed process did not finish
+WRITING = re.compile(r"(.+)\.writing-[0-9a-f]{16}")  # the temporary name of a file; it remains if the process is killed
 
 
 class LockHeld(Exception):
-    """Another process holds the lock; the text says which."""
+    """Another process holds the lock; the text of the exception names the process."""
 
 
 @contextlib.contextmanager
 def atomic_write(path: pathlib.Path) -> Iterator[IO[bytes]]:
-    """A file to write, which gets the name `path` when the block ends: complete, even after a power failure, or absent.
+    """Yields a file to write. It gets the name `path` when the block ends, so `path` is never incomplete, even after a
+    power failure.
 
-    Until then it has a unique name, so processes that write one path at the same time do not interfere; the last wins.
+    Until then the file has a unique name, so processes that write one path at the same time do not interfere; the last
+    process to finish wins.
     """
     partial = path.with_name(f"{path.name}.writing-{secrets.token_hex(8)}")
     try:
@@ -62,7 +64,7 @@ def close_durably(file: IO[bytes]) -> None:
 
 
 def sync(path: pathlib.Path) -> None:
-    """Makes the content of a file, or the names in a folder, survive a power failure."""
+    """Writes the content of a file, or the names in a folder, to disk, so that it survives a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -79,18 +81,18 @@ def lock_path(path: pathlib.Path) -> pathlib.Path:
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path, wait: bool = False) -> Iterator[bool]:
-    """Lets one process at a time work on `path`, which need not exist. The lock of a dead process is free.
+    """Lets one process at a time work on `path`, which need not exist. The lock is released when its process ends.
 
-    The lock is the file `.NAME.meshlm-lock` beside `path`, so that `path` itself can be renamed or replaced under it.
+    The lock is the file `.NAME.meshlm-lock` beside `path`, so `path` can be renamed or replaced while it is locked.
 
     Args:
       wait: whether to wait for the process that holds the lock.
 
     Yields:
-      whether the lock is exclusive: some file systems do not have flock(2), which is logged.
+      whether the lock is exclusive; if the file system does not have flock(2), it is not, and a warning is logged.
 
     Raises:
-      LockHeld: another process holds it, and `wait` is false.
+      LockHeld: another process holds the lock, and `wait` is false.
       DataError: another file has the name of the lock.
       OSError: the lock cannot be written.
     """
@@ -101,7 +103,7 @@ def locked(path: pathlib.Path, wait: bool = False) -> Iterator[bool]:
             yield real
         finally:
             if _is_at(handle, place):
-                place.unlink()  # while it is held: a process that waits for it notices, and makes a new one
+                place.unlink()  # before the lock is released: a waiting process notices, and makes a new file
 
 
 def _take(place: pathlib.Path, wait: bool) -> tuple[IO[str], bool]:
@@ -121,7 +123,7 @@ def _take(place: pathlib.Path, wait: bool) -> tuple[IO[str], bool]:
         except OSError as e:
             log.warning("%s cannot be locked (%s); make sure that no other process writes there", place, e.strerror)
             return handle, False
-        if _is_at(handle, place):  # otherwise its owner removed it before unlocking it
+        if _is_at(handle, place):  # otherwise the owner removed the file before releasing the lock
             break
         handle.close()
     if (content := handle.read()) and not OWNER.fullmatch(content):
@@ -142,7 +144,7 @@ def _is_at(handle: IO[str], place: pathlib.Path) -> bool:
 
 
 def remove_half_written(path: pathlib.Path) -> None:
-    """Removes unfinished files of `path` that killed processes left; no process may be writing it (see `locked`)."""
+    """Removes unfinished files of `path` that killed processes left. Call it only while `path` is locked (`locked`)."""
     for other in path.parent.iterdir():
         if (found := WRITING.fullmatch(other.name)) and found[1] == path.name and other.is_file():
             other.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Settings of the C library's allocator. Imports nothing else, because it must be set before anything allocates."""
+"""Settings of the C library's allocator. Imports only ctypes and sys: it must run before anything allocates."""
 
 import ctypes
 import sys
@@ -11,7 +11,7 @@ def tune_allocator() -> None:
 
     Otherwise, large buffers that are allocated repeatedly (by XLA's CPU backend for each step, by NumPy for each chunk
     of text) are mapped and unmapped every time. Their page faults cost up to a third of a small step, and half of the
-    kernel's time in a preparation (docs/performance.md). Has no effect without glibc.
+    kernel's time in a preparation (docs/performance.md). This has no effect without glibc.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -19,7 +19,7 @@ def tune_allocator() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    mallopt(M_ARENA_MAX, 1)  # the arenas of other threads return memory whatever the threshold
+    mallopt(M_ARENA_MAX, 1)  # arenas of other threads would return memory in spite of the threshold
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(M_TOP_PAD, 64 << 20)

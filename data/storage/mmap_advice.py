@@ -2,7 +2,7 @@
 
 One system call serves all rows of a batch: process_madvise (Linux 5.10; man 2 process_madvise). A Python loop of
 madvise calls costs four times as much and holds the interpreter lock. If the kernel does not have the call, files that
-are not cached are read without this help.
+are not cached are read without this advice.
 """
 
 import ctypes
@@ -14,8 +14,8 @@ import sys
 import numpy as np
 
 PAGE = mmap.PAGESIZE
-MAX_RANGES = 1024  # in one call: IOV_MAX
-PROCESS_MADVISE = 440  # the same number on every Linux
+MAX_RANGES = 1024  # the most in one call: IOV_MAX
+PROCESS_MADVISE = 440  # the system call has this number on every Linux
 
 
 @functools.cache
@@ -29,8 +29,8 @@ def _self() -> int:
 
 
 def will_need(array: np.ndarray, offsets: np.ndarray, length: int | np.ndarray) -> None:
-    """Starts to read `length` bytes (one number, or one for each) at each of `offsets` (in bytes, from the array's
-    start), and does not wait for them."""
+    """Starts to read `length` bytes (one number, or one for each offset) at each of `offsets` (in bytes from the start
+    of the array), and does not wait for the result."""
     libc = _libc()
     if libc is None or not array.size:
         return
@@ -57,7 +57,7 @@ def release(array: np.ndarray) -> None:
 
 
 def mapped_bytes() -> int:
-    """The bytes of files in this process's memory (man 5 proc, statm); 0 if it is not known."""
+    """How many bytes of files are in this process's memory (man 5 proc, statm); 0 if that is not known."""
     try:
         with open("/proc/self/statm") as f:
             return int(f.read().split()[2]) * PAGE
@@ -66,5 +66,5 @@ def mapped_bytes() -> int:
 
 
 def memory_bytes() -> int:
-    """The memory of this machine."""
+    """The memory of this machine, in bytes."""
     return os.sysconf("SC_PHYS_PAGES") * PAGE

@@ -1,4 +1,4 @@
-"""External names: of objects in a store, of files in a folder, and the patterns that select them.
+"""Names from outside: of objects in a store and of files in a folder, and the patterns that select such names.
 
 A name is a path below a folder, with '/' between its parts. Only `safe_parts` and `open_parent` turn such a name into a
 path that is written, replaced or removed, and only `matches` defines what a pattern means, on a disk and in a store.
@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator
 
 from data.errors import DataError
 
-PART_BYTES = 255  # of one part of a path, in the usual file systems
-NAME_BYTES = 3072  # of a complete name: a path has at most 4096, including the folder
+PART_BYTES = 255  # the most for one part of a path, in the usual file systems
+NAME_BYTES = 3072  # the most for a complete name: a path has at most 4096, including the folder
 WILDCARDS = re.compile(r"[*?[]")
 
 
@@ -30,7 +30,7 @@ def safe_parts(name: str, what: str = "") -> list[str]:
     """The parts of a name that is a path below any folder.
 
     Args:
-      name: an external name.
+      name: a name from outside.
       what: how errors refer to it.
 
     Raises:
@@ -68,8 +68,8 @@ def check_apart(names: Iterable[str], what: str) -> None:
 def open_parent(root: pathlib.Path, name: str) -> Iterator[tuple[int, str]]:
     """A descriptor (dir_fd) of the folder that contains `name` below `root`, and the last part of the name.
 
-    Missing folders are made. No folder below `root` may be a link, even if it becomes one meanwhile: it would lead to
-    another place.
+    Missing folders are made. No folder below `root` may be a link, because a link would lead to another place. This
+    holds even if a folder is replaced by a link meanwhile.
 
     Raises:
       DataError: the name is not a path below a folder.
@@ -100,7 +100,7 @@ TEST = re.compile("(train)?(test|dev|eval|evaluation|holdout|heldout|val|valid|v
 
 
 def has_word(name: str, words: re.Pattern[str]) -> bool:
-    """Whether a name contains one of the words, not as a part of a longer word; upper case does not matter."""
+    """Whether a name contains one of the words as a complete word, in upper or lower case."""
     return any(map(words.fullmatch, re.split(r"[^a-z]+", name.lower())))
 
 
@@ -112,10 +112,10 @@ def is_pattern(path: str) -> bool:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern selects a name; both relative to the same folder, with '/' between their parts.
+    """Whether a pattern selects a name; both are relative to the same folder, with '/' between their parts.
 
     `*`, `?` and `[…]` stand for characters of one part. `**` as a part stands for any number of parts, including none;
-    at the end, for at least one. A part that begins with '.' is selected only by a part of the pattern that does too.
+    at the end, for at least one. Only a part of the pattern that begins with '.' selects a part that begins with '.'.
     """
     return len(_steps(pattern)) in matched_steps(name, pattern)
 
@@ -131,7 +131,7 @@ def next_steps(folder: str, pattern: str) -> frozenset[int]:
 
 
 def matched_steps(name: str, pattern: str) -> frozenset[int]:
-    """The numbers of steps of the pattern that all parts of the name may match; empty if it cannot match."""
+    """Every number of steps of the pattern that the complete name may match; empty if it cannot match."""
     steps = _steps(pattern)
     reached = _with_skipped({0}, steps)
     for part in name.split("/") if name else ():
@@ -149,7 +149,7 @@ def matched_steps(name: str, pattern: str) -> frozenset[int]:
 
 
 def _with_skipped(reached: set[int], steps: tuple[re.Pattern[str] | None, ...]) -> set[int]:
-    """Adds those that are reached if `**` stands for no part."""
+    """Adds the steps that are reached if `**` stands for zero parts."""
     for at in sorted(reached):
         while at < len(steps) and steps[at] is None:
             at += 1
@@ -187,7 +187,7 @@ def split_at_wildcard(pattern: str) -> tuple[pathlib.Path, str]:
 def check_one_meaning(path: str) -> None:
     """Raises DataError for the name of an existing file that, as a pattern, also selects other files.
 
-    Such a file results, for example, from `> *.txt` in a folder without text files.
+    For example, the shell command `> *.txt` makes such a file in a folder without text files.
     """
     if not is_pattern(path) or ".." in pathlib.PurePath(path).parts:
         return
@@ -207,14 +207,14 @@ def find_files(root: pathlib.Path, pattern: str) -> tuple[list[str], int]:
     """The files below `root` that a pattern selects, sorted, and the number of further names of the same files.
 
     Links are followed. Every real folder is entered once, or again if another step of the pattern comes next, and every
-    real file is taken once, so loops end and no file counts twice. A file gets a name without links, or else the first
-    name in sorted order.
+    real file is taken once, so loops end and no file counts twice. A file is listed by a name without links if it has
+    one, or else by the first name in sorted order.
 
     Raises:
       OSError: a folder that may contain selected files cannot be read.
     """
     found: list[str] = []
-    seen: dict[tuple[int, int], list[frozenset[int]]] = {}  # and the next steps of the pattern
+    seen: dict[tuple[int, int], list[frozenset[int]]] = {}  # the next steps of the pattern, by visit
     repeated = 0
     pending, links = [""], list[str]()
     while pending or links:
@@ -240,7 +240,7 @@ def find_files(root: pathlib.Path, pattern: str) -> tuple[list[str], int]:
 
 
 def _status(path: pathlib.Path) -> os.stat_result | None:
-    """None for a broken link."""
+    """The status of a file; None for a broken link."""
     try:
         return path.stat()
     except OSError as e:

@@ -1,6 +1,6 @@
-"""Data in object stores (gs://, s3://): copied into a local cache (cache.py), and read from there.
+"""Data in object stores (gs://, s3://), which is copied into a local cache (cache.py) and read from there.
 
-Only objects that the store lists are read, even if the cache has others. Stores are read through tensorstore
+Only objects that the store lists are read, even if the cache has copies of others. Stores are read through tensorstore
 (docs/data.md: credentials).
 """
 
@@ -20,8 +20,8 @@ from data.storage.cache import Cache
 log = logging.getLogger("meshlm")
 
 SCHEMES = ("gs://", "s3://")
-BLOCK_BYTES = 64 << 20  # fetched, and in memory, at a time
-TIMEOUT_S = 60  # for one block
+BLOCK_BYTES = 64 << 20  # bytes that are fetched, and in memory, at a time
+TIMEOUT_S = 60  # for one call, such as reading a block
 CACHE_VARIABLE = "MESHLM_CACHE"
 
 
@@ -53,10 +53,10 @@ def cache_folder() -> pathlib.Path:
 
 @functools.cache
 def fetch(path: str) -> str:
-    """Downloads what is new of a file, folder or glob in a store; returns its local path. Cached for the process.
+    """Downloads what has changed of a file, folder or glob in a store; returns its local path. Cached for the process.
 
     Raises:
-      DataError: it does not exist or cannot be read, or the disk is full.
+      DataError: the path does not exist or cannot be read, or the disk is full.
     """
     scheme, bucket, key = parse(path)
     if not key:
@@ -82,19 +82,19 @@ def fetch(path: str) -> str:
 
 
 def fetch_files(path: str) -> list[pathlib.Path]:
-    """Downloads a file, folder or glob in a store; returns the local copies of all its objects. Raises as `fetch`."""
+    """Downloads a file, folder or glob in a store; returns the local copies of all its objects. Raises DataError."""
     fetch(path)
     return _fetched[path]
 
 
 def source_of(copy: pathlib.Path) -> str:
-    """The path in the store of a copy, or of a folder of copies."""
+    """The path in the store from which a copy, or a folder of copies, was made."""
     _, scheme, *below = copy.relative_to(cache_folder()).parts
     return f"{scheme}://{'/'.join(below)}"
 
 
 def read_head(path: str, count: int) -> bytes:
-    """The first bytes of an object; empty if it does not exist, or has fewer. Raises DataError."""
+    """The first `count` bytes of an object; empty if it does not exist, or has fewer bytes. Raises DataError."""
     scheme, bucket, key = parse(path)
     found = _read(_open(scheme, bucket, path), os.fsencode(key), path, slice(0, count))
     return found.value if found is not None and found.state == "value" else b""
@@ -104,7 +104,7 @@ _fetched: dict[str, list[pathlib.Path]] = {}  # the copies of each path that `fe
 
 
 def _stale_keys(copied: set[str], keys: list[str], key: str) -> set[str]:
-    """The copies of deleted objects that `key` would select, or that are in the way of objects that it selects."""
+    """The copies of deleted objects that `key` would select, or that are in the way of objects that `key` selects."""
     folders = {folder for name in keys for folder in itertools.accumulate(name.split("/"), "{}/{}".format)}
     gone = copied - set(keys)
     below = tuple(f"{name}/" for name in keys)
@@ -154,14 +154,14 @@ def _matching(store: Any, key: str, path: str) -> list[str]:
 
 
 def _selected(there: set[str], key: str) -> set[str]:
-    """Those that are the object `key`, are in the folder `key`, or are selected by the pattern `key`."""
+    """The names that are the object `key`, are in the folder `key`, or are selected by the pattern `key`."""
     return {
         n for n in there if n == key or n.startswith(f"{key}/") or (names.is_pattern(key) and names.matches(n, key))
     }
 
 
 def _companions(found: set[str], there: set[str]) -> set[str]:
-    """The .bin and .idx beside each: Megatron's tokens need their index to be recognised."""
+    """The .bin and .idx files beside each name of `found`: Megatron's tokens are recognised only by their index."""
     stems = {name[:-4] for name in found if name.endswith((".bin", ".idx"))}
     return {stem + suffix for stem in stems for suffix in (".bin", ".idx")} & there
 
@@ -193,10 +193,10 @@ def _refresh_copy(store: Any, key: str, cache: Cache, name: str) -> None:
 
 
 def read_blocks(store: Any, key: bytes, name: str) -> Iterator[Any]:
-    """The blocks of an object, as tensorstore's ReadResults of one generation. Raises DataError."""
+    """The blocks of one generation of an object, as ReadResults of tensorstore. Raises DataError."""
     at, generation = 0, None
     while True:
-        # A store refuses a range beyond the end of an object, and does not give its size.
+        # A store refuses a range beyond the end of an object, and does not report the object's size.
         full = _read(store, key, name, slice(at + BLOCK_BYTES - 1, at + BLOCK_BYTES)) is not None
         block = _read(store, key, name, slice(at, at + BLOCK_BYTES if full else None) if at or full else None)
         if block is None:  # the object ended with the last block
@@ -211,7 +211,7 @@ def read_blocks(store: Any, key: bytes, name: str) -> Iterator[Any]:
 
 
 def _read(store: Any, key: bytes, name: str, byte_range: slice | None, if_not_equal: bytes | None = None) -> Any:
-    """tensorstore's ReadResult; None if the object does not have all these bytes."""
+    """A ReadResult of tensorstore; None if the object does not have all the requested bytes."""
     try:
         return _call(name, store.read, key, byte_range=byte_range, if_not_equal=if_not_equal)
     except _OutOfRange:
@@ -223,7 +223,7 @@ class _OutOfRange(Exception):
 
 
 def _call(path: str, method: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """The result of a call of tensorstore. Raises DataError, and _OutOfRange for bytes beyond the end."""
+    """The result of a call of tensorstore. Raises DataError, or _OutOfRange for bytes beyond the end of an object."""
     try:
         return method(*arguments, **named).result(timeout=TIMEOUT_S)
     except TimeoutError:

@@ -1,4 +1,4 @@
-"""Checks that documents end with the token that data.mask_documents uses; one that never occurs would mask nothing."""
+"""Checks that documents end with the token of data.mask_documents; a token that never occurs would mask nothing."""
 
 from collections.abc import Iterable, Iterator
 
@@ -8,7 +8,7 @@ from data.dataset import Dataset
 from data.errors import DataError
 from data.token_files import fingerprint
 
-DOCUMENTS_WITH_ENDS = 0.9  # share of the documents in an index; if fewer have this end, they end with another token
+DOCUMENTS_WITH_ENDS = 0.9  # the least share of an index's documents with this end; below, they end with another token
 
 
 def check_documents_end(datasets: Iterable[Dataset], eos_id: int) -> None:
@@ -16,7 +16,7 @@ def check_documents_end(datasets: Iterable[Dataset], eos_id: int) -> None:
     for data in datasets:
         documents = data.manifest.splits["train"].documents
         if not data.external_files and (documents <= 1 or data.manifest.eos_id == eos_id):
-            continue  # a single text is one document, and launch.prepare writes an end after each
+            continue  # a single text is one document; otherwise, launch.prepare wrote an end after each document
         shards = data.files("train").shards
         whole = sum(len(shard) for shard in shards) * shards[0].itemsize <= fingerprint.WHOLE_BYTES
         looked = found = 0
@@ -32,7 +32,7 @@ def check_documents_end(datasets: Iterable[Dataset], eos_id: int) -> None:
 
 
 def _parts(shards: list[np.ndarray], whole: bool) -> Iterator[np.ndarray]:
-    """All tokens in chunks, or blocks spread evenly over each shard."""
+    """Chunks of all tokens if `whole`, else blocks that are spread evenly over each shard."""
     for tokens in shards:
         size = (fingerprint.CHUNK_BYTES if whole else fingerprint.BLOCK_BYTES) // tokens.itemsize
         if whole or len(tokens) <= fingerprint.SAMPLED_BLOCKS * size:

@@ -1,8 +1,8 @@
 """Token files of other programs, read in place: nanoGPT, llm.c, Megatron and OLMo. Nothing is copied, written or
 unpickled, and every number in a header is compared with the files before a token is used.
 
-This module finds the files of a path, their formats and their headers. For the layouts see docs/formats.md, for the
-content fingerprint.py, and for files that are not token files not_tokens.py.
+This module finds the files of a path, and reads their formats and headers. docs/formats.md describes the layouts;
+fingerprint.py reads the content; not_tokens.py recognises files that are not token files.
 """
 
 import dataclasses
@@ -22,17 +22,17 @@ from data.token_files import formats, not_tokens
 log = logging.getLogger("meshlm")
 
 SUFFIXES = (".bin", ".npy", ".idx")
-# llm.c's files begin with 256 int32: magic -> (version, dtype), from its dev/data/data_common.py.
+# llm.c's files begin with 256 int32. By their magic: (version, dtype), from llm.c's dev/data/data_common.py.
 LLMC = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
 LLMC_HEADER_BYTES = 1024
 LLMC_OTHERS = {20240522: "an llm.c evaluation file", 20240326: "an llm.c model"}
-DOCUMENTS = ".documents.bin"  # in a dataset of launch.prepare: 64-bit offsets, the first of them 0
+DOCUMENTS = ".documents.bin"  # a file of 64-bit offsets in a dataset of launch.prepare; the first offset is 0
 NUMPY_MAGIC = b"\x93NUMPY"
 # Megatron's index, from megatron/core/datasets/indexed_dataset.py.
 MEGATRON_MAGIC = b"MMIDIDX\0\0"
 MEGATRON_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
 MEGATRON_DTYPES = ("", "uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16")
-MEGATRON_NAMES = ("_document", "_sentence")  # its preprocess_data.py ends the names of both files like this
+MEGATRON_NAMES = ("_document", "_sentence")  # how its preprocess_data.py ends the names of both files
 MEGATRON_CHUNK = 1 << 20  # sequences checked at a time, because an index may be larger than memory
 
 
@@ -44,7 +44,7 @@ class TokenFile:
     offset: int  # bytes before the first token
     tokens: int
     documents: int = 0  # 0: the format does not say
-    headerless: bool = False  # raw tokens: nothing in the file says how wide they are
+    headerless: bool = False  # raw tokens: the file does not say how wide they are
 
     @property
     def dtype(self) -> str:
@@ -53,7 +53,7 @@ class TokenFile:
 
     @property
     def id_limit(self) -> int:
-        """Ids of a sound file are below this, whatever the vocabulary."""
+        """All ids of an undamaged file are below this number, for any vocabulary."""
         return int(np.iinfo(self.stored_dtype).max) + 1
 
     @property
@@ -62,12 +62,12 @@ class TokenFile:
 
 
 class Files(formats.TokenFiles):
-    """The token files of one split, memory-mapped; attributes as of formats.TokenFiles, with text_bytes 0 (unknown)."""
+    """The token files of one split, memory-mapped. Attributes: see formats.TokenFiles; text_bytes is 0 (unknown)."""
 
     advice = "it belongs to another vocabulary or data.dtype"
 
     def __init__(self, files: list[TokenFile], vocab_size: int):
-        self.vocab_size = min(vocab_size or files[0].id_limit, files[0].id_limit)  # 0: not known
+        self.vocab_size = min(vocab_size or files[0].id_limit, files[0].id_limit)  # a vocab_size of 0 is not known
         self.tokens = sum(f.tokens for f in files)
         self.text_bytes = 0
         self.paths = [f.path for f in files]
@@ -94,18 +94,18 @@ def find_token_files(path: str) -> list[pathlib.Path]:
     """The token files of a file, a folder (its .bin and .npy) or a glob, on this machine or in a store, sorted by name.
 
     Raises:
-      DataError: there are none.
+      DataError: there are no token files.
       OSError: a folder cannot be read.
     """
     place = pathlib.Path(remote.fetch(path) if remote.is_remote(path) else path)
-    if place.exists() and not remote.is_remote(path):  # a store has no such names by accident
+    if place.exists() and not remote.is_remote(path):  # in a store, no one makes such a name by accident
         names.check_one_meaning(path)
     found = remote.fetch_files(path) if remote.is_remote(path) else _find_local(place)
     if place.is_dir():
-        if (place / "tokenizer" / tokenizers.FILE_NAME).exists():  # its document offsets are not tokens
+        if (place / "tokenizer" / tokenizers.FILE_NAME).exists():  # document offsets of a dataset are not tokens
             raise DataError(f"{path} is a meshlm dataset; leave data.format empty (without a manifest: prepare again)")
         found = [p for p in found if p.parent == place and p.suffix in SUFFIXES and not p.name.startswith(".")]
-    # Megatron's index stands for the tokens beside it, so that a glob may select both.
+    # The name of a Megatron index becomes the name of its tokens, so that a glob may select both files.
     files = sorted({p.with_suffix(".bin") if p.suffix == ".idx" else p for p in found})
     if not files:
         raise DataError(
@@ -121,7 +121,7 @@ def folder_and_pattern(place: pathlib.Path) -> tuple[pathlib.Path, str]:
 
 
 def _find_local(place: pathlib.Path) -> list[pathlib.Path]:
-    """The file, the files of the folder, or those that the glob selects; a file with two names is listed once."""
+    """The file, the files of the folder, or the files that the glob selects; a file with two names is listed once."""
     if place.is_file():
         return [place]
     root, pattern = folder_and_pattern(place)
@@ -139,11 +139,11 @@ def read_headers(paths: list[pathlib.Path], kind: str, dtype: str) -> list[Token
     """Reads and checks the headers of the files, which must all have one format and type.
 
     Args:
-      kind: one of READERS, or '' to detect it.
-      dtype: 'uint16' or 'uint32', for files that do not say; '' for uint16.
+      kind: a key of READERS; '': detect the format.
+      dtype: 'uint16' or 'uint32', for files that do not say their type; '': uint16.
 
     Raises:
-      DataError: a file contradicts itself, its index, `dtype` or the file before it, or is not a token file.
+      DataError: a file contradicts itself, its index, `dtype` or the first file, or is not a token file.
     """
     files = [READERS[kind or detect_format(path)](path, dtype) for path in paths]
     _check_distinct(paths)
@@ -170,7 +170,7 @@ def _check_distinct(paths: list[pathlib.Path]) -> None:
 
 
 def unread_files(path: str, files: Mapping[str, list[TokenFile]]) -> list[str]:
-    """The other files in the folder of data.path, which are not read; empty if it is not a folder."""
+    """The files in the folder data.path that the run does not read; empty if data.path is not a folder."""
     folder = pathlib.Path(path)
     if not files or not folder.is_dir():
         return []
@@ -196,7 +196,7 @@ def detect_format(path: pathlib.Path) -> str:
     magic = int.from_bytes(head[:4], "little")
     if magic in LLMC:
         return "llmc"
-    # 253 zeros in a row are a damaged or newer header; read as nanoGPT's file, it would be trained on.
+    # 253 zeros in a row are a damaged or newer header. If it were read as nanoGPT's, the run would train on it.
     if magic in LLMC_OTHERS or (len(head) == LLMC_HEADER_BYTES and not any(head[12:])):
         what = LLMC_OTHERS.get(magic, "not a known llm.c file, although it has such a header")
         raise DataError(f"{path} is {what} (magic {magic}); name files of training tokens, or set data.format")
@@ -281,7 +281,7 @@ def _megatron(path: pathlib.Path, dtype: str) -> TokenFile:
         )
     expected = MEGATRON_HEADER.size + 12 * sequences + 8 * boundaries
     raw = np.asarray(np.memmap(index, np.uint8, "r"))
-    if (size := len(raw)) not in (expected, expected + sequences):  # the mode of each sequence, one byte, may follow
+    if (size := len(raw)) not in (expected, expected + sequences):  # one byte for each sequence, its mode, may follow
         raise DataError(
             f"{index}, the index of {path}, is {size} bytes, expected {expected} ({sequences} sequences, {boundaries} "
             "document boundaries); it was truncated or replaced: copy both again"
@@ -336,7 +336,7 @@ def _end_of_sequences(
     return end
 
 
-# The formats of other programs: a new one is a function here, and what `detect_format` knows it by.
+# The readers of other programs' formats. A new format needs a function here, and a case in `detect_format`.
 READERS: dict[str, Callable[[pathlib.Path, str], TokenFile]] = {
     "nanogpt": functools.partial(_headerless, "nanogpt"),
     "llmc": _llmc,
@@ -346,5 +346,5 @@ READERS: dict[str, Callable[[pathlib.Path, str], TokenFile]] = {
 
 
 def format_names() -> tuple[str, ...]:
-    """What data.format may name: meshlm, which is a dataset folder (formats.py), and the formats of other programs."""
+    """The values of data.format: meshlm, for a dataset folder (formats.py), and the formats of other programs."""
     return ("meshlm", *READERS)

@@ -1,4 +1,4 @@
-"""The content of token files without a manifest: its fingerprint, and checks of the ids. Read once at the start."""
+"""The content of token files without a manifest, read once at the start: its fingerprint, and checks of the ids."""
 
 import dataclasses
 import functools
@@ -14,8 +14,8 @@ from data.token_files import external, widths
 from data.token_files.external import TokenFile
 from data.tokenizers.base import MAX_ID
 
-# Up to this size, all of a split is hashed at the start of a run, and every id is checked. Of a larger split, only the
-# header, the first and the last block and blocks between them, at fixed positions, are read. Changing these constants
+# A split up to this size is hashed completely at the start of a run, and every id is checked. In a larger split, only
+# the headers, and blocks at fixed positions from the first to the last, are read. Changing these constants
 # changes the fingerprint of every large dataset.
 WHOLE_BYTES = 1 << 30
 CHUNK_BYTES = 16 << 20
@@ -26,14 +26,14 @@ ZEROS_ARE_DAMAGE = 64  # a file of only zeros is damaged if it has this many; fe
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    digest: str  # of header and tokens; 'sampled:…' if not all of them were read
-    largest_id: int  # among the tokens that were read; -1 if there are none
-    layout: widths.Layout | None  # what the tokens of a file without a header look like; None: unclear
+    digest: str  # of header and tokens; 'sampled:…' if only a part of the tokens was read
+    largest_id: int  # among the tokens that were read; -1 if there are no tokens
+    layout: widths.Layout | None  # the probable layout of a file without a header; None: unclear
     hole: int  # the first byte of a block that is all zeros; -1 if there is none
 
 
 def read_contents(files: list[TokenFile], whole: bool = False) -> list[Content]:
-    """The content of the files of a split: all if `whole` or up to WHOLE_BYTES, otherwise sampled. Cached."""
+    """The content of a split's files: of all tokens if `whole` or up to WHOLE_BYTES, otherwise of samples. Cached."""
     whole = whole or sum(f.nbytes for f in files) <= WHOLE_BYTES
     return [_content(f, f.path.stat().st_mtime_ns, os.path.getsize(f.path), whole) for f in files]
 
@@ -86,13 +86,13 @@ def _spans(file: TokenFile, whole: bool) -> Iterator[tuple[int, int]]:
 
 
 def _blocks(file: TokenFile, count: int) -> Iterator[tuple[int, int]]:
-    """(first byte, bytes) of `count` evenly spaced blocks from the first to the last token; of a small file, all."""
+    """(first byte, bytes) of `count` evenly spaced blocks from the first to the last token; all of a small file."""
     end = file.offset + file.nbytes
     if file.nbytes <= count * BLOCK_BYTES:
         for start in range(file.offset, end, BLOCK_BYTES):
             yield start, min(BLOCK_BYTES, end - start)
         return
-    word = 8  # bytes, two tokens of any type or more: every block begins at an even token
+    word = 8  # in bytes; at least two tokens of any type, so every block begins at an even token
     for i in range(count - 1):
         yield file.offset + (file.nbytes - BLOCK_BYTES) * i // (count - 1) // word * word, BLOCK_BYTES
     tail = file.offset + (file.nbytes - BLOCK_BYTES) // word * word
@@ -100,7 +100,7 @@ def _blocks(file: TokenFile, count: int) -> Iterator[tuple[int, int]]:
 
 
 def check_ids(file: TokenFile, found: Content, dtype: str, vocab_size: int) -> None:
-    """Raises DataError if the ids cannot be of the type or vocabulary that they are read with."""
+    """Raises DataError if the ids do not fit the type or the vocabulary with which they are read."""
     if file.headerless:
         _check_width(file, found, dtype, vocab_size)
     if found.largest_id == 0 and file.tokens >= ZEROS_ARE_DAMAGE:
@@ -117,7 +117,7 @@ def check_ids(file: TokenFile, found: Content, dtype: str, vocab_size: int) -> N
             f"token id {found.largest_id} in {file.path} is outside the vocabulary of {vocab_size}; it needs another "
             "model.vocab_size, data.tokenizer_path or data.dtype"
         )
-    if found.largest_id > MAX_ID:  # also if the vocabulary is not known
+    if found.largest_id > MAX_ID:  # this also works if the vocabulary is not known
         raise DataError(
             f"token id {found.largest_id} in {file.path} is too large for any vocabulary: it is a mark such as -1, "
             f"or the tokens are not {file.stored_dtype}; write them again, or set data.dtype"
@@ -127,7 +127,7 @@ def check_ids(file: TokenFile, found: Content, dtype: str, vocab_size: int) -> N
 def _check_width(file: TokenFile, found: Content, dtype: str, vocab_size: int) -> None:
     """Raises DataError if the bytes of a file without a header look like tokens of another type.
 
-    A `dtype` that the user set decides unclear cases, but does not permit an impossible one.
+    A `dtype` that the user set decides unclear cases, but does not permit an impossible type.
     """
     seen = found.layout
     if seen and seen.bytes == 8:

@@ -1,7 +1,8 @@
 """The dataset folder: manifest.json, raw little-endian token shards, document offsets, tokenizer/. It is written once.
-All that is read is checked: a truncated, missing or unrelated file is an error that names it and both sizes.
+Every file is checked when it is read: a truncated, missing or unrelated file is an error that names the file and both
+sizes.
 
-    DATASET/manifest.json                 see Manifest
+    DATASET/manifest.json                 the fields of Manifest
     DATASET/train-00000.bin               tokens, uint16 or uint32, no header; likewise val-00000.bin
     DATASET/train.documents.bin           uint64 offsets, in tokens, of the first token of each document of the split
     DATASET/tokenizer/                    the tokenizer's own file
@@ -24,13 +25,13 @@ FORMAT = "meshlm-tokens"
 VERSION = 1
 MANIFEST = "manifest.json"
 SUMMARY = "summary.json"
-# At the beginning of the file only: another program's manifest may mention us further on.
+# The mark must be at the beginning of the file: another program's manifest may mention our format further on.
 MARK = re.compile(rb'\s*(\{\s*"format"\s*:\s*)?"%s"' % FORMAT.encode())
 MARK_BYTES = 1024
-NOT_IN_FINGERPRINT = ("request", "files", "loses_text")  # they do not affect the tokens
-PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")  # of a file in the folder itself
-# Up to this size, every start of a run reads and hashes all shards (in under a second). The shards of a larger dataset
-# are checked by size. In any dataset the largest id of every batch is checked.
+NOT_IN_FINGERPRINT = ("request", "files", "loses_text")  # fields that do not affect the tokens
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")  # the name of a file in the folder itself
+# If a split is at most this large, every start of a run reads and hashes all its shards (in under a second). Otherwise
+# only their sizes are checked. In both cases, the largest id of every batch is checked.
 HASH_AT_START_BYTES = 1 << 30
 
 
@@ -57,9 +58,9 @@ class Manifest:
     tokenizer_sha256: str
     splits: dict[str, Split]
     request: dict  # the settings of launch.prepare; not part of the fingerprint
-    # sha256 of the other files of the folder, by name; not part of the fingerprint; empty in earlier versions.
+    # The sha256 of each other file of the folder, by name; not part of the fingerprint; earlier versions left it empty.
     files: dict[str, str] = dataclasses.field(default_factory=dict)
-    # The tokenizer lost text, so the tokens do not stand for all of text_bytes; not part of the fingerprint.
+    # Whether the tokenizer lost text: the tokens then stand for less than text_bytes; not part of the fingerprint.
     loses_text: bool = False
 
     def fingerprint(self) -> str:
@@ -94,7 +95,7 @@ def is_dataset(folder: pathlib.Path) -> bool:
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest:
-    """The manifest. Raises FileNotFoundError if it is missing, DataError if it cannot be used."""
+    """The manifest of a dataset. Raises FileNotFoundError if it is missing, DataError if it cannot be used."""
     path = folder / MANIFEST
     text = path.read_bytes()
     try:
@@ -120,7 +121,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
 
 
 def _check_values(manifest: Manifest) -> None:
-    """Raises ValueError for values that no version writes, so that even a forged manifest names only files inside."""
+    """Raises ValueError for values that no version writes, so that a forged manifest names only files of the folder."""
     if not isinstance(manifest.request, dict):
         raise ValueError(f"request {manifest.request!r}")
     if not isinstance(manifest.loses_text, bool):
@@ -168,9 +169,9 @@ class TokenFiles:
     """The shards of one split, memory-mapped and checked.
 
     Attributes:
-      shards: list of uint16 or uint32 arrays (memory maps), one for each shard.
+      shards: uint16 or uint32 arrays (memory maps), one for each shard.
       tokens: the number of tokens.
-      text_bytes: bytes of the text that they stand for; 0 if not known, because the tokenizer lost some.
+      text_bytes: how many bytes of text the tokens stand for; 0 if that is not known, because the tokenizer lost text.
     """
 
     advice = "it does not belong to this tokenizer: prepare again with --overwrite"

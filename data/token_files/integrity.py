@@ -16,21 +16,21 @@ CHUNK_BYTES = 16 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What was read of one split."""
+    """What verify_dataset read of one split."""
 
     nbytes: int
     largest_id: int  # -1 if there are no tokens
 
 
 def verify_dataset(data: Dataset) -> dict[str, Found]:
-    """Reads all files completely and checks the hashes of a dataset folder, the ids, document offsets and tokenizer.
+    """Reads all files completely, and checks the hashes of a dataset folder, ids, document offsets and the tokenizer.
 
     Datasets of earlier versions have hashes only of their tokens and tokenizer; their document offsets are compared
     with the end-of-text tokens. The sizes and headers of external files were compared when they were opened; there are
     no hashes of their content.
 
     Raises:
-      DataError: the first damage found, with the file and both numbers.
+      DataError: a file is damaged; the message names the first one, with what was found and what was expected.
     """
     try:
         data.load_tokenizer()
@@ -76,7 +76,7 @@ def _split(folder: pathlib.Path, manifest: formats.Manifest, name: str) -> Found
 
 
 def _check_manifest(folder: pathlib.Path, manifest: formats.Manifest) -> None:
-    """Checks every byte of a manifest. One of an earlier version has no `files`, and was checked when it was opened."""
+    """Checks every byte of a manifest. A manifest of an earlier version has no `files`: read_manifest checked it."""
     path = folder / formats.MANIFEST
     if manifest.files and path.read_bytes() != manifest.to_json().encode():
         raise DataError(f"{path} was changed by hand or damaged; copy it again or prepare again with --overwrite")
@@ -107,7 +107,7 @@ def _check_largest(largest: int, path: pathlib.Path, limit: int) -> None:
 
 
 def check_documents(path: pathlib.Path, split: formats.Split) -> None:
-    """Raises DataError unless there is an offset for each document, from 0, ascending, inside the split."""
+    """Raises DataError unless each document has an offset; offsets must begin at 0, ascend, and be in the split."""
     try:
         size = path.stat().st_size
     except FileNotFoundError:
@@ -135,7 +135,8 @@ def _check_begins(path: pathlib.Path, files: formats.TokenFiles, eos_id: int) ->
     for tokens in files.shards:
         for start in range(0, len(tokens), CHUNK_BYTES // tokens.itemsize):
             part = tokens[start : start + CHUNK_BYTES // tokens.itemsize]
-            low, high = np.searchsorted(offsets, [first + 1, first + len(part) + 1])  # those that end in this part
+            # The documents, except the first, whose preceding token is in this part.
+            low, high = np.searchsorted(offsets, [first + 1, first + len(part) + 1])
             before = offsets[low:high] - 1 - first
             if (wrong := np.flatnonzero(part[before] != eos_id)).size:
                 raise DataError(

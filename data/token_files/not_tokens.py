@@ -8,7 +8,7 @@ import codecs
 import re
 
 HEAD_BYTES = 1 << 16
-TEXT_BYTES = 8  # fewer bytes are not recognised as text
+TEXT_BYTES = 8  # a shorter file is not recognised as text
 # A pattern of the first bytes, what such a file is, and what to do.
 KINDS = [
     (re.compile(pattern, re.DOTALL), f"{what}; {advice}")
@@ -40,7 +40,7 @@ CONTROL = re.compile(rb"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f\x7f]")
 
 
 def describe(head: bytes) -> str:
-    """What a file is that begins with `head` (HEAD_BYTES, or all of it), and what to do; '' if it may be tokens."""
+    """What a file that begins with `head` (HEAD_BYTES, or all its bytes) is, and what to do; '' if it may be tokens."""
     for pattern, description in KINDS:
         if pattern.match(head):
             return description
@@ -50,7 +50,7 @@ def describe(head: bytes) -> str:
 
 
 def _is_text(head: bytes) -> bool:
-    """Whether all of it is printable UTF-8, or ASCII in UTF-16 after a byte order mark."""
+    """Whether all of `head` is printable UTF-8, or ASCII in UTF-16 after a byte order mark."""
     if len(head) < TEXT_BYTES:
         return False
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):

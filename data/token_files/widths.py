@@ -1,9 +1,9 @@
 """Detects the width of the tokens in a file without a header, by the positions of its zeros.
 
 Tokens are small compared with the range of their type. So the upper half of nearly every uint32 is 0 to 3 (ids up to
-262,143), and the lower half is not. Shares are compared, over blocks of the complete file, so a single odd id, such as
--1, or a header before the tokens does not matter. For uint16 tokens the two bytes decide: the lower one takes more
-values.
+262,143), and the lower half is not. Shares over blocks of the complete file are compared, so a single
+unusual id, such as -1, or a header before the tokens does not matter. For uint16 tokens, the two bytes decide: the
+lower byte takes more values.
 """
 
 import dataclasses
@@ -11,9 +11,9 @@ import dataclasses
 import numpy as np
 
 UPPER_HALF_LIMIT = 4
-# Shares of 16-bit words that are below the limit, or zero: for upper halves at least the first number, for lower halves
-# at most the second. The third is the number of words that are needed, because with fewer the shares are random. Shares
-# between the two decide nothing: a vocabulary of a few tokens has zeros everywhere.
+# The share of 16-bit words below the limit (or zero) must be at least the first number for upper halves, and at most
+# the second for lower halves. The third number is how many words are needed: with fewer, shares are random. A share
+# between the two decides nothing: a vocabulary of a few tokens has zeros everywhere.
 LIMITS = ((0.9, 0.5, 128), (0.999, 0.9, 1024))
 # uint16 of any vocabulary: high bytes have less entropy than low bytes, whether ids are in natural or random order.
 SWAPPED_BITS, SWAPPED_WORDS = 1.0, 1024
@@ -21,7 +21,7 @@ SWAPPED_BITS, SWAPPED_WORDS = 1.0, 1024
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    bytes: int  # of a token: 2, 4 or 8
+    bytes: int  # the width of a token: 2, 4 or 8
     big_endian: bool
 
     @property
@@ -31,7 +31,7 @@ class Layout:
 
 
 def detect_layout(raw: bytes) -> Layout | None:
-    """The layout that `raw` (tokens, from a multiple of 8 bytes on) seems to have; None: unclear."""
+    """The probable layout of `raw` (tokens from a multiple of 8 bytes on); None: unclear."""
     words = np.frombuffer(raw, "<u2", len(raw) // 8 * 4).reshape(-1, 4)
     if words.size < LIMITS[0][2]:
         return None
@@ -52,6 +52,6 @@ def detect_layout(raw: bytes) -> Layout | None:
 
 
 def _entropy(values: np.ndarray) -> float:
-    """In bits."""
+    """The entropy of values below 256, in bits."""
     share = np.bincount(values.ravel(), minlength=256) / values.size
     return float(-(share[share > 0] * np.log2(share[share > 0])).sum())

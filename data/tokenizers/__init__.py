@@ -1,7 +1,7 @@
-"""Tokenizers: made from a spec, saved into a folder, loaded from it. Nothing is ever unpickled.
+"""Makes tokenizers from a spec, saves them into a folder, and loads them from it. Nothing is ever unpickled.
 
-A spec is `char` or `bpe:16384` (or `bpe:16384:llama3`, with another pattern), which are made from text; `byte`; or the
-path of an existing tokenizer, whose kind is detected from its content, whatever its name.
+A spec is `char` or `bpe:16384` (or `bpe:16384:llama3`, with another pattern), which are made from text; or `byte`; or
+the path of an existing tokenizer, whose kind is detected from its content and not from its name.
 """
 
 import hashlib
@@ -48,19 +48,19 @@ __all__ = [
 ]
 
 KINDS: dict[str, type[ByteTokenizer] | type[CharTokenizer]] = {t.kind: t for t in (CharTokenizer, ByteTokenizer)}
-FileTokenizer = JsonTokenizer | MinbpeTokenizer | RankTokenizer | PieceTokenizer  # have a standard file
+FileTokenizer = JsonTokenizer | MinbpeTokenizer | RankTokenizer | PieceTokenizer  # these have a standard file
 FILE_KINDS: dict[str, type[FileTokenizer]] = {
     t.kind: t for t in (JsonTokenizer, MinbpeTokenizer, RankTokenizer, PieceTokenizer)
 }
 FILE_NAME = "meshlm_tokenizer.json"
-# In the folder of a model of another system, in order of preference.
+# File names of tokenizers in the folder of another system's model, in order of preference.
 STANDARD_NAMES = (hf_json.FILE_NAME, "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 MAX_BYTES = 1 << 30
 EXPECTED = (
     "expected a tokenizer.json, a .tiktoken file, a minbpe .model, a SentencePiece .model, a folder with one of them "
     "or a dataset; or char, byte, bpe:16384"
 )
-# Files that people name by mistake, by their first bytes.
+# Files that users name by mistake, recognised by their first bytes.
 MISTAKEN = (
     (rb"\x89PNG|\xff\xd8\xff|GIF8", "an image"),
     (rb"\x80[\x02-\x05]", "a pickle, which is never opened"),
@@ -90,11 +90,11 @@ def make(
 
     Args:
       texts: the texts from which char and bpe:N are made.
-      special_tokens: the names that a new tokenizer gets. A tokenizer from a file keeps its own: each name given must
-        be one of them, and the first becomes its end-of-text token (that of a dataset keeps its end-of-text token).
+      special_tokens: the special tokens of a new tokenizer. A tokenizer from a file keeps its own special tokens: each
+        name here must be one of them, and the first becomes the end-of-text token (a dataset keeps its own).
       min_frequency: char: rarer characters become <unk>; bpe: rarer pairs are not merged.
       eos: whether an end-of-text token follows each document. char and byte then get <eos>, BPE always has
-        <|endoftext|> (or the one among special_tokens); a tokenizer from a file must have one.
+        <|endoftext|> (or a known name among special_tokens); a tokenizer from a file must have an end-of-text token.
 
     Raises:
       DataError: the tokenizer does not exist, is damaged, or lacks the requested special tokens.
@@ -104,7 +104,7 @@ def make(
     trained = _bpe(spec)
     if spec not in KINDS and trained is None:
         return _from_path(spec, names, eos)
-    if trained and not find_eos(names):  # always, because it may be used on other documents
+    if trained and not find_eos(names):  # always, because the tokenizer may be used on other documents
         names.append(END_OF_TEXT_NAMES[0])
     elif eos and not trained and END_OF_TEXT not in names:
         names.append(END_OF_TEXT)
@@ -134,7 +134,7 @@ def _bpe(spec: str) -> tuple[int, str] | None:
 
 
 def file_of(spec: str) -> pathlib.Path | None:
-    """The file of an existing tokenizer; None for one that is made here. Raises DataError if it is missing."""
+    """The file of an existing tokenizer; None if the spec makes a new one. Raises DataError if the file is missing."""
     return None if spec in KINDS or needs_texts(spec) else _located(spec)[0]
 
 
@@ -214,7 +214,7 @@ def _kind(raw: bytes, path: pathlib.Path) -> str:
         return MinbpeTokenizer.kind
     if re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\r?(\n|$)", raw):
         return RankTokenizer.kind
-    if re.match(rb"(?s)\n.{1,3}\n", raw):  # protobuf: the first piece, and in it its text
+    if re.match(rb"(?s)\n.{1,3}\n", raw):  # protobuf: the first piece, which contains its text
         return PieceTokenizer.kind
     raise DataError(f"{path} is not a tokenizer of a known kind; {EXPECTED}")
 
@@ -236,7 +236,7 @@ def load(folder: pathlib.Path, sha256: str = "") -> Tokenizer:
     """Reads what `save` wrote.
 
     Args:
-      sha256: the hash that meshlm_tokenizer.json must have. It has the hash of the other file, which is always checked.
+      sha256: the hash that meshlm_tokenizer.json must have; '': any. The hash of the other file is always checked.
 
     Raises:
       DataError: a file is missing, is not a tokenizer, or differs from the saved one.

@@ -16,8 +16,8 @@ from data.errors import DataError
 
 MAX_ID = (1 << 24) - 1  # a file with a larger id is damaged: vocabularies are smaller
 END_OF_TEXT = "<eos>"
-# Names of the token after a document in files of other systems; the first one that a tokenizer has is used. Those of
-# base models come before those of chat models: <|eot_id|> and <|im_end|> end a turn, not a text.
+# Names of the token after a document in files of other systems; the first name that a tokenizer has is used. Names of
+# base models come before names of chat models: <|eot_id|> and <|im_end|> end a turn, not a text.
 END_OF_TEXT_NAMES = (
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -34,16 +34,16 @@ END_OF_TEXT_NAMES = (
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back.
+    """Maps text to token ids and back.
 
     Attributes:
       specials: the special tokens, id to name, in the order of their ids.
-      special_tokens: their names.
+      special_tokens: the names of the special tokens.
       eos_id: the token after a document, if there is one.
       unknown_id: the token for text that the tokenizer cannot express, if there is one.
       lossless: every text decodes to itself, except for unknown tokens.
       joins: a token may depend on more than one character.
-      phased: a token may depend on the number of characters before it, as if text is split into a fixed length.
+      phased: a token may depend on the number of characters before it, for example if text is split at a fixed length.
     """
 
     kind: str
@@ -58,7 +58,7 @@ class Tokenizer(Protocol):
 
     @property
     def eos(self) -> str:
-        """Name of the end-of-text token; "" if there is none."""
+        """The name of the end-of-text token; "" if there is no such token."""
         return "" if self.eos_id is None else self.specials[self.eos_id]
 
     def encode(self, text: str) -> np.ndarray:
@@ -74,7 +74,7 @@ class Tokenizer(Protocol):
         ...
 
     def token_bytes(self, id: int) -> bytes:
-        """The UTF-8 bytes of one token, maybe a part of a character; for a special token, its name."""
+        """The UTF-8 bytes of one token, maybe only a part of a character; for a special token, of its name."""
         ...
 
     def to_json(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class Tokenizer(Protocol):
 
 
 def name_finder(names: Collection[str]) -> Callable[[str], list[str]]:
-    """A function that lists all occurrences of the names in a text; of two at the same place, the longer one."""
+    """A function that lists all occurrences of the names in a text; if two begin at one place, the longer name."""
     beginnings = {name[:2] for name in names}
     expression = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
 
@@ -103,7 +103,7 @@ def find_eos(names: Collection[str]) -> str | None:
 
 
 def encodable(text: str) -> str:
-    """`text` with U+FFFD for every lone surrogate, which UTF-8 cannot express; pairs are joined."""
+    """`text` with U+FFFD for every lone surrogate, which UTF-8 cannot express; surrogate pairs become characters."""
     try:
         text.encode()
         return text
@@ -129,7 +129,7 @@ def decode_around(
 
 
 def choose_eos(where: str, specials: Mapping[str, int], wanted: str | None) -> int | None:
-    """The id of `wanted`, or of the first known end-of-text name if that is None. Raises DataError."""
+    """The id of `wanted`; if that is None, of the first known end-of-text name, or None. Raises DataError."""
     name = find_eos(specials) if wanted is None else wanted
     if name is not None and name not in specials:
         known = ", ".join(list(specials)[:10]) or "none"

@@ -1,4 +1,4 @@
-"""Characters and bytes: the two tokenizers without a library and without a file of their own."""
+"""Characters and bytes: the two tokenizers that need neither a library nor a file of their own."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from data.errors import DataError
 from data.tokenizers.base import END_OF_TEXT, Tokenizer, decode_around, encodable
 
 UNKNOWN = "<unk>"
-CODE_POINTS = 0x110000  # of Unicode
+CODE_POINTS = 0x110000  # the number of Unicode code points
 
 
 def code_points(text: str) -> np.ndarray:
@@ -19,7 +19,7 @@ def code_points(text: str) -> np.ndarray:
 def count(text: str, counts: np.ndarray) -> None:
     """Adds the number of occurrences of each code point to `counts`, int64 [CODE_POINTS]."""
     utf8 = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
-    counts[:128] += byte_counts(utf8)[:128]  # in UTF-8 these bytes are always characters of their own
+    counts[:128] += byte_counts(utf8)[:128]  # in UTF-8, each of these bytes is always one character
     if (high := utf8 >= 128).any():
         seen = np.bincount(code_points(utf8[high].tobytes().decode("utf-8", "surrogatepass")))
         counts[: len(seen)] += seen
@@ -78,7 +78,7 @@ class CharTokenizer(Tokenizer):
     """Characters, ids in code point order (as nanoGPT's), then the special tokens.
 
     A character outside the vocabulary becomes `<unk>` if that is one of the special tokens. Otherwise it is an error,
-    because dropping it would change the text silently.
+    because dropping the character would change the text silently.
     """
 
     kind = "char"
@@ -92,7 +92,7 @@ class CharTokenizer(Tokenizer):
         self.specials = dict(enumerate(self.special_tokens, start=len(characters)))
         self.vocab_size = len(self.pieces)
         self.eos_id = self._special_id(END_OF_TEXT)
-        # A lookup table over code points turns text into ids by one indexing operation on its UTF-32 form.
+        # A lookup table by code point: one indexing operation on the UTF-32 form of a text gives its ids.
         self.unknown_id = self._special_id(UNKNOWN)
         missing = self.vocab_size if self.unknown_id is None else self.unknown_id
         self._table = np.full(CODE_POINTS, missing, np.uint32)

@@ -1,6 +1,6 @@
-"""Tokenizers in a `tokenizer.json`, the format of Hugging Face's library: all that it reads, and BPE trained here.
+"""Tokenizers in a `tokenizer.json`, the format of Hugging Face's library: all that it can read, and BPE trained here.
 
-If such a file is plain byte-level BPE, tiktoken encodes: the same ids, some five times faster (ranks.py).
+If such a file is plain byte-level BPE, tiktoken encodes: it gives the same ids, about five times faster (ranks.py).
 """
 
 import json
@@ -32,9 +32,9 @@ FILE_NAME = "tokenizer.json"
 # How text is split before merges (pre-tokenization), as regular expressions of the tokenizers library (Oniguruma).
 PATTERNS = {"gpt2": ranks.GPT2_PATTERN, "llama3": ranks.PATTERNS["llama3"]}
 
-WORD = 999  # the most characters of a word in training; a multiple of 3, as Llama 3's pattern splits digits
+WORD = 999  # the most characters of a word in training; a multiple of 3, because Llama 3's pattern splits digits by 3
 _LONG_RUN = re.compile(rf"(?<!\S)\S{{{WORD + 1},}}|(?<!\s)\s{{{WORD + 1},}}")
-# A word of PATTERNS is one of these, except for a character or line ends.
+# A word that PATTERNS split off is one of these runs, except for one more character or line ends.
 _KINDS = r"\p{L}++|\p{N}++|[^\s\p{L}\p{N}]++|\s++"
 
 
@@ -56,11 +56,12 @@ class JsonTokenizer(Tokenizer):
 
     Args:
       raw: the content of the file.
-      where: its name in errors.
-      eos: name of the end-of-text token; None: the first known name; "": none.
+      where: the file's name in errors.
+      eos: the name of the end-of-text token; None: the first known name; "": no such token.
+      accelerate: whether tiktoken may encode.
 
     Raises:
-      DataError: not a tokenizer.json, damaged, or without the token `eos`.
+      DataError: `raw` is not a tokenizer.json, is damaged, or does not have the token `eos`.
     """
 
     kind = "tokenizer.json"
@@ -129,7 +130,7 @@ class JsonTokenizer(Tokenizer):
     def _checked(self, encoding: Any, text: str) -> np.ndarray:
         ids = np.array(encoding.ids, np.uint32)
         if self._unknown is not None and (ids == self._unknown).any():
-            characters = dict.fromkeys(text)  # each once: there may be millions
+            characters = dict.fromkeys(text)  # look at each character once: there may be millions
             unknown = (c for c in characters if self._unknown in self._library.encode(c, add_special_tokens=False).ids)
             missing = next(unknown, text[0])
             raise DataError(
@@ -198,7 +199,7 @@ def _added_tokens(spec: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _special_tokens(added: list[dict[str, Any]], eos: str | None) -> dict[str, int]:
-    """Names and ids of the special tokens: those marked so, and the end-of-text token."""
+    """Names and ids of the special tokens: the added tokens that are marked as special, and the end-of-text token."""
     specials = {token["content"]: token["id"] for token in added if token["special"]}
     if eos is None and find_eos(specials) is None:
         eos = find_eos({token["content"] for token in added})
@@ -217,9 +218,9 @@ def _unknown_token(model: dict[str, Any], added: list[dict[str, Any]]) -> int | 
 class _CopyThatEncodes:
     """The copy of a tokenizer.json that the library gets.
 
-    The library finds the names of added tokens in text, and models may have them as pieces. In the copy, special tokens
-    have names that text cannot contain, because they are drawn at random each time. If a BPE model has no unknown
-    token, it gets one, so that a character that it cannot express is noticed.
+    The library finds the names of added tokens in text, and models may have these names as pieces. In the copy, special
+    tokens have names that text cannot contain, because they are drawn at random each time. A BPE model without an
+    unknown token gets one, so that a character that the model cannot express is noticed.
 
     Attributes:
       spec: the copy.
@@ -246,7 +247,7 @@ class _CopyThatEncodes:
 
 
 def _hide(model: dict[str, Any], hidden: dict[str, str]) -> dict[str, Any]:
-    """A copy of `model` with renamed pieces; a merge that would make one of them is left out."""
+    """A copy of `model` with renamed pieces; merges that use or make a renamed piece are left out."""
     copy = dict(model)
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):
@@ -271,12 +272,12 @@ def _byte_tokens(model: dict[str, Any]) -> dict[str, int]:
 
 
 def _mentions(part: Any, word: str) -> bool:
-    """Whether a component, or one inside it, is of type `word` or replaces that text."""
+    """Whether a component, or a component inside it, is of type `word` or replaces that text."""
     return part is not None and json.dumps(word) in json.dumps(part)
 
 
 def pre_tokenizer(pattern: str) -> dict[str, Any]:
-    """Splits text by `pattern`, then writes its bytes as BYTE_CHARACTERS. With an empty pattern it is not split."""
+    """A component that splits text by `pattern` (not if that is empty), then writes its bytes as BYTE_CHARACTERS."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     if pattern == PATTERNS["gpt2"]:
         return byte_level | {"use_regex": True}
@@ -346,7 +347,8 @@ def train_bpe(
       min_frequency: rarer pairs are not merged.
 
     Raises:
-      DataError: too small a vocabulary for the bytes and special tokens, an unknown pattern, or a bad special token.
+      DataError: the vocabulary is too small for the bytes and special tokens, the pattern is unknown, or a special
+        token is not allowed.
     """
     check_special_tokens(special_tokens)
     if pattern not in PATTERNS:
@@ -372,8 +374,8 @@ def train_bpe(
 
 
 def _without_long_words(text: str) -> Iterator[str]:
-    """The text in parts, divided only inside words of more than WORD characters, which are rare."""
-    import regex  # tiktoken needs it, too
+    """The text in parts. It is divided only inside words of more than WORD characters, which are rare."""
+    import regex  # a dependency of tiktoken, too
 
     start = 0
     blocks = (text[at : at + WORD // 2] for at in range(0, len(text) - WORD // 2 + 1, WORD // 2))
@@ -389,7 +391,7 @@ def _without_long_words(text: str) -> Iterator[str]:
 
 
 def _train(tokenizer: Any, texts: Iterable[str], trainer: Any) -> None:
-    """Trains on a thread, because the library ignores signals: Ctrl-C ends the wait for it, and so the process."""
+    """Trains in another thread, because the library ignores signals: Ctrl-C ends the wait, and with it the process."""
     failed: list[BaseException] = []
 
     def train() -> None:

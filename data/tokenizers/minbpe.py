@@ -1,7 +1,7 @@
 """minbpe's `.model` files (github.com/karpathy/minbpe, base.py: save and load), read and written.
 
-A line `minbpe v1`; the expression that splits text, or an empty line; the number of special tokens; a line `name id`
-for each of them; then a line `a b` for each merge, the i-th of which makes id 256 + i from the ids a and b.
+A file has a line `minbpe v1`; a line with the expression that splits text, or an empty line; the number of special
+tokens; a line `name id` for each special token; and a line `a b` for each merge: merge i makes id 256 + i from a and b.
 """
 
 import itertools
@@ -21,7 +21,7 @@ class MinbpeTokenizer(JsonTokenizer):
     """A minbpe .model, as byte-level BPE with the same ids. Text between matches of the expression is kept.
 
     Raises:
-      DataError: no such file, damaged, or an expression that means something else to the tokenizers library.
+      DataError: `raw` is not such a file or is damaged, or the tokenizers library reads its expression differently.
     """
 
     kind = "minbpe"
@@ -41,7 +41,7 @@ class MinbpeTokenizer(JsonTokenizer):
 
 
 def _parse(raw: bytes, where: str) -> tuple[str, dict[str, int], list[tuple[str, str]]]:
-    """Pattern, special tokens with their ids, and merges in BYTE_CHARACTERS."""
+    """The pattern, the special tokens with their ids, and the merges (in BYTE_CHARACTERS) of a file."""
     tokens = list(BYTE_CHARACTERS)
     merges: list[tuple[str, str]] = []
     specials: dict[str, int] = {}
@@ -96,7 +96,7 @@ def to_minbpe(tokenizer: JsonTokenizer) -> bytes:
     """The .model of a byte-level BPE whose ids are the bytes, then the merges in order.
 
     Raises:
-      DataError: the tokenizer is not of this kind, or has special tokens with spaces.
+      DataError: the tokenizer is not such a BPE, or a special token or the pattern cannot be written in the file.
     """
     spec, where = tokenizer.spec, "the tokenizer cannot be written as a minbpe .model:"
     pattern = ranks.split_pattern(spec)

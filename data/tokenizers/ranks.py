@@ -1,8 +1,8 @@
-"""Byte-level BPE by ranks, as in tiktoken: a fast way to encode with a tokenizer.json, and `.tiktoken` files.
+"""Byte-level BPE by ranks, as in tiktoken: encodes fast with a tokenizer.json, and has patterns for `.tiktoken` files.
 
 tiktoken merges the adjacent pair whose concatenation has the lowest rank. A tokenizer.json lists merges instead. Both
 give the same ids if `rank_order` finds an order of tokens for which that is proved, and if `splits_alike` knows that
-the expression means the same to both. Otherwise tiktoken is not used.
+both libraries read the expression in the same way. Otherwise tiktoken is not used.
 """
 
 import itertools
@@ -14,7 +14,7 @@ import numpy as np
 
 
 def _byte_characters() -> list[str]:
-    """GPT-2's printable stand-in for each byte, by value (bytes_to_unicode of its encoder.py)."""
+    """GPT-2's printable character for each byte, in the order of the bytes (bytes_to_unicode of its encoder.py)."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = itertools.count(256)
     return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
@@ -51,22 +51,22 @@ TRICKY = (
     "def f(x):\n    return {'a': [1, 2]} != None  # <|endoftext|> <eos> </s> ___ --- +++ /* */\n\n\treturn\n",
     "\x00\x01\x02 \x7f \x80\x9f NUL a\x00b ÿĀġĠ Ċ ▁ ##x",
 )
-# Letters and digits of Unicode 14 to 17: a library knows those of the version with which it was built.
+# Letters and digits of Unicode 14 to 17: a library knows the characters of the version with which it was built.
 NEW_CHARACTERS = (
     "a\u0c5db a\u2c2fb \U00010570 \U0001df25 \U00031350a \U0002ebf0a \u1c89a \U00010d4aa \U0001ccf05 \U00011bc0"
     " 1\U00011bf0 \U00011db0a \U0001e4d0 \U000323b0a \ua7cea \U00016ea0a \U0001e5d0a"
 )
 
-# The parts of expressions that Oniguruma (the tokenizers library) and Rust (tiktoken) read in the same way. These are
-# not among them: ^ and $ (Oniguruma's are those of a line), "." and \w \d \h \b, {1,3}+ (possessive only in one of
-# them), other look-around, references. Of (?i:…) only the contractions; TRICKY has all characters that fold to them.
+# The parts of expressions that Oniguruma (the tokenizers library) and Rust (tiktoken) read in the same way. These parts
+# are not allowed: ^ and $ (in Oniguruma, of a line), "." and \w \d \h \b, {1,3}+ (possessive in only one library),
+# other look-around, references. (?i:…) may have only contractions; TRICKY has all characters that fold to these.
 _CHARACTER = r"(?:\\p\{[A-Z][a-z]?\}|\\[sSrnt]|[^\\\[\](){}|?*+^$.&~-])"
 _ITEM = rf"(?:{_CHARACTER}|\[\^?(?:[A-Za-z0-9]-[A-Za-z0-9]|{_CHARACTER})+\])(?:[?*+]\+?|\{{\d(?:,\d?)?\}}(?!\+))?"
 _FOLDED = r"\(\?i:(?:'|\[sdmt\]|\||s|t|re|ve|m|ll|d)+\)\??"
 _PLAIN_EXPRESSION = re.compile(rf"(?:{_ITEM}|{_FOLDED}|\(\?!\\S\)|\||\(\?:|\))+")
 
-# A special token that tiktoken gets but may never find: without any, it searches at each character and takes twice as
-# long. (Its encode_ordinary does not search, but panics in Rust when `encode` raises a ValueError.)
+# A special token that tiktoken gets but may never find: without any special token, tiktoken searches at each character
+# and takes twice as long. (encode_ordinary does not search, but panics in Rust when `encode` raises a ValueError.)
 NEVER = "<|endoftext|>"
 
 Encode = Callable[[str], np.ndarray]
@@ -79,8 +79,8 @@ def accelerated(
 
     Args:
       spec: a tokenizer.json that the tokenizers library has accepted.
-      plain: its tokens except the added ones, and their ids.
-      encode: encodes a text with the library.
+      plain: the tokens of `spec` except the added tokens, and their ids.
+      encode: encodes a text with the tokenizers library.
 
     Returns:
       a function from text to the ids that `encode` gives. It returns None for a text that tiktoken cannot split (very
@@ -100,7 +100,7 @@ def accelerated(
             mergeable_ranks={bytes(BYTE_OF[c] for c in token): rank for rank, token in enumerate(order)},
             special_tokens={NEVER: len(order)},
         )
-    except ValueError:  # a regular expression that it does not support
+    except ValueError:  # tiktoken does not support the regular expression
         return None
     ids = np.array([plain[token] for token in order], np.uint32)
     lengths = np.array(list(map(len, order)), np.uint32)  # a character of a token is a byte of text
@@ -111,7 +111,7 @@ def accelerated(
         except ValueError:  # "Max stack size exceeded for backtracking"
             return None
         whole = lengths[found].sum(dtype=np.int64) == (len(text) if text.isascii() else len(text.encode()))
-        return ids[found] if whole else None  # text between two matches is a word to the library; tiktoken drops it
+        return ids[found] if whole else None  # the library keeps text between two matches as a word; tiktoken drops it
 
     for text in (*TRICKY, NEW_CHARACTERS):
         if (found := fast(text)) is None or not np.array_equal(found, encode(text)):
@@ -147,7 +147,7 @@ def split_pattern(spec: dict[str, Any]) -> str | None:
 
 def splits_alike(pattern: str) -> bool:
     """Whether both libraries read the expression in the same way, and it does not match an empty text."""
-    import regex  # tiktoken needs it, too
+    import regex  # a dependency of tiktoken, too
 
     if not pattern:
         return True

@@ -2,17 +2,18 @@
 
 Tokenizers join characters across any border, put a space before a text, strip its ends, and depend on the context of a
 word. So a text is divided at a seam: a place at which the tokens of the text around it (a window) begin with the tokens
-of the part before it. The text after a seam is encoded after the window's first half, whose tokens are then removed.
-This is correct if the tokens near the seam depend only on the window. Therefore the tokens of both parts are compared
-with the window's, and the caller learns if they differ.
+of the part before it. The text after a seam is encoded together with the window's first half, whose tokens are then
+removed. This is correct if the tokens near the seam depend only on the window. Therefore the tokens of both parts are
+compared with the window's, and the caller learns if they differ.
 
-Equal ids identify a place only if the ids a little further on differ. They do not in a sequence of one id, such as
-unknown words or a run of N in DNA, or of a few ids that repeat. There is also no seam if the tokens depend on the
-distance from the beginning of the text, as if it is split into sixes: so windows that begin elsewhere must have the
-same tokens.
+Equal ids identify a place only if the ids a little further on differ. They do not differ in a run of one id, such as
+unknown words or a run of N in DNA, or in a run of a few ids that repeat. There is also no seam if the tokens depend on
+the distance from the beginning of the text, for example if text is split into pieces of six characters. So windows that
+begin elsewhere must have the same tokens.
 
 Unigram models sum scores from the beginning of a call, so rounding decides between two segmentations with the same
-score (an odd run of newlines as pairs and a single one). Then a part may get the other one; both are the same text.
+score (such as an odd number of newlines as pairs and a single one). So the tokens of a part may be the other
+segmentation; both decode to the same text.
 """
 
 import dataclasses
@@ -22,10 +23,10 @@ import numpy as np
 
 WINDOW = 1024  # characters examined on each side of a border
 REACH = 256  # the most characters by which a border is moved
-WORDS, PLACES = 16, 32  # beginnings of words, and other places on each side, that are tried
-TOKENS = 16  # tokens before a seam that must not repeat
-BEGINNINGS = 2  # windows with a later beginning that are compared
-PART = 1 << 18  # characters encoded in one call, if seams are found; libraries need some 160 bytes for each
+WORDS, PLACES = 16, 32  # how many beginnings of words, and other places on each side, are tried
+TOKENS = 16  # this many tokens before a seam must not be periodic
+BEGINNINGS = 2  # how many windows with a later beginning are compared
+PART = 1 << 18  # characters encoded in one call if seams are found; libraries need some 160 bytes for each character
 
 Encode = Callable[[str], np.ndarray]
 EncodeBatch = Callable[[Sequence[str]], list[np.ndarray]]
@@ -36,11 +37,11 @@ class Seam:
     """A place at which a text can be divided.
 
     Attributes:
-      window: the text around it.
-      at: the place in `window`.
-      shift: characters from the border that was asked for to this place.
-      head: tokens of the window before it.
-      rest: tokens of the window after it.
+      window: the text around the seam.
+      at: the seam's index in `window`.
+      shift: how many characters the seam is after the requested border.
+      head: tokens of the window before the seam.
+      rest: tokens of the window after the seam.
     """
 
     window: str
@@ -51,7 +52,7 @@ class Seam:
 
     @property
     def before(self) -> str:
-        """The text after which the text behind the seam is encoded."""
+        """The first part of the window. The text after the seam is encoded together with it."""
         return self.window[: self.at]
 
     def ends(self, ids: np.ndarray) -> bool:
@@ -60,7 +61,7 @@ class Seam:
         return np.array_equal(ids[-n:], self.head[-n:])
 
     def take(self, ids: np.ndarray) -> np.ndarray | None:
-        """The tokens of a text, from those of `before` and the text; None if they differ from the window's."""
+        """The tokens of a text, given the tokens of `before` + the text; None if these differ from the window's."""
         n = len(self.rest) // 2
         start = len(self.head)
         same = np.array_equal(ids[:start], self.head) and np.array_equal(ids[start : start + n], self.rest[:n])
@@ -71,8 +72,8 @@ def find_seam(encode: Encode, before: str, after: str, reach: int = REACH) -> Se
     """A seam at most `reach` characters from the border of two texts; None if there is none.
 
     Args:
-      before: the last characters, WINDOW or fewer, before the border in its document.
-      after: the first characters after it, likewise.
+      before: the last characters, at most WINDOW, of the document before the border.
+      after: the first characters, at most WINDOW, of the document after the border.
     """
     window = before + after
     whole = encode(window)
@@ -108,7 +109,7 @@ def _places(window: str, cut: int, reach: int) -> Iterator[int]:
 
 
 def encode_batch(encode: EncodeBatch, texts: Sequence[str]) -> list[np.ndarray]:
-    """Tokens of each text, by calls of `encode` with at most about PART characters, to limit memory."""
+    """The tokens of each text. A call of `encode` gets about PART characters at most, to limit memory."""
     found: list[np.ndarray] = []
     group: list[str] = []
     characters = 0
@@ -126,7 +127,7 @@ def encode_batch(encode: EncodeBatch, texts: Sequence[str]) -> list[np.ndarray]:
 
 
 def encode_long(encode: Encode, text: str) -> np.ndarray:
-    """Tokens of a text, encoded in parts of about PART characters; in longer ones if a seam is missing or fails."""
+    """The tokens of a text, encoded in parts of about PART characters; in longer ones if a seam is missing or fails."""
     found: list[np.ndarray] = []
     last: Seam | None = None
     start, size = 0, PART

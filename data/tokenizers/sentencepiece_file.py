@@ -1,4 +1,4 @@
-"""SentencePiece `.model` files, by the sentencepiece package."""
+"""SentencePiece `.model` files, read with the sentencepiece package."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,21 +10,21 @@ from data.tokenizers import seams
 from data.tokenizers.base import Tokenizer, choose_eos, decode_around, encodable, find_eos, refusing
 
 FILE_NAME = "tokenizer.model"
-SPACE = "▁"  # stands for a space in pieces
+SPACE = "▁"  # this character stands for a space in pieces
 
 
 class PieceTokenizer(Tokenizer):
-    """A SentencePiece model. Special tokens are its control pieces and <unk>; user-defined pieces are found in text.
+    """A SentencePiece model. Its special tokens are control pieces and <unk>; user-defined pieces are found in text.
 
     Decoding gives the text as the model normalises it (often without a space at the beginning, and with single spaces).
 
     Args:
       raw: the content of the file.
-      where: its name in errors.
-      eos: name of the end-of-text token; None: the model's own, or the first known name; "": none.
+      where: the file's name in errors.
+      eos: the name of the end-of-text token; None: the model's own, or the first known name; "": no such token.
 
     Raises:
-      DataError: not such a file, damaged, without the token `eos`, or the sentencepiece package is missing.
+      DataError: `raw` is not such a file, is damaged, or lacks the token `eos`; or the package is missing.
     """
 
     kind = "sentencepiece"

@@ -1,4 +1,4 @@
-"""`.tiktoken` files: lines of `base64 rank`, as OpenAI and Meta publish them. tiktoken encodes.
+"""`.tiktoken` files: lines of `base64 rank`, as OpenAI and Meta publish them. tiktoken encodes the text.
 
 The file has neither the expression that splits text nor the special tokens; both are known from the number of ranks, or
 the user names the expression.
@@ -20,13 +20,13 @@ _CL100K = {END: 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259, "<|f
 
 
 def _llama3() -> dict[str, int]:
-    """The special tokens of Llama 3's tokenizer.py."""
+    """The special tokens in Llama 3's tokenizer.py."""
     names = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
     reserved = iter(range(256))
     return {f"<|{names.get(i) or f'reserved_special_token_{next(reserved)}'}|>": 128000 + i for i in range(256)}
 
 
-# Number of ranks: pattern and special tokens, from tiktoken_ext/openai_public.py and Llama 3.
+# From the number of ranks to the pattern and special tokens, as in tiktoken_ext/openai_public.py and Llama 3.
 KNOWN: dict[int, tuple[str, dict[str, int]]] = {
     50256: ("gpt2", {END: 50256}),
     50280: ("gpt2", {END: 50256}),  # p50k_base
@@ -41,13 +41,13 @@ class RankTokenizer(Tokenizer):
 
     Args:
       raw: the content of the file.
-      where: its name in errors.
-      eos: name of the end-of-text token; None: the first known name; "": none.
-      pattern: one of ranks.PATTERNS; "": known from the number of ranks. A file that is not in KNOWN has one special
-        token, <|endoftext|>, after its ranks.
+      where: the file's name in errors.
+      eos: the name of the end-of-text token; None: the first known name; "": no such token.
+      pattern: one of ranks.PATTERNS; "": known from the number of ranks. If the file is not in KNOWN with this pattern,
+        its only special token is <|endoftext|>, after its ranks.
 
     Raises:
-      DataError: not such a file, damaged, an unknown pattern, or tiktoken is missing.
+      DataError: `raw` is not such a file or is damaged, the pattern is unknown, or tiktoken is missing.
     """
 
     kind = "tiktoken"
@@ -85,7 +85,7 @@ class RankTokenizer(Tokenizer):
         text = encodable(text)
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except ValueError:  # a run of white space that is too long for tiktoken's expressions, but not for regex
+        except ValueError:  # a run of white space is too long for tiktoken's expressions, but not for regex
             import regex
 
             pieces = regex.findall(PATTERNS[self.pattern], text)

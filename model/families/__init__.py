@@ -1,6 +1,6 @@
 """Published families of models: what a config.json means here, and which of its tensors is which of our parameters.
 
-One file for each family; docs/models.md says how to add one. Nothing here reads a file or knows a device.
+Each family has a file; docs/models.md says how to add one. Nothing here reads a file or knows a device.
 """
 
 import difflib
@@ -10,7 +10,7 @@ from model.families import gemma2, gemma3, gpt2, llama, mistral, olmo2, qwen2, q
 from model.families.base import Family, Json, Unsupported, architecture_of
 from model.families.layout import HEAD
 
-# The first that can express a model is the one it is exported as.
+# A model is exported as the first family here that can express it.
 FAMILIES = (
     gpt2.FAMILY, llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, olmo2.FAMILY, gemma2.FAMILY, gemma3.FAMILY,
 )  # fmt: skip
@@ -18,7 +18,7 @@ BY_TYPE: dict[str, Family] = {family.model_type: family for family in FAMILIES}
 
 
 def of_json(config: Json) -> Family:
-    """The family of a config.json. Raises Unsupported, with those known and the nearest."""
+    """The family of a config.json. Raises Unsupported if it is unknown, with the known families and the nearest."""
     name = config.get("model_type")
     if isinstance(name, str) and name in BY_TYPE:
         return BY_TYPE[name]
@@ -31,7 +31,7 @@ def expressing(model: ModelConfig) -> tuple[Family, Json]:
     """The family that can express `model`, and its config.json.
 
     Raises:
-      Unsupported: none can; the message says for each which fields it would lose.
+      Unsupported: no family can express it; the message says for each family which fields it would lose.
     """
     reasons = []
     for family in FAMILIES:
@@ -47,7 +47,7 @@ def expressing(model: ModelConfig) -> tuple[Family, Json]:
 
 
 def differences(one: ModelConfig, other: ModelConfig) -> list[str]:
-    """The fields of `other` that change what a model computes, and that `one` does not have."""
+    """The fields of `other` that change what a model computes, and that have another value in `one`."""
     a, b = architecture_of(one), architecture_of(other)
     return [f"{name} = {b[name]}" for name in b if a[name] != b[name]]
 

@@ -34,7 +34,7 @@ MOST_LAYERS, MOST = 10_000, 2**31
 
 
 class Unsupported(Exception):
-    """A config.json describes a model that we cannot compute, or a model has no form in a family."""
+    """A config.json describes a model that we cannot compute, or a family cannot express a model."""
 
 
 class Keys:
@@ -135,7 +135,7 @@ class Family:
             model = ModelConfig(**fields)
         except ValueError as e:
             raise Unsupported(f"{self.model_type}: {e}") from None
-        except (TypeError, KeyError, AttributeError, OverflowError) as e:  # null, a list, no factor
+        except (TypeError, KeyError, AttributeError, OverflowError) as e:  # null, a list, or no rope factor
             raise Unsupported(f"{self.model_type}: a key is missing or of the wrong type: {e!r}") from None
         return model, keys.unused()
 
@@ -145,7 +145,7 @@ class Family:
 
 
 def check_types(fields: dict[str, Any], section: type = ModelConfig) -> None:
-    """Raises ValueError for a value that does not have its field's type: a config.json may hold anything."""
+    """Raises ValueError for a value without the type of its field in `section`: a config.json may hold anything."""
     for name, hint in typing.get_type_hints(section).items():
         kinds = typing.get_args(hint) or (hint,)
         if name not in fields or not {bool, int, float} & set(kinds):

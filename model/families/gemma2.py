@@ -37,9 +37,9 @@ DEFAULTS = LLAMA_DEFAULTS | {
 
 
 def gemma_fields(keys: Keys) -> dict[str, Any]:
-    """What Gemma 2 and 3 share."""
+    """The fields of ModelConfig that Gemma 2 and 3 share."""
     keys.must_be("use_bidirectional_attention", None, False)
-    keys.get("hidden_act")  # an older name, which transformers ignores
+    keys.get("hidden_act")  # an older name of the key, which transformers ignores
     fields = llama_fields(keys, act="hidden_activation")
     return fields | {
         "norm_plus_one": True, "norm_at": "both", "embedding_scale": fields["embed_dim"] ** 0.5,

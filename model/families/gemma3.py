@@ -25,13 +25,13 @@ DEFAULTS = gemma2.DEFAULTS | {
 
 def to_fields(keys: Keys) -> dict:
     pattern = keys.get("sliding_window_pattern")
-    keys.get("_sliding_window_pattern")  # transformers' copy of it; layer_types is what counts
+    keys.get("_sliding_window_pattern")  # transformers' copy of the key; if there is a layer_types, it decides
     local = [(i + 1) % pattern != 0 for i in range(keys.number("num_hidden_layers"))]
     return gemma2.gemma_fields(keys) | _ropes(keys) | window_fields(keys, local) | {"qk_norm": "head"}
 
 
 def _ropes(keys: Keys) -> dict:
-    """Nested by kinds of layers in transformers 5; in 4, rope_scaling is that of global layers."""
+    """Reads both ropes: transformers 5 nests them by kind of layer; in 4, rope_scaling is for global layers only."""
     new, old = keys.get("rope_parameters") or {}, keys.get("rope_scaling") or {}
     theta, local_theta = keys.get("rope_theta"), keys.get("rope_local_base_freq")
     of_local = rope_of(new.get(LOCAL) or {}, local_theta, 1.0, keys.number("max_position_embeddings"))

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al., 2019). Its projections are kept as (in, out), with queries, keys and values in one."""
+"""GPT-2 (Radford et al., 2019). Its files keep projections as (in, out), and queries, keys and values as one."""
 
 from model.config import ModelConfig
 from model.families.base import Family, Json, Keys, Tensor, Unsupported
@@ -19,7 +19,7 @@ def to_fields(keys: Keys) -> dict:
         keys.must_be(name, allowed)
     keys.must_be("add_cross_attention", False)
     for name in ("reorder_and_upcast_attn", "resid_pdrop", "embd_pdrop", "attn_pdrop", "n_ctx"):
-        keys.get(name)  # of training, or of how sums are rounded
+        keys.get(name)  # these do not change the model, only training or how sums are rounded
     for name in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout"):
         keys.get(f"summary_{name}")
     return {

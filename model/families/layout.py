@@ -1,4 +1,4 @@
-"""Which part of which tensor of a family's files each parameter of a model is, for any slice of it. NumPy only."""
+"""Maps each parameter of a model to its part of a tensor in a family's files, for any slice. Needs only NumPy."""
 
 import dataclasses
 import math
@@ -10,9 +10,9 @@ from model.config import ModelConfig
 from model.families.base import Family, Tensor
 
 Index = tuple[slice, ...]
-# Reads a slice of a tensor of a file: (name, index) -> array.
+# A function that reads a slice of a file's tensor: (name, index) -> array.
 Read = Callable[[str, Index], np.ndarray]
-VOCAB_AXIS = {"embedding": 0, "head.kernel": 1}  # of parameters whose vocabulary is padded here
+VOCAB_AXIS = {"embedding": 0, "head.kernel": 1}  # the axis of the vocabulary, which is padded in our parameters
 HEAD = "lm_head.weight"
 
 
@@ -21,8 +21,8 @@ class _Part:
     """A parameter as a part of a tensor.
 
     Attributes:
-      shape: of a layer's parameter, without rows that pad the vocabulary.
-      begin: its first index along the last axis of what the tensor holds.
+      shape: of one layer's parameter, without rows that pad the vocabulary.
+      begin: the parameter's first index along the last axis of the parameters that the tensor holds.
     """
 
     tensor: Tensor
@@ -39,10 +39,10 @@ class Layout:
     """The tensors of a family's files for one model.
 
     Args:
-      shapes: of all parameters by dotted path, as Transformer has them: padded, and stacked by layer.
+      shapes: the shapes of all parameters by dotted path, as in Transformer: padded, and stacked by layer.
 
     Attributes:
-      shapes: of the tensors that the files hold, by their full name, in the order of the table.
+      shapes: the shapes of the tensors in the files, by full name, in the order of the table.
     """
 
     def __init__(self, family: Family, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]):
@@ -58,7 +58,7 @@ class Layout:
             raise ValueError(f"{family.model_type} has no tensor for {', '.join(sorted(strangers))}")
 
     def _add(self, tensor: Tensor) -> None:
-        """Adds what the model has of a row of the family's table."""
+        """Adds a row of the family's table, if the model has any of its parameters."""
         parts, begin = [], 0
         for path in tensor.ours:
             if path in self._padded:
@@ -75,7 +75,7 @@ class Layout:
             self._of_tensor[name] = (tensor, parts, i)
 
     def name(self, bare: str) -> str:
-        """The name in published files of what the table calls `bare`."""
+        """The full name, in published files, of the tensor that the table calls `bare`."""
         return bare if bare == HEAD else self.family.prefix + bare
 
     def _real_shape(self, path: str, layered: bool) -> tuple[int, ...]:
@@ -85,7 +85,7 @@ class Layout:
         return tuple(shape)
 
     def problems(self, found: Mapping[str, tuple[int, ...]]) -> list[str]:
-        """What is wrong with the tensors of some files, by full name, each in a few words."""
+        """What is wrong with the tensors of some files, a few words each; `found` maps full names to shapes."""
         ignored = (*self.family.ignored, *([HEAD] if self.config.tie_embeddings else []))
         missing = [f"{name} is missing" for name in self.shapes if name not in found]
         extra = [f"{name} is not known" for name in found if name not in self.shapes and not name.endswith(ignored)]
@@ -111,7 +111,7 @@ class Layout:
     def _fill(self, out: np.ndarray, read: Read, part: _Part, name: str, bounds: list[range]) -> None:
         real = [slice(b.start, min(b.stop, n)) for b, n in zip(bounds, part.shape, strict=True)]
         if any(s.stop <= s.start for s in real):
-            return  # all of it pads the vocabulary
+            return  # the whole slice pads the vocabulary
         inside = tuple(slice(0, s.stop - s.start) for s in real)
         real[-1] = slice(real[-1].start + part.begin, real[-1].stop + part.begin)
         piece = read(name, tuple(real[::-1] if part.tensor.transpose else real))
@@ -121,7 +121,7 @@ class Layout:
         """The tensor `name` of a file, C-contiguous.
 
         Args:
-          of_layer: (dotted path, layer or None) -> all of that parameter.
+          of_layer: (dotted path, layer or None) -> the complete parameter of that layer.
         """
         tensor, parts, i = self._of_tensor[name]
         arrays = [of_layer(part.path, i)[tuple(map(slice, part.shape))] for part in parts]

@@ -1,4 +1,4 @@
-"""Llama 2 and 3 (Touvron et al., 2023; Grattafiori et al., 2024), and what has its form: SmolLM, TinyLlama."""
+"""Llama 2 and 3 (Touvron et al., 2023; Grattafiori et al., 2024), and models of the same form: SmolLM, TinyLlama."""
 
 from model.config import ModelConfig
 from model.families.base import (

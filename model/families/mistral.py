@@ -1,4 +1,4 @@
-"""Mistral 7B (Jiang et al., 2023) and later ones of its form: Llama's, with a window in all layers or in none."""
+"""Mistral 7B (Jiang et al., 2023) and later models of its form: Llama's, with a window in all layers or in none."""
 
 from model.config import ModelConfig
 from model.families.base import (
@@ -16,7 +16,7 @@ from model.families.base import (
 
 
 def to_fields(keys: Keys) -> dict:
-    keys.must_be("layer_types", None)  # transformers ignores them, too
+    keys.must_be("layer_types", None)  # transformers ignores this key, so a file that has it is refused
     window = {"window": keys.get("sliding_window"), "layer_pattern": ("local",)}
     return llama_fields(keys) | rope_fields(keys) | window
 

@@ -24,7 +24,7 @@ DEFAULTS = LLAMA_DEFAULTS | {
 
 
 def late_windows(keys: Keys) -> dict[str, Any]:
-    """sliding_window counts only with use_sliding_window, and in the layers from max_window_layers on."""
+    """Windows of the layers from max_window_layers on; sliding_window has no effect without use_sliding_window."""
     keys.must_be("dual_chunk_attention_config", None)
     used, first = keys.get("use_sliding_window"), keys.get("max_window_layers")
     late = [i >= first for i in range(keys.number("num_hidden_layers"))]
