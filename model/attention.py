@@ -28,14 +28,15 @@ class Attention(nnx.Module):
 
     def __init__(self, build: Build):
         config = build.config
-        embed, bias = config.embed_dim, build.bias(config.qkv_bias)
+        embed, bias = config.embed_dim, config.has_bias(config.qkv_bias)
         q_dim, kv_dim = config.num_heads * config.head_size, config.kv_heads * config.head_size
         self.config = config
         self.partitioner = build.partitioner
         self.query = Linear(build, embed, q_dim, ("embed", "heads"), bias=bias)
         self.key = Linear(build, embed, kv_dim, ("embed", "kv_heads"), bias=bias)
         self.value = Linear(build, embed, kv_dim, ("embed", "kv_heads"), bias=bias)
-        self.out = Linear(build, q_dim, embed, ("heads", "embed"), bias=build.bias(config.out_bias), std=build.out_std)
+        out_bias = config.has_bias(config.out_bias)
+        self.out = Linear(build, q_dim, embed, ("heads", "embed"), bias=out_bias, std=build.out_std)
         self.query_norm = self._norm(build, q_dim, "heads")
         self.key_norm = self._norm(build, kv_dim, "kv_heads")
 

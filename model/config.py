@@ -170,6 +170,10 @@ class ModelConfig:
     def head_size(self) -> int:
         return self.head_dim or self.embed_dim // self.num_heads
 
+    def has_bias(self, chosen: bool | None) -> bool:
+        """Whether projections of a kind have biases: as `chosen` for this kind, or if that is None, as for all."""
+        return self.bias if chosen is None else chosen
+
     @property
     def rotated_size(self) -> int:
         return int(self.head_size * self.rope_fraction)

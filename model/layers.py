@@ -40,10 +40,6 @@ class Build:
         """The standard deviation of initial weights of projections back into the residual stream."""
         return self.std * (2 * self.config.num_layers) ** -0.5 if self.config.init_depth_scale else self.std
 
-    def bias(self, chosen: bool | None) -> bool:
-        """Whether a projection has a bias: `chosen` for its kind, or config.bias if that is None."""
-        return self.config.bias if chosen is None else chosen
-
     def stacked(self, layers: int) -> "Build":
         """A Build for one module that is a stack of `layers` layers."""
         return dataclasses.replace(self, stack=layers)
@@ -139,7 +135,7 @@ class MLP(nnx.Module):
 
     def __init__(self, build: Build):
         config = build.config
-        embed, hidden, bias = config.embed_dim, config.mlp_size, build.bias(config.mlp_bias)
+        embed, hidden, bias = config.embed_dim, config.mlp_size, config.has_bias(config.mlp_bias)
         self.partitioner = build.partitioner
         self.kind = config.mlp
         self.up = Linear(build, embed, hidden, ("embed", "mlp"), bias=bias)

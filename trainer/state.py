@@ -85,6 +85,10 @@ class Program:
 
     def _init(self, key: Array) -> TrainState:
         params = nnx.to_pure_dict(nnx.state(Transformer(self.config.model, nnx.Rngs(params=key)), nnx.Param))
+        return self._begin(params)
+
+    def _begin(self, params: dict) -> TrainState:
+        """The state before the first step, with these parameters."""
         guard = divergence.init_guard(self.config.divergence)
         return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params), guard)
 
@@ -116,9 +120,7 @@ class Program:
         shardings = jax.tree.map(lambda s: s.sharding, dataclasses.replace(self.state, params={}))
 
         def rest(params: dict) -> TrainState:
-            return TrainState(
-                jnp.zeros((), jnp.int32), {}, self.optimizer.init(params), divergence.init_guard(self.config.divergence)
-            )
+            return dataclasses.replace(self._begin(params), params={})
 
         state = jax.jit(rest, out_shardings=shardings)(params)
         return dataclasses.replace(state, params=params)

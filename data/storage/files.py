@@ -10,6 +10,8 @@ import pathlib
 import platform
 import re
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -150,8 +152,21 @@ def remove_half_written(path: pathlib.Path) -> None:
             other.unlink(missing_ok=True)
 
 
-def as_mkdir_would(folder: pathlib.Path) -> None:
-    """Gives a folder of tempfile.mkdtemp, which is private, the permissions that mkdir gives."""
-    umask = os.umask(0)
-    os.umask(umask)
-    folder.chmod(0o777 & ~umask)
+@contextlib.contextmanager
+def complete_folder(target: pathlib.Path, doing: str) -> Iterator[pathlib.Path]:
+    """A folder beside `target` that becomes `target` at the end of the block; an exception deletes it.
+
+    Args:
+      doing: the end of its name until then. A killed process leaves the folder.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=f".{doing}", dir=target.parent))
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)  # as mkdir makes it; that of mkdtemp is private
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

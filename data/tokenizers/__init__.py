@@ -41,6 +41,7 @@ __all__ = [
     "Tokenizer",
     "code_points",
     "file_of",
+    "in_folder",
     "load",
     "make",
     "needs_texts",
@@ -116,6 +117,12 @@ def make(
         size, pattern = trained
         return train_bpe(texts, size, pattern=pattern, special_tokens=names, min_frequency=min_frequency)
     return CharTokenizer.train(texts, min_frequency=min_frequency, special_tokens=names)
+
+
+def in_folder(folder: pathlib.Path) -> Tokenizer | None:
+    """The tokenizer in the folder of a model of another system; None if the folder has none. Raises DataError."""
+    there = any((folder / name).exists() for name in STANDARD_NAMES)
+    return make(str(folder)) if there else None
 
 
 def _bpe(spec: str) -> tuple[int, str] | None:

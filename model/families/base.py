@@ -163,7 +163,7 @@ def architecture_of(model: ModelConfig) -> dict[str, Any]:
     for name in (*OF_TRAINING, "init_std", "init_depth_scale"):
         del fields[name]
     for name in ("qkv_bias", "out_bias", "mlp_bias"):
-        fields[name] = model.bias if fields[name] is None else fields[name]
+        fields[name] = model.has_bias(fields[name])
     fields["bias"] = model.bias if model.norm == "layernorm" else None  # the biases of norms; the others are above
     fields |= {"num_kv_heads": model.kv_heads, "head_dim": model.head_size, "mlp_dim": model.mlp_size}
     fields["attention_scale"] = model.attention_scale or model.head_size**-0.5
@@ -250,6 +250,15 @@ def llama_keys(model: ModelConfig) -> Json:
         "initializer_range": model.init_std, "vocab_size": model.vocab_size,
         "max_position_embeddings": model.max_seq_len,
     }  # fmt: skip
+
+
+def attention_bias_fields(keys: Keys) -> dict[str, Any]:
+    """attention_bias is of all four projections of attention."""
+    return {name: keys.get("attention_bias") for name in ("qkv_bias", "out_bias")}
+
+
+def attention_bias_keys(model: ModelConfig) -> Json:
+    return {"attention_bias": model.has_bias(model.qkv_bias)}
 
 
 def rope_fields(keys: Keys) -> dict[str, Any]:

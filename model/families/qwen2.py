@@ -3,22 +3,10 @@
 from typing import Any
 
 from model.config import ModelConfig
-from model.families.base import (
-    LLAMA_DEFAULTS,
-    LLAMA_LIKE,
-    NORMS_BEFORE,
-    Family,
-    Json,
-    Keys,
-    llama_fields,
-    llama_keys,
-    rope_fields,
-    rope_keys,
-    window_fields,
-    window_keys,
-)  # fmt: skip
+from model.families import base
+from model.families.base import Family, Json, Keys
 
-DEFAULTS = LLAMA_DEFAULTS | {
+DEFAULTS = base.LLAMA_DEFAULTS | {
     "max_position_embeddings": 32_768, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28,
 }  # fmt: skip
 
@@ -28,22 +16,22 @@ def late_windows(keys: Keys) -> dict[str, Any]:
     keys.must_be("dual_chunk_attention_config", None)
     used, first = keys.get("use_sliding_window"), keys.get("max_window_layers")
     late = [i >= first for i in range(keys.number("num_hidden_layers"))]
-    windows = window_fields(keys, late)
+    windows = base.window_fields(keys, late)
     return windows if used else {}
 
 
 def late_window_keys(model: ModelConfig) -> Json:
     local = model.local_layers
     first = local.index(True) if any(local) else model.num_layers
-    return window_keys(model) | {"use_sliding_window": any(local), "max_window_layers": first}
+    return base.window_keys(model) | {"use_sliding_window": any(local), "max_window_layers": first}
 
 
 def to_fields(keys: Keys) -> dict:
-    return llama_fields(keys) | rope_fields(keys) | late_windows(keys) | {"qkv_bias": True}
+    return base.llama_fields(keys) | base.rope_fields(keys) | late_windows(keys) | {"qkv_bias": True}
 
 
 def to_keys(model: ModelConfig) -> Json:
-    return llama_keys(model) | rope_keys(model) | late_window_keys(model)
+    return base.llama_keys(model) | base.rope_keys(model) | late_window_keys(model)
 
 
-FAMILY = Family("qwen2", "Qwen2ForCausalLM", to_fields, to_keys, (*LLAMA_LIKE, *NORMS_BEFORE), DEFAULTS)
+FAMILY = Family("qwen2", "Qwen2ForCausalLM", to_fields, to_keys, (*base.LLAMA_LIKE, *base.NORMS_BEFORE), DEFAULTS)

@@ -3,7 +3,6 @@
 import json
 import pathlib
 import shutil
-import tempfile
 import zlib
 from typing import Any
 
@@ -65,18 +64,11 @@ def export(
         raise ConfigError(f"{target} exists; name a folder that does not")
     flat = {".".join(path): leaf for path, leaf in traverse_util.flatten_dict(params).items()}
     layout = Layout(family, model, {name: leaf.shape for name, leaf in flat.items()})
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".writing", dir=target.parent))
-    try:
-        sums = _write_tensors(temporary, layout, flat, dtype, shard_bytes)
-        _write_companions(temporary, config, tokenizer, dtype, kept)
-        (temporary / "README.md").write_text(card)
-        _verify(temporary, sums)
-        files.as_mkdir_would(temporary)
-        temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with files.complete_folder(target, "writing") as folder:
+        sums = _write_tensors(folder, layout, flat, dtype, shard_bytes)
+        _write_companions(folder, config, tokenizer, dtype, kept)
+        (folder / "README.md").write_text(card)
+        _verify(folder, sums)
     return family.model_type, layout.num_params
 
 

@@ -6,8 +6,6 @@ import logging
 import os
 import pathlib
 import shlex
-import shutil
-import tempfile
 from typing import Any
 
 import jax
@@ -133,15 +131,8 @@ def as_run(source: Source, workdir: pathlib.Path, argv: list[str]) -> Program:
     config = config_of(source)
     program = Program(config, sharding.make_mesh(_sharded(config)))
     jax.set_mesh(program.mesh)
-    workdir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{workdir.name}.", suffix=".converting", dir=workdir.parent))
-    try:
-        _write_run(source, program, temporary, argv)
-        files.as_mkdir_would(temporary)
-        temporary.rename(workdir)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with files.complete_folder(workdir, "converting") as folder:
+        _write_run(source, program, folder, argv)
     return program
 
 
@@ -166,9 +157,8 @@ def _write_run(source: Source, program: Program, folder: pathlib.Path, argv: lis
     kept.mkdir()
     for name, content in source.folder.companions().items():
         (kept / name).write_bytes(content)
-    has_tokenizer = any((kept / name).exists() for name in tokenizers.STANDARD_NAMES)
     try:
-        tokenizer = tokenizers.make(str(kept)) if has_tokenizer else None
+        tokenizer = tokenizers.in_folder(kept)
     except DataError as e:
         raise DataError(str(e).replace(str(kept), str(source.folder.path))) from None
     if tokenizer is None:

@@ -167,8 +167,7 @@ def check_tokenizer(config: Config, tokenizer: Tokenizer | None) -> None:
 def _tokenizer_of(path: pathlib.Path) -> Tokenizer | None:
     if is_run(path):
         return tokenizers.load(path / "tokenizer") if (path / "tokenizer").exists() else None
-    named = any((path / name).exists() for name in tokenizers.STANDARD_NAMES)
-    return tokenizers.make(str(path)) if named else None
+    return tokenizers.in_folder(path)
 
 
 def _bytes(tokenizer: Tokenizer, id: int) -> bytes | None:
