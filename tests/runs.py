@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import resource
 import shutil
 import signal
@@ -48,6 +49,12 @@ def dataset(folder: pathlib.Path) -> pathlib.Path:
     source.write_text(text())
     prepare_dataset(folder / "dataset", source=str(source), tokenizer="char")
     return folder / "dataset"
+
+
+def code_lines(page: pathlib.Path) -> list[str]:
+    """The lines in the code blocks of a page, each command with its continuation lines on one line."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.M | re.S)
+    return "".join(blocks).replace("\\\n", " ").splitlines()
 
 
 def clone(folder: pathlib.Path) -> pathlib.Path:

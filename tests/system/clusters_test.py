@@ -17,7 +17,7 @@ PLACES = {"PROJECT": "p", "ZONE": "us-east5-b", "CLUSTER": "c", "IMAGE": "i", "N
 def commands() -> list[str]:
     """The lines of code blocks, and the inline code, that start one of our scripts."""
     text = PAGE.read_text()
-    lines = [line for block in re.findall(r"^```\n(.*?)^```", text, re.M | re.S) for line in block.splitlines()]
+    lines = runs.code_lines(PAGE)
     lines += re.findall(r"`([^`]*launch/[^`]*)`", text)
     lines += [f"launch/tpu/{command}" for command in re.findall(r"^\| `(\w+\.sh[^`]*)`", text, re.M)]
     return sorted(

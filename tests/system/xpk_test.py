@@ -271,8 +271,8 @@ for line in sys.stdin:
 
 
 def test_the_real_package_takes_the_documented_commands(real_xpk):
-    text = "".join(path.read_text() for path in (runs.ROOT / "docs").glob("*.md")).replace("\\\n", " ")
-    commands = [line.split(" #")[0] for line in text.splitlines() if line.startswith("xpk ")]
+    lines = [line for page in (runs.ROOT / "docs").glob("*.md") for line in runs.code_lines(page)]
+    commands = [line.split(" #")[0] for line in lines if line.startswith("xpk ")]
     assert len(commands) >= 4
     parse = [real_xpk.with_name("python"), "-c", PARSE]
     done = subprocess.run(parse, input="\n".join(commands), text=True, capture_output=True, timeout=120)
