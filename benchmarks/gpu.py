@@ -28,7 +28,7 @@ from absl import app, flags
 
 ROOT = pathlib.Path(__file__).parent.parent
 CASE_LIMIT_S = 300
-GPT2, LLAMA = "configs/gpt2_124m.py", "configs/llama_1b.py"
+GPT2, LLAMA = "configs/gpt2.py", "configs/llama.py"
 # Flags for every case of a recipe, and flags that make the recipe small for --smoke.
 FIELDS: dict[str, dict[str, Any]] = {
     GPT2: {"model.vocab_size": 50257, "grad_accum_steps": 1, "global_batch_size": 32},

@@ -1,6 +1,6 @@
 """Compiles every recipe for its machines; writes docs/plans.json, the recipes' headers and a table.
 
-  python -m benchmarks.plans [--only=llama_1b]
+  python -m benchmarks.plans [--only=llama:1b]
 
 `make plans` runs this. Each plan is made by its own process of launch.plan, in a minute or more on two CPU cores.
 tests/configs_test.py compares headers and recipes with docs/plans.json, and tests/plan_test.py compares plans of small
@@ -29,20 +29,43 @@ FILE = ROOT / "docs" / "plans.json"
 GIB = 2**30
 # Recipe, machine, slices: the smallest of a family first.
 PLANS = (
-    ("gpt2_124m:one", "h100:1", 1),
-    ("gpt2_124m", "h100:8", 1),
-    ("llama_1b:one", "h100:1", 1),
-    ("llama_1b:one", "h200:1", 1),
-    ("llama_1b", "v5e:4x4", 1),
-    ("llama_1b", "v6e:4x4", 1),
-    ("llama_1b", "v5p:2x2x2", 1),
-    ("llama_8b:gpus", "h100:8", 1),
-    ("llama_8b", "v5p:4x4x4", 1),
-    ("llama_8b:v6e", "v6e:16x16", 1),
-    ("llama_70b", "v5p:8x8x8", 1),
-    ("llama_70b:two", "v5p:8x8x8", 2),
+    ("gpt2:124m-one", "h100:1", 1),
+    ("gpt2:124m", "h100:8", 1),
+    ("gpt2:124m-tpu", "v6e:2x2", 1),
+    ("llama:1b-one", "h100:1", 1),
+    ("llama:1b-one", "h200:1", 1),
+    ("llama:1b", "v5e:4x4", 1),
+    ("llama:1b", "v6e:4x4", 1),
+    ("llama:1b", "v5p:2x2x2", 1),
+    ("llama:8b-gpus", "h100:8", 1),
+    ("llama:8b", "v5p:4x4x4", 1),
+    ("llama:8b-v6e", "v6e:16x16", 1),
+    ("llama:70b", "v5p:8x8x8", 1),
+    ("llama:70b-two", "v5p:8x8x8", 2),
+    ("mistral:7b-gpus", "h100:8", 1),
+    ("mistral:7b", "v5p:4x4x4", 1),
+    ("qwen2:0.5b", "h100:8", 1),
+    ("qwen2:0.5b", "v6e:4x4", 1),
+    ("qwen3:0.6b", "h100:8", 1),
+    ("qwen3:0.6b", "v6e:4x4", 1),
+    ("gemma2:2b-gpus", "h100:8", 1),
+    ("gemma2:2b", "v6e:4x4", 1),
+    ("gemma3:1b", "h100:8", 1),
+    ("gemma3:1b", "v6e:4x4", 1),
+    ("olmo2:1b", "h100:8", 1),
+    ("olmo2:1b", "v6e:4x4", 1),
 )
-VOCAB_SIZES = {"gpt2_124m": 50_257, "llama_1b": 32_000, "llama_8b": 128_256, "llama_70b": 128_256}
+# By family, or by size if a size has another one.
+VOCAB_SIZES = {
+    "gpt2": 50_257, "llama": 128_256, "llama:1b": 32_000, "mistral": 32_000, "qwen2": 151_936, "qwen3": 151_936,
+    "gemma2": 256_000, "gemma3": 262_144, "olmo2": 100_352,
+}  # fmt: skip
+FAMILIES = tuple(dict.fromkeys(name.split(":")[0] for name, _, _ in PLANS))
+
+
+def vocab_size(name: str) -> int:
+    size = name.partition("-")[0]
+    return VOCAB_SIZES.get(size) or VOCAB_SIZES[name.split(":")[0]]
 
 
 def recipe(name: str) -> Config:
@@ -66,9 +89,7 @@ def command(name: str, machine: str, slices: int) -> list[str]:
     base, _, variant = name.partition(":")
     path = f"configs/{base}.py" + (f":{variant}" if variant else "")
     argv = ["launch.plan", f"--config={path}", f"--topology={machine}"]
-    return [*argv, f"--config.model.vocab_size={VOCAB_SIZES[base]}"] + (
-        [f"--num_slices={slices}"] if slices > 1 else []
-    )
+    return [*argv, f"--config.model.vocab_size={vocab_size(name)}"] + ([f"--num_slices={slices}"] if slices > 1 else [])
 
 
 def make(name: str, machine: str, slices: int) -> dict[str, Any]:
@@ -97,7 +118,7 @@ def header(name: str, plans: list[dict[str, Any]]) -> str:
     lines = ["Plans (make plans; compiled without the machine; the step at best is a roofline, docs/scaling.md):"]
     for p in of_recipe:
         lines.append(
-            f"  {p['recipe']:<14} on {machine_of(p):<13} {'fits' if p['fits'] else 'DOES NOT FIT'}: "
+            f"  {p['recipe']:<15} on {machine_of(p):<13} {'fits' if p['fits'] else 'DOES NOT FIT'}: "
             f"{p['peak_bytes'] / GIB:5.1f} of {p['usable_bytes'] / GIB:4.1f} GiB, "
             f"at best {p['step_s_at_best']:6.2f} s a step ({limit(p)})"
         )
@@ -147,7 +168,7 @@ def main(argv: list[str]) -> None:
             print(f"{key[0]} on {key[1]}: compiled in {known[key]['compile_s']:.0f} s", flush=True)
             plans = [known[k] for k in PLANS if k in known]
             FILE.write_text(json.dumps(plans, indent=1) + "\n")
-    for name in VOCAB_SIZES:
+    for name in FAMILIES:
         write_header(name, plans)
     print(table(plans))
     print(f"\njax {importlib.metadata.version('jax')}, {datetime.date.today()}")

@@ -1,6 +1,6 @@
 """Weak scaling on paper: one model, the same work per chip, from 8 to 4,096 chips. Prints a Markdown table.
 
-  python -m benchmarks.weak_scaling [--config=configs/llama_8b.py] [--rows=2] [--sizes=2x2x2,4x4x4,8x8x8,16x16x16]
+  python -m benchmarks.weak_scaling [--config=llama:8b] [--rows=2] [--sizes=2x2x2,4x4x4,8x8x8,16x16x16]
 
 Each size is compiled, which takes a minute or two on two CPU cores: bytes and memory are the compiler's figures, times
 are the roofline's. Parameters are sharded over at most --max_fsdp chips; further chips are replicas.
@@ -12,7 +12,7 @@ from absl import app, flags
 
 from trainer.planning import topology
 
-CONFIG = flags.DEFINE_string("config", "llama_8b", "Recipe.")
+CONFIG = flags.DEFINE_string("config", "llama:8b", "Recipe.")
 FAMILY = flags.DEFINE_string("family", "v5p", "Chip.")
 SIZES = flags.DEFINE_list("sizes", ["2x2x2", "4x4x4", "8x8x8", "16x16x16"], "Slices.")
 ROWS = flags.DEFINE_integer("rows", 2, "Sequences of a chip in a step.")
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
     recipe = plans.recipe(CONFIG.value)
     model = dataclasses.replace(
-        recipe.model, vocab_size=plans.VOCAB_SIZES[CONFIG.value.split(":")[0]], max_seq_len=recipe.data.seq_len
+        recipe.model, vocab_size=plans.vocab_size(CONFIG.value), max_seq_len=recipe.data.seq_len
     )
     for size in SIZES.value:
         machine = topology.describe(f"{FAMILY.value}:{size}")

@@ -1,6 +1,6 @@
 """Time the train step on the available devices, and print one row of JSON. Needs no dataset: tokens are random.
 
-  python -m launch.bench --config=configs/gpt2_124m.py [--steps=20] [--warmup=3] [--rounds=5] [--trace=DIR]
+  python -m launch.bench --config=configs/gpt2.py [--steps=20] [--warmup=3] [--rounds=5] [--trace=DIR]
                          [--peer [--torch_python=PYTHON]] [--config.section.field=value ...]
 
 A round is --steps steps, with one wait for the devices, at its end; medians are over rounds, and the state is donated

@@ -1,6 +1,6 @@
-"""Convert weights: a Hugging Face folder or a GGUF file becomes a run at step 0, or a run becomes such a folder.
+"""Convert weights: a Hugging Face folder or another system's file becomes a run at step 0; a run becomes such a folder.
 
-  python -m launch.convert --from_hf=DIR --workdir=RUN            (or --from_gguf=FILE)
+  python -m launch.convert --from_hf=DIR --workdir=RUN            (or --from_gguf, --from_nanogpt, --from_llmc=FILE)
   python -m launch.convert --workdir=RUN --to_hf=DIR [--step=N] [--dtype=bfloat16]
 
 DIR has config.json and .safetensors files; families: docs/models.md. RUN can be sampled from and evaluated at once, and
@@ -15,47 +15,55 @@ import time
 
 from absl import flags
 
-from data.storage import malloc
 from launch import cli, environment, inference
 from trainer.errors import ConfigError
 
-FROM_HF = cli.define_run_path("from_hf", None, "Folder with config.json and .safetensors files to read.")
-FROM_GGUF = cli.define_run_path("from_gguf", None, "File of llama.cpp to read: Llama or GPT-2, dequantised.")
+FROM = {
+    "from_hf": cli.define_run_path("from_hf", None, "Folder with config.json and .safetensors files to read."),
+    "from_gguf": cli.define_run_path("from_gguf", None, ".gguf file of llama.cpp: Llama or GPT-2, dequantised."),
+    "from_nanogpt": cli.define_run_path("from_nanogpt", None, "ckpt.pt of nanoGPT to read."),
+    "from_llmc": cli.define_run_path("from_llmc", None, ".bin file of llm.c to read: GPT-2."),
+}
+ENDINGS = {"from_gguf": ".gguf", "from_nanogpt": ".pt", "from_llmc": ".bin"}
 TO_HF = cli.define_run_path("to_hf", None, "Folder to write, which must not exist.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Type of the tensors of --to_hf.")
 
 
 def main() -> int:
-    if sum(map(bool, (FROM_HF.value, FROM_GGUF.value, TO_HF.value))) != 1:
+    given = {name: flag.value for name, flag in FROM.items() if flag.value}
+    if len(given) + bool(TO_HF.value) != 1:
         raise ConfigError(
-            "name one of --from_hf=DIR and --from_gguf=FILE, to make a run, and --to_hf=DIR, to export one"
+            "name one of --from_hf=DIR, --from_gguf=FILE, --from_nanogpt=FILE and --from_llmc=FILE, to make a run, and "
+            "--to_hf=DIR, to export one"
         )
     if not inference.WORKDIR.value:
         raise ConfigError("--workdir is missing; name the run directory to make, or the one to export")
-    if FROM_GGUF.value and not FROM_GGUF.value.endswith(".gguf"):
-        raise ConfigError(f"--from_gguf={FROM_GGUF.value} is not a .gguf file; --from_hf reads a folder")
+    for name, path in given.items():
+        if name in ENDINGS and (not path.endswith(ENDINGS[name]) or pathlib.Path(path).is_dir()):
+            raise ConfigError(f"--{name}={path} is not a {ENDINGS[name]} file; --from_hf reads a folder")
+        if name not in ENDINGS and pathlib.Path(path).is_file():
+            raise ConfigError(f"--{name}={path} is a file; {', '.join(f'--{other}' for other in ENDINGS)} read files")
     if not TO_HF.value and (flags.FLAGS["dtype"].present or inference.STEP.value is not None):
         raise ConfigError("--dtype and --step are of an export; leave them out, or name --to_hf=DIR")
     cli.end_in_one_line()
     with inference.memory_of_devices("convert on a machine with more memory"):
-        return write() if TO_HF.value else read()
+        return read(*given.values()) if given else write()
 
 
-def read() -> int:
-    """Converts --from_hf or --from_gguf to a run in --workdir."""
+def read(path: str) -> int:
+    """Converts weights of another system to a run in --workdir."""
     start, workdir = time.monotonic(), pathlib.Path(inference.WORKDIR.value)
-    malloc.tune_allocator()
     environment.load_jax()
-    environment.find_devices()
     from trainer.interchange import importing
+    from trainer.interchange.source import Source, described
 
-    source = importing.Source.open(pathlib.Path(FROM_HF.value or FROM_GGUF.value))
-    for line in importing.describe(source):
+    source = Source.open(pathlib.Path(path))
+    for line in described(source):
         cli.log.info("%s", line)
-    program = importing.as_run(source, workdir, sys.argv)
+    params = importing.as_run(source, workdir, sys.argv)
     cli.log.info(
         "%s parameters in %s, read back, %.0f s. Next: python -m launch.sample --workdir=%s",
-        f"{program.num_params:,}", workdir, time.monotonic() - start, shlex.quote(str(workdir)),
+        f"{params:,}", workdir, time.monotonic() - start, shlex.quote(str(workdir)),
     )  # fmt: skip
     return 0
 
@@ -72,7 +80,7 @@ def write() -> int:
 
     tokenizer = tokenizers.load(run.path / "tokenizer") if (run.path / "tokenizer").exists() else None
     family, params = exporting.export(
-        target, run.params, run.config.model, tokenizer,
+        target, run.load, run.config.model, tokenizer,
         dtype=DTYPE.value, card=card(run), kept=run.path / KEPT,
     )  # fmt: skip
     cli.log.info(

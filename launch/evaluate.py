@@ -11,8 +11,12 @@ import dataclasses
 import json
 import math
 
+from data import tokenizers
+from data.storage import malloc
+from data.tokenizers import Tokenizer
 from launch import cli, inference
 from trainer.errors import ConfigError, Diverged
+from trainer.reliability import identity
 
 DATA_PATH = cli.define_data_path(
     "data_path", None, "The current path of the run's dataset, instead of config.data.path."
@@ -26,11 +30,11 @@ def main() -> int:
 
 
 def measure() -> int:
+    malloc.tune_allocator()
     run = inference.open_run()
     from data import sources
     from trainer import sharding
     from trainer.evaluation import evaluate
-    from trainer.reliability import identity
     from trainer.step import make_eval_step
 
     config = dataclasses.replace(run.config.data, tokenizer_path="")  # the tokenizer is not needed, and may be missing
@@ -40,8 +44,8 @@ def measure() -> int:
         data = sources.open_sources(config, run.config.model.vocab_size)
     except FileNotFoundError as e:
         raise ConfigError(f"the dataset of {run.path} is not at {e}; name its path with --data_path") from None
-    if identity.is_converted(run.meta):
-        identity.check_tokenizer(run.meta, data.load_tokenizer(), run.path)
+    if run.meta["data_fingerprint"] is None:  # launch.convert made the run, and it was not trained yet
+        check_tokenizer(run, data.load_tokenizer())
     elif data.fingerprint() != run.meta["data_fingerprint"]:
         raise ConfigError(f"{config.path} is not the dataset of {run.path}; name the right one with --data_path")
     files = data.files("val")
@@ -58,6 +62,17 @@ def measure() -> int:
     if not math.isfinite(result["val/loss"]):
         raise Diverged(f"the loss of step {run.meta['step']} is not finite; --step=N uses an earlier checkpoint")
     return 0
+
+
+def check_tokenizer(run: inference.LoadedRun, tokenizer: Tokenizer | None) -> None:
+    """Raises ConfigError if the data has another tokenizer than the run."""
+    own = tokenizers.load(run.path / "tokenizer") if (run.path / "tokenizer").exists() else None
+    if own is None or tokenizer is None:
+        cli.log.warning("the tokenizer of the data cannot be compared with that of %s", run.path)
+    elif identity.tokenizer_sha256(own) != identity.tokenizer_sha256(tokenizer):
+        raise ConfigError(
+            f"the data has another tokenizer than {run.path}; prepare it with launch.prepare --tokenizer={run.path}"
+        )
 
 
 if __name__ == "__main__":

@@ -2,18 +2,20 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from absl import flags
 
 from data import tokenizers
-from data.storage import malloc
 from launch import cli, environment, runtime
 from trainer.config import Config
 from trainer.errors import ConfigError
-from trainer.reliability import run_directory
+from trainer.interchange import initial
+from trainer.interchange.folder import KEPT
+from trainer.reliability import reading, restarts, run_directory
 
 if TYPE_CHECKING:  # these import JAX; a mistyped flag is reported before that
     from trainer.state import Program
@@ -23,15 +25,24 @@ STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; default: the newes
 JSON = flags.DEFINE_bool("json", False, "Print JSON, one object a line, and nothing else on stdout.")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class LoadedRun:
-    """A checkpoint's parameters on this machine's devices, with its configuration and program."""
+    """A checkpoint of a run, with its configuration, and its program for this machine's devices.
+
+    Attributes:
+      meta: of the checkpoint: step, samples, data_fingerprint, …
+      load: reads the parameters of these dotted paths (None: all) onto the devices.
+    """
 
     path: pathlib.Path
     config: Config
     program: "Program"
-    params: dict
-    meta: dict  # of the checkpoint: step, samples, data_fingerprint, …
+    meta: dict
+    load: Callable[[Iterable[str] | None], dict]
+
+    @functools.cached_property
+    def params(self) -> dict:
+        return self.load(None)
 
     @property
     def tokens(self) -> int:
@@ -61,7 +72,6 @@ def open_run() -> LoadedRun:
     # The attention kernel that the training used may not exist on this machine.
     config = dataclasses.replace(recorded, model=dataclasses.replace(recorded.model, attention="auto"))
 
-    malloc.tune_allocator()
     environment.load_jax()
     environment.find_devices()
     runtime.use_compilation_cache(path)
@@ -72,12 +82,18 @@ def open_run() -> LoadedRun:
     from trainer.reliability.checkpoint import Checkpoints, choose_step
     from trainer.state import Program
 
-    checkpoints = Checkpoints(path)
-    step = choose_step(checkpoints, STEP.value)
+    checkpoints = None if starts_with_own_weights(path) else Checkpoints(path)
+    step = 0 if checkpoints is None else choose_step(checkpoints, STEP.value)
     mesh = sharding.inference_mesh(config)
     jax.set_mesh(mesh)
     program = Program(config, mesh)
-    params, meta = checkpoints.restore_params(program, step)
+    if checkpoints is None:
+        from trainer.interchange.source import Source
+
+        source = Source.open(path / KEPT)
+        meta = {"step": 0, "samples": 0, "data_fingerprint": None}
+        return LoadedRun(path, config, program, meta, lambda only: initial.read(source, program, only))
+    meta = checkpoints.meta(step)
     if differs := identity.refused_changes(meta, recorded):
         raise ConfigError(
             f"{path / 'config.json'} is not what step {step} was trained with; {'; '.join(differs)}; restore it, or "
@@ -85,4 +101,12 @@ def open_run() -> LoadedRun:
         )
     if (path / "tokenizer").exists():
         identity.check_tokenizer(meta, tokenizers.load(path / "tokenizer"), path)
-    return LoadedRun(path, config, program, params, meta)
+    return LoadedRun(path, config, program, meta, lambda only: checkpoints.restore_params(program, step, only)[0])
+
+
+def starts_with_own_weights(path: pathlib.Path) -> bool:
+    """Whether --step is what launch.convert has written, before any training."""
+    if initial.own_weights(path) is None:
+        return False
+    newest = reading.writing(lambda: restarts.newest_committed(path), path, "cannot read")
+    return not (newest if STEP.value is None else STEP.value)

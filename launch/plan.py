@@ -1,6 +1,6 @@
 """Plan a run for machines that are not here: does it fit, what crosses which network, what is the best possible speed.
 
-  python -m launch.plan --config=configs/llama_8b.py --topology=v5p:4x4x4 [--num_slices=2] [--json] [--search]
+  python -m launch.plan --config=configs/llama.py:8b --topology=v5p:4x4x4 [--num_slices=2] [--json] [--search]
 
 The real train step, evaluation and sampling are compiled for the named TPU slices or GPU nodes, on any computer,
 without an account or an accelerator. It needs the compilers: pip install -e ".[plan]". No dataset is read:

@@ -12,6 +12,7 @@ import math
 
 from absl import flags
 
+from data.storage import malloc
 from launch import cli, inference
 from trainer.errors import ConfigError
 
@@ -45,6 +46,7 @@ def write() -> int:
         )
     if not PROMPT.value:
         raise ConfigError("--prompt is empty; give at least one character, for example --prompt=$'\\n'")
+    malloc.tune_allocator()
     run = inference.open_run()
     from data import tokenizers
     from trainer import sampling

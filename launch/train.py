@@ -108,9 +108,10 @@ def main() -> int:
 
 def resolve_config(run_dir: pathlib.Path) -> Config:
     """The configuration, completed from the dataset and compared with that of the run. Raises UserError."""
-    config = run_directory.resolve(initial.adopted(cli.config_from(CONFIG.value), run_dir))
+    before = run_directory.config_of_run(run_dir)
+    config = run_directory.resolve(initial.adopted(cli.config_from(CONFIG.value), run_dir, before))
     run_directory.check_mirror(run_dir, config.checkpoint.mirror)
-    return run_directory.check_changes(run_dir, config, ALLOW_CONFIG_CHANGE.value)
+    return run_directory.check_changes(run_dir, config, before, allow=ALLOW_CONFIG_CHANGE.value)
 
 
 def load_jax() -> None:
@@ -220,7 +221,7 @@ def check_processes_agree(processes: Processes, run_dir: pathlib.Path, config: C
     data = processes.run_on_all("data", lambda: sources.open_sources(config.data, run_directory.vocab_size(config)))
     tokenizer = data.tokenizer_source.manifest.tokenizer_sha256
     if config.init_from and processes.broadcast_from_0("a new run", lambda: initial.is_needed(run_dir)):
-        processes.run_on_all("init_from", lambda: initial.check_tokenizer(config, data.load_tokenizer()))
+        processes.run_on_all("init_from", lambda: initial.check_tokenizer(config, run_dir, data.load_tokenizer()))
     processes.check_same("dataset", {"tokens and order": data.fingerprint(), "tokenizer": tokenizer})
     processes.run_on_all("prompt", lambda: sampling.prompt_of(config, data.load_tokenizer()))
     return data

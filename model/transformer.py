@@ -182,6 +182,12 @@ class Transformer(nnx.Module):
         return x, Aux(losses, {name: values.mean() for name, values in aux.metrics.items()}), cache
 
 
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of all parameters by dotted path: tables with their padding, layers stacked."""
+    model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(params=0)))
+    return {".".join(map(str, path)): v.get_value().shape for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
 def _over_layers(config: ModelConfig, layer, partitioner: Partitioner, x: Array, of_layers):
     """Folds layer(x, a layer's slice of of_layers, whether it is local) over the layers, as jax.lax.scan does."""
     plan = turns(config.local_layers)

@@ -2,28 +2,42 @@
 
 import dataclasses
 import importlib
+import math
 import pathlib
 
 import pytest
 
+from model.transformer import parameter_shapes
 from tests.step_test import mesh_of
 from trainer.config import Config, from_dict
+from trainer.interchange.exporting import form_of
 from trainer.state import Program
 
-# The number of parameters in millions, without the rows that pad the vocabulary.
+# The vocabulary, and the number of parameters in millions, without the rows that pad the vocabulary.
 RECIPES = {
     ("tiny", ""): (98, 0.87),
     ("shakespeare_char", ""): (65, 10.6),
     ("shakespeare_char", "cpu"): (65, 0.85),
-    ("gpt2_124m", ""): (50257, 124.3),
-    ("llama_1b", ""): (32000, 1100.0),
-    ("llama_8b", ""): (128256, 8030.3),
-    ("llama_8b", "gpus"): (128256, 8030.3),
-    ("llama_8b", "v6e"): (128256, 8030.3),
-    ("llama_70b", ""): (128256, 70553.7),
-    ("llama_70b", "two"): (128256, 70553.7),
     ("default", ""): (65, 0.85),
 }
+# The published vocabulary, and the published number of parameters in millions.
+MEMBERS = {
+    # nanoGPT's GPT-2 has no biases.
+    ("gpt2", "124m"): (50257, 124.337664), ("gpt2", "350m"): (50257, 354.551808), ("gpt2", "774m"): (50257, 773.52192),
+    ("gpt2", "1558m"): (50257, 1556.7648),
+    ("llama", "1b"): (32000, 1100.048384), ("llama", "8b"): (128256, 8030.261248),
+    ("llama", "70b"): (128256, 70553.706496), ("mistral", "7b"): (32000, 7241.732096),
+    ("qwen2", "0.5b"): (151936, 494.032768), ("qwen2", "1.5b"): (151936, 1543.714304),
+    ("qwen2", "3b"): (151936, 3085.938688), ("qwen2", "7b"): (152064, 7615.616512),
+    ("qwen3", "0.6b"): (151936, 596.04992), ("qwen3", "1.7b"): (151936, 1720.574976),
+    ("qwen3", "4b"): (151936, 4022.468096), ("qwen3", "8b"): (151936, 8190.73536),
+    ("qwen3", "14b"): (151936, 14768.3072), ("qwen3", "32b"): (151936, 32762.123264),
+    ("gemma2", "2b"): (256000, 2614.341888), ("gemma2", "9b"): (256000, 9241.705984),
+    ("gemma2", "27b"): (256000, 27227.12832), ("gemma3", "1b"): (262144, 999.885952),
+    ("gemma3", "270m"): (262144, 268.098176), ("gemma3", "4b"): (262144, 3880.099328),
+    ("olmo2", "1b"): (100352, 1484.916736), ("olmo2", "7b"): (100352, 7298.617344),
+    ("olmo2", "13b"): (100352, 13716.1984),
+}  # fmt: skip
 
 
 def recipe(name: str, variant: str = "") -> Config:
@@ -32,8 +46,11 @@ def recipe(name: str, variant: str = "") -> Config:
 
 
 def test_all_recipes_are_listed():
-    names = {p.stem for p in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py")} - {"__init__"}
-    assert names == {name for name, _ in RECIPES}
+    names = {p.stem for p in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py")}
+    assert names - {"__init__", "members"} == {name for name, _ in (*RECIPES, *MEMBERS)}
+    for family in {name for name, _ in MEMBERS}:
+        module = importlib.import_module(f"configs.{family}")
+        assert set(module.SIZES) == {size for name, size in MEMBERS if name == family}
 
 
 @pytest.mark.parametrize(("name", "variant"), RECIPES)
@@ -45,6 +62,33 @@ def test_recipes(name, variant):
     assert program.num_params / 1e6 == pytest.approx(millions, rel=0.02)
 
 
-def test_an_unknown_variant():
-    with pytest.raises(ValueError, match="no variant 'gpu'"):
-        recipe("shakespeare_char", "gpu")
+@pytest.mark.parametrize(("name", "size"), MEMBERS)
+def test_a_member_has_the_published_number_of_parameters_and_is_of_its_family(name, size):
+    vocabulary, millions = MEMBERS[name, size]
+    config = recipe(name, size)
+    model = dataclasses.replace(config.model, vocab_size=vocabulary, max_seq_len=config.data.seq_len)
+    padding = (model.padded_vocab_size - vocabulary) * model.embed_dim * (1 if model.tie_embeddings else 2)
+    params = sum(math.prod(shape) for shape in parameter_shapes(model).values()) - padding
+    assert params == round(millions * 1e6)
+    assert form_of(model)[0].model_type.removesuffix("_text") == name
+
+
+@pytest.mark.parametrize(("name", "size"), MEMBERS)
+def test_a_size_is_the_same_experiment_on_all_its_machines(name, size):
+    """Only microbatches, remat and the mesh differ."""
+    usual = dataclasses.asdict(recipe(name, size))
+    for variant in getattr(importlib.import_module(f"configs.{name}"), "MACHINES", {}):
+        if variant.startswith(f"{size}-"):
+            other = dataclasses.asdict(recipe(name, variant))
+            for config in (usual, other):
+                config["grad_accum_steps"] = config["mesh"] = config["model"]["remat"] = None
+            assert other == usual
+
+
+@pytest.mark.parametrize(("name", "variant", "said"), [
+    ("shakespeare_char", "gpu", "no variant 'gpu'"),
+    ("llama", "8b-tpu", "llama has no variant '8b-tpu'; it has 1b, 8b, 70b, 1b-one, 8b-gpus"),
+])  # fmt: skip
+def test_an_unknown_variant(name, variant, said):
+    with pytest.raises(ValueError, match=said):
+        recipe(name, variant)

@@ -14,7 +14,7 @@ import runs
 from data.errors import DataError
 from trainer.errors import ConfigError
 from trainer.interchange import initial
-from trainer.interchange.importing import Source
+from trainer.interchange.source import Source
 
 MODEL = {"model.num_kv_heads": 2, "model.tie_embeddings": False, "model.rope_theta": 500.0}
 
@@ -113,6 +113,39 @@ def test_a_converted_run_is_trained_where_it_is(exported, trained, tmp_path):
     train(tmp_path / "other", trained[1], num_train_steps=3, optimizer__peak_lr=2e-3, init_from=exported)
     assert rows(tmp_path / "run") == rows(tmp_path / "other")
     assert "Resuming after step 3" in train(tmp_path / "run", trained[1], num_train_steps=4, optimizer__peak_lr=2e-3)
+
+
+def test_a_converted_run_keeps_its_first_weights(exported, trained, tmp_path):
+    """They can be evaluated, exported and used as config.init_from, also after training, and after the run was moved;
+    a flipped bit in them is found."""
+
+    def loss(run: pathlib.Path, *flags: str, code: int = 0) -> str:
+        words = [sys.executable, "-m", "launch.evaluate", f"--workdir={run}", "--json", *flags]
+        return runs.finish(runs.start(words), code).splitlines()[-1]
+
+    convert(f"--from_hf={exported}", f"--workdir={tmp_path / 'first'}")
+    run = pathlib.Path(shutil.move(tmp_path / "first", tmp_path / "run"))
+    before = loss(run, f"--data_path={trained[1]}")
+    assert json.loads(before)["step"] == 0
+    named = json.loads(before)["val/loss"]
+    assert named == pytest.approx(rows(trained[0], "val/loss")[-1], abs=0.1)  # the context is longer here
+    train(tmp_path / "tuned", trained[1], num_train_steps=2, init_from=run)
+    train(run, trained[1], num_train_steps=2)
+    assert rows(tmp_path / "tuned") == rows(run)
+    assert json.loads(loss(run))["step"] == 2
+    assert json.loads(loss(run, "--step=0"))["val/loss"] == pytest.approx(named, rel=1e-6)
+    train(tmp_path / "again", trained[1], num_train_steps=2, init_from=f"{run}:0")
+    assert rows(tmp_path / "again") == rows(run)
+    # The command that began a run resumes it, although the weights that it names have been trained since.
+    assert "Resuming after step 2" in train(tmp_path / "tuned", trained[1], num_train_steps=3, init_from=run)
+    convert(f"--workdir={run}", "--step=0", f"--to_hf={tmp_path / 'out'}")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
+    weights = run / "hf/model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-5] ^= 1
+    weights.write_bytes(raw)
+    said = loss(run, "--step=0", f"--data_path={trained[1]}", code=3)
+    assert "is not what was converted (checksum); convert the weights again" in said and "Traceback" not in said
 
 
 def test_new_tokens_get_the_mean_and_other_tokenizers_are_refused(trained, tmp_path):
@@ -264,8 +297,8 @@ def test_a_full_disk_leaves_nothing(trained, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ([], "name one of --from_hf=DIR and --from_gguf=FILE"),
-        (["--to_hf=a", "--from_hf=b"], "name one of --from_hf=DIR and --from_gguf=FILE"),
+        ([], "name one of --from_hf=DIR, --from_gguf=FILE"),
+        (["--to_hf=a", "--from_hf=b"], "name one of --from_hf=DIR, --from_gguf=FILE"),
         (["--to_hf=a"], "--workdir is missing"),
         (["--from_hf=nothing", "--workdir=w"], "nothing is not a folder"),
         (["--from_hf={run}", "--workdir=w"], "is a run, not a folder of Hugging Face"),

@@ -49,11 +49,18 @@ def config(devices: int, mesh: dict, documents: bool = False, **top) -> Config:
     )  # fmt: skip
 
 
+# As in Gemma 3: the layers differ, so the loop runs over turns of two layers.
+WINDOWED = (("window", 128), ("layer_pattern", ("local", "global")), ("local_rope_theta", 5e3), ("qk_norm", "head"),
+            ("norm_at", "both"))  # fmt: skip
+
+
 @functools.cache
-def compiled(name: str, num_slices: int, mesh: tuple) -> tuple[plan.Program, jax.stages.Compiled, str]:
+def compiled(
+    name: str, num_slices: int, mesh: tuple, model: tuple = ()
+) -> tuple[plan.Program, jax.stages.Compiled, str]:
     machine = topology.describe(name, num_slices)
     axes = dict(mesh) | {"num_slices": num_slices}
-    cfg = config(len(machine.devices), axes, documents=axes.get("context", 1) > 1)
+    cfg = config(len(machine.devices), axes, documents=axes.get("context", 1) > 1, model=dict(model))
     program, lowered = plan.lower(cfg, machine.devices)
     executable = lowered.compile()
     return program, executable, executable.as_text()
@@ -62,13 +69,13 @@ def compiled(name: str, num_slices: int, mesh: tuple) -> tuple[plan.Program, jax
 FSDP = (("data", 1), ("fsdp", 8))
 
 
-def found(name: str, num_slices: int = 1, mesh: tuple = FSDP) -> list[hlo.Collective]:
-    program, _, text = compiled(name, num_slices, mesh)
+def found(name: str, num_slices: int = 1, mesh: tuple = FSDP, model: tuple = ()) -> list[hlo.Collective]:
+    program, _, text = compiled(name, num_slices, mesh, model)
     return hlo.collectives(text, dict(program.mesh.shape), num_slices)
 
 
-def in_layers(collectives: list[hlo.Collective], kind: str) -> list[hlo.Collective]:
-    return [c for c in collectives if c.kind == kind and set(c.trips) & {LAYERS, LAYERS - 1}]
+def in_layers(collectives: list[hlo.Collective], kind: str, trips: int = LAYERS) -> list[hlo.Collective]:
+    return [c for c in collectives if c.kind == kind and set(c.trips) & {trips, trips - 1}]
 
 
 def of_gradients(collectives: list[hlo.Collective]) -> list[hlo.Collective]:
@@ -124,6 +131,29 @@ def test_a_tpu_runs_splash_attention_in_loops_over_the_layers():
     assert ROWS * SEQ_LEN // CHUNK in trips  # the loss
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kernel"), [
+    pytest.param("v5e:2x4", "splash", marks=tpu), pytest.param("h100:8", "fmha", marks=gpu),
+])  # fmt: skip
+def test_a_family_with_windows_has_the_same_structure(name, kernel):
+    """The loop runs over turns of two layers, weights are gathered twice a layer, in bfloat16, and local layers have a
+    flash kernel too: there are no scores of all pairs of positions."""
+    _, _, text = compiled(name, 1, FSDP, WINDOWED)
+    turns = LAYERS // 2
+    trips = [loop.trips for loop in hlo.loops(text) if loop.depth == 0]
+    assert sum(t in (turns, turns - 1) for t in trips) >= 2, trips  # forward and backward
+    plain = compiled(name, 1, FSDP)[2]
+    windowed_calls, calls = (
+        sum(n for call, n in hlo.custom_calls(program).items() if kernel in call) for program in (text, plain)
+    )
+    assert windowed_calls >= 2 * calls > 0, "local and global layers each have a kernel, forward and backward"
+    weights = [c for c in in_layers(found(name, 1, FSDP, WINDOWED), "all-gather", turns) if c.bytes > 10_000]
+    assert {c.axes for c in weights} == {("fsdp",)} and {c.dtype for c in weights} <= {"bf16", "bf16+f32"}
+    assert sum(c.count * c.bytes for c in weights) == pytest.approx(2 * LAYERS * 2 * LAYER_PARAMS, rel=0.02)
+    squares = [s for s in hlo.shapes(text) if s.dims[-2:] == (SEQ_LEN, SEQ_LEN) and math.prod(s.dims) > SEQ_LEN**2]
+    assert not squares
+
+
 @tpu
 @pytest.mark.slow
 def test_two_slices_send_each_other_their_parts_of_the_gradients_and_nothing_else():
@@ -176,7 +206,7 @@ def by_command(*argv: str) -> subprocess.CompletedProcess:
     )
 
 
-SMALL = ("--config=configs/llama_1b.py", "--config.model.embed_dim=512", "--config.model.mlp_dim=1024",
+SMALL = ("--config=configs/llama.py", "--config.model.embed_dim=512", "--config.model.mlp_dim=1024",
          "--config.model.num_heads=4", "--config.grad_accum_steps=1", "--config.model.vocab_size=1024")  # fmt: skip
 
 
@@ -206,9 +236,9 @@ def test_search_ranks_what_it_compiled():
 
 # One of each kind of machine; `make plans` compiles the rest, and their digests are compared below.
 SMALLEST = [
-    pytest.param("gpt2_124m:one", "h100:1", marks=gpu),
-    pytest.param("llama_1b:one", "h200:1", marks=gpu),
-    pytest.param("llama_1b", "v5p:2x2x2", marks=tpu),
+    pytest.param("gpt2:124m-one", "h100:1", marks=gpu),
+    pytest.param("llama:1b-one", "h200:1", marks=gpu),
+    pytest.param("llama:1b", "v5p:2x2x2", marks=tpu),
 ]
 
 
@@ -258,9 +288,9 @@ def test_activations_that_remat_keeps_are_fewer():
     ("argv", "code", "parts"),
     [
         (["--topology=v5e:4x4"], 2, ["--config is missing"]),
-        (["--config=configs/llama_1b.py"], 2, ["--topology is missing", "v5p:4x4x4"]),
-        (["--config=configs/llama_1b.py", "--topology=v7:4x4"], 2, ["'v7'", "v5e:16x16", "h100:8"]),
-        (["--config=configs/llama_1b.py", "--topology=v5e:5x5"], 2, ["v5e:5x5", "4x4"]),
+        (["--config=configs/llama.py"], 2, ["--topology is missing", "v5p:4x4x4"]),
+        (["--config=configs/llama.py", "--topology=v7:4x4"], 2, ["'v7'", "v5e:16x16", "h100:8"]),
+        (["--config=configs/llama.py", "--topology=v5e:5x5"], 2, ["v5e:5x5", "4x4"]),
     ],
 )
 def test_bad_input_is_one_line(argv, code, parts):
@@ -280,7 +310,7 @@ def test_a_mesh_that_the_machine_does_not_have_is_one_line():
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the compiler is here")
 def test_a_missing_compiler_is_named_with_what_to_install():
-    result = by_command("--config=configs/llama_1b.py", "--topology=v5e:4x4")
+    result = by_command("--config=configs/llama.py", "--topology=v5e:4x4")
     assert result.returncode == 2 and '".[plan]"' in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
@@ -301,7 +331,7 @@ def test_recorded_plans_cover_every_recipe_for_accelerators():
     assert os.path.getsize(plans.FILE) < 100_000
 
 
-@pytest.mark.parametrize("name", plans.VOCAB_SIZES)
+@pytest.mark.parametrize("name", plans.FAMILIES)
 def test_headers_of_recipes_are_those_of_the_recorded_plans(name):
     """If a recipe has changed since its plan was recorded, run `make plans`."""
     recorded = json.loads(plans.FILE.read_text())

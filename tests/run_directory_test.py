@@ -42,6 +42,11 @@ def test_resolve_refuses_a_vocabulary_that_is_not_the_tokenizers(config):
             run_directory.resolve(wrong)
 
 
+def check_changes(run: pathlib.Path, config, allow: bool):
+    """As launch.train calls it."""
+    return run_directory.check_changes(run, config, run_directory.config_of_run(run), allow=allow)
+
+
 def test_a_dataset_that_was_not_prepared_names_the_command(tmp_path):
     data = {"path": str(tmp_path / "nothing"), "source": "python-stdlib", "tokenizer": "byte"}
     with pytest.raises(DataError, match=r"launch.prepare --source=python-stdlib --tokenizer=byte --out=") as error:
@@ -55,16 +60,16 @@ def test_changes_of_a_recorded_run(tmp_path, config, data, caplog):
     run = tmp_path / "run"
     run.mkdir()
     run_directory.record(run, config, data, ["train", "--x=a b"])
-    run_directory.check_changes(run, config, allow=False)
+    check_changes(run, config, allow=False)
     deeper = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=9))
     for allow in (False, True):
         with pytest.raises(ConfigError, match=r"config.model.num_layers: 4 -> 9"):
-            run_directory.check_changes(run, deeper, allow)
+            check_changes(run, deeper, allow)
     faster = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, peak_lr=0.5))
     with pytest.raises(ConfigError, match=r"peak_lr: 0.001 -> 0.5.*--allow_config_change"):
-        run_directory.check_changes(run, faster, allow=False)
-    run_directory.check_changes(run, faster, allow=True)
-    run_directory.check_changes(run, dataclasses.replace(config, num_train_steps=5), allow=False)
+        check_changes(run, faster, allow=False)
+    check_changes(run, faster, allow=True)
+    check_changes(run, dataclasses.replace(config, num_train_steps=5), allow=False)
 
 
 def optimizing(config, **fields):
@@ -85,7 +90,7 @@ def test_more_steps_or_fewer_change_the_rate_of_no_step(tmp_path, config, data, 
     run_directory.record(tmp_path, optimizing(began, decay_steps=recorded_as), data, [])
     finish_step(tmp_path, 990)
     for steps in (991, 5000, 2**31 - 1):
-        resumed = run_directory.check_changes(tmp_path, dataclasses.replace(began, num_train_steps=steps), allow=False)
+        resumed = check_changes(tmp_path, dataclasses.replace(began, num_train_steps=steps), allow=False)
         assert resumed.optimizer.decay_steps == 1000 and resumed.num_train_steps == steps
 
 
@@ -93,17 +98,17 @@ def test_a_rate_that_changes_at_the_next_step_is_shown_and_needs_the_flag(tmp_pa
     monkeypatch.setattr(logging.getLogger("meshlm"), "propagate", True)
     caplog.set_level(logging.INFO)
     began = optimizing(config, schedule="linear", num_train_steps=1000, peak_lr=1.0, end_lr=0.0, warmup_steps=0)
-    run_directory.record(tmp_path, run_directory.check_changes(tmp_path / "new", began, allow=False), data, [])
+    run_directory.record(tmp_path, check_changes(tmp_path / "new", began, allow=False), data, [])
     finish_step(tmp_path, 500)
     longer = optimizing(began, decay_steps=2000)
     with pytest.raises(
         ConfigError, match=r"decay_steps: 1000 -> 2000; .*rate of step 501: 0.5 -> 0.75; .*allow_config"
     ):
-        run_directory.check_changes(tmp_path, longer, allow=False)
-    assert run_directory.check_changes(tmp_path, longer, allow=True) == longer
+        check_changes(tmp_path, longer, allow=False)
+    assert check_changes(tmp_path, longer, allow=True) == longer
     assert "the learning rate of step 501: 0.5 -> 0.75" in caplog.text
     constant = optimizing(began, schedule="constant")
-    assert run_directory.check_changes(tmp_path, constant, allow=True).optimizer.decay_steps == 0
+    assert check_changes(tmp_path, constant, allow=True).optimizer.decay_steps == 0
 
 
 def test_what_is_recorded(tmp_path, config, data):
@@ -137,7 +142,7 @@ def test_the_commit_of_a_checkout_that_another_user_owns(tmp_path, monkeypatch):
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path, config):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ConfigError, match="not a run directory"):
-        run_directory.check_changes(tmp_path, config, allow=True)
+        check_changes(tmp_path, config, allow=True)
     with pytest.raises(ConfigError, match="not a run directory"):
         run_directory.read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
@@ -165,7 +170,7 @@ def test_what_cannot_be_read_or_written_is_one_line(tmp_path, config, data, monk
 
     monkeypatch.setattr(pathlib.Path, method, call)
     uses = {
-        "check_changes": lambda: run_directory.check_changes(run, config, allow=False),
+        "check_changes": lambda: check_changes(run, config, allow=False),
         "record": lambda: run_directory.record(run, config, data, []),
         "recorded": lambda: run_directory.recorded(run),
         "read_config": lambda: run_directory.read_config(run),
@@ -203,7 +208,7 @@ def test_a_path_that_is_too_long_or_leads_nowhere_is_one_line(tmp_path, config):
         "x" * 300 + "/run": os.strerror(errno.ENAMETOOLONG),
         "file": os.strerror(errno.ENOTDIR),
     }.items():
-        for use in (run_directory.read_config, lambda run: run_directory.check_changes(run, config, allow=False)):
+        for use in (run_directory.read_config, lambda run: check_changes(run, config, allow=False)):
             with pytest.raises(
                 ConfigError, match=f"{reason}|is not a run directory" if name == "file" else reason
             ) as e:
@@ -235,6 +240,6 @@ def test_a_config_that_is_lost_is_in_the_newest_checkpoint(tmp_path, config, mon
         run_directory.read_config(tmp_path)
     monkeypatch.setattr(run_directory.identity, "newest_meta", lambda checkpoints: meta)
     assert run_directory.read_config(tmp_path) == config
-    assert run_directory.check_changes(tmp_path, config, allow=False).seed == config.seed
+    assert check_changes(tmp_path, config, allow=False).seed == config.seed
     with pytest.raises(ConfigError, match="started with another configuration"):
-        run_directory.check_changes(tmp_path, dataclasses.replace(config, seed=config.seed + 1), allow=False)
+        check_changes(tmp_path, dataclasses.replace(config, seed=config.seed + 1), allow=False)

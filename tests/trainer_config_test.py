@@ -99,7 +99,7 @@ def test_what_a_run_recorded_is_read_although_it_is_refused_now(tree, tmp_path, 
     recorded = from_dict(tree, recorded=True)
     (tmp_path / "config.json").write_text(to_json(recorded))
     assert run_directory.read_config(tmp_path) == recorded
-    run_directory.check_changes(tmp_path, Config(), allow=True)
+    run_directory.check_changes(tmp_path, Config(), run_directory.config_of_run(tmp_path), allow=True)
     Mirror(str(tmp_path), tmp_path, Config())
     data = types.SimpleNamespace(fingerprint=lambda: "x", load_tokenizer=lambda: None, datasets=[], stages=[])
     monkeypatch.setattr(

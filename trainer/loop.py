@@ -332,7 +332,8 @@ class Trainer:
     def _new_state(self) -> TrainState:
         if not self.config.init_from:
             return self.program.init()
-        return self.program.init_with(initial.params_of(self.program, self.data.load_tokenizer(), self.processes))
+        tokenizer = self.data.load_tokenizer()
+        return self.program.init_with(initial.params_of(self.program, self.run_dir, tokenizer, self.processes))
 
     def _restore_good(self, bad: BadStep, choose: Callable[[list[int]], int | None]) -> tuple[TrainState, Cursor]:
         """The state of the step that `choose` returns. Sets steps aside until one has a finite loss.

@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 OPTIONS: dict[str, dict[str, str]] = {
     "tpu": {
         # By default a product with an fsdp-sharded weight becomes a ring of small products and permutes, 15 of each on
-        # 16 chips. With plain collectives instead, llama_1b on v5e:4x4 takes 19 % fewer estimated cycles and 16 % less
+        # 16 chips. With plain collectives instead, llama:1b on v5e:4x4 takes 19 % fewer estimated cycles and 16 % less
         # memory.
         "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
     },

@@ -5,7 +5,7 @@
 # No step was timed with these, because no GPU was at hand; the comments say what compiled programs show. XLA ends the
 # process on a flag that it does not know: tests/system/gpu_launch_test.py starts the installed jaxlib with these.
 
-# Overlaps collectives with matrix products, also those of the layer before or after. In llama_1b's step for 8 x H100
+# Overlaps collectives with matrix products, also those of the layer before or after. In llama:1b's step for 8 x H100
 # (fsdp 8, 8 sequences of 2048 each, jax 0.12.0.1) 38 of 45 collectives have products between their start and their end,
 # by default 5 of 18; the peak is 5.06 GiB instead of 5.00; compilation takes 32 s instead of 19.
 export JAX_OPTIMIZATION_LEVEL=${JAX_OPTIMIZATION_LEVEL:-O1}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on the GPUs of this machine, or of several, under a supervisor that restarts after a crash.
 #
-#   launch/gpu/run.sh -- python -m launch.train --config=configs/llama_1b.py --workdir=runs/llama
+#   launch/gpu/run.sh -- python -m launch.train --config=configs/llama.py --workdir=runs/llama
 #
 #   --per_gpu         one process for each GPU; default: one process with all GPUs
 #   --nodes=N --node=I --coordinator=HOST:PORT

@@ -1,4 +1,7 @@
-"""GPT-2 (Radford et al., 2019). Its files keep projections as (in, out), and queries, keys and values as one."""
+"""GPT-2 (Radford et al., 2019). Its files keep projections as (in, out), and queries, keys and values as one.
+
+The key `bias` is nanoGPT's. Hugging Face's GPT-2 always has biases, so a model without them is exported with zeros.
+"""
 
 from model.config import ModelConfig
 from model.families.base import Family, Json, Keys, Tensor, Unsupported
@@ -10,7 +13,7 @@ ACTIVATIONS = {
 NAMES = {"gelu": "gelu_new", "gelu_exact": "gelu", "silu": "silu", "relu2": "relu2"}
 DEFAULTS = {
     "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "initializer_range": 0.02,
-    "tie_word_embeddings": True, "n_positions": 1024, "vocab_size": 50257,
+    "tie_word_embeddings": True, "n_positions": 1024, "vocab_size": 50257, "bias": True,
 }  # fmt: skip
 
 
@@ -25,7 +28,8 @@ def to_fields(keys: Keys) -> dict:
     return {
         "num_layers": keys.number("n_layer"), "embed_dim": keys.number("n_embd"), "num_heads": keys.number("n_head"),
         "mlp_dim": keys.get("n_inner") or 0, "mlp": keys.choice("activation_function", ACTIVATIONS),
-        "norm": "layernorm", "norm_eps": keys.number("layer_norm_epsilon"), "bias": True, "position": "learned",
+        "norm": "layernorm", "norm_eps": keys.number("layer_norm_epsilon"), "bias": keys.get("bias"),
+        "position": "learned",
         "tie_embeddings": keys.get("tie_word_embeddings"), "init_std": keys.number("initializer_range"),
         "vocab_size": keys.number("vocab_size"), "max_seq_len": keys.number("n_positions"),
     }  # fmt: skip

@@ -1,14 +1,16 @@
 """A run's weights as a folder that Hugging Face's `from_pretrained`, vLLM and llama.cpp read."""
 
+import contextlib
+import dataclasses
 import json
+import logging
 import pathlib
 import shutil
-import zlib
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import jax
 import numpy as np
-import safetensors
 from flax import traverse_util
 
 from data.storage import files
@@ -17,24 +19,30 @@ from model import families
 from model.config import ModelConfig
 from model.families import Json, Unsupported
 from model.families.layout import Layout
-from trainer.errors import CheckpointError, ConfigError
-from trainer.interchange import safetensors_writer
-from trainer.interchange.folder import COMPANIONS, INDEX, SINGLE
+from model.transformer import parameter_shapes
+from trainer.errors import ConfigError
+from trainer.interchange.folder import COMPANIONS
+from trainer.interchange.safetensors_writer import SHARD_BYTES, FolderWriter
 
-SHARD_BYTES = 5_000_000_000
+log = logging.getLogger("meshlm")
+Load = Callable[[Iterable[str] | None], dict]  # dotted paths, or None for all -> nested parameters
 
 
-def form_of(model: ModelConfig) -> tuple[families.Family, Json]:
-    """The family of a run's model, and its config.json. Raises ConfigError if no family can express the model."""
+def form_of(model: ModelConfig) -> tuple[families.Family, Json, ModelConfig]:
+    """The family of a run's model, its config.json, and the model that this describes: `model`, or `model` with biases
+    that are zero, because the family always has biases. Raises ConfigError if no family can express the model."""
     try:
-        return families.expressing(model)
+        return *families.expressing(model), model
     except Unsupported as e:
+        biased = dataclasses.replace(model, bias=True)
+        with contextlib.suppress(Unsupported):
+            return *families.expressing(biased), biased
         raise ConfigError(f"this model cannot be exported: {e}") from None
 
 
 def export(
     target: pathlib.Path,
-    params: dict,
+    load: Load,
     model: ModelConfig,
     tokenizer: Tokenizer | None,
     *,
@@ -46,7 +54,8 @@ def export(
     """Writes the folder `target`, which must not exist, and reads it back before it gets its name.
 
     Args:
-      params: the model's nested parameters: JAX arrays that this process can read as a whole.
+      load: returns some of the model's parameters, nested: JAX arrays that this process can read as a whole. It is
+        called for those of one kind of tensor at a time.
       card: the content of README.md.
       kept: folder with the files of the original model, if the run was converted from one.
       shard_bytes: the most bytes of tensors in a file.
@@ -59,47 +68,43 @@ def export(
       CheckpointError: what was read back is not what was written.
       OSError: `target` cannot be written; what was written of it is deleted.
     """
-    family, config = form_of(model)
+    family, config, form = form_of(model)
     if target.exists():
         raise ConfigError(f"{target} exists; name a folder that does not")
-    flat = {".".join(path): leaf for path, leaf in traverse_util.flatten_dict(params).items()}
-    layout = Layout(family, model, {name: leaf.shape for name, leaf in flat.items()})
+    layout = Layout(family, form, parameter_shapes(form))
     with files.complete_folder(target, "writing") as folder:
-        sums = _write_tensors(folder, layout, flat, dtype, shard_bytes)
+        writer = FolderWriter(folder, {name: (dtype, shape) for name, shape in layout.shapes.items()}, shard_bytes)
+        _write_tensors(writer, layout, load, parameter_shapes(model))
         _write_companions(folder, config, tokenizer, dtype, kept)
         (folder / "README.md").write_text(card)
-        _verify(folder, sums)
+        writer.verify()
     return family.model_type, layout.num_params
 
 
-def _write_tensors(
-    folder: pathlib.Path, layout: Layout, flat: dict[str, jax.Array], dtype: str, shard_bytes: int
-) -> dict[str, dict[str, int]]:
-    """Writes the .safetensors files, and the index if there are several; returns the CRC-32 of each tensor by file."""
+def _write_tensors(writer: FolderWriter, layout: Layout, load: Load, existing: Container[str]) -> None:
+    """Writes all tensors. Parameters that do not exist in the run are zero."""
+    missing = []
+    for paths, names in layout.groups():
+        known = [path for path in paths if path in existing]
+        missing += [path for path in paths if path not in existing]
+        _write_group(writer, layout, names, traverse_util.flatten_dict(load(known), sep=".") if known else {})
+    if missing:
+        log.info("written as zeros, because the model does not have them: %s", ", ".join(missing))
+
+
+def _write_group(writer: FolderWriter, layout: Layout, names: list[str], leaves: dict[str, jax.Array]) -> None:
+    """Writes the tensors `names`, which hold the parameters `leaves`."""
 
     def of_layer(path: str, layer: int | None) -> np.ndarray:
-        return np.asarray(flat[path] if layer is None else _layer(flat[path], layer))
+        if path not in leaves:
+            return np.zeros(layout.shape(path, layer), np.float32)
+        return np.asarray(leaves[path] if layer is None else _layer(leaves[path], layer))
 
-    def make(name: str) -> np.ndarray:
-        return layout.tensor(of_layer, name)
-
-    itemsize = safetensors_writer.DTYPES[dtype].itemsize
-    groups = safetensors_writer.shards(layout.shapes, itemsize, shard_bytes)
-    names = [SINGLE] if len(groups) == 1 else [
-        f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))
-    ]  # fmt: skip
-    sums = {}
-    for file, group in zip(names, groups, strict=True):
-        shapes = {name: layout.shapes[name] for name in group}
+    for name in names:
         try:
-            sums[file] = safetensors_writer.write(folder / file, shapes, make, dtype)
+            writer.write(name, [layout.tensor(of_layer, name)])
         except ValueError as e:
             raise ConfigError(f"{e}; choose another --dtype") from None
-    if len(groups) > 1:
-        size = layout.num_params * itemsize
-        of_tensor = {name: file for file, group in zip(names, groups, strict=True) for name in group}
-        _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": of_tensor})
-    return sums
 
 
 @jax.jit
@@ -137,13 +142,3 @@ def _write_companions(
 
 def _write_json(path: pathlib.Path, content: Json) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _verify(folder: pathlib.Path, sums: dict[str, dict[str, int]]) -> None:
-    """Reads each tensor back with the safetensors library. Raises CheckpointError if its CRC-32 differs."""
-    for file, of_tensor in sums.items():
-        with safetensors.safe_open(folder / file, "numpy") as opened:
-            for name, expected in of_tensor.items():
-                array = np.ascontiguousarray(opened.get_tensor(name))
-                if zlib.crc32(array.view(np.uint8).reshape(-1).data) != expected:
-                    raise CheckpointError(f"{folder / file}: {name} is not what was written; check the disk")

@@ -1,24 +1,34 @@
 """A folder as Hugging Face's `save_pretrained` writes it: config.json and tensors in .safetensors files. No JAX."""
 
 import json
+import os
 import pathlib
+import struct
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import safetensors
 
 from data.errors import DataError
 from model.families.layout import Index
 from trainer.errors import ConfigError
+from trainer.interchange.stored import Stored
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 KEPT = "hf"  # the folder of a run with the files of the model that it began with
 # Files of a model that say how it is used. They are copied unchanged with the weights.
 COMPANIONS = (
     "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer.model",
 )  # fmt: skip
-FLOATS = ("F32", "F16", "BF16", "F64")
+CHECKSUMS = "checksums.json"  # in RUN/hf, if launch.convert made the run: the folder then also holds its first weights
+FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16), "F64": np.dtype("<f8")}
+
+
+def is_run(path: pathlib.Path) -> bool:
+    """Whether a run that has weights is in `path`."""
+    return os.path.isdir(path / "checkpoints") or os.path.exists(path / KEPT / CHECKSUMS)
 
 
 class Folder:
@@ -36,15 +46,15 @@ class Folder:
 
     def __init__(self, path: pathlib.Path):
         self.path = path
-        if (path / "checkpoints").is_dir():
+        if is_run(path):
             raise ConfigError(
                 f"{path} is a run, not a folder of Hugging Face; config.init_from takes it, --to_hf exports it"
             )
         if not path.is_dir():
             raise ConfigError(f"{path} is not a folder")
-        self.config = read_json(path / "config.json", "a folder of Hugging Face has one")
+        self.config = read_json(path / CONFIG, "a folder of Hugging Face has one")
         self._file_of: dict[str, str] = {}
-        self._files: dict[str, Any] = {}
+        self._stored: dict[str, Stored] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         for file, named in self._listed().items():
@@ -88,29 +98,40 @@ class Folder:
 
     def _open(self, file: str, named: list[str]) -> None:
         path = self.path / file
-        try:
-            opened = safetensors.safe_open(path, "numpy")
-        except (safetensors.SafetensorError, OSError) as e:
-            raise DataError(f"{path} cannot be read: {e}; copy it again") from None
-        self._files[file] = opened
-        names = list(opened.keys())
-        if lost := sorted(set(named) - set(names)):
+        header, begin = _header(path)
+        if lost := sorted(set(named) - set(header)):
             raise DataError(f"{path} lacks {', '.join(lost[:5])}, which {INDEX} says it holds; copy the folder again")
-        for name in names:
+        for name, entry in header.items():
             if name in self._file_of:
                 raise ConfigError(f"{name} is in {self._file_of[name]} and in {file}; one of them is not of this model")
             self._file_of[name] = file
-            tensor = opened.get_slice(name)
-            self.shapes[name], self.dtypes[name] = tuple(tensor.get_shape()), tensor.get_dtype()
+            self.shapes[name], self.dtypes[name] = tuple(entry["shape"]), entry["dtype"]
+            if (dtype := FLOATS.get(entry["dtype"])) is not None:
+                self._stored[name] = Stored(path, begin + entry["data_offsets"][0], self.shapes[name], dtype)
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """A slice of a tensor, in the dtype of the file."""
-        return self._files[self._file_of[name]].get_slice(name)[index]
+        return self._stored[name].read(index)
 
     def companions(self) -> dict[str, bytes]:
         """The contents of config.json and of the files that say how the model is used, by file name."""
-        paths = (self.path / name for name in ("config.json", *COMPANIONS))
+        paths = (self.path / name for name in (CONFIG, *COMPANIONS))
         return {path.name: path.read_bytes() for path in paths if path.is_file()}
+
+
+def _header(path: pathlib.Path) -> tuple[dict[str, Any], int]:
+    """{name: {dtype, shape, data_offsets}} of a .safetensors file, and where its data begins.
+
+    Raises DataError if the library finds the file damaged; it does not tell the offsets.
+    """
+    try:
+        with safetensors.safe_open(path, "numpy"), path.open("rb") as f:
+            (size,) = struct.unpack("<Q", f.read(8))
+            header = json.loads(f.read(size))
+    except (safetensors.SafetensorError, OSError) as e:
+        raise DataError(f"{path} cannot be read: {e}; copy it again") from None
+    header.pop("__metadata__", None)
+    return header, 8 + size
 
 
 def read_json(path: pathlib.Path, why: str) -> dict[str, Any]:

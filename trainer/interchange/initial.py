@@ -1,4 +1,5 @@
-"""The weights that a run begins with (config.init_from): those of another run, or of a folder of Hugging Face.
+"""The weights that a run begins with: its own copy in RUN/hf (launch.convert made the run), or config.init_from, which
+names another run, a folder of Hugging Face, or a file of another system.
 
 They decide the architecture; the configuration decides how it is trained (dropout, dtype, remat, …). A run that exists
 keeps its own architecture, and its first weights are not read again. JAX is imported only when weights are read.
@@ -9,29 +10,29 @@ import logging
 import os
 import pathlib
 import re
+import tempfile
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from data import tokenizers
 from data.errors import DataError
 from data.storage import files
 from data.tokenizers.base import Tokenizer
-from model import families
 from model.config import ModelConfig
-from model.families import Unsupported
 from model.families.base import OF_TRAINING
-from model.families.layout import VOCAB_AXIS
+from model.families.layout import VOCAB_AXIS, Layout
 from trainer.config import Config
 from trainer.errors import CheckpointError, ConfigError
-from trainer.interchange.folder import KEPT, Folder, read_json
-from trainer.interchange.gguf_file import GgufFile
+from trainer.interchange.folder import CHECKSUMS, COMPANIONS, CONFIG, KEPT, is_run
+from trainer.interchange.source import Source, opened
 from trainer.reliability import identity, reading, restarts, run_directory
 
 if TYPE_CHECKING:
     from trainer.reliability.coordination import Processes
     from trainer.state import Program
 
+ADVICE = "convert the weights again"
 log = logging.getLogger("meshlm")
-HF_CONFIG = "a folder of Hugging Face has one"
 
 
 def place_of(init_from: str) -> tuple[pathlib.Path, int | None]:
@@ -42,8 +43,15 @@ def place_of(init_from: str) -> tuple[pathlib.Path, int | None]:
     return pathlib.Path(os.path.abspath(match[1])), int(match[2])
 
 
-def is_run(path: pathlib.Path) -> bool:
-    return os.path.isdir(path / "checkpoints")
+def own_weights(run_dir: pathlib.Path) -> pathlib.Path | None:
+    """RUN/hf, if launch.convert made the run in `run_dir`: the weights of its step 0."""
+    return run_dir / KEPT if os.path.exists(run_dir / KEPT / CHECKSUMS) else None
+
+
+def place_for(config: Config, run_dir: pathlib.Path) -> tuple[pathlib.Path, int | None]:
+    """Where the first weights of the run in `run_dir` are: as place_of."""
+    own = own_weights(run_dir)
+    return (own, None) if own is not None else place_of(config.init_from)
 
 
 def is_needed(run_dir: pathlib.Path) -> bool:
@@ -58,26 +66,23 @@ def model_of(init_from: str) -> ModelConfig:
         return run_directory.read_config(path).model
     if not os.path.exists(path) or step is not None:
         raise ConfigError(
-            f"config.init_from = {init_from}: {path} is not a run directory, a folder with config.json or a .gguf file"
+            f"config.init_from = {init_from}: {path} is not a run directory, a folder with config.json, or a .gguf, "
+            ".pt or .bin file"
         )
-    is_file = path.suffix == ".gguf"
-    found = GgufFile(path).config if is_file else read_json(path / "config.json", HF_CONFIG)
-    try:
-        return families.loaded(found)[1]
-    except Unsupported as e:
-        raise ConfigError(f"config.init_from: {path if is_file else path / 'config.json'}: {e}") from None
+    return Source.open(path).model
 
 
-def adopted(config: Config, run_dir: pathlib.Path) -> Config:
+def adopted(config: Config, run_dir: pathlib.Path, before: Config | None) -> Config:
     """`config` with the architecture of the weights that the run began with, or is to begin with.
+
+    Args:
+      before: the configuration of the run in `run_dir`; None for a new run.
 
     Raises:
       ConfigError: there are no such weights, or the run in `run_dir` began with others.
       Unreadable: the run directory cannot be read just now.
     """
-    exists = reading.writing(lambda: run_directory.is_run(run_dir), run_dir, f"--workdir={run_dir} cannot be used:")
-    before = run_directory.read_config(run_dir) if exists else None
-    if before is not None and before.init_from and not is_needed(run_dir):
+    if before is not None and before.init_from and (own_weights(run_dir) or not is_needed(run_dir)):
         if config.init_from and not _same_place(config.init_from, before.init_from):
             raise ConfigError(
                 f"{run_dir} began from {before.init_from}, not from config.init_from = {config.init_from}; leave that "
@@ -98,6 +103,8 @@ def _fixed(init_from: str) -> str:
         return str(path)
     newest = reading.writing(lambda: restarts.newest_committed(path), path, "cannot read")
     chosen = newest if step is None else step
+    if not chosen and (own := own_weights(path)) is not None:
+        return str(own)
     if not os.path.exists(path / "checkpoints" / str(chosen) / restarts.METADATA_FILE):
         raise ConfigError(
             f"config.init_from = {init_from}: {path} has no checkpoint at step {chosen}; its newest is {newest}"
@@ -107,7 +114,7 @@ def _fixed(init_from: str) -> str:
 
 def _same_place(given: str, recorded: str) -> bool:
     (path, step), (before, at) = place_of(given), place_of(recorded)
-    return path == before and step in (None, at)
+    return (path == before and step in (None, at)) or (path / KEPT == before and not step)
 
 
 def _with_model(config: Config, model: ModelConfig) -> Config:
@@ -127,11 +134,14 @@ def keep_companions(config: Config, run_dir: pathlib.Path) -> None:
 
     Raises ConfigError, DataError, Unreadable.
     """
+    if own_weights(run_dir) is not None:
+        return
     path, _ = place_of(config.init_from)
     if is_run(path):
-        found = {p.name: p.read_bytes() for p in sorted((path / KEPT).glob("*")) if p.is_file()}
+        paths = [path / KEPT / name for name in (CONFIG, *COMPANIONS)]
+        found = {p.name: p.read_bytes() for p in paths if p.is_file()}
     else:
-        found = (GgufFile(path) if path.suffix == ".gguf" else Folder(path)).companions()
+        found = opened(path).companions()
 
     def write() -> None:
         for name, content in found.items():
@@ -141,9 +151,9 @@ def keep_companions(config: Config, run_dir: pathlib.Path) -> None:
     reading.writing(write, run_dir, f"cannot write to --workdir={run_dir}:")
 
 
-def check_tokenizer(config: Config, tokenizer: Tokenizer | None) -> None:
+def check_tokenizer(config: Config, run_dir: pathlib.Path, tokenizer: Tokenizer | None) -> None:
     """Raises ConfigError if the ids of the run's tokenizer do not mean what the weights were trained with."""
-    path, _ = place_of(config.init_from)
+    path, _ = place_for(config, run_dir)
     theirs = _tokenizer_of(path)
     if theirs is None or tokenizer is None:
         log.warning("init_from: the tokenizer of %s cannot be compared with that of the data", path)
@@ -165,9 +175,15 @@ def check_tokenizer(config: Config, tokenizer: Tokenizer | None) -> None:
 
 
 def _tokenizer_of(path: pathlib.Path) -> Tokenizer | None:
+    """The tokenizer of the weights; None if they come without one."""
     if is_run(path):
         return tokenizers.load(path / "tokenizer") if (path / "tokenizer").exists() else None
-    return tokenizers.in_folder(path)
+    if path.is_dir():
+        return tokenizers.in_folder(path)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in opened(path).companions().items():
+            (pathlib.Path(folder) / name).write_bytes(content)
+        return tokenizers.in_folder(pathlib.Path(folder))
 
 
 def _bytes(tokenizer: Tokenizer, id: int) -> bytes | None:
@@ -177,35 +193,23 @@ def _bytes(tokenizer: Tokenizer, id: int) -> bytes | None:
         return None
 
 
-def params_of(program: "Program", tokenizer: Tokenizer | None, processes: "Processes") -> dict:
-    """The parameters of config.init_from on the mesh of `program`, each process reading what its devices hold.
+def params_of(program: "Program", run_dir: pathlib.Path, tokenizer: Tokenizer | None, processes: "Processes") -> dict:
+    """The first parameters of the run in `run_dir`, on the mesh of `program`: each process reads what its devices hold.
 
     If `tokenizer` has tokens that the weights were not trained with, their rows are the mean of the other tokens' rows.
 
-    Raises ConfigError, CheckpointError.
+    Raises ConfigError, CheckpointError, DataError.
     """
     import jax
 
-    from trainer.interchange.importing import Source
-    from trainer.reliability.checkpoint import Checkpoints, choose_step
-    from trainer.state import Program
-
     config = program.config
-    path, step = place_of(config.init_from)
+    path, step = place_for(config, run_dir)
     if is_run(path):
-        theirs = run_directory.read_config(path)
-        # That run's model on our mesh, with our values of the fields that do not change its parameters.
-        model = dataclasses.replace(theirs.model, **{name: getattr(config.model, name) for name in OF_TRAINING})
-        checkpoints = Checkpoints(path, processes=processes)
-        try:
-            step = choose_step(checkpoints, step)
-        except CheckpointError as e:
-            raise ConfigError(f"config.init_from = {config.init_from}: {e}") from None
-        params, _ = checkpoints.restore_params(Program(dataclasses.replace(config, model=model), program.mesh), step)
+        model, params, step = _of_run(path, step, program, processes)
         what = f"step {step} of {path}"
     else:
         source = Source.open(path)
-        model, params = source.model, source.params(program)
+        model, params = source.model, read(source, program)
         what = f"{path} ({source.family.model_type})"
     log.info("init_from %s: %s parameters; the optimizer is fresh", what, f"{program.num_params:,}")
     before = _tokenizer_of(path)
@@ -217,6 +221,58 @@ def params_of(program: "Program", tokenizer: Tokenizer | None, processes: "Proce
         return params
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.params)
     return jax.jit(lambda params: _with_rows(params, new, config.model), out_shardings=shardings)(params)
+
+
+def _of_run(
+    path: pathlib.Path, step: int | None, program: "Program", processes: "Processes"
+) -> tuple[ModelConfig, dict, int]:
+    """The model and the parameters of another run's step, on our mesh, with our values of the fields of training."""
+    from trainer.reliability.checkpoint import Checkpoints, choose_step
+    from trainer.state import Program
+
+    config, theirs = program.config, run_directory.read_config(path)
+    model = dataclasses.replace(theirs.model, **{name: getattr(config.model, name) for name in OF_TRAINING})
+    checkpoints = Checkpoints(path, processes=processes)
+    try:
+        step = choose_step(checkpoints, step)
+    except CheckpointError as e:
+        raise ConfigError(f"config.init_from = {config.init_from}: {e}") from None
+    params, _ = checkpoints.restore_params(Program(dataclasses.replace(config, model=model), program.mesh), step)
+    return model, params, step
+
+
+def read(source: Source, program: "Program", only: Iterable[str] | None = None) -> dict:
+    """The parameters of `source` on the mesh of `program`.
+
+    Args:
+      only: the dotted paths of the parameters to read; None: all.
+
+    Raises:
+      ConfigError: the tensors are not those of the model; the message lists what is wrong.
+      DataError: they are not what launch.convert copied.
+    """
+    import jax
+    from flax import traverse_util
+
+    from trainer.reliability.checkpoint import checksums_by_name
+
+    abstract = traverse_util.flatten_dict(program.params, sep=".")
+    layout = Layout(source.family, source.model, {path: leaf.shape for path, leaf in abstract.items()})
+    reader = source.reader(layout)
+
+    def one(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.make_array_from_callback(
+            leaf.shape, leaf.sharding, lambda index: layout.parameter(reader, path, index or ())
+        )
+
+    flat = {path: one(path, leaf) for path, leaf in abstract.items() if only is None or path in only}
+    params = traverse_util.unflatten_dict(flat, sep=".")
+    recorded = source.weights.path / CHECKSUMS
+    if os.path.exists(recorded):
+        expected = files.read_json(recorded, ADVICE)
+        if differing := [name for name, now in checksums_by_name(params).items() if expected.get(name) != now]:
+            raise DataError(f"{recorded.parent}: {differing[0]} is not what was converted (checksum); {ADVICE}")
+    return params
 
 
 def _with_rows(params: dict, new: range, model: ModelConfig) -> dict:

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils.epath import gpath
+from flax import traverse_util
 from jax import Array
 from orbax.checkpoint import v1 as ocp
 
@@ -78,6 +79,10 @@ def _checksums(tree: Any) -> Array:
 
 def checksums(tree: Any) -> list[int]:
     return jax.device_get(_checksums(tree)).tolist()
+
+
+def checksums_by_name(tree: Any) -> dict[str, int]:
+    return dict(zip(_leaves(tree), checksums(tree), strict=True))
 
 
 class LiteralPath(gpath.PosixGPath):
@@ -558,13 +563,21 @@ class Checkpoints:
         guard = items.get("guard") or program.init_guard()
         return TrainState(at, items["params"], items["opt_state"], guard), meta
 
-    def restore_params(self, program: Program, step: int) -> tuple[dict, dict[str, Any]]:
-        """Only the parameters of a step, for sampling and evaluation. Raises CheckpointError, ConfigError."""
-        items, meta = self._load(step, {"params": program.state.params})
+    def restore_params(
+        self, program: Program, step: int, only: Iterable[str] | None = None
+    ) -> tuple[dict, dict[str, Any]]:
+        """Only the parameters of a step, for sampling, evaluation and export. Raises CheckpointError, ConfigError.
+
+        Args:
+          only: the dotted paths of the parameters to read; None: all.
+        """
+        items, meta = self._load(step, {"params": program.state.params}, only=only)
         return items["params"], meta
 
-    def _load(self, step: int, abstract: dict[str, Any], suffix: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
-        """The items of a step, and its meta. Omits the guard if it was not saved.
+    def _load(
+        self, step: int, abstract: dict[str, Any], suffix: str = "", only: Iterable[str] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The items of a step, or the leaves `only` of each, and its meta. Omits the guard if it was not saved.
 
         An error on any process is raised on all.
         """
@@ -572,7 +585,7 @@ class Checkpoints:
         items: dict[str, Any] = {}
         meta: dict[str, Any] = {}
         try:
-            items, meta = reading.patiently(lambda: self._read(step, abstract, suffix), path)
+            items, meta = reading.patiently(lambda: self._read(step, abstract, suffix, only), path)
         except (Damaged, Suspect, Unreadable) as e:
             problem = [type(e).__name__, str(e), e.exit_code]
         # Checksums are computed by a collective, so they start only if every process has loaded its shards.
@@ -584,12 +597,14 @@ class Checkpoints:
             if kind.__name__ in problems:
                 raise kind(problems[kind.__name__][0])
         for name, item in items.items():
-            for leaf, now in zip(_leaves(item), checksums(item), strict=True):
+            for leaf, now in checksums_by_name(item).items():
                 if now != meta["arrays"][name][leaf][1]:
                     raise Damaged(f"checkpoint {path} is damaged: {name}.{leaf} is not what was saved (checksum)")
         return items, meta
 
-    def _read(self, step: int, abstract: dict[str, Any], suffix: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _read(
+        self, step: int, abstract: dict[str, Any], suffix: str, only: Iterable[str] | None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Reads a step without Orbax's barriers, in which the others would wait for a process that cannot read."""
         path = self._path(step, suffix)
         # Process 0 chose the step. If it is incomplete here, this host sees an older state of the file system, or none.
@@ -601,8 +616,12 @@ class Checkpoints:
         abstract = {name: item for name, item in abstract.items() if name != "guard" or name in meta["arrays"]}
         _check_wanted(path, meta["arrays"], abstract)
         self._check_found(path, meta, abstract)
+        if only is not None:
+            abstract = {name: _part(item, set(only)) for name, item in abstract.items()}
+        context = self._single_process()
+        context.pytree.loading.partial_load = only is not None
         try:
-            with self._single_process():
+            with context:
                 return asyncio.run(_load_items(path, abstract)), meta
         except (MemoryError, jax.errors.JaxRuntimeError):  # not a problem of the files
             raise
@@ -731,6 +750,12 @@ def _check_wanted(path: pathlib.PurePath, saved: dict[str, dict[str, Any]], abst
                 f"checkpoint {path} is of another model: {name}.{leaf} is {there.get(leaf, 'missing')} there and "
                 f"{here.get(leaf, 'missing')} here ({len(differing)} such); undo the change, or use another --workdir"
             )
+
+
+def _part(tree: dict, names: set[str]) -> dict:
+    """The leaves of a nested dict that have these dotted names."""
+    flat = traverse_util.flatten_dict(tree, sep=".")
+    return traverse_util.unflatten_dict({name: flat[name] for name in names}, sep=".")
 
 
 def _kinds(saved: dict[str, Any]) -> dict[str, str]:

@@ -17,7 +17,6 @@ from trainer.reliability import reading
 from trainer.reliability.reading import Damaged
 from trainer.reliability.restarts import METADATA_FILE
 
-MAX_LEN = "config.model.max_seq_len:"  # may differ: a converted model may be trained on other lengths
 STEP = re.compile("0|[1-9][0-9]{0,17}")  # the name of a step's folder
 
 
@@ -68,7 +67,7 @@ def newest_meta(checkpoints: pathlib.Path) -> dict[str, Any] | None:
 
 def check(meta: dict[str, Any], config: Config, data: sources.Sources, where: object) -> None:
     """Raises ConfigError or DataError if a checkpoint in `where` does not fit `config` and `data`."""
-    if not is_converted(meta) and meta["data_fingerprint"] != data.fingerprint():
+    if meta["data_fingerprint"] != data.fingerprint():
         raise ConfigError(
             f"{where} was trained on another dataset (fingerprint {meta['data_fingerprint']}) than "
             f"{config.data.path} ({data.fingerprint()}); name that one, or another --workdir"
@@ -84,17 +83,9 @@ def check(meta: dict[str, Any], config: Config, data: sources.Sources, where: ob
     mixture.check_change(old, data.stages, meta["samples"])
 
 
-def is_converted(meta: dict[str, Any]) -> bool:
-    """Whether launch.convert made the checkpoint, and it was not trained yet, so it fits any data and training."""
-    return meta["data_fingerprint"] is None
-
-
 def refused_changes(meta: dict[str, Any], config: Config) -> list[str]:
     """The changes to the configuration of a checkpoint that no flag allows, as lines of trainer.config.changes."""
-    refused = changes(from_dict(meta["config"], recorded=True), config)["refused"]
-    if not is_converted(meta):
-        return refused
-    return [line for line in refused if line.startswith(("config.model.", "config.optimizer.")) and MAX_LEN not in line]
+    return changes(from_dict(meta["config"], recorded=True), config)["refused"]
 
 
 def check_tokenizer(meta: dict[str, Any], tokenizer: tokenizers.Tokenizer | None, where: object) -> None:

@@ -31,6 +31,7 @@ from trainer.errors import ConfigError
 from trainer.reliability import identity, reading, restarts
 
 log = logging.getLogger("meshlm")
+NOT_USABLE = "--workdir={} cannot be used:"
 # Prefixes of files that may exist if the first start was killed before it wrote config.json.
 BEFORE_A_RUN = (".lock", "config.json.writing", "lives.")
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "ml-collections")
@@ -125,28 +126,37 @@ def check_links(run_dir: pathlib.Path) -> None:
             )
 
 
-def check_changes(run_dir: pathlib.Path, config: Config, allow: bool) -> Config:
+def config_of_run(run_dir: pathlib.Path) -> Config | None:
+    """The configuration of the run in `run_dir`; None if there is no run.
+
+    Raises:
+      ConfigError: something else is in `run_dir`, or it is damaged.
+      Unreadable: the run directory cannot be read just now.
+    """
+    check_links(run_dir)
+    exists = reading.writing(lambda: is_run(run_dir), run_dir, NOT_USABLE.format(run_dir))
+    return read_config(run_dir) if exists else None
+
+
+def check_changes(run_dir: pathlib.Path, config: Config, before: Config | None, allow: bool) -> Config:
     """Compares `config` with the configuration of the run in `run_dir`, if there is one.
 
     Returns `config` with a fixed length of the schedule: the length that the run started with, unless `config` sets it.
 
     Args:
+      before: what config_of_run returns.
       allow: accept changes that need --allow_config_change.
 
     Raises:
       ConfigError: the run cannot be resumed with `config`; the message names the fields that differ.
       Unreadable: the run directory cannot be read just now.
     """
-    check_links(run_dir)
-    not_usable = f"--workdir={run_dir} cannot be used:"
-    if not reading.writing(lambda: is_run(run_dir), run_dir, not_usable):
+    if before is None or not before.data.path:  # launch.convert made the run, and nothing was trained yet
         return schedule.fixed(config)
-    if not (recorded := read_config(run_dir)).data.path:  # launch.convert made the run; nothing was trained yet
-        return schedule.fixed(config)
-    before = schedule.fixed(recorded)
+    before = schedule.fixed(before)
     config = schedule.fixed(config, before)
     found = changes(before, config)
-    step = reading.writing(lambda: restarts.newest_committed(run_dir), run_dir, not_usable)
+    step = reading.writing(lambda: restarts.newest_committed(run_dir), run_dir, NOT_USABLE.format(run_dir))
     old, new = (schedule.learning_rate(c.optimizer, c.num_train_steps, step) for c in (before, config))
     if step and not math.isclose(old, new, rel_tol=1e-6):
         found["flag"].append(f"the learning rate of step {step + 1}: {old:.4g} -> {new:.4g}")
