@@ -5,6 +5,11 @@
 run them on such hardware yet, so no time or loss is claimed here. nanoGPT reports a validation loss of 2.85 on
 OpenWebText for 124M. To compare, pass its train.bin and val.bin with --config.data.path and GPT-2's merge ranks with
 --config.data.tokenizer_path, or prepare the text with --tokenizer=gpt2.tiktoken.
+
+Plans (make plans; compiled without the machine; the step at best is a roofline, docs/scaling.md):
+  gpt2:124m-one   on h100:1        fits:  14.8 of 72.8 GiB, at best   0.40 s a step (compute)
+  gpt2:124m       on h100:8        fits:  24.3 of 72.8 GiB, at best   0.05 s a step (compute)
+  gpt2:124m-tpu   on v6e:2x2       fits:   6.7 of 31.2 GiB, at best   0.14 s a step (memory)
 """
 
 from ml_collections import ConfigDict

@@ -5,6 +5,18 @@
 (v5p-1024), `llama:70b-two` for two such slices, which split a batch of the same size; each slice holds all parameters,
 so only gradients cross the network between the slices. A size is the same experiment on all its machines. We have not
 run them on such hardware yet, so no time or loss is claimed here. Pass a prepared dataset with --config.data.path.
+
+Plans (make plans; compiled without the machine; the step at best is a roofline, docs/scaling.md):
+  llama:1b-one    on h100:1        fits:  43.1 of 72.8 GiB, at best   7.27 s a step (compute)
+  llama:1b-one    on h200:1        fits:  43.1 of 129.2 GiB, at best   7.27 s a step (compute)
+  llama:1b        on v5e:4x4       fits:   7.2 of 15.8 GiB, at best   2.82 s a step (compute)
+  llama:1b        on v6e:4x4       fits:   8.0 of 31.2 GiB, at best   0.60 s a step (compute)
+  llama:1b        on v5p:2x2x2     fits:  15.1 of 95.7 GiB, at best   2.42 s a step (compute)
+  llama:8b-gpus   on h100:8        fits:  27.1 of 72.8 GiB, at best  34.40 s a step (compute)
+  llama:8b        on v5p:4x4x4     fits:  25.0 of 95.7 GiB, at best   9.27 s a step (compute)
+  llama:8b-v6e    on v6e:16x16     fits:  10.8 of 31.2 GiB, at best   1.16 s a step (compute)
+  llama:70b       on v5p:8x8x8     fits:  33.8 of 95.7 GiB, at best  20.16 s a step (compute)
+  llama:70b-two   on 2 x v5p:8x8x8 fits:  21.0 of 95.7 GiB, at best  10.08 s a step (compute)
 """
 
 from ml_collections import ConfigDict

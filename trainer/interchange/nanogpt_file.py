@@ -47,7 +47,7 @@ class NanoGptFile:
         try:
             import torch
         except ImportError:
-            raise ConfigError(f'{self.path} needs PyTorch, which reads it: pip install "meshlm[torch]"') from None
+            raise ConfigError(f'{self.path} needs PyTorch, which reads it: pip install "meshlm[nanogpt]"') from None
         try:
             content = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
         except FileNotFoundError:
