@@ -2,6 +2,10 @@
 
 The sizes up to 4b are for 16 TPU v6e or a node of 8 GPUs, the larger ones for 64 TPU v5p. We have not run them on such
 hardware yet, so no time or loss is claimed here. Pass a prepared dataset with --config.data.path.
+
+Plans (make plans; compiled without the machine; the step at best is a roofline, docs/scaling.md):
+  qwen3:0.6b      on h100:8        fits:   9.6 of 72.8 GiB, at best   1.69 s a step (compute)
+  qwen3:0.6b      on v6e:4x4       fits:   6.9 of 31.2 GiB, at best   0.91 s a step (compute)
 """
 
 from ml_collections import ConfigDict

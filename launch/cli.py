@@ -82,6 +82,8 @@ def _parse_or_exit(argv: Sequence[str], arguments: int) -> list[str]:
             if isinstance(value := flags.FLAGS[name].value, float) and math.isnan(value):
                 raise ConfigError(f"--{name}={value} is not a number")
         return rest
+    except SystemExit:  # --help has printed; absl would exit with 1
+        raise SystemExit(0) from None
     except UserError as e:
         _fail(e)
     except flags.UnrecognizedFlagError as e:

@@ -126,9 +126,10 @@ def test_mistakes_that_need_the_devices(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("module", ["train", "prepare", "sample", "evaluate", "inspect", "tokenizer"])
+@pytest.mark.parametrize("module", ["train", "prepare", "sample", "evaluate", "inspect", "tokenizer", "convert"])
 def test_help(module):
     result = call(f"launch.{module}", "--help")
+    assert result.returncode == 0
     assert f"python -m launch.{module}" in result.stdout
     wanted = {
         "train": "--[no]allow_config_change",
@@ -137,6 +138,7 @@ def test_help(module):
         "evaluate": "--workdir",
         "inspect": "--seq_len",
         "tokenizer": "--vocab_size",
+        "convert": "--from_nanogpt",
     }
     assert wanted[module] in result.stdout
 

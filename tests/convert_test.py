@@ -11,7 +11,10 @@ import pytest
 import safetensors.numpy
 
 import runs
+from data import dataset
+from data.config import DataConfig
 from data.errors import DataError
+from data.preparation.pipeline import prepare_dataset
 from trainer.errors import ConfigError
 from trainer.interchange import initial
 from trainer.interchange.source import Source
@@ -146,6 +149,31 @@ def test_a_converted_run_keeps_its_first_weights(exported, trained, tmp_path):
     weights.write_bytes(raw)
     said = loss(run, "--step=0", f"--data_path={trained[1]}", code=3)
     assert "is not what was converted (checksum); convert the weights again" in said and "Traceback" not in said
+
+
+def test_transformers_computes_the_loss_of_a_run_with_its_bpe_tokenizer(tmp_path):
+    """It splits the validation text into the same tokens, and computes the loss that launch.evaluate prints."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(runs.text())
+    prepare_dataset(tmp_path / "data", source=str(corpus), tokenizer="bpe:300")
+    train(tmp_path / "run", tmp_path / "data", num_train_steps=20, optimizer__peak_lr=0.01, optimizer__warmup_steps=2)
+    said = runs.finish(runs.start([sys.executable, "-m", "launch.evaluate", f"--workdir={tmp_path / 'run'}", "--json"]))
+    convert(f"--workdir={tmp_path / 'run'}", f"--to_hf={tmp_path / 'hf'}")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    tokens = np.concatenate(dataset.open_dataset(DataConfig(path=str(tmp_path / "data"))).files("val").shards).astype(
+        np.int64
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = tokenizer.decode(tokens)
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == tokens.tolist() and text[:500] in runs.text()
+    length, nats = runs.TINY["data.seq_len"], 0.0
+    with torch.no_grad():
+        for first in range(0, len(tokens) - 1, length):
+            window = torch.as_tensor(tokens[first : first + length + 1])
+            logits = model(window[None, :-1]).logits[0]
+            nats += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
+    assert json.loads(said.splitlines()[-1])["val/loss"] == pytest.approx(nats / (len(tokens) - 1), rel=1e-6)
 
 
 def test_new_tokens_get_the_mean_and_other_tokenizers_are_refused(trained, tmp_path):
