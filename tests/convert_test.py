@@ -165,6 +165,7 @@ def test_transformers_computes_the_loss_of_a_run_with_its_bpe_tokenizer(tmp_path
         np.int64
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert json.loads((tmp_path / "hf/tokenizer_config.json").read_text())["add_bos_token"] is False
     text = tokenizer.decode(tokens)
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == tokens.tolist() and text[:500] in runs.text()
     length, nats = runs.TINY["data.seq_len"], 0.0

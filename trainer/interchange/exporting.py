@@ -133,6 +133,8 @@ def _write_companions(
         for name in ("bos_token", "eos_token", "pad_token"):
             if isinstance(id := ids.get(f"{name}_id"), int) and id in tokenizer.specials:
                 keys[name] = tokenizer.specials[id]
+        if "bos_token" not in keys:
+            keys["add_bos_token"] = False  # otherwise llama.cpp adds one to some kinds of BPE
         _write_json(folder / "tokenizer_config.json", keys)
     if not (folder / "generation_config.json").exists():
         _write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
