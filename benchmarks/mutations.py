@@ -194,7 +194,7 @@ FAULTS = [
     fault("parts of a joined tensor are all read from its beginning", "model/families/layout.py",
           "begin += part.shape[-1]", "begin += 0", "gpt2_files_test.py"),
     fault("bands of a transposed tensor leave columns out", "model/families/layout.py",
-          "range(0, len(array), 16)", "range(0, len(array) - 15, 16)", "gpt2_files_test.py"),
+          "range(0, len(array), 16)", "range(0, len(array) - 15, 16)", "families_test.py"),
     fault("the epsilon of norms is not the model's", "model/families/base.py",
           '"norm_eps": keys.number("rms_norm_eps")', '"norm_eps": 1e-6', "families_test.py"),
     fault("queries and keys of a GGUF keep Meta's order", "trainer/interchange/gguf_file.py",

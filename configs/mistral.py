@@ -2,6 +2,10 @@
 
 `mistral:7b` is for 64 TPU v5p, `mistral:7b-gpus` for a node of 8 GPUs. We have not run it on such hardware yet, so no
 time or loss is claimed here. Pass a prepared dataset with --config.data.path.
+
+Plans (make plans; compiled without the machine; the step at best is a roofline, docs/scaling.md):
+  mistral:7b-gpus on h100:8        fits:  22.1 of 72.8 GiB, at best  31.87 s a step (compute)
+  mistral:7b      on v5p:4x4x4     fits:  19.8 of 95.7 GiB, at best   8.58 s a step (compute)
 """
 
 from ml_collections import ConfigDict

@@ -2,6 +2,10 @@
 
 `olmo2:1b` is for 16 TPU v6e or a node of 8 GPUs, the larger ones for 64 TPU v5p. We have not run them on such hardware
 yet, so no time or loss is claimed here. Pass a prepared dataset with --config.data.path.
+
+Plans (make plans; compiled without the machine; the step at best is a roofline, docs/scaling.md):
+  olmo2:1b        on h100:8        fits:  16.1 of 72.8 GiB, at best   2.78 s a step (compute)
+  olmo2:1b        on v6e:4x4       fits:   8.1 of 31.2 GiB, at best   1.50 s a step (compute)
 """
 
 from ml_collections import ConfigDict
