@@ -42,6 +42,9 @@ DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error that w
 flags.disclaim_key_flags()  # the flags defined below belong to the calling modules
 
 
+HELP = {"help", "helpshort", "helpfull", "helpxml", "h", "?"}  # absl's flags
+
+
 def run(main: Callable[..., int | None], arguments: int = 0, *, restarted: bool = False) -> NoReturn:
     """Parses flags, calls main() with up to `arguments` positional arguments, and exits with the code it returns.
 
@@ -82,8 +85,10 @@ def _parse_or_exit(argv: Sequence[str], arguments: int) -> list[str]:
             if isinstance(value := flags.FLAGS[name].value, float) and math.isnan(value):
                 raise ConfigError(f"--{name}={value} is not a number")
         return rest
-    except SystemExit:  # --help has printed; absl would exit with 1
-        raise SystemExit(0) from None
+    except SystemExit:
+        if HELP.isdisjoint(word.lstrip("-") for word in argv if word.startswith("-")):
+            raise  # a recipe exits
+        raise SystemExit(0) from None  # absl, which has printed the help, exits with 1
     except UserError as e:
         _fail(e)
     except flags.UnrecognizedFlagError as e:

@@ -16,7 +16,8 @@ import time
 from absl import flags
 
 from launch import cli, environment, inference
-from trainer.errors import ConfigError
+from trainer.errors import CheckpointError, ConfigError
+from trainer.reliability.reading import Unreadable
 
 FROM = {
     "from_hf": cli.define_run_path("from_hf", None, "Folder with config.json and .safetensors files to read."),
@@ -25,6 +26,7 @@ FROM = {
     "from_llmc": cli.define_run_path("from_llmc", None, ".bin file of llm.c to read: GPT-2."),
 }
 ENDINGS = {"from_gguf": ".gguf", "from_nanogpt": ".pt", "from_llmc": ".bin"}
+TOKENIZER = cli.define_path("tokenizer", None, "Tokenizer of weights that come without one, as for launch.prepare.")
 TO_HF = cli.define_run_path("to_hf", None, "Folder to write, which must not exist.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Type of the tensors of --to_hf.")
 
@@ -43,6 +45,8 @@ def main() -> int:
             raise ConfigError(f"--{name}={path} is not a {ENDINGS[name]} file; --from_hf reads a folder")
         if name not in ENDINGS and pathlib.Path(path).is_file():
             raise ConfigError(f"--{name}={path} is a file; {', '.join(f'--{other}' for other in ENDINGS)} read files")
+    if TO_HF.value and TOKENIZER.value:
+        raise ConfigError("--tokenizer is of weights that are read; leave it out with --to_hf")
     if not TO_HF.value and (flags.FLAGS["dtype"].present or inference.STEP.value is not None):
         raise ConfigError("--dtype and --step are of an export; leave them out, or name --to_hf=DIR")
     cli.end_in_one_line()
@@ -54,16 +58,18 @@ def read(path: str) -> int:
     """Converts weights of another system to a run in --workdir."""
     start, workdir = time.monotonic(), pathlib.Path(inference.WORKDIR.value)
     environment.load_jax()
+    from data import tokenizers
     from trainer.interchange import importing
     from trainer.interchange.source import Source, described
 
     source = Source.open(pathlib.Path(path))
     for line in described(source):
         cli.log.info("%s", line)
-    params = importing.as_run(source, workdir, sys.argv)
+    params = importing.as_run(source, workdir, sys.argv, tokenizers.make(TOKENIZER.value) if TOKENIZER.value else None)
+    command, more = ("sample", "") if (workdir / "tokenizer").exists() else ("train", " --config.data.path=…")
     cli.log.info(
-        "%s parameters in %s, read back, %.0f s. Next: python -m launch.sample --workdir=%s",
-        f"{params:,}", workdir, time.monotonic() - start, shlex.quote(str(workdir)),
+        "%s parameters in %s, read back, %.0f s. Next: python -m launch.%s --workdir=%s%s",
+        f"{params:,}", workdir, time.monotonic() - start, command, shlex.quote(str(workdir)), more,
     )  # fmt: skip
     return 0
 
@@ -79,10 +85,13 @@ def write() -> int:
     from trainer.interchange.folder import KEPT
 
     tokenizer = tokenizers.load(run.path / "tokenizer") if (run.path / "tokenizer").exists() else None
-    family, params = exporting.export(
-        target, run.load, run.config.model, tokenizer,
-        dtype=DTYPE.value, card=card(run), kept=run.path / KEPT,
-    )  # fmt: skip
+    try:
+        family, params = exporting.export(
+            target, run.load, run.config.model, tokenizer,
+            dtype=DTYPE.value, card=card(run), kept=run.path / KEPT,
+        )  # fmt: skip
+    except Unreadable as e:
+        raise CheckpointError(f"{e}; a run that trains deletes old steps: name a --step that it keeps") from None
     cli.log.info(
         "step %d as %s, %s parameters in %s, in %s, read back, %.0f s",
         run.meta["step"], family, f"{params:,}", DTYPE.value, target, time.monotonic() - start,

@@ -15,9 +15,11 @@ from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.interchange import initial
 from trainer.interchange.folder import KEPT
-from trainer.reliability import reading, restarts, run_directory
+from trainer.reliability import run_directory
 
 if TYPE_CHECKING:  # these import JAX; a mistyped flag is reported before that
+    from jax.sharding import Mesh
+
     from trainer.state import Program
 
 WORKDIR = cli.define_run_path("workdir", None, "Run directory of launch.train.")
@@ -75,24 +77,21 @@ def open_run() -> LoadedRun:
     environment.load_jax()
     environment.find_devices()
     runtime.use_compilation_cache(path)
-    import jax
-
-    from trainer import sharding
     from trainer.reliability import identity
     from trainer.reliability.checkpoint import Checkpoints, choose_step
     from trainer.state import Program
 
-    checkpoints = None if starts_with_own_weights(path) else Checkpoints(path)
-    step = 0 if checkpoints is None else choose_step(checkpoints, STEP.value)
-    mesh = sharding.inference_mesh(config)
-    jax.set_mesh(mesh)
-    program = Program(config, mesh)
-    if checkpoints is None:
+    if is_step_0(path):
         from trainer.interchange.source import Source
 
         source = Source.open(path / KEPT)
+        config = initial.with_model(config, source.model)  # training may have added tokens
+        program = Program(config, _mesh(config))
         meta = {"step": 0, "samples": 0, "data_fingerprint": None}
         return LoadedRun(path, config, program, meta, lambda only: initial.read(source, program, only))
+    checkpoints = Checkpoints(path)
+    step = choose_step(checkpoints, STEP.value)
+    program = Program(config, _mesh(config))
     meta = checkpoints.meta(step)
     if differs := identity.refused_changes(meta, recorded):
         raise ConfigError(
@@ -101,12 +100,20 @@ def open_run() -> LoadedRun:
         )
     if (path / "tokenizer").exists():
         identity.check_tokenizer(meta, tokenizers.load(path / "tokenizer"), path)
-    return LoadedRun(path, config, program, meta, lambda only: checkpoints.restore_params(program, step, only)[0])
+    return LoadedRun(path, config, program, meta, lambda only: checkpoints.restore_params(program, step, only, meta)[0])
 
 
-def starts_with_own_weights(path: pathlib.Path) -> bool:
-    """Whether --step is what launch.convert has written, before any training."""
-    if initial.own_weights(path) is None:
-        return False
-    newest = reading.writing(lambda: restarts.newest_committed(path), path, "cannot read")
-    return not (newest if STEP.value is None else STEP.value)
+def _mesh(config: Config) -> "Mesh":
+    import jax
+
+    from trainer import sharding
+
+    mesh = sharding.inference_mesh(config)
+    jax.set_mesh(mesh)
+    return mesh
+
+
+def is_step_0(path: pathlib.Path) -> bool:
+    """Whether --step is what launch.convert has written: it is named, or nothing else was ever saved."""
+    own = initial.own_weights(path) is not None
+    return own and (STEP.value == 0 or (STEP.value is None and initial.is_untrained(path)))

@@ -53,8 +53,8 @@ def write() -> int:
 
     if not (run.path / "tokenizer").exists():
         raise ConfigError(
-            f"{run.path} has no tokenizer, because it was trained on token files; the same launch.train command with "
-            "--config.data.tokenizer_path=PATH adds one"
+            f"{run.path} has no tokenizer, because it began with weights or token files without one; a launch.train "
+            "command with --config.data.tokenizer_path=PATH adds one, and launch.convert takes --tokenizer=PATH"
         )
     tokenizer = tokenizers.load(run.path / "tokenizer")
     stop_ids = frozenset() if tokenizer.eos_id is None else frozenset([tokenizer.eos_id])

@@ -73,6 +73,24 @@ def test_a_member_has_the_published_number_of_parameters_and_is_of_its_family(na
     assert form_of(model)[0].model_type.removesuffix("_text") == name
 
 
+# Devices that the docstrings name, if they are not 16 TPUs or 8 GPUs.
+DEVICES = {("gpt2", "124m-tpu"): 4, ("gpt2", "124m-one"): 1, ("llama", "1b-one"): 1, ("llama", "8b"): 64,
+           ("llama", "8b-v6e"): 256, ("llama", "70b"): 512, ("llama", "70b-two"): 1024, ("mistral", "7b"): 64,
+           ("qwen2", "7b"): 64, ("qwen3", "8b"): 64, ("qwen3", "14b"): 64, ("qwen3", "32b"): 64, ("gemma2", "9b"): 64,
+           ("gemma2", "27b"): 64, ("olmo2", "7b"): 64, ("olmo2", "13b"): 64}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", sorted({name for name, _ in MEMBERS}))
+def test_a_microbatch_can_be_split_over_the_devices_that_the_docstring_names(family):
+    module = importlib.import_module(f"configs.{family}")
+    for variant in (*module.SIZES, *getattr(module, "MACHINES", {})):
+        config = recipe(family, variant)
+        rows = config.global_batch_size // config.grad_accum_steps
+        devices = DEVICES.get((family, variant), 8 if family == "gpt2" or "gpus" in variant else 16)
+        assert rows * config.grad_accum_steps == config.global_batch_size and rows % devices == 0, variant
+        assert str(devices) in module.__doc__ or devices in (1, 1024), variant
+
+
 @pytest.mark.parametrize(("name", "size"), MEMBERS)
 def test_a_size_is_the_same_experiment_on_all_its_machines(name, size):
     """Only microbatches, remat and the mesh differ."""

@@ -143,12 +143,19 @@ def test_a_converted_run_keeps_its_first_weights(exported, trained, tmp_path):
     assert "Resuming after step 2" in train(tmp_path / "tuned", trained[1], num_train_steps=3, init_from=run)
     convert(f"--workdir={run}", "--step=0", f"--to_hf={tmp_path / 'out'}")
     assert (tmp_path / "out/model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
+    shutil.rmtree(run / "checkpoints/2")
+    for flags in ([], ["--step=2"]):  # a run that lost its steps is not the untrained model
+        assert "holds no finished checkpoint" in loss(run, f"--data_path={trained[1]}", *flags, code=3)
+    said = train(tmp_path / "lost", trained[1], num_train_steps=2, init_from=run, code=2)
+    assert "has no checkpoint at step 0" in said or "holds no finished checkpoint" in said
     weights = run / "hf/model.safetensors"
     raw = bytearray(weights.read_bytes())
     raw[-5] ^= 1
     weights.write_bytes(raw)
     said = loss(run, "--step=0", f"--data_path={trained[1]}", code=3)
     assert "is not what was converted (checksum); convert the weights again" in said and "Traceback" not in said
+    said = convert(f"--from_hf={run / 'hf'}", f"--workdir={tmp_path / 'copy'}", code=3)
+    assert "is not what was converted (checksum)" in said and not (tmp_path / "copy").exists()
 
 
 def test_transformers_computes_the_loss_of_a_run_with_its_bpe_tokenizer(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from data.errors import DataError
 from model import families
 from model.families.layout import Layout
 from model.transformer import parameter_shapes
@@ -109,6 +110,29 @@ def test_a_copy_that_the_disk_has_changed_is_no_run(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="is not what was written"):
         importing.as_run(source, tmp_path / "run", ["x"])
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_files_that_change_while_they_are_read_are_no_run(tmp_path, monkeypatch):
+    source, real = folder_of(tmp_path / "model"), FolderWriter.write
+    other = folder_of(tmp_path / "other").weights.path / "model.safetensors"
+
+    def write(self, name, pieces):
+        if name == "transformer.wpe.weight":
+            other.replace(tmp_path / "model/model.safetensors")
+        real(self, name, pieces)
+
+    monkeypatch.setattr(FolderWriter, "write", write)
+    with pytest.raises(DataError, match="was changed while it was read"):
+        importing.as_run(source, tmp_path / "run", ["x"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"a": 1}'])
+def test_checksums_of_another_program_are_not_ours(content, tmp_path):
+    source = folder_of(tmp_path / "model")
+    (tmp_path / "model/checksums.json").write_text(content)
+    importing.as_run(source, tmp_path / "run", ["x"])
+    assert json.loads((tmp_path / "run/hf/checksums.json").read_text())["format"] == "meshlm checksums 1"
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):

@@ -44,6 +44,8 @@ class Folder:
       DataError: a file in it is damaged.
     """
 
+    by_rows = True
+
     def __init__(self, path: pathlib.Path):
         self.path = path
         if is_run(path):

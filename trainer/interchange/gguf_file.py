@@ -44,6 +44,8 @@ class GgufFile:
       DataError: the file is damaged.
     """
 
+    by_rows = False
+
     def __init__(self, path: pathlib.Path):
         try:
             import gguf

@@ -1,27 +1,25 @@
 """Makes a run of the weights in a folder of Hugging Face, or in a file of another system.
 
 RUN/hf gets a copy of the weights, and a run without checkpoints begins with it (initial.py). No device is needed, and
-memory holds a few rows of a tensor at a time.
+memory holds a few rows of a tensor at a time, or a tensor of a file that cannot be read by rows.
 """
 
-import json
 import logging
 import os
 import pathlib
 import shlex
-from collections.abc import Mapping
-
-import numpy as np
 
 from data import tokenizers
 from data.config import DataConfig
 from data.errors import DataError
 from data.storage import files
+from data.tokenizers.base import Tokenizer
 from model.families.layout import Layout, Read
 from model.transformer import parameter_shapes
 from trainer.config import Config, to_json
 from trainer.errors import ConfigError
-from trainer.interchange.folder import CHECKSUMS, KEPT
+from trainer.interchange import checksums
+from trainer.interchange.folder import KEPT
 from trainer.interchange.safetensors_writer import FolderWriter, row_blocks
 from trainer.interchange.source import Source
 
@@ -30,16 +28,20 @@ LONGEST_CONTEXT = 2048  # data.seq_len of a converted run is at most this, until
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "float16": "float16", "bfloat16": "bfloat16"}  # others: float32
 
 
-def as_run(source: Source, workdir: pathlib.Path, argv: list[str]) -> int:
+def as_run(source: Source, workdir: pathlib.Path, argv: list[str], tokenizer: Tokenizer | None = None) -> int:
     """Makes `workdir`, which must not exist, a run at step 0 with the weights of `source`.
 
     The folder gets its name when everything in it was written and read back.
+
+    Args:
+      tokenizer: that of the weights, if they come without one.
 
     Returns:
       the number of parameters.
 
     Raises:
-      ConfigError: `workdir` exists, or the weights do not fit the config.json.
+      ConfigError: `workdir` exists, the weights do not fit the config.json, or they have another tokenizer.
+      DataError: the weights are damaged, or were changed while they were read.
       CheckpointError: what was read back is not what was written.
       OSError: `workdir` cannot be written; what was written of it is deleted.
     """
@@ -54,22 +56,24 @@ def as_run(source: Source, workdir: pathlib.Path, argv: list[str]) -> int:
         kept.mkdir()
         for name, content in source.weights.companions().items():
             (kept / name).write_bytes(content)
-        _write_tokenizer(source, folder)
+        _write_tokenizer(source, folder, tokenizer)
         _copy(source, layout, read, kept)
         (folder / "config.json").write_text(to_json(config))
         (folder / "command.txt").write_text(shlex.join(argv) + "\n")
     return layout.num_params
 
 
-def _write_tokenizer(source: Source, folder: pathlib.Path) -> None:
+def _write_tokenizer(source: Source, folder: pathlib.Path, given: Tokenizer | None) -> None:
     try:
-        tokenizer = tokenizers.in_folder(folder / KEPT)
+        own = tokenizers.in_folder(folder / KEPT)
     except DataError as e:
         raise DataError(str(e).replace(str(folder / KEPT), str(source.weights.path))) from None
-    if tokenizer is None:
-        log.info("%s has no tokenizer that can be read: text needs config.data.tokenizer_path", source.weights.path)
-    else:
+    if given is not None and own is not None:
+        raise ConfigError(f"{source.weights.path} has a tokenizer; leave --tokenizer out")
+    if (tokenizer := own or given) is not None:
         tokenizers.save(tokenizer, folder / "tokenizer")
+    else:
+        log.info("%s has no tokenizer that can be read; --tokenizer=PATH names one", source.weights.path)
 
 
 def _copy(source: Source, layout: Layout, read: Read, kept: pathlib.Path) -> None:
@@ -78,22 +82,13 @@ def _copy(source: Source, layout: Layout, read: Read, kept: pathlib.Path) -> Non
     writer = FolderWriter(kept, specs)
     for name, shape in layout.shapes.items():
         rest = [slice(None)] * (len(shape) - 1)
+        blocks = row_blocks(shape) if source.weights.by_rows else [slice(0, shape[0])]
         try:
-            writer.write(name, (read(name, (rows, *rest)) for rows in row_blocks(shape)))
+            writer.write(name, (read(name, (rows, *rest)) for rows in blocks))
         except ValueError as e:
             raise ConfigError(f"{source.weights.path}: {e}; these weights are broken") from None
     writer.verify()
-    copy = Source.open(kept)
-    (kept / CHECKSUMS).write_text(json.dumps(checksums(layout, copy.reader(layout)), indent=1) + "\n")
-
-
-def checksums(layout: Layout, read: Read) -> Mapping[str, int]:
-    """The sum of the bit patterns of each parameter in float32, modulo 2**32, by dotted path: trainer.checkpoint's."""
-    sums: dict[str, int] = {}
-    for name in layout.shapes:
-        for path, (rows, *rest) in layout.parts(name):
-            for block in row_blocks(tuple(s.stop - s.start for s in (rows, *rest))):
-                part = read(name, (slice(rows.start + block.start, rows.start + block.stop), *rest))
-                bits = np.ascontiguousarray(part.astype(np.float32, copy=False)).view(np.uint32)
-                sums[path] = (sums.get(path, 0) + int(bits.sum(dtype=np.uint64))) % 2**32
-    return sums
+    source.check_unchanged()
+    sums = checksums.of_tensors(layout, Source.open(kept).reader(layout))
+    checksums.check(source.weights.path, sums)
+    checksums.write(kept, sums)

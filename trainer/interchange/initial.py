@@ -23,6 +23,7 @@ from model.families.base import OF_TRAINING
 from model.families.layout import VOCAB_AXIS, Layout
 from trainer.config import Config
 from trainer.errors import CheckpointError, ConfigError
+from trainer.interchange import checksums
 from trainer.interchange.folder import CHECKSUMS, COMPANIONS, CONFIG, KEPT, is_run
 from trainer.interchange.source import Source, opened
 from trainer.reliability import identity, reading, restarts, run_directory
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from trainer.reliability.coordination import Processes
     from trainer.state import Program
 
-ADVICE = "convert the weights again"
+SAVED = ("checkpoints", "quarantine")  # folders of a run with its steps
 log = logging.getLogger("meshlm")
 
 
@@ -46,6 +47,13 @@ def place_of(init_from: str) -> tuple[pathlib.Path, int | None]:
 def own_weights(run_dir: pathlib.Path) -> pathlib.Path | None:
     """RUN/hf, if launch.convert made the run in `run_dir`: the weights of its step 0."""
     return run_dir / KEPT if os.path.exists(run_dir / KEPT / CHECKSUMS) else None
+
+
+def is_untrained(run_dir: pathlib.Path) -> bool:
+    """Whether launch.convert made the run in `run_dir`, and it has never saved a step (which may be lost by now)."""
+    if own_weights(run_dir) is None or os.path.exists(run_dir / "saved_step"):
+        return False
+    return not any(os.path.isdir(run_dir / name) and os.listdir(run_dir / name) for name in SAVED)
 
 
 def place_for(config: Config, run_dir: pathlib.Path) -> tuple[pathlib.Path, int | None]:
@@ -88,12 +96,12 @@ def adopted(config: Config, run_dir: pathlib.Path, before: Config | None) -> Con
                 f"{run_dir} began from {before.init_from}, not from config.init_from = {config.init_from}; leave that "
                 "out, or choose another --workdir"
             )
-        return _with_model(dataclasses.replace(config, init_from=before.init_from), before.model)
+        return _adopting(dataclasses.replace(config, init_from=before.init_from), before.model)
     init_from = config.init_from or (before.init_from if before is not None else "")
     if not init_from:
         return config
     model = model_of(init_from)
-    return _with_model(dataclasses.replace(config, init_from=_fixed(init_from)), model)
+    return _adopting(dataclasses.replace(config, init_from=_fixed(init_from)), model)
 
 
 def _fixed(init_from: str) -> str:
@@ -101,10 +109,10 @@ def _fixed(init_from: str) -> str:
     path, step = place_of(init_from)
     if not is_run(path):
         return str(path)
+    if own_weights(path) is not None and (step == 0 or (step is None and is_untrained(path))):
+        return str(path / KEPT)
     newest = reading.writing(lambda: restarts.newest_committed(path), path, "cannot read")
     chosen = newest if step is None else step
-    if not chosen and (own := own_weights(path)) is not None:
-        return str(own)
     if not os.path.exists(path / "checkpoints" / str(chosen) / restarts.METADATA_FILE):
         raise ConfigError(
             f"config.init_from = {init_from}: {path} has no checkpoint at step {chosen}; its newest is {newest}"
@@ -117,12 +125,18 @@ def _same_place(given: str, recorded: str) -> bool:
     return (path == before and step in (None, at)) or (path / KEPT == before and not step)
 
 
-def _with_model(config: Config, model: ModelConfig) -> Config:
+def _adopting(config: Config, model: ModelConfig) -> Config:
+    """with_model, and a line in the log about what of config.model does not count."""
     default, given = vars(ModelConfig()), vars(config.model)
     lost = [f"{name} = {given[name]}" for name in given if name not in OF_TRAINING and name != "max_seq_len"
             and given[name] not in (default[name], getattr(model, name))]  # fmt: skip
     if lost:
         log.info("init_from: the model is that of the weights, so these do not count: %s", ", ".join(lost))
+    return with_model(config, model)
+
+
+def with_model(config: Config, model: ModelConfig) -> Config:
+    """`config` with the architecture of `model`, and its own values of the fields of training."""
     chosen = {name: getattr(config.model, name) for name in OF_TRAINING}
     if model.position == "rope":  # RoPE can compute positions that the model was not trained on
         chosen["max_seq_len"] = max(model.max_seq_len, config.data.seq_len)
@@ -267,11 +281,9 @@ def read(source: Source, program: "Program", only: Iterable[str] | None = None) 
 
     flat = {path: one(path, leaf) for path, leaf in abstract.items() if only is None or path in only}
     params = traverse_util.unflatten_dict(flat, sep=".")
-    recorded = source.weights.path / CHECKSUMS
-    if os.path.exists(recorded):
-        expected = files.read_json(recorded, ADVICE)
-        if differing := [name for name, now in checksums_by_name(params).items() if expected.get(name) != now]:
-            raise DataError(f"{recorded.parent}: {differing[0]} is not what was converted (checksum); {ADVICE}")
+    source.check_unchanged()
+    if source.weights.path.is_dir():
+        checksums.check(source.weights.path, checksums_by_name(params))
     return params
 
 

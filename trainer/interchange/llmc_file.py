@@ -30,6 +30,8 @@ class LlmcFile:
       DataError: the file is damaged.
     """
 
+    by_rows = False
+
     def __init__(self, path: pathlib.Path):
         self.path = path
         if not path.is_file():

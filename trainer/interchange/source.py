@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from data.errors import DataError
 from model import families
 from model.config import ModelConfig
 from model.families import Json, Unsupported
@@ -28,12 +29,14 @@ class Weights(Protocol):
       config: the model as a config.json describes it.
       shapes: the shape of each tensor, by name.
       dtypes: the dtype of each tensor, by name, as the file calls it.
+      by_rows: whether rows of a tensor can be read without reading more.
     """
 
     path: pathlib.Path
     config: Json
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
+    by_rows: bool
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """A slice of a tensor, as floating-point numbers."""
@@ -56,19 +59,22 @@ class Source:
 
     Attributes:
       unused: keys of the config.json that this program does not use.
+      signature: of the files, when they were opened.
     """
 
     weights: Weights
     family: families.Family
     model: ModelConfig
     unused: list[str]
+    signature: list[tuple]
 
     @classmethod
     def open(cls, path: pathlib.Path) -> "Source":
         """Reads what describes the model. Raises ConfigError if it is not supported, DataError if a file is damaged."""
+        signature = _signature(path)
         weights = opened(path)
         try:
-            return cls(weights, *families.loaded(weights.config))
+            return cls(weights, *families.loaded(weights.config), signature)
         except Unsupported as e:
             raise ConfigError(f"{path if path.is_file() else path / 'config.json'}: {e}") from None
 
@@ -82,6 +88,11 @@ class Source:
                               f"{'; '.join(problems[:SHOWN])}{more}")  # fmt: skip
         self._check_tied(named)
         return lambda full, index: self.weights.read(named[full], index)
+
+    def check_unchanged(self) -> None:
+        """Raises DataError if a file was changed or replaced since it was opened: what was read may be a mixture."""
+        if _signature(self.weights.path) != self.signature:
+            raise DataError(f"{self.weights.path} was changed while it was read; try again when nothing writes there")
 
     def dtype(self, full: str, layout: Layout) -> str:
         """The dtype of a tensor of `layout`, as the file calls it."""
@@ -106,6 +117,16 @@ class Source:
                     f"{self.weights.path}: config.json ties the head to the embedding, but {head} differs from "
                     f"{table}; set tie_word_embeddings to what the model was trained with"
                 )
+
+
+def _signature(path: pathlib.Path) -> list[tuple]:
+    """What changes if a file of the weights is written or replaced."""
+    try:
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        stats = [(file.name, file.stat()) for file in files]
+    except OSError:  # opening it reports what is wrong
+        return []
+    return [(name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in stats]
 
 
 def described(source: Source) -> list[str]:

@@ -564,14 +564,21 @@ class Checkpoints:
         return TrainState(at, items["params"], items["opt_state"], guard), meta
 
     def restore_params(
-        self, program: Program, step: int, only: Iterable[str] | None = None
+        self,
+        program: Program,
+        step: int,
+        only: Iterable[str] | None = None,
+        expected: dict[str, Any] | None = None,
     ) -> tuple[dict, dict[str, Any]]:
         """Only the parameters of a step, for sampling, evaluation and export. Raises CheckpointError, ConfigError.
 
         Args:
           only: the dotted paths of the parameters to read; None: all.
+          expected: the meta that the step had before, if its parameters are read in several calls.
         """
         items, meta = self._load(step, {"params": program.state.params}, only=only)
+        if expected is not None and meta != expected:
+            raise CheckpointError(f"step {step} in {self.directory} was replaced while it was read; try again")
         return items["params"], meta
 
     def _load(
