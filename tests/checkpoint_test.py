@@ -88,8 +88,20 @@ def test_the_state_may_be_donated_while_it_is_being_written(tmp_path, program, s
 def test_parameters_alone(tmp_path, program, state):
     save(tmp_path, state, 3)
     shutil.rmtree(tmp_path / "checkpoints/3/opt_state/d")  # the optimizer state is not even read
-    params, _ = Checkpoints(tmp_path).restore_params(program, 3)
+    params, meta = Checkpoints(tmp_path).restore_params(program, 3)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), jax.device_get(state.params))
+    part, _ = Checkpoints(tmp_path).restore_params(program, 3, ["embedding", "layers.mlp.up.kernel"], meta)
+    assert jax.tree.structure(part) == jax.tree.structure({"embedding": 0, "layers": {"mlp": {"up": {"kernel": 0}}}})
+    np.testing.assert_array_equal(part["layers"]["mlp"]["up"]["kernel"], params["layers"]["mlp"]["up"]["kernel"])
+
+
+def test_parameters_of_two_saves_are_not_mixed(tmp_path, program, state):
+    save(tmp_path, state, 3)
+    _, meta = Checkpoints(tmp_path).restore_params(program, 3, ["embedding"])
+    shutil.rmtree(tmp_path / "checkpoints/3")
+    save(tmp_path, jax.tree.map(lambda x: x + 1, state), 3)
+    with pytest.raises(CheckpointError, match="step 3 in .* was replaced while it was read"):
+        Checkpoints(tmp_path).restore_params(program, 3, ["embedding"], meta)
 
 
 def test_retention(tmp_path, state):

@@ -1,7 +1,7 @@
 """The checksums beside a copy of weights: the sum of the bits of each parameter's float32 numbers, modulo 2**32.
 
-They do not depend on the mesh, so they are compared with the sums that trainer/reliability/checkpoint.py computes on the
-devices.
+They do not depend on the mesh, so they are compared with the sums that trainer/reliability/checkpoint.py computes on
+the devices.
 """
 
 import json

@@ -22,8 +22,8 @@ class Stored:
     def read(self, index: Index) -> np.ndarray:
         """A slice, in memory. Raises DataError if the file cannot be read, or ends before the tensor does.
 
-        Whole rows are read. Parts of rows are copied from a mapping of the file, which is not used for whole rows: what was
-        read of a mapped file counts as memory of the process, and makes its writes several times as slow.
+        Whole rows are read. Parts of rows are copied from a mapping of the file, which is not used for whole rows: what
+        was read of a mapped file counts as memory of the process, and makes its writes several times as slow.
         """
         start, stop, _ = index[0].indices(self.shape[0])
         width = math.prod(self.shape[1:])

@@ -64,6 +64,7 @@ def describe(name: str, num_slices: int = 1) -> Topology:
         options = _tpu_options(chip, shape, num_slices)
     else:
         options = {"target_config": gpu_target(family), "topology": f"{num_slices}x1x{shape[0]}"}
+        answer_for_capability(family)
     asked = f"{family}:{'x'.join(map(str, shape))}"
     try:
         devices = topologies.get_topology_desc(asked, chip.platform, **options).devices
@@ -163,6 +164,17 @@ GPUS = {
     "h100": ("NVIDIA H100 80GB HBM3", 9, 132, 84_942_979_072, 52_428_800, 233_472, 232_448, 1.98),
     "h200": ("NVIDIA H200", 9, 132, 150_754_820_096, 52_428_800, 233_472, 232_448, 1.98),
 }
+
+
+def answer_for_capability(family: str) -> None:
+    """Lets JAX's cuDNN attention take the described GPU's compute capability, on which the largest head size depends.
+
+    It would ask the local GPU, and refuse heads that it does not know to fit. No public function sets it.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as attention
+
+    major = GPUS[family][1]
+    attention.check_compute_capability = lambda wanted: (major, 0) >= tuple(map(int, wanted.split(".")))
 
 
 def gpu_target(family: str) -> str:
