@@ -66,10 +66,12 @@ def read(path: str) -> int:
     for line in described(source):
         cli.log.info("%s", line)
     params = importing.as_run(source, workdir, sys.argv, tokenizers.make(TOKENIZER.value) if TOKENIZER.value else None)
-    command, more = ("sample", "") if (workdir / "tokenizer").exists() else ("train", " --config.data.path=…")
+    command = f"launch.sample --workdir={shlex.quote(str(workdir))}"
+    if not (workdir / "tokenizer").exists():
+        command = f"launch.train --config=RECIPE --workdir={shlex.quote(str(workdir))} --config.data.path=DATA"
     cli.log.info(
-        "%s parameters in %s, read back, %.0f s. Next: python -m launch.%s --workdir=%s%s",
-        f"{params:,}", workdir, time.monotonic() - start, command, shlex.quote(str(workdir)), more,
+        "%s parameters in %s, read back, %.0f s. Next: python -m %s",
+        f"{params:,}", workdir, time.monotonic() - start, command,
     )  # fmt: skip
     return 0
 

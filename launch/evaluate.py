@@ -40,6 +40,8 @@ def measure() -> int:
     config = dataclasses.replace(run.config.data, tokenizer_path="")  # the tokenizer is not needed, and may be missing
     given = {"path": DATA_PATH.value, "val_path": VAL_PATH.value}
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
+    if not config.path:
+        raise ConfigError(f"{run.path} was not trained on data; name some with --data_path")
     try:
         data = sources.open_sources(config, run.config.model.vocab_size)
     except FileNotFoundError as e:

@@ -184,7 +184,7 @@ def test_transformers_computes_the_loss_of_a_run_with_its_bpe_tokenizer(tmp_path
     assert json.loads(said.splitlines()[-1])["val/loss"] == pytest.approx(nats / (len(tokens) - 1), rel=1e-6)
 
 
-def test_new_tokens_get_the_mean_and_other_tokenizers_are_refused(trained, tmp_path):
+def test_new_tokens_get_the_mean_and_other_tokenizers_are_refused(exported, trained, tmp_path):
     run, _ = trained
     grown, other = tmp_path / "grown", tmp_path / "other"
     tokenizer = json.loads((run / "tokenizer/meshlm_tokenizer.json").read_text())
@@ -198,6 +198,16 @@ def test_new_tokens_get_the_mean_and_other_tokenizers_are_refused(trained, tmp_p
     said = train(grown, other, num_train_steps=2, init_from=run, code=2)
     assert "was trained with another tokenizer: token 0 is" in said and f"--tokenizer={run}" in said
     assert not grown.exists()
+    # The same of weights whose tokenizer was named when they were converted.
+    convert(f"--from_hf={exported}", f"--workdir={tmp_path / 'in'}", f"--tokenizer={run}")
+    for place, flags in ((grown, {"init_from": tmp_path / "in"}), (tmp_path / "in", {})):
+        said = train(place, other, num_train_steps=2, code=2, **flags)
+        assert "was trained with another tokenizer: token 0 is" in said
+    assert (tmp_path / "in/tokenizer/meshlm_tokenizer.json").read_bytes() == (
+        run / "tokenizer/meshlm_tokenizer.json"
+    ).read_bytes()
+    said = runs.finish(runs.start([sys.executable, "-m", "launch.evaluate", f"--workdir={tmp_path / 'in'}"]), 2)
+    assert "was not trained on data; name some with --data_path" in said
 
 
 # --- bad input ---
@@ -326,7 +336,7 @@ def test_a_head_that_is_tied_and_yet_another_is_refused(exported, tmp_path):
 
 def test_a_full_disk_leaves_nothing(trained, tmp_path):
     said = convert(f"--workdir={trained[0]}", f"--to_hf={tmp_path / 'hf'}", code=3, before="ulimit -f 16")
-    assert "File too large" in said and "Traceback" not in said
+    assert f"{tmp_path / 'hf'}: File too large" in said and "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
 
 

@@ -167,6 +167,8 @@ def complete_folder(target: pathlib.Path, doing: str) -> Iterator[pathlib.Path]:
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)  # as mkdir makes it; that of mkdtemp is private
         temporary.rename(target)
-    except BaseException:
+    except BaseException as e:
+        if isinstance(e, OSError) and e.filename is None:  # such as a full disk in the middle of a file
+            e.filename = str(target)
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -52,6 +52,8 @@ class GgufFile:
         except ImportError:
             raise ConfigError(f'{path} needs the gguf package: pip install "meshlm[gguf]"') from None
         self.path = path
+        if not path.is_file():
+            raise ConfigError(f"{path} does not exist, or is not a file")
         try:
             reader = gguf.GGUFReader(path)
             self._fields = {name: field.contents() for name, field in reader.fields.items()}

@@ -70,6 +70,8 @@ def _write_tokenizer(source: Source, folder: pathlib.Path, given: Tokenizer | No
         raise DataError(str(e).replace(str(folder / KEPT), str(source.weights.path))) from None
     if given is not None and own is not None:
         raise ConfigError(f"{source.weights.path} has a tokenizer; leave --tokenizer out")
+    if given is not None:  # training in place may change RUN/tokenizer; this one stays with the weights
+        tokenizers.save(given, folder / KEPT / "tokenizer")
     if (tokenizer := own or given) is not None:
         tokenizers.save(tokenizer, folder / "tokenizer")
     else:

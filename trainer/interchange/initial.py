@@ -190,10 +190,10 @@ def check_tokenizer(config: Config, run_dir: pathlib.Path, tokenizer: Tokenizer 
 
 def _tokenizer_of(path: pathlib.Path) -> Tokenizer | None:
     """The tokenizer of the weights; None if they come without one."""
-    if is_run(path):
-        return tokenizers.load(path / "tokenizer") if (path / "tokenizer").exists() else None
+    if (path / "tokenizer").is_dir():  # of a run, or of converted weights
+        return tokenizers.load(path / "tokenizer")
     if path.is_dir():
-        return tokenizers.in_folder(path)
+        return None if is_run(path) else tokenizers.in_folder(path)
     with tempfile.TemporaryDirectory() as folder:
         for name, content in opened(path).companions().items():
             (pathlib.Path(folder) / name).write_bytes(content)
