@@ -48,7 +48,11 @@ class Attention(nnx.Module):
         return None if arguments is None else Norm(build, *arguments)
 
     def __call__(self, x: Array, ctx: Context, cache: Cache | None = None) -> tuple[Array, Cache | None]:
-        """x [b, t, embed] to the same shape; a cache's k and v [b, s, k, d] gain new rows at ctx.index."""
+        """x [b, t, embed] to the same shape; a cache's k and v [b, s, k, d] gain the new tokens' at ctx.index.
+
+        With a cache, ctx.index is either 0, 1, …, t - 1 in all rows, and the tokens see only each other, or [b, t], and
+        they see what the cache has up to their index.
+        """
         spec = kernels.spec_of(self.config, local=ctx.local)
         q, k, v = project(x, self.query, self.key, self.value)
         q, k = self._heads(q, "heads", self.query_norm), self._heads(k, "kv_heads", self.key_norm)
@@ -56,11 +60,11 @@ class Attention(nnx.Module):
         if self.config.position == "rope":
             rope = rope_of(self.config, local=ctx.local)
             q, k = (rope(y, ctx.positions) for y in (q, k))
-        if cache is None:
+        if cache is not None:
+            cache = {name: _written(cache[name], new, ctx.index) for name, new in (("k", k), ("v", v))}
+        if cache is None or ctx.index.ndim == 1:
             y = self.partitioner.attention(q, k, v, ctx, spec)
         else:
-            start = (0, ctx.index[0], 0, 0)
-            cache = {name: jax.lax.dynamic_update_slice(cache[name], new, start) for name, new in (("k", k), ("v", v))}
             y = kernels.xla(q, cache["k"], cache["v"], kernels.Mask(ctx.index), spec, dropout=ctx.dropout)
         return self.out(y.reshape(*x.shape[:-1], -1)), cache
 
@@ -72,3 +76,10 @@ class Attention(nnx.Module):
         if norm is not None and self.config.qk_norm == "head":
             y = norm(y)
         return self.partitioner.constrain(y, ("batch", "seq", axis, None))
+
+
+def _written(cache: Array, new: Array, index: Array) -> Array:
+    """`cache` [b, s, k, d] with the rows `new` [b, t, k, d]: from 0 on, or at `index` [b, t]."""
+    if index.ndim == 1:
+        return jax.lax.dynamic_update_slice(cache, new, (0, 0, 0, 0))
+    return cache.at[jnp.arange(len(index))[:, None], index].set(new)

@@ -27,8 +27,9 @@ class Context:
     """The context of one forward pass over b rows of t tokens.
 
     Attributes:
-      index: int32 [t], the index of each token in its row. A token sees tokens of a lower index, and itself. A
-        cache keeps the token at this index. Tokens may lie in another order than their indices (see Partitioner).
+      index: int32 [t], the index of each token in its row, or [b, t] if the rows differ. A token sees tokens of a lower
+        index, and itself. A cache keeps the token at this index. Tokens may lie in another order than their indices
+        (see Partitioner).
       positions: int32 [b, t] or [1, t], the position of each token in its document.
       segment_ids: int32 [b, t], the document of each token; None: a row is one document.
       dropout: the dropout of the current layer.

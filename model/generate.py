@@ -1,13 +1,20 @@
-"""Text generation with a KV cache of static shape: greedy, temperature, top-k, top-p."""
+"""Text generation: prompts of any lengths in one batch, with a KV cache of static shape.
 
-from collections.abc import Callable
+A batch has slots. Reading a prompt into a slot is one pass over its tokens; each token that follows is one pass over
+one token of all slots, in a compiled loop that returns to the host after some tokens. Prompts wait until a slot is
+free. Random numbers depend on the seed, the number of the prompt and the position in its text, not on the batch.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from model.attention import empty_cache
+from model.attention import Cache, empty_cache
 from model.config import ModelConfig
 from model.transformer import Transformer
 
@@ -38,8 +45,30 @@ def filter_logits(logits: Array, *, temperature: float, top_k: int, top_p: float
     return logits
 
 
+@dataclasses.dataclass
+class _Slot:
+    """A text in a slot of the batch.
+
+    Attributes:
+      row: the number of its prompt.
+      text: int32, the prompt and what was generated.
+      start: the index in `text` of the first token in the cache.
+      wanted: how long the text may become.
+    """
+
+    row: int
+    text: np.ndarray
+    start: int
+    wanted: int
+
+    @property
+    def cached(self) -> int:
+        """The number of tokens whose keys and values are in the cache: all but the last."""
+        return len(self.text) - self.start - 1
+
+
 class Generator:
-    """Continues prompts; one compilation for each (rows, buffer length).
+    """Continues prompts. It is compiled for each length of prompts and each (slots, length of the cache): powers of 2.
 
     When the context is full, its second half becomes the start of a new one, so that the model never sees a position
     that it was not trained on, and each token costs at most twice as much.
@@ -50,6 +79,8 @@ class Generator:
       context: the longest context, from 2 to config.max_seq_len: the length that the model was trained on.
       vocab_size: ids from this number on are never chosen, because the tokenizer does not have them; None: the model's.
       temperature: 0, or a value too small to divide by in float32, means greedy decoding.
+      slots: the most texts in a batch.
+      chunk: the most tokens of a text between two returns to the host.
       out_sharding: the sharding of the generated tokens; it must be replicated if several processes read them.
     """
 
@@ -63,6 +94,8 @@ class Generator:
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        slots: int = 256,
+        chunk: int = 64,
         out_sharding: jax.sharding.Sharding | None = None,
     ):
         if not 2 <= context <= config.max_seq_len:
@@ -73,76 +106,221 @@ class Generator:
         self.temperature = min(temperature, 1 / SMALLEST_TEMPERATURE)
         self.top_k = top_k
         self.top_p = top_p
+        self.slots = slots
+        self.chunk = chunk
         self._apply = apply
-        self._fill = jax.jit(self._fill_buffer, out_shardings=out_sharding)
+        self._read = jax.jit(self._read_prompts, donate_argnames="cache", out_shardings=(out_sharding, None))
+        self._write = jax.jit(self._write_tokens, donate_argnames="cache", out_shardings=(out_sharding, None))
 
     def __call__(self, params, prompt: np.ndarray, *, rows: int, max_new_tokens: int, seed: int) -> np.ndarray:
-        """`rows` continuations of one prompt.
+        """`rows` continuations of one prompt: int32 [rows, max_new_tokens], without the prompt. See `continue_all`."""
+        texts = self.continue_all(params, [prompt] * rows, max_new_tokens=max_new_tokens, seed=seed)
+        return np.stack(texts) if texts else np.zeros((0, max_new_tokens), np.int32)
 
-        Row i depends only on (seed, i), not on how many rows are asked for.
+    def continue_all(
+        self,
+        params,
+        prompts: Sequence[np.ndarray],
+        *,
+        max_new_tokens: int,
+        seed: int,
+        stop_ids: Collection[int] = (),
+        on_tokens: Callable[[int, np.ndarray], None] = lambda row, tokens: None,
+    ) -> list[np.ndarray]:
+        """The continuation of each prompt, without the prompt.
 
         Args:
-          prompt: integer [n], n >= 1.
+          prompts: integers [n], n >= 1, ids of the vocabulary.
+          max_new_tokens: how many tokens are generated, unless one of `stop_ids` ends the text, which it then includes.
+          seed: continuation i depends only on (seed, i) and its prompt.
+          on_tokens: is called with the number of a prompt and its next tokens whenever there are some.
 
         Returns:
-          int32 [rows, max_new_tokens], without the prompt.
+          int32 arrays.
         """
+        for prompt in prompts:
+            self._check(prompt)
+        if not prompts or not max_new_tokens:
+            return [np.zeros(0, np.int32) for _ in prompts]
+        batch = _Batch(self, params, max(map(len, prompts)) + max_new_tokens, len(prompts), seed, tuple(stop_ids))
+        waiting = collections.deque(
+            _Slot(row, np.asarray(prompt, np.int32), 0, len(prompt) + max_new_tokens)
+            for row, prompt in enumerate(prompts)
+        )
+        texts: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
+        while waiting or batch.slots:
+            for slot, new in [*batch.read(waiting), *batch.write()]:
+                texts[slot.row] = slot.text[len(prompts[slot.row]) :]
+                if len(new):
+                    on_tokens(slot.row, new)
+        return texts
+
+    def _check(self, prompt: np.ndarray) -> None:
         if not len(prompt):
             raise ValueError("a prompt of 0 tokens; at least 1 is needed")
         lowest, highest = np.min(prompt), np.max(prompt)
         if lowest < 0 or highest >= self.config.vocab_size:
             wrong = lowest if lowest < 0 else highest
             raise ValueError(f"prompt holds token {wrong}; the vocabulary has ids 0 to {self.config.vocab_size - 1}")
-        wanted = len(prompt) + max_new_tokens
-        length = self._buffer_length(wanted)
-        text = np.tile(np.asarray(prompt, np.int32), (rows, 1))
-        keys = _keys(seed, rows)
-        while text.shape[1] < wanted:
-            known = text.shape[1] if text.shape[1] < length else length // 2
-            upto = min(length, known + wanted - text.shape[1])
-            buffer = np.zeros((rows, length), np.int32)
-            buffer[:, :known] = text[:, -known:]
-            filled = self._fill(params, buffer, known=known, upto=upto, keys=keys, offset=text.shape[1] - known)
-            text = np.concatenate([text, np.asarray(filled)[:, known:upto]], axis=1)
-        return text[:, len(prompt) :]
 
     def lower(self, params, *, rows: int, wanted: int) -> jax.stages.Lowered:
-        """Lowers the program for `rows` texts of `wanted` tokens, including the prompt; params may be abstract."""
-        buffer = jax.ShapeDtypeStruct((rows, self._buffer_length(wanted)), np.int32)
-        keys = jax.eval_shape(lambda: _keys(0, rows))
-        return self._fill.lower(params, buffer, known=1, upto=2, keys=keys, offset=0)
+        """Lowers the loop for `rows` texts of `wanted` tokens, including the prompt; params may be abstract."""
+        cache = jax.eval_shape(lambda: empty_cache(self.config, rows, self.cache_length(wanted)))
+        numbers = jax.ShapeDtypeStruct((rows,), np.int32)
+        keys = jax.eval_shape(lambda: _keys(0, np.zeros(rows, np.int32)))
+        return self._write.lower(
+            params, cache=cache, token=numbers, cached=numbers, start=numbers, wanted=numbers, keys=keys,
+            stop=jax.ShapeDtypeStruct((0,), np.int32), steps=1,
+        )  # fmt: skip
 
-    def _buffer_length(self, wanted: int) -> int:
-        return min(self.context, 1 << (wanted - 1).bit_length())
+    def cache_length(self, wanted: int) -> int:
+        return min(self.context, power_of_2(wanted))
 
-    def _fill_buffer(self, params, buffer: Array, *, known: Array, upto: Array, keys: Array, offset: Array) -> Array:
-        """Fills buffer[:, known:upto]; `offset`, the position of buffer[:, 0] in the full text, selects random keys."""
-        model = self._apply(params)
-        rows, length = buffer.shape
+    def _choose(self, logits: Array, keys: Array, position: Array) -> Array:
+        """The next token of each row: logits [b, vocab], and position [b], the index in the text of the new token."""
+        if self.vocab_size < self.config.vocab_size:
+            logits = logits.at[:, self.vocab_size :].set(-jnp.inf)
+        if self.temperature < SMALLEST_TEMPERATURE:
+            return jnp.argmax(logits, -1).astype(jnp.int32)
+        logits = filter_logits(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        of_token = jax.vmap(jax.random.fold_in)(keys, position)
+        return jax.vmap(jax.random.categorical)(of_token, logits).astype(jnp.int32)
 
-        def choose(logits: Array, position: Array) -> Array:
-            if self.vocab_size < self.config.vocab_size:
-                logits = logits.at[:, self.vocab_size :].set(-jnp.inf)
-            if self.temperature < SMALLEST_TEMPERATURE:
-                return jnp.argmax(logits, -1).astype(jnp.int32)
-            logits = filter_logits(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
-            of_token = jax.vmap(lambda key: jax.random.fold_in(key, offset + position))(keys)
-            return jax.vmap(jax.random.categorical)(of_token, logits).astype(jnp.int32)
+    def _read_prompts(
+        self, params, *, cache: Cache, tokens: Array, lengths: Array, slots: Array, start: Array, keys: Array
+    ) -> tuple[Array, Cache]:
+        """Reads tokens [n, p], of which the first `lengths` [n] of a row count, into slots [n]; slots beyond the batch
+        are left out.
 
-        # Prefill: the full buffer at once. Entries past `known` are padding, but no query sees a key after itself,
-        # and each padding entry is overwritten before its position becomes visible.
-        logits, cache = model(buffer, cache=empty_cache(self.config, rows, length), logits_at=known - 1)
-        buffer = jax.lax.dynamic_update_slice(buffer, choose(logits[:, 0], known)[:, None], (0, known))
+        Returns:
+          int32 [n], the tokens that follow; the cache.
+        """
+        n, p = tokens.shape
+        logits, read = self._apply(params)(tokens, cache=empty_cache(self.config, n, p), logits_at=lengths - 1)
+        # No token sees one after it, so the padding after a prompt changes nothing, and it is overwritten in the cache
+        # before its index becomes visible.
+        cache = jax.tree.map(lambda all, new: all.at[:, slots, :p].set(new, mode="drop"), cache, read)
+        return self._choose(logits[:, 0], keys, start + lengths), cache
+
+    def _write_tokens(
+        self, params, *, cache: Cache, token: Array, cached: Array, start: Array, wanted: Array, keys: Array,
+        stop: Array, steps: Array,
+    ) -> tuple[tuple[Array, Array], Cache]:  # fmt: skip
+        """Up to `steps` tokens of each text [b] of which `cached` tokens and then `token` are known.
+
+        A text ends with a token of `stop`, when it has `wanted` tokens, or when the context is full; a slot that is not
+        used has wanted = 0.
+
+        Returns:
+          (int32 [b, chunk], the tokens; int32 [b], how many of them count); the cache.
+        """
+        model, length = self._apply(params), cache["k"].shape[2]
+
+        def goes_on(token: Array, cached: Array) -> Array:
+            ended = (token[:, None] == stop[None]).any(axis=1) if len(stop) else jnp.zeros(token.shape, bool)
+            return ~ended & (cached + 1 < jnp.minimum(wanted - start, length))
 
         def step(carry):
-            position, buffer, cache = carry
-            token = jax.lax.dynamic_slice(buffer, (0, position), (rows, 1))
-            logits, cache = model(token, index=position[None], cache=cache)
-            token = choose(logits[:, 0], position + 1)
-            return position + 1, jax.lax.dynamic_update_slice(buffer, token[:, None], (0, position + 1)), cache
+            i, token, at, out, cache = carry
+            active = goes_on(token, at)
+            logits, cache = model(token[:, None], index=at[:, None], cache=cache)
+            token = jnp.where(active, self._choose(logits[:, 0], keys, start + at + 1), token)
+            return i + 1, token, at + active, out.at[:, i].set(token), cache
 
-        return jax.lax.while_loop(lambda carry: carry[0] + 1 < upto, step, (known, buffer, cache))[1]
+        def unfinished(carry):
+            i, token, at, *_ = carry
+            return (i < steps) & goes_on(token, at).any()
+
+        out = jnp.zeros((len(token), self.chunk), jnp.int32)
+        _, _, at, out, cache = jax.lax.while_loop(unfinished, step, (0, token, cached, out, cache))
+        return (out, at - cached), cache
 
 
-def _keys(seed: int, rows: int) -> Array:
-    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(rows))
+class _Batch:
+    """The texts that are being generated, and their cache."""
+
+    def __init__(self, generator: Generator, params, wanted: int, texts: int, seed: int, stop: tuple[int, ...]):
+        self.generator = generator
+        self.params = params
+        self.seed = seed
+        self.stop = np.array(stop, np.int32)
+        self.length = generator.cache_length(wanted)
+        self.size = power_of_2(min(texts, generator.slots))
+        self.slots: dict[int, _Slot] = {}
+        self.cache = empty_cache(generator.config, self.size, self.length)
+
+    def _full(self, slot: _Slot) -> bool:
+        return slot.cached + 1 >= self.length
+
+    def _ended(self, slot: _Slot) -> bool:
+        return len(slot.text) >= slot.wanted or slot.text[-1] in self.stop
+
+    def read(self, waiting: collections.deque[_Slot]) -> list[tuple[_Slot, np.ndarray]]:
+        """Gives free slots to waiting texts, reads them, and those whose context is full; returns their next tokens."""
+        fresh = [i for i, slot in self.slots.items() if self._full(slot)]
+        for i in range(self.size):
+            if i not in self.slots and waiting:
+                self.slots[i] = waiting.popleft()
+                fresh.append(i)
+        groups = collections.defaultdict(list)
+        for i in fresh:
+            slot = self.slots[i]
+            known = len(slot.text) if len(slot.text) < self.length else self.length // 2
+            slot.start = len(slot.text) - known
+            groups[min(self.length, power_of_2(known))].append(i)
+        return [one for size, group in sorted(groups.items()) for one in self._read_group(size, group)]
+
+    def _read_group(self, size: int, group: list[int]) -> list[tuple[_Slot, np.ndarray]]:
+        n = power_of_2(len(group))
+        tokens, lengths = np.zeros((n, size), np.int32), np.ones(n, np.int32)
+        start, rows = np.zeros(n, np.int32), np.zeros(n, np.int32)
+        slots = np.full(n, self.size, np.int32)
+        for j, i in enumerate(group):
+            slot = self.slots[i]
+            known = slot.text[slot.start :]
+            tokens[j, : len(known)], lengths[j], start[j], rows[j], slots[j] = (
+                known,
+                len(known),
+                slot.start,
+                slot.row,
+                i,
+            )
+        first, self.cache = self.generator._read(
+            self.params, cache=self.cache, tokens=tokens, lengths=lengths, slots=slots, start=start,
+            keys=_keys(self.seed, rows),
+        )  # fmt: skip
+        return [self._add(i, token[None]) for i, token in zip(group, np.asarray(first), strict=False)]
+
+    def write(self) -> list[tuple[_Slot, np.ndarray]]:
+        """Generates some tokens of each text in the batch, and returns them."""
+        if all(map(self._full, self.slots.values())):
+            return []
+        empty = _Slot(0, np.zeros(1, np.int32), 0, 0)
+        slots = [self.slots.get(i, empty) for i in range(self.size)]
+        numbers = {
+            "token": [slot.text[-1] for slot in slots], "cached": [slot.cached for slot in slots],
+            "start": [slot.start for slot in slots], "wanted": [slot.wanted for slot in slots],
+        }  # fmt: skip
+        (tokens, counts), self.cache = self.generator._write(
+            self.params, cache=self.cache, **{name: np.array(value, np.int32) for name, value in numbers.items()},
+            keys=_keys(self.seed, np.array([slot.row for slot in slots], np.int32)), stop=self.stop,
+            steps=self.generator.chunk,
+        )  # fmt: skip
+        tokens, counts = np.asarray(tokens), np.asarray(counts)
+        return [self._add(i, tokens[i, : counts[i]]) for i in list(self.slots)]
+
+    def _add(self, i: int, new: np.ndarray) -> tuple[_Slot, np.ndarray]:
+        slot = self.slots[i]
+        slot.text = np.concatenate([slot.text, new])
+        if self._ended(slot):
+            del self.slots[i]
+        return slot, new
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of 2 that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def _keys(seed: int, rows: np.ndarray) -> Array:
+    return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.asarray(rows))

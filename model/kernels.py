@@ -47,7 +47,7 @@ class Mask(NamedTuple):
     """Which keys a query sees: keys up to its own index, of its own document, and inside its window.
 
     Attributes:
-      query_index: int32 [t], the index of each query among the keys.
+      query_index: int32 [t] or [b, t], the index of each query among the keys.
       segment_ids: int32 [b, t], the document of each query; None: a row is one document.
       key_segment_ids: int32 [b, s], the document of each key.
       in_order: whether query_index is known to be 0, 1, …, t - 1, and there are t keys.
@@ -59,8 +59,8 @@ class Mask(NamedTuple):
     in_order: bool = False
 
     def visible(self, s: int, window: int | None = None) -> Array:
-        """bool [b, t, s], or [1, t, s] if a row is one document."""
-        key, query = jnp.arange(s)[None, None], self.query_index[None, :, None]
+        """bool [b, t, s], or [1, t, s] if the rows do not differ."""
+        key, query = jnp.arange(s)[None, None], jnp.atleast_2d(self.query_index)[..., None]
         seen = key <= query
         if window is not None:
             seen &= key > query - window

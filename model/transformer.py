@@ -90,14 +90,14 @@ class Transformer(nnx.Module):
 
         Args:
           inputs, cache, arguments: see `hidden`.
-          logits_at: the only position along t whose logits are wanted; the result then has t = 1.
+          logits_at: int32 [b], the position along t of each row whose logits are wanted; the result then has t = 1.
 
         Returns:
           logits float32 [b, t, padded_vocab_size], -inf beyond vocab_size; the new cache.
         """
         x, _, cache = self.hidden(inputs, cache=cache, **arguments)
         if logits_at is not None:
-            x = jax.lax.dynamic_slice_in_dim(x, logits_at, 1, axis=1)
+            x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
         w = self.partitioner.gather_param(self.output_table(), self.output_axes, x.dtype)
         logits = unembed(x, w, self.output_axes, config=self.config)
         return self.partitioner.constrain(logits, ("batch", "seq", "vocab")), cache
@@ -126,8 +126,8 @@ class Transformer(nnx.Module):
 
         Args:
           inputs: integer [b, t], ids below vocab_size.
-          index: int32 [t], the index of each input in its row; None: 0, 1, …. It may begin above 0 only with a
-            cache that holds the tokens before, and be in another order only if that is the partitioner's order.
+          index: int32 [t], the index of each input in its row; None: 0, 1, …. It may be in another order only if that
+            is the partitioner's order. With a cache that holds the tokens before: [b, t].
           positions: int32 [b, t], the position of each input in its document; None: its index.
           segment_ids: int32 [b, t], the document of each input: no token sees another document. None: a row is one
             document. It cannot be combined with a cache.
@@ -143,7 +143,7 @@ class Transformer(nnx.Module):
         if segment_ids is not None and cache is not None:
             raise ValueError("a cache holds one document a row; segment_ids cannot be given with it")
         index = jnp.arange(inputs.shape[1], dtype=jnp.int32) if index is None else index
-        positions = index[None] if positions is None else positions
+        positions = jnp.atleast_2d(index) if positions is None else positions
         dropout = Dropout(dropout_rate, dropout_key, self.partitioner.bernoulli)
         of_embedding, of_layers = dropout.split(2)
         ctx = Context(index, positions, segment_ids, of_layers)

@@ -162,7 +162,7 @@ def test_short_texts_use_a_short_buffer_and_read_the_same():
         assert text.tolist() == slow_greedy(config, params, prompt, new)
 
 
-def test_one_compilation_for_each_number_of_rows_and_buffer_length():
+def test_one_compilation_for_each_number_of_slots_and_power_of_2():
     """A compilation for each prompt length would stall sampling during a run."""
     config = CONFIGS["llama"]
     apply, params = tiny_models.make(config)
@@ -173,11 +173,66 @@ def test_one_compilation_for_each_number_of_rows_and_buffer_length():
         return apply(params)
 
     generator = Generator(config, counting, context=config.max_seq_len, temperature=0.0)
-    for n, new in ((9, 3), (10, 6), (3, 40), (30, 2)):
+    for n, new in ((9, 7), (10, 6), (12, 4), (13, 2)):
         generator(params, np.arange(n), rows=2, max_new_tokens=new, seed=n)
-    assert len(traced) == 1
+    assert len(traced) == 2  # prompts of 9 to 16 tokens, and the loop
+    generator(params, np.arange(5), rows=2, max_new_tokens=9, seed=0)
+    assert len(traced) == 3  # prompts of 5 to 8 tokens
     generator(params, np.arange(5), rows=2, max_new_tokens=3, seed=0)
-    assert len(traced) == 2
+    assert len(traced) == 5  # a cache of 8 tokens
+
+
+BATCHED = {name: CONFIGS[name] for name in ("gemma", "learned_grouped")}  # windows, grouped queries, both positions
+
+
+@pytest.mark.parametrize("config", BATCHED.values(), ids=BATCHED.keys())
+def test_prompts_of_any_length_in_one_batch_read_as_each_alone(config):
+    """Greedy texts of 20 prompts, in 4 and in 32 slots, are those of full passes over each alone; some are longer than
+    the context."""
+    params, context, new = tiny_models.make(config)[1], config.max_seq_len, 12
+    lengths = [1, 2, 3, 5, 8, 9, context // 2, context - new, context - 2, context - 1, context, context + 3] + [4] * 8
+    prompts = [tiny_models.random_tokens(config, 1, n, seed=100 + i)[0] for i, n in enumerate(lengths)]
+    expected = [slow_greedy(config, params, prompt, new) for prompt in prompts]
+    for slots in (4, 32):
+        parts: dict[int, list[int]] = {i: [] for i in range(len(prompts))}
+        generator = generator_of(config, slots=slots, chunk=5)
+        texts = generator.continue_all(
+            params, prompts, max_new_tokens=new, seed=0, on_tokens=lambda i, ids, parts=parts: parts[i].extend(ids)
+        )
+        assert [text.tolist() for text in texts] == expected
+        assert list(parts.values()) == expected
+
+
+def test_a_text_depends_on_its_prompt_the_seed_and_its_number_alone():
+    config = CONFIGS["llama"]
+    params = tiny_models.make(config)[1]
+    prompts = [tiny_models.random_tokens(config, 1, 1 + i % 7, seed=i)[0] for i in range(11)]
+
+    def write(prompts, **options):
+        generator = generator_of(config, temperature=1.5, **options)
+        return [text.tolist() for text in generator.continue_all(params, prompts, max_new_tokens=20, seed=3)]
+
+    texts = write(prompts)
+    assert write(prompts, slots=2) == write(prompts, slots=2, chunk=3) == texts
+    assert write(prompts[:5]) == texts[:5]
+    assert len({tuple(text) for text in texts}) == len(texts)
+
+
+def test_a_stop_token_ends_its_text_and_no_other():
+    config = CONFIGS["llama"]
+    params = tiny_models.make(config)[1]
+    prompts = [tiny_models.random_tokens(config, 1, 3, seed=i)[0] for i in range(8)]
+    generator = generator_of(config, temperature=2.0, slots=4, chunk=4)
+    whole = generator.continue_all(params, prompts, max_new_tokens=30, seed=0)
+    stop = {7, 9}
+    texts = generator.continue_all(params, prompts, max_new_tokens=30, seed=0, stop_ids=stop)
+    ended = 0
+    for text, full in zip(texts, whole, strict=True):
+        first = next((i for i, id in enumerate(full.tolist()) if id in stop), None)
+        ended += first is not None
+        assert text.tolist() == full.tolist()[: None if first is None else first + 1]
+    assert 2 < ended
+    assert [len(t) for t in generator.continue_all(params, [], max_new_tokens=3, seed=0)] == []
 
 
 def test_top_k_of_1_is_greedy():

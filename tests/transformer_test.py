@@ -440,43 +440,40 @@ def test_rows_of_a_batch_do_not_see_each_other():
     np.testing.assert_array_equal(forward(params, changed)[0], forward(params, tokens)[0])
 
 
-@pytest.mark.parametrize("config", [CONFIGS["llama"], CONFIGS["gpt2"]], ids=["llama", "gpt2"])
-def test_prefill_and_decoding_with_a_cache_give_the_logits_of_a_full_pass(config):
-    """Passes the prompt with padding after it, then a chunk of three, then single tokens, each at its own start."""
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma"])
+def test_prefill_and_decoding_with_a_cache_give_the_logits_of_a_full_pass(name):
+    """Passes prompts of different lengths with padding after them, then three tokens, then single ones, each row at its
+    own index."""
+    config = CONFIGS[name]
     apply, params = tiny_models.make(config)
     tokens = tiny_models.random_tokens(config, 4)
     full = np.asarray(tiny_models.jitted_forward(config)(params, tokens))[..., : config.vocab_size]
-
-    @jax.jit
-    def run(params, tokens, start, cache):
-        index = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        return apply(params)(tokens, index=index, cache=cache)
-
-    buffer = tokens.copy()
-    buffer[:, 5:] = 7
-    cache = empty_cache(config, 4, config.max_seq_len)
-    logits, cache = run(params, buffer, 0, cache)
-    np.testing.assert_allclose(logits[:, :5, : config.vocab_size], full[:, :5], rtol=0, atol=LOGITS_ATOL)
-    start = 5
-    for size in (3, *[1] * (config.max_seq_len - 8)):
-        logits, cache = run(params, tokens[:, start : start + size], start, cache)
+    run = jax.jit(lambda params, tokens, cache, **index: apply(params)(tokens, cache=cache, **index))
+    at = np.array([5, 1, 8, 3], np.int32)
+    buffer = np.where(np.arange(config.max_seq_len) < at[:, None], tokens, 7)
+    logits, cache = run(params, buffer, empty_cache(config, 4, config.max_seq_len))
+    for row, length in enumerate(at):
+        actual = logits[row, :length, : config.vocab_size]
+        np.testing.assert_allclose(actual, full[row, :length], rtol=0, atol=LOGITS_ATOL)
+    for size in (3, *[1] * (config.max_seq_len - 8 - 3)):
+        index = at[:, None] + np.arange(size, dtype=np.int32)
+        logits, cache = run(params, np.take_along_axis(tokens, index, 1), cache, index=index)
         assert logits.shape == (4, size, 64) and np.all(logits[..., config.vocab_size :] == -np.inf)
-        expected = full[:, start : start + size]
+        expected = np.take_along_axis(full, index[..., None], 1)
         np.testing.assert_allclose(logits[..., : config.vocab_size], expected, rtol=0, atol=LOGITS_ATOL)
-        start += size
-    assert start == config.max_seq_len
+        at += size
+    assert at.max() == config.max_seq_len
 
 
-def test_the_logits_of_one_place_are_those_of_all_places():
+def test_the_logits_of_one_position_of_each_row_are_those_of_all_positions():
     config = CONFIGS["llama"]
     forward, params = tiny_models.jitted_forward(config), tiny_models.make(config)[1]
-    tokens = tiny_models.random_tokens(config, 4)
-    full = forward(params, tokens)
-    for place in (0, 6, config.max_seq_len - 1):
-        one = forward(params, tokens, logits_at=np.int32(place))
-        assert one.shape == (4, 1, 64)
-        np.testing.assert_allclose(one[:, 0, :50], full[:, place, :50], rtol=0, atol=LOGITS_ATOL)
-        assert (one[..., 50:] == -np.inf).all()
+    tokens, positions = tiny_models.random_tokens(config, 4), np.array([0, 6, config.max_seq_len - 1, 3], np.int32)
+    full = np.take_along_axis(np.asarray(forward(params, tokens)), positions[:, None, None], 1)
+    one = forward(params, tokens, logits_at=positions)
+    assert one.shape == (4, 1, 64)
+    np.testing.assert_allclose(one[..., :50], full[..., :50], rtol=0, atol=LOGITS_ATOL)
+    assert (one[..., 50:] == -np.inf).all()
 
 
 DROPOUT = ModelConfig(
