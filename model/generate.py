@@ -18,6 +18,7 @@ from model.attention import Cache, empty_cache
 from model.config import ModelConfig
 from model.transformer import Transformer
 
+READ = 4  # how many prompts are read at a time if the batch is fixed
 SMALLEST_TEMPERATURE = 1e-30  # dividing logits by this number, or by its inverse, gives finite float32
 
 
@@ -80,6 +81,8 @@ class Generator:
       vocab_size: ids from this number on are never chosen, because the tokenizer does not have them; None: the model's.
       temperature: 0, or a value too small to divide by in float32, means greedy decoding.
       slots: the most texts in a batch.
+      fixed: whether a batch always has this many slots, and prompts are read READ at a time. All programs then have the
+        same shapes, so that the last bit of a text does not depend on how many others there are.
       chunk: the most tokens of a text between two returns to the host.
       out_sharding: the sharding of the generated tokens; it must be replicated if several processes read them.
     """
@@ -95,6 +98,7 @@ class Generator:
         top_k: int = 0,
         top_p: float = 1.0,
         slots: int = 256,
+        fixed: bool = False,
         chunk: int = 64,
         out_sharding: jax.sharding.Sharding | None = None,
     ):
@@ -107,6 +111,7 @@ class Generator:
         self.top_k = top_k
         self.top_p = top_p
         self.slots = slots
+        self.fixed = fixed
         self.chunk = chunk
         self._apply = apply
         self._read = jax.jit(self._read_prompts, donate_argnames="cache", out_shardings=(out_sharding, None))
@@ -124,16 +129,20 @@ class Generator:
         *,
         max_new_tokens: int,
         seed: int,
+        first: int = 0,
+        longest: int = 0,
         stop_ids: Collection[int] = (),
-        on_tokens: Callable[[int, np.ndarray], None] = lambda row, tokens: None,
+        on_tokens: Callable[[int, np.ndarray, bool], None] = lambda row, tokens, ended: None,
     ) -> list[np.ndarray]:
         """The continuation of each prompt, without the prompt.
 
         Args:
           prompts: integers [n], n >= 1, ids of the vocabulary.
           max_new_tokens: how many tokens are generated, unless one of `stop_ids` ends the text, which it then includes.
-          seed: continuation i depends only on (seed, i) and its prompt.
-          on_tokens: is called with the number of a prompt and its next tokens whenever there are some.
+          seed: continuation i depends only on its prompt and on (seed, first + i).
+          first: the number of the first prompt.
+          longest: the longest prompt of all calls, if texts must not depend on how prompts are split into calls.
+          on_tokens: is called with i, the next tokens of text i, and whether they are its last ones.
 
         Returns:
           int32 arrays.
@@ -142,17 +151,19 @@ class Generator:
             self._check(prompt)
         if not prompts or not max_new_tokens:
             return [np.zeros(0, np.int32) for _ in prompts]
-        batch = _Batch(self, params, max(map(len, prompts)) + max_new_tokens, len(prompts), seed, tuple(stop_ids))
+        wanted = max(longest, max(map(len, prompts))) + max_new_tokens
+        batch = _Batch(self, params, wanted, len(prompts), seed, tuple(stop_ids))
         waiting = collections.deque(
-            _Slot(row, np.asarray(prompt, np.int32), 0, len(prompt) + max_new_tokens)
-            for row, prompt in enumerate(prompts)
+            _Slot(first + i, np.asarray(prompt, np.int32), 0, len(prompt) + max_new_tokens)
+            for i, prompt in enumerate(prompts)
         )
         texts: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
         while waiting or batch.slots:
-            for slot, new in [*batch.read(waiting), *batch.write()]:
-                texts[slot.row] = slot.text[len(prompts[slot.row]) :]
+            for slot, new, ended in [*batch.read(waiting), *batch.write()]:
+                i = slot.row - first
+                texts[i] = slot.text[len(prompts[i]) :]
                 if len(new):
-                    on_tokens(slot.row, new)
+                    on_tokens(i, new, ended)
         return texts
 
     def _check(self, prompt: np.ndarray) -> None:
@@ -236,6 +247,9 @@ class Generator:
         return (out, at - cached), cache
 
 
+_News = tuple[_Slot, np.ndarray, bool]  # a text, its new tokens, and whether they are the last
+
+
 class _Batch:
     """The texts that are being generated, and their cache."""
 
@@ -245,7 +259,7 @@ class _Batch:
         self.seed = seed
         self.stop = np.array(stop, np.int32)
         self.length = generator.cache_length(wanted)
-        self.size = power_of_2(min(texts, generator.slots))
+        self.size = generator.slots if generator.fixed else power_of_2(min(texts, generator.slots))
         self.slots: dict[int, _Slot] = {}
         self.cache = empty_cache(generator.config, self.size, self.length)
 
@@ -255,7 +269,7 @@ class _Batch:
     def _ended(self, slot: _Slot) -> bool:
         return len(slot.text) >= slot.wanted or slot.text[-1] in self.stop
 
-    def read(self, waiting: collections.deque[_Slot]) -> list[tuple[_Slot, np.ndarray]]:
+    def read(self, waiting: collections.deque[_Slot]) -> list[_News]:
         """Gives free slots to waiting texts, reads them, and those whose context is full; returns their next tokens."""
         fresh = [i for i, slot in self.slots.items() if self._full(slot)]
         for i in range(self.size):
@@ -268,10 +282,16 @@ class _Batch:
             known = len(slot.text) if len(slot.text) < self.length else self.length // 2
             slot.start = len(slot.text) - known
             groups[min(self.length, power_of_2(known))].append(i)
-        return [one for size, group in sorted(groups.items()) for one in self._read_group(size, group)]
+        at_once = READ if self.generator.fixed else self.size
+        return [
+            one
+            for size, group in sorted(groups.items())
+            for i in range(0, len(group), at_once)
+            for one in self._read_group(size, group[i : i + at_once])
+        ]
 
-    def _read_group(self, size: int, group: list[int]) -> list[tuple[_Slot, np.ndarray]]:
-        n = power_of_2(len(group))
+    def _read_group(self, size: int, group: list[int]) -> list[_News]:
+        n = READ if self.generator.fixed else power_of_2(len(group))
         tokens, lengths = np.zeros((n, size), np.int32), np.ones(n, np.int32)
         start, rows = np.zeros(n, np.int32), np.zeros(n, np.int32)
         slots = np.full(n, self.size, np.int32)
@@ -291,7 +311,7 @@ class _Batch:
         )  # fmt: skip
         return [self._add(i, token[None]) for i, token in zip(group, np.asarray(first), strict=False)]
 
-    def write(self) -> list[tuple[_Slot, np.ndarray]]:
+    def write(self) -> list[_News]:
         """Generates some tokens of each text in the batch, and returns them."""
         if all(map(self._full, self.slots.values())):
             return []
@@ -309,12 +329,12 @@ class _Batch:
         tokens, counts = np.asarray(tokens), np.asarray(counts)
         return [self._add(i, tokens[i, : counts[i]]) for i in list(self.slots)]
 
-    def _add(self, i: int, new: np.ndarray) -> tuple[_Slot, np.ndarray]:
+    def _add(self, i: int, new: np.ndarray) -> _News:
         slot = self.slots[i]
         slot.text = np.concatenate([slot.text, new])
-        if self._ended(slot):
+        if ended := self._ended(slot):
             del self.slots[i]
-        return slot, new
+        return slot, new, ended
 
 
 def power_of_2(n: int) -> int:

@@ -197,7 +197,11 @@ def test_prompts_of_any_length_in_one_batch_read_as_each_alone(config):
         parts: dict[int, list[int]] = {i: [] for i in range(len(prompts))}
         generator = generator_of(config, slots=slots, chunk=5)
         texts = generator.continue_all(
-            params, prompts, max_new_tokens=new, seed=0, on_tokens=lambda i, ids, parts=parts: parts[i].extend(ids)
+            params,
+            prompts,
+            max_new_tokens=new,
+            seed=0,
+            on_tokens=lambda i, ids, ended, parts=parts: parts[i].extend(ids),
         )
         assert [text.tolist() for text in texts] == expected
         assert list(parts.values()) == expected
@@ -215,6 +219,10 @@ def test_a_text_depends_on_its_prompt_the_seed_and_its_number_alone():
     texts = write(prompts)
     assert write(prompts, slots=2) == write(prompts, slots=2, chunk=3) == texts
     assert write(prompts[:5]) == texts[:5]
+    whole = write(prompts, slots=4, fixed=True)
+    generator = generator_of(config, temperature=1.5, slots=4, fixed=True)
+    rest = generator.continue_all(params, prompts[7:], max_new_tokens=20, seed=3, first=7, longest=7)
+    assert [text.tolist() for text in rest] == whole[7:] == texts[7:]
     assert len({tuple(text) for text in texts}) == len(texts)
 
 

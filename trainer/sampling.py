@@ -1,12 +1,20 @@
 """Sampling from a run's model: the prompt as tokens, and the generator."""
 
+import dataclasses
+import pathlib
+from collections.abc import Collection
+from typing import Any
+
 import numpy as np
 
+from data import tokenizers
 from data.errors import DataError
 from data.tokenizers.base import Tokenizer
 from model.generate import Generator
 from trainer.config import Config
 from trainer.errors import ConfigError
+from trainer.interchange.chat import Chat
+from trainer.interchange.folder import KEPT
 from trainer.state import Program
 
 
@@ -61,16 +69,79 @@ class Sampler:
         return self._tokenizer.decode(ids)
 
 
-def make_generator(
-    program: Program, *, temperature: float, top_k: int, top_p: float, vocab_size: int | None = None
-) -> Generator:
+def make_generator(program: Program, **options: Any) -> Generator:
     """The generator of a run's model; its context is data.seq_len, the length of the training rows.
 
     Args:
-      vocab_size: the number of tokens of the tokenizer. Imported weights may have more rows than that.
+      options: of Generator. vocab_size should be the number of tokens of the tokenizer: imported weights may have more
+        rows than that.
     """
     config = program.config
     return Generator(
-        config.model, program.model_of_compiler, context=config.data.seq_len, vocab_size=vocab_size,
-        temperature=temperature, top_k=top_k, top_p=top_p, out_sharding=program.replicated,
-    )  # fmt: skip
+        config.model, program.model_of_compiler, context=config.data.seq_len, out_sharding=program.replicated, **options
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """How prompts become tokens, and tokens text.
+
+    Attributes:
+      stop_ids: tokens that end a text.
+      chat: the chat template; None: a prompt is a text that is continued.
+    """
+
+    tokenizer: Tokenizer
+    stop_ids: frozenset[int]
+    chat: Chat | None = None
+
+    @classmethod
+    def of(cls, run_dir: pathlib.Path, *, chat: bool) -> "Language":
+        """The language of a run. Raises ConfigError if the run has no tokenizer, or, for a `chat`, no template."""
+        if not (run_dir / "tokenizer").exists():
+            raise ConfigError(
+                f"{run_dir} has no tokenizer, because it began with weights or token files without one; a launch.train "
+                "command with --config.data.tokenizer_path=PATH adds one, and launch.convert takes --tokenizer=PATH"
+            )
+        tokenizer = tokenizers.load(run_dir / "tokenizer")
+        template = Chat(run_dir / KEPT, tokenizer) if chat else None
+        ends = frozenset() if tokenizer.eos_id is None else frozenset([tokenizer.eos_id])
+        return cls(tokenizer, ends if template is None else ends | template.stop_ids, template)
+
+    def encode(self, prompt: Any) -> np.ndarray:
+        """The tokens of a prompt: a text, or the messages of a chat. Raises ConfigError."""
+        if self.chat is not None:
+            return self.chat.encode(self.chat.prompt(prompt))
+        return encode_prompt(self.tokenizer, prompt, "--prompt")
+
+    def stream(self) -> "TextStream":
+        return TextStream(self.tokenizer, self.stop_ids)
+
+
+class TextStream:
+    """The text of tokens that come one after another: whole characters, without the tokens that end it."""
+
+    def __init__(self, tokenizer: Tokenizer, stop_ids: Collection[int]):
+        self._tokenizer = tokenizer
+        self._stop_ids = stop_ids
+        self._ids: list[int] = []
+        self._said = 0
+
+    @property
+    def count(self) -> int:
+        """The number of tokens of the text."""
+        return len(self._ids)
+
+    def text(self) -> str:
+        """The text of all tokens so far."""
+        return self._tokenizer.decode(self._ids)
+
+    def feed(self, ids: np.ndarray, *, ended: bool) -> str:
+        """The text that `ids` add. The bytes of an unfinished character are held back until it is complete, or until
+        the text has `ended`."""
+        self._ids += [id for id in ids.tolist() if id not in self._stop_ids]
+        text = self.text()
+        known = len(text) if ended else len(text.rstrip("\ufffd"))
+        new = text[self._said : known]
+        self._said = max(self._said, known)
+        return new

@@ -1,0 +1,150 @@
+"""launch.sample for a file of prompts: answers are written in order to a file, which a killed command resumes.
+
+A line of the input is an object with "prompt", a text, or (with --chat) "messages", a list of {"role", "content"}. A
+line of the output has its index, the prompt or messages, text, tokens (how many), end ("stop" or "length"), and
+settings, the digest of all that the answers depend on. A command that was killed writes the rest, with the same bytes.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import IO, Any
+
+import numpy as np
+
+from data.errors import DataError
+from data.storage import files
+from launch import cli
+from launch.inference import LoadedRun
+from trainer.errors import ConfigError
+from trainer.reliability import identity
+from trainer.sampling import Language, make_generator
+
+SLOTS = 16  # prompts that are answered at a time
+
+
+def read_prompts(path: pathlib.Path, key: str) -> list[Any]:
+    """The value of `key` in each line. Raises DataError, which names the first line that is wrong."""
+    kind = {"prompt": str, "messages": list}[key]
+    prompts: list[Any] = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)[key]
+            if not isinstance(value, kind) or not value:
+                raise TypeError(f"{key} is {value!r}")
+        except (ValueError, TypeError, KeyError, RecursionError) as e:
+            raise DataError(f"{path}, line {number} is not an object with {key!r}: {e}") from None
+        prompts.append(value)
+    if not prompts:
+        raise DataError(f"{path} has no prompts")
+    return prompts
+
+
+class Answers:
+    """The file of answers, to which complete lines are appended in order.
+
+    Attributes:
+      count: how many answers it has.
+    """
+
+    def __init__(self, path: pathlib.Path, settings: str):
+        """Raises ConfigError if the file has other lines than answers that were made with `settings`."""
+        self.path = path
+        self.settings = settings
+        self.count = 0
+        raw = path.read_bytes() if path.exists() else b""
+        whole = raw.rfind(b"\n") + 1  # what follows is the torn line of a killed command
+        for line in raw[:whole].splitlines():
+            if not self._is_next(line):
+                raise ConfigError(
+                    f"{path} has answers to other prompts, or with other settings; name another --out, or remove it"
+                )
+            self.count += 1
+        self._file: IO[bytes] = path.open("r+b" if path.exists() else "wb")
+        self._file.truncate(whole)
+        self._file.seek(whole)
+
+    def _is_next(self, line: bytes) -> bool:
+        try:
+            row = json.loads(line)
+            return bool(row["settings"] == self.settings and row["index"] == self.count)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return False
+
+    def append(self, row: dict[str, Any]) -> None:
+        line = {"index": self.count, **row, "settings": self.settings}
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+        self.count += 1
+
+    def close(self) -> None:
+        files.close_durably(self._file)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is asked of a run, for each of many prompts.
+
+    Attributes:
+      sampler: temperature, top_k, … of Generator.
+    """
+
+    run: LoadedRun
+    language: Language
+    sampler: dict[str, Any]
+    max_new_tokens: int
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return "prompt" if self.language.chat is None else "messages"
+
+    def settings(self, prompts: list[Any]) -> str:
+        """The digest of all that the answers depend on."""
+        tokenizer = identity.tokenizer_sha256(self.language.tokenizer)
+        number = (self.max_new_tokens, self.seed, sorted(self.language.stop_ids))
+        return identity.digest({"of": [self.run.meta, prompts, tokenizer, self.sampler, number]})
+
+    def answer(self, source: pathlib.Path, out: pathlib.Path) -> int:
+        """Writes the answers that `out` lacks; returns the number of their tokens. Raises ConfigError, DataError."""
+        prompts = read_prompts(source, self.key)
+        ids = [self._encode(i, prompt) for i, prompt in enumerate(prompts)]
+        try:
+            with files.locked(out):
+                answers = Answers(out, self.settings(prompts))
+                if answers.count:
+                    cli.log.info("%s has %d of %d answers", out, answers.count, len(prompts))
+                tokens = self._write(answers, prompts, ids)
+        except files.LockHeld as e:
+            raise ConfigError(f"{e} is writing {out}") from None
+        return tokens
+
+    def _encode(self, i: int, prompt: Any) -> np.ndarray:
+        try:
+            return self.language.encode(prompt)
+        except ConfigError as e:
+            raise ConfigError(f"prompt {i + 1}: {e}") from None
+
+    def _write(self, answers: Answers, prompts: list[Any], ids: list[np.ndarray]) -> int:
+        begin = answers.count
+        streams = [self.language.stream() for _ in prompts[begin:]]
+        ready: dict[int, dict[str, Any]] = {}
+
+        def add(i: int, new: np.ndarray, ended: bool) -> None:
+            streams[i].feed(new, ended=ended)
+            if ended:
+                end = "stop" if new[-1] in self.language.stop_ids else "length"
+                row = {self.key: prompts[begin + i], "text": streams[i].text(), "tokens": streams[i].count, "end": end}
+                ready[begin + i] = row
+            while answers.count in ready:
+                answers.append(ready.pop(answers.count))
+
+        generator = make_generator(self.run.program, slots=SLOTS, fixed=True, **self.sampler)
+        texts = generator.continue_all(
+            self.run.params, ids[begin:], max_new_tokens=self.max_new_tokens, seed=self.seed, first=begin,
+            longest=max(map(len, ids)), stop_ids=self.language.stop_ids, on_tokens=add,
+        )  # fmt: skip
+        answers.close()
+        return sum(map(len, texts))
