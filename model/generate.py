@@ -152,7 +152,7 @@ class Generator:
         if not prompts or not max_new_tokens:
             return [np.zeros(0, np.int32) for _ in prompts]
         wanted = max(longest, max(map(len, prompts))) + max_new_tokens
-        batch = _Batch(self, params, wanted, len(prompts), seed, tuple(stop_ids))
+        batch = _Batch(self, params, wanted=wanted, texts=len(prompts), seed=seed, stop=stop_ids)
         waiting = collections.deque(
             _Slot(first + i, np.asarray(prompt, np.int32), 0, len(prompt) + max_new_tokens)
             for i, prompt in enumerate(prompts)
@@ -253,11 +253,11 @@ _News = tuple[_Slot, np.ndarray, bool]  # a text, its new tokens, and whether th
 class _Batch:
     """The texts that are being generated, and their cache."""
 
-    def __init__(self, generator: Generator, params, wanted: int, texts: int, seed: int, stop: tuple[int, ...]):
+    def __init__(self, generator: Generator, params, *, wanted: int, texts: int, seed: int, stop: Collection[int]):
         self.generator = generator
         self.params = params
         self.seed = seed
-        self.stop = np.array(stop, np.int32)
+        self.stop = np.array(sorted(stop), np.int32)
         self.length = generator.cache_length(wanted)
         self.size = generator.slots if generator.fixed else power_of_2(min(texts, generator.slots))
         self.slots: dict[int, _Slot] = {}

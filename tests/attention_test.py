@@ -230,7 +230,9 @@ def make_attention(**fields) -> Attention:
 def apply(attention, x, start=0, cache=None, rate=0.0, key=None):
     """Maps x [b, t, embed] to (y [b, t, embed], the cache)."""
     index = start + jnp.arange(x.shape[1])
-    return attention(x, Context(index, index[None], dropout=Dropout(rate, key)), cache)
+    if cache is not None:
+        index = jnp.tile(index, (len(x), 1))
+    return attention(x, Context(index, jnp.atleast_2d(index), dropout=Dropout(rate, key)), cache)
 
 
 def test_attention_drops_weights_only_with_a_key():

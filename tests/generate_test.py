@@ -187,8 +187,8 @@ BATCHED = {name: CONFIGS[name] for name in ("gemma", "learned_grouped")}  # wind
 
 @pytest.mark.parametrize("config", BATCHED.values(), ids=BATCHED.keys())
 def test_prompts_of_any_length_in_one_batch_read_as_each_alone(config):
-    """Greedy texts of 20 prompts, in 4 and in 32 slots, are those of full passes over each alone; some are longer than
-    the context."""
+    """Greedy texts of 20 prompts, in 4 and in 32 slots, are those of full passes over each by itself; some texts are
+    longer than the context."""
     params, context, new = tiny_models.make(config)[1], config.max_seq_len, 12
     lengths = [1, 2, 3, 5, 8, 9, context // 2, context - new, context - 2, context - 1, context, context + 3] + [4] * 8
     prompts = [tiny_models.random_tokens(config, 1, n, seed=100 + i)[0] for i, n in enumerate(lengths)]

@@ -327,6 +327,33 @@ def test_sample(uninterrupted):
     assert "'é' (U+00E9)" in tool("sample", run, "--prompt=é", code=2)
 
 
+def test_answers_to_a_file_of_prompts_are_resumed_with_the_same_bytes(tmp_path, uninterrupted):
+    run, _ = uninterrupted
+    source, whole, out = (tmp_path / name for name in ("prompts.jsonl", "whole.jsonl", "out.jsonl"))
+    prompts = [word * (1 + i % 9) for i in range(20) for word in ("mesh", "layer ")]
+    source.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    flags = (f"--prompts={source}", "--max_new_tokens=150", "--seed=3")
+    assert tool("sample", run, *flags, f"--out={whole}") == ""
+    rows = [json.loads(line) for line in whole.read_text().splitlines()]
+    assert [(row["index"], row["prompt"]) for row in rows] == list(enumerate(prompts))
+    assert all(row["tokens"] == len(row["text"]) == 150 and row["end"] == "length" for row in rows)
+    words = [sys.executable, "-m", "launch.sample", f"--workdir={run}", *flags, f"--out={out}"]
+    process = runs.start(words)
+    with runs.ending(process):
+        runs.wait_until(lambda: out.exists() and out.read_bytes().count(b"\n") >= 3, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    out.write_bytes(out.read_bytes()[:-5])  # the last line is torn
+    assert len(out.read_bytes()) < len(whole.read_bytes())
+    assert "answers" in tool("sample", run, *flags, f"--out={out}")
+    assert out.read_bytes() == whole.read_bytes()
+    assert "with other settings" in tool("sample", run, *flags, "--top_k=3", f"--out={out}", code=2)
+    assert out.read_bytes() == whole.read_bytes()
+    source.write_text('{"prompt": "mesh"}\n{"prompt": 3}\n')
+    assert "line 2 is not an object with 'prompt'" in tool("sample", run, *flags, f"--out={out}", code=3)
+    assert "go together" in tool("sample", run, f"--prompts={source}", code=2)
+
+
 def test_evaluate_covers_the_whole_split_on_any_devices(tmp_path, uninterrupted, data):
     run, _ = uninterrupted
     result = json.loads(tool("evaluate", run, "--json"))
