@@ -18,6 +18,7 @@ from tests.batches import on_mesh
 from trainer import sharding
 from trainer.config import CheckpointConfig, Config, from_dict
 from trainer.reliability.checkpoint import Checkpoints
+from trainer.sampling import make_generator
 from trainer.state import Program, TrainState
 from trainer.step import make_train_step
 
@@ -360,3 +361,22 @@ def test_a_slice_is_one_step_along_data():
     assert [sorted(part.ravel().tolist()) for part in ids] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     ids = np.vectorize(lambda d: d.id)(program("zero1 slices of data x context").mesh.devices)
     assert [sorted(part.ravel().tolist()) for part in np.split(ids, 2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("model", ["gemma", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_texts_are_the_same_on_every_mesh(model):
+    """Greedy and sampled continuations of prompts of different lengths, some longer than the context."""
+    draw = np.random.default_rng(0)
+    prompts = [draw.integers(0, VOCAB, n).astype(np.int32) for n in (1, 3, 7, 12, 31, 32)]
+
+    def texts(name: str, temperature: float) -> list[list[int]]:
+        here = program(name, model)
+        with jax.set_mesh(here.mesh):
+            generator = make_generator(here, temperature=temperature, slots=4)
+            found = generator.continue_all(here.init().params, prompts, max_new_tokens=10, seed=1)
+            return [text.tolist() for text in found]
+
+    greedy, sampled = texts("one", 0.0), texts("one", 1.0)
+    assert greedy != sampled
+    name = "slices of data x fsdp x tensor"
+    assert texts(name, 0.0) == greedy and texts(name, 1.0) == sampled
