@@ -14,7 +14,7 @@ from launch import cli, environment, runtime
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.interchange import initial
-from trainer.interchange.folder import KEPT
+from trainer.interchange.folder import CHECKSUMS, KEPT
 from trainer.reliability import run_directory
 
 if TYPE_CHECKING:  # these import JAX; a mistyped flag is reported before that
@@ -87,7 +87,8 @@ def open_run() -> LoadedRun:
         source = Source.open(path / KEPT)
         config = initial.with_model(config, source.model)  # training may have added tokens
         program = Program(config, _mesh(config))
-        meta = {"step": 0, "samples": 0, "data_fingerprint": None}
+        sums = (path / KEPT / CHECKSUMS).read_text()
+        meta = {"step": 0, "samples": 0, "data_fingerprint": None, "arrays": sums}
         return LoadedRun(path, config, program, meta, lambda only: initial.read(source, program, only))
     checkpoints = Checkpoints(path)
     step = choose_step(checkpoints, STEP.value)

@@ -25,21 +25,35 @@ SLOTS = 16  # prompts that are answered at a time
 
 def read_prompts(path: pathlib.Path, key: str) -> list[Any]:
     """The value of `key` in each line. Raises DataError, which names the first line that is wrong."""
-    kind = {"prompt": str, "messages": list}[key]
+    is_valid = {"prompt": _is_text, "messages": _is_chat}[key]
     prompts: list[Any] = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
         try:
             value = json.loads(line)[key]
-            if not isinstance(value, kind) or not value:
-                raise TypeError(f"{key} is {value!r}")
+            if not is_valid(value):
+                raise TypeError(f"{key} is {value!r}"[:200])
         except (ValueError, TypeError, KeyError, RecursionError) as e:
             raise DataError(f"{path}, line {number} is not an object with {key!r}: {e}") from None
         prompts.append(value)
     if not prompts:
         raise DataError(f"{path} has no prompts")
     return prompts
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_chat(value: Any) -> bool:
+    """Whether it is a list of {"role", "content"} with texts."""
+    fields = ("role", "content")
+    messages = value if isinstance(value, list) else []
+    return bool(messages) and all(
+        isinstance(message, dict) and all(isinstance(message.get(field), str) for field in fields)
+        for message in messages
+    )
 
 
 class Answers:
@@ -54,17 +68,26 @@ class Answers:
         self.path = path
         self.settings = settings
         self.count = 0
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path} is not a file; name another --out")
         raw = path.read_bytes() if path.exists() else b""
-        whole = raw.rfind(b"\n") + 1  # what follows is the torn line of a killed command
+        whole = raw.rfind(b"\n") + 1
         for line in raw[:whole].splitlines():
             if not self._is_next(line):
-                raise ConfigError(
-                    f"{path} has answers to other prompts, or with other settings; name another --out, or remove it"
-                )
+                raise self._another()
             self.count += 1
+        torn, begin = raw[whole:], b'{"index": %d, ' % self.count
+        if torn[: len(begin)] != begin[: len(torn)]:  # else it is the torn line of a killed command
+            raise self._another()
         self._file: IO[bytes] = path.open("r+b" if path.exists() else "wb")
         self._file.truncate(whole)
         self._file.seek(whole)
+
+    def _another(self) -> ConfigError:
+        return ConfigError(
+            f"{self.path} has something else than answers to these prompts with these settings; name another --out, or "
+            "remove it"
+        )
 
     def _is_next(self, line: bytes) -> bool:
         try:
@@ -101,31 +124,34 @@ class Task:
     def key(self) -> str:
         return "prompt" if self.language.chat is None else "messages"
 
-    def settings(self, prompts: list[Any]) -> str:
+    def settings(self, prompts: list[Any], ids: list[np.ndarray]) -> str:
         """The digest of all that the answers depend on."""
-        tokenizer = identity.tokenizer_sha256(self.language.tokenizer)
-        number = (self.max_new_tokens, self.seed, sorted(self.language.stop_ids))
-        return identity.digest({"of": [self.run.meta, prompts, tokenizer, self.sampler, number]})
+        config = self.run.config
+        return identity.digest({
+            "weights": self.run.meta, "model": repr(config.model), "context": config.data.seq_len, "prompts": prompts,
+            "ids": [one.tolist() for one in ids], "tokenizer": identity.tokenizer_sha256(self.language.tokenizer),
+            "sampler": self.sampler, "seed": self.seed, "max_new_tokens": self.max_new_tokens,
+            "stop_ids": sorted(self.language.stop_ids),
+        })  # fmt: skip
 
     def answer(self, source: pathlib.Path, out: pathlib.Path) -> int:
         """Writes the answers that `out` lacks; returns the number of their tokens. Raises ConfigError, DataError."""
+        out = out.resolve()  # the lock is that of the file, whatever name it was given
+        if out == source.resolve():
+            raise ConfigError(f"--out={out} is the file of the prompts; name another")
         prompts = read_prompts(source, self.key)
-        ids = [self._encode(i, prompt) for i, prompt in enumerate(prompts)]
+        ids = [self.language.encode(prompt, f"prompt {i} of {source}") for i, prompt in enumerate(prompts, 1)]
         try:
             with files.locked(out):
-                answers = Answers(out, self.settings(prompts))
+                answers = Answers(out, self.settings(prompts, ids))
                 if answers.count:
                     cli.log.info("%s has %d of %d answers", out, answers.count, len(prompts))
-                tokens = self._write(answers, prompts, ids)
+                try:
+                    return self._write(answers, prompts, ids)
+                finally:
+                    answers.close()
         except files.LockHeld as e:
             raise ConfigError(f"{e} is writing {out}") from None
-        return tokens
-
-    def _encode(self, i: int, prompt: Any) -> np.ndarray:
-        try:
-            return self.language.encode(prompt)
-        except ConfigError as e:
-            raise ConfigError(f"prompt {i + 1}: {e}") from None
 
     def _write(self, answers: Answers, prompts: list[Any], ids: list[np.ndarray]) -> int:
         begin = answers.count
@@ -133,7 +159,7 @@ class Task:
         ready: dict[int, dict[str, Any]] = {}
 
         def add(i: int, new: np.ndarray, ended: bool) -> None:
-            streams[i].feed(new, ended=ended)
+            streams[i].collect(new)
             if ended:
                 end = "stop" if new[-1] in self.language.stop_ids else "length"
                 row = {self.key: prompts[begin + i], "text": streams[i].text(), "tokens": streams[i].count, "end": end}
@@ -146,5 +172,4 @@ class Task:
             self.run.params, ids[begin:], max_new_tokens=self.max_new_tokens, seed=self.seed, first=begin,
             longest=max(map(len, ids)), stop_ids=self.language.stop_ids, on_tokens=add,
         )  # fmt: skip
-        answers.close()
         return sum(map(len, texts))

@@ -26,7 +26,9 @@ if TYPE_CHECKING:  # it imports JAX; a mistyped flag is reported before that
 
 CHUNK = 8  # tokens between two prints
 PROMPT = flags.DEFINE_string("prompt", "\n", "Text to continue.")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 500, "Number of tokens to generate.", lower_bound=1)
+MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", 500, "Number of tokens to generate.", lower_bound=1, upper_bound=2**30
+)
 TEMPERATURE = flags.DEFINE_float(
     "temperature", 0.8, "Below 1: more likely tokens; above 1: less likely ones; 0: greedy.", lower_bound=0.0
 )
@@ -102,7 +104,10 @@ class Show:
         self._begun = False
 
     def add(self, i: int, ids: np.ndarray, ended: bool) -> None:
-        self._ready[i] += self._streams[i].feed(ids, ended=ended)
+        if inference.JSON.value:
+            self._streams[i].collect(ids)
+        else:
+            self._ready[i] += self._streams[i].feed(ids, ended=ended)
         self._ended[i] = ended
         while self._next < len(self._streams):
             if not self._print(self._next):

@@ -7,6 +7,7 @@ free. Random numbers depend on the seed, the number of the prompt and the positi
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Sequence
 
 import jax
@@ -85,6 +86,7 @@ class Generator:
         same shapes, so that the last bit of a text does not depend on how many others there are.
       chunk: the most tokens of a text between two returns to the host.
       out_sharding: the sharding of the generated tokens; it must be replicated if several processes read them.
+      cache_sharding: that of the cache, [layers, slots, s, kv heads, head size].
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Generator:
         fixed: bool = False,
         chunk: int = 64,
         out_sharding: jax.sharding.Sharding | None = None,
+        cache_sharding: jax.sharding.Sharding | None = None,
     ):
         if not 2 <= context <= config.max_seq_len:
             raise ValueError(f"a context of {context} tokens; it must be from 2 to max_seq_len = {config.max_seq_len}")
@@ -114,8 +117,13 @@ class Generator:
         self.fixed = fixed
         self.chunk = chunk
         self._apply = apply
-        self._read = jax.jit(self._read_prompts, donate_argnames="cache", out_shardings=(out_sharding, None))
-        self._write = jax.jit(self._write_tokens, donate_argnames="cache", out_shardings=(out_sharding, None))
+        out_shardings = (out_sharding, cache_sharding)
+        self._read = jax.jit(self._read_prompts, donate_argnames="cache", out_shardings=out_shardings)
+        self._write = jax.jit(self._write_tokens, donate_argnames="cache", out_shardings=out_shardings)
+        self.cache_sharding = cache_sharding
+        self.empty_cache = jax.jit(
+            functools.partial(empty_cache, config), static_argnums=(0, 1), out_shardings=cache_sharding
+        )
 
     def __call__(self, params, prompt: np.ndarray, *, rows: int, max_new_tokens: int, seed: int) -> np.ndarray:
         """`rows` continuations of one prompt: int32 [rows, max_new_tokens], without the prompt. See `continue_all`."""
@@ -176,7 +184,8 @@ class Generator:
 
     def lower(self, params, *, rows: int, wanted: int) -> jax.stages.Lowered:
         """Lowers the loop for `rows` texts of `wanted` tokens, including the prompt; params may be abstract."""
-        cache = jax.eval_shape(lambda: empty_cache(self.config, rows, self.cache_length(wanted)))
+        shapes = jax.eval_shape(lambda: empty_cache(self.config, rows, self.cache_length(wanted)))
+        cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.cache_sharding), shapes)
         numbers = jax.ShapeDtypeStruct((rows,), np.int32)
         keys = jax.eval_shape(lambda: _keys(0, np.zeros(rows, np.int32)))
         return self._write.lower(
@@ -259,9 +268,9 @@ class _Batch:
         self.seed = seed
         self.stop = np.array(sorted(stop), np.int32)
         self.length = generator.cache_length(wanted)
-        self.size = generator.slots if generator.fixed else power_of_2(min(texts, generator.slots))
+        self.size = generator.slots if generator.fixed else min(power_of_2(texts), generator.slots)
         self.slots: dict[int, _Slot] = {}
-        self.cache = empty_cache(generator.config, self.size, self.length)
+        self.cache = generator.empty_cache(self.size, self.length)
 
     def _full(self, slot: _Slot) -> bool:
         return slot.cached + 1 >= self.length

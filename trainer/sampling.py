@@ -11,6 +11,7 @@ from data import tokenizers
 from data.errors import DataError
 from data.tokenizers.base import Tokenizer
 from model.generate import Generator
+from trainer import sharding
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.interchange.chat import Chat
@@ -78,8 +79,9 @@ def make_generator(program: Program, **options: Any) -> Generator:
     """
     config = program.config
     return Generator(
-        config.model, program.model_of_compiler, context=config.data.seq_len, out_sharding=program.replicated, **options
-    )
+        config.model, program.model_of_compiler, context=config.data.seq_len, out_sharding=program.replicated,
+        cache_sharding=sharding.named(program.mesh, None, None, None, "kv_heads", None), **options,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +110,14 @@ class Language:
         ends = frozenset() if tokenizer.eos_id is None else frozenset([tokenizer.eos_id])
         return cls(tokenizer, ends if template is None else ends | template.stop_ids, template)
 
-    def encode(self, prompt: Any) -> np.ndarray:
-        """The tokens of a prompt: a text, or the messages of a chat. Raises ConfigError."""
-        if self.chat is not None:
-            return self.chat.encode(self.chat.prompt(prompt))
-        return encode_prompt(self.tokenizer, prompt, "--prompt")
+    def encode(self, prompt: Any, name: str = "--prompt") -> np.ndarray:
+        """The tokens of a prompt: a text, or the messages of a chat. Raises ConfigError, which begins with `name`."""
+        if self.chat is None:
+            return encode_prompt(self.tokenizer, prompt, name)
+        ids = self.chat.encode(self.chat.prompt(prompt))
+        if not len(ids):
+            raise ConfigError(f"{name}: the chat template makes no text of it")
+        return ids
 
     def stream(self) -> "TextStream":
         return TextStream(self.tokenizer, self.stop_ids)
@@ -136,10 +141,14 @@ class TextStream:
         """The text of all tokens so far."""
         return self._tokenizer.decode(self._ids)
 
+    def collect(self, ids: np.ndarray) -> None:
+        """Adds tokens."""
+        self._ids += [id for id in ids.tolist() if id not in self._stop_ids]
+
     def feed(self, ids: np.ndarray, *, ended: bool) -> str:
         """The text that `ids` add. The bytes of an unfinished character are held back until it is complete, or until
         the text has `ended`."""
-        self._ids += [id for id in ids.tolist() if id not in self._stop_ids]
+        self.collect(ids)
         text = self.text()
         known = len(text) if ended else len(text.rstrip("\ufffd"))
         new = text[self._said : known]

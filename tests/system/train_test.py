@@ -347,7 +347,13 @@ def test_answers_to_a_file_of_prompts_are_resumed_with_the_same_bytes(tmp_path, 
     assert len(out.read_bytes()) < len(whole.read_bytes())
     assert "answers" in tool("sample", run, *flags, f"--out={out}")
     assert out.read_bytes() == whole.read_bytes()
-    assert "with other settings" in tool("sample", run, *flags, "--top_k=3", f"--out={out}", code=2)
+    other = "has something else than answers to these prompts with these settings"
+    assert other in tool("sample", run, *flags, "--top_k=3", f"--out={out}", code=2)
+    for foreign in (b'{"my": "precious"}', whole.read_bytes() + b"mine"):
+        (tmp_path / "foreign").write_bytes(foreign)
+        assert other in tool("sample", run, *flags, f"--out={tmp_path / 'foreign'}", code=2)
+        assert (tmp_path / "foreign").read_bytes() == foreign
+    assert "is the file of the prompts" in tool("sample", run, *flags, f"--out={source}", code=2)
     assert out.read_bytes() == whole.read_bytes()
     source.write_text('{"prompt": "mesh"}\n{"prompt": 3}\n')
     assert "line 2 is not an object with 'prompt'" in tool("sample", run, *flags, f"--out={out}", code=3)
