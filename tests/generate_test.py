@@ -239,7 +239,7 @@ def test_a_stop_token_ends_its_text_and_no_other():
         first = next((i for i, id in enumerate(full.tolist()) if id in stop), None)
         ended += first is not None
         assert text.tolist() == full.tolist()[: None if first is None else first + 1]
-    assert 2 < ended
+    assert ended > 2
     assert [len(t) for t in generator.continue_all(params, [], max_new_tokens=3, seed=0)] == []
 
 
