@@ -100,7 +100,7 @@ def test_parameters_of_two_saves_are_not_mixed(tmp_path, program, state):
     _, meta = Checkpoints(tmp_path).restore_params(program, 3, ["embedding"])
     shutil.rmtree(tmp_path / "checkpoints/3")
     save(tmp_path, jax.tree.map(lambda x: x + 1, state), 3)
-    with pytest.raises(CheckpointError, match="step 3 in .* was replaced while it was read"):
+    with pytest.raises(CheckpointError, match=r"step 3 in .* was replaced while it was read"):
         Checkpoints(tmp_path).restore_params(program, 3, ["embedding"], meta)
 
 
