@@ -8,17 +8,19 @@ settings, the digest of all that the answers depend on. A command that was kille
 import dataclasses
 import json
 import pathlib
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from data.errors import DataError
 from data.storage import files
 from launch import cli
-from launch.inference import LoadedRun
 from trainer.errors import ConfigError
 from trainer.reliability import identity
 from trainer.sampling import Language, make_generator
+
+if TYPE_CHECKING:  # it defines flags
+    from launch.inference import LoadedRun
 
 SLOTS = 16  # prompts that are answered at a time
 
@@ -114,7 +116,7 @@ class Task:
       sampler: temperature, top_k, … of Generator.
     """
 
-    run: LoadedRun
+    run: "LoadedRun"
     language: Language
     sampler: dict[str, Any]
     max_new_tokens: int
