@@ -6,6 +6,8 @@ The key `bias` is nanoGPT's. Hugging Face's GPT-2 always has biases, so a model 
 from model.config import ModelConfig
 from model.families.base import Family, Json, Keys, Tensor, Unsupported
 
+# How the names of weights end that Hugging Face keeps as (in, out), and other systems as (out, in).
+CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
 ACTIVATIONS = {
     "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_exact", "silu": "silu",
     "relu2": "relu2",

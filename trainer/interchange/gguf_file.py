@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from data.errors import DataError
+from model.families.gpt2 import CONV1D
 from model.families.layout import Index
 from trainer.errors import ConfigError
 
@@ -88,7 +89,7 @@ class GgufFile:
 
     def _is_conv1d(self, name: str) -> bool:
         """Whether Hugging Face stores the transpose of this tensor: its GPT-2 has weights of shape (in, out)."""
-        return self.architecture == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
+        return self.architecture == "gpt2" and name.endswith(CONV1D)
 
     def _get(self, name: str) -> Any:
         name = f"{self.architecture}.{name}"

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from data.errors import DataError
+from model.families.gpt2 import CONV1D
 from model.families.layout import Index
 from trainer.errors import ConfigError
 from trainer.interchange.stored import Stored
@@ -51,7 +52,7 @@ class LlmcFile:
         if (size := path.stat().st_size) != end:
             raise DataError(f"{path} has {size:,} bytes, and the model of its header {end:,}; copy it again")
         self.shapes = {
-            name: place.shape[::-1] if _is_linear(name) else place.shape for name, place in self._places.items()
+            name: place.shape[::-1] if name.endswith(CONV1D) else place.shape for name, place in self._places.items()
         } | {"transformer.wte.weight": (self._vocab, self._width)}
         self.dtypes = dict.fromkeys(self._places, NAMES[self._dtype])
         self.config = {
@@ -84,13 +85,9 @@ class LlmcFile:
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """A slice of a tensor, in the dtype of the file."""
-        if _is_linear(name):
+        if name.endswith(CONV1D):
             return self._places[name].read(index[::-1]).T
         return self._places[name].read(index)
 
     def companions(self) -> dict[str, bytes]:
         return {"config.json": json.dumps(self.config, indent=2).encode()}
-
-
-def _is_linear(name: str) -> bool:
-    return name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from data.errors import DataError
+from model.families.gpt2 import CONV1D
 from model.families.layout import Index
 from trainer.errors import ConfigError
 
-LINEAR = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
 REOPENED_AFTER = 256 << 20  # bytes
 COMPILED = "_orig_mod."  # torch.compile puts this before each name
 SIZES = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "block_size": "n_positions",
@@ -67,12 +67,12 @@ class NanoGptFile:
         return {"model_type": "gpt2", **config, "bias": arguments.get("bias", True), "activation_function": "gelu"}
 
     def _shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape[::-1] if name.endswith(LINEAR) else shape
+        return shape[::-1] if name.endswith(CONV1D) else shape
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """A slice of a tensor, in float32."""
         tensor = self._content()["model"][self._keys[name]]
-        linear = name.endswith(LINEAR)
+        linear = name.endswith(CONV1D)
         found = np.array(tensor[index[::-1] if linear else index].float().numpy())
         self._bytes_read += found.nbytes
         return found.T if linear else found

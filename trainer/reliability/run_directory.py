@@ -127,7 +127,7 @@ def check_links(run_dir: pathlib.Path) -> None:
 
 
 def config_of_run(run_dir: pathlib.Path) -> Config | None:
-    """The configuration of the run in `run_dir`; None if there is no run.
+    """The configuration of the run in `run_dir`; None if nothing was started there.
 
     Raises:
       ConfigError: something else is in `run_dir`, or it is damaged.
