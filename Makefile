@@ -26,7 +26,7 @@ train: $(VENV)/.installed
 	@$(BIN)/python -m launch.train --config=$(CONFIG) --workdir=$(RUN) $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow" --numprocesses=$(JOBS) --dist=loadfile $(TESTS)
+	$(BIN)/python -m pytest -m "not slow" --numprocesses=$(JOBS) --dist=loadfile --no-loadscope-reorder $(TESTS)
 
 test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

@@ -10,7 +10,6 @@ Orbax (v1) writes and commits the arrays; this module adds what Orbax does not p
   earlier step, and deletes while the loop waits.
 """
 
-import asyncio
 import contextlib
 import errno
 import functools
@@ -22,8 +21,8 @@ import platform
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +45,8 @@ from trainer.state import Program, TrainState
 log = logging.getLogger("meshlm")
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # hides tracebacks of Orbax's tasks, whose errors are raised
 
+T = TypeVar("T")
+
 ITEMS = ("params", "opt_state")
 DELETING = ".deleting"
 ASIDE = ".set_aside"  # suffix of intact steps from which the run must not resume
@@ -56,6 +57,8 @@ FETCHED = ".fetched"  # suffix of copies that were fetched from the mirror but n
 # at SLOWEST_BYTES_S, and it doubles after each save that reached it.
 SAVE_TIMEOUT_S, LATER_TIMEOUT_S, TIMEOUT_FACTOR = 300, 60, 10
 SLOWEST_BYTES_S, LONGEST_TIMEOUT_S = 50e6, 6 * 3600  # bytes/s of one process
+# A shard is written in chunks of at most this size, so that a process which reads it needs less memory.
+CHUNKS = ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=64 << 20)
 # How long to wait for the previous save before skipping this one: usually, and if that save failed on a process.
 PATIENCE_S, AFTER_FAILURE_S = 30, 1
 
@@ -203,6 +206,7 @@ class Checkpoints:
         try:
             context = ocp.Context()
             context.asynchronous.timeout_secs = int(self._limit_s)
+            context.array_options.saving.storage_options = CHUNKS
             with context:
                 response = ocp.save_checkpointables_async(self._path(step), items, custom_metadata=meta)
         except Exception as e:  # a failing disk makes Orbax raise many types
@@ -629,7 +633,7 @@ class Checkpoints:
         context.pytree.loading.partial_load = only is not None
         try:
             with context:
-                return asyncio.run(_load_items(path, abstract)), meta
+                return _completed(_load_items(path, abstract)), meta
         except (MemoryError, jax.errors.JaxRuntimeError):  # not a problem of the files
             raise
         except Exception as e:  # a damaged file makes the reader raise many types
@@ -650,7 +654,7 @@ class Checkpoints:
             with self._single_process():
                 # checkpointables_metadata would return None for an item that it cannot read.
                 handler = ocp.handlers.PyTreeHandler()
-                found = {name: asyncio.run(handler.metadata(path / name)) for name in names}
+                found = {name: _completed(handler.metadata(path / name)) for name in names}
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as e:
@@ -731,6 +735,19 @@ async def _load_items(path: LiteralPath, abstract: dict[str, Any]) -> dict[str, 
     """Like ocp.load_checkpointables, which counts its calls: after a retry on one process, saves would not match."""
     handler = ocp.handlers.PyTreeHandler()
     return {name: await (await handler.load(path / name, item)) for name, item in abstract.items()}
+
+
+def _completed(coroutine: Coroutine[Any, Any, T]) -> T:
+    """What a coroutine of Orbax returns, which waits only in functions that are not coroutines.
+
+    It runs without an event loop, because under one Orbax reads in a thread with a loop of uvloop, and these sometimes
+    crash when they close: github.com/MagicStack/uvloop/issues/706.
+    """
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+    raise RuntimeError("this version of Orbax needs an event loop for reading")
 
 
 def _items(state: TrainState) -> dict[str, Any]:
