@@ -41,18 +41,29 @@ class Batch:
         return self.replace(**ids, loss_weights=weights)
 
 
-def from_tokens(tokens: np.ndarray, *, loss_mask: np.ndarray | None = None, document_end: int | None = None) -> Batch:
+def from_tokens(
+    tokens: np.ndarray,
+    *,
+    loss_mask: np.ndarray | None = None,
+    document_end: int | None = None,
+    begins: np.ndarray | None = None,
+) -> Batch:
     """The batch for rows of tokens.
 
     Args:
       tokens: [rows, seq_len + 1]; each token except the first of a row is the target of the token before it.
       loss_mask: bool [rows, seq_len], which targets count; None: all.
       document_end: the token that ends a document and belongs to it, if documents are masked from each other.
+      begins: bool [rows, seq_len + 1], the tokens at which documents begin that are masked from each other; None: those
+        after a document_end.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    if document_end is None:
+    if begins is not None:
+        positions, segment_ids = numbered(begins[:, :-1])
+    elif document_end is not None:
+        positions, segment_ids = documents(inputs, document_end)
+    else:
         return Batch(inputs, targets, loss_mask)
-    positions, segment_ids = documents(inputs, document_end)
     return Batch(inputs, targets, loss_mask, positions, segment_ids)
 
 
@@ -60,7 +71,13 @@ def documents(inputs: np.ndarray, document_end: int) -> tuple[np.ndarray, np.nda
     """(positions, segment_ids), int32 [rows, seq_len]: a token's place in its document, and that document's number."""
     begins = np.zeros(inputs.shape, bool)
     begins[:, 1:] = inputs[:, :-1] == document_end
-    index = np.arange(inputs.shape[1], dtype=np.int32)[None]
+    return numbered(begins)
+
+
+def numbered(begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As `documents`, of documents that begin at the tokens of which `begins`, bool [rows, seq_len], is true. The first
+    token of a row always begins one."""
+    index = np.arange(begins.shape[1], dtype=np.int32)[None]
     first = np.maximum.accumulate(np.where(begins, index, 0), axis=1)
     return index - first, np.cumsum(begins, axis=1, dtype=np.int32)
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+Task = Literal["pretrain", "sft", "dpo"]  # what a dataset is for: text, chats, or pairs of chats
 DTYPES = ("uint16", "uint32")
 
 

@@ -6,7 +6,8 @@ Indices used here:
   window  permute(g % num_windows): which seq_len + 1 consecutive tokens; windows of one epoch do not overlap, except
           for the one token that is both the last target of a window and the first input of the next
   phase   where the first window of a shard starts in this epoch, so that window borders move between epochs
-Packed documents (data.packed) have rows instead of windows: every epoch has the same rows, in another order.
+Packed documents (data.packed) have rows instead of windows: every epoch has the same rows, in another order. Chats are
+always packed; the dataset says which of their tokens are targets.
 """
 
 from __future__ import annotations
@@ -86,6 +87,11 @@ class Windows:
 
     def loss_mask(self, g: np.ndarray) -> np.ndarray | None:
         """Which targets of the sequences g count: bool [len(g), seq_len]; None: all of them."""
+        return None
+
+    def begins(self, g: np.ndarray) -> np.ndarray | None:
+        """The tokens of the sequences g at which documents begin: bool [len(g), seq_len + 1]; None: those after an
+        end-of-text token."""
         return None
 
     def will_need(self, g: np.ndarray) -> None:
@@ -218,12 +224,16 @@ class PackedWindows(Windows):
     def _gather(self, g: np.ndarray) -> np.ndarray:
         """One gather for each shard; all tokens of a row are always in one shard."""
         out = np.full((len(g), self.seq_len + 1), self.eos_id, self.dtype)
+        self._fill(out, g, self.files.shards)
+        return out
+
+    def _fill(self, out: np.ndarray, g: np.ndarray, arrays: Sequence[np.ndarray]) -> None:
+        """Writes into `out` what `arrays` (one for each shard) have for the tokens of the rows g, except padding."""
         column = np.arange(self.seq_len + 1)
         for here, shard, starts, lengths, used in self._places(g):
             filled = np.zeros(out.shape, bool)
             filled[here] = column < used[:, None]
-            out[filled] = shard[packing.spans(starts, lengths)]
-        return out
+            out[filled] = arrays[shard][packing.spans(starts, lengths)]
 
     def loss_mask(self, g: np.ndarray) -> np.ndarray:
         """Padding does not count as a target, nor does an end-of-text token whose text is in another row.
@@ -232,11 +242,10 @@ class PackedWindows(Windows):
         """
         mask = np.empty((len(g), self.seq_len), bool)
         target = np.arange(1, self.seq_len + 1)
-        for here, shard, starts, lengths, used in self._places(g):
+        for here, number, starts, lengths, used in self._places(g):
+            shard = self.files.shards[number]
             mask[here] = target[None] < used[:, None]
-            first = np.cumsum(lengths) - lengths  # of each piece, if these rows are concatenated
-            row = np.searchsorted(np.cumsum(used), first, side="right")
-            place = first - (np.cumsum(used) - used)[row]
+            row, place = _columns(lengths, used)
             lone = (lengths == 1) & (place > 0)
             mask[here[row[lone]], place[lone] - 1] = False
             cut = row[(starts + lengths == len(shard)) & (shard[-1] != self.eos_id)]
@@ -245,11 +254,12 @@ class PackedWindows(Windows):
         return mask
 
     def will_need(self, g: np.ndarray) -> None:
-        for _, shard, starts, lengths, _ in self._places(g):
+        for _, number, starts, lengths, _ in self._places(g):
+            shard = self.files.shards[number]
             mmap_advice.will_need(shard, starts * shard.itemsize, lengths * shard.itemsize)
 
-    def _places(self, g: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """For each shard: the indices into g of the shard's rows, the shard's tokens, start and length of each piece of
+    def _places(self, g: np.ndarray) -> Iterator[tuple[np.ndarray, int, np.ndarray, np.ndarray, np.ndarray]]:
+        """For each shard: the indices into g of the shard's rows, the shard's number, start and length of each piece of
         the rows (row by row), and the number of tokens in each row."""
         rows = np.empty(len(g), np.int64)
         for _, here, windows in self._shuffled(g):
@@ -261,7 +271,54 @@ class PackedWindows(Windows):
             pieces = self.pieces[packing.spans(first[here], counts)]
             starts, lengths = pieces["start"].astype(np.int64), pieces["length"].astype(np.int64)
             used = np.add.reduceat(lengths, np.cumsum(counts) - counts)
-            yield here, self.files.shards[shard], starts - self.first_token[shard], lengths, used
+            yield here, shard, starts - self.first_token[shard], lengths, used
+
+
+class ChatWindows(PackedWindows):
+    """The rows of packed chats: only supervised tokens are targets, and each piece of a row is a chat.
+
+    Args:
+      shuffled: false: sequence g is row g, in every epoch.
+    """
+
+    def __init__(
+        self, files: TokenFiles, index: packing.Index, *, seed: int, split: str = "train", shuffled: bool = True
+    ):
+        super().__init__(files, index, seed=seed, split=split)
+        assert files.loss_mask is not None
+        self.masks = np.split(files.loss_mask, self.first_token[1:-1])
+        self.shuffled = shuffled
+
+    def loss_mask(self, g: np.ndarray) -> np.ndarray:
+        """A supervised token is a target, except the first of a chat, which nothing precedes."""
+        mask = np.zeros((len(g), self.seq_len + 1), bool)
+        self._fill(mask, g, self.masks)
+        return (mask & ~self.begins(g))[:, 1:]
+
+    def begins(self, g: np.ndarray) -> np.ndarray:
+        """Where chats begin; the padding of a row counts as one more."""
+        begins = np.zeros((len(g), self.seq_len + 1), bool)
+        for here, _, _, lengths, used in self._places(g):
+            row, place = _columns(lengths, used)
+            begins[here[row], place] = True
+            padded = used <= self.seq_len
+            begins[here[padded], used[padded]] = True
+        return begins
+
+    def _windows(self, epoch: int, position: np.ndarray) -> np.ndarray:
+        return super()._windows(epoch, position) if self.shuffled else position
+
+
+def _columns(lengths: np.ndarray, used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The row of each piece, and the column at which it begins there.
+
+    Args:
+      lengths: of the pieces, row by row.
+      used: the number of tokens in each row.
+    """
+    first = np.cumsum(lengths) - lengths  # of each piece, if these rows are concatenated
+    row = np.searchsorted(np.cumsum(used), first, side="right")
+    return row, first - (np.cumsum(used) - used)[row]
 
 
 def _groups(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -296,9 +353,7 @@ class MixedWindows:
     ):
         self.names = list(files)
         self.sources: list[Windows] = [
-            PackedWindows(of_source, packings[name], seed=seed)
-            if packings
-            else TokenWindows(of_source, seq_len=seq_len, seed=seed)
+            windows_of(of_source, packings[name] if packings else None, seq_len=seq_len, seed=seed)
             for name, of_source in files.items()
         ]
         self.mixture = mixture.Mixture(stages, seed)
@@ -325,6 +380,15 @@ class MixedWindows:
                 out[here] = mask
         return out
 
+    def begins(self, g: np.ndarray) -> np.ndarray | None:
+        """As Windows.begins. A source of chats is only mixed with other chats (sources.py)."""
+        if not any(isinstance(source, ChatWindows) for source in self.sources):
+            return None
+        out = np.empty((len(g), self.seq_len + 1), bool)
+        for source, here, index in self._parts(g):
+            out[here] = self.sources[source].begins(index)
+        return out
+
     def will_need(self, g: np.ndarray) -> None:
         for source, _, index in self._parts(g):
             self.sources[source].will_need(index)
@@ -343,6 +407,17 @@ class MixedWindows:
             for name, source, count in zip(self.names, self.sources, consumed, strict=True):
                 epochs[f"train/epoch/{name}"] = float(count / source.num_windows)
         return epochs
+
+
+def windows_of(files: TokenFiles, index: packing.Index | None, *, seq_len: int, seed: int) -> Windows:
+    """The training sequences of one source.
+
+    Args:
+      index: the rows into which it is packed, if it is.
+    """
+    if index is None:
+        return TokenWindows(files, seq_len=seq_len, seed=seed)
+    return (PackedWindows if files.loss_mask is None else ChatWindows)(files, index, seed=seed)
 
 
 class Loader:
@@ -375,8 +450,9 @@ class Loader:
         def read(rows: np.ndarray) -> Batch:
             g = sequences_consumed + rows
             return from_tokens(
-                self.windows.rows(g), loss_mask=self.windows.loss_mask(g), document_end=self.document_end
-            )
+                self.windows.rows(g), loss_mask=self.windows.loss_mask(g), document_end=self.document_end,
+                begins=self.windows.begins(g),
+            )  # fmt: skip
 
         return put(self.sharding, self.global_batch_size, read)
 
@@ -493,14 +569,18 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Batches of batch_size rows, with loss_weights. They are the same for any number of processes.
 
-    The last batch is padded with rows whose targets do not count.
+    The rows are those of evaluation_windows or, of chats, their packed rows in order. The last batch is padded with
+    rows whose targets do not count.
 
     Args:
-      limit: see evaluation_windows.
+      limit: the most rows, spread evenly; 0: all.
       document_end: see batch.from_tokens.
     """
     from data.batch import from_tokens
 
+    if files.loss_mask is not None:
+        yield from _chat_batches(files, batch_size=batch_size, sharding=sharding, limit=limit)
+        return
     where, lengths = evaluation_windows(files, seq_len, limit)
     if not len(lengths):
         raise DataError(f"{files.paths[0]} has {files.tokens} validation tokens; at least 2 are needed")
@@ -516,6 +596,27 @@ def evaluation_batches(
         files.check_ids(tokens, "the validation split")
         mask = np.arange(seq_len)[None] < padded[first + rows, None]
         return from_tokens(tokens, loss_mask=mask, document_end=document_end)
+
+    for first in range(0, len(padded), batch_size):
+        yield put(sharding, batch_size, functools.partial(read, first))
+
+
+def _chat_batches(
+    files: TokenFiles, *, batch_size: int, sharding: jax.sharding.Sharding, limit: int = 0
+) -> Iterator[Batch]:
+    from data.batch import from_tokens
+
+    assert files.index is not None, "Sources.files opens the rows of chats"
+    windows = ChatWindows(files, files.index, seed=0, shuffled=False)
+    chosen = np.arange(windows.num_windows)
+    if limit and limit < len(chosen):
+        chosen = np.linspace(0, len(chosen) - 1, limit).round().astype(np.int64)
+    padded = np.pad(chosen, (0, -len(chosen) % batch_size))
+
+    def read(first: int, rows: np.ndarray) -> Batch:
+        g = padded[first + rows]
+        counts = first + rows < len(chosen)
+        return from_tokens(windows.rows(g), loss_mask=windows.loss_mask(g) & counts[:, None], begins=windows.begins(g))
 
     for first in range(0, len(padded), batch_size):
         yield put(sharding, batch_size, functools.partial(read, first))

@@ -4,6 +4,9 @@ Best-fit-decreasing (Ding et al., "Fewer Truncations Improve Language Modeling",
 the shortest, each document goes into the fullest row that still has room for it. A document longer than a row is first
 cut into full rows, and its remainder is packed. Each shard is packed by itself, so a row is never in two files.
 
+Chats are not continued in another row: what is past the end of a row is never read, and a chat that has no supervised
+target in what remains is left out. So each row has a target, and each answer has its chat before it.
+
     DATASET/train.packed-1024.bin   header: JSON, padded with spaces to HEADER_BYTES; then
                                     the pieces, ordered by row: uint64 start in the split's tokens, uint32 length
                                     uint64 [rows + 1]: the first piece of each row
@@ -43,11 +46,26 @@ class Index:
     cut: int  # documents in more than one piece
     cut_by_windows: int  # for comparison: documents that are not inside one window of the first phase
     sha256: str  # the hash of everything after the header
+    # Only of chats; None, and not in the header, if all tokens are read.
+    left_out: int | None = None  # chats of which no supervised target would be in a row
+    unread: int | None = None  # tokens in no row: those of these chats, and the ends of chats that are cut
+    unread_targets: int | None = None  # supervised tokens among them
 
     @property
     def utilisation(self) -> float:
         """Share of the rows' tokens that are not padding."""
-        return self.tokens / (self.rows * (self.seq_len + 1))
+        return (self.tokens - (self.unread or 0)) / (self.rows * (self.seq_len + 1))
+
+    @property
+    def unread_chats(self) -> str:
+        """In words, what of the chats is not trained on; '' if everything is."""
+        if not self.unread:
+            return ""
+        return (
+            f"{self.cut:,} of {self.documents:,} chats are longer than {self.seq_len + 1} tokens and are cut; "
+            f"{self.left_out:,} are left out, because no supervised token remains; not trained on: {self.unread:,} "
+            f"tokens, {self.unread_targets:,} of them supervised"
+        )
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
         """Pieces (PIECE [pieces]) and the first piece of each row (int64 [rows + 1]), memory-mapped and checked.
@@ -76,6 +94,7 @@ class Index:
     def header(self) -> bytes:
         fields = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
         del fields["path"]
+        fields = {name: value for name, value in fields.items() if value is not None}
         return json.dumps(fields).encode().ljust(HEADER_BYTES - 1) + b"\n"
 
 
@@ -106,7 +125,7 @@ def read_index(folder: pathlib.Path, manifest: formats.Manifest, seq_len: int, s
     if index is None:
         raise DataError(f"{path} is not an index of this version; remove it and run: {command(folder, seq_len)}")
     spec = manifest.splits[split]
-    wanted = (manifest.fingerprint(), seq_len, manifest.eos_id, spec.tokens, spec.documents)
+    wanted = (manifest.fingerprint(), seq_len, _filler(manifest), spec.tokens, spec.documents)
     if (index.fingerprint, index.seq_len, index.eos_id, index.tokens, index.documents) != wanted:
         raise DataError(
             f"{path} packs another dataset ({index.fingerprint}, seq_len {index.seq_len}) than this one ({wanted[0]}, "
@@ -129,7 +148,8 @@ def verify_packings(folder: pathlib.Path, manifest: formats.Manifest, split: str
         index = read_index(folder, manifest, int(length), split)
         index.load()
         cut = count_cut(folder, manifest, index.seq_len, split)
-        if (index.cut, index.cut_by_windows) != cut:
+        unread = _count_unread(folder, manifest, index.seq_len, split) if manifest.loss_masks else (None,) * 3
+        if (index.cut, index.cut_by_windows, index.left_out, index.unread, index.unread_targets) != (*cut, *unread):
             raise DataError(
                 f"{path} has a header with numbers of another dataset; remove it and run: "
                 f"{command(folder, index.seq_len)}"
@@ -150,6 +170,24 @@ def count_cut(folder: pathlib.Path, manifest: formats.Manifest, seq_len: int, sp
     return cut, cut_by_windows
 
 
+def _count_unread(folder: pathlib.Path, manifest: formats.Manifest, seq_len: int, split: str) -> tuple[int, ...]:
+    """left_out, unread and unread_targets of the index of chats."""
+    files, first, unread = formats.TokenFiles(folder, manifest, split), 0, np.zeros(3, np.int64)
+    offsets = np.memmap(folder / f"{split}.documents.bin", "<i8", mode="r")
+    assert files.loss_mask is not None
+    for tokens in files.shards:
+        stop = first + len(tokens)
+        begins = _begins(offsets, first, stop)
+        unread += pack_chats(begins, stop, files.loss_mask, seq_len + 1, pairs=manifest.pairs).unread
+        first = stop
+    return tuple(unread.tolist())
+
+
+def _filler(manifest: formats.Manifest) -> int | None:
+    """The token that fills rows up; None if the dataset cannot be packed."""
+    return 0 if manifest.loss_masks else manifest.eos_id
+
+
 def _read_header(path: pathlib.Path) -> Index | None:
     """The header of an index; None if the file is not an index of this version."""
     with path.open("rb") as f:
@@ -160,7 +198,8 @@ def _read_header(path: pathlib.Path) -> Index | None:
             return None
         index = Index(path, **fields)
         numbers = (index.seq_len, index.eos_id, index.rows, index.pieces, index.tokens, index.documents)
-        rest = (index.cut, index.cut_by_windows)
+        unread = (index.left_out, index.unread, index.unread_targets)
+        rest = (index.cut, index.cut_by_windows, *(unread if any(n is not None for n in unread) else ()))
         if not all(type(n) is int and n >= 0 for n in numbers + rest) or not (index.rows and index.seq_len):
             return None
         return index if index.header() == raw else None
@@ -220,7 +259,7 @@ def _usable(
 
 def check_packable(path: str, manifest: formats.Manifest) -> None:
     """Raises DataError for a dataset whose documents are not separated."""
-    if manifest.eos_id is None:
+    if _filler(manifest) is None:
         raise DataError(
             f"{path} has no end-of-text token between documents, so it cannot be packed; prepare several "
             "documents, or leave config.data.packed false"
@@ -233,24 +272,30 @@ def is_index(path: pathlib.Path) -> bool:
 
 
 def _write(path: pathlib.Path, folder: pathlib.Path, manifest: formats.Manifest, seq_len: int, split: str) -> Index:
-    shards, spec = formats.TokenFiles(folder, manifest, split).shards, manifest.splits[split]
+    tokens_of, spec, filler = formats.TokenFiles(folder, manifest, split), manifest.splits[split], _filler(manifest)
+    mask = tokens_of.loss_mask
     if not spec.tokens or not spec.documents:
         raise DataError(f"{folder} has no tokens in its {split} split; prepare a longer corpus")
     offsets_path = folder / f"{split}.documents.bin"
     integrity.check_documents(offsets_path, spec)
     offsets = np.memmap(offsets_path, "<i8", mode="r")
-    assert manifest.eos_id is not None
+    assert filler is not None
     digest, first_pieces, pieces = hashlib.sha256(), [np.zeros(1, np.int64)], 0
     whole = np.zeros(2, np.int64)  # documents in one piece, and in one window of the first phase
+    unread = np.zeros(3, np.int64)
     with files.atomic_write(path) as f:
         f.write(bytes(HEADER_BYTES))
         first = 0
-        for tokens in shards:
+        for tokens in tokens_of.shards:
             stop = first + len(tokens)
             begins = _begins(offsets, first, stop)
             if len(begins):
-                _check_ends(tokens, begins[1:] - first, manifest.eos_id, offsets_path)
-                own = pack_shard(begins, stop, seq_len + 1, closed=int(tokens[-1]) == manifest.eos_id)
+                if mask is None:
+                    _check_ends(tokens, begins[1:] - first, filler, offsets_path)
+                    own = pack_shard(begins, stop, seq_len + 1, closed=int(tokens[-1]) == filler)
+                else:
+                    own = pack_chats(begins, stop, mask, seq_len + 1, pairs=manifest.pairs)
+                    unread += own.unread
                 raw = own.pieces.tobytes()
                 f.write(raw)
                 digest.update(raw)
@@ -263,9 +308,15 @@ def _write(path: pathlib.Path, folder: pathlib.Path, manifest: formats.Manifest,
         f.write(last)
         digest.update(last)
         cut, cut_by_windows = (spec.documents - whole).tolist()
+        if not pieces:
+            raise DataError(
+                f"none of the {spec.documents:,} chats of {folder} has a supervised token among its first "
+                f"{seq_len + 1} tokens; raise --seq_len"
+            )
         index = Index(
-            path, manifest.fingerprint(), seq_len, manifest.eos_id, sum(map(len, first_pieces)) - 1, pieces,
+            path, manifest.fingerprint(), seq_len, filler, sum(map(len, first_pieces)) - 1, pieces,
             spec.tokens, spec.documents, cut, cut_by_windows, digest.hexdigest(),
+            *(unread.tolist() if mask is not None else ()),
         )  # fmt: skip
         f.seek(0)
         f.write(index.header())
@@ -302,6 +353,7 @@ def _check_ends(tokens: np.ndarray, ends: np.ndarray, eos_id: int, path: pathlib
 class Packed:
     pieces: np.ndarray  # PIECE [pieces], ordered by row, and within a row as in the file
     row_ends: np.ndarray  # int64 [rows]: how many pieces there are up to the end of each row
+    unread: tuple[int, int, int] = (0, 0, 0)  # Index.left_out, .unread and .unread_targets
 
 
 def pack_shard(begins: np.ndarray, stop: int, width: int, *, closed: bool = True) -> Packed:
@@ -320,6 +372,44 @@ def pack_shard(begins: np.ndarray, stop: int, width: int, *, closed: bool = True
     rows[packed] = best_fit_decreasing(lengths[packed], width)
     if not closed:
         rows[-1] = rows[:-1].max(initial=-1) + 1
+    return _in_rows(starts, lengths, rows)
+
+
+def pack_chats(begins: np.ndarray, stop: int, mask: np.ndarray, width: int, *, pairs: bool = False) -> Packed:
+    """Packs the beginnings, of at most `width` tokens, of the chats that begin at `begins` (as in pack_shard).
+
+    Args:
+      mask: uint8, 1 for each supervised token of the split.
+      pairs: whether the chats are pairs. A row is then one pair; a pair longer than a row is left out.
+    """
+    lengths = np.diff(np.append(begins, stop))
+    if pairs:
+        of_pair = lengths.reshape(-1, 2).sum(1)
+        fits = np.repeat(of_pair <= width, 2)
+        targets = _sums(mask, begins + 1, begins + lengths)
+        packed = _in_rows(begins[fits], lengths[fits], np.arange(np.count_nonzero(fits)) // 2)
+        unread = int(np.count_nonzero(~fits)), int(lengths[~fits].sum()), int(targets[~fits].sum())
+        return dataclasses.replace(packed, unread=unread)
+    read = np.minimum(lengths, width)
+    # The first token of a chat has nothing before it to be predicted from.
+    targets, targets_read = (_sums(mask, begins + 1, begins + n) for n in (lengths, read))
+    kept = targets_read > 0
+    left_out, tokens, supervised = np.count_nonzero(~kept), lengths - read * kept, targets - targets_read
+    packed = _in_rows(begins[kept], read[kept], best_fit_decreasing(read[kept], width))
+    return dataclasses.replace(packed, unread=(int(left_out), int(tokens.sum()), int(supervised.sum())))
+
+
+def _sums(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """The sum of values[start:stop] for each pair; the pairs ascend and do not overlap: int64 [pairs]."""
+    if not len(starts):
+        return np.zeros(0, np.int64)
+    first = int(starts[0])
+    before = np.concatenate([[0], np.cumsum(values[first : int(stops[-1])], dtype=np.int64)])
+    return before[stops - first] - before[starts - first]
+
+
+def _in_rows(starts: np.ndarray, lengths: np.ndarray, rows: np.ndarray) -> Packed:
+    """The pieces, int64, in the order of their rows."""
     order = np.lexsort((starts, rows))
     pieces = np.empty(len(starts), PIECE)
     pieces["start"], pieces["length"] = starts[order], lengths[order]

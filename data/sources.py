@@ -13,7 +13,7 @@ import re
 from typing import Any
 
 from data import mixture, packing, tokenizers
-from data.config import DataConfig
+from data.config import DataConfig, Task
 from data.dataset import Dataset, is_prepared, open_dataset
 from data.errors import DataError
 from data.token_files import external, formats
@@ -25,6 +25,7 @@ class Sources:
     stages: tuple[mixture.Stage, ...]
     tokenizer_source: Dataset  # the dataset whose vocabulary and tokenizer are used for all
     packings: dict[str, packing.Index] = dataclasses.field(default_factory=dict)  # by name, if data.packed
+    val_packings: dict[str, packing.Index] = dataclasses.field(default_factory=dict)  # by name, of chats
 
     @property
     def vocab_size(self) -> int:
@@ -39,6 +40,16 @@ class Sources:
     def load_tokenizer(self) -> tokenizers.Tokenizer | None:
         """The tokenizer; None if the configuration does not name one. Raises DataError."""
         return self.tokenizer_source.load_tokenizer()
+
+    @property
+    def are_chats(self) -> bool:
+        """Whether the documents are chats: the datasets have their ends and their loss masks."""
+        return any(data.manifest.loss_masks for data in self.datasets.values())
+
+    @property
+    def task(self) -> Task:
+        """What the datasets are for: pretrain, sft, or dpo."""
+        return next(iter(self.datasets.values())).manifest.task
 
     def eos_id(self) -> int | None:
         """The token after each document: from a prepared dataset, or else from the tokenizer; None if there is none."""
@@ -63,7 +74,11 @@ class Sources:
 
     def files(self, split: str) -> dict[str, formats.TokenFiles]:
         """The token files of each source; for 'val', only of sources with a token to predict. Raises DataError."""
-        return {name: d.files(split) for name, d in self.datasets.items() if split == "train" or d.has(split)}
+        found = {name: d.files(split) for name, d in self.datasets.items() if split == "train" or d.has(split)}
+        for name, of_source in found.items():
+            if of_source.loss_mask is not None:
+                of_source.index = (self.packings if split == "train" else self.val_packings)[name]
+        return found
 
 
 def open_sources(config: DataConfig, vocab_size: int = 0) -> Sources:
@@ -99,8 +114,25 @@ def open_sources(config: DataConfig, vocab_size: int = 0) -> Sources:
         stages = mixture.parse_stages(config.weights, len(datasets))
     except ValueError as e:
         raise DataError(str(e)) from None
+    _check_chats(config, datasets)
     packings = {name: packing_of(data, config.seq_len) for name, data in datasets.items()} if config.packed else {}
-    return Sources(datasets, stages, prepared or next(iter(datasets.values())), packings)
+    val_packings = {
+        name: packing_of(data, config.seq_len, "val")
+        for name, data in datasets.items()
+        if data.manifest.loss_masks and data.has("val")
+    }
+    return Sources(datasets, stages, prepared or next(iter(datasets.values())), packings, val_packings)
+
+
+def _check_chats(config: DataConfig, datasets: dict[str, Dataset]) -> None:
+    """Raises DataError for chats that are not packed and masked from each other, or are mixed with other documents."""
+    chats = [data.path for data in datasets.values() if data.manifest.loss_masks]
+    if chats and not (config.packed and config.mask_documents):
+        raise DataError(f"{chats[0]} has chats; they need --config.data.packed=true --config.data.mask_documents=true")
+    kinds = {data.manifest.task: data.path for data in datasets.values()}
+    if len(kinds) > 1:
+        shown = " and ".join(f"{path} is for {task}" for task, path in kinds.items())
+        raise DataError(f"{shown}; a run trains on one kind: name one of them")
 
 
 def _check_distinct(datasets: dict[str, Dataset]) -> None:
@@ -122,14 +154,14 @@ def _check_distinct(datasets: dict[str, Dataset]) -> None:
                 )
 
 
-def packing_of(data: Dataset, seq_len: int) -> packing.Index:
-    """The packing of a dataset. Raises DataError if the dataset cannot be packed, or is not packed."""
+def packing_of(data: Dataset, seq_len: int, split: str = "train") -> packing.Index:
+    """The packing of a split of a dataset. Raises DataError if the dataset cannot be packed, or is not packed."""
     if data.external_files:
         raise DataError(
             f"{data.path} was not prepared by launch.prepare, and only that can be packed; leave data.packed false"
         )
     packing.check_packable(data.path, data.manifest)
-    return packing.read_index(data.folder, data.manifest, seq_len)
+    return packing.read_index(data.folder, data.manifest, seq_len, split)
 
 
 def _config_of_each(config: DataConfig) -> dict[str, DataConfig]:

@@ -7,11 +7,12 @@ folder or a glob; --format, --dtype, --val_path, --tokenizer_path and --vocab_si
 this machine or in an object store (gs://, s3://).
 It reads and checks every byte (--nocheck: only what the start of a run checks), counts the tokens that a run never
 reads, and shows some text and the batch that begins at sequence G, exactly as a run with this seed, seq_len and
-data.packed trains on it; step n begins at sequence (n - 1) x batch size. It writes nothing.
+data.packed trains on it (of chats also the targets); step n begins at sequence (n - 1) x batch size. It writes nothing.
 Exit codes: 0 intact, 2 flags, 3 damaged or missing.
 """
 
 import dataclasses
+import itertools
 import json
 import time
 from typing import Any
@@ -19,10 +20,10 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from data import dataset, packing, sources
+from data import dataset, loader, packing, sources
 from data.config import DTYPES, DataConfig
 from data.errors import DataError
-from data.loader import PackedWindows, TokenWindows, Unreached, Windows
+from data.loader import ChatWindows, PackedWindows, Unreached, Windows
 from data.token_files import external, integrity
 from data.tokenizers.base import MAX_ID, Tokenizer
 from launch import cli
@@ -75,7 +76,9 @@ def main(path: str = "") -> int:
         found = integrity.verify_dataset(data)
         report["check"] = {name: dataclasses.asdict(split) for name, split in found.items()}
         if not data.external_files:
-            report["packed"] = [packed(index) for index in packing.verify_packings(data.folder, data.manifest)]
+            splits = data.manifest.splits if data.manifest.loss_masks else ("train",)
+            found_rows = [packing.verify_packings(data.folder, data.manifest, split) for split in splits]
+            report["packed"] = [packed(index) for index in itertools.chain(*found_rows)]
         report["check_s"] = round(time.monotonic() - start, 3)
     tokenizer = data.load_tokenizer()
     report["text"] = {name: excerpts(data, name, tokenizer) for name in data.manifest.splits if data.has(name)}
@@ -132,16 +135,17 @@ def excerpts(data: dataset.Dataset, split: str, tokenizer: Tokenizer | None) -> 
 
 def packed(index: packing.Index) -> dict[str, Any]:
     """The report of a packing whose bytes have all been checked."""
-    fields = ("seq_len", "rows", "utilisation", "documents", "cut", "cut_by_windows")
+    fields = ["seq_len", "rows", "utilisation", "documents", "cut", "cut_by_windows"]
+    if index.left_out is not None:
+        fields += ["left_out", "unread", "unread_targets"]
     return {name: getattr(index, name) for name in fields}
 
 
 def windows_of(data: dataset.Dataset) -> Windows:
-    """The windows that a run reads."""
-    files = data.files("train")
-    if PACKED.value:
-        return PackedWindows(files, sources.packing_of(data, SEQ_LEN.value), seed=SEED.value)
-    return TokenWindows(files, seq_len=SEQ_LEN.value, seed=SEED.value)
+    """The windows that a run reads; those of chats are always packed."""
+    is_packed = PACKED.value or data.manifest.loss_masks
+    index = sources.packing_of(data, SEQ_LEN.value) if is_packed else None
+    return loader.windows_of(data.files("train"), index, seq_len=SEQ_LEN.value, seed=SEED.value)
 
 
 def left_out(data: dataset.Dataset, order: Windows) -> dict[str, Any]:
@@ -159,6 +163,10 @@ def left_out(data: dataset.Dataset, order: Windows) -> dict[str, Any]:
 def batch(order: Windows, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """The rows that a run trains on: inputs and targets together, seq_len + 1 tokens each."""
     samples = SAMPLE.value + np.arange(BATCH_SIZE.value)
+    targets = []
+    if isinstance(order, ChatWindows):
+        rows = zip(order.rows(samples)[:, 1:], order.loss_mask(samples), strict=True)
+        targets = [shown(row[counts], tokenizer) for row, counts in rows]
     return {
         "sample": SAMPLE.value,
         "seed": SEED.value,
@@ -166,7 +174,7 @@ def batch(order: Windows, tokenizer: Tokenizer | None) -> dict[str, Any]:
         "epoch": SAMPLE.value / order.num_windows,
         "samples_per_epoch": order.num_windows,
         "rows": [shown(row, tokenizer) for row in order.rows(samples)],
-    }
+    } | ({"supervised": targets} if targets else {})
 
 
 def format_report(report: dict[str, Any]) -> str:
@@ -205,7 +213,10 @@ def format_report(report: dict[str, Any]) -> str:
         f"batch at sequence {rows['sample']} (epoch {rows['epoch']:.3f} of {rows['samples_per_epoch']:,} sequences), "
         f"seed {rows['seed']}, seq_len {rows['seq_len']}:"
     )
-    lines += [f"  {rows['sample'] + i}: {quoted(row)}" for i, row in enumerate(rows["rows"])]
+    for i, row in enumerate(rows["rows"]):
+        lines.append(f"  {rows['sample'] + i}: {quoted(row)}")
+        if "supervised" in rows:
+            lines.append(f"  {rows['sample'] + i}, its targets: {quoted(rows['supervised'][i])}")
     return "\n".join(lines)
 
 

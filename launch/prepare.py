@@ -9,6 +9,11 @@ standard input. A single text is split as in nanoGPT: the first 90 % of its char
 are split as complete files, by a hash of their names, and records by a hash of their text. An end-of-text token follows
 each document.
 
+--format=chat reads JSON lines with a chat each, {"messages": [{"role": …, "content": …}, …]} or {"prompt": …,
+"completion": …}, for supervised fine-tuning, and --format=preference pairs of answers, {"prompt": …, "chosen": …,
+"rejected": …}, for DPO. --tokenizer then names a run or a folder of Hugging Face, whose chat template makes the tokens,
+and only the assistant's tokens will be targets (docs/finetuning.md).
+
 Tokenizers: characters, bytes, byte-level BPE trained on a sample of the text (bpe:16384, or bpe:16384:llama3 with Llama
 3's split pattern), or an existing one: a tokenizer.json, .tiktoken, minbpe or SentencePiece file (launch.tokenizer).
 
@@ -22,17 +27,19 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from absl import flags
 
 from data import tokenizers
-from data.preparation import corpus, losses, pipeline, recognize, spool
+from data.preparation import chats, corpus, losses, pipeline, recognize, spool
 from data.preparation.output import Output
 from data.storage import malloc
 from data.token_files import formats
 from data.tokenizers import base
 from launch import cli
 from trainer.errors import ConfigError
+from trainer.interchange import supervision
 from trainer.reporting.console import StatusLine, duration
 
 SOURCE = cli.define_path("source", None, "File, directory, glob, -, python-stdlib or tinyshakespeare.")
@@ -68,7 +75,8 @@ FORMAT = flags.DEFINE_enum(
     "format",
     "auto",
     recognize.KINDS,
-    "The format of all files; auto: detected from the first bytes and the name of each.",
+    "The format of all files; auto: detected from the first bytes and the name of each; chat: JSON lines with chats; "
+    "preference: JSON lines with pairs of chats.",
 )
 STDIN_FORMAT = flags.DEFINE_enum(
     "stdin_format", "txt", ["txt", "jsonl", "parquet", "txt.gz", "jsonl.gz", "jsonl.zst"], "The format of --source=-."
@@ -85,6 +93,7 @@ WORKERS = flags.DEFINE_integer(
 )
 COUNT_DUPLICATES = flags.DEFINE_bool("count_duplicates", False, "Count documents whose text occurred before.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a dataset at --out that another request made.")
+NOT_OF_CHATS = (SPLIT, TEXT_KEY, MIN_FREQUENCY, SPECIAL_TOKENS, COUNT_DUPLICATES)
 cli.check_flag("tokenizer", tokenizers.needs_texts)
 cli.check_flag("special_tokens", base.check_special_tokens)
 
@@ -154,22 +163,32 @@ def make(out: pathlib.Path, source: str) -> None:
         "bad_records": BAD_RECORDS.value,
         "format": FORMAT.value,
     }
+    template = template_of_chats()
+    if template is not None:
+        request["template_sha256"] = template.sha256
     if not OVERWRITE.value and (found := pipeline.existing_dataset(out, **request)) is not None:
         report(out, found, "exists already, made by the same request")
         return
+    options: dict[str, Any] = {"overwrite": OVERWRITE.value, "max_invalid": MAX_INVALID.value, "progress": progress}
     try:
-        made = pipeline.prepare_dataset(
-            out,
-            overwrite=OVERWRITE.value,
-            workers=WORKERS.value,
-            count_duplicates=COUNT_DUPLICATES.value,
-            max_invalid=MAX_INVALID.value,
-            progress=progress,
-            **request,
-        )
+        if template is not None:
+            made = chats.prepare_chats(out, template, **options, **request)
+        else:
+            made = pipeline.prepare_dataset(
+                out, workers=WORKERS.value, count_duplicates=COUNT_DUPLICATES.value, **options, **request
+            )
     finally:
         progress.status.clear()
     report(out, made, f"{time.monotonic() - start:.1f} s")
+
+
+def template_of_chats() -> supervision.ChatTemplate | None:
+    """The chat template that chats need; None for other formats. Raises ConfigError."""
+    if FORMAT.value not in (recognize.CHAT, recognize.PREFERENCE):
+        return None
+    if wrong := [flag.name for flag in NOT_OF_CHATS if flag.present]:
+        raise ConfigError(f"--{wrong[0]} is not for --format={FORMAT.value}; leave it out")
+    return supervision.template_of(TOKENIZER.value)
 
 
 def report(out: pathlib.Path, manifest: formats.Manifest, how: str) -> None:
@@ -191,6 +210,9 @@ def report(out: pathlib.Path, manifest: formats.Manifest, how: str) -> None:
         parts.append(f"{summary['duplicates']:,} of {summary['documents']:,} documents occurred before")
     elif COUNT_DUPLICATES.value:
         parts.append("duplicates were not counted when it was made; --overwrite makes it again")
+    if "supervised_tokens" in summary:
+        supervised = sum(summary["supervised_tokens"].values())
+        parts.append(f"{supervised:,} tokens ({supervised / summary['tokens']:.1%}) are the assistant's, and targets")
     cli.log.info("%s", ", ".join(parts))
     if summary.get("loses_text"):
         share = summary["problems"]["counts"].get(losses.UNKNOWN, 0) / max(summary["tokens"], 1)

@@ -253,7 +253,7 @@ def _decompressed(f: IO[bytes], span: Span, options: ReadOptions, errors: InputE
     try:
         yield from filter(None, _gunzip(f) if span.file.compression == "gz" else _unzstd(f, span.file))
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        _bad("damaged compressed file", f"{span.file.path} ({e})", options, errors)
+        bad("damaged compressed file", f"{span.file.path} ({e})", options, errors)
 
 
 def _gunzip(f: IO[bytes]) -> Iterator[bytes]:
@@ -332,7 +332,7 @@ def _decode(raw: bytes, place: Place, options: ReadOptions) -> str:
         raise _not_utf8(f"{_exact(place)} is not UTF-8") from None
 
 
-def _whole(text: str, place: Place, options: ReadOptions, errors: InputErrors) -> str:
+def whole(text: str, place: Place, options: ReadOptions, errors: InputErrors) -> str:
     """`text` with U+FFFD in place of each half of a surrogate pair; the replacements are counted."""
     replaced = 0
     while (half := _first_half(text)) is not None:
@@ -365,6 +365,25 @@ def _read_json_lines(span: Span, options: ReadOptions, errors: InputErrors) -> I
         errors.count_lines(Lines(path, after, span.stop, number - 1))  # no newline follows the last line
 
 
+def read_records(file: File, options: ReadOptions, errors: InputErrors) -> Iterator[tuple[Place, Any]]:
+    """The JSON values of the lines of a file, and their places. Texts in them may have halves of surrogate pairs.
+
+    Raises:
+      DataError: as read_chunks.
+    """
+    try:
+        with file.open() as f:
+            size = file.size()
+            mark = not file.compression and f.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK
+            span = Span(file, len(BYTE_ORDER_MARK) if mark else 0, size, True, True, size)
+            for number, line in enumerate(_lines(_content(f, span, options, errors)[1]), 1):
+                place = Place(str(file.path), "line", number)
+                if (found := _record(line, place, options, errors)) is not None:
+                    yield place, found[0]
+    except OSError as e:
+        raise DataError(_cannot_read(file, e)) from None
+
+
 def _lines(blocks: Iterator[bytes]) -> Iterator[bytes | None]:
     """Lines without their newlines; the last may be empty. None stands for a line above MAX_LINE_BYTES."""
     held: list[bytes] = []
@@ -388,8 +407,23 @@ _parse = json.JSONDecoder(parse_int=len).decode
 
 
 def _of_line(line: bytes | None, place: Place, options: ReadOptions, errors: InputErrors) -> str | bytes | None:
+    found = _record(line, place, options, errors)
+    if found is None:
+        return None
+    (record,) = found
+    if not isinstance(record, dict) or options.text_key not in record:
+        keys = ", ".join(sorted(map(str, record))[:8]) if isinstance(record, dict) else type(record).__name__
+        hint = "; a chat needs --format=chat" if isinstance(record, dict) and "messages" in record else ""
+        note = f"no {options.text_key!r}; it has: {keys}{hint}"
+        bad("record without the text key", place._replace(note=note), options, errors)
+        return None
+    return _of_value(record[options.text_key], place, options, errors)
+
+
+def _record(line: bytes | None, place: Place, options: ReadOptions, errors: InputErrors) -> tuple[Any] | None:
+    """The JSON value of a line, in a tuple; None, after counting, if it has none, or has the text key twice."""
     if line is None:
-        _bad(f"record longer than {MAX_LINE_BYTES >> 20} MiB", place, options, errors)
+        bad(f"record longer than {MAX_LINE_BYTES >> 20} MiB", place, options, errors)
         return None
     if not line or line.isspace():
         return None
@@ -400,17 +434,12 @@ def _of_line(line: bytes | None, place: Place, options: ReadOptions, errors: Inp
         record = _parse(text)
         is_given_twice = _is_given_twice(text, options)
     except (ValueError, RecursionError) as e:
-        _bad("broken JSON", place._replace(note=str(e)[:80]), options, errors)
-        return None
-    if not isinstance(record, dict) or options.text_key not in record:
-        keys = ", ".join(sorted(map(str, record))[:8]) if isinstance(record, dict) else type(record).__name__
-        note = f"no {options.text_key!r}; it has: {keys}"
-        _bad("record without the text key", place._replace(note=note), options, errors)
+        bad("broken JSON", place._replace(note=str(e)[:80]), options, errors)
         return None
     if is_given_twice:
-        _bad("record with the text key twice", place, options, errors)
+        bad("record with the text key twice", place, options, errors)
         return None
-    return _of_value(record[options.text_key], place, options, errors)
+    return (record,)
 
 
 def _is_given_twice(text: str, options: ReadOptions) -> bool:
@@ -433,7 +462,7 @@ def _is_given_twice(text: str, options: ReadOptions) -> bool:
 def _of_value(value: Any, place: Place, options: ReadOptions, errors: InputErrors) -> str | bytes | None:
     """The text of a record; None, after counting, if there is none. Raises DataError for a bad record."""
     if not isinstance(value, str | bytes):
-        _bad("text that is no string", place._replace(note=type(value).__name__), options, errors)
+        bad("text that is no string", place._replace(note=type(value).__name__), options, errors)
         return None
     if not value:
         errors.record("empty document", place)
@@ -442,7 +471,7 @@ def _of_value(value: Any, place: Place, options: ReadOptions, errors: InputError
         if options.raw:
             return value
         value = _decode(value, place, options)
-    text = _whole(value, place, options, errors)
+    text = whole(value, place, options, errors)
     if options.raw:
         return text.encode()
     if nuls := text.count("\0"):
@@ -511,7 +540,7 @@ def _values(column: Any) -> list[Any]:
     return column.cast(binary.get(column.type, column.type)).to_pylist()
 
 
-def _bad(kind: str, where: str | Place, options: ReadOptions, errors: InputErrors) -> None:
+def bad(kind: str, where: str | Place, options: ReadOptions, errors: InputErrors) -> None:
     if options.bad_records == "error":
         raise DataError(
             f"{kind}: {_exact(where)}; fix it, or pass --bad_records=skip to count such records and leave them out"

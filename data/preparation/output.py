@@ -54,7 +54,7 @@ _OWN = {
     "units": re.compile(r"\d+\.(json|hashes|(train|val)\.(tokens|ends))"),
     "tokenizer": re.compile(_any_of(_TOKENIZER_FILES)),
     "": re.compile(
-        rf"(train|val)(-\d+|\.documents)\.bin|{PACKED.pattern}|{PACKED_LOCK.pattern}|{_any_of(_JSON_FILES)}"
+        rf"(train|val)(-\d+|\.documents|\.loss_mask)\.bin|{PACKED.pattern}|{PACKED_LOCK.pattern}|{_any_of(_JSON_FILES)}"
     ),
 }
 
@@ -279,7 +279,8 @@ def _named(folder: pathlib.Path) -> set[str] | None:
         *(f"{split}.documents.bin" for split in manifest.splits),
         *(f"tokenizer/{name}" for name in _TOKENIZER_FILES),
     }
-    return {formats.MANIFEST, *shards, *others}
+    masks = {formats.loss_mask_path(folder, split).name for split in manifest.loss_masks}
+    return {formats.MANIFEST, *shards, *masks, *others}
 
 
 def _is_half_written(path: pathlib.Path) -> bool:

@@ -60,9 +60,11 @@ class Request:
     invalid_utf8: str = "replace"
     bad_records: str = "error"
     format: str = "auto"
+    template_sha256: str = ""  # of chats: that of the chat template
 
     def to_json(self) -> dict:
-        return dataclasses.asdict(self) | {"special_tokens": list(self.special_tokens)}
+        fields = dataclasses.asdict(self) | {"special_tokens": list(self.special_tokens)}
+        return fields if self.template_sha256 else {k: v for k, v in fields.items() if k != "template_sha256"}
 
 
 Stamp = tuple[int | str, ...]
@@ -144,7 +146,7 @@ def prepare_dataset(
     plan = make_plan(asked, output.path)
     with output.locked():
         if not overwrite and output.has_dataset():  # another process made it while this one searched the files
-            return _intact(output.path, asked)
+            return intact(output.path, asked)
         given = None
         if not tokenizers.needs_texts(asked.tokenizer):
             given = tokenizers.make(asked.tokenizer, special_tokens=asked.special_tokens, eos=plan.eos)
@@ -169,7 +171,7 @@ def existing_dataset(out: pathlib.Path, **request) -> formats.Manifest | None:
     output = Output(out)
     if not output.has_dataset() or output.was_interrupted():
         return None
-    return _intact(output.path, Request(**request))
+    return intact(output.path, Request(**request))
 
 
 def read_summary(out: pathlib.Path) -> dict[str, Any]:
@@ -183,14 +185,14 @@ def read_summary(out: pathlib.Path) -> dict[str, Any]:
 
 def make_plan(request: Request, out: pathlib.Path) -> PreparationPlan:
     """Finds the files and divides them into units; a download is kept beside the dataset `out`. Raises DataError."""
-    found, left_out = _find(request, out)
+    found, left_out = find(request, out)
     if named := corpus.named_as_held_out(request.source, found):
         log.warning(
             "WARNING: %d file(s) are named as for validation or tests, but are used for training like all others, "
             "except for the share of --val_fraction: %s%s; name the files to train on, for example by a glob",
             len(named), ", ".join(map(repr, named[:3])), " …" if len(named) > 3 else "",
         )  # fmt: skip
-    stamps = _stamps(found)
+    stamps = stamps_of(found)
     one_text = len(found) == 1 and found[0].kind == "text"
     split = request.split
     if split == "auto":
@@ -203,11 +205,11 @@ def make_plan(request: Request, out: pathlib.Path) -> PreparationPlan:
     options = documents.ReadOptions(
         request.text_key, request.invalid_utf8, request.bad_records, raw=request.tokenizer == "byte"
     )
-    units, identity = documents.plan_units(found, of_file), _identity(found, stamps)
+    units, identity = documents.plan_units(found, of_file), identity_of(found, stamps)
     return PreparationPlan(request, units, split, options, not one_text, identity, stamps, left_out)
 
 
-def _find(request: Request, out: pathlib.Path) -> corpus.Found:
+def find(request: Request, out: pathlib.Path) -> corpus.Found:
     return corpus.find_files(
         request.source,
         out.parent,
@@ -218,11 +220,11 @@ def _find(request: Request, out: pathlib.Path) -> corpus.Found:
     )
 
 
-def _stamps(found: list[corpus.File]) -> dict[pathlib.Path, Stamp]:
+def stamps_of(found: list[corpus.File]) -> dict[pathlib.Path, Stamp]:
     return {file.path: _stamp(file.path) for file in found}
 
 
-def _identity(found: list[corpus.File], stamps: dict[pathlib.Path, Stamp]) -> str:
+def identity_of(found: list[corpus.File], stamps: dict[pathlib.Path, Stamp]) -> str:
     """A hash of the names, sizes and times of a source's files; moving them to another disk does not change it."""
     content = [(file.name, *stamps[file.path][:2]) for file in found]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -240,7 +242,7 @@ def _stamp(path: pathlib.Path) -> Stamp:
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
-def _intact(out: pathlib.Path, request: Request) -> formats.Manifest:
+def intact(out: pathlib.Path, request: Request) -> formats.Manifest:
     """The manifest of an existing dataset. Raises DataError if it is damaged or was made by another request."""
     manifest = formats.read_manifest(out)
     if Request("", "").to_json() | manifest.request != request.to_json():  # an earlier version wrote fewer fields
@@ -261,8 +263,8 @@ def _intact(out: pathlib.Path, request: Request) -> formats.Manifest:
             )
     recorded = read_summary(out).get("source", "")  # a dataset of an earlier version does not have it
     if recorded and corpus.is_there(request.source):
-        found = _find(request, out).files
-        if _identity(found, _stamps(found)) != recorded:
+        found = find(request, out).files
+        if identity_of(found, stamps_of(found)) != recorded:
             raise DataError(
                 f"{out} was prepared from files that differ from those of --source={request.source} in names, sizes or "
                 "times; choose another --out, or --overwrite"
@@ -302,28 +304,56 @@ def _encode(
 def _finish(plan: PreparationPlan, job: encode.Job, merged: merge.Merge, max_invalid: float) -> None:
     """Writes the summary and the manifest. Raises DataError if the corpus turned out to be unusable."""
     splits, summary = merged.finish()
-    summary |= {"left_out": plan.left_out.summary(), "source": plan.source}
-    source = f"--source={plan.request.source}"
-    if not splits["train"].tokens:
-        raise DataError(f"{source} holds no text to train on{_problem_list(summary)}")
-    if (share := merged.errors.invalid_share) > max_invalid:
-        raise DataError(
-            f"{source} is not UTF-8 text: {share:.3%} of its characters are invalid{_problem_list(summary)}; "
-            f"convert it, for example with iconv, or pass --max_invalid={math.ceil(share * 1000) / 1000:g} (the byte "
-            "tokenizer accepts any bytes, except in JSON)"
-        )
-    files.write_durably(job.partial / formats.SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
-    manifest = formats.Manifest(
+    finish(
+        job.partial,
+        plan.request,
+        summary | {"left_out": plan.left_out.summary(), "source": plan.source},
+        errors=merged.errors,
+        max_invalid=max_invalid,
         dtype=job.dtype.name,
         vocab_size=job.vocab_size,
         eos_id=job.eos_id,
         tokenizer_sha256=job.tokenizer_sha256,
         splits=splits,
-        request=plan.request.to_json(),
-        files=formats.hash_files(job.partial, splits),
-        loses_text=summary["loses_text"],
     )
-    files.write_durably(job.partial / formats.MANIFEST, manifest.to_json().encode())
+
+
+def finish(
+    partial: pathlib.Path,
+    request: Request,
+    summary: dict[str, Any],
+    *,
+    errors: InputErrors,
+    max_invalid: float,
+    splits: dict[str, formats.Split],
+    **fields: Any,
+) -> None:
+    """Writes the summary and the manifest of a dataset whose other files are complete.
+
+    Args:
+      fields: further fields of the manifest.
+
+    Raises:
+      DataError: there is nothing to train on, or too much of the text is invalid.
+    """
+    source = f"--source={request.source}"
+    if not splits["train"].tokens:
+        raise DataError(f"{source} holds no text to train on{_problem_list(summary)}")
+    if (share := errors.invalid_share) > max_invalid:
+        raise DataError(
+            f"{source} is not UTF-8 text: {share:.3%} of its characters are invalid{_problem_list(summary)}; "
+            f"convert it, for example with iconv, or pass --max_invalid={math.ceil(share * 1000) / 1000:g} (the byte "
+            "tokenizer accepts any bytes, except in JSON)"
+        )
+    files.write_durably(partial / formats.SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+    manifest = formats.Manifest(
+        splits=splits,
+        request=request.to_json(),
+        files=formats.hash_files(partial, splits),
+        loses_text=summary["loses_text"],
+        **fields,
+    )
+    files.write_durably(partial / formats.MANIFEST, manifest.to_json().encode())
 
 
 def _problem_list(summary: dict[str, Any]) -> str:
@@ -343,10 +373,13 @@ def notices(manifest: formats.Manifest) -> list[str]:
     if not wanted:
         return []
     if not manifest.splits["val"].tokens:
+        divides = "" if manifest.loss_masks else ", or choose --split=last, which divides the text itself"
         return [
-            f"there is no validation text although --val_fraction is {wanted:g}: there are few documents; raise it, or "
-            "choose --split=last, which divides the text itself"
+            f"there is no validation text although --val_fraction is {wanted:g}: there are few documents; raise it"
+            f"{divides}"
         ]
+    if manifest.loss_masks:  # their shares are in the line with the tokens
+        return []
     share = val / max(train + val, 1)
     if wanted / 2 <= share <= wanted * 2:
         return []

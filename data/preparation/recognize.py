@@ -23,7 +23,9 @@ MAX_NUL = 0.005  # share of the first bytes; binary records have NULs in the num
 SEEN_LINES = 20  # lines searched for records: the first may be truncated, or a header
 FEW_BYTES = 256  # a shorter file counts as this long, so that one invalid byte does not make it binary
 TEXT, JSONL, PARQUET = "text", "jsonl", "parquet"
-KINDS = ("auto", TEXT, JSONL, PARQUET)
+CHAT = "chat"  # JSON lines with a chat each; only if asked for
+PREFERENCE = "preference"  # JSON lines with two chats each, of which one is preferred; only if asked for
+KINDS = ("auto", TEXT, JSONL, PARQUET, CHAT, PREFERENCE)
 
 # RFC 1952 and RFC 8878, including its skippable frames.
 COMPRESSIONS = ((re.compile(rb"\x1f\x8b"), "gz"), (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), "zst"))

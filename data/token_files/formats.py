@@ -5,6 +5,7 @@ sizes.
     DATASET/manifest.json                 the fields of Manifest
     DATASET/train-00000.bin               tokens, uint16 or uint32, no header; likewise val-00000.bin
     DATASET/train.documents.bin           uint64 offsets, in tokens, of the first token of each document of the split
+    DATASET/train.loss_mask.bin           chats: a byte for each token of the split, 1 if it is supervised
     DATASET/tokenizer/                    the tokenizer's own file
     DATASET/summary.json                  what launch.prepare counted
 """
@@ -15,11 +16,16 @@ import json
 import pathlib
 import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data import order
+from data.config import Task
 from data.errors import DataError
+
+if TYPE_CHECKING:
+    from data import packing
 
 FORMAT = "meshlm-tokens"
 VERSION = 1
@@ -62,16 +68,31 @@ class Manifest:
     files: dict[str, str] = dataclasses.field(default_factory=dict)
     # Whether the tokenizer lost text: the tokens then stand for less than text_bytes; not part of the fingerprint.
     loses_text: bool = False
+    # Of chats: the sha256 of the loss mask of each split. Versions that do not know this field refuse the dataset.
+    loss_masks: dict[str, str] = dataclasses.field(default_factory=dict)
+    # Whether the chats are pairs: each preferred one is followed by the one that it is preferred to.
+    pairs: bool = False
+
+    def fields(self) -> dict[str, Any]:
+        """All fields by name; those of chats only if set, so that other manifests are what they were before."""
+        fields = dataclasses.asdict(self)
+        unset = {name for name in ("loss_masks", "pairs") if not fields[name]}
+        return {name: value for name, value in fields.items() if name not in unset}
+
+    @property
+    def task(self) -> Task:
+        """What the dataset is for: pretrain, sft, or dpo."""
+        return "dpo" if self.pairs else "sft" if self.loss_masks else "pretrain"
 
     def fingerprint(self) -> str:
         """16 hex digits that change with any token, the tokenizer, or the algorithm that orders the sequences."""
-        content = {k: v for k, v in dataclasses.asdict(self).items() if k not in NOT_IN_FINGERPRINT}
+        content = {k: v for k, v in self.fields().items() if k not in NOT_IN_FINGERPRINT}
         canonical = json.dumps([VERSION, order.VERSION, content], sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
         head = {"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint()}
-        content = head | dataclasses.asdict(self)
+        content = head | self.fields()
         if self.files:
             content["sha256"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return json.dumps(content, indent=1) + "\n"
@@ -141,6 +162,13 @@ def _check_values(manifest: Manifest) -> None:
             raise ValueError(f"a hash of the {name} split is not text")
     if wrong := [n for n in counts if type(n) is not int or n < 0]:
         raise ValueError(f"number {wrong[0]!r}")
+    masks = manifest.loss_masks
+    if masks and (set(masks) != set(manifest.splits) or not all(isinstance(sha256, str) for sha256 in masks.values())):
+        raise ValueError(f"loss masks {manifest.loss_masks!r}")
+    if not isinstance(manifest.pairs, bool) or (manifest.pairs and not masks):
+        raise ValueError(f"pairs {manifest.pairs!r}")
+    if manifest.pairs and any(split.documents % 2 for split in manifest.splits.values()):
+        raise ValueError("an odd number of chats in pairs")
     if manifest.eos_id is not None and manifest.eos_id >= manifest.vocab_size:
         raise ValueError(f"end of text {manifest.eos_id} of a vocabulary of {manifest.vocab_size}")
     if "train" not in manifest.splits:
@@ -150,8 +178,12 @@ def _check_values(manifest: Manifest) -> None:
             raise ValueError(f"{split.tokens} tokens in the {name} split, but its shards have another number")
 
 
+def loss_mask_path(folder: pathlib.Path, split: str) -> pathlib.Path:
+    return folder / f"{split}.loss_mask.bin"
+
+
 def hash_files(folder: pathlib.Path, splits: Iterable[str]) -> dict[str, str]:
-    """The value of Manifest.files: the hashes of all files of a dataset except the manifest and the shards."""
+    """The value of Manifest.files: the hashes of all files of a dataset except the manifest, shards and loss masks."""
     paths = [
         folder / SUMMARY,
         *(folder / f"{name}.documents.bin" for name in splits),
@@ -165,6 +197,27 @@ def sha256_file(path: pathlib.Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def _check_size(path: pathlib.Path, expected: int, what: str) -> None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing: 0 bytes, expected {expected}; prepare again with --overwrite") from None
+    if size != expected:
+        raise DataError(
+            f"{path} is {size} bytes, expected {expected} ({what}); it was truncated or replaced: copy it again or "
+            "prepare again with --overwrite"
+        )
+
+
+def check_hash_of(path: pathlib.Path, sha256: str) -> None:
+    """Raises DataError if the file does not have this hash."""
+    if (found := sha256_file(path)) != sha256:
+        raise DataError(
+            f"{path} has the right size ({path.stat().st_size} bytes) but not the content of its manifest (sha256 "
+            f"{found[:12]}…, expected {sha256[:12]}…); copy it again or prepare again with --overwrite"
+        )
+
+
 class TokenFiles:
     """The shards of one split, memory-mapped and checked.
 
@@ -172,9 +225,13 @@ class TokenFiles:
       shards: uint16 or uint32 arrays (memory maps), one for each shard.
       tokens: the number of tokens.
       text_bytes: how many bytes of text the tokens stand for; 0 if that is not known, because the tokenizer lost text.
+      loss_mask: of chats: uint8 [tokens], 1 for a supervised token; None: every token is a target.
+      index: of chats: the rows that they are packed into (packing.Index), if a run reads them.
     """
 
     advice = "it does not belong to this tokenizer: prepare again with --overwrite"
+    loss_mask: np.ndarray | None = None
+    index: "packing.Index | None" = None
 
     def __init__(self, folder: pathlib.Path, manifest: Manifest, split: str):
         if split not in manifest.splits:
@@ -188,24 +245,16 @@ class TokenFiles:
         self.paths = [folder / shard.file for shard in spec.shards]
         check_hash = spec.tokens * dtype.itemsize <= HASH_AT_START_BYTES
         for path, shard in zip(self.paths, spec.shards, strict=True):
-            expected = shard.tokens * dtype.itemsize
-            try:
-                size = path.stat().st_size
-            except FileNotFoundError:
-                raise DataError(
-                    f"{path} is missing: 0 bytes, expected {expected}; prepare again with --overwrite"
-                ) from None
-            if size != expected:
-                raise DataError(
-                    f"{path} is {size} bytes, expected {expected} ({shard.tokens} tokens of {manifest.dtype}); "
-                    "it was truncated or replaced: copy it again or prepare again with --overwrite"
-                )
-            if check_hash and (found := sha256_file(path)) != shard.sha256:
-                raise DataError(
-                    f"{path} has the right size ({size} bytes) but not the content of its manifest (sha256 "
-                    f"{found[:12]}…, expected {shard.sha256[:12]}…); copy it again or prepare again with --overwrite"
-                )
+            _check_size(path, shard.tokens * dtype.itemsize, f"{shard.tokens} tokens of {manifest.dtype}")
+            if check_hash:
+                check_hash_of(path, shard.sha256)
             self.shards.append(np.memmap(path, dtype=dtype, mode="r") if shard.tokens else np.empty(0, dtype))
+        if manifest.loss_masks:
+            path = loss_mask_path(folder, split)
+            _check_size(path, spec.tokens, f"a loss mask of {spec.tokens} tokens")
+            if check_hash:
+                check_hash_of(path, manifest.loss_masks[split])
+            self.loss_mask = np.memmap(path, np.uint8, mode="r") if spec.tokens else np.empty(0, np.uint8)
 
     def check_ids(self, tokens: np.ndarray, where: str) -> None:
         """Raises DataError if a token is outside the vocabulary: an embedding lookup would clamp it silently."""

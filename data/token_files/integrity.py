@@ -68,6 +68,9 @@ def _split(folder: pathlib.Path, manifest: formats.Manifest, name: str) -> Found
                 f"expected {shard.sha256[:12]}…); copy it again or prepare again with --overwrite"
             )
         _check_largest(largest, path, manifest.vocab_size)
+    if manifest.loss_masks:
+        formats.check_hash_of(formats.loss_mask_path(folder, name), manifest.loss_masks[name])
+        nbytes += spec.tokens
     path = folder / f"{name}.documents.bin"
     check_documents(path, spec)
     if manifest.eos_id is not None and spec.documents:
