@@ -353,7 +353,7 @@ def _nearest(given: str, known: Sequence[str], prefix: str = "--") -> str:
 # Configuration
 
 CONFIG_FLAG = "config"
-PATH_FIELDS = ("init_from", "data.path", "data.val_path", "data.tokenizer_path", "checkpoint.mirror")
+PATH_FIELDS = ("init_from", "init_adapters", "data.path", "data.val_path", "data.tokenizer_path", "checkpoint.mirror")
 OVERRIDE = re.compile(r"--?(?P<no>no)?config\.(?P<name>[^=]*)(=(?P<text>.*))?", re.DOTALL)
 
 

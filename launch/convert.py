@@ -2,16 +2,20 @@
 
   python -m launch.convert --from_hf=DIR --workdir=RUN            (or --from_gguf, --from_nanogpt, --from_llmc=FILE)
   python -m launch.convert --workdir=RUN --to_hf=DIR [--step=N] [--dtype=bfloat16]
+  python -m launch.convert --workdir=RUN --to_peft=DIR [--step=N]        (only the adapters of a run with model.lora)
 
 DIR has config.json and .safetensors files; families: docs/models.md. RUN can be sampled from and evaluated at once, and
 trained with --config.init_from=RUN. Output is read back and checked before it gets its name; a target that exists is
 refused. Exit codes: 0 done, 2 flags or a model that is not supported, 3 files that are damaged or cannot be written.
 """
 
+import contextlib
+import dataclasses
 import pathlib
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 
 from absl import flags
 
@@ -28,15 +32,17 @@ FROM = {
 ENDINGS = {"from_gguf": ".gguf", "from_nanogpt": ".pt", "from_llmc": ".bin"}
 TOKENIZER = cli.define_path("tokenizer", None, "Tokenizer of weights that come without one, as for launch.prepare.")
 TO_HF = cli.define_run_path("to_hf", None, "Folder to write, which must not exist.")
+TO_PEFT = cli.define_run_path("to_peft", None, "Folder of PEFT to write, which must not exist: a run's adapters.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Type of the tensors of --to_hf.")
 
 
 def main() -> int:
     given = {name: flag.value for name, flag in FROM.items() if flag.value}
-    if len(given) + bool(TO_HF.value) != 1:
+    target = TO_HF.value or TO_PEFT.value
+    if len(given) + bool(TO_HF.value) + bool(TO_PEFT.value) != 1:
         raise ConfigError(
             "name one of --from_hf=DIR, --from_gguf=FILE, --from_nanogpt=FILE and --from_llmc=FILE, to make a run, and "
-            "--to_hf=DIR, to export one"
+            "--to_hf=DIR or --to_peft=DIR, to export one"
         )
     if not inference.WORKDIR.value:
         raise ConfigError("--workdir is missing; name the run directory to make, or the one to export")
@@ -45,13 +51,17 @@ def main() -> int:
             raise ConfigError(f"--{name}={path} is not a {ENDINGS[name]} file; --from_hf reads a folder")
         if name not in ENDINGS and pathlib.Path(path).is_file():
             raise ConfigError(f"--{name}={path} is a file; {', '.join(f'--{other}' for other in ENDINGS)} read files")
-    if TO_HF.value and TOKENIZER.value:
-        raise ConfigError("--tokenizer is of weights that are read; leave it out with --to_hf")
-    if not TO_HF.value and (flags.FLAGS["dtype"].present or inference.STEP.value is not None):
-        raise ConfigError("--dtype and --step are of an export; leave them out, or name --to_hf=DIR")
+    if target and TOKENIZER.value:
+        raise ConfigError("--tokenizer is of weights that are read; leave it out with --to_hf and --to_peft")
+    if not target and inference.STEP.value is not None:
+        raise ConfigError("--step is of an export; leave it out, or name --to_hf=DIR or --to_peft=DIR")
+    if not TO_HF.value and flags.FLAGS["dtype"].present:
+        raise ConfigError("--dtype is of --to_hf; leave it out, or name --to_hf=DIR")
     cli.end_in_one_line()
     with inference.memory_of_devices("convert on a machine with more memory"):
-        return read(*given.values()) if given else write()
+        if given:
+            return read(*given.values())
+        return write() if TO_HF.value else write_adapters()
 
 
 def read(path: str) -> int:
@@ -87,18 +97,45 @@ def write() -> int:
     from trainer.interchange.folder import KEPT
 
     tokenizer = tokenizers.load(run.path / "tokenizer") if (run.path / "tokenizer").exists() else None
-    try:
+    model, source = run.config.model, run.source
+    tensors = exporting.of_arrays(run.load, model)
+    if source is not None and exporting.form_of(model)[0] is source.family:
+        tensors = exporting.of_source(source)
+    with _of_a_run_that_may_train():
         family, params = exporting.export(
-            target, run.load, run.config.model, tokenizer,
+            target, tensors, model, tokenizer,
             dtype=DTYPE.value, card=card(run), kept=run.path / KEPT,
         )  # fmt: skip
-    except Unreadable as e:
-        raise CheckpointError(f"{e}; a run that trains deletes old steps: name a --step that it keeps") from None
     cli.log.info(
         "step %d as %s, %s parameters in %s, in %s, read back, %.0f s",
         run.meta["step"], family, f"{params:,}", DTYPE.value, target, time.monotonic() - start,
     )  # fmt: skip
     return 0
+
+
+def write_adapters() -> int:
+    """Exports the adapters of the run in --workdir to --to_peft."""
+    target = pathlib.Path(TO_PEFT.value)
+    if target.exists():
+        raise ConfigError(f"{target} exists; name a folder that does not")
+    run = inference.open_run()
+    if not run.lora.rank:
+        raise ConfigError(f"{run.path} has no adapters (config.model.lora.rank is 0); export it by --to_hf=DIR")
+    from trainer.interchange import peft
+
+    model = dataclasses.replace(run.config.model, lora=run.lora)
+    with _of_a_run_that_may_train():
+        params = peft.write(target, run.adapters(), model, run.config.init_from)
+    cli.log.info("the adapters of step %d, %s parameters in %s", run.meta["step"], f"{params:,}", target)
+    return 0
+
+
+@contextlib.contextmanager
+def _of_a_run_that_may_train() -> Iterator[None]:
+    try:
+        yield
+    except Unreadable as e:
+        raise CheckpointError(f"{e}; a run that trains deletes old steps: name a --step that it keeps") from None
 
 
 def card(run: inference.LoadedRun) -> str:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from data import tokenizers
+from data.tokenizers import Tokenizer
 from launch import cli, environment, runtime
+from model.config import LoraConfig
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.interchange import initial
@@ -18,8 +20,11 @@ from trainer.interchange.folder import CHECKSUMS, KEPT
 from trainer.reliability import run_directory
 
 if TYPE_CHECKING:  # these import JAX; a mistyped flag is reported before that
+    import numpy as np
     from jax.sharding import Mesh
 
+    from model.generate import Generator
+    from trainer.interchange.source import Source
     from trainer.state import Program
 
 WORKDIR = cli.define_run_path("workdir", None, "Run directory of launch.train.")
@@ -33,7 +38,10 @@ class LoadedRun:
 
     Attributes:
       meta: of the checkpoint: step, samples, data_fingerprint, …
-      load: reads the parameters of these dotted paths (None: all) onto the devices.
+      load: reads the parameters of these dotted paths (None: all) onto the devices. Adapters are added to their
+        projections, so that config and program are those of a plain model.
+      lora, adapters: what the adapters are, and a function that reads them by themselves.
+      source: the weights, if launch.convert made the run, and these are them.
     """
 
     path: pathlib.Path
@@ -41,10 +49,38 @@ class LoadedRun:
     program: "Program"
     meta: dict
     load: Callable[[Iterable[str] | None], dict]
+    source: "Source | None" = None
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    adapters: Callable[[], "dict[str, np.ndarray]"] = dict
 
     @functools.cached_property
     def params(self) -> dict:
         return self.load(None)
+
+    @functools.cached_property
+    def fast_params(self) -> dict:
+        """The parameters in the form from which text is generated fastest, loaded one by one, because the loaded form
+        of one and its fast form are in memory together."""
+        from flax import traverse_util
+
+        from model.transformer import parameter_shapes
+        from trainer.sampling import fast_params
+
+        flat: dict = {}
+        for path in parameter_shapes(self.config.model):
+            flat |= traverse_util.flatten_dict(fast_params(self.load([path]), self.config.model))
+        return traverse_util.unflatten_dict(flat)
+
+    @property
+    def context(self) -> int:
+        """The length of the rows that the model was trained on, in tokens."""
+        return self.config.data.seq_len
+
+    def generator(self, tokenizer: Tokenizer, **options) -> "Generator":
+        """The generator of this run's model; options: of Generator."""
+        from trainer.sampling import make_generator
+
+        return make_generator(self.program, vocab_size=tokenizer.vocab_size, **options)
 
     @property
     def tokens(self) -> int:
@@ -65,18 +101,30 @@ def memory_of_devices(advice: str) -> Iterator[None]:
         raise ConfigError(xla_options.out_of_memory(e) + advice) from e
 
 
-def open_run() -> LoadedRun:
-    """Opens --workdir at --step. Raises ConfigError or CheckpointError."""
+def open_run(
+    dtype: str | None = None, join: Callable[[], object] = lambda: None, *, for_loss: bool = False
+) -> LoadedRun:
+    """Opens --workdir at --step. Raises ConfigError or CheckpointError.
+
+    Args:
+      dtype: in which the model computes; None: that of the run.
+      for_loss: whether the run's loss is wanted. That of task dpo compares with the model without adapters, so they are
+        then not added to their projections.
+      join: is called after JAX is loaded and before it uses a device: it joins the other processes, if there are any.
+    """
     if not WORKDIR.value:
         raise ConfigError("--workdir is missing; name a run directory of launch.train")
     path = pathlib.Path(WORKDIR.value)
     recorded = run_directory.read_config(path)
     # The attention kernel that the training used may not exist on this machine.
-    config = dataclasses.replace(recorded, model=dataclasses.replace(recorded.model, attention="auto"))
+    model = dataclasses.replace(recorded.model, attention="auto", dtype=dtype or recorded.model.dtype)
+    config = dataclasses.replace(recorded, model=model, frozen=())
 
     environment.load_jax()
+    join()
     environment.find_devices()
     runtime.use_compilation_cache(path)
+    from trainer.interchange import adapters
     from trainer.reliability import identity
     from trainer.reliability.checkpoint import Checkpoints, choose_step
     from trainer.state import Program
@@ -86,13 +134,14 @@ def open_run() -> LoadedRun:
 
         source = Source.open(path / KEPT)
         config = initial.with_model(config, source.model)  # training may have added tokens
+        config = dataclasses.replace(config, model=adapters.plain(config.model))
         program = Program(config, _mesh(config))
         sums = (path / KEPT / CHECKSUMS).read_text()
         meta = {"step": 0, "samples": 0, "data_fingerprint": None, "arrays": sums}
-        return LoadedRun(path, config, program, meta, lambda only: initial.read(source, program, only))
+        return LoadedRun(path, config, program, meta, lambda only: initial.read(source, program, only), source)
     checkpoints = Checkpoints(path)
     step = choose_step(checkpoints, STEP.value)
-    program = Program(config, _mesh(config))
+    reader = adapters.Reader(config, _mesh(config), checkpoints, step, apart=for_loss and config.task == "dpo")
     meta = checkpoints.meta(step)
     if differs := identity.refused_changes(meta, recorded):
         raise ConfigError(
@@ -101,7 +150,11 @@ def open_run() -> LoadedRun:
         )
     if (path / "tokenizer").exists():
         identity.check_tokenizer(meta, tokenizers.load(path / "tokenizer"), path)
-    return LoadedRun(path, config, program, meta, lambda only: checkpoints.restore_params(program, step, only, meta)[0])
+    program = reader.program
+    return LoadedRun(
+        path, program.config, program, meta, lambda only: reader.read(only, meta),
+        lora=model.lora, adapters=lambda: reader.adapters(meta),
+    )  # fmt: skip
 
 
 def _mesh(config: Config) -> "Mesh":

@@ -13,6 +13,7 @@ import launch
 COMMANDS = {
     "train": "train a model, or resume a run",
     "sample": "generate text with a trained model",
+    "serve": "answer over HTTP with a trained model",
     "evaluate": "the loss of a checkpoint on held-out text",
     "prepare": "make a dataset from text",
     "inspect": "show and check a dataset or token files",

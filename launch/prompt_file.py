@@ -1,8 +1,9 @@
 """launch.sample for a file of prompts: answers are written in order to a file, which a killed command resumes.
 
 A line of the input is an object with "prompt", a text, or (with --chat) "messages", a list of {"role", "content"}. A
-line of the output has its index, the prompt or messages, text, tokens (how many), end ("stop" or "length"), and
-settings, the digest of all that the answers depend on. A command that was killed writes the rest, with the same bytes.
+line of the output has its index, the prompt or messages, text, tokens (how many), end ("stop" or "length"), with
+--logprobs the log-probability of each token, and settings, the digest of all that the answers depend on. A command that
+was killed writes the rest, with the same bytes.
 """
 
 import dataclasses
@@ -15,14 +16,16 @@ import numpy as np
 from data.errors import DataError
 from data.storage import files
 from launch import cli
+from model.generate import Generator, News
+from model.sampling import Sampling
 from trainer.errors import ConfigError
 from trainer.reliability import identity
-from trainer.sampling import Language, make_generator
+from trainer.sampling import Language
 
 if TYPE_CHECKING:  # it defines flags
     from launch.inference import LoadedRun
 
-SLOTS = 16  # prompts that are answered at a time
+SLOTS, READ = 16, 4  # prompts that are answered, and read, at a time
 
 
 def read_prompts(path: pathlib.Path, key: str) -> list[Any]:
@@ -113,14 +116,18 @@ class Task:
     """What is asked of a run, for each of many prompts.
 
     Attributes:
-      sampler: temperature, top_k, … of Generator.
+      stop: strings that end an answer.
+      logprobs: whether an answer has the log-probabilities of its tokens.
     """
 
     run: "LoadedRun"
+    generator: Generator
     language: Language
-    sampler: dict[str, Any]
+    sampling: Sampling
     max_new_tokens: int
     seed: int
+    stop: tuple[str, ...] = ()
+    logprobs: bool = False
 
     @property
     def key(self) -> str:
@@ -132,8 +139,8 @@ class Task:
         return identity.digest({
             "weights": self.run.meta, "model": repr(config.model), "context": config.data.seq_len, "prompts": prompts,
             "ids": [one.tolist() for one in ids], "tokenizer": identity.tokenizer_sha256(self.language.tokenizer),
-            "sampler": self.sampler, "seed": self.seed, "max_new_tokens": self.max_new_tokens,
-            "stop_ids": sorted(self.language.stop_ids),
+            "sampling": dataclasses.asdict(self.sampling), "seed": self.seed, "max_new_tokens": self.max_new_tokens,
+            "stop_ids": sorted(self.language.stop_ids), "stop": self.stop, "logprobs": self.logprobs,
         })  # fmt: skip
 
     def answer(self, source: pathlib.Path, out: pathlib.Path) -> int:
@@ -143,6 +150,11 @@ class Task:
             raise ConfigError(f"--out={out} is the file of the prompts; name another")
         prompts = read_prompts(source, self.key)
         ids = [self.language.encode(prompt, f"prompt {i} of {source}") for i, prompt in enumerate(prompts, 1)]
+        if long := sum(len(one) >= self.run.context for one in ids):
+            cli.log.warning(
+                "%d of %d prompts have %d tokens, the context of the model, or more: it sees only the last %d of them",
+                long, len(ids), self.run.context, self.run.context // 2,
+            )  # fmt: skip
         try:
             with files.locked(out):
                 answers = Answers(out, self.settings(prompts, ids))
@@ -157,21 +169,26 @@ class Task:
 
     def _write(self, answers: Answers, prompts: list[Any], ids: list[np.ndarray]) -> int:
         begin = answers.count
-        streams = [self.language.stream() for _ in prompts[begin:]]
+        streams = [self.language.stream(self.stop) for _ in prompts[begin:]]
+        logprobs: list[list[float]] = [[] for _ in streams]
         ready: dict[int, dict[str, Any]] = {}
 
-        def add(i: int, new: np.ndarray, ended: bool) -> None:
-            streams[i].collect(new)
-            if ended:
-                end = "stop" if new[-1] in self.language.stop_ids else "length"
-                row = {self.key: prompts[begin + i], "text": streams[i].text(), "tokens": streams[i].count, "end": end}
-                ready[begin + i] = row
+        def add(i: int, news: News) -> bool:
+            stream = streams[i]
+            stream.feed(news.tokens, ended=news.ended)
+            if self.logprobs:
+                logprobs[i] += news.logprobs.tolist()
+            if news.ended or stream.stopped:
+                end = "stop" if stream.stopped or news.tokens[-1] in self.language.stop_ids else "length"
+                row = {self.key: prompts[begin + i], "text": stream.text, "tokens": len(stream.ids), "end": end}
+                ready[begin + i] = row | ({"logprobs": logprobs[i][: len(stream.ids)]} if self.logprobs else {})
             while answers.count in ready:
                 answers.append(ready.pop(answers.count))
+            return stream.stopped
 
-        generator = make_generator(self.run.program, slots=SLOTS, fixed=True, **self.sampler)
-        texts = generator.continue_all(
-            self.run.params, ids[begin:], max_new_tokens=self.max_new_tokens, seed=self.seed, first=begin,
-            longest=max(map(len, ids)), stop_ids=self.language.stop_ids, on_tokens=add,
+        texts = self.generator.continue_all(
+            self.run.fast_params, ids[begin:], max_new_tokens=self.max_new_tokens, seed=self.seed,
+            sampling=self.sampling, first=begin, longest=max(map(len, ids)), stop_ids=self.language.stop_ids,
+            on_news=add,
         )  # fmt: skip
         return sum(map(len, texts))

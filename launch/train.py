@@ -210,18 +210,23 @@ def check_processes_agree(processes: Processes, run_dir: pathlib.Path, config: C
     """Makes sure that all processes are about to train the same run, before anything is written. Returns the data."""
     from data import sources
     from launch import distributed
+    from model.transformer import parameter_shapes
     from trainer import optimizer, sampling, sharding, xla_options
+    from trainer.finetuning import trainable
     from trainer.parallel.partitioner import MeshPartitioner
 
     processes.check_same("setting", distributed.identity(config))
     # These checks are quick: the mesh must divide devices, batch and model, and there must be an attention kernel.
     placed = processes.run_on_all("mesh", lambda: MeshPartitioner(config, sharding.make_mesh(config)))
     processes.run_on_all("optimizer", lambda: optimizer.chosen(config.optimizer))
+    if config.frozen:
+        processes.run_on_all("frozen", lambda: trainable.chosen(config, parameter_shapes(config.model)))
     xla_options.use_precision(config.model.dtype, placed.mesh)  # before the settings in use are recorded
     data = processes.run_on_all("data", lambda: sources.open_sources(config.data, run_directory.vocab_size(config)))
     tokenizer = data.tokenizer_source.manifest.tokenizer_sha256
     if config.init_from and processes.broadcast_from_0("a new run", lambda: initial.is_needed(run_dir)):
         processes.run_on_all("init_from", lambda: initial.check_tokenizer(config, run_dir, data.load_tokenizer()))
+        processes.check_same("adapters", {"sha256": initial.sha256_of_adapters(config)})
     processes.check_same("dataset", {"tokens and order": data.fingerprint(), "tokenizer": tokenizer})
     processes.run_on_all("prompt", lambda: sampling.prompt_of(config, data.load_tokenizer()))
     return data

@@ -1,6 +1,7 @@
 """Configuration of the transformer. It has no heavy imports: a launcher validates it before loading JAX."""
 
 import dataclasses
+import fnmatch
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -53,6 +54,40 @@ class RopeScaling:
         require(factor is None or factor > 0, f"attention_factor is {factor}; it must be above 0, or none")
 
 
+# The projections of a layer, which may have adapters.
+PROJECTIONS = tuple(f"layers.{name}" for name in (
+    "attention.query", "attention.key", "attention.value", "attention.out", "mlp.up", "mlp.gate", "mlp.down",
+))  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Adapters: y = x W + alpha / rank dropout(x) A B, of which only A and B are trained (LoRA, Hu et al., 2021)."""
+
+    rank: int = 0  # 0: no adapters
+    alpha: float = 16.0
+    dropout: float = 0.0  # of the adapters' inputs
+    targets: tuple[str, ...] = ("layers.*",)  # patterns of the projections that have one, such as layers.attention.*
+
+    ON_RESUME: ClassVar[Mapping[str, str]] = {"dropout": "flag"}
+
+    def __post_init__(self):
+        for ok, message in (
+            (self.rank >= 0, f"rank is {self.rank}; it must be at least 1, or 0 for no adapters"),
+            (self.alpha > 0, f"alpha is {self.alpha}; it must be above 0"),
+            (0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1"),
+            (self.targets != (), "targets is empty; name projections, such as layers.attention.*"),
+        ):
+            _require(ok, f"lora.{message}")
+        for pattern in self.targets:
+            found = fnmatch.filter(PROJECTIONS, pattern)
+            _require(bool(found), f"lora.targets has {pattern!r}, which matches none of {', '.join(PROJECTIONS)}")
+
+    def adapts(self, projection: str) -> bool:
+        """Whether the projection of this dotted path has an adapter."""
+        return self.rank > 0 and any(fnmatch.fnmatchcase(projection, pattern) for pattern in self.targets)
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     num_layers: int = 4
@@ -97,6 +132,7 @@ class ModelConfig:
     # What the backward pass recomputes: none: nothing; dots: all but weight products; attention: what is inside
     # attention; full: everything; offload: everything, and the layers' inputs are kept in the host's memory.
     remat: str = "none"
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     attention: str = (
         "auto"  # the kernel: xla anywhere, cudnn on GPUs, splash on TPUs; auto: the best that supports the model
     )
@@ -195,9 +231,23 @@ class ModelConfig:
         return -(-8 * self.embed_dim // 3 // 64) * 64 if self.gated else 4 * self.embed_dim
 
     @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """(in, out) of a layer's projections, by dotted path."""
+        embed, heads, kv_heads = self.embed_dim, self.num_heads * self.head_size, self.kv_heads * self.head_size
+        into = [heads, kv_heads, kv_heads, None, self.mlp_size, self.mlp_size if self.gated else None, None]
+        shapes = {path: (embed, out) for path, out in zip(PROJECTIONS, into, strict=True) if out is not None}
+        return shapes | {"layers.attention.out": (heads, embed), "layers.mlp.down": (self.mlp_size, embed)}
+
+    @property
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
     def has_dropout(self) -> bool:
+        """Whether attention weights, embeddings and the outputs of sub-layers are dropped."""
         return self.dropout > 0 or self.dropout_end > 0
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a step needs random numbers."""
+        return self.has_dropout or (self.lora.rank > 0 and self.lora.dropout > 0)

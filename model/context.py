@@ -34,6 +34,7 @@ class Context:
       segment_ids: int32 [b, t], the document of each token; None: a row is one document.
       dropout: the dropout of the current layer.
       local: whether the current layer is local, as ModelConfig.local_layers says.
+      keep: whether attention returns the keys and values of these tokens, for a cache.
       aux: what the current layer reports.
     """
 
@@ -42,6 +43,7 @@ class Context:
     segment_ids: Array | None = None
     dropout: Dropout = NO_DROPOUT
     local: bool = False
+    keep: bool = False
     aux: Aux = dataclasses.field(default_factory=lambda: Aux({}, {}))
 
     def of_layer(self, key: Array | None, *, local: bool) -> "Context":

@@ -7,66 +7,98 @@ free. Random numbers depend on the seed, the number of the prompt and the positi
 
 import collections
 import dataclasses
-import functools
+import time
 from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from model.attention import Cache, empty_cache
+from model.attention import empty_cache
 from model.config import ModelConfig
+from model.sampling import Sampling, choose, stacked
 from model.transformer import Transformer
 
-READ = 4  # how many prompts are read at a time if the batch is fixed
-SMALLEST_TEMPERATURE = 1e-30  # dividing logits by this number, or by its inverse, gives finite float32
+GREEDY, PLAIN = Sampling(temperature=0.0), Sampling()
+State = dict[str, Any]  # {"cache": Cache, "seen": bool [slots, vocab], the tokens that each text has}
 
 
-def filter_logits(logits: Array, *, temperature: float, top_k: int, top_p: float) -> Array:
-    """Logits whose softmax is the distribution to sample from; excluded tokens get -inf.
-
-    Args:
-      logits: float32 [..., vocab].
-      temperature: above 0; divides the logits.
-      top_k: keep the k most likely tokens, and ties with the k-th; 0 keeps all.
-      top_p: keep the smallest set of most likely tokens whose probabilities reach p (Holtzman et al., 2020), after
-        temperature and top-k; 1 keeps all. The most likely token always stays.
-    """
-    logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        kth = jax.lax.top_k(logits, top_k)[0][..., -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
-    if top_p < 1:
-        descending = -jnp.sort(-logits, axis=-1)
-        probability = jax.nn.softmax(descending, axis=-1)
-        before = jnp.cumsum(probability, axis=-1) - probability  # mass of the more likely tokens
-        keep = (before < top_p).at[..., 0].set(True)  # even at top_p = 0
-        last = jnp.min(jnp.where(keep, descending, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < last, -jnp.inf, logits)
-    return logits
-
-
-@dataclasses.dataclass
-class _Slot:
-    """A text in a slot of the batch.
+@dataclasses.dataclass(eq=False)
+class Text:
+    """A text that is generated.
 
     Attributes:
-      row: the number of its prompt.
-      text: int32, the prompt and what was generated.
-      start: the index in `text` of the first token in the cache.
-      wanted: how long the text may become.
+      prompt: integers [n], n >= 1.
+      max_new_tokens: at least 1; how many tokens follow, unless a stop token ends the text.
+      seed, row: the text depends only on its prompt and on these two numbers.
+      tokens: int32, the prompt and what was generated so far.
+      start: the index in `tokens` of the first token in the cache.
     """
 
-    row: int
-    text: np.ndarray
-    start: int
-    wanted: int
+    prompt: np.ndarray
+    max_new_tokens: int
+    seed: int = 0
+    row: int = 0
+    sampling: Sampling = PLAIN
+    tokens: np.ndarray = dataclasses.field(init=False)
+    start: int = dataclasses.field(init=False, default=0)
+
+    def __post_init__(self):
+        self.tokens = np.asarray(self.prompt, np.int32)
+
+    @property
+    def new(self) -> np.ndarray:
+        """What was generated."""
+        return self.tokens[len(self.prompt) :]
+
+    @property
+    def wanted(self) -> int:
+        """How long the text may become."""
+        return len(self.prompt) + self.max_new_tokens
 
     @property
     def cached(self) -> int:
         """The number of tokens whose keys and values are in the cache: all but the last."""
-        return len(self.text) - self.start - 1
+        return len(self.tokens) - self.start - 1
+
+
+class News(NamedTuple):
+    """What was added to a text.
+
+    Attributes:
+      tokens: int32 [n].
+      logprobs: float32 [n], the logarithms of their probabilities, before temperature and filters.
+      ended: whether these are the last tokens.
+    """
+
+    text: Text
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    ended: bool
+
+
+@dataclasses.dataclass
+class Speed:
+    """What a program did, except in the first call for each shape, which compiles it.
+
+    Attributes:
+      tokens: of all texts.
+      bytes: what the passes had to read on each device: weights and cache.
+    """
+
+    tokens: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    _compiled: set = dataclasses.field(default_factory=set)
+
+    def add(self, shape: tuple[int, ...], *, tokens: int, bytes: int, seconds: float) -> None:
+        if shape in self._compiled:
+            self.tokens += tokens
+            self.bytes += bytes
+            self.seconds += seconds
+        self._compiled.add(shape)
 
 
 class Generator:
@@ -77,16 +109,19 @@ class Generator:
 
     Args:
       config: of the model.
-      apply: params -> Transformer.
+      apply: params -> Transformer. Params may be transformer.separate.
       context: the longest context, from 2 to config.max_seq_len: the length that the model was trained on.
       vocab_size: ids from this number on are never chosen, because the tokenizer does not have them; None: the model's.
-      temperature: 0, or a value too small to divide by in float32, means greedy decoding.
       slots: the most texts in a batch.
-      fixed: whether a batch always has this many slots, and prompts are read READ at a time. All programs then have the
-        same shapes, so that the last bit of a text does not depend on how many others there are.
+      read: how many prompts are read at a time. A batch then always has all its slots, so that all programs have the
+        same shapes, and the last bit of a text does not depend on how many others there are. None: as many as there
+        are, and a batch is only as large as it must be.
       chunk: the most tokens of a text between two returns to the host.
       out_sharding: the sharding of the generated tokens; it must be replicated if several processes read them.
-      cache_sharding: that of the cache, [layers, slots, s, kv heads, head size].
+      cache_sharding: that of the cache of a layer, [slots, s, kv heads, head size].
+
+    Attributes:
+      reading, writing: the speed of reading prompts, and of generating tokens.
     """
 
     def __init__(
@@ -96,11 +131,8 @@ class Generator:
         *,
         context: int,
         vocab_size: int | None = None,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
         slots: int = 256,
-        fixed: bool = False,
+        read: int | None = None,
         chunk: int = 64,
         out_sharding: jax.sharding.Sharding | None = None,
         cache_sharding: jax.sharding.Sharding | None = None,
@@ -110,24 +142,21 @@ class Generator:
         self.config = config
         self.context = context
         self.vocab_size = min(vocab_size or config.vocab_size, config.vocab_size)
-        self.temperature = min(temperature, 1 / SMALLEST_TEMPERATURE)
-        self.top_k = top_k
-        self.top_p = top_p
         self.slots = slots
-        self.fixed = fixed
+        self.read_at_once = read
         self.chunk = chunk
+        self.reading, self.writing = Speed(), Speed()
         self._apply = apply
-        out_shardings = (out_sharding, cache_sharding)
-        self._read = jax.jit(self._read_prompts, donate_argnames="cache", out_shardings=out_shardings)
-        self._write = jax.jit(self._write_tokens, donate_argnames="cache", out_shardings=out_shardings)
-        self.cache_sharding = cache_sharding
-        self.empty_cache = jax.jit(
-            functools.partial(empty_cache, config), static_argnums=(0, 1), out_shardings=cache_sharding
-        )
+        state = {"cache": cache_sharding, "seen": out_sharding}
+        self.read = jax.jit(self._read, donate_argnames="state", out_shardings=(out_sharding, state))
+        self.write = jax.jit(self._write, donate_argnames="state", out_shardings=(out_sharding, state))
+        self.rows_of = jax.jit(_rows_of, out_shardings=state)
+        self.empty = jax.jit(self._empty, static_argnums=(0, 1), out_shardings=state)
+        self._cache_sharding = cache_sharding
 
-    def __call__(self, params, prompt: np.ndarray, *, rows: int, max_new_tokens: int, seed: int) -> np.ndarray:
+    def __call__(self, params, prompt: np.ndarray, *, rows: int, max_new_tokens: int, **options) -> np.ndarray:
         """`rows` continuations of one prompt: int32 [rows, max_new_tokens], without the prompt. See `continue_all`."""
-        texts = self.continue_all(params, [prompt] * rows, max_new_tokens=max_new_tokens, seed=seed)
+        texts = self.continue_all(params, [prompt] * rows, max_new_tokens=max_new_tokens, **options)
         return np.stack(texts) if texts else np.zeros((0, max_new_tokens), np.int32)
 
     def continue_all(
@@ -136,11 +165,12 @@ class Generator:
         prompts: Sequence[np.ndarray],
         *,
         max_new_tokens: int,
-        seed: int,
+        seed: int = 0,
+        sampling: Sampling = PLAIN,
         first: int = 0,
         longest: int = 0,
         stop_ids: Collection[int] = (),
-        on_tokens: Callable[[int, np.ndarray, bool], None] = lambda row, tokens, ended: None,
+        on_news: Callable[[int, News], bool | None] = lambda row, news: None,
     ) -> list[np.ndarray]:
         """The continuation of each prompt, without the prompt.
 
@@ -150,31 +180,27 @@ class Generator:
           seed: continuation i depends only on its prompt and on (seed, first + i).
           first: the number of the first prompt.
           longest: the longest prompt of all calls, if texts must not depend on how prompts are split into calls.
-          on_tokens: is called with i, the next tokens of text i, and whether they are its last ones.
+          on_news: is called with i and the next tokens of text i; if it returns True, the text ends with them.
 
         Returns:
           int32 arrays.
         """
-        for prompt in prompts:
-            self._check(prompt)
         if not prompts or not max_new_tokens:
             return [np.zeros(0, np.int32) for _ in prompts]
+        texts = [Text(prompt, max_new_tokens, seed, first + i, sampling) for i, prompt in enumerate(prompts)]
         wanted = max(longest, max(map(len, prompts))) + max_new_tokens
-        batch = _Batch(self, params, wanted=wanted, texts=len(prompts), seed=seed, stop=stop_ids)
-        waiting = collections.deque(
-            _Slot(first + i, np.asarray(prompt, np.int32), 0, len(prompt) + max_new_tokens)
-            for i, prompt in enumerate(prompts)
-        )
-        texts: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
-        while waiting or batch.slots:
-            for slot, new, ended in [*batch.read(waiting), *batch.write()]:
-                i = slot.row - first
-                texts[i] = slot.text[len(prompts[i]) :]
-                if len(new):
-                    on_tokens(i, new, ended)
-        return texts
+        size = self.slots if self.read_at_once else min(power_of_2(len(texts)), self.slots)
+        batch = Batch(self, params, wanted=wanted, size=size, stop_ids=stop_ids)
+        for text in texts:
+            batch.add(text)
+        while not batch.idle:
+            for news in batch.step():
+                if on_news(news.text.row - first, news):
+                    batch.remove(news.text)
+        return [text.new for text in texts]
 
-    def _check(self, prompt: np.ndarray) -> None:
+    def check(self, prompt: np.ndarray) -> None:
+        """Raises ValueError if a prompt cannot be continued."""
         if not len(prompt):
             raise ValueError("a prompt of 0 tokens; at least 1 is needed")
         lowest, highest = np.min(prompt), np.max(prompt)
@@ -184,172 +210,249 @@ class Generator:
 
     def lower(self, params, *, rows: int, wanted: int) -> jax.stages.Lowered:
         """Lowers the loop for `rows` texts of `wanted` tokens, including the prompt; params may be abstract."""
-        shapes = jax.eval_shape(lambda: empty_cache(self.config, rows, self.cache_length(wanted)))
-        cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.cache_sharding), shapes)
-        numbers = jax.ShapeDtypeStruct((rows,), np.int32)
-        keys = jax.eval_shape(lambda: _keys(0, np.zeros(rows, np.int32)))
-        return self._write.lower(
-            params, cache=cache, token=numbers, cached=numbers, start=numbers, wanted=numbers, keys=keys,
-            stop=jax.ShapeDtypeStruct((0,), np.int32), steps=1,
+        state = jax.eval_shape(lambda: self._empty(rows, self.cache_length(wanted)))
+        state["cache"] = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._cache_sharding), state["cache"]
+        )
+        return self.write.lower(
+            params, state=state, texts=_arrays([None] * rows, 0),
+            token=np.zeros(rows, np.int32), stop=np.zeros(0, np.int32), steps=1,
         )  # fmt: skip
 
     def cache_length(self, wanted: int) -> int:
         return min(self.context, power_of_2(wanted))
 
-    def _choose(self, logits: Array, keys: Array, position: Array) -> Array:
-        """The next token of each row: logits [b, vocab], and position [b], the index in the text of the new token."""
+    # What is compiled. `texts`: see _arrays.
+
+    def _empty(self, slots: int, length: int) -> State:
+        seen = jnp.zeros((slots, self.config.padded_vocab_size), bool)
+        return {"cache": empty_cache(self.config, slots, length), "seen": seen}
+
+    def _choose(self, logits: Array, texts: dict[str, Any], length: Array, seen: Array) -> tuple[Array, Array]:
+        """The next token of each text, of which `length` [b] tokens are in the context, and its log-probability."""
         if self.vocab_size < self.config.vocab_size:
             logits = logits.at[:, self.vocab_size :].set(-jnp.inf)
-        if self.temperature < SMALLEST_TEMPERATURE:
-            return jnp.argmax(logits, -1).astype(jnp.int32)
-        logits = filter_logits(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
-        of_token = jax.vmap(jax.random.fold_in)(keys, position)
-        return jax.vmap(jax.random.categorical)(of_token, logits).astype(jnp.int32)
 
-    def _read_prompts(
-        self, params, *, cache: Cache, tokens: Array, lengths: Array, slots: Array, start: Array, keys: Array
-    ) -> tuple[Array, Cache]:
+        def key(seed: Array, row: Array, position: Array) -> Array:
+            return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), position)
+
+        keys = jax.vmap(key)(texts["seed"], texts["row"], texts["start"] + length)
+        return choose(logits, texts["sampling"], keys, seen)
+
+    def _read(
+        self, params, *, state: State, texts: dict[str, Any], tokens: Array, lengths: Array, slots: Array, known: Array
+    ) -> tuple[tuple[Array, Array], State]:
         """Reads tokens [n, p], of which the first `lengths` [n] of a row count, into slots [n]; slots beyond the batch
-        are left out.
+        are left out. `known`, bool [n, vocab], are the tokens that each text has.
 
         Returns:
-          int32 [n], the tokens that follow; the cache.
+          int32 [n] and float32 [n], the tokens that follow, and their log-probabilities; the state.
         """
-        n, p = tokens.shape
-        logits, read = self._apply(params)(tokens, cache=empty_cache(self.config, n, p), logits_at=lengths - 1)
+        logits, read = self._apply(params)(tokens, keep=True, logits_at=lengths - 1)
         # No token sees one after it, so the padding after a prompt changes nothing, and it is overwritten in the cache
         # before its index becomes visible.
-        cache = jax.tree.map(lambda all, new: all.at[:, slots, :p].set(new, mode="drop"), cache, read)
-        return self._choose(logits[:, 0], keys, start + lengths), cache
+        cache = jax.tree.map(lambda all, new: _placed(all, new, lengths, slots), state["cache"], read)
+        token, logprob = self._choose(logits[:, 0], texts, lengths, known)
+        known = known.at[jnp.arange(len(token)), token].set(True)
+        return (token, logprob), {"cache": cache, "seen": state["seen"].at[slots].set(known, mode="drop")}
 
-    def _write_tokens(
-        self, params, *, cache: Cache, token: Array, cached: Array, start: Array, wanted: Array, keys: Array,
-        stop: Array, steps: Array,
-    ) -> tuple[tuple[Array, Array], Cache]:  # fmt: skip
-        """Up to `steps` tokens of each text [b] of which `cached` tokens and then `token` are known.
+    def _write(
+        self, params, *, state: State, texts: dict[str, Any], token: Array, stop: Array, steps: Array
+    ) -> tuple[tuple[Array, Array, Array], State]:
+        """Up to `steps` tokens of each text [b] of which texts["cached"] tokens and then `token` are known.
 
-        A text ends with a token of `stop`, when it has `wanted` tokens, or when the context is full; a slot that is not
-        used has wanted = 0.
+        A text ends with a token of `stop`, or when texts["limit"] tokens are known; a slot that is not used has a limit
+        of 0.
 
         Returns:
-          (int32 [b, chunk], the tokens; int32 [b], how many of them count); the cache.
+          (int32 [b, chunk], the tokens; float32 [b, chunk], their log-probabilities; int32 [b], how many count); the
+          state.
         """
-        model, length = self._apply(params), cache["k"].shape[2]
+        model, rows = self._apply(params), jnp.arange(len(token))
 
         def goes_on(token: Array, cached: Array) -> Array:
             ended = (token[:, None] == stop[None]).any(axis=1) if len(stop) else jnp.zeros(token.shape, bool)
-            return ~ended & (cached + 1 < jnp.minimum(wanted - start, length))
+            return ~ended & (cached + 1 < texts["limit"])
 
         def step(carry):
-            i, token, at, out, cache = carry
+            i, token, at, out, state = carry
             active = goes_on(token, at)
-            logits, cache = model(token[:, None], index=at[:, None], cache=cache)
-            token = jnp.where(active, self._choose(logits[:, 0], keys, start + at + 1), token)
-            return i + 1, token, at + active, out.at[:, i].set(token), cache
+            logits, cache = model(token[:, None], index=at[:, None], cache=state["cache"])
+            chosen, logprob = self._choose(logits[:, 0], texts, at + 1, state["seen"])
+            token = jnp.where(active, chosen, token)
+            state = {"cache": cache, "seen": state["seen"].at[rows, token].set(True)}
+            return i + 1, token, at + active, (out[0].at[:, i].set(token), out[1].at[:, i].set(logprob)), state
 
         def unfinished(carry):
             i, token, at, *_ = carry
             return (i < steps) & goes_on(token, at).any()
 
-        out = jnp.zeros((len(token), self.chunk), jnp.int32)
-        _, _, at, out, cache = jax.lax.while_loop(unfinished, step, (0, token, cached, out, cache))
-        return (out, at - cached), cache
+        shape = (len(token), self.chunk)
+        begin = (0, token, texts["cached"], (jnp.zeros(shape, jnp.int32), jnp.zeros(shape)), state)
+        _, _, at, out, state = jax.lax.while_loop(unfinished, step, begin)
+        return (*out, at - texts["cached"]), state
 
 
-_News = tuple[_Slot, np.ndarray, bool]  # a text, its new tokens, and whether they are the last
+def _placed(cache: Array, new: Array, lengths: Array, slots: Array) -> Array:
+    """`cache` [b, s, k, d] with new keys or values [n, p, k, d] in these slots [n], of which the last ones of the first
+    `lengths` [n] count."""
+    s, p = cache.shape[1], new.shape[1]
+    if p <= s:
+        return cache.at[slots, :p].set(new, mode="drop")
+    last = lengths[:, None] - 1
+    index = last - (last - jnp.arange(s)[None]) % s  # which token belongs at each of the s positions
+    newest = jnp.take_along_axis(new, jnp.maximum(index, 0)[:, :, None, None], axis=1)
+    return cache.at[slots].set(newest, mode="drop")
 
 
-class _Batch:
-    """The texts that are being generated, and their cache."""
+def _bytes_per_device(x: Array) -> int:
+    return x.addressable_shards[0].data.nbytes
 
-    def __init__(self, generator: Generator, params, *, wanted: int, texts: int, seed: int, stop: Collection[int]):
-        self.generator = generator
-        self.params = params
-        self.seed = seed
-        self.stop = np.array(sorted(stop), np.int32)
-        self.length = generator.cache_length(wanted)
-        self.size = generator.slots if generator.fixed else min(power_of_2(texts), generator.slots)
-        self.slots: dict[int, _Slot] = {}
-        self.cache = generator.empty_cache(self.size, self.length)
 
-    def _full(self, slot: _Slot) -> bool:
-        return slot.cached + 1 >= self.length
+def _rows_of(state: State, slots: Array) -> State:
+    return jax.tree.map(lambda x: x[slots], state)
 
-    def _ended(self, slot: _Slot) -> bool:
-        return len(slot.text) >= slot.wanted or slot.text[-1] in self.stop
 
-    def read(self, waiting: collections.deque[_Slot]) -> list[_News]:
+def _arrays(texts: Sequence[Text | None], length: int) -> dict[str, Any]:
+    """The numbers of texts as arrays [b], for the compiled functions. The cache has room for `length` tokens."""
+    return {
+        "seed": np.array([text.seed if text else 0 for text in texts], np.uint32),
+        "row": np.array([text.row if text else 0 for text in texts], np.int32),
+        "start": np.array([text.start if text else 0 for text in texts], np.int32),
+        "cached": np.array([text.cached if text else 0 for text in texts], np.int32),
+        "limit": np.array([min(text.wanted - text.start, length) if text else 0 for text in texts], np.int32),
+        "sampling": stacked([text.sampling if text else GREEDY for text in texts]),
+    }
+
+
+class Batch:
+    """Texts that are being generated, and their cache.
+
+    Args:
+      params: of generator.apply.
+      wanted: the length of the longest text, with its prompt.
+      size: the number of slots.
+      stop_ids: tokens that end a text.
+    """
+
+    def __init__(self, generator: Generator, params, *, wanted: int, size: int, stop_ids: Collection[int] = ()):
+        self._generator = generator
+        self._params = params
+        self._stop = np.array(sorted(stop_ids), np.int32)
+        self._length = generator.cache_length(wanted)
+        self._size = size
+        self._slots: dict[int, Text] = {}
+        self._waiting: collections.deque[Text] = collections.deque()
+        self._state = generator.empty(size, self._length)
+        looked_up = {} if generator.config.tie_embeddings else {"embedding": None}  # only some rows of it are read
+        self._bytes = sum(map(_bytes_per_device, jax.tree.leaves((params | looked_up, self._state["cache"]))))
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._slots and not self._waiting
+
+    def add(self, text: Text) -> None:
+        """Adds a text, which waits until a slot is free. Raises ValueError if its prompt cannot be continued."""
+        self._generator.check(text.prompt)
+        self._waiting.append(text)
+
+    def remove(self, text: Text) -> None:
+        """Forgets a text, if it has not ended."""
+        if text in self._waiting:
+            self._waiting.remove(text)
+        self._slots = {i: one for i, one in self._slots.items() if one is not text}
+
+    def step(self) -> list[News]:
+        """Reads waiting texts into free slots, or generates some tokens of each text; returns what each text gained."""
+        return self._read() or self._write()
+
+    def _read(self) -> list[News]:
         """Gives free slots to waiting texts, reads them, and those whose context is full; returns their next tokens."""
-        fresh = [i for i, slot in self.slots.items() if self._full(slot)]
-        for i in range(self.size):
-            if i not in self.slots and waiting:
-                self.slots[i] = waiting.popleft()
+        fresh = [i for i, text in self._slots.items() if self._is_full(text)]
+        for i in range(self._size):
+            if i not in self._slots and self._waiting:
+                self._slots[i] = self._waiting.popleft()
                 fresh.append(i)
         groups = collections.defaultdict(list)
         for i in fresh:
-            slot = self.slots[i]
-            known = len(slot.text) if len(slot.text) < self.length else self.length // 2
-            slot.start = len(slot.text) - known
-            groups[min(self.length, power_of_2(known))].append(i)
-        at_once = READ if self.generator.fixed else self.size
+            text = self._slots[i]
+            known = len(text.tokens) if len(text.tokens) < self._length else self._length // 2
+            text.start = len(text.tokens) - known
+            groups[min(self._length, power_of_2(known))].append(i)
+        at_once = self._generator.read_at_once or self._size
         return [
             one
-            for size, group in sorted(groups.items())
+            for length, group in sorted(groups.items())
             for i in range(0, len(group), at_once)
-            for one in self._read_group(size, group[i : i + at_once])
+            for one in self._read_group(length, group[i : i + at_once])
         ]
 
-    def _read_group(self, size: int, group: list[int]) -> list[_News]:
-        n = READ if self.generator.fixed else power_of_2(len(group))
-        tokens, lengths = np.zeros((n, size), np.int32), np.ones(n, np.int32)
-        start, rows = np.zeros(n, np.int32), np.zeros(n, np.int32)
-        slots = np.full(n, self.size, np.int32)
-        for j, i in enumerate(group):
-            slot = self.slots[i]
-            known = slot.text[slot.start :]
-            tokens[j, : len(known)], lengths[j], start[j], rows[j], slots[j] = (
-                known,
-                len(known),
-                slot.start,
-                slot.row,
-                i,
-            )
-        first, self.cache = self.generator._read(
-            self.params, cache=self.cache, tokens=tokens, lengths=lengths, slots=slots, start=start,
-            keys=_keys(self.seed, rows),
-        )  # fmt: skip
-        return [self._add(i, token[None]) for i, token in zip(group, np.asarray(first), strict=False)]
+    def _is_full(self, text: Text) -> bool:
+        return text.cached + 1 >= self._length
 
-    def write(self) -> list[_News]:
+    def _read_group(self, length: int, group: list[int]) -> list[News]:
+        n = self._generator.read_at_once or power_of_2(len(group))
+        texts = [self._slots[i] for i in group] + [None] * (n - len(group))
+        tokens, lengths = np.zeros((n, length), np.int32), np.ones(n, np.int32)
+        known = np.zeros((n, self._generator.config.padded_vocab_size), bool)
+        for j, text in enumerate(texts):
+            if text is not None:
+                context = text.tokens[text.start :]
+                tokens[j, : len(context)], lengths[j] = context, len(context)
+                known[j, text.tokens] = True
+        slots = np.array(group + [self._size] * (n - len(group)), np.int32)
+        begin = time.perf_counter()
+        result, self._state = self._generator.read(
+            self._params, state=self._state, texts=_arrays(texts, self._length), tokens=tokens, lengths=lengths,
+            slots=slots, known=known,
+        )  # fmt: skip
+        token, logprob = jax.device_get(result)
+        self._generator.reading.add(
+            (*tokens.shape, self._length), tokens=int(lengths[: len(group)].sum()), bytes=self._bytes,
+            seconds=time.perf_counter() - begin,
+        )  # fmt: skip
+        return [self._add(i, token[j : j + 1], logprob[j : j + 1]) for j, i in enumerate(group)]
+
+    def _write(self) -> list[News]:
         """Generates some tokens of each text in the batch, and returns them."""
-        if all(map(self._full, self.slots.values())):
+        if all(map(self._is_full, self._slots.values())):
             return []
-        empty = _Slot(0, np.zeros(1, np.int32), 0, 0)
-        slots = [self.slots.get(i, empty) for i in range(self.size)]
-        numbers = {
-            "token": [slot.text[-1] for slot in slots], "cached": [slot.cached for slot in slots],
-            "start": [slot.start for slot in slots], "wanted": [slot.wanted for slot in slots],
-        }  # fmt: skip
-        (tokens, counts), self.cache = self.generator._write(
-            self.params, cache=self.cache, **{name: np.array(value, np.int32) for name, value in numbers.items()},
-            keys=_keys(self.seed, np.array([slot.row for slot in slots], np.int32)), stop=self.stop,
-            steps=self.generator.chunk,
+        if not self._generator.read_at_once and not self._waiting:
+            self._shrink()
+        texts = [self._slots.get(i) for i in range(self._size)]
+        token = np.array([text.tokens[-1] if text else 0 for text in texts], np.int32)
+        begin = time.perf_counter()
+        result, self._state = self._generator.write(
+            self._params, state=self._state, texts=_arrays(texts, self._length), token=token, stop=self._stop,
+            steps=self._generator.chunk,
         )  # fmt: skip
-        tokens, counts = np.asarray(tokens), np.asarray(counts)
-        return [self._add(i, tokens[i, : counts[i]]) for i in list(self.slots)]
+        tokens, logprobs, counts = jax.device_get(result)
+        self._generator.writing.add(
+            (self._size, self._length), tokens=int(counts.sum()), bytes=int(counts.max()) * self._bytes,
+            seconds=time.perf_counter() - begin,
+        )  # fmt: skip
+        return [self._add(i, tokens[i, : counts[i]], logprobs[i, : counts[i]]) for i in list(self._slots)]
 
-    def _add(self, i: int, new: np.ndarray) -> _News:
-        slot = self.slots[i]
-        slot.text = np.concatenate([slot.text, new])
-        if ended := self._ended(slot):
-            del self.slots[i]
-        return slot, new, ended
+    def _shrink(self) -> None:
+        """Makes a batch of which a quarter or less is left as small as it can be, so that texts which have ended cost
+        nothing more. (A smaller batch is another compiled program; hence not at once.)"""
+        size = power_of_2(len(self._slots))
+        if 4 * size > self._size:
+            return
+        left = sorted(self._slots)
+        self._state = self._generator.rows_of(self._state, np.array(left + left[:1] * (size - len(left)), np.int32))
+        self._slots = {j: self._slots[i] for j, i in enumerate(left)}
+        self._size = size
+
+    def _add(self, i: int, tokens: np.ndarray, logprobs: np.ndarray) -> News:
+        text = self._slots[i]
+        text.tokens = np.concatenate([text.tokens, tokens])
+        if ended := len(text.tokens) >= text.wanted or text.tokens[-1] in self._stop:
+            del self._slots[i]
+        return News(text, tokens, logprobs, bool(ended))
 
 
 def power_of_2(n: int) -> int:
     """The smallest power of 2 that is at least n."""
     return 1 << (n - 1).bit_length()
-
-
-def _keys(seed: int, rows: np.ndarray) -> Array:
-    return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.asarray(rows))

@@ -51,17 +51,23 @@ class Mask(NamedTuple):
       segment_ids: int32 [b, t], the document of each query; None: a row is one document.
       key_segment_ids: int32 [b, s], the document of each key.
       in_order: whether query_index is known to be 0, 1, …, t - 1, and there are t keys.
+      ring: whether the s keys are the newest ones up to the query's own, and the key of index i is at i modulo s.
     """
 
     query_index: Array
     segment_ids: Array | None = None
     key_segment_ids: Array | None = None
     in_order: bool = False
+    ring: bool = False
 
     def visible(self, s: int, window: int | None = None) -> Array:
         """bool [b, t, s], or [1, t, s] if the rows do not differ."""
         key, query = jnp.arange(s)[None, None], jnp.atleast_2d(self.query_index)[..., None]
-        seen = key <= query
+        if self.ring:
+            key = query - (query - key) % s
+            seen = key >= 0
+        else:
+            seen = key <= query
         if window is not None:
             seen &= key > query - window
         if self.segment_ids is None or self.key_segment_ids is None:

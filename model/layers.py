@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from model.config import ModelConfig
+from model.config import PROJECTIONS, ModelConfig
 from model.context import Context
+from model.dropout import NO_DROPOUT, Dropout
 from model.partitioner import Partitioner, over_tokens
 
 
@@ -23,12 +24,14 @@ class Build:
     Attributes:
       rngs: a `params` stream for the initial values.
       stack: the number of layers that are stacked in one module; None: parameters have no `layers` axis.
+      path: the dotted path of the module, by which config.lora chooses projections.
     """
 
     config: ModelConfig
     rngs: nnx.Rngs
     partitioner: Partitioner = dataclasses.field(default_factory=Partitioner)
     stack: int | None = None
+    path: str = ""
 
     @property
     def std(self) -> float:
@@ -44,6 +47,10 @@ class Build:
         """A Build for one module that is a stack of `layers` layers."""
         return dataclasses.replace(self, stack=layers)
 
+    def at(self, name: str) -> "Build":
+        """A Build for the attribute `name` of the module."""
+        return dataclasses.replace(self, path=f"{self.path}.{name}" if self.path else name)
+
     def normal(self, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float) -> nnx.Param:
         """A normally distributed parameter with standard deviation `std`, float32 [*shape] or [stack, *shape]."""
         shape, axes = self._with_stack(shape, axes)
@@ -57,8 +64,31 @@ class Build:
         return (shape, axes) if self.stack is None else ((self.stack, *shape), ("layers", *axes))
 
 
+class Lora(nnx.Module):
+    """What an adapter adds to a projection: alpha / rank dropout(x) A B. B is 0 at first."""
+
+    def __init__(self, build: Build, in_dim: int, out_dim: int, axes: tuple[str, str]):
+        config = build.config.lora
+        self.partitioner = build.partitioner
+        self.axes = axes
+        self.scale = config.alpha / config.rank
+        self.dropout = config.dropout
+        self.number = PROJECTIONS.index(build.path)
+        # The variance of PEFT's uniform numbers between -1 / sqrt(in) and 1 / sqrt(in).
+        self.a = build.normal((in_dim, config.rank), (axes[0], None), (3 * in_dim) ** -0.5)
+        self.b = build.constant(0.0, (config.rank, out_dim), (None, axes[1]))
+
+    def __call__(self, x: Array, flat: Array, dropout: Dropout) -> Array:
+        """x [b, t, in], which is also given as `flat`, to [b, t, out]; `dropout` is that of the layer."""
+        own = dropout.of_adapter(self.dropout, self.number)
+        flat = flat if own.key is None else self.partitioner.flatten(own(x))
+        low = self.partitioner.linear(flat, self.a[...], (self.axes[0], None))
+        y = self.scale * self.partitioner.linear(low, self.b[...], (None, self.axes[1]))
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
 class Linear(nnx.Module):
-    """y = x W (+ b) over the last axis of x [b, t, in]; W has the shape (in, out)."""
+    """y = x W (+ b) over the last axis of x [b, t, in], and what an adapter adds; W has the shape (in, out)."""
 
     def __init__(
         self, build: Build, in_dim: int, out_dim: int, axes: tuple[str, str], *, bias: bool, std: float | None = None
@@ -67,18 +97,24 @@ class Linear(nnx.Module):
         self.axes = axes
         self.kernel = build.normal((in_dim, out_dim), axes, build.std if std is None else std)
         self.bias = build.constant(0.0, (out_dim,), axes[1:]) if bias else None
+        self.lora = Lora(build, in_dim, out_dim, axes) if build.config.lora.adapts(build.path) else None
 
-    def __call__(self, x: Array) -> Array:
-        return project(x, self)[0]
+    def __call__(self, x: Array, dropout: Dropout = NO_DROPOUT) -> Array:
+        return project(x, self, dropout=dropout)[0]
 
 
-def project(x: Array, *linears: Linear) -> list[Array]:
-    """The output of each of `linears` for one input [b, t, in]; the backward pass keeps one flattened copy of it."""
+def project(x: Array, *linears: Linear, dropout: Dropout = NO_DROPOUT) -> list[Array]:
+    """The output of each of `linears` for one input [b, t, in]; the backward pass keeps one flattened copy of it.
+
+    `dropout` is that of the layer; adapters use its key.
+    """
     flat = linears[0].partitioner.flatten(x)
 
     def one(linear: Linear) -> Array:
         y = linear.partitioner.linear(flat, linear.kernel[...], linear.axes)
         y = y.reshape(*x.shape[:-1], y.shape[-1])
+        if linear.lora is not None:
+            y = y + linear.lora(x, flat, dropout)
         if linear.bias is None:
             return y
         # Added after the reshape: XLA keeps a sum in float32 for the next addition, but not across a reshape.
@@ -138,18 +174,18 @@ class MLP(nnx.Module):
         embed, hidden, bias = config.embed_dim, config.mlp_size, config.has_bias(config.mlp_bias)
         self.partitioner = build.partitioner
         self.kind = config.mlp
-        self.up = Linear(build, embed, hidden, ("embed", "mlp"), bias=bias)
-        self.gate = Linear(build, embed, hidden, ("embed", "mlp"), bias=bias) if config.gated else None
-        self.down = Linear(build, hidden, embed, ("mlp", "embed"), bias=bias, std=build.out_std)
+        self.up = Linear(build.at("up"), embed, hidden, ("embed", "mlp"), bias=bias)
+        self.gate = Linear(build.at("gate"), embed, hidden, ("embed", "mlp"), bias=bias) if config.gated else None
+        self.down = Linear(build.at("down"), hidden, embed, ("mlp", "embed"), bias=bias, std=build.out_std)
 
     def __call__(self, x: Array, ctx: Context) -> Array:
         activation = ACTIVATIONS[self.kind]
         if self.gate is None:
-            hidden = activation(self.up(x))
+            hidden = activation(self.up(x, ctx.dropout))
         else:
-            up, gate = project(x, self.up, self.gate)
+            up, gate = project(x, self.up, self.gate, dropout=ctx.dropout)
             hidden = activation(gate) * up
-        return self.down(self.partitioner.constrain(hidden, ("batch", "seq", "mlp")))
+        return self.down(self.partitioner.constrain(hidden, ("batch", "seq", "mlp")), ctx.dropout)
 
 
 def unembed(x: Array, w: Array, axes: tuple[str, str], *, config: ModelConfig, first: Array | int = 0) -> Array:

@@ -42,7 +42,7 @@ class Partitioner:
         """The parameter w in `dtype` as a layer uses it, with its complete embed axis."""
         return w.astype(dtype)
 
-    def linear(self, x: Array, w: Array, axes: tuple[str, str]) -> Array:
+    def linear(self, x: Array, w: Array, axes: tuple[str | None, str | None]) -> Array:
         """x w over the last axis of x; `axes` are the logical axes of the parameter w."""
         return x @ self.gather_param(w, axes, x.dtype)
 

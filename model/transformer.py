@@ -3,20 +3,22 @@
 import functools
 import itertools
 import operator
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from model.attention import Attention, Cache
-from model.config import ModelConfig
+from model.attention import Attention, Cache, LayerCache
+from model.config import LoraConfig, ModelConfig
 from model.context import Aux, Context
 from model.dropout import Dropout
 from model.layers import MLP, Build, Linear, Norm, unembed
 from model.partitioner import Partitioner
 
+T = TypeVar("T")
 LAYER_INPUT = "layer_input"  # a name for jax.checkpoint's policies
 
 
@@ -31,13 +33,13 @@ class Block(nnx.Module):
         self.parallel = build.config.parallel
         before, after = (build.config.norm_at in (place, "both") for place in ("before", "after"))
         self.attention_norm = Norm(build) if before else None
-        self.attention = Attention(build)
+        self.attention = Attention(build.at("attention"))
         self.attention_post_norm = Norm(build) if after else None
         self.mlp_norm = Norm(build) if before else None
-        self.mlp = MLP(build)
+        self.mlp = MLP(build.at("mlp"))
         self.mlp_post_norm = Norm(build) if after else None
 
-    def __call__(self, x: Array, ctx: Context, cache: Cache | None = None) -> tuple[Array, Cache | None]:
+    def __call__(self, x: Array, ctx: Context, cache: LayerCache | None = None) -> tuple[Array, LayerCache | None]:
         x = checkpoint_name(x, LAYER_INPUT)
         weights, attended, fed = ctx.dropout.split(3)
         with jax.named_scope("attention"):
@@ -79,7 +81,7 @@ class Transformer(nnx.Module):
             if config.position == "learned"
             else None
         )
-        self.layers = Block(build.stacked(config.num_layers))
+        self.layers = Block(build.stacked(config.num_layers).at("layers"))
         self.norm = Norm(build)
         self.head = None if config.tie_embeddings else Linear(build, embed, vocab, ("embed", "vocab"), bias=False)
 
@@ -119,6 +121,7 @@ class Transformer(nnx.Module):
         positions: Array | None = None,
         segment_ids: Array | None = None,
         cache: Cache | None = None,
+        keep: bool = False,
         dropout_rate: Array | float = 0.0,
         dropout_key: Array | None = None,
     ) -> tuple[Array, Aux, Cache | None]:
@@ -132,6 +135,7 @@ class Transformer(nnx.Module):
           segment_ids: int32 [b, t], the document of each input: no token sees another document. None: a row is one
             document. It cannot be combined with a cache.
           cache: see attention.empty_cache; gains the keys and values of `inputs`.
+          keep: without a cache, whether to return the keys and values of `inputs` as one of length t.
           dropout_rate, dropout_key: the rate, and the random key; without a key nothing is dropped.
 
         Returns:
@@ -146,7 +150,7 @@ class Transformer(nnx.Module):
         positions = jnp.atleast_2d(index) if positions is None else positions
         dropout = Dropout(dropout_rate, dropout_key, self.partitioner.bernoulli)
         of_embedding, of_layers = dropout.split(2)
-        ctx = Context(index, positions, segment_ids, of_layers)
+        ctx = Context(index, positions, segment_ids, of_layers, keep=keep)
         x = of_embedding(self._embed(inputs, positions))
         x, aux, cache = self._layers(self.partitioner.constrain(x, ("batch", "seq", None)), ctx, cache)
         with jax.named_scope("norm"):
@@ -164,8 +168,9 @@ class Transformer(nnx.Module):
             return x + self.partitioner.embed(self.position[...], positions, ("position", "embed"), dtype)
 
     def _layers(self, x: Array, ctx: Context, cache: Cache | None) -> tuple[Array, Aux, Cache | None]:
-        """Runs the layers: one period of the layer pattern is compiled and looped over, or all layers are unrolled. The
-        parameters are stacked in both cases, so that checkpoints are the same."""
+        """Runs the layers: one period of the layer pattern is compiled and looped over, or all layers are unrolled, as
+        they always are with a cache, which would be copied at each turn of a loop. The parameters are stacked in all
+        cases, so that checkpoints are the same; for generation they may also be `separate`."""
         config = self.config
         graph, stacked = nnx.split(self.layers)
         key = ctx.dropout.key
@@ -177,9 +182,56 @@ class Transformer(nnx.Module):
             x, layer_cache = nnx.merge(graph, params)(x, layer_ctx, layer_cache)
             return x, (layer_cache, layer_ctx.aux)
 
-        x, (cache, aux) = _over_layers(config, layer, self.partitioner, x, (stacked, cache, keys))
+        if cache is None and not _is_separate(stacked):
+            x, (kept, aux) = _over_layers(config, layer, self.partitioner, x, (stacked, None, keys))
+            cache = tuple(_nth(kept, i) for i in range(config.num_layers)) if ctx.keep else None
+        else:
+            results = []
+            for i, local in enumerate(config.local_layers):
+                of_layer = (_nth(stacked, i), None if cache is None else cache[i], None if keys is None else keys[i])
+                x, result = layer(x, of_layer, local)
+                results.append(result)
+            caches, reports = zip(*results, strict=True)
+            cache = caches if ctx.keep or cache is not None else None
+            aux = jax.tree.map(lambda *each: jnp.stack(each), *reports)
         losses = {name: values.sum() for name, values in aux.losses.items()}
         return x, Aux(losses, {name: values.mean() for name, values in aux.metrics.items()}), cache
+
+
+def separate(params: dict, config: ModelConfig) -> dict:
+    """Parameters, all or some, whose layers are not stacked: each of "layers" is a tuple of arrays, one a layer."""
+    layers = {"layers": params["layers"]} if "layers" in params else {}
+    return params | jax.tree.map(lambda leaf: tuple(leaf[i] for i in range(config.num_layers)), layers)
+
+
+def merged(params: dict, lora: LoraConfig) -> dict:
+    """Parameters, all or some, with adapters that are added to their projections: W + alpha / rank A B, float32."""
+    flat = traverse_util.flatten_dict(params, sep=".")
+    base = without_adapters(flat)
+    for path in flat.keys() - base.keys():
+        if path.endswith(".lora.a"):
+            projection = path.removesuffix(".lora.a")
+            product = jnp.matmul(flat[path], flat[f"{projection}.lora.b"], precision="highest")
+            base[f"{projection}.kernel"] = base[f"{projection}.kernel"] + lora.alpha / lora.rank * product
+    return traverse_util.unflatten_dict(base, sep=".")
+
+
+def without_adapters(by_path: dict[str, T]) -> dict[str, T]:
+    """The entries, by dotted paths of parameters, that are not an adapter's."""
+    return {path: value for path, value in by_path.items() if ".lora." not in path}
+
+
+def _is_separate(layers) -> bool:
+    return any(isinstance(leaf, tuple) for leaf in jax.tree.leaves(layers, is_leaf=_is_tuple))
+
+
+def _is_tuple(x) -> bool:
+    return isinstance(x, tuple)
+
+
+def _nth(layers, i: int):
+    """The i-th of layers that are stacked or separate."""
+    return jax.tree.map(operator.itemgetter(i), layers, is_leaf=_is_tuple)
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -13,14 +13,16 @@ from scipy import stats
 from tiny_models import CONFIGS, VOCAB
 
 from model.config import ModelConfig
-from model.generate import Generator, filter_logits
+from model.generate import Batch, Generator, News, Text
+from model.sampling import Sampling, filter_logits
 
 KNOWN = np.array([0.15, 0.5, 0.1, 0.25])  # cumulative sums, largest first: 0.5, 0.75, 0.9, 1
 
 
-def probabilities(logits, *, temperature=1.0, top_k=0, top_p=1.0):
+def probabilities(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     logits = jnp.asarray(logits, jnp.float32)
-    return np.asarray(jax.nn.softmax(filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p), axis=-1))
+    kept = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    return np.asarray(jax.nn.softmax(kept, axis=-1))
 
 
 def support(p, **sampling) -> set[int]:
@@ -56,6 +58,13 @@ def test_temperature_takes_the_root_of_probabilities(temperature):
         ({"top_p": 0.6, "top_k": 2}, {1}),
         ({"top_p": 0.7, "top_k": 2}, {1, 3}),
         ({"top_p": 0.99, "top_k": 2}, {1, 3}),
+        ({"min_p": 0.19}, {0, 1, 2, 3}),
+        ({"min_p": 0.21}, {0, 1, 3}),
+        ({"min_p": 0.31}, {1, 3}),
+        ({"min_p": 1.0}, {1}),
+        # min-p applies after temperature: p^2 is 0.09, 1, 0.04, 0.25 times the largest.
+        ({"min_p": 0.1, "temperature": 0.5}, {1, 3}),
+        ({"min_p": 0.31, "top_k": 1}, {1}),
     ],
     ids=str,
 )
@@ -105,10 +114,33 @@ def test_filtering_is_its_definition_row_by_row(temperature, top_k, top_p):
         np.testing.assert_allclose(p[index], expected, rtol=2e-5)
 
 
+FIELDS = {field.name for field in dataclasses.fields(Sampling)}
+
+
 @functools.cache
-def generator_of(config: ModelConfig, **sampling) -> Generator:
-    defaults = {"temperature": 0.0, "context": config.max_seq_len}
-    return Generator(config, tiny_models.make(config)[0], **(defaults | sampling))
+def plain_generator(config: ModelConfig, **options) -> Generator:
+    return Generator(config, tiny_models.make(config)[0], **({"context": config.max_seq_len} | options))
+
+
+class Sampled:
+    """A Generator that always samples alike, greedily by default."""
+
+    def __init__(self, generator: Generator, sampling: Sampling):
+        self._generator = generator
+        self._sampling = sampling
+
+    def __call__(self, *arguments, **options):
+        return self._generator(*arguments, sampling=self._sampling, **options)
+
+    def continue_all(self, *arguments, **options):
+        return self._generator.continue_all(*arguments, sampling=self._sampling, **options)
+
+
+def generator_of(config: ModelConfig, **options) -> Sampled:
+    """Its compiled programs are shared by all tests with the same options except those of Sampling."""
+    fields = {name: value for name, value in options.items() if name in FIELDS}
+    others = {name: value for name, value in options.items() if name not in FIELDS}
+    return Sampled(plain_generator(config, **others), Sampling(**({"temperature": 0.0} | fields)))
 
 
 def slow_greedy(config: ModelConfig, params: dict, prompt: np.ndarray, max_new_tokens: int) -> list[int]:
@@ -172,7 +204,7 @@ def test_one_compilation_for_each_number_of_slots_and_power_of_2():
         traced.append(1)
         return apply(params)
 
-    generator = Generator(config, counting, context=config.max_seq_len, temperature=0.0)
+    generator = Sampled(Generator(config, counting, context=config.max_seq_len), Sampling(temperature=0.0))
     for n, new in ((9, 7), (10, 6), (12, 4), (13, 2)):
         generator(params, np.arange(n), rows=2, max_new_tokens=new, seed=n)
     assert len(traced) == 2  # prompts of 9 to 16 tokens, and the loop
@@ -201,7 +233,7 @@ def test_prompts_of_any_length_in_one_batch_read_as_each_alone(config):
             prompts,
             max_new_tokens=new,
             seed=0,
-            on_tokens=lambda i, ids, ended, parts=parts: parts[i].extend(ids),
+            on_news=lambda i, news, parts=parts: parts[i].extend(news.tokens),
         )
         assert [text.tolist() for text in texts] == expected
         assert list(parts.values()) == expected
@@ -219,8 +251,8 @@ def test_a_text_depends_on_its_prompt_the_seed_and_its_number_alone():
     texts = write(prompts)
     assert write(prompts, slots=2) == write(prompts, slots=2, chunk=3) == texts
     assert write(prompts[:5]) == texts[:5]
-    whole = write(prompts, slots=4, fixed=True)
-    generator = generator_of(config, temperature=1.5, slots=4, fixed=True)
+    whole = write(prompts, slots=4, read=4)
+    generator = generator_of(config, temperature=1.5, slots=4, read=4)
     rest = generator.continue_all(params, prompts[7:], max_new_tokens=20, seed=3, first=7, longest=7)
     assert [text.tolist() for text in rest] == whole[7:] == texts[7:]
     assert len({tuple(text) for text in texts}) == len(texts)
@@ -390,3 +422,104 @@ def test_nothing_wanted_is_nothing_written():
     config = CONFIGS["llama"]
     text = generator_of(config)(tiny_models.make(config)[1], np.array([1, 2]), rows=3, max_new_tokens=0, seed=0)
     assert text.shape == (3, 0)
+
+
+def test_texts_of_one_batch_are_sampled_each_by_its_own_numbers():
+    """Each text is that of a batch in which all are sampled like it."""
+    config = CONFIGS["llama"]
+    params = tiny_models.make(config)[1]
+    choices = [
+        Sampling(temperature=0.0), Sampling(temperature=2.0), Sampling(temperature=1.5, top_k=3),
+        Sampling(temperature=1.5, top_p=0.5), Sampling(temperature=1.5, min_p=0.2),
+        Sampling(temperature=0.0, repetition_penalty=1.5), Sampling(temperature=1.0, top_k=1), Sampling(top_k=5),
+    ]  # fmt: skip
+    generator = plain_generator(config)
+    batch = Batch(generator, params, wanted=40, size=8)
+    texts = [Text(np.array([3, 1, 4]), 36, 5, i, sampling) for i, sampling in enumerate(choices)]
+    for text in texts:
+        batch.add(text)
+    while not batch.idle:
+        batch.step()
+    for i, text in enumerate(texts):
+        alike = generator(
+            params, np.array([3, 1, 4]), rows=8, max_new_tokens=36, seed=5, sampling=text.sampling
+        )  # fmt: skip
+        assert text.new.tolist() == alike[i].tolist(), text.sampling
+    assert len({tuple(text.new) for text in texts}) == 7  # top_k = 1 is greedy
+    assert len(set(texts[5].new)) > len(set(texts[0].new))
+
+
+def test_log_probabilities_are_those_of_the_model_whatever_is_filtered():
+    config = CONFIGS["gemma"]
+    params, prompt = tiny_models.make(config)[1], np.array([3, 1, 4])
+    for sampling in (Sampling(temperature=0.0), Sampling(3.0, temperature=1.7, top_k=4, top_p=0.8, min_p=0.01)):
+        news: list[News] = []
+        (text,) = plain_generator(config).continue_all(
+            params, [prompt], max_new_tokens=12, seed=1, sampling=sampling,
+            on_news=lambda i, new, news=news: news.append(new),
+        )  # fmt: skip
+        logits = reference.forward(params, config, np.array([[*prompt, *text]]))[0, 2:-1]
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        found = np.concatenate([new.logprobs for new in news])
+        np.testing.assert_allclose(found, logprobs[np.arange(12), text], atol=1e-4)
+        assert np.concatenate([new.tokens for new in news]).tolist() == text.tolist()
+        assert [new.ended for new in news][-1] and not any(new.ended for new in news[:-1])
+
+
+def test_a_repeated_token_is_penalised_in_the_prompt_and_in_the_text():
+    """Greedy text is compared with a loop over full passes; slots are used again, and texts exceed the context."""
+    config, penalty, new = CONFIGS["llama"], 1.8, 20
+    params = tiny_models.make(config)[1]
+    prompts = [tiny_models.random_tokens(config, 1, n, seed=n)[0] for n in (1, 5, 9, 14, 15, 16, 19, 35)]
+
+    def slowly(prompt):
+        text, context = list(prompt), list(prompt)
+        for _ in range(new):
+            if len(context) >= config.max_seq_len:
+                context = text[-(config.max_seq_len // 2) :]
+            logits = reference.forward(params, config, np.array([context]))[0, -1].copy()
+            seen = np.unique(text)
+            logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+            runner_up, best = np.sort(logits)[-2:]
+            assert best - runner_up > 20 * 2e-5
+            text.append(int(logits.argmax()))
+            context.append(text[-1])
+        return text[len(prompt) :]
+
+    generator = generator_of(config, slots=2, repetition_penalty=penalty)
+    texts = generator.continue_all(params, prompts, max_new_tokens=new)
+    assert [text.tolist() for text in texts] == [slowly(prompt) for prompt in prompts]
+    assert texts[0].tolist() != generator_of(config)(params, prompts[0], rows=1, max_new_tokens=new)[0].tolist()
+
+
+def test_a_text_that_is_not_wanted_any_more_ends_and_the_others_do_not_change():
+    """Most texts are removed early, so that the batch becomes smaller, and one while it waits."""
+    config = CONFIGS["llama"]
+    params = tiny_models.make(config)[1]
+    prompts = [tiny_models.random_tokens(config, 1, 1 + i % 7, seed=i)[0] for i in range(18)]
+    generator = generator_of(config, temperature=1.5, slots=16, chunk=4)
+    whole = generator.continue_all(params, prompts, max_new_tokens=30, seed=3)
+    texts = generator.continue_all(
+        params, prompts, max_new_tokens=30, seed=3, on_news=lambda i, news: i not in (3, 16) and len(news.text.new) >= 5
+    )
+    for i, (text, full) in enumerate(zip(texts, whole, strict=True)):
+        assert text.tolist() == full[: len(text)].tolist()
+        assert len(text) == 30 if i in (3, 16) else 5 <= len(text) < 10
+    batch = Batch(plain_generator(config), params, wanted=20, size=1)
+    first, second = Text(prompts[0], 10, 0, 0), Text(prompts[1], 10, 0, 1)
+    batch.add(first)
+    batch.add(second)
+    batch.step()
+    batch.remove(second)
+    batch.remove(first)
+    assert batch.idle and batch.step() == [] and len(second.new) == 0
+
+
+@pytest.mark.parametrize("fields", [
+    {"temperature": -1e-9}, {"temperature": np.inf}, {"temperature": np.nan}, {"top_k": -1}, {"top_p": 0.0},
+    {"top_p": 1.1}, {"top_p": np.nan}, {"min_p": -0.1}, {"min_p": 1.1}, {"repetition_penalty": 0.0},
+    {"repetition_penalty": np.inf}, {"top_k": 2**31},
+], ids=str)  # fmt: skip
+def test_a_value_that_means_nothing_is_refused(fields):
+    with pytest.raises(ValueError, match=f"{next(iter(fields))} is .*; it must be"):
+        Sampling(**fields)

@@ -18,6 +18,7 @@ OF_TRAINING = (
     "scan_layers",
     "remat",
     "attention",
+    "lora",
 )
 # Keys that say nothing about the weights.
 OF_OTHERS = (
@@ -265,7 +266,16 @@ def rope_fields(keys: Keys) -> dict[str, Any]:
     """rope_theta and rope_scaling, from transformers 5's rope_parameters or from the keys of transformers 4."""
     new, old = keys.get("rope_parameters") or {}, keys.get("rope_scaling") or {}
     theta, fraction = keys.get("rope_theta"), keys.get("partial_rotary_factor", 1.0)
-    return rope_of(new or old, theta, fraction, keys.number("max_position_embeddings"))
+    return rope_of_both(new, old, theta, fraction, keys.number("max_position_embeddings"))
+
+
+def rope_of_both(new: Json, old: Json, theta: float, fraction: float, max_seq_len: int) -> dict[str, Any]:
+    """As rope_of, of rope parameters in the form of transformers 5 and in that of 4, of which one may be missing."""
+    rest = {name: value for name, value in new.items() if name not in ("rope_type", "type")}
+    of_old = rope_of(rest | old if old else new, theta, fraction, max_seq_len)
+    if new and rope_of(new, theta, fraction, max_seq_len) != of_old:
+        raise Unsupported("rope_parameters and rope_scaling disagree; remove the one that is not meant")
+    return of_old
 
 
 def rope_of(scaling: Json, theta: float, fraction: float, max_seq_len: int) -> dict[str, Any]:
@@ -350,8 +360,13 @@ def shortest_pattern(local: list[bool]) -> tuple[str, ...]:
     return names[: next(periods)]
 
 
-def window_keys(model: ModelConfig) -> Json:
+def window_keys(model: ModelConfig, without: int | None = None) -> Json:
+    """The keys of windows.
+
+    Args:
+      without: the window to write for a model without local layers, if the family's class needs a number.
+    """
     return {
-        "sliding_window": model.window,
+        "sliding_window": without if model.window is None else model.window,
         "layer_types": [LOCAL if local else GLOBAL for local in model.local_layers],
     }

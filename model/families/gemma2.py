@@ -14,9 +14,10 @@ TENSORS = (
     base.norm(base.LAYER + "pre_feedforward_layernorm", "layers.mlp_norm"),
     base.norm(base.LAYER + "post_feedforward_layernorm", "layers.mlp_post_norm"),
 )  # fmt: skip
+WINDOW = 4096
 DEFAULTS = base.LLAMA_DEFAULTS | {
     "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256, "num_key_value_heads": 4,
-    "query_pre_attn_scalar": 256, "sliding_window": 4096, "final_logit_softcapping": 30.0,
+    "query_pre_attn_scalar": 256, "sliding_window": WINDOW, "final_logit_softcapping": 30.0,
     "attn_logit_softcapping": 50.0, "max_position_embeddings": 8192,
 }  # fmt: skip
 
@@ -52,7 +53,7 @@ def to_fields(keys: Keys) -> dict:
 
 
 def to_keys(model: ModelConfig) -> Json:
-    return gemma_keys(model) | base.rope_keys(model) | base.window_keys(model)
+    return gemma_keys(model) | base.rope_keys(model) | base.window_keys(model, WINDOW)
 
 
 FAMILY = Family("gemma2", "Gemma2ForCausalLM", to_fields, to_keys, TENSORS, DEFAULTS)

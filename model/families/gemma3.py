@@ -13,6 +13,7 @@ DEFAULTS = gemma2.DEFAULTS | {
 
 
 def to_fields(keys: Keys) -> dict:
+    keys.must_be("attn_logit_softcapping", None)  # transformers' class reads it and does not use it
     pattern = keys.get("sliding_window_pattern")
     keys.get("_sliding_window_pattern")  # transformers' copy of the key; if there is a layer_types, it decides
     local = [(i + 1) % pattern != 0 for i in range(keys.number("num_hidden_layers"))]
@@ -26,7 +27,7 @@ def _ropes(keys: Keys) -> dict:
     of_local = base.rope_of(new.get(base.LOCAL) or {}, local_theta, 1.0, keys.number("max_position_embeddings"))
     if of_local.keys() != {"rope_theta"}:
         raise base.Unsupported("rope_parameters scales the rope of local layers")
-    of_global = base.rope_of(new.get(base.GLOBAL) or old, theta, 1.0, keys.number("max_position_embeddings"))
+    of_global = base.rope_of_both(new.get(base.GLOBAL) or {}, old, theta, 1.0, keys.number("max_position_embeddings"))
     return of_global | {"local_rope_theta": of_local["rope_theta"]}
 
 
@@ -36,7 +37,7 @@ def to_keys(model: ModelConfig) -> Json:
     of_local = {"rope_type": "default", "rope_theta": local_theta}
     nested = {base.GLOBAL: keys["rope_parameters"], base.LOCAL: of_local}
     keys |= {"rope_parameters": nested, "rope_local_base_freq": local_theta}
-    return gemma2.gemma_keys(model) | keys | base.window_keys(model)
+    return gemma2.gemma_keys(model) | keys | base.window_keys(model, gemma2.WINDOW)
 
 
 FAMILY = Family("gemma3_text", "Gemma3ForCausalLM", to_fields, to_keys, gemma2.TENSORS, DEFAULTS)
