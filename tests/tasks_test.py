@@ -1,0 +1,83 @@
+"""launch.evaluate --tasks as a user starts it: results as a table and as JSON, several processes, mistakes."""
+
+import json
+import pathlib
+import sys
+
+import pytest
+
+from data import tokenizers
+from data.preparation.pipeline import prepare_dataset
+from tests import runs, task_models
+from tests.core_test import bundle
+from tests.hellaswag_test import rows, write_jsonl
+
+KINDS = ("multiple_choice", "schema", "language_modeling")
+COMMAND = (sys.executable, "-m", "launch.evaluate")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    """A folder with a trained run, a file of HellaSwag and an eval_bundle."""
+    folder = tmp_path_factory.mktemp("tasks")
+    bundle(folder / "eval_bundle", num_fewshot=1)
+    write_jsonl(folder / "val.jsonl", rows(6))
+    tokenizers.save(task_models.tokenizer(), folder / "tokenizer")
+    (folder / "corpus.txt").write_text(runs.text())
+    prepare_dataset(
+        folder / "dataset", source=str(folder / "corpus.txt"), tokenizer=str(folder / "tokenizer/tokenizer.json")
+    )
+    runs.train(folder / "run", folder / "dataset", num_train_steps=1, eval__every_steps=0, sample__every_steps=0)
+    return folder
+
+
+def evaluate(folder: pathlib.Path, *flags: str, code: int = 0, devices: int = 1) -> str:
+    return runs.finish(runs.start([*COMMAND, f"--workdir={folder / 'run'}", *flags], devices), code)
+
+
+def test_a_table_and_json_have_the_same_numbers_on_any_mesh(folder):
+    names = f"--tasks={folder / 'val.jsonl'},{folder / 'eval_bundle'}"
+    said = evaluate(folder, names, "--limit=4")
+    lines = [line.split() for line in said.splitlines()]
+    row = json.loads(evaluate(folder, names, "--limit=4", "--json", devices=4).splitlines()[-1])
+    assert row["step"] == 1 and list(row["tasks"]) == ["val.jsonl", *(f"my_{kind}" for kind in KINDS), "CORE"]
+    centered = [row["tasks"][f"my_{kind}"]["centered"] for kind in KINDS]
+    assert row["tasks"]["CORE"]["core_metric"] == pytest.approx(sum(centered) / 3)
+    for task, metrics in row["tasks"].items():
+        for metric, value in metrics.items():
+            assert [task, metric, f"{value:.6g}"] in lines
+    assert row["tasks"]["val.jsonl"]["examples"] == 4
+
+
+@pytest.mark.slow
+def test_two_processes_print_the_numbers_of_one(folder):
+    names = f"--tasks={folder / 'val.jsonl'},{folder / 'eval_bundle'}"
+    alone = evaluate(folder, names, "--json").splitlines()[-1]
+    address = f"localhost:{runs.free_port()}"
+    joining = [f"--coordinator_address={address}", "--num_processes=2"]
+    command = [*COMMAND, f"--workdir={folder / 'run'}", names, "--json", *joining]
+    processes = [runs.start([*command, f"--process_id={i}"]) for i in range(2)]
+    said = [runs.finish(process) for process in processes]
+    assert json.loads(said[0].splitlines()[-1]) == json.loads(alone) and "tasks" not in said[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--limit=3",), "--limit is for --tasks"),
+        (("--tasks=",), "has an empty name"),
+        (("--tasks=a/b.jsonl,a/b.jsonl",), "or a name twice"),
+        (("--tasks=none/val.bin",), "none/val.bin does not exist"),
+        (("--tasks=./tests",), "tests has no core.yaml; a folder is nanochat's eval_bundle"),
+        (("--tasks=./README.md",), "README.md is not a .jsonl or .bin file of HellaSwag"),
+        (("--tasks=x.bin", "--data_path=data"), "leave them or --tasks out"),
+    ],
+)
+def test_a_mistake_is_one_line(folder, flags, said):
+    (line,) = evaluate(folder, *flags, code=2).splitlines()
+    assert line.startswith("error: ") and said in line
+
+
+def test_a_damaged_file_ends_with_3(folder):
+    (folder / "bad.bin").write_bytes(b"")
+    assert evaluate(folder, f"--tasks={folder / 'bad.bin'}", code=3).splitlines()[-1].startswith("error: ")

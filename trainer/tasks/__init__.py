@@ -1,0 +1,1 @@
+"""Evaluation tasks whose numbers others recognise: those of lm-evaluation-harness, HellaSwag and DCLM CORE."""

@@ -1,0 +1,192 @@
+"""EleutherAI's lm-evaluation-harness with a model of ours: it makes the requests of a task, and the metrics of the
+answers. The answers are those of its own model for transformers (HFLM), up to rounding.
+
+This module needs the lm-eval package.
+"""
+
+import collections
+import difflib
+import functools
+import math
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from lm_eval import evaluator, utils
+from lm_eval.api.model import TemplateLM
+from lm_eval.defaults import DEFAULT_OTHER_SEED
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.tasks import TaskManager
+
+from data.errors import DataError, UserError
+from model.sampling import Sampling
+from trainer.errors import ConfigError
+from trainer.sampling import make_generator
+from trainer.tasks.scorer import Pair, Score, Scorer, of_length
+from trainer.tasks.text import Text
+
+SLOTS = 16  # texts that are generated at a time
+BOOTSTRAP = 1000  # resamples for the standard error of a metric that is not a mean
+os.environ.setdefault("DISABLE_MULTIPROC", "1")  # it would fork this process, which has JAX's threads
+
+Generate = Callable[..., list[list[int]]]  # (prompts, max_new_tokens=, temperature=, top_k=, top_p=) -> tokens
+
+
+def generate_with(scorer: Scorer, params: dict, text: Text) -> Generate:
+    """Continues prompts up to max_new_tokens or one of text.stop_ids."""
+    program = of_length(scorer.program, scorer.context)
+    generator = make_generator(program, slots=SLOTS, vocab_size=text.tokenizer.vocab_size)
+
+    def generate(prompts: list[list[int]], *, max_new_tokens: int, **sampler: Any) -> list[list[int]]:
+        arrays = [np.array(prompt, np.int32) for prompt in prompts]
+        answers = generator.continue_all(
+            params, arrays, max_new_tokens=max_new_tokens, sampling=Sampling(**sampler), stop_ids=text.stop_ids
+        )
+        return [answer.tolist() for answer in answers]
+
+    return generate
+
+
+class Model(TemplateLM):
+    """The harness's view of a model.
+
+    Args:
+      score: the scores of pairs.
+      generate: the continuations of prompts.
+      context: the most tokens that the model reads.
+    """
+
+    def __init__(self, text: Text, score: Callable[[Sequence[Pair]], list[Score]], generate: Generate, context: int):
+        super().__init__()
+        self.text = text
+        self._score = score
+        self._generate = generate
+        self._context = context
+
+    @classmethod
+    def of(cls, text: Text, scorer: Scorer, params: dict) -> "Model":
+        score = functools.partial(scorer.score, params)
+        return cls(text, score, generate_with(scorer, params, text), scorer.context)
+
+    @property
+    def eot_token_id(self) -> int | None:
+        return self.text.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.text.first_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        return self.text.encode(string, add=add_special_tokens)
+
+    def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm)
+
+    def _loglikelihood_tokens(self, requests: list, **_: Any) -> list[tuple[float, bool]]:
+        for (_, continuation), _, ids in requests:
+            if not ids:
+                raise DataError(f"a task asks how likely {continuation!r} is, which has no tokens")
+        return [(score.logprob, score.greedy) for score in self._score([pair for _, *pair in requests])]
+
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = True) -> list[float]:
+        """The log-probability of each whole text, in windows of the context; each token is predicted once."""
+        windows: list[Pair] = []
+        owners: list[int] = []
+        for i, request in enumerate(requests):
+            ids = self.text.encode(request.args[0])
+            rolled = utils.get_rolling_token_windows(ids, self.prefix_token_id, self._context, 1)
+            windows += [utils.make_disjoint_window(window) for window in rolled]
+            owners += [i] * (len(windows) - len(owners))
+        totals = [0.0] * len(requests)
+        for i, score in zip(owners, self._score(windows), strict=True):
+            totals[i] += score.logprob
+        return totals
+
+    def generate_until(self, requests: list, disable_tqdm: bool = True) -> list[str]:
+        groups = collections.defaultdict(list)
+        for i, request in enumerate(requests):
+            groups[repr(request.args[1])].append(i)
+        texts: dict[int, str] = {}
+        for members in groups.values():
+            contexts = [requests[i].args[0] for i in members]
+            texts |= dict(zip(members, self._continuations(contexts, requests[members[0]].args[1]), strict=True))
+        return [texts[i] for i in range(len(requests))]
+
+    def _continuations(self, contexts: list[str], options: dict[str, Any]) -> list[str]:
+        """What follows each context, up to the first of the texts options["until"]."""
+        options = dict(normalize_gen_kwargs(options))
+        until = handle_stop_sequences(options["until"], self.text.name(self.text.eos_id) or None)
+        wanted, sampled = options["max_gen_toks"], bool(options.get("do_sample"))
+        if (room := self._context - wanted) < 1:
+            raise ConfigError(f"a task asks for {wanted} new tokens, and the model's context has {self._context}")
+        prompts = [self.text.encode(context)[-room:] or [self.prefix_token_id] for context in contexts]
+        answers = self._generate(
+            prompts, max_new_tokens=wanted,
+            temperature=options.get("temperature", 1.0) if sampled else 0.0,
+            top_k=options.get("top_k", 0) if sampled else 0, top_p=options.get("top_p", 1.0) if sampled else 1.0,
+        )  # fmt: skip
+        return [postprocess_generated_text(self.text.decode(ids), until, None) for ids in answers]
+
+
+def run(
+    model: Model,
+    names: Sequence[str],
+    *,
+    folder: pathlib.Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+) -> dict[str, Any]:
+    """The harness's results: of each task and group the metrics ("results", see `numbers`), and of each task the
+    examples with the model's answers ("samples").
+
+    Args:
+      names: of tasks, groups or tags, or patterns such as `arc_*`.
+      folder: has the .yaml files of the tasks; None: the harness's own tasks.
+      limit: use only the first examples of each task.
+      num_fewshot: instead of the number in a task's file, unless that is 0.
+
+    Raises:
+      ConfigError: there is no task of a name.
+      DataError: a task or its data cannot be read.
+    """
+    try:
+        loaded = _load(names, folder)
+        for task in loaded["tasks"].values():
+            default = task.get_config("num_fewshot")
+            if default is None or (num_fewshot is not None and default != 0):
+                task.set_config(key="num_fewshot", value=num_fewshot or 0)
+            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+        return dict(evaluator.evaluate(model, loaded, limit=limit, bootstrap_iters=BOOTSTRAP))
+    except Exception as e:  # task files have expressions, templates and code, which can raise anything
+        if isinstance(e, UserError | jax.errors.JaxRuntimeError):
+            raise
+        reason = " ".join(str(e.args[0] if e.args else e).split())[:300]
+        raise DataError(f"--tasks={','.join(names)}: {type(e).__name__}: {reason}") from e
+
+
+def numbers(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The metrics by task: "acc,none" is acc, and "exact_match,strict" keeps the name of its filter. Those that have no
+    value (a standard error of one example) are left out."""
+    found: dict[str, dict[str, float]] = {}
+    for task, row in results["results"].items():
+        metrics = {name: value for name, value in row.items() if "," in name and isinstance(value, int | float)}
+        found[task] = {name.removesuffix(",none"): x for name, x in metrics.items() if not math.isnan(x)}
+    return found
+
+
+def _load(names: Sequence[str], folder: pathlib.Path | None) -> dict[str, Any]:
+    """The tasks. Raises ConfigError for an unknown name."""
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"--tasks_path={folder} is not a folder with .yaml files of tasks")
+    manager = TaskManager(include_path=folder, include_defaults=folder is None)
+    known = manager.all_tasks
+    for name in names:
+        if not manager.match_tasks([name]) and not pathlib.Path(name).is_file():
+            near = difflib.get_close_matches(name, known, n=1) or known[:1]
+            there = f", such as {near[0]}" if near else ""
+            raise ConfigError(f"there is no task {name!r} among the {len(known)} of {folder or 'lm-eval'}{there}")
+    found = [task for name in names for task in manager.match_tasks([name]) or [name]]
+    return dict(manager.load(list(dict.fromkeys(found))))
