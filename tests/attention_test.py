@@ -288,10 +288,15 @@ def test_a_cache_gains_the_new_rows_and_keeps_the_others(position):
             np.testing.assert_array_equal(np.flatnonzero(changed), np.arange(start, end))
 
 
-def test_empty_cache_has_a_row_per_layer_and_key_value_head():
-    config = ModelConfig(num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6, dtype="bfloat16")
+def test_empty_cache_of_each_layer_is_as_long_as_what_it_sees():
+    config = ModelConfig(
+        num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6, dtype="bfloat16", window=4,
+        layer_pattern=("global", "local"),
+    )  # fmt: skip
     cache = empty_cache(config, 5, 7)
-    assert set(cache) == {"k", "v"}
-    for array in cache.values():
-        assert array.shape == (3, 5, 7, 2, 6) and array.dtype == jnp.bfloat16 and not np.any(array)
-    assert empty_cache(dataclasses.replace(config, num_kv_heads=0), 5, 7)["k"].shape == (3, 5, 7, 4, 6)
+    assert [layer["k"].shape for layer in cache] == [(5, 7, 2, 6), (5, 4, 2, 6), (5, 7, 2, 6)]
+    for array in jax.tree.leaves(cache):
+        assert array.dtype == jnp.bfloat16 and not np.any(array)
+    assert [layer.keys() for layer in cache] == [{"k", "v"}] * 3
+    one_head_each = dataclasses.replace(config, num_kv_heads=0)
+    assert [layer["v"].shape for layer in empty_cache(one_head_each, 5, 3)] == [(5, 3, 4, 6)] * 3

@@ -19,6 +19,7 @@ RECIPES = {
     ("shakespeare_char", ""): (65, 10.6),
     ("shakespeare_char", "cpu"): (65, 0.85),
     ("default", ""): (65, 0.85),
+    ("sft", ""): (65, 0.85),  # of the default; the weights that a run begins with decide its shape
 }
 # The published vocabulary, and the published number of parameters in millions.
 MEMBERS = {

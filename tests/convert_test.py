@@ -15,6 +15,7 @@ from data import dataset
 from data.config import DataConfig
 from data.errors import DataError
 from data.preparation.pipeline import prepare_dataset
+from tests.gpt2_files_test import params_of
 from trainer.errors import ConfigError
 from trainer.interchange import initial
 from trainer.interchange.source import Source
@@ -234,6 +235,11 @@ def edit(folder: pathlib.Path, **keys) -> None:
         ({"quantization_config": {"bits": 4}}, ["quantization_config", "not supported"]),
         ({"rope_scaling": {"type": "linear"}, "rope_parameters": None}, ["missing or of the wrong type", "factor"]),
         ({"rope_scaling": "x", "rope_parameters": None}, ["missing or of the wrong type"]),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+            ["rope_parameters and rope_scaling disagree"],
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_parameters and rope_scaling disagree"]),
         ({"rope_theta": None, "rope_parameters": None}, ["missing or of the wrong type"]),
         ({"num_hidden_layers": 2.0}, ["num_layers would be 2.0", "a whole number"]),
         ({"num_hidden_layers": 10**9}, ["num_hidden_layers is 1000000000", "more than any model"]),
@@ -334,6 +340,31 @@ def test_a_head_that_is_tied_and_yet_another_is_refused(exported, tmp_path):
     assert "lm_head.weight differs from model.embed_tokens.weight" in said and "tie_word_embeddings" in said
 
 
+def test_files_that_contradict_each_other_are_refused(exported, tmp_path):
+    def twice(content) -> None:
+        content["norm.weight"] = 5 * content["model.norm.weight"]
+
+    def shorter(content) -> None:
+        content["lm_head.weight"] = content["lm_head.weight"][:-1]
+
+    def said_of(change, **keys) -> str:
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        folder = broken(exported, tmp_path)
+        edit(folder, **keys)
+        tensors(folder, change)
+        with pytest.raises(ConfigError) as e:
+            params_of(Source.open(folder))
+        return str(e.value)
+
+    assert "holds one tensor twice, as model.norm.weight and as norm.weight" in said_of(twice)
+    assert "lm_head.weight is [" in said_of(shorter, tie_word_embeddings=True)
+    shutil.copyfile(tmp_path / "model/model.safetensors", tmp_path / "model/b.safetensors")
+    index = {"weight_map": {"model.norm.weight": "b.safetensors"}}
+    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=r"index\.json names other files"):
+        Source.open(tmp_path / "model")
+
+
 def test_a_full_disk_leaves_nothing(trained, tmp_path):
     said = convert(f"--workdir={trained[0]}", f"--to_hf={tmp_path / 'hf'}", code=3, before="ulimit -f 16")
     assert f"{tmp_path / 'hf'}: File too large" in said and "Traceback" not in said
@@ -349,7 +380,7 @@ def test_a_full_disk_leaves_nothing(trained, tmp_path):
         (["--from_hf=nothing", "--workdir=w"], "nothing is not a folder"),
         (["--from_hf={run}", "--workdir=w"], "is a run, not a folder of Hugging Face"),
         (["--from_gguf={hf}", "--workdir=w"], "is not a .gguf file; --from_hf reads a folder"),
-        (["--from_hf={hf}", "--workdir=w", "--step=3"], "--dtype and --step are of an export"),
+        (["--from_hf={hf}", "--workdir=w", "--step=3"], "--step is of an export"),
         (["--to_hf={run}", "--workdir={run}"], "exists; name a folder that does not"),
         (["--from_hf={hf}", "--workdir={run}"], "exists; name a --workdir that does not"),
     ],

@@ -12,7 +12,7 @@ from flax import traverse_util
 
 from model import families
 from model.families.layout import Layout
-from model.generate import Generator
+from model.generate import GREEDY, Generator
 from model.transformer import parameter_shapes
 from trainer.interchange import exporting
 from trainer.interchange.folder import Folder
@@ -159,9 +159,8 @@ def test_out_again_every_bit_is_the_same(name, saved, tmp_path):
     nested = nested_of(params)
     target = tmp_path / "out"
     # The export has several files of at most 100 kB.
-    exporting.export(
-        target, lambda _: nested, model, None, dtype="float32", card="", kept=saved(name), shard_bytes=100_000
-    )
+    tensors = exporting.of_arrays(lambda _: nested, model)
+    exporting.export(target, tensors, model, None, dtype="float32", card="", kept=saved(name), shard_bytes=100_000)
     assert len(list(target.glob("*.safetensors"))) > 1
     kind = type(theirs(name)) if family.model_type in EXPRESSED_BY_ANOTHER else transformers.AutoModelForCausalLM
     again, info = kind.from_pretrained(target, output_loading_info=True, attn_implementation="eager")
@@ -171,9 +170,9 @@ def test_out_again_every_bit_is_the_same(name, saved, tmp_path):
     for key, value in original.items():
         assert torch.equal(value, written[key]), key
     prompt = np.random.default_rng(1).integers(3, model.vocab_size, 24)
-    generator = Generator(model, tiny_models.applier(model), context=128, temperature=0.0)
+    generator = Generator(model, tiny_models.applier(model), context=128)
     with jax.default_matmul_precision("highest"):
-        ours = generator(nested, prompt, rows=1, max_new_tokens=64, seed=0)[0]
+        ours = generator(nested, prompt, rows=1, max_new_tokens=64, sampling=GREEDY)[0]
     with torch.no_grad():
         text = again.generate(
             torch.as_tensor(prompt)[None], max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0,
@@ -196,3 +195,21 @@ def test_a_config_means_the_same_after_a_round_trip(name, saved):
         assert families.differences(family.to_model(part)[0], model) == []
     found, config = families.expressing(model)
     assert families.differences(found.to_model(config)[0], model) == []
+
+
+def test_a_gemma_without_local_layers_runs_there(tmp_path):
+    """Its class needs a number of tokens for the window that no layer has."""
+    kinds = ["full_attention"] * 4
+    config = transformers.Gemma3TextConfig(**GEMMA | {"layer_types": kinds})
+    family, model, _ = families.loaded(config.to_dict())
+    config = transformers.Gemma3TextConfig(
+        **{k: v for k, v in family.to_json(model).items() if k not in ("model_type", "architectures")}
+    )
+    with torch.no_grad():
+        assert transformers.Gemma3ForCausalLM(config)(torch.arange(60)[None]).logits.shape == (1, 60, 131)
+
+
+def test_a_cap_that_gemma_3_does_not_use_is_refused():
+    config = transformers.Gemma3TextConfig(**GEMMA | {"attn_logit_softcapping": 5.0}).to_dict()
+    with pytest.raises(families.Unsupported, match=r"attn_logit_softcapping is 5\.0"):
+        families.loaded(config)

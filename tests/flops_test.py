@@ -23,10 +23,11 @@ MODELS = {
 }
 
 
-def config(**model) -> Config:
+def config(frozen: tuple[str, ...] = (), **model) -> Config:
     defaults = {"num_layers": 2, "embed_dim": 512, "num_heads": 2, "vocab_size": 512, "max_seq_len": 256}
     model = defaults | {"scan_layers": False} | model
-    return from_dict({"global_batch_size": ROWS, "data": {"seq_len": model["max_seq_len"]}, "model": model})
+    data = {"seq_len": model["max_seq_len"]}
+    return from_dict({"global_batch_size": ROWS, "data": data, "model": model, "frozen": frozen})
 
 
 def xla_flops_per_token(config: Config, *, backward: bool = True) -> float:
@@ -55,6 +56,23 @@ def test_forward_and_backward_are_what_xla_counts(model):
     expected = flops.flops_per_token(of)
     assert xla_flops_per_token(of) == pytest.approx(expected, rel=0.02)
     assert xla_flops_per_token(of, backward=False) == pytest.approx(expected / 3, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora": {"rank": 64}},
+        {"lora": {"rank": 64, "targets": ["layers.mlp.*"]}, "num_kv_heads": 1},
+        {"frozen": ("embedding", "layers.attention.*.kernel", "layers.mlp.gate.kernel")},
+    ],
+)
+def test_what_is_frozen_has_no_gradient(fields):
+    """A layer's share: the first layer's input has no gradient if nothing before it is trained."""
+    two, three = (config(**fields, num_layers=layers) for layers in (2, 3))
+    expected = flops.flops_per_token(three) - flops.flops_per_token(two)
+    assert xla_flops_of_step(three) - xla_flops_of_step(two) == pytest.approx(expected, rel=0.02)
+    full = flops.flops_per_token(config(num_layers=3)) - flops.flops_per_token(config(num_layers=2))
+    assert expected < 0.9 * full
 
 
 @pytest.mark.parametrize("remat", ["attention", "dots", "full"])

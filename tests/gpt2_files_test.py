@@ -170,7 +170,14 @@ def test_without_biases_it_goes_out_with_zeros(tmp_path):
     importing.as_run(source, tmp_path / "run", ["x"])
     copied = Source.open(tmp_path / "run/hf")
     params = params_of(copied)
-    exporting.export(tmp_path / "out", lambda _: params, copied.model, None, dtype="float32", card="")
+    exporting.export(
+        tmp_path / "out",
+        exporting.of_arrays(lambda _: params, copied.model),
+        copied.model,
+        None,
+        dtype="float32",
+        card="",
+    )
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     ids = torch.arange(LONGEST)[None]

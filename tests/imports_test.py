@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "model": set(),
     "model.families": {"model"},
     "trainer": {"data", "data.token_files", "data.tokenizers", "model", "trainer.parallel", "trainer.reliability"},
+    "trainer.finetuning": {"data", "trainer"},
     "trainer.interchange": {
         "data",
         "data.storage",
@@ -36,10 +37,13 @@ MAY_IMPORT = {
     "trainer.parallel": {"model", "trainer"},
     "trainer.reliability": {"data", "data.storage", "data.token_files", "data.tokenizers", "trainer"},
     "trainer.reporting": {"data", "data.storage", "data.token_files", "model", "trainer", "trainer.reliability"},
-    "trainer.planning": {"data", "model", "trainer", "trainer.parallel", "trainer.reporting"},
+    "trainer.tasks": {"data", "data.tokenizers", "model", "trainer", "trainer.interchange"},
+    "trainer.planning": {"data", "model", "trainer", "trainer.finetuning", "trainer.parallel", "trainer.reporting"},
+    "launch.serving": {"data", "launch", "model", "trainer"},
     "configs": {"trainer"},  # default.py has the defaults of trainer's dataclasses
 }
-MAY_IMPORT["trainer"] |= {"trainer.reporting", "trainer.interchange"}  # the loop reports, and can import weights
+# The loop reports, and can import weights; a step may train a part of the parameters, or compare answers.
+MAY_IMPORT["trainer"] |= {"trainer.reporting", "trainer.interchange", "trainer.finetuning"}
 MAY_IMPORT["launch"] = set(MAY_IMPORT) - {"configs"}
 FORBIDDEN_LIBRARIES = {"absl", "ml_collections"}  # data, model and trainer must not import these: only launch has flags
 SOURCES = {
@@ -136,6 +140,7 @@ def test_the_wheel_and_the_version_of_the_code_have_every_sub_package(tmp_path, 
         "launch.cli",
         "launch.train",
         "launch.sample",
+        "launch.serve",
         "launch.prepare",
         "launch.supervise",
         "launch.inspect",

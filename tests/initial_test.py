@@ -10,6 +10,7 @@ import tiny_models
 
 from model.config import ModelConfig
 from model.generate import Generator
+from model.sampling import Sampling
 from trainer.interchange.initial import _with_rows, place_of
 
 MODEL = ModelConfig(vocab_size=70, max_seq_len=16, embed_dim=8, num_heads=2, num_layers=1, tie_embeddings=False)
@@ -49,6 +50,6 @@ def test_new_tokens_get_the_mean_of_the_known_rows(rows, known, tokens, vocab):
 def test_rows_without_a_token_are_never_sampled():
     """The tokenizer has 20 of the 70 tokens of the model: only these are sampled."""
     apply, params = tiny_models.make(MODEL)
-    generator = Generator(MODEL, apply, context=16, vocab_size=20, temperature=3.0)
-    ids = generator(params, np.array([1, 2]), rows=64, max_new_tokens=8, seed=0)
+    generator = Generator(MODEL, apply, context=16, vocab_size=20)
+    ids = generator(params, np.array([1, 2]), rows=64, max_new_tokens=8, sampling=Sampling(temperature=3.0))
     assert ids.max() < 20 and len(np.unique(ids)) == 20

@@ -13,6 +13,7 @@ from flax import traverse_util
 
 from data.batch import from_tokens
 from model import transformer
+from model.sampling import Sampling
 from tests import runs
 from tests.batches import on_mesh
 from trainer import sharding
@@ -372,8 +373,9 @@ def test_texts_are_the_same_on_every_mesh(model):
     def texts(name: str, temperature: float) -> list[list[int]]:
         here = program(name, model)
         with jax.set_mesh(here.mesh):
-            generator = make_generator(here, temperature=temperature, slots=4)
-            found = generator.continue_all(here.init().params, prompts, max_new_tokens=10, seed=1)
+            found = make_generator(here, slots=4).continue_all(
+                here.init().params, prompts, max_new_tokens=10, seed=1, sampling=Sampling(temperature=temperature)
+            )
             return [text.tolist() for text in found]
 
     greedy, sampled = texts("one", 0.0), texts("one", 1.0)

@@ -202,6 +202,16 @@ def train(run: pathlib.Path, data: pathlib.Path, *flags: str, devices: int = 1, 
     return finish(start(command(run, data, *flags, **fields), devices), code)
 
 
+def train_through_a_kill(run: pathlib.Path, data: pathlib.Path, *, count: int, **fields) -> None:
+    """Trains, kills the process with SIGKILL once it has written `count` rows, and resumes the run to its end."""
+    process = start(command(run, data, **fields))
+    with ending(process):
+        wait_for_rows(run, process, count=count)
+        process.send_signal(signal.SIGKILL)
+        finish(process, code=128 + 9)
+    assert "Resuming after step" in train(run, data, **fields)
+
+
 def rows(run: pathlib.Path, name: str = "metrics.jsonl") -> list[dict]:
     """Complete rows so far; a line being written is left out."""
     path = run / name

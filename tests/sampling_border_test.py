@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.generate import filter_logits
+from model.sampling import filter_logits
 
 PROBABILITIES = np.array([1 / 4, 1 / 16, 1 / 2, 1 / 8, 1 / 16], np.float32)
 LOGITS = jnp.log(PROBABILITIES)

@@ -118,3 +118,22 @@ def test_training_goes_on_alike_on_two_meshes(gguf, converted, dataset):
         losses.append([row["train/loss"] for row in runs.rows(out) if "train/loss" in row])
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     assert 2 < losses[0][0] < 5  # the pretrained model knows English
+
+
+def test_its_answers_to_tasks_are_those_of_transformers(converted, tmp_path):
+    """Of each kind of task, and each example, by lm-evaluation-harness."""
+    pytest.importorskip("lm_eval")
+    from tests import harness_test
+
+    sentences = [line.split() for line in TEXT.replace("\n", " ").split(". ") if 12 < len(line.split()) < 40][:16]
+    rows = []
+    for i, words in enumerate(sentences):
+        ends = [" " + " ".join(other[len(other) // 2 :]) for other in (words, *sentences[i - 2 :][:2])]
+        begin = " ".join(words[: len(words) // 2])
+        rows.append(
+            {"text": begin, "choices": ends, "label": 0, "long": TEXT[500 * i :][:600], "empty": begin * (i % 2)}
+        )
+    run("launch.convert", f"--workdir={converted}", f"--to_hf={tmp_path / 'hf'}")
+    folder = harness_test.write_tasks(tmp_path, rows)
+    ours = harness_test.assert_answers_are_those_of_transformers(converted, tmp_path / "hf", folder)
+    assert len(ours["samples"]["tiny_multiple_choice"]) == len(rows) >= 12

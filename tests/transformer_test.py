@@ -451,7 +451,7 @@ def test_prefill_and_decoding_with_a_cache_give_the_logits_of_a_full_pass(name):
     run = jax.jit(lambda params, tokens, cache, **index: apply(params)(tokens, cache=cache, **index))
     at = np.array([5, 1, 8, 3], np.int32)
     buffer = np.where(np.arange(config.max_seq_len) < at[:, None], tokens, 7)
-    logits, cache = run(params, buffer, empty_cache(config, 4, config.max_seq_len))
+    logits, cache = jax.jit(lambda params, tokens: apply(params)(tokens, keep=True))(params, buffer)
     for row, length in enumerate(at):
         actual = logits[row, :length, : config.vocab_size]
         np.testing.assert_allclose(actual, full[row, :length], rtol=0, atol=LOGITS_ATOL)

@@ -5,12 +5,13 @@ other code reads a ConfigDict. A field may be of any type of trainer/fields.py: 
 """
 
 import dataclasses
+import fnmatch
 import json
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from data.config import DataConfig
+from data.config import DataConfig, Task
 from model.config import VOCAB_MULTIPLE, ModelConfig
 from trainer import fields
 from trainer.errors import ConfigError
@@ -234,13 +235,30 @@ class SampleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DpoConfig:
+    """Direct preference optimization (trainer/finetuning/preference.py)."""
+
+    beta: float = 0.1  # how strongly the model is kept near the reference
+
+    ON_RESUME: ClassVar[Mapping[str, str]] = {"*": NEEDS_FLAG}
+
+    def __post_init__(self):
+        _require_above_0(self, "dpo.", "beta")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
+    # pretrain: every token is a target; sft: the assistant's tokens are; dpo: pairs of answers are compared. none: what
+    # the dataset is for.
+    task: Task | None = None
     seed: int = 0  # of the initial parameters, the order of sequences and dropout
     num_train_steps: int = 1000
     global_batch_size: int = 16  # sequences in a step, over all devices and microbatches
     grad_accum_steps: int = 1  # microbatches in a step; the gradient equals that of the full batch
     loss_chunk_tokens: int = 4096  # the most tokens of a device whose logits exist at one time; 0: all
     init_from: str = ""  # RUN, RUN:STEP, or a folder of Hugging Face: the model and weights that the run begins with
+    frozen: tuple[str, ...] = ()  # patterns, such as layers.mlp.*, of parameters that are not trained
+    init_adapters: str = ""  # a folder of PEFT: the adapters that the run begins with, and their model.lora
     z_loss: float = 0.0  # weight of mean(log Z ** 2), which keeps logits small (PaLM); not part of train/loss
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -252,12 +270,15 @@ class Config:
     metrics: MetricsConfig = dataclasses.field(default_factory=MetricsConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+    dpo: DpoConfig = dataclasses.field(default_factory=DpoConfig)
 
     # num_train_steps changes the end of the run, but not its learning rates: the length of the schedule is fixed
     # (trainer/schedule.py). grad_accum_steps and loss_chunk_tokens change the rounding of sums, and grad_accum_steps
     # changes which elements dropout drops.
     ON_RESUME: ClassVar[Mapping[str, str]] = {
+        "task": HARMLESS,  # the dataset decides it, and may not change; earlier versions did not record it
         "init_from": HARMLESS,  # trainer/interchange/initial.py refuses another one, if the run has a checkpoint
+        "init_adapters": HARMLESS,  # likewise
         "num_train_steps": HARMLESS,
         "grad_accum_steps": HARMLESS,
         "loss_chunk_tokens": HARMLESS,
@@ -275,6 +296,12 @@ class Config:
         )
         # Checks the axes with a given size, before any device is known.
         check_divisible(self, {k: max(v, 1) for k, v in self.mesh.sizes().items()})
+
+    def trains(self, path: str) -> bool:
+        """Whether the parameter of this dotted path is trained: if there are adapters, only they are."""
+        if self.model.lora.rank and ".lora." not in path:
+            return False
+        return not any(fnmatch.fnmatchcase(path, pattern) for pattern in self.frozen)
 
     @property
     def tokens_per_step(self) -> int:

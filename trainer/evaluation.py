@@ -31,7 +31,8 @@ def evaluate(
     num_windows: int,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """val/loss (nats a token), val/perplexity and, if the text's bytes are known, val/bits_per_byte.
+    """val/loss (nats a token), val/perplexity and, if the text's bytes are known, val/bits_per_byte. With task dpo only
+    val/loss, the mean over pairs.
 
     The number of bytes is unknown for token files of other programs, and if the tokenizer loses text (losses.py).
 
@@ -56,7 +57,9 @@ def evaluate(
             if interrupted():
                 return None
     loss = sum(totals.values()) / sum(counts.values())
-    result = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700))}
+    result = {"val/loss": loss}
+    if config.task != "dpo":
+        result["val/perplexity"] = math.exp(min(loss, 700))
     if all(files.text_bytes for files in sources.values()):
         tokens, text_bytes = (sum(getattr(f, what) for f in sources.values()) for what in ("tokens", "text_bytes"))
         result["val/bits_per_byte"] = loss / math.log(2) * tokens / text_bytes

@@ -53,6 +53,17 @@ def make_loss(program: Program):
     return loss
 
 
+def make_token_scores(program: Program):
+    """(x, table, targets) -> (nats of each target, float32; the most likely token, int32), both [b, t], of the rows of
+    one replica. The arguments are those of make_loss. Of equally likely tokens the one with the lowest id is taken."""
+    x_spec, table_spec, tokens = (
+        sharding.spec(names, sharding.REPLICA_RULES)
+        for names in (("batch", "seq", None), program.output_axes, ("batch", "seq"))
+    )
+    shard = _Shard(program)
+    return sharding.by_device(shard.scores, program.mesh, (x_spec, table_spec, tokens), (tokens, tokens))
+
+
 class _Shard:
     """The work of one device, inside shard_map."""
 
@@ -94,6 +105,17 @@ class _Shard:
 
     def chunk(self, w: Array, x_ce: Array, targets_c: Array, weights_c: Array):
         """((total loss, cross-entropy), gradient of the total loss to the logits [c, v], in the dtype of x)."""
+        logits_cv, log_z_c1, is_target_cv, target_c = self.softmax(w, x_ce, targets_c)
+        log_z_c = log_z_c1[:, 0]
+        loss = jnp.sum(weights_c * (log_z_c - target_c))
+        total = loss + self.z_loss * jnp.sum(weights_c * jnp.square(log_z_c)) if self.z_loss else loss
+        p_cv = jnp.exp(logits_cv - log_z_c1)
+        dlogits_cv = weights_c[:, None] * (p_cv * (1 + 2 * self.z_loss * log_z_c1) - is_target_cv)
+        dlogits_cv *= unembed_slope(logits_cv, self.model)
+        return (total, loss), dlogits_cv.astype(x_ce.dtype)
+
+    def softmax(self, w: Array, x_ce: Array, targets_c: Array) -> tuple[Array, Array, Array, Array]:
+        """The logits [c, v], log(Z) [c, 1], whether a column is the target's [c, v], and the target's logit [c]."""
         first = self.collectives.index("tensor") * self.columns
         logits_cv = unembed(x_ce, w, self.axes, config=self.model, first=first)
         top_c1 = self.collectives.pmax(jnp.max(logits_cv, axis=1, keepdims=True), "tensor")
@@ -102,13 +124,25 @@ class _Shard:
         # A comparison picks the target's logit, because only one of the shards has it.
         is_target_cv = first + jnp.arange(self.columns)[None] == targets_c[:, None]
         target_c = self.collectives.psum(jnp.sum(jnp.where(is_target_cv, logits_cv, 0), axis=1), "tensor")
-        log_z_c = log_z_c1[:, 0]
-        loss = jnp.sum(weights_c * (log_z_c - target_c))
-        total = loss + self.z_loss * jnp.sum(weights_c * jnp.square(log_z_c)) if self.z_loss else loss
-        p_cv = jnp.exp(logits_cv - log_z_c1)
-        dlogits_cv = weights_c[:, None] * (p_cv * (1 + 2 * self.z_loss * log_z_c1) - is_target_cv)
-        dlogits_cv *= unembed_slope(logits_cv, self.model)
-        return (total, loss), dlogits_cv.astype(x_ce.dtype)
+        return logits_cv, log_z_c1, is_target_cv, target_c
+
+    def scores(self, x: Array, table: Array, targets: Array) -> tuple[Array, Array]:
+        w = self.collectives.all_gather_param(table.astype(x.dtype), self.embed_axis)
+
+        def one(carry, chunk):
+            x_ce, targets_c, _ = chunk
+            logits_cv, log_z_c1, _, target_c = self.softmax(w, x_ce, targets_c)
+            return carry, (log_z_c1[:, 0] - target_c, self.most_likely(logits_cv))
+
+        _, scores = self.over_chunks(one, (), (x, targets, targets))
+        return jax.tree.map(lambda of_token: of_token.reshape(targets.shape), scores)
+
+    def most_likely(self, logits_cv: Array) -> Array:
+        """int32 [c], the first of the columns with the largest logit, among those of all shards."""
+        own = self.collectives.index("tensor") * self.columns + jnp.argmax(logits_cv, axis=1)
+        top_c = jnp.max(logits_cv, axis=1)
+        has_top = top_c == self.collectives.pmax(top_c, "tensor")
+        return -self.collectives.pmax(-jnp.where(has_top, own, self.model.vocab_size), "tensor").astype(jnp.int32)
 
     def over_chunks(self, one, carry, tokens: tuple[Array, Array, Array]):
         """Folds `one` over equal chunks of (x, targets, weights): as few as possible, of loss_chunk_tokens at most.

@@ -16,6 +16,7 @@ from model.partitioner import Partitioner
 from model.transformer import Transformer
 from trainer import optimizer, sharding, xla_options
 from trainer.config import Config
+from trainer.finetuning import trainable
 from trainer.parallel.partitioner import MeshPartitioner
 from trainer.reliability import divergence
 
@@ -41,6 +42,8 @@ class Program:
       axes: the parameters' logical axes, a tree like params with tuples as leaves.
       moments: the sharding of the optimizer's arrays for each parameter, a tree like params.
       params, state: abstract trees (ShapeDtypeStruct with sharding) of the parameters and of the whole TrainState.
+      trained: the dotted paths of the parameters that are trained; the others keep their values, and have neither
+        gradients nor optimizer state.
       output_axes: logical axes of the table that makes logits.
       num_params: the number of parameters, without the rows that pad the vocabulary.
     """
@@ -55,8 +58,9 @@ class Program:
         flat = nnx.to_flat_state(variables)
         self.axes = traverse_util.unflatten_dict({path: v.get_metadata("axes") for path, v in flat})
         self.output_axes = abstract.output_axes
+        self.trained = trainable.chosen(config, trainable.paths(self.axes))
         self.schedule = optimizer.make_schedule(config.optimizer, config.num_train_steps)
-        self.optimizer = optimizer.make_optimizer(config.optimizer, self.schedule, self.axes)
+        self.optimizer = optimizer.make_optimizer(config.optimizer, self.schedule, self.part(self.axes))
 
         self.replicated = sharding.named(mesh)
 
@@ -90,7 +94,11 @@ class Program:
     def _begin(self, params: dict) -> TrainState:
         """The state before the first step, with these parameters."""
         guard = divergence.init_guard(self.config.divergence)
-        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params), guard)
+        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(self.part(params)), guard)
+
+    def part(self, params: dict) -> dict:
+        """The parameters that are trained, of a tree like params."""
+        return trainable.part(params, self.trained)
 
     def abstract_batch(self, dtype: Any, rows: int | None = None, *, masked: bool | None = None) -> Batch:
         """The shapes of a batch, to compile for.
@@ -116,7 +124,12 @@ class Program:
         return jax.jit(self._init, out_shardings=shardings)(jax.random.key(self.config.seed))
 
     def init_with(self, params: dict) -> TrainState:
-        """The state before the first step of a run that begins with these parameters."""
+        """The state before the first step of a run that begins with these parameters, and with new adapters."""
+        if new := set(trainable.paths(self.params)) - set(trainable.paths(params)):
+            abstract = trainable.part(self.params, new)
+            shardings = jax.tree.map(lambda s: s.sharding, abstract)
+            make = jax.jit(lambda key: trainable.part(self._init(key).params, new), out_shardings=shardings)
+            params = trainable.whole(params, make(jax.random.key(self.config.seed)))
         shardings = jax.tree.map(lambda s: s.sharding, dataclasses.replace(self.state, params={}))
 
         def rest(params: dict) -> TrainState:

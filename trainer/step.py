@@ -12,7 +12,8 @@ from data.batch import Batch
 from model.context import Aux
 from model.dropout import dropout_rate
 from trainer import sharding, xla_options
-from trainer.loss import make_loss
+from trainer.finetuning import preference, trainable
+from trainer.loss import make_loss, make_token_scores
 from trainer.reliability import divergence
 from trainer.state import Program, TrainState
 
@@ -25,12 +26,13 @@ def make_train_step(program: Program):
     gradient = make_gradient(program)
 
     def train_step(state: TrainState, batch: Batch, seed: Array) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step) if config.model.has_dropout else None
+        key = jax.random.fold_in(jax.random.key(seed), state.step) if config.model.is_random else None
         loss, reported, grads = gradient(state.params, batch, key, state.step)
         # With mesh.shard_optimizer, each replica gets the sum of its own shard only, and then updates that shard.
-        grads = jax.lax.with_sharding_constraint(grads, program.moments)
-        updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params, step=state.step)
-        params = optax.apply_updates(state.params, updates)
+        grads = jax.lax.with_sharding_constraint(grads, program.part(program.moments))
+        before = program.part(state.params)
+        updates, opt_state = program.optimizer.update(grads, state.opt_state, before, step=state.step)
+        params = trainable.whole(state.params, optax.apply_updates(before, updates))
         grad_norm, guard = optax.tree.norm(grads), state.guard
         judged: dict[str, Array] = {}
         if guard:
@@ -63,14 +65,15 @@ def make_train_step(program: Program):
 def make_gradient(program: Program):
     """(params, batch, key or None, step) -> (loss, what layers report, gradients), of the whole batch.
 
-    The loss is the weighted mean over the targets. Each replica processes its own rows; at the end all sum their
-    results, once per step, however many microbatches there are.
+    The gradients are those of the parameters that are trained. The loss is the weighted mean over the targets. Each
+    replica processes its own rows; at the end all sum their results, once a step, however many microbatches there are.
     """
     accum, partitioner = program.config.grad_accum_steps, program.partitioner
-    total_loss = make_total_loss(program)
+    loss_of_rows = make_total_loss(program)
+    with_mean_weights = preference.with_mean_weights if program.config.task == "dpo" else _with_mean_weights
 
     def gradient(params: dict, batch: Batch, key: Array | None, step: Array) -> tuple[Array, dict, dict]:
-        batch = _with_mean_weights(batch.widened())
+        batch = with_mean_weights(batch.widened())
         return sharding.by_replica(summed, program.mesh, (SAME, ROWS, SAME, SAME), SAME)(params, batch, key, step)
 
     def summed(*arguments: Any) -> tuple[Array, dict, dict]:
@@ -80,18 +83,23 @@ def make_gradient(program: Program):
 
     def of_replica(params: dict, batch: Batch, key: Array | None, step: Array) -> tuple[Array, dict, dict]:
         """What the rows of one replica add to the loss, the reports and the gradients."""
+        trained = program.part(params)
+
+        def total_loss(trained: dict, *arguments: Any) -> tuple[Array, tuple[Array, dict]]:
+            return loss_of_rows(trainable.whole(params, trained), *arguments)
+
         grad_fn = jax.value_and_grad(total_loss, has_aux=True)
         if accum == 1:
-            (_, (loss, reported)), grads = grad_fn(params, batch, key, step)
+            (_, (loss, reported)), grads = grad_fn(trained, batch, key, step)
             return loss, reported, grads
 
         def add(total: Any, of_microbatch: tuple[Batch, Array]) -> tuple[Any, dict]:
             microbatch, i = of_microbatch
             microbatch_key = None if key is None else jax.random.fold_in(key, i)
-            (_, (loss, reported)), grads = grad_fn(params, microbatch, microbatch_key, step)
+            (_, (loss, reported)), grads = grad_fn(trained, microbatch, microbatch_key, step)
             return jax.tree.map(jnp.add, total, (loss, grads)), reported
 
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
         microbatches = (_microbatches(batch, accum, partitioner), jnp.arange(accum))
         (loss, grads), reported = jax.lax.scan(add, zero, microbatches)
         return loss, jax.tree.map(lambda x: x.sum(0), reported), grads
@@ -100,7 +108,12 @@ def make_gradient(program: Program):
 
 
 def make_total_loss(program: Program):
-    """(params, batch, key or None, step) -> (total loss, (cross-entropy, what layers report)) of a replica's rows."""
+    """(params, batch, key or None, step) -> (total loss, (its value to show, what layers report)) of a replica's rows.
+
+    Only the gradient of the total loss counts; what is shown is the cross-entropy or, with task dpo, the loss of pairs.
+    """
+    if program.config.task == "dpo":
+        return _make_loss_of_pairs(program)
     weighted_loss = make_loss(program)
     model_config = program.config.model
 
@@ -114,6 +127,34 @@ def make_total_loss(program: Program):
         return total + sum(losses.values()), (loss, losses | metrics)
 
     return total_loss
+
+
+def _make_loss_of_pairs(program: Program):
+    """make_total_loss for task dpo (trainer/finetuning/preference.py)."""
+    weighted_loss, compared = make_loss(program), _make_compared(program)
+    model_config = program.config.model
+
+    def total_loss(params: dict, batch: Batch, key: Array | None, step: Array) -> tuple[Array, tuple[Array, dict]]:
+        out = forward(program, params, batch, dropout_rate=dropout_rate(model_config, step), dropout_key=key)
+        pairs, share = jax.lax.stop_gradient((compared(params, batch, out), preference.shares(out.batch)))
+        total, _ = weighted_loss(out.hidden, out.table, out.batch.targets, share[:, None] * pairs.slopes)
+        shown = {"accuracy": pairs.margin > 0, "margin": pairs.margin}
+        return total, ((share * pairs.loss).sum(), {name: (share * x).sum() for name, x in shown.items()})
+
+    return total_loss
+
+
+def _make_compared(program: Program):
+    """(params, batch, the model's forward pass of it) -> preference.Pairs of a replica's rows."""
+    scores, beta = make_token_scores(program), program.config.dpo.beta
+
+    def compared(params: dict, batch: Batch, out: Forward) -> preference.Pairs:
+        params, out = jax.lax.stop_gradient((params, out))
+        of_reference = forward(program, preference.reference(params), batch)
+        nats, other = (scores(f.hidden, f.table, f.batch.targets)[0] for f in (out, of_reference))
+        return preference.compare(out.batch, nats, other, beta=beta)
+
+    return compared
 
 
 def _with_mean_weights(batch: Batch) -> Batch:
@@ -135,7 +176,12 @@ def _microbatches(batch: Batch, accum: int, partitioner: Any) -> Batch:
 
 
 def make_eval_step(program: Program):
-    """(params, batch) -> (sum of weight * nats over the targets, sum of the weights), both float32."""
+    """(params, batch) -> (sum of weight * nats over the targets, sum of the weights), both float32.
+
+    With task dpo: (sum of the losses of pairs, their number).
+    """
+    if program.config.task == "dpo":
+        return _make_eval_step_of_pairs(program)
     weighted_loss = make_loss(program)
 
     def of_replica(params: dict, batch: Batch) -> Array:
@@ -148,6 +194,23 @@ def make_eval_step(program: Program):
     def eval_step(params: dict, batch: Batch) -> tuple[Array, Array]:
         batch = batch.widened()
         return by_replica(params, batch), batch.loss_weights.sum()
+
+    return jax.jit(eval_step, out_shardings=program.replicated)
+
+
+def _make_eval_step_of_pairs(program: Program):
+    compared = _make_compared(program)
+
+    def of_replica(params: dict, batch: Batch) -> Array:
+        out = forward(program, params, batch)
+        loss = (preference.shares(out.batch) * compared(params, batch, out).loss).sum()
+        return program.partitioner.collectives.psum(loss, "data")
+
+    by_replica = sharding.by_replica(of_replica, program.mesh, (SAME, ROWS), SAME)
+
+    def eval_step(params: dict, batch: Batch) -> tuple[Array, Array]:
+        batch = batch.widened()
+        return by_replica(params, batch), preference.shares(batch).sum()
 
     return jax.jit(eval_step, out_shardings=program.replicated)
 

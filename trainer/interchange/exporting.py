@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import pathlib
 import shutil
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -18,14 +19,17 @@ from data.tokenizers.base import Tokenizer
 from model import families
 from model.config import ModelConfig
 from model.families import Json, Unsupported
-from model.families.layout import Layout
+from model.families.layout import Layout, Read
 from model.transformer import parameter_shapes
 from trainer.errors import ConfigError
+from trainer.interchange import checksums
 from trainer.interchange.folder import COMPANIONS
-from trainer.interchange.safetensors_writer import SHARD_BYTES, FolderWriter
+from trainer.interchange.safetensors_writer import SHARD_BYTES, FolderWriter, row_blocks
+from trainer.interchange.source import Source
 
 log = logging.getLogger("meshlm")
 Load = Callable[[Iterable[str] | None], dict]  # dotted paths, or None for all -> nested parameters
+Tensors = Callable[[Layout], Iterator[tuple[str, Iterable[np.ndarray]]]]  # the tensors of a layout, each in rows
 
 
 def form_of(model: ModelConfig) -> tuple[families.Family, Json, ModelConfig]:
@@ -42,7 +46,7 @@ def form_of(model: ModelConfig) -> tuple[families.Family, Json, ModelConfig]:
 
 def export(
     target: pathlib.Path,
-    load: Load,
+    tensors: Tensors,
     model: ModelConfig,
     tokenizer: Tokenizer | None,
     *,
@@ -54,8 +58,7 @@ def export(
     """Writes the folder `target`, which must not exist, and reads it back before it gets its name.
 
     Args:
-      load: returns some of the model's parameters, nested: JAX arrays that this process can read as a whole. It is
-        called for those of one kind of tensor at a time.
+      tensors: of_source or of_arrays.
       card: the content of README.md.
       kept: folder with the files of the original model, if the run was converted from one.
       shard_bytes: the most bytes of tensors in a file.
@@ -74,37 +77,73 @@ def export(
     layout = Layout(family, form, parameter_shapes(form))
     with files.complete_folder(target, "writing") as folder:
         writer = FolderWriter(folder, {name: (dtype, shape) for name, shape in layout.shapes.items()}, shard_bytes)
-        _write_tensors(writer, layout, load, parameter_shapes(model))
+        for name, pieces in tensors(layout):
+            try:
+                writer.write(name, pieces)
+            except ValueError as e:
+                raise ConfigError(f"{e}; choose another --dtype") from None
         _write_companions(folder, config, tokenizer, dtype, kept)
         (folder / "README.md").write_text(card)
         writer.verify()
     return family.model_type, layout.num_params
 
 
-def _write_tensors(writer: FolderWriter, layout: Layout, load: Load, existing: Container[str]) -> None:
-    """Writes all tensors. Parameters that do not exist in the run are zero."""
-    missing = []
-    for paths, names in layout.groups():
-        known = [path for path in paths if path in existing]
-        missing += [path for path in paths if path not in existing]
-        _write_group(writer, layout, names, traverse_util.flatten_dict(load(known), sep=".") if known else {})
-    if missing:
-        log.info("written as zeros, because the model does not have them: %s", ", ".join(missing))
+def of_source(source: Source) -> Tensors:
+    """The tensors of weights that are in a folder, block by block: no parameter is in memory as a whole. Those that the
+    folder does not have are zero. Raises DataError if they are not what launch.convert copied."""
+
+    def tensors(layout: Layout) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
+        own = Layout(source.family, source.model, parameter_shapes(source.model))
+        read = source.reader(own)
+        checksums.check(source.weights.path, checksums.of_tensors(own, read))
+        _say_missing([name for name in layout.shapes if name not in own.shapes])
+        for name, shape in layout.shapes.items():
+            yield name, _rows(name, shape, read if name in own.shapes else None)
+        source.check_unchanged()
+
+    return tensors
 
 
-def _write_group(writer: FolderWriter, layout: Layout, names: list[str], leaves: dict[str, jax.Array]) -> None:
-    """Writes the tensors `names`, which hold the parameters `leaves`."""
+def _rows(name: str, shape: tuple[int, ...], read: Read | None) -> Iterator[np.ndarray]:
+    rest = tuple(slice(0, n) for n in shape[1:])
+    for rows in row_blocks(shape):
+        yield np.zeros((rows.stop - rows.start, *shape[1:]), np.float32) if read is None else read(name, (rows, *rest))
 
-    def of_layer(path: str, layer: int | None) -> np.ndarray:
-        if path not in leaves:
-            return np.zeros(layout.shape(path, layer), np.float32)
-        return np.asarray(leaves[path] if layer is None else _layer(leaves[path], layer))
 
+def of_arrays(load: Load, model: ModelConfig) -> Tensors:
+    """The tensors of `model`. Parameters that it does not have are zero.
+
+    Args:
+      load: returns some of the model's parameters, nested: JAX arrays that this process can read as a whole. It is
+        called for those of one kind of tensor at a time.
+    """
+    existing = parameter_shapes(model)
+
+    def tensors(layout: Layout) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
+        _say_missing([path for paths, _ in layout.groups() for path in paths if path not in existing])
+        for paths, names in layout.groups():
+            known = [path for path in paths if path in existing]
+            yield from _of_group(layout, names, load(known) if known else {})
+
+    return tensors
+
+
+def _of_group(layout: Layout, names: list[str], params: dict) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
+    """The tensors `names`, which hold `params`. These are freed before the next ones are read."""
+    leaves = traverse_util.flatten_dict(params, sep=".")
     for name in names:
-        try:
-            writer.write(name, [layout.tensor(of_layer, name)])
-        except ValueError as e:
-            raise ConfigError(f"{e}; choose another --dtype") from None
+        yield name, [layout.tensor(functools.partial(_of_layer, layout, leaves), name)]
+
+
+def _of_layer(layout: Layout, leaves: dict[str, jax.Array], path: str, layer: int | None) -> np.ndarray:
+    if path not in leaves:
+        return np.zeros(layout.shape(path, layer), np.float32)
+    return np.asarray(leaves[path] if layer is None else _layer(leaves[path], layer))
+
+
+def _say_missing(names: list[str]) -> None:
+    if names:
+        log.info("written as zeros, because the model does not have them: %s", ", ".join(names))
 
 
 @jax.jit

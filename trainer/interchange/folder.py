@@ -85,6 +85,8 @@ class Folder:
                     f"{self.path / INDEX} names {len(missing)} of {len(files)} files that are not there, such as "
                     f"{missing[0]}; copy the whole folder"
                 )
+            if (self.path / SINGLE).is_file() and SINGLE not in files:
+                raise ConfigError(f"{self.path} holds {SINGLE}, and {INDEX} names other files; remove one of the two")
             return files
         if (self.path / SINGLE).is_file():
             return {SINGLE: []}
@@ -119,6 +121,17 @@ class Folder:
         """The contents of config.json and of the files that say how the model is used, by file name."""
         paths = (self.path / name for name in (CONFIG, *COMPANIONS))
         return {path.name: path.read_bytes() for path in paths if path.is_file()}
+
+
+def stored_in(path: pathlib.Path) -> dict[str, Stored]:
+    """The tensors of one .safetensors file, by name. Raises DataError; ConfigError if one is not of floats."""
+    header, begin = _header(path)
+    if not_floats := [name for name, entry in header.items() if entry["dtype"] not in FLOATS]:
+        raise ConfigError(f"{path} holds {not_floats[0]}, which is not of floating-point numbers")
+    return {
+        name: Stored(path, begin + entry["data_offsets"][0], tuple(entry["shape"]), FLOATS[entry["dtype"]])
+        for name, entry in header.items()
+    }
 
 
 def _header(path: pathlib.Path) -> tuple[dict[str, Any], int]:

@@ -74,6 +74,13 @@ def _write_tokenizer(source: Source, folder: pathlib.Path, given: Tokenizer | No
         tokenizers.save(given, folder / KEPT / "tokenizer")
     if (tokenizer := own or given) is not None:
         tokenizers.save(tokenizer, folder / "tokenizer")
+        rows, tokens = source.model.vocab_size, tokenizer.vocab_size
+        if rows > tokens:
+            log.info("%d rows of the embedding have no token; they are never predicted in a text", rows - tokens)
+        elif rows < tokens:
+            log.warning(
+                "%d tokens of the tokenizer have no row in the embedding: prompts cannot have them", tokens - rows
+            )
     else:
         log.info("%s has no tokenizer that can be read; --tokenizer=PATH names one", source.weights.path)
 

@@ -6,24 +6,25 @@ keeps its own architecture, and its first weights are not read again. JAX is imp
 """
 
 import dataclasses
+import hashlib
 import logging
 import os
 import pathlib
 import re
 import tempfile
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data import tokenizers
 from data.errors import DataError
 from data.storage import files
 from data.tokenizers.base import Tokenizer
-from model.config import ModelConfig
+from model.config import LoraConfig, ModelConfig
 from model.families.base import OF_TRAINING
 from model.families.layout import VOCAB_AXIS, Layout
 from trainer.config import Config
 from trainer.errors import CheckpointError, ConfigError
-from trainer.interchange import checksums
+from trainer.interchange import checksums, peft
 from trainer.interchange.folder import CHECKSUMS, COMPANIONS, CONFIG, KEPT, is_run
 from trainer.interchange.source import Source, opened
 from trainer.reliability import identity, reading, restarts, run_directory
@@ -96,12 +97,55 @@ def adopted(config: Config, run_dir: pathlib.Path, before: Config | None) -> Con
                 f"{run_dir} began from {before.init_from}, not from config.init_from = {config.init_from}; leave that "
                 "out, or choose another --workdir"
             )
-        return _adopting(dataclasses.replace(config, init_from=before.init_from), before.model)
+        config = dataclasses.replace(config, init_from=before.init_from)
+        return _adopting(_with_adapters(config, run_dir, before, before.model), before.model)
+    if before is not None and not before.init_from and config.init_from and not is_needed(run_dir):
+        raise ConfigError(
+            f"{run_dir} did not begin from other weights; leave config.init_from out, or choose another --workdir"
+        )
     init_from = config.init_from or (before.init_from if before is not None else "")
     if not init_from:
+        if config.model.lora.rank or config.init_adapters:
+            raise ConfigError("config.model.lora trains adapters of a model: name its weights by --config.init_from")
         return config
     model = model_of(init_from)
+    config = _with_adapters(config, run_dir, before, model)
     return _adopting(dataclasses.replace(config, init_from=_fixed(init_from)), model)
+
+
+def _with_adapters(config: Config, run_dir: pathlib.Path, before: Config | None, model: ModelConfig) -> Config:
+    """`config` with the adapters of `model` that the run began with, or is to begin with. Raises ConfigError."""
+    recorded = before.init_adapters if before is not None else ""
+    given = os.path.abspath(config.init_adapters) if config.init_adapters else recorded
+    if before is not None and not is_needed(run_dir):  # the folder is not read again, and may be gone
+        if given != recorded:
+            raise ConfigError(
+                f"{run_dir} began with {recorded or 'no adapters of a folder'}, not with config.init_adapters = "
+                f"{given}; leave that out, or choose another --workdir"
+            )
+        config = dataclasses.replace(config, init_adapters=recorded)
+        return _with_lora(config, before.model.lora) if recorded else config
+    config = dataclasses.replace(config, init_adapters=given)
+    return _with_lora(config, peft.read(pathlib.Path(given), model)[0]) if given else config
+
+
+def sha256_of_adapters(config: Config) -> str:
+    """Of the file of config.init_adapters; '' if there is none."""
+    if not config.init_adapters:
+        return ""
+    return hashlib.sha256((pathlib.Path(config.init_adapters) / peft.TENSORS).read_bytes()).hexdigest()
+
+
+def _with_lora(config: Config, lora: LoraConfig) -> Config:
+    """`config` with these adapters, except their dropout. Raises ConfigError if it names others."""
+    given = config.model.lora
+    lora = dataclasses.replace(lora, dropout=given.dropout)
+    if given.rank and given != lora:
+        raise ConfigError(
+            f"config.model.lora is {given}, but config.init_adapters = {config.init_adapters} has {lora}; leave all "
+            "except its dropout out"
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, lora=lora))
 
 
 def _fixed(init_from: str) -> str:
@@ -212,9 +256,10 @@ def params_of(program: "Program", run_dir: pathlib.Path, tokenizer: Tokenizer | 
 
     If `tokenizer` has tokens that the weights were not trained with, their rows are the mean of the other tokens' rows.
 
-    Raises ConfigError, CheckpointError, DataError.
+    Adapters are among them only if config.init_adapters names some. Raises ConfigError, CheckpointError, DataError.
     """
     import jax
+    from flax import traverse_util
 
     config = program.config
     path, step = place_for(config, run_dir)
@@ -231,28 +276,47 @@ def params_of(program: "Program", run_dir: pathlib.Path, tokenizer: Tokenizer | 
     new = range(known, known if tokenizer is None else max(known, tokenizer.vocab_size))
     if new:
         log.info("init_from: the rows of %d new tokens are the mean of the other %d", len(new), known)
-    if not new and jax.tree.map(jax.numpy.shape, params) == jax.tree.map(jax.numpy.shape, program.params):
-        return params
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.params)
-    return jax.jit(lambda params: _with_rows(params, new, config.model), out_shardings=shardings)(params)
+        if lost := [path for path in VOCAB_AXIS if path in _abstract(program) and not config.trains(path)]:
+            log.warning("the rows of new tokens stay what they are: %s is not trained", " and ".join(lost))
+    wanted = traverse_util.unflatten_dict(_abstract(program), sep=".")
+    if new or jax.tree.map(jax.numpy.shape, params) != jax.tree.map(jax.numpy.shape, wanted):
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
+        params = jax.jit(lambda params: _with_rows(params, new, config.model), out_shardings=shardings)(params)
+    return _with_arrays(params, program) if config.init_adapters else params
+
+
+def _with_arrays(params: dict, program: "Program") -> dict:
+    """`params` with the adapters of config.init_adapters."""
+    import jax
+    from flax import traverse_util
+
+    config, flat = program.config, traverse_util.flatten_dict(params, sep=".")
+    _, arrays = peft.read(pathlib.Path(config.init_adapters), config.model)
+    abstract = traverse_util.flatten_dict(program.params, sep=".")
+    flat |= {
+        path: jax.make_array_from_callback(array.shape, abstract[path].sharding, array.__getitem__)
+        for path, array in arrays.items()
+    }
+    return traverse_util.unflatten_dict(flat, sep=".")
 
 
 def _of_run(
     path: pathlib.Path, step: int | None, program: "Program", processes: "Processes"
 ) -> tuple[ModelConfig, dict, int]:
     """The model and the parameters of another run's step, on our mesh, with our values of the fields of training."""
+    from trainer.interchange.adapters import Reader
     from trainer.reliability.checkpoint import Checkpoints, choose_step
-    from trainer.state import Program
 
     config, theirs = program.config, run_directory.read_config(path)
-    model = dataclasses.replace(theirs.model, **{name: getattr(config.model, name) for name in OF_TRAINING})
+    chosen = {name: getattr(config.model, name) for name in OF_TRAINING} | {"lora": theirs.model.lora}
+    model = dataclasses.replace(theirs.model, **chosen)
     checkpoints = Checkpoints(path, processes=processes)
     try:
         step = choose_step(checkpoints, step)
     except CheckpointError as e:
         raise ConfigError(f"config.init_from = {config.init_from}: {e}") from None
-    params, _ = checkpoints.restore_params(Program(dataclasses.replace(config, model=model), program.mesh), step)
-    return model, params, step
+    reader = Reader(dataclasses.replace(config, model=model, frozen=()), program.mesh, checkpoints, step)
+    return model, reader.read(), step
 
 
 def read(source: Source, program: "Program", only: Iterable[str] | None = None) -> dict:
@@ -270,7 +334,7 @@ def read(source: Source, program: "Program", only: Iterable[str] | None = None) 
 
     from trainer.reliability.checkpoint import checksums_by_name
 
-    abstract = traverse_util.flatten_dict(program.params, sep=".")
+    abstract = _abstract(program)
     layout = Layout(source.family, source.model, {path: leaf.shape for path, leaf in abstract.items()})
     reader = source.reader(layout)
 
@@ -285,6 +349,15 @@ def read(source: Source, program: "Program", only: Iterable[str] | None = None) 
     if source.weights.path.is_dir():
         checksums.check(source.weights.path, checksums_by_name(params))
     return params
+
+
+def _abstract(program: "Program") -> dict[str, Any]:
+    """The shapes and shardings, by dotted path, of the parameters that come from weights: all except adapters."""
+    from flax import traverse_util
+
+    from model.transformer import without_adapters
+
+    return without_adapters(traverse_util.flatten_dict(program.params, sep="."))
 
 
 def _with_rows(params: dict, new: range, model: ModelConfig) -> dict:

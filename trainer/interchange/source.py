@@ -80,7 +80,10 @@ class Source:
 
     def reader(self, layout: Layout) -> Read:
         """Reads slices of the tensors of `layout`. Raises ConfigError with a list of what is wrong with the tensors."""
-        named = {self._full_name(name, layout): name for name in self.weights.shapes}
+        named: dict[str, str] = {}
+        for name in self.weights.shapes:
+            if (other := named.setdefault(self._full_name(name, layout), name)) != name:
+                raise ConfigError(f"{self.weights.path} holds one tensor twice, as {other} and as {name}; remove one")
         problems = layout.problems({full: self.weights.shapes[name] for full, name in named.items()})
         if problems:
             more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
@@ -109,6 +112,11 @@ class Source:
         if not self.model.tie_embeddings or head is None:
             return
         table = named[self.family.prefix + self.family.tensors[0].theirs]
+        if (shape := self.weights.shapes[head]) != self.weights.shapes[table]:
+            raise ConfigError(
+                f"{self.weights.path}: config.json ties the head to the embedding, but {head} is {list(shape)} and "
+                f"{table} is {list(self.weights.shapes[table])}"
+            )
         rows = max(1, COMPARED_BYTES // (4 * self.model.embed_dim))
         for first in range(0, self.model.vocab_size, rows):
             index = (slice(first, min(first + rows, self.model.vocab_size)), slice(None))

@@ -86,7 +86,7 @@ class MeshPartitioner(Partitioner):
         )
         return gathered(w)
 
-    def linear(self, x: Array, w: Array, axes: tuple[str, str]) -> Array:
+    def linear(self, x: Array, w: Array, axes: tuple[str | None, str | None]) -> Array:
         """x @ w. Autodiff would give the gradient of w the dtype of x. If that is narrower than the dtype in which
         gradients are summed over devices, the gradient would be rounded before the sum. So the backward pass is
         written out here, with the same products."""

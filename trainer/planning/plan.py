@@ -19,6 +19,7 @@ from trainer import sharding
 from trainer.config import Config, MeshConfig
 from trainer.errors import ConfigError
 from trainer.evaluation import microbatch_rows
+from trainer.finetuning import trainable
 from trainer.parallel.partitioner import MeshPartitioner
 from trainer.planning import hlo
 from trainer.planning.topology import Topology
@@ -106,7 +107,7 @@ def lower_beside(program: Program) -> dict[str, Any]:
     sample, batch = program.config.sample, sharding.named(program.mesh, "batch")
     rows = microbatch_rows(program.config, batch)
     evaluated = program.abstract_batch(_dtype(program.config), rows, masked=True)
-    generator = make_generator(program, temperature=sample.temperature, top_k=sample.top_k, top_p=sample.top_p)
+    generator = make_generator(program)
     return {
         "evaluation": make_eval_step(program).lower(program.params, evaluated),
         "sampling": generator.lower(program.params, rows=1, wanted=1 + sample.max_new_tokens),
@@ -191,8 +192,9 @@ def _bytes_of_shards(tree: Any) -> int:
 
 def memory_by_part(program: Program, topology: Topology) -> dict[str, int]:
     gradients = jax.tree.map(
-        lambda p, where: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=where), program.params, program.moments
-    )
+        lambda p, where: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=where),
+        program.part(program.params), program.part(program.moments),
+    )  # fmt: skip
     return {
         "parameters": _bytes_of_shards(program.params),
         "optimizer": _bytes_of_shards(program.state.opt_state),
@@ -223,7 +225,10 @@ def kept_activations(program: Program, device: jax.Device) -> int:
     shard = Program(one, one_device, partitioner)
 
     def residuals(params: dict, batch: Batch) -> Any:
-        return jax.vjp(lambda p: forward(shard, p, batch.widened()).hidden, params)[1]
+        def hidden(trained: dict) -> Any:
+            return forward(shard, trainable.whole(params, trained), batch.widened()).hidden
+
+        return jax.vjp(hidden, shard.part(params))[1]
 
     kept = jax.eval_shape(residuals, shard.params, shard.abstract_batch(jnp.int32))
     not_activations = {(p.shape, p.dtype) for p in jax.tree.leaves(shard.params)}
@@ -234,13 +239,14 @@ def kept_activations(program: Program, device: jax.Device) -> int:
 def traffic(program: Program) -> float:
     """A rough lower bound of the bytes that a step moves between a device and its memory.
 
-    The optimizer reads and writes parameters and moments, and reads gradients. Each pass over a layer (forward,
+    The optimizer reads and writes trained parameters and moments, and reads gradients. Each pass over a layer (forward,
     backward, and forward again under remat) reads its weights in the compute dtype. Each residual stream and each
     hidden activation is written once and read once per pass.
     """
     config, mesh = program.config, program.mesh.shape
     model, itemsize = config.model, jnp.dtype(config.model.dtype).itemsize
-    state = 2 * _bytes_of_shards((program.params, program.state.opt_state)) + _bytes_of_shards(program.params)
+    trained = _bytes_of_shards(program.part(program.params))
+    state = 2 * _bytes_of_shards(program.state.opt_state) + 3 * trained
     passes = 3 if model.remat in ("full", "offload", "dots") else 2
     weights = flops.matmul_params(config) / mesh["tensor"] * itemsize * passes * config.grad_accum_steps
     tokens = config.tokens_per_step / (sharding.batch_shards(mesh) * mesh["context"])

@@ -6,6 +6,7 @@
 No heavy imports: all of this is checked before JAX is loaded, so that a mistake is reported at once.
 """
 
+import dataclasses
 import datetime
 import functools
 import importlib.metadata
@@ -22,6 +23,7 @@ from types import MappingProxyType
 from typing import Any
 
 from data import sources, tokenizers
+from data.config import Task
 from data.errors import DataError
 from data.storage import files, remote
 from data.token_files import ends
@@ -71,21 +73,37 @@ def resolve(config: Config) -> Config:
             f"config.model.vocab_size is {model.vocab_size}, but the tokenizer {found.tokenizer_path} has "
             f"{known} tokens; leave it 0"
         )
-    eos_id = found.eos_id() if config.data.mask_documents or config.data.packed else None
+    config = _with_task(config, found.task)
+    by_token = (config.data.mask_documents or config.data.packed) and not found.are_chats
+    eos_id = found.eos_id() if by_token else None
     config = complete(config, vocab_size=known, eos_id=eos_id)
     data = config.data
     if data.packed and data.eos_id not in (-1, eos_id):
         raise ConfigError(
             f"config.data.eos_id is {data.eos_id}, but documents of {data.path} end with {eos_id}; leave it -1"
         )
-    if data.mask_documents and not 0 <= data.eos_id < known:
+    if data.mask_documents and by_token and not 0 <= data.eos_id < known:
         raise ConfigError(
             f"config.data.mask_documents needs the token that ends a document: {data.path} has none; set "
             f"config.data.eos_id to a token below {known}"
         )
-    if data.mask_documents:
+    if data.mask_documents and by_token:
         ends.check_documents_end(found.datasets.values(), data.eos_id)
     return config
+
+
+def _with_task(config: Config, task: Task) -> Config:
+    """`config` with the task of its dataset. Raises ConfigError if it names another, or cannot do this one."""
+    if config.task not in (None, task):
+        raise ConfigError(f"config.task is {config.task}, but {config.data.path} is for {task}; leave it out")
+    if task == "dpo" and not config.model.lora.rank:
+        raise ConfigError(
+            f"{config.data.path} has pairs of chats; dpo compares the model with itself without adapters, so it needs "
+            "them: set --config.model.lora.rank, for example to 8"
+        )
+    if task == "dpo" and config.z_loss:
+        raise ConfigError(f"config.z_loss is {config.z_loss}; for dpo it must be 0")
+    return dataclasses.replace(config, task=task)
 
 
 def vocab_size(config: Config) -> int:

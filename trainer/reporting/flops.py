@@ -15,6 +15,8 @@ Element-wise operations, norms, the embedding look-up and the optimizer are not 
 sizes that matter.
 """
 
+import math
+
 from model.config import ModelConfig
 from trainer import chips
 from trainer.config import Config
@@ -40,7 +42,22 @@ def head_params(model: ModelConfig) -> int:
 def matmul_params(config: Config) -> int:
     """P, the number of parameters in matrix products: without the embedding look-up, norms, biases and positions."""
     model = config.model
-    return model.num_layers * (attention_params(model) + mlp_params(model)) + head_params(model)
+    of_layer = attention_params(model) + mlp_params(model) + adapter_params(model)
+    return model.num_layers * of_layer + head_params(model)
+
+
+def adapter_params(model: ModelConfig) -> int:
+    """Parameters of one layer's adapters."""
+    return model.lora.rank * sum(sum(shape) for path, shape in model.projections.items() if model.lora.adapts(path))
+
+
+def frozen_matmul_params(config: Config) -> int:
+    """The part of P that is not trained: the products that would make its gradients are not computed."""
+    model = config.model
+    shapes = model.projections.items()
+    frozen = sum(math.prod(shape) for path, shape in shapes if not config.trains(f"{path}.kernel"))
+    table = "embedding" if model.tie_embeddings else "head.kernel"
+    return model.num_layers * frozen + (0 if config.trains(table) else head_params(model))
 
 
 def attention_flops_per_token(config: Config, *, causal: bool = False) -> int:
@@ -58,8 +75,16 @@ def attention_flops_per_token(config: Config, *, causal: bool = False) -> int:
 
 
 def flops_per_token(config: Config, *, causal: bool = False) -> int:
-    """Model FLOPs of one token, forward and backward: 6 P + 12 L H Q T, or with `causal` 6 P + 6 L H Q T."""
-    return 6 * matmul_params(config) + 6 * attention_flops_per_token(config, causal=causal)
+    """Model FLOPs of one token, forward and backward: 6 P + 12 L H Q T, or with `causal` 6 P + 6 L H Q T.
+
+    Parameters that are frozen count 4 times instead of 6 times, because they have no gradient.
+    """
+    return _of_products(config) + 6 * attention_flops_per_token(config, causal=causal)
+
+
+def _of_products(config: Config) -> int:
+    """6 P without the gradients of frozen parameters."""
+    return 6 * matmul_params(config) - 2 * frozen_matmul_params(config)
 
 
 def nanogpt_flops_per_token(config: Config, num_params: int) -> int:
@@ -92,7 +117,7 @@ def hardware_flops_per_token(config: Config, *, flash: bool = False) -> int:
     weights_again = 2 * model.num_layers * (layer - last) if model.remat in ("full", "offload") else 0
     if flash:
         products = 7 + (0 if model.remat == "none" else 2)
-        return 6 * matmul_params(config) + weights_again + products * attention_flops_per_token(config, causal=True)
+        return _of_products(config) + weights_again + products * attention_flops_per_token(config, causal=True)
     scores_again = {"none": 0, "attention": 1, "dots": 2, "full": 2, "offload": 2}[model.remat]
     return flops_per_token(config) + weights_again + scores_again * attention
 

@@ -44,7 +44,11 @@ def _of_model(config: Config, program: Program) -> Lines:
     yield INFO, f"devices   {len(devices)} {devices[0].device_kind} in {processes} process(es); mesh {axes}"
     compute = f"{model.dtype} compute{xla_options.precision_shown()}"
     layers = "scanned" if model.scan_layers else "unrolled"
-    yield INFO, f"model     {program.num_params:,} parameters, {compute}, layers {layers}, remat {model.remat}"
+    trained = sum(leaf.size for leaf in jax.tree.leaves(program.part(program.params)))
+    shown = f"{program.num_params:,} parameters"
+    if len(program.trained) < len(jax.tree.leaves(program.params)):
+        shown += f", of which {trained:,} are trained"
+    yield INFO, f"model     {shown}, {compute}, layers {layers}, remat {model.remat}"
     yield INFO, f"attention {program.partitioner.kernel} ({program.partitioner.reason})"
     for line in parameter_table(program):
         yield INFO, f"          {line}"
@@ -76,6 +80,8 @@ def _of_data(config: Config, windows: MixedWindows, data: Sources) -> Lines:
         yield INFO, "          no validation: no validation split has a token to predict"
     for index in data.packings.values():
         yield INFO, f"          {index.path}: {100 * index.utilisation:.2f} % of the rows are tokens"
+        if cut := index.unread_chats:
+            yield INFO, f"          {cut}"
     if not data.tokenizer_path:
         yield INFO, "          no tokenizer (config.data.tokenizer_path): no samples are written"
 
