@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-import runs
 from data import dataset
 from data.config import DataConfig
 from data.errors import DataError
 from data.preparation.pipeline import prepare_dataset
+from tests import runs
 from tests.gpt2_files_test import params_of
 from trainer.errors import ConfigError
 from trainer.interchange import initial

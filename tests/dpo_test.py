@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-import runs
 from data import loader, packing
 from data.batch import Batch, from_tokens
 from data.token_files import formats
-from tests import chat_models, chats_test, finetuning_test
+from tests import chat_models, chats_test, finetuning_test, runs
 from tests.batches import on_mesh
 from tests.lora_test import flat
 from tests.step_test import config, mesh_of

@@ -11,9 +11,9 @@ import safetensors.numpy
 import tiny_models
 from flax import traverse_util
 
-import runs
 from data.errors import DataError
 from model.transformer import merged
+from tests import runs
 from tests.gpt2_files_test import params_of
 from trainer.errors import ConfigError
 from trainer.interchange import peft
