@@ -37,7 +37,7 @@ PLAN_TESTS := tests/plan_test.py tests/hlo_test.py tests/topology_test.py
 
 test-plans:
 	@$(MAKE) --no-print-directory VENV=$(PLAN_VENV) $(PLAN_VENV)/.installed-plan
-	$(PLAN_VENV)/bin/python -m pytest -m slow $(PLAN_TESTS)
+	$(PLAN_VENV)/bin/python -m pytest -m slow --override-ini=faulthandler_timeout=3600 $(PLAN_TESTS)
 
 plans:
 	@$(MAKE) --no-print-directory VENV=$(PLAN_VENV) $(PLAN_VENV)/.installed-plan
