@@ -551,11 +551,16 @@ def evaluation_windows(files: TokenFiles, seq_len: int, limit: int = 0) -> tuple
         starts = np.arange(0, max(len(tokens) - 1, 0), seq_len, dtype=np.int64)
         where.append(np.stack([np.full_like(starts, shard), starts], axis=1))
         lengths.append(np.minimum(len(tokens) - 1 - starts, seq_len))
-    where_all, lengths_all = np.concatenate(where), np.concatenate(lengths)
-    if limit and limit < len(lengths_all):
-        chosen = np.linspace(0, len(lengths_all) - 1, limit).round().astype(np.int64)
-        where_all, lengths_all = where_all[chosen], lengths_all[chosen]
-    return where_all, lengths_all
+    lengths_all = np.concatenate(lengths)
+    chosen = _evenly(len(lengths_all), limit)
+    return np.concatenate(where)[chosen], lengths_all[chosen]
+
+
+def _evenly(count: int, limit: int) -> np.ndarray:
+    """At most `limit` of the numbers below `count`, spread evenly; 0: all."""
+    if not 0 < limit < count:
+        return np.arange(count)
+    return np.linspace(0, count - 1, limit).round().astype(np.int64)
 
 
 def evaluation_batches(
@@ -608,9 +613,7 @@ def _chat_batches(
 
     assert files.index is not None, "Sources.files opens the rows of chats"
     windows = ChatWindows(files, files.index, seed=0, shuffled=False)
-    chosen = np.arange(windows.num_windows)
-    if limit and limit < len(chosen):
-        chosen = np.linspace(0, len(chosen) - 1, limit).round().astype(np.int64)
+    chosen = _evenly(windows.num_windows, limit)
     padded = np.pad(chosen, (0, -len(chosen) % batch_size))
 
     def read(first: int, rows: np.ndarray) -> Batch:

@@ -180,37 +180,23 @@ def make_eval_step(program: Program):
 
     With task dpo: (sum of the losses of pairs, their number).
     """
-    if program.config.task == "dpo":
-        return _make_eval_step_of_pairs(program)
-    weighted_loss = make_loss(program)
+    of_pairs = program.config.task == "dpo"
+    weighted_loss, compared = make_loss(program), _make_compared(program)
 
     def of_replica(params: dict, batch: Batch) -> Array:
         out = forward(program, params, batch)
-        _, loss = weighted_loss(out.hidden, out.table, out.batch.targets, out.batch.loss_weights)
+        if of_pairs:
+            loss = (preference.shares(out.batch) * compared(params, batch, out).loss).sum()
+        else:
+            _, loss = weighted_loss(out.hidden, out.table, out.batch.targets, out.batch.loss_weights)
         return program.partitioner.collectives.psum(loss, "data")
 
     by_replica = sharding.by_replica(of_replica, program.mesh, (SAME, ROWS), SAME)
 
     def eval_step(params: dict, batch: Batch) -> tuple[Array, Array]:
         batch = batch.widened()
-        return by_replica(params, batch), batch.loss_weights.sum()
-
-    return jax.jit(eval_step, out_shardings=program.replicated)
-
-
-def _make_eval_step_of_pairs(program: Program):
-    compared = _make_compared(program)
-
-    def of_replica(params: dict, batch: Batch) -> Array:
-        out = forward(program, params, batch)
-        loss = (preference.shares(out.batch) * compared(params, batch, out).loss).sum()
-        return program.partitioner.collectives.psum(loss, "data")
-
-    by_replica = sharding.by_replica(of_replica, program.mesh, (SAME, ROWS), SAME)
-
-    def eval_step(params: dict, batch: Batch) -> tuple[Array, Array]:
-        batch = batch.widened()
-        return by_replica(params, batch), preference.shares(batch).sum()
+        weights = preference.shares(batch) if of_pairs else batch.loss_weights
+        return by_replica(params, batch), weights.sum()
 
     return jax.jit(eval_step, out_shardings=program.replicated)
 
