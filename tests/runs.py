@@ -190,7 +190,10 @@ def wait_until(true: Callable[[], bool], *processes: subprocess.Popen) -> None:
     while not true():
         ended = [process for process in processes if process.poll() is not None]
         assert not ended, f"ended by itself with {exit_code(ended[0])}:\n{ended[0].communicate()[0]}"
-        assert time.monotonic() < deadline, "nothing happened"
+        if time.monotonic() > deadline:
+            kill(list(processes))
+            outputs = [process.communicate()[0] for process in processes]
+            raise AssertionError("\n".join(["nothing happened", *outputs]))
         time.sleep(0.005)
 
 

@@ -364,7 +364,7 @@ def test_a_machine_without_its_mounts(cloud):
     argv = waiting(cloud, "echo x >>runs/lives", workdir="runs/x")
     with babysitting(cloud, "--nfs=server:/shared", *argv) as babysitter:
         lives = cloud.folder / "exports/shared/lives"
-        runs.wait_until(lives.exists, babysitter)
+        runs.wait_until(lambda: lives.exists() and lives.read_text() == "x\n", babysitter)
         cloud.reboot()
         runs.wait_until(lambda: lives.read_text() == "x\nx\n", babysitter)
         end(cloud)
