@@ -23,9 +23,10 @@ from absl import flags
 from data import tokenizers
 from data.storage import malloc
 from data.tokenizers import Tokenizer
-from launch import cli, inference, tasks
+from launch import cli, inference
 from trainer.errors import ConfigError, Diverged
 from trainer.reliability import identity
+from trainer.tasks.asked import Asked
 
 DATA_PATH = cli.define_data_path(
     "data_path", None, "The current path of the run's dataset, instead of config.data.path."
@@ -51,7 +52,7 @@ def main() -> int:
     malloc.tune_allocator()
     with inference.memory_of_devices("use more or larger devices"):
         run = inference.open_run(join=join, for_loss=asked is None)
-        row: dict[str, Any] = evaluate_loss(run) if asked is None else {"tasks": tasks.measure(run, asked)}
+        row: dict[str, Any] = evaluate_loss(run) if asked is None else {"tasks": measure(run, asked)}
     report({"step": run.meta["step"], "tokens": run.tokens, **row})
     from launch import distributed
 
@@ -70,7 +71,7 @@ def join() -> None:
         distributed.initialize(*process_flags, run=inference.WORKDIR.value)
 
 
-def asked_tasks() -> tasks.Asked | None:
+def asked_tasks() -> Asked | None:
     """What --tasks asks for; None without the flag. Raises ConfigError."""
     given = {name: flag.value for name, flag in OF_TASKS.items() if flag.value is not None}
     if not flags.FLAGS["tasks"].present:
@@ -80,7 +81,7 @@ def asked_tasks() -> tasks.Asked | None:
     if DATA_PATH.value is not None or VAL_PATH.value is not None:
         raise ConfigError("--data_path and --val_path are for the loss; leave them or --tasks out")
     folder = given.pop("tasks_path", None)
-    return tasks.Asked(TASKS.value, folder if folder is None else pathlib.Path(folder), **given)
+    return Asked(TASKS.value, folder if folder is None else pathlib.Path(folder), **given)
 
 
 def report(row: dict[str, Any]) -> None:
@@ -95,7 +96,21 @@ def report(row: dict[str, Any]) -> None:
     results = row.pop("tasks", None)
     print("\n".join(f"{name:<18}{value:,.6g}" for name, value in row.items()))
     if results is not None:
-        print(tasks.table(results))
+        print(table(results))
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """A line for each metric of a task, with its standard error."""
+    lines = [("task", "metric", "value")]
+    for task, row in results.items():
+        for metric, value in row.items():
+            name, _, filter = metric.partition(",")
+            if name.endswith("_stderr"):
+                continue
+            error = row.get(f"{name}_stderr,{filter}" if filter else f"{name}_stderr")
+            lines.append((task, metric, f"{value:.6g}" + ("" if error is None else f" ± {error:.4f}")))
+    widths = [max(len(line[i]) for line in lines) + 2 for i in range(2)]
+    return "\n".join(f"{task:<{widths[0]}}{metric:<{widths[1]}}{value}" for task, metric, value in lines)
 
 
 def plain(value: Any) -> Any:
@@ -103,6 +118,15 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: plain(one) for name, one in value.items()}
     return value if math.isfinite(value) else None
+
+
+def measure(run: inference.LoadedRun, asked: Asked) -> dict[str, dict[str, float]]:
+    """The metrics of each task. Raises ConfigError, DataError, Diverged."""
+    from trainer.tasks.measure import Tasks
+
+    results = Tasks(run.program, run.path, asked).measure(run.params)
+    assert results is not None  # because nothing interrupts it
+    return results
 
 
 def evaluate_loss(run: inference.LoadedRun) -> dict[str, float]:

@@ -32,6 +32,7 @@ from trainer.errors import ConfigError, Stopped
 from trainer.interchange import initial
 from trainer.reliability import reading, run_directory, watchdog
 from trainer.reliability.run_lock import RunLock
+from trainer.tasks.asked import Asked
 
 if TYPE_CHECKING:
     from data.sources import Sources
@@ -228,6 +229,9 @@ def check_processes_agree(processes: Processes, run_dir: pathlib.Path, config: C
         processes.run_on_all("init_from", lambda: initial.check_tokenizer(config, run_dir, data.load_tokenizer()))
         processes.check_same("adapters", {"sha256": initial.sha256_of_adapters(config)})
     processes.check_same("dataset", {"tokens and order": data.fingerprint(), "tokenizer": tokenizer})
+    asked = processes.run_on_all("tasks", lambda: Asked.of_config(config.eval))
+    if asked is not None and not tokenizer:
+        raise ConfigError("config.eval.tasks needs a tokenizer; name that of the data by config.data.tokenizer_path")
     processes.run_on_all("prompt", lambda: sampling.prompt_of(config, data.load_tokenizer()))
     return data
 

@@ -19,6 +19,7 @@ from trainer.interchange.folder import KEPT
 from trainer.interchange.source import Source
 from trainer.reliability import run_directory
 from trainer.state import Program
+from trainer.tasks.asked import Asked
 from trainer.tasks.scorer import Scorer
 from trainer.tasks.text import Text
 
@@ -150,7 +151,7 @@ def assert_answers_are_those_of_transformers(run: pathlib.Path, hf: pathlib.Path
     from trainer.tasks import harness
 
     names = [f"tiny_{name}" for name in TASKS]
-    ours = harness.run(model_of(run), ["tiny_*"], folder=folder)
+    ours = harness.run(model_of(run), Asked(["tiny_*"], folder))
     theirs = evaluator.simple_evaluate(
         HFLM(pretrained=str(hf), device="cpu", dtype="float32", batch_size=1), tasks=names, bootstrap_iters=0,
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
@@ -179,7 +180,7 @@ def test_every_answer_is_that_of_transformers(folder, tmp_path, kind):
 def test_a_limit_takes_the_first_examples(folder, run):
     from trainer.tasks import harness
 
-    found = harness.run(model_of(run), ["tiny_multiple_choice"], folder=folder, limit=3, num_fewshot=0)
+    found = harness.run(model_of(run), Asked(["tiny_multiple_choice"], folder, limit=3, num_fewshot=0))
     assert len(found["samples"]["tiny_multiple_choice"]) == 3
     assert "long" not in found["samples"]["tiny_multiple_choice"][0]["arguments"][0][0]
     assert set(harness.numbers(found)["tiny_multiple_choice"]) == {"acc", "acc_norm", "acc_stderr", "acc_norm_stderr"}
@@ -192,7 +193,7 @@ def test_what_is_missing_or_damaged_is_reported_in_one_line(folder, run, tmp_pat
 
     def said(error, name: str, path=tmp_path) -> str:
         with pytest.raises(error) as e:
-            harness.run(model, [name], folder=path)
+            harness.run(model, Asked([name], path))
         return str(e.value)
 
     assert "is not a folder with .yaml files" in said(ConfigError, "x", tmp_path / "none")

@@ -42,8 +42,8 @@ MAY_IMPORT = {
     "launch.serving": {"data", "launch", "model", "trainer"},
     "configs": {"trainer"},  # default.py has the defaults of trainer's dataclasses
 }
-# The loop reports, and can import weights; a step may train a part of the parameters, or compare answers.
-MAY_IMPORT["trainer"] |= {"trainer.reporting", "trainer.interchange", "trainer.finetuning"}
+# The loop reports, imports weights and evaluates tasks; a step may train a part of the parameters, or compare answers.
+MAY_IMPORT["trainer"] |= {"trainer.reporting", "trainer.interchange", "trainer.finetuning", "trainer.tasks"}
 MAY_IMPORT["launch"] = set(MAY_IMPORT) - {"configs"}
 FORBIDDEN_LIBRARIES = {"absl", "ml_collections"}  # data, model and trainer must not import these: only launch has flags
 SOURCES = {

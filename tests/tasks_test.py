@@ -31,8 +31,8 @@ def folder(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-def evaluate(folder: pathlib.Path, *flags: str, code: int = 0, devices: int = 1) -> str:
-    return runs.finish(runs.start([*COMMAND, f"--workdir={folder / 'run'}", *flags], devices), code)
+def evaluate(folder: pathlib.Path, *flags: str, code: int = 0, devices: int = 1, run: str = "run") -> str:
+    return runs.finish(runs.start([*COMMAND, f"--workdir={folder / run}", *flags], devices), code)
 
 
 def test_a_table_and_json_have_the_same_numbers_on_any_mesh(folder):
@@ -47,6 +47,38 @@ def test_a_table_and_json_have_the_same_numbers_on_any_mesh(folder):
         for metric, value in metrics.items():
             assert [task, metric, f"{value:.6g}"] in lines
     assert row["tasks"]["val.jsonl"]["examples"] == 4
+
+
+def metrics_of_tasks(run: pathlib.Path) -> dict[int, dict[str, float]]:
+    """By step, the metrics of tasks in metrics.jsonl."""
+    rows = [{k: x for k, x in row.items() if k == "step" or k.startswith("task/")} for row in runs.rows(run)]
+    return {row.pop("step"): row for row in rows if len(row) > 1}
+
+
+def test_a_run_is_evaluated_on_tasks_while_it_trains(folder):
+    """After a stop before the tasks of a step are done, the next start does them."""
+    tasks = f"{folder / 'val.jsonl'},{folder / 'eval_bundle'}"
+    fields = {"eval__tasks": tasks, "eval__tasks_every_steps": 2, "eval__tasks_limit": 4}
+    run = folder / "watched"
+    runs.train(run, folder / "dataset", num_train_steps=3, sample__every_steps=0, **fields)
+    found = metrics_of_tasks(run)
+    assert list(found) == [2, 3]
+    row = json.loads(evaluate(folder, f"--tasks={tasks}", "--limit=4", "--json", run=run.name).splitlines()[-1])
+    by_name = {f"task/{task}/{name}": x for task, results in row["tasks"].items() for name, x in results.items()}
+    assert found[3] == pytest.approx(by_name, rel=1e-6)
+    path = run / "metrics.jsonl"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if '"task/' not in line))
+    runs.train(run, folder / "dataset", num_train_steps=3, sample__every_steps=0, **fields)
+    assert metrics_of_tasks(run) == {3: found[3]}
+
+
+def test_a_mistake_in_the_tasks_of_a_run_is_found_before_it_begins(folder):
+    for name in ("none.jsonl", "a.jsonl,a.jsonl"):
+        said = runs.train(folder / "never", folder / "dataset", code=2, eval__tasks=name)
+        assert said.splitlines()[-1].startswith("error: config.eval.tasks") and not (folder / "never").exists()
+    (folder / "torn.jsonl").write_text("{\n")
+    said = runs.train(folder / "torn", folder / "dataset", code=3, eval__tasks=folder / "torn.jsonl")
+    assert "torn.jsonl, line 1 is not a question" in said.splitlines()[-1] and not runs.rows(folder / "torn")
 
 
 @pytest.mark.slow

@@ -207,11 +207,15 @@ class MetricsConfig:
 class EvalConfig:
     every_steps: int = 250  # 0: only at the end
     num_windows: int = 1024  # fixed windows, spread evenly over the validation split; 0: the whole split
+    tasks: tuple[str, ...] = ()  # tasks of lm-evaluation-harness, and paths (docs/evaluation.md)
+    tasks_every_steps: int = 0  # 0: only at the end
+    tasks_path: str = ""  # folder with .yaml files of tasks; empty: the harness's own
+    tasks_limit: int = 0  # the most examples of a task; 0: all
 
     ON_RESUME: ClassVar[Mapping[str, str]] = {"*": HARMLESS}
 
     def __post_init__(self):
-        _require_not_negative(self, "eval.", "every_steps", "num_windows")
+        _require_not_negative(self, "eval.", "every_steps", "num_windows", "tasks_every_steps", "tasks_limit")
 
 
 @dataclasses.dataclass(frozen=True)

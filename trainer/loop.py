@@ -35,11 +35,13 @@ from trainer.reliability.watchdog import Watchdog
 from trainer.reporting import metrics, startup
 from trainer.state import Program, TrainState
 from trainer.step import make_eval_step, make_train_step
+from trainer.tasks.asked import Asked
+from trainer.tasks.measure import Tasks
 
 log = logging.getLogger("meshlm")
 FINAL_RETRIES_S = (1, 5, 15)  # pauses before retries of the last save of a run
 LAST_SAVE_S = 10  # limit for a save in flight when another process may have died
-EVALUATION, SAMPLE = "evaluation", "sample"
+EVALUATION, TASKS, SAMPLE = "evaluation", "tasks", "sample"
 
 TrainStep = Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]]
 
@@ -51,7 +53,7 @@ class Cursor:
     Attributes:
       step: finished steps.
       samples: training sequences consumed, including those that a rollback has skipped.
-      pending: those of EVALUATION and SAMPLE that are due after `step` but not done yet.
+      pending: those of EVALUATION, TASKS and SAMPLE that are due after `step` but not done yet.
     """
 
     step: int
@@ -118,6 +120,8 @@ class Trainer:
         )
         tokenizer = data.load_tokenizer()
         self.sampler = None if tokenizer is None else sampling.Sampler(self.program, tokenizer)
+        asked = Asked.of_config(config.eval)
+        self.tasks = None if asked is None else Tasks(self.program, run_dir, asked)
         self.checkpoint_meta = {
             "data_fingerprint": data.fingerprint(),
             "tokenizer_sha256": identity.tokenizer_sha256(tokenizer),
@@ -264,7 +268,7 @@ class Trainer:
     # What is due after a step
 
     def _run_due_actions(self, cursor: Cursor, state: TrainState, *, save: bool) -> BadStep | None:
-        """Saves, evaluates and samples, in this order, so that a failure in the last two cannot cost the checkpoint.
+        """Saves, evaluates and samples, in this order, so that a failure after the save cannot cost the checkpoint.
 
         When asked to stop, the process may have only seconds left, so it only saves; the next start does the rest.
         """
@@ -285,17 +289,22 @@ class Trainer:
             if val_loss is not None and not math.isfinite(val_loss):
                 reason = f"the loss on held-out text after step {cursor.step} is not finite: {val_loss:.4g}"
                 return BadStep(cursor, Verdict(divergence.action_for_state(self.config.divergence), reason))
+        if TASKS in cursor.pending and not self._stopping:
+            with self.watchdog.phase("evaluating tasks"):
+                self._measure_tasks(cursor, params)
         if SAMPLE in cursor.pending and not self._stopping:
             with self.watchdog.phase("sampling"):
                 self._sample(cursor, params)
         return None
 
     def _due_after(self, step: int) -> frozenset[str]:
-        """Those of EVALUATION and SAMPLE that are due after `step`."""
+        """Those of EVALUATION, TASKS and SAMPLE that are due after `step`."""
         last = step == self.config.num_train_steps
         due = set()
         if self.val_files and (last or _every(self.config.eval.every_steps, step)):
             due.add(EVALUATION)
+        if self.tasks is not None and (last or _every(self.config.eval.tasks_every_steps, step)):
+            due.add(TASKS)
         if self.sampler is not None and (last or _every(self.config.sample.every_steps, step)):
             due.add(SAMPLE)
         return frozenset(due)
@@ -306,7 +315,11 @@ class Trainer:
             return frozenset()
 
         def find() -> list[str]:
-            done = {EVALUATION: step in self.checkpoints.val_losses, SAMPLE: metrics.was_sampled(self.run_dir, step)}
+            done = {
+                EVALUATION: step in self.checkpoints.val_losses,
+                TASKS: metrics.has_tasks(self.run_dir, step),
+                SAMPLE: metrics.was_sampled(self.run_dir, step),
+            }
             return [action for action in self._due_after(step) if not done[action]]
 
         return frozenset(self.processes.broadcast_from_0("pending actions", find))
@@ -504,6 +517,18 @@ class Trainer:
             self.checkpoints.val_losses[cursor.step] = result["val/loss"]
             self.checkpoints.val_windows[cursor.step] = limit
         return result["val/loss"]
+
+    def _measure_tasks(self, cursor: Cursor, params: dict) -> None:
+        """Writes a row with the metrics of tasks, unless a stop ends it early."""
+        assert self.tasks is not None  # because TASKS is due
+        results = self.tasks.measure(params, self._interrupted)
+        if results is None:
+            return
+        values = {f"task/{task}/{metric}": x for task, row in results.items() for metric, x in row.items()}
+        self._write_row(cursor, values)
+        self.progress.clear()
+        shown = (f"{task} {next(iter(row))} {next(iter(row.values())):.4f}" for task, row in results.items() if row)
+        log.info("step %d  %s", cursor.step, "  ".join(shown))
 
     def _sample(self, cursor: Cursor, params: dict, *, record: bool = True) -> None:
         """Logs a sample, and writes it to samples.jsonl if `record`."""

@@ -58,6 +58,12 @@ def was_sampled(run_dir: pathlib.Path, step: int) -> bool:
     return any(row.get("step") == step for row in restarts.read_rows(run_dir / "samples.jsonl"))
 
 
+def has_tasks(run_dir: pathlib.Path, step: int) -> bool:
+    """Whether metrics.jsonl has the metrics of tasks for `step`."""
+    rows = restarts.read_rows(run_dir / "metrics.jsonl")
+    return any(row.get("step") == step and any(name.startswith("task/") for name in row) for row in rows)
+
+
 def evaluations(run_dir: pathlib.Path, last: int, saved: Any = ()) -> dict[int, dict[str, Any]]:
     """The rows with a finite loss on held-out text, by step, up to `last`. Only process 0 needs them; others get {}.
 

@@ -5,12 +5,13 @@ This module needs the lm-eval package.
 """
 
 import collections
+import contextlib
 import difflib
 import functools
 import math
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +26,8 @@ from data.errors import DataError, UserError
 from model.sampling import Sampling
 from trainer.errors import ConfigError
 from trainer.sampling import make_generator
-from trainer.tasks.scorer import Pair, Score, Scorer, of_length
+from trainer.tasks.asked import Asked
+from trainer.tasks.scorer import Interrupted, Pair, Score, Scorer, of_length
 from trainer.tasks.text import Text
 
 SLOTS = 16  # texts that are generated at a time
@@ -43,8 +45,9 @@ def generate_with(scorer: Scorer, params: dict, text: Text) -> Generate:
     def generate(prompts: list[list[int]], *, max_new_tokens: int, **sampler: Any) -> list[list[int]]:
         arrays = [np.array(prompt, np.int32) for prompt in prompts]
         answers = generator.continue_all(
-            params, arrays, max_new_tokens=max_new_tokens, sampling=Sampling(**sampler), stop_ids=text.stop_ids
-        )
+            params, arrays, max_new_tokens=max_new_tokens, sampling=Sampling(**sampler), stop_ids=text.stop_ids,
+            on_news=lambda row, news: scorer.check_interrupted(),
+        )  # fmt: skip
         return [answer.tolist() for answer in answers]
 
     return generate
@@ -131,40 +134,38 @@ class Model(TemplateLM):
         return [postprocess_generated_text(self.text.decode(ids), until, None) for ids in answers]
 
 
-def run(
-    model: Model,
-    names: Sequence[str],
-    *,
-    folder: pathlib.Path | None = None,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-) -> dict[str, Any]:
+def run(model: Model, asked: Asked) -> dict[str, Any]:
     """The harness's results: of each task and group the metrics ("results", see `numbers`), and of each task the
     examples with the model's answers ("samples").
 
-    Args:
-      names: of tasks, groups or tags, or patterns such as `arc_*`.
-      folder: has the .yaml files of the tasks; None: the harness's own tasks.
-      limit: use only the first examples of each task.
-      num_fewshot: instead of the number in a task's file, unless that is 0.
+    asked.of_harness has names of tasks, groups or tags, or patterns such as `arc_*`. asked.num_fewshot counts unless
+    the number in a task's file is 0.
 
     Raises:
       ConfigError: there is no task of a name.
       DataError: a task or its data cannot be read.
+      Interrupted: see Scorer.
     """
-    try:
-        loaded = _load(names, folder)
+    loaded = load(asked)
+    with _one_line(asked):
         for task in loaded["tasks"].values():
             default = task.get_config("num_fewshot")
-            if default is None or (num_fewshot is not None and default != 0):
-                task.set_config(key="num_fewshot", value=num_fewshot or 0)
+            if default is None or (asked.num_fewshot is not None and default != 0):
+                task.set_config(key="num_fewshot", value=asked.num_fewshot or 0)
             task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-        return dict(evaluator.evaluate(model, loaded, limit=limit, bootstrap_iters=BOOTSTRAP))
-    except Exception as e:  # task files have expressions, templates and code, which can raise anything
-        if isinstance(e, UserError | jax.errors.JaxRuntimeError):
-            raise
+        return dict(evaluator.evaluate(model, loaded, limit=asked.limit, bootstrap_iters=BOOTSTRAP))
+
+
+@contextlib.contextmanager
+def _one_line(asked: Asked) -> Iterator[None]:
+    """Makes a DataError of what the harness raises: task files have expressions, templates and code."""
+    try:
+        yield
+    except (UserError, Interrupted, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as e:
         reason = " ".join(str(e.args[0] if e.args else e).split())[:300]
-        raise DataError(f"--tasks={','.join(names)}: {type(e).__name__}: {reason}") from e
+        raise DataError(f"{asked.setting}={','.join(asked.of_harness)}: {type(e).__name__}: {reason}") from e
 
 
 def numbers(results: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -177,10 +178,15 @@ def numbers(results: dict[str, Any]) -> dict[str, dict[str, float]]:
     return found
 
 
-def _load(names: Sequence[str], folder: pathlib.Path | None) -> dict[str, Any]:
-    """The tasks. Raises ConfigError for an unknown name."""
+def load(asked: Asked) -> dict[str, Any]:
+    """The tasks with their data. Raises ConfigError for an unknown name, DataError if a task cannot be read."""
+    with _one_line(asked):
+        return _load(asked.of_harness, asked.folder, asked.setting)
+
+
+def _load(names: Sequence[str], folder: pathlib.Path | None, setting: str) -> dict[str, Any]:
     if folder is not None and not folder.is_dir():
-        raise ConfigError(f"--tasks_path={folder} is not a folder with .yaml files of tasks")
+        raise ConfigError(f"{setting}_path={folder} is not a folder with .yaml files of tasks")
     manager = TaskManager(include_path=folder, include_defaults=folder is None)
     known = manager.all_tasks
     for name in names:

@@ -28,6 +28,10 @@ SMALLEST = 64  # the shortest bucket: shorter rows are hardly faster
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context, at least one, and of its continuation
 
 
+class Interrupted(Exception):
+    """The scores are not wanted any more."""
+
+
 class Score(NamedTuple):
     """What a model says about a continuation.
 
@@ -54,6 +58,7 @@ class Scorer:
       program: of the run.
       context: the most tokens that the model reads. Of a longer context and continuation, the last context + 1 tokens
         count, as in lm-evaluation-harness.
+      interrupted: is called after each batch; if it returns True, what computes the scores raises Interrupted.
     """
 
     def __init__(self, program: Program):
@@ -64,6 +69,11 @@ class Scorer:
         longest = program.config.model.max_seq_len
         self.context = longest - longest % self._unit
         self._steps: dict[int, Callable[[dict, Batch], tuple[Array, Array]]] = {}
+        self.interrupted: Callable[[], bool] = lambda: False
+
+    def check_interrupted(self) -> None:
+        if self.interrupted():
+            raise Interrupted
 
     def score(self, params: dict, pairs: Sequence[Pair]) -> list[Score]:
         """The score of the continuation of each pair.
@@ -71,6 +81,7 @@ class Scorer:
         Raises:
           DataError: the model cannot have such tokens, or so many.
           Diverged: its log-probabilities are not finite.
+          Interrupted
         """
         rows = [self._row(*pair) for pair in pairs]
         buckets = collections.defaultdict(list)
@@ -83,6 +94,7 @@ class Scorer:
                 part = members[first : first + size]
                 found = self._score(params, [rows[i] for i in part], length, size)
                 scores |= dict(zip(part, found, strict=True))
+                self.check_interrupted()
         return [scores[i] for i in range(len(pairs))]
 
     def _row(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[np.ndarray, int]:
