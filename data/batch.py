@@ -10,7 +10,7 @@ import numpy as np
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["inputs", "targets", "loss_weights", "positions", "segment_ids"],
+    data_fields=["inputs", "targets", "loss_weights", "positions", "segment_ids", "reference"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Batch:
       loss_weights: how much each target counts, bool or float; None: all targets count the same.
       positions: int32, the position of each input in its document; None: the position in its row is used.
       segment_ids: int32, equal for inputs of a row if and only if they share a document; None: a row is one document.
+      reference: float32, the same for all inputs of a row, which is a pair of chats: log p(chosen) - log p(rejected) of
+        the weights with which training began (trainer/finetuning/reference.py).
     """
 
     inputs: Any
@@ -30,6 +32,7 @@ class Batch:
     loss_weights: Any = None
     positions: Any = None
     segment_ids: Any = None
+    reference: Any = None
 
     def replace(self, **changes: Any) -> "Batch":
         return dataclasses.replace(self, **changes)
@@ -47,6 +50,7 @@ def from_tokens(
     loss_mask: np.ndarray | None = None,
     document_end: int | None = None,
     begins: np.ndarray | None = None,
+    reference: np.ndarray | None = None,
 ) -> Batch:
     """The batch for rows of tokens.
 
@@ -56,6 +60,7 @@ def from_tokens(
       document_end: the token that ends a document and belongs to it, if documents are masked from each other.
       begins: bool [rows, seq_len + 1], the tokens at which documents begin that are masked from each other; None: those
         after a document_end.
+      reference: float32 [rows], of pairs of chats; None: it is not needed.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     if begins is not None:
@@ -64,7 +69,9 @@ def from_tokens(
         positions, segment_ids = documents(inputs, document_end)
     else:
         return Batch(inputs, targets, loss_mask)
-    return Batch(inputs, targets, loss_mask, positions, segment_ids)
+    if reference is not None:
+        reference = np.broadcast_to(reference[:, None], inputs.shape)
+    return Batch(inputs, targets, loss_mask, positions, segment_ids, reference)
 
 
 def documents(inputs: np.ndarray, document_end: int) -> tuple[np.ndarray, np.ndarray]:
@@ -82,13 +89,16 @@ def numbered(begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return index - first, np.cumsum(begins, axis=1, dtype=np.int32)
 
 
-def abstract(rows: int, seq_len: int, dtype: Any, *, masked: bool, documents: bool, sharding: Any) -> Batch:
+def abstract(
+    rows: int, seq_len: int, dtype: Any, *, masked: bool, documents: bool, reference: bool, sharding: Any
+) -> Batch:
     """The shapes of a batch, for compilation.
 
     Args:
       dtype: the dtype of the token files.
       masked: whether the loader says which targets count (data.packed).
       documents: whether documents are masked from each other (data.mask_documents).
+      reference: whether the loader has what the first weights say about pairs of chats.
     """
 
     def shape(dtype: Any) -> jax.ShapeDtypeStruct:
@@ -96,4 +106,5 @@ def abstract(rows: int, seq_len: int, dtype: Any, *, masked: bool, documents: bo
 
     weights = shape(np.bool_) if masked else None
     of_documents = shape(np.int32) if documents else None
-    return Batch(shape(dtype), shape(dtype), weights, of_documents, of_documents)
+    of_pairs = shape(np.float32) if reference else None
+    return Batch(shape(dtype), shape(dtype), weights, of_documents, of_documents, of_pairs)

@@ -94,6 +94,10 @@ class Windows:
         end-of-text token."""
         return None
 
+    def reference(self, g: np.ndarray) -> np.ndarray | None:
+        """Of pairs of chats, if a run needs it: float32 [len(g)], see Batch.reference."""
+        return None
+
     def will_need(self, g: np.ndarray) -> None:
         """Asks the kernel to read the sequences g from disk, if they are not cached: `rows` needs them next."""
         raise NotImplementedError
@@ -261,9 +265,7 @@ class PackedWindows(Windows):
     def _places(self, g: np.ndarray) -> Iterator[tuple[np.ndarray, int, np.ndarray, np.ndarray, np.ndarray]]:
         """For each shard: the indices into g of the shard's rows, the shard's number, start and length of each piece of
         the rows (row by row), and the number of tokens in each row."""
-        rows = np.empty(len(g), np.int64)
-        for _, here, windows in self._shuffled(g):
-            rows[here] = windows
+        rows = self._rows(g)
         first = self.first_piece[rows]
         shards = np.searchsorted(self.first_token, self.pieces["start"][first], side="right") - 1
         for shard, here in _groups(shards):
@@ -272,6 +274,13 @@ class PackedWindows(Windows):
             starts, lengths = pieces["start"].astype(np.int64), pieces["length"].astype(np.int64)
             used = np.add.reduceat(lengths, np.cumsum(counts) - counts)
             yield here, shard, starts - self.first_token[shard], lengths, used
+
+    def _rows(self, g: np.ndarray) -> np.ndarray:
+        """The numbers of the rows that are the sequences g."""
+        rows = np.empty(len(g), np.int64)
+        for _, here, windows in self._shuffled(g):
+            rows[here] = windows
+        return rows
 
 
 class ChatWindows(PackedWindows):
@@ -304,6 +313,9 @@ class ChatWindows(PackedWindows):
             padded = used <= self.seq_len
             begins[here[padded], used[padded]] = True
         return begins
+
+    def reference(self, g: np.ndarray) -> np.ndarray | None:
+        return None if self.files.reference is None else self.files.reference[self._rows(g)]
 
     def _windows(self, epoch: int, position: np.ndarray) -> np.ndarray:
         return super()._windows(epoch, position) if self.shuffled else position
@@ -389,6 +401,15 @@ class MixedWindows:
             out[here] = self.sources[source].begins(index)
         return out
 
+    def reference(self, g: np.ndarray) -> np.ndarray | None:
+        """As Windows.reference."""
+        if self.sources[0].files.reference is None:
+            return None
+        out = np.empty(len(g), np.float32)
+        for source, here, index in self._parts(g):
+            out[here] = self.sources[source].reference(index)
+        return out
+
     def will_need(self, g: np.ndarray) -> None:
         for source, _, index in self._parts(g):
             self.sources[source].will_need(index)
@@ -451,7 +472,7 @@ class Loader:
             g = sequences_consumed + rows
             return from_tokens(
                 self.windows.rows(g), loss_mask=self.windows.loss_mask(g), document_end=self.document_end,
-                begins=self.windows.begins(g),
+                begins=self.windows.begins(g), reference=self.windows.reference(g),
             )  # fmt: skip
 
         return put(self.sharding, self.global_batch_size, read)
@@ -619,7 +640,10 @@ def _chat_batches(
     def read(first: int, rows: np.ndarray) -> Batch:
         g = padded[first + rows]
         counts = first + rows < len(chosen)
-        return from_tokens(windows.rows(g), loss_mask=windows.loss_mask(g) & counts[:, None], begins=windows.begins(g))
+        return from_tokens(
+            windows.rows(g), loss_mask=windows.loss_mask(g) & counts[:, None], begins=windows.begins(g),
+            reference=windows.reference(g),
+        )  # fmt: skip
 
     for first in range(0, len(padded), batch_size):
         yield put(sharding, batch_size, functools.partial(read, first))

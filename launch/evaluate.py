@@ -134,6 +134,7 @@ def evaluate_loss(run: inference.LoadedRun) -> dict[str, float]:
     from data import sources
     from trainer import sharding
     from trainer.evaluation import evaluate
+    from trainer.finetuning import reference
     from trainer.step import make_eval_step
 
     config = dataclasses.replace(run.config.data, tokenizer_path="")  # the tokenizer is not needed, and may be missing
@@ -152,6 +153,8 @@ def evaluate_loss(run: inference.LoadedRun) -> dict[str, float]:
     files = data.files("val")
     if not files:
         raise ConfigError(f"{config.path} has no validation data; prepare it with --val_fraction above 0")
+    if run.config.stores_reference:
+        reference.read(run.path, files.values())
     batch = sharding.named(run.program.mesh, "batch")
     result = evaluate(make_eval_step(run.program), run.params, files, run.config, batch_sharding=batch, num_windows=0)
     assert result is not None  # evaluate returns None only when it is interrupted, which cannot happen here

@@ -98,15 +98,16 @@ def test_widened_has_the_types_that_the_step_computes_with(dtype):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("documents", [False, True])
-def test_the_shapes_to_compile_for_are_those_of_a_batch(masked, documents):
+@pytest.mark.parametrize(("documents", "reference"), [(False, False), (True, False), (True, True)])
+def test_the_shapes_to_compile_for_are_those_of_a_batch(masked, documents, reference):
     """Structure, shapes and types are the same, so a program that was compiled for the shapes accepts the batch."""
     sharding = SingleDeviceSharding(jax.devices()[0])
     tokens = np.random.default_rng(0).integers(0, 12, (3, 6)).astype(np.uint16)
     made = batch.from_tokens(
-        tokens, loss_mask=np.ones((3, 5), bool) if masked else None, document_end=9 if documents else None
-    )
-    shapes = batch.abstract(3, 5, np.uint16, masked=masked, documents=documents, sharding=sharding)
+        tokens, loss_mask=np.ones((3, 5), bool) if masked else None, document_end=9 if documents else None,
+        begins=tokens == 3 if reference else None, reference=np.ones(3, np.float32) if reference else None,
+    )  # fmt: skip
+    shapes = batch.abstract(3, 5, np.uint16, masked=masked, documents=documents, reference=reference, sharding=sharding)
     assert jax.tree.structure(shapes) == jax.tree.structure(made)
     for shape, array in zip(jax.tree.leaves(shapes), jax.tree.leaves(made), strict=True):
         assert (shape.shape, shape.dtype, shape.sharding) == (array.shape, array.dtype, sharding)

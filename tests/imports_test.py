@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "model": set(),
     "model.families": {"model"},
     "trainer": {"data", "data.token_files", "data.tokenizers", "model", "trainer.parallel", "trainer.reliability"},
-    "trainer.finetuning": {"data", "trainer"},
+    "trainer.finetuning": {"data", "data.storage", "data.token_files", "trainer", "trainer.reliability"},
     "trainer.interchange": {
         "data",
         "data.storage",

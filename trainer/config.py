@@ -308,6 +308,11 @@ class Config:
         return not any(fnmatch.fnmatchcase(path, pattern) for pattern in self.frozen)
 
     @property
+    def stores_reference(self) -> bool:
+        """Whether a run on pairs of chats keeps what its first weights say about them (finetuning/reference.py)."""
+        return self.task == "dpo" and not self.model.lora.rank
+
+    @property
     def tokens_per_step(self) -> int:
         return self.global_batch_size * self.data.seq_len
 

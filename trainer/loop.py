@@ -24,6 +24,7 @@ from trainer import sampling, sharding, xla_options
 from trainer.config import Config, to_json
 from trainer.errors import CheckpointError, Diverged
 from trainer.evaluation import evaluate, microbatch_rows
+from trainer.finetuning import reference
 from trainer.interchange import initial
 from trainer.reliability import divergence, identity, stragglers
 from trainer.reliability.checkpoint import Checkpoints
@@ -103,9 +104,9 @@ class Trainer:
         self.watchdog = watchdog
         mesh = sharding.make_mesh(config)
         jax.set_mesh(mesh)
-        self.val_files = data.files("val")
+        self.train_files, self.val_files = data.files("train"), data.files("val")
         self.windows = loader.MixedWindows(
-            data.files("train"), data.stages, seq_len=config.data.seq_len, seed=config.seed, packings=data.packings
+            self.train_files, data.stages, seq_len=config.data.seq_len, seed=config.seed, packings=data.packings
         )
         batch_sharding = sharding.named(mesh, "batch")
         self.loader = loader.Loader(
@@ -158,6 +159,10 @@ class Trainer:
             self.writers.close()
 
     def _train(self) -> bool:
+        if self.config.stores_reference:
+            with self.watchdog.phase("comparing pairs"):
+                if not self._find_reference():
+                    return False
         with self.watchdog.phase("restoring"):
             state, cursor = self._restore_or_init()
         self.checkpoints.copy_missing(cursor.step)
@@ -348,6 +353,21 @@ class Trainer:
         tokenizer = self.data.load_tokenizer()
         return self.program.init_with(initial.params_of(self.program, self.run_dir, tokenizer, self.processes))
 
+    def _find_reference(self) -> bool:
+        """Gives all pairs of the run what its first weights say about them. Returns False if a stop ends it early.
+
+        It comes before the state, so that the devices have room for the first weights.
+        """
+        files = [*self.train_files.values(), *self.val_files.values()]
+        new = self.processes.broadcast_from_0("a new run", lambda: initial.is_needed(self.run_dir))
+        if not new and reference.read_on_all(self.processes, self.run_dir, files):
+            return True
+        log.info("Computing what the first weights say about each pair.")
+        if not reference.compute(self.program, self._new_state().params, files, self._interrupted):
+            return False
+        self.processes.run_on_process_0("the reference", lambda: reference.write(self.run_dir, files))
+        return True
+
     def _restore_good(self, bad: BadStep, choose: Callable[[list[int]], int | None]) -> tuple[TrainState, Cursor]:
         """The state of the step that `choose` returns. Sets steps aside until one has a finite loss.
 
@@ -367,7 +387,7 @@ class Trainer:
 
     def _has_finite_loss(self, params: dict) -> bool:
         """Evaluates a few windows of held-out text, or of training text if none is held out."""
-        files = self.val_files or self.data.files("train")
+        files = self.val_files or self.train_files
         rows = microbatch_rows(self.config, sharding.named(self.program.mesh, "batch"))
         result = self.evaluate(params, files, num_windows=rows)
         assert result is not None  # because nothing interrupts this evaluation

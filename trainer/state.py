@@ -115,6 +115,7 @@ class Program:
             dtype,
             masked=data.packed if masked is None else masked,
             documents=data.mask_documents,
+            reference=self.config.stores_reference,
             sharding=sharding.named(self.mesh, "batch"),
         )
 

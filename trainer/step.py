@@ -148,11 +148,19 @@ def _make_compared(program: Program):
     """(params, batch, the model's forward pass of it) -> preference.Pairs of a replica's rows."""
     scores, beta = make_token_scores(program), program.config.dpo.beta
 
+    def nats(out: Forward) -> Array:
+        return scores(out.hidden, out.table, out.batch.targets)[0]
+
+    def log_ratio(out: Forward) -> Array:
+        return preference.log_ratio(out.batch, nats(out))
+
     def compared(params: dict, batch: Batch, out: Forward) -> preference.Pairs:
         params, out = jax.lax.stop_gradient((params, out))
-        of_reference = forward(program, preference.reference(params), batch)
-        nats, other = (scores(f.hidden, f.table, f.batch.targets)[0] for f in (out, of_reference))
-        return preference.compare(out.batch, nats, other, beta=beta)
+        if program.config.stores_reference:
+            reference = out.batch.reference[:, 0]
+        else:
+            reference = log_ratio(forward(program, preference.reference(params), batch))
+        return preference.compare(out.batch, nats(out), reference, beta=beta)
 
     return compared
 

@@ -227,11 +227,13 @@ class TokenFiles:
       text_bytes: how many bytes of text the tokens stand for; 0 if that is not known, because the tokenizer lost text.
       loss_mask: of chats: uint8 [tokens], 1 for a supervised token; None: every token is a target.
       index: of chats: the rows that they are packed into (packing.Index), if a run reads them.
+      reference: of pairs of chats: float32 [index.rows], see data.batch.Batch; None: a run does not need it.
     """
 
     advice = "it does not belong to this tokenizer: prepare again with --overwrite"
     loss_mask: np.ndarray | None = None
     index: "packing.Index | None" = None
+    reference: np.ndarray | None = None
 
     def __init__(self, folder: pathlib.Path, manifest: Manifest, split: str):
         if split not in manifest.splits:

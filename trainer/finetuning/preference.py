@@ -5,9 +5,10 @@ tokens of a chat,
 
     margin = beta ((log p - log p_ref)(chosen) - (log p - log p_ref)(rejected)),     loss = -log sigmoid(margin),
 
-and the loss of a batch is the mean over its pairs. The reference is the model without its adapters, so it needs neither
-memory nor a file. For each token the slope of the loss by its -log p is a number; with these numbers as weights, the
-weighted cross-entropy of trainer/loss.py has the gradient of the loss, and no logits are kept.
+and the loss of a batch is the mean over its pairs. The reference is the model without its adapters, which needs neither
+memory nor a file, or, without adapters, the model before training (reference.py). For each token the slope of the loss
+by its -log p is a number; with these numbers as weights, the weighted cross-entropy of trainer/loss.py has the gradient
+of the loss, and no logits are kept.
 """
 
 from typing import NamedTuple
@@ -36,16 +37,27 @@ class Pairs(NamedTuple):
     slopes: Array
 
 
-def compare(batch: Batch, nats: Array, nats_of_reference: Array, *, beta: float) -> Pairs:
+def compare(batch: Batch, nats: Array, reference: Array, *, beta: float) -> Pairs:
     """Compares the chats of each row.
 
     Args:
       batch: rows of pairs, whose loss_weights are not 0 for the supervised tokens.
-      nats, nats_of_reference: float32 [b, t], -log p of each target.
+      nats: float32 [b, t], -log p of each target.
+      reference: float32 [b], the log_ratio of the reference.
     """
-    sign = jnp.where(batch.segment_ids == CHOSEN, 1.0, -1.0) * (batch.loss_weights != 0)
-    margin = beta * (sign * (nats_of_reference - nats)).sum(1)
-    return Pairs(jax.nn.softplus(-margin), margin, beta * jax.nn.sigmoid(-margin)[:, None] * sign)
+    margin = beta * (log_ratio(batch, nats) - reference)
+    slopes = beta * jax.nn.sigmoid(-margin)[:, None] * _signs(batch)
+    return Pairs(jax.nn.softplus(-margin), margin, slopes)
+
+
+def log_ratio(batch: Batch, nats: Array) -> Array:
+    """float32 [b], log p(chosen) - log p(rejected) of each row; the arguments are those of `compare`."""
+    return -(_signs(batch) * nats).sum(1)
+
+
+def _signs(batch: Batch) -> Array:
+    """float32 [b, t], 1 for the supervised tokens of the chosen chat, and -1 for those of the rejected one."""
+    return jnp.where(batch.segment_ids == CHOSEN, 1.0, -1.0) * (batch.loss_weights != 0)
 
 
 def shares(batch: Batch) -> Array:

@@ -96,11 +96,6 @@ def _with_task(config: Config, task: Task) -> Config:
     """`config` with the task of its dataset. Raises ConfigError if it names another, or cannot do this one."""
     if config.task not in (None, task):
         raise ConfigError(f"config.task is {config.task}, but {config.data.path} is for {task}; leave it out")
-    if task == "dpo" and not config.model.lora.rank:
-        raise ConfigError(
-            f"{config.data.path} has pairs of chats; dpo compares the model with itself without adapters, so it needs "
-            "them: set --config.model.lora.rank, for example to 8"
-        )
     if task == "dpo" and config.z_loss:
         raise ConfigError(f"config.z_loss is {config.z_loss}; for dpo it must be 0")
     return dataclasses.replace(config, task=task)

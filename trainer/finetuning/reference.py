@@ -1,0 +1,115 @@
+"""The reference of DPO for a run without adapters: what its first weights say about each pair, computed once.
+
+    RUN/reference/KEY.safetensors   log_ratios: float32 [rows], log p(chosen) - log p(rejected) of each row of a
+                                    packing, with their sha256 in the metadata. KEY is of the dataset and its packing
+
+A run that has no checkpoint yet computes them anew, because it may begin with other weights than at its last start.
+Later they are read; if they are lost or damaged, the first weights are loaded once more. TRL calls this
+precompute_ref_log_probs.
+"""
+
+import hashlib
+import logging
+import pathlib
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jax import Array
+
+from data import loader
+from data.batch import Batch
+from data.storage.files import write_durably
+from data.token_files.formats import TokenFiles
+from trainer import sharding
+from trainer.errors import ConfigError
+from trainer.evaluation import microbatch_rows
+from trainer.finetuning import preference
+from trainer.loss import make_token_scores
+from trainer.reliability.coordination import Processes
+from trainer.state import Program
+from trainer.step import ROWS, SAME, forward
+
+log = logging.getLogger("meshlm")
+FOLDER, NAME = "reference", "log_ratios"
+
+
+def read(run_dir: pathlib.Path, files: Iterable[TokenFiles]) -> None:
+    """Gives each of `files` its log-ratios. Raises ConfigError if the run does not have all of them, undamaged."""
+    for of_source in files:
+        path = path_of(run_dir, of_source)
+        try:
+            with safetensors.safe_open(path, "np") as opened:
+                found, digest = opened.get_tensor(NAME), (opened.metadata() or {}).get("sha256")
+        except (OSError, safetensors.SafetensorError) as e:
+            raise ConfigError(f"{path}, what the first weights say about the pairs, cannot be read: {e}") from None
+        assert of_source.index is not None  # of pairs
+        if found.shape != (of_source.index.rows,) or _sha256(found) != digest:
+            raise ConfigError(f"{path}, what the first weights say about the pairs, is damaged")
+        of_source.reference = found
+
+
+def read_on_all(processes: Processes, run_dir: pathlib.Path, files: Iterable[TokenFiles]) -> bool:
+    """As `read`, on all processes; returns False, with a warning, if one of them cannot read it."""
+    try:
+        read(run_dir, files)
+        problem = ""
+    except ConfigError as e:
+        problem = str(e)
+    if not (found := processes.all_agree("reference", not problem)):
+        log.warning("%s; it is computed again", problem or "what the first weights say is not there for every process")
+    return found
+
+
+def compute(program: Program, params: dict, files: Iterable[TokenFiles], interrupted: Callable[[], bool]) -> bool:
+    """Gives each of `files` its log-ratios, computed from the first weights of the run.
+
+    Args:
+      interrupted: is called after each batch, on all processes; if it returns true, so does this function's end: False.
+    """
+    step, batch_sharding = make_log_ratio_step(program), sharding.named(program.mesh, "batch")
+    for of_source in files:
+        assert of_source.index is not None  # of pairs
+        of_source.reference, parts = None, []
+        for batch in loader.evaluation_batches(
+            of_source, seq_len=program.config.data.seq_len, batch_size=microbatch_rows(program.config, batch_sharding),
+            sharding=batch_sharding,
+        ):  # fmt: skip
+            parts.append(np.asarray(step(params, batch)))
+            if interrupted():
+                return False
+        of_source.reference = np.concatenate(parts)[: of_source.index.rows]
+    return True
+
+
+def write(run_dir: pathlib.Path, files: Iterable[TokenFiles]) -> None:
+    (run_dir / FOLDER).mkdir(exist_ok=True)
+    for of_source in files:
+        found = of_source.reference
+        assert found is not None  # it was computed
+        content = safetensors.numpy.save({NAME: found}, {"sha256": _sha256(found)})
+        write_durably(path_of(run_dir, of_source), content)
+
+
+def path_of(run_dir: pathlib.Path, files: TokenFiles) -> pathlib.Path:
+    assert files.index is not None  # of pairs
+    key = hashlib.sha256(f"{files.index.fingerprint} {files.index.sha256}".encode()).hexdigest()[:16]
+    return run_dir / FOLDER / f"{key}.safetensors"
+
+
+def _sha256(values: np.ndarray) -> str:
+    return hashlib.sha256(values.astype("<f4").tobytes()).hexdigest()
+
+
+def make_log_ratio_step(program: Program) -> Callable[[dict, Batch], Array]:
+    """(params, batch) -> float32 [rows], log p(chosen) - log p(rejected) of the pair in each row."""
+    scores = make_token_scores(program)
+
+    def of_replica(params: dict, batch: Batch) -> Array:
+        out = forward(program, params, batch)
+        return preference.log_ratio(out.batch, scores(out.hidden, out.table, out.batch.targets)[0])
+
+    by_replica = sharding.by_replica(of_replica, program.mesh, (SAME, ROWS), ROWS)
+    return jax.jit(lambda params, batch: by_replica(params, batch.widened()), out_shardings=program.replicated)
