@@ -4,6 +4,7 @@ queries, keys and values are in model/kernels.py.
 Shape suffixes: b batch, t query, s key, h query head, k key-value head, d head size.
 """
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -89,5 +90,8 @@ class Attention(nnx.Module):
 
 
 def _written(cache: Array, new: Array, index: Array) -> Array:
-    """`cache` [b, s, k, d] with the rows `new` [b, t, k, d] of these indices [b, t]."""
-    return cache.at[jnp.arange(len(index))[:, None], index % cache.shape[1]].set(new)
+    """`cache` [b, s, k, d] with the rows `new` [b, t, k, d] of these indices [b, t].
+
+    With vmap the compiler knows that each row of the batch is written by itself, so it can split them over devices.
+    """
+    return jax.vmap(lambda cache, new, at: cache.at[at].set(new))(cache, new, index % cache.shape[1])

@@ -118,7 +118,9 @@ class Generator:
         are, and a batch is only as large as it must be.
       chunk: the most tokens of a text between two returns to the host.
       out_sharding: the sharding of the generated tokens; it must be replicated if several processes read them.
+      row_sharding: that of what has a row for each slot, and of prompts that are read, if it divides them.
       cache_sharding: that of the cache of a layer, [slots, s, kv heads, head size].
+      shards: into how many parts row_sharding and cache_sharding split the slots, whose number is a multiple of it.
 
     Attributes:
       reading, writing: the speed of reading prompts, and of generating tokens.
@@ -135,19 +137,23 @@ class Generator:
         read: int | None = None,
         chunk: int = 64,
         out_sharding: jax.sharding.Sharding | None = None,
+        row_sharding: jax.sharding.Sharding | None = None,
         cache_sharding: jax.sharding.Sharding | None = None,
+        shards: int = 1,
     ):
         if not 2 <= context <= config.max_seq_len:
             raise ValueError(f"a context of {context} tokens; it must be from 2 to max_seq_len = {config.max_seq_len}")
         self.config = config
         self.context = context
         self.vocab_size = min(vocab_size or config.vocab_size, config.vocab_size)
-        self.slots = slots
+        self._shards = shards
+        self.slots = self._multiple(slots)
         self.read_at_once = read
         self.chunk = chunk
         self.reading, self.writing = Speed(), Speed()
         self._apply = apply
-        state = {"cache": cache_sharding, "seen": out_sharding}
+        self._row_sharding = row_sharding
+        state = {"cache": cache_sharding, "seen": row_sharding}
         self.read = jax.jit(self._read, donate_argnames="state", out_shardings=(out_sharding, state))
         self.write = jax.jit(self._write, donate_argnames="state", out_shardings=(out_sharding, state))
         self.rows_of = jax.jit(_rows_of, out_shardings=state)
@@ -189,7 +195,7 @@ class Generator:
             return [np.zeros(0, np.int32) for _ in prompts]
         texts = [Text(prompt, max_new_tokens, seed, first + i, sampling) for i, prompt in enumerate(prompts)]
         wanted = max(longest, max(map(len, prompts))) + max_new_tokens
-        size = self.slots if self.read_at_once else min(power_of_2(len(texts)), self.slots)
+        size = self.slots if self.read_at_once else self.slots_for(len(texts))
         batch = Batch(self, params, wanted=wanted, size=size, stop_ids=stop_ids)
         for text in texts:
             batch.add(text)
@@ -210,17 +216,25 @@ class Generator:
 
     def lower(self, params, *, rows: int, wanted: int) -> jax.stages.Lowered:
         """Lowers the loop for `rows` texts of `wanted` tokens, including the prompt; params may be abstract."""
-        state = jax.eval_shape(lambda: self._empty(rows, self.cache_length(wanted)))
+        slots = self._multiple(rows)
+        state = jax.eval_shape(lambda: self._empty(slots, self.cache_length(wanted)))
         state["cache"] = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._cache_sharding), state["cache"]
         )
         return self.write.lower(
-            params, state=state, texts=_arrays([None] * rows, 0),
-            token=np.zeros(rows, np.int32), stop=np.zeros(0, np.int32), steps=1,
+            params, state=state, texts=_arrays([None] * slots, 0),
+            token=np.zeros(slots, np.int32), stop=np.zeros(0, np.int32), steps=1,
         )  # fmt: skip
 
     def cache_length(self, wanted: int) -> int:
         return min(self.context, power_of_2(wanted))
+
+    def slots_for(self, texts: int) -> int:
+        """The number of slots of a batch of this many texts."""
+        return min(self._multiple(power_of_2(texts)), self.slots)
+
+    def _multiple(self, slots: int) -> int:
+        return -(-slots // self._shards) * self._shards
 
     # What is compiled. `texts`: see _arrays.
 
@@ -248,6 +262,8 @@ class Generator:
         Returns:
           int32 [n] and float32 [n], the tokens that follow, and their log-probabilities; the state.
         """
+        if self._row_sharding is not None and len(tokens) % self._shards == 0:
+            tokens = jax.lax.with_sharding_constraint(tokens, self._row_sharding)
         logits, read = self._apply(params)(tokens, keep=True, logits_at=lengths - 1)
         # No token sees one after it, so the padding after a prompt changes nothing, and it is overwritten in the cache
         # before its index becomes visible.
@@ -268,7 +284,7 @@ class Generator:
           (int32 [b, chunk], the tokens; float32 [b, chunk], their log-probabilities; int32 [b], how many count); the
           state.
         """
-        model, rows = self._apply(params), jnp.arange(len(token))
+        model = self._apply(params)
 
         def goes_on(token: Array, cached: Array) -> Array:
             ended = (token[:, None] == stop[None]).any(axis=1) if len(stop) else jnp.zeros(token.shape, bool)
@@ -280,7 +296,10 @@ class Generator:
             logits, cache = model(token[:, None], index=at[:, None], cache=state["cache"])
             chosen, logprob = self._choose(logits[:, 0], texts, at + 1, state["seen"])
             token = jnp.where(active, chosen, token)
-            state = {"cache": cache, "seen": state["seen"].at[rows, token].set(True)}
+            state = {
+                "cache": cache,
+                "seen": jax.vmap(lambda seen, token: seen.at[token].set(True))(state["seen"], token),
+            }
             return i + 1, token, at + active, (out[0].at[:, i].set(token), out[1].at[:, i].set(logprob)), state
 
         def unfinished(carry):
@@ -437,7 +456,7 @@ class Batch:
     def _shrink(self) -> None:
         """Makes a batch of which a quarter or less is left as small as it can be, so that texts which have ended cost
         nothing more. (A smaller batch is another compiled program; hence not at once.)"""
-        size = power_of_2(len(self._slots))
+        size = self._generator.slots_for(len(self._slots))
         if 4 * size > self._size:
             return
         left = sorted(self._slots)

@@ -18,6 +18,7 @@ from tests import runs
 from tests.batches import on_mesh
 from trainer import sharding
 from trainer.config import CheckpointConfig, Config, from_dict
+from trainer.planning import hlo
 from trainer.reliability.checkpoint import Checkpoints
 from trainer.sampling import make_generator
 from trainer.state import Program, TrainState
@@ -382,3 +383,16 @@ def test_texts_are_the_same_on_every_mesh(model):
     assert greedy != sampled
     name = "slices of data x fsdp x tensor"
     assert texts(name, 0.0) == greedy and texts(name, 1.0) == sampled
+
+
+def test_replicas_share_the_texts_of_a_batch():
+    """Each replica computes an equal part of the texts, with its own part of the cache; no key or value is sent."""
+    flops = {}
+    for name in ("one", "data"):
+        here = program(name)
+        with jax.set_mesh(here.mesh):
+            compiled = make_generator(here).lower(here.params, rows=16, wanted=LENGTH).compile()
+        flops[name] = compiled.cost_analysis()["flops"]
+    assert flops["data"] < 1.1 * flops["one"] / 8
+    in_loop = [one for one in hlo.collectives(compiled.as_text(), here.mesh.shape) if one.trips]
+    assert in_loop and all(one.bytes <= 8 for one in in_loop)  # only whether any replica has more to do

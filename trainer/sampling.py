@@ -78,9 +78,12 @@ def make_generator(program: Program, **options: Any) -> Generator:
         rows than that.
     """
     config = program.config
+    rows = dict(sharding.RULES, batch="data")  # a split over fsdp, too, would gather the weights for each token
     return Generator(
         config.model, program.model_of_compiler, context=config.data.seq_len, out_sharding=program.replicated,
-        cache_sharding=sharding.named(program.mesh, None, None, "kv_heads", None), **options,
+        row_sharding=sharding.named(program.mesh, "batch", rules=rows),
+        cache_sharding=sharding.named(program.mesh, "batch", None, "kv_heads", None, rules=rows),
+        shards=program.mesh.shape["data"], **options,
     )  # fmt: skip
 
 
