@@ -11,6 +11,7 @@ refused. Exit codes: 0 done, 2 flags or a model that is not supported, 3 files t
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import shlex
 import sys
@@ -88,9 +89,7 @@ def read(path: str) -> int:
 
 def write() -> int:
     """Exports the run in --workdir to --to_hf."""
-    start, target = time.monotonic(), pathlib.Path(TO_HF.value)
-    if target.exists():
-        raise ConfigError(f"{target} exists; name a folder that does not")
+    start, target = time.monotonic(), new_folder(TO_HF.value)
     run = inference.open_run()
     from data import tokenizers
     from trainer.interchange import exporting
@@ -115,9 +114,7 @@ def write() -> int:
 
 def write_adapters() -> int:
     """Exports the adapters of the run in --workdir to --to_peft."""
-    target = pathlib.Path(TO_PEFT.value)
-    if target.exists():
-        raise ConfigError(f"{target} exists; name a folder that does not")
+    target = new_folder(TO_PEFT.value)
     run = inference.open_run()
     if not run.lora.rank:
         raise ConfigError(f"{run.path} has no adapters (config.model.lora.rank is 0); export it by --to_hf=DIR")
@@ -128,6 +125,13 @@ def write_adapters() -> int:
         params = peft.write(target, run.adapters(), model, run.config.init_from)
     cli.log.info("the adapters of step %d, %s parameters in %s", run.meta["step"], f"{params:,}", target)
     return 0
+
+
+def new_folder(target: str) -> pathlib.Path:
+    """The path of a folder to write. Raises ConfigError if there is something, be it a link to nothing."""
+    if os.path.lexists(target):
+        raise ConfigError(f"{target} exists; name a folder that does not")
+    return pathlib.Path(target)
 
 
 @contextlib.contextmanager

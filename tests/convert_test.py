@@ -112,10 +112,17 @@ def test_a_run_begins_with_weights_on_any_mesh_and_is_resumed_without_naming_the
 
 
 def test_a_converted_run_is_trained_where_it_is(exported, trained, tmp_path):
-    convert(f"--from_hf={exported}", f"--workdir={tmp_path / 'run'}")
+    hf, template = tmp_path / "hf", "additional_chat_templates/rag.jinja"
+    shutil.copytree(exported, hf)
+    (hf / template).parent.mkdir()
+    (hf / template).write_text("{{ messages }}")
+    convert(f"--from_hf={hf}", f"--workdir={tmp_path / 'run'}")
     train(tmp_path / "run", trained[1], num_train_steps=3, optimizer__peak_lr=2e-3)
-    train(tmp_path / "other", trained[1], num_train_steps=3, optimizer__peak_lr=2e-3, init_from=exported)
+    train(tmp_path / "other", trained[1], num_train_steps=3, optimizer__peak_lr=2e-3, init_from=hf)
     assert rows(tmp_path / "run") == rows(tmp_path / "other")
+    convert(f"--workdir={tmp_path / 'other'}", f"--to_hf={tmp_path / 'out'}")
+    for folder in ("run/hf", "other/hf", "out"):
+        assert (tmp_path / folder / template).read_text() == "{{ messages }}"
     assert "Resuming after step 3" in train(tmp_path / "run", trained[1], num_train_steps=4, optimizer__peak_lr=2e-3)
 
 
@@ -383,12 +390,15 @@ def test_a_full_disk_leaves_nothing(trained, tmp_path):
         (["--from_hf={hf}", "--workdir=w", "--step=3"], "--step is of an export"),
         (["--to_hf={run}", "--workdir={run}"], "exists; name a folder that does not"),
         (["--from_hf={hf}", "--workdir={run}"], "exists; name a --workdir that does not"),
+        (["--to_hf={link}", "--workdir={run}"], "exists; name a folder that does not"),
+        (["--from_hf={hf}", "--workdir={link}"], "exists; name a --workdir that does not"),
     ],
     ids=str,
 )
-def test_flags_that_are_wrong_end_in_one_line(trained, exported, flags, said):
-    out = convert(*(flag.format(run=trained[0], hf=exported) for flag in flags), code=2)
-    assert said in out and "Traceback" not in out
+def test_flags_that_are_wrong_end_in_one_line(trained, exported, tmp_path, flags, said):
+    (link := tmp_path / "link").symlink_to("nothing")
+    out = convert(*(flag.format(run=trained[0], hf=exported, link=link) for flag in flags), code=2)
+    assert said in out and "Traceback" not in out and link.is_symlink()
 
 
 def test_a_model_that_no_family_has_is_not_exported(trained, tmp_path):

@@ -23,7 +23,7 @@ from model.families.layout import Layout, Read
 from model.transformer import parameter_shapes
 from trainer.errors import ConfigError
 from trainer.interchange import checksums
-from trainer.interchange.folder import COMPANIONS
+from trainer.interchange.folder import companions_in
 from trainer.interchange.safetensors_writer import SHARD_BYTES, FolderWriter, row_blocks
 from trainer.interchange.source import Source
 
@@ -157,9 +157,9 @@ def _write_companions(
     """config.json, the tokenizer's files, generation_config.json, and what was kept of the original model."""
     ids: dict[str, Any] = {}
     if kept is not None and kept.is_dir():
-        for name in COMPANIONS:
-            if (kept / name).is_file():
-                shutil.copyfile(kept / name, folder / name)
+        for name, path in companions_in(kept).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / name)
         original = json.loads((kept / "config.json").read_text()) if (kept / "config.json").is_file() else {}
         ids = {name: original[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in original}
     file = None if tokenizer is None else tokenizer.file()

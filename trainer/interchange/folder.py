@@ -22,6 +22,7 @@ COMPANIONS = (
     "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer.model",
 )  # fmt: skip
+MORE_TEMPLATES = "additional_chat_templates"  # a folder of transformers 5, with templates that are chosen by name
 CHECKSUMS = "checksums.json"  # in RUN/hf, if launch.convert made the run: the folder then also holds its first weights
 FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16), "F64": np.dtype("<f8")}
 
@@ -119,8 +120,14 @@ class Folder:
 
     def companions(self) -> dict[str, bytes]:
         """The contents of config.json and of the files that say how the model is used, by file name."""
-        paths = (self.path / name for name in (CONFIG, *COMPANIONS))
-        return {path.name: path.read_bytes() for path in paths if path.is_file()}
+        return {name: path.read_bytes() for name, path in companions_in(self.path).items()}
+
+
+def companions_in(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """config.json and the files of a folder that say how the model is used, by their paths in it."""
+    named = (folder / name for name in (CONFIG, *COMPANIONS))
+    found = [*named, *sorted((folder / MORE_TEMPLATES).glob("*.jinja"))]
+    return {path.relative_to(folder).as_posix(): path for path in found if path.is_file()}
 
 
 def stored_in(path: pathlib.Path) -> dict[str, Stored]:

@@ -45,7 +45,7 @@ def as_run(source: Source, workdir: pathlib.Path, argv: list[str], tokenizer: To
       CheckpointError: what was read back is not what was written.
       OSError: `workdir` cannot be written; what was written of it is deleted.
     """
-    if workdir.exists():
+    if os.path.lexists(workdir):
         raise ConfigError(f"{workdir} exists; name a --workdir that does not")
     layout = Layout(source.family, source.model, parameter_shapes(source.model))
     read = source.reader(layout)
@@ -55,6 +55,7 @@ def as_run(source: Source, workdir: pathlib.Path, argv: list[str], tokenizer: To
         kept = folder / KEPT
         kept.mkdir()
         for name, content in source.weights.companions().items():
+            (kept / name).parent.mkdir(exist_ok=True)
             (kept / name).write_bytes(content)
         _write_tokenizer(source, folder, tokenizer)
         _copy(source, layout, read, kept)

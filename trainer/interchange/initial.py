@@ -25,7 +25,7 @@ from model.families.layout import VOCAB_AXIS, Layout
 from trainer.config import Config
 from trainer.errors import CheckpointError, ConfigError
 from trainer.interchange import checksums, peft
-from trainer.interchange.folder import CHECKSUMS, COMPANIONS, CONFIG, KEPT, is_run
+from trainer.interchange.folder import CHECKSUMS, KEPT, companions_in, is_run
 from trainer.interchange.source import Source, opened
 from trainer.reliability import identity, reading, restarts, run_directory
 
@@ -196,14 +196,13 @@ def keep_companions(config: Config, run_dir: pathlib.Path) -> None:
         return
     path, _ = place_of(config.init_from)
     if is_run(path):
-        paths = [path / KEPT / name for name in (CONFIG, *COMPANIONS)]
-        found = {p.name: p.read_bytes() for p in paths if p.is_file()}
+        found = {name: path.read_bytes() for name, path in companions_in(path / KEPT).items()}
     else:
         found = opened(path).companions()
 
     def write() -> None:
         for name, content in found.items():
-            (run_dir / KEPT).mkdir(exist_ok=True)
+            (run_dir / KEPT / name).parent.mkdir(parents=True, exist_ok=True)
             files.write_durably(run_dir / KEPT / name, content)
 
     reading.writing(write, run_dir, f"cannot write to --workdir={run_dir}:")
@@ -240,6 +239,7 @@ def _tokenizer_of(path: pathlib.Path) -> Tokenizer | None:
         return None if is_run(path) else tokenizers.in_folder(path)
     with tempfile.TemporaryDirectory() as folder:
         for name, content in opened(path).companions().items():
+            (pathlib.Path(folder) / name).parent.mkdir(exist_ok=True)
             (pathlib.Path(folder) / name).write_bytes(content)
         return tokenizers.in_folder(pathlib.Path(folder))
 
