@@ -43,7 +43,10 @@ MODELS = {
         | {"num_key_value_heads": 1, "tie_word_embeddings": True, "rope_parameters": LINEAR, "hidden_act": "gelu"},
     ),
     "mistral": ("Mistral", LLAMA | WINDOWED | {"rope_parameters": YARN}),
-    "mistral_full": ("Mistral", LLAMA | {"sliding_window": None, "rope_parameters": YARN | {"truncate": False}}),
+    "mistral_full": (
+        "Mistral",
+        LLAMA | {"sliding_window": None, "rope_parameters": YARN | {"truncate": False}, "hidden_act": "swish"},
+    ),
     "qwen2": (
         "Qwen2",
         {k: v for k, v in LLAMA.items() if k != "head_dim"}

@@ -218,7 +218,9 @@ LLAMA_LIKE = (
     norm("norm", "norm"),
     Tensor("lm_head.weight", ("head.kernel",), transpose=True),
 )
-GATED = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu", "gelu": "geglu_exact"}
+GATED = {
+    "silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu", "gelu": "geglu_exact",
+}  # fmt: skip
 HIDDEN_ACT = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh", "geglu_exact": "gelu"}
 # The defaults of the keys that Llama's descendants share. A missing num_key_value_heads or head_dim is derived.
 LLAMA_DEFAULTS = {

@@ -10,7 +10,7 @@ from model.families.base import Family, Json, Keys, Tensor, Unsupported
 CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
 ACTIVATIONS = {
     "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_exact", "silu": "silu",
-    "relu2": "relu2",
+    "swish": "silu", "relu2": "relu2",
 }  # fmt: skip
 NAMES = {"gelu": "gelu_new", "gelu_exact": "gelu", "silu": "silu", "relu2": "relu2"}
 DEFAULTS = {
