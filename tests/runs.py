@@ -17,7 +17,7 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from data.preparation.pipeline import prepare_dataset
 
 ROOT = pathlib.Path(__file__).parent.parent
-TIMEOUT_S = 180
+TIMEOUT_S = 300  # CI has three test processes and two background jobs on two cores
 # A model that compiles in seconds; losses still depend on every part of it.
 TINY = {
     "global_batch_size": 8,
