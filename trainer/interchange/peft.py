@@ -96,7 +96,7 @@ def write(target: pathlib.Path, adapters: Mapping[str, np.ndarray], model: Model
         "fan_in_fan_out": family.model_type == "gpt2", "use_rslora": False, "use_dora": False,
     }  # fmt: skip
     with files.complete_folder(target, "writing") as folder:
-        # save_file would leave a file that nobody else can read.
+        # safetensors' save_file makes a file that only its owner can read.
         (folder / TENSORS).write_bytes(safetensors.numpy.save(tensors, {"format": "pt"}))
         written = safetensors.numpy.load_file(folder / TENSORS)
         if any(written[name].tobytes() != tensor.tobytes() for name, tensor in tensors.items()):
