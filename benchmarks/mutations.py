@@ -334,7 +334,7 @@ FAULTS = [
     fault("a pair is compared with the reference of another", "data/loader.py",
           "self.files.reference[self._rows(g)]", "self.files.reference[g % self.num_windows]", "dpo_test.py"),
     fault("a damaged reference is used", "trainer/finetuning/reference.py",
-          " or _sha256(found) != digest", "", "dpo_test.py"),
+          " or _sha256(found) != own", "", "dpo_test.py"),
     fault("tasks that a stop left are never done", "trainer/loop.py",
           "TASKS: metrics.has_tasks(self.run_dir, step)", "TASKS: True", "tasks_test.py"),
     fault("the common beginning of a pair is supervised", "data/preparation/chats.py",

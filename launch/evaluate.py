@@ -124,7 +124,10 @@ def measure(run: inference.LoadedRun, asked: Asked) -> dict[str, dict[str, float
     """The metrics of each task. Raises ConfigError, DataError, Diverged."""
     from trainer.tasks.measure import Tasks
 
-    results = Tasks(run.program, run.path, asked).measure(run.params)
+    try:
+        results = Tasks(run.program, run.path, asked).measure(run.params)
+    except Diverged as e:
+        raise Diverged(f"{e}; --step=N uses an earlier checkpoint") from None
     assert results is not None  # because nothing interrupts it
     return results
 

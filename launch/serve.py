@@ -63,12 +63,12 @@ def serve() -> int:
         model = model_of(run)
         generator = run.generator(model.language.tokenizer, slots=SLOTS.value, read=READ, chunk=CHUNK)
         batch = Batch(
-            generator, run.fast_params, wanted=model.max_len, size=SLOTS.value, stop_ids=model.language.stop_ids
+            generator, run.fast_params, wanted=model.max_len, size=generator.slots, stop_ids=model.language.stop_ids
         )
         compile_programs(batch, model.longest_prompt)
         asyncio.run(
             server.serve(
-                model, batch, listener, most=SLOTS.value + QUEUE.value, grace_s=GRACE_S.value,
+                model, batch, listener, most=generator.slots + QUEUE.value, grace_s=GRACE_S.value,
                 on_ready=lambda: say_ready(model, listener),
             )
         )  # fmt: skip

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import sys
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import traverse_util
 
 from data import loader, packing
@@ -268,6 +270,9 @@ def test_each_row_has_its_own_reference_in_every_epoch_and_of_every_source(prepa
     for tokens, value in zip(windows.rows(g), found.astype(int), strict=True):
         assert np.array_equal(tokens, in_order[value // 1000].rows(np.array([value % 1000]))[0])
     assert len(set(found)) == sum(f.index.rows for f in files.values())
+    (train, *_), (val, *_) = files.values(), sources_.files("val").values()
+    val.index = dataclasses.replace(val.index, sha256=train.index.sha256)  # as of splits whose pairs have equal lengths
+    assert reference.path_of(tmp_path, train) != reference.path_of(tmp_path, val)
 
 
 def test_without_adapters_the_loss_is_ln_2_and_validation_is_the_mean_over_pairs(prepared, params):
@@ -341,5 +346,11 @@ def test_a_preference_is_learned_killed_and_resumed(model, tmp_path, trained):
         (run / "reference" / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     said = runs.finish(runs.start([sys.executable, "-m", "launch.evaluate", f"--workdir={run}"]), code=2)
     assert "what the first weights say about the pairs, is damaged" in said.splitlines()[-1]
-    assert "is damaged; it is computed again" in runs.train(run, dataset, **fields | {"num_train_steps": 21})
+    assert "is damaged; the next start" in runs.train(run, dataset, **fields | {"num_train_steps": 21})
     assert before == {path.name: path.read_bytes() for path in (run / "reference").iterdir()}
+    shutil.rmtree(run / "reference")
+    weights = safetensors.numpy.load_file(hf / "model.safetensors")
+    weights = {name: x + np.float32(0.01) for name, x in weights.items()}
+    safetensors.numpy.save_file(weights, hf / "model.safetensors", {"format": "pt"})
+    said = runs.train(run, dataset, code=2, **fields | {"num_train_steps": 22})
+    assert "began with other weights than config.init_from" in said and not (run / "reference").exists()

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import sys
 
 import pytest
@@ -76,9 +77,36 @@ def test_a_mistake_in_the_tasks_of_a_run_is_found_before_it_begins(folder):
     for name in ("none.jsonl", "a.jsonl,a.jsonl"):
         said = runs.train(folder / "never", folder / "dataset", code=2, eval__tasks=name)
         assert said.splitlines()[-1].startswith("error: config.eval.tasks") and not (folder / "never").exists()
+    (folder / "more").mkdir()
+    shutil.copyfile(folder / "val.jsonl", folder / "more/val.jsonl")
+    said = runs.train(
+        folder / "twice", folder / "dataset", code=2, eval__tasks=f"{folder}/val.jsonl,{folder}/more/val.jsonl"
+    )
+    assert "two tasks have the name val.jsonl" in said.splitlines()[-1] and not runs.rows(folder / "twice")
     (folder / "torn.jsonl").write_text("{\n")
     said = runs.train(folder / "torn", folder / "dataset", code=3, eval__tasks=folder / "torn.jsonl")
     assert "torn.jsonl, line 1 is not a question" in said.splitlines()[-1] and not runs.rows(folder / "torn")
+
+
+BAD_IN_TASKS = """
+import runpy, sys
+import jax, numpy as np
+from trainer.tasks.measure import Tasks
+whole = Tasks.measure
+Tasks.measure = lambda self, params, *rest: whole(self, jax.tree.map(lambda x: x * np.float32("nan"), params), *rest)
+sys.argv[0] = "launch.train"
+runpy.run_module("launch.train", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_state_whose_answers_are_not_finite_is_set_aside(folder):
+    run = folder / "bad"
+    fields = {"num_train_steps": 6, "checkpoint__every_steps": 2, "sample__every_steps": 0, "eval__every_steps": 0}
+    of_tasks = {"eval__tasks": folder / "val.jsonl", "eval__tasks_every_steps": 4}
+    (python, _, _, *flags) = runs.command(run, folder / "dataset", **fields, **of_tasks)
+    said = runs.finish(runs.start([python, "-c", BAD_IN_TASKS, *flags]), code=4).splitlines()[-1]
+    assert "in tasks after step 4, the model's log-probabilities are not finite; its checkpoint was set aside" in said
+    assert "the last good checkpoint is step 2" in said
 
 
 @pytest.mark.slow

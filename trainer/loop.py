@@ -22,7 +22,7 @@ from data import loader, sources
 from data.batch import Batch
 from trainer import sampling, sharding, xla_options
 from trainer.config import Config, to_json
-from trainer.errors import CheckpointError, Diverged
+from trainer.errors import CheckpointError, ConfigError, Diverged
 from trainer.evaluation import evaluate, microbatch_rows
 from trainer.finetuning import reference
 from trainer.interchange import initial
@@ -159,12 +159,16 @@ class Trainer:
             self.writers.close()
 
     def _train(self) -> bool:
+        keep: Callable[[], None] | None = None
         if self.config.stores_reference:
             with self.watchdog.phase("comparing pairs"):
-                if not self._find_reference():
-                    return False
+                keep = self._find_reference()
+            if keep is None:
+                return False
         with self.watchdog.phase("restoring"):
             state, cursor = self._restore_or_init()
+        if keep is not None:  # not before the checkpoint has said that it began with these weights
+            self.processes.run_on_process_0("the reference", keep)
         self.checkpoints.copy_missing(cursor.step)
         cursor = dataclasses.replace(cursor, pending=self._pending_at_start(cursor.step))
         startup.log_summary(self.config, self.program, self.windows, self.data)
@@ -287,7 +291,7 @@ class Trainer:
         return bad
 
     def _evaluate_and_sample(self, cursor: Cursor, params: dict) -> BadStep | None:
-        """Does the pending actions. The step is bad if the loss of its state on held-out text is not finite."""
+        """Does the pending actions. The step is bad if what its state says about held-out text is not finite."""
         if EVALUATION in cursor.pending:
             with self.watchdog.phase("evaluating"):
                 val_loss = self._evaluate(cursor, params)
@@ -296,7 +300,8 @@ class Trainer:
                 return BadStep(cursor, Verdict(divergence.action_for_state(self.config.divergence), reason))
         if TASKS in cursor.pending and not self._stopping:
             with self.watchdog.phase("evaluating tasks"):
-                self._measure_tasks(cursor, params)
+                if bad := self._measure_tasks(cursor, params):
+                    return bad
         if SAMPLE in cursor.pending and not self._stopping:
             with self.watchdog.phase("sampling"):
                 self._sample(cursor, params)
@@ -344,6 +349,11 @@ class Trainer:
             return self._new_state(), Cursor(0, 0)
         state, meta = restored
         identity.check(meta, self.config, self.data, self.run_dir)  # again: this checkpoint may come from the mirror
+        if meta.get("first_weights") != self.checkpoint_meta.get("first_weights"):
+            raise ConfigError(
+                f"{self.run_dir} began with other weights than config.init_from = {self.config.init_from} has now, and "
+                "its answers are compared with what those say: name them, or another --workdir"
+            )
         self.checkpoints.set_evaluations(metrics.evaluations(self.run_dir, meta["step"], meta.get("evaluations", ())))
         return state, Cursor(meta["step"], meta["samples"])
 
@@ -353,20 +363,23 @@ class Trainer:
         tokenizer = self.data.load_tokenizer()
         return self.program.init_with(initial.params_of(self.program, self.run_dir, tokenizer, self.processes))
 
-    def _find_reference(self) -> bool:
-        """Gives all pairs of the run what its first weights say about them. Returns False if a stop ends it early.
+    def _find_reference(self) -> Callable[[], None] | None:
+        """Gives all pairs of the run what its first weights say about them. Returns a function that keeps this for
+        later starts, if need be; None if a stop ends it early.
 
         It comes before the state, so that the devices have room for the first weights.
         """
         files = [*self.train_files.values(), *self.val_files.values()]
         new = self.processes.broadcast_from_0("a new run", lambda: initial.is_needed(self.run_dir))
-        if not new and reference.read_on_all(self.processes, self.run_dir, files):
-            return True
+        if not new and (weights := reference.read_on_all(self.processes, self.run_dir, files)):
+            self.checkpoint_meta["first_weights"] = weights
+            return lambda: None
         log.info("Computing what the first weights say about each pair.")
-        if not reference.compute(self.program, self._new_state().params, files, self._interrupted):
-            return False
-        self.processes.run_on_process_0("the reference", lambda: reference.write(self.run_dir, files))
-        return True
+        params = self._new_state().params
+        self.checkpoint_meta["first_weights"] = weights = reference.digest(params)
+        if not reference.compute(self.program, params, files, self._interrupted):
+            return None
+        return functools.partial(reference.write, self.run_dir, files, weights)
 
     def _restore_good(self, bad: BadStep, choose: Callable[[list[int]], int | None]) -> tuple[TrainState, Cursor]:
         """The state of the step that `choose` returns. Sets steps aside until one has a finite loss.
@@ -538,17 +551,22 @@ class Trainer:
             self.checkpoints.val_windows[cursor.step] = limit
         return result["val/loss"]
 
-    def _measure_tasks(self, cursor: Cursor, params: dict) -> None:
-        """Writes a row with the metrics of tasks, unless a stop ends it early."""
+    def _measure_tasks(self, cursor: Cursor, params: dict) -> BadStep | None:
+        """Writes a row with the metrics of tasks, unless a stop ends it early or the state turns out to be bad."""
         assert self.tasks is not None  # because TASKS is due
-        results = self.tasks.measure(params, self._interrupted)
+        try:
+            results = self.tasks.measure(params, self._interrupted)
+        except Diverged as e:
+            action = divergence.action_for_state(self.config.divergence)
+            return BadStep(cursor, Verdict(action, f"in tasks after step {cursor.step}, {e}"))
         if results is None:
-            return
+            return None
         values = {f"task/{task}/{metric}": x for task, row in results.items() for metric, x in row.items()}
         self._write_row(cursor, values)
         self.progress.clear()
         shown = (f"{task} {next(iter(row))} {next(iter(row.values())):.4f}" for task, row in results.items() if row)
         log.info("step %d  %s", cursor.step, "  ".join(shown))
+        return None
 
     def _sample(self, cursor: Cursor, params: dict, *, record: bool = True) -> None:
         """Logs a sample, and writes it to samples.jsonl if `record`."""

@@ -322,6 +322,12 @@ def test_a_client_that_leaves_frees_its_slot_and_its_place(run, stream):
         assert server.complete(max_tokens=3).usage.completion_tokens == 3
 
 
+def test_replicas_share_any_number_of_slots(run, server):
+    with serving(run, f"--max_len={MAX_LEN}", "--slots=3", devices=2) as shared:
+        words = [one.complete(max_tokens=8, temperature=0).choices[0].text for one in (server, shared)]
+    assert words[0] == words[1] and len(words[0])
+
+
 def test_sigterm_finishes_what_was_accepted_and_refuses_the_rest(run):
     with serving(run, f"--max_len={MAX_LEN}", "--slots=2") as server:
         streams = [server.stream(max_tokens=1000, seed=seed) for seed in range(5)]

@@ -1,14 +1,16 @@
 """The reference of DPO for a run without adapters: what its first weights say about each pair, computed once.
 
     RUN/reference/KEY.safetensors   log_ratios: float32 [rows], log p(chosen) - log p(rejected) of each row of a
-                                    packing, with their sha256 in the metadata. KEY is of the dataset and its packing
+                                    packing; in the metadata: digests, their sha256 and that of the weights. KEY is of
+                                    the dataset, the split and its packing
 
 A run that has no checkpoint yet computes them anew, because it may begin with other weights than at its last start.
-Later they are read; if they are lost or damaged, the first weights are loaded once more. TRL calls this
-precompute_ref_log_probs.
+Later they are read; if they are lost or damaged, the first weights are loaded once more. Checkpoints have the digest of
+these weights, so that others are not taken for them. TRL calls this precompute_ref_log_probs.
 """
 
 import hashlib
+import json
 import logging
 import pathlib
 from collections.abc import Callable, Iterable
@@ -28,39 +30,53 @@ from trainer.errors import ConfigError
 from trainer.evaluation import microbatch_rows
 from trainer.finetuning import preference
 from trainer.loss import make_token_scores
+from trainer.reliability.checkpoint import checksums_by_name
 from trainer.reliability.coordination import Processes
 from trainer.state import Program
 from trainer.step import ROWS, SAME, forward
 
 log = logging.getLogger("meshlm")
 FOLDER, NAME = "reference", "log_ratios"
+ADVICE = "the next start of launch.train computes it again"
 
 
-def read(run_dir: pathlib.Path, files: Iterable[TokenFiles]) -> None:
-    """Gives each of `files` its log-ratios. Raises ConfigError if the run does not have all of them, undamaged."""
+def read(run_dir: pathlib.Path, files: Iterable[TokenFiles]) -> str:
+    """Gives each of `files` its log-ratios; returns the digest of the weights that they are of.
+
+    Raises:
+      ConfigError: the run does not have all of them, undamaged and of the same weights.
+    """
+    weights = set()
     for of_source in files:
         path = path_of(run_dir, of_source)
         try:
             with safetensors.safe_open(path, "np") as opened:
-                found, digest = opened.get_tensor(NAME), (opened.metadata() or {}).get("sha256")
+                found, digests = opened.get_tensor(NAME), (opened.metadata() or {}).get("digests", "")
         except (OSError, safetensors.SafetensorError) as e:
-            raise ConfigError(f"{path}, what the first weights say about the pairs, cannot be read: {e}") from None
+            problem = f"{path}, what the first weights say about the pairs, cannot be read: {e}; {ADVICE}"
+            raise ConfigError(problem) from None
         assert of_source.index is not None  # of pairs
-        if found.shape != (of_source.index.rows,) or _sha256(found) != digest:
-            raise ConfigError(f"{path}, what the first weights say about the pairs, is damaged")
+        own, _, of_weights = digests.partition(" ")
+        if found.shape != (of_source.index.rows,) or _sha256(found) != own:
+            raise ConfigError(f"{path}, what the first weights say about the pairs, is damaged; {ADVICE}")
+        weights.add(of_weights)
         of_source.reference = found
+    if len(weights) != 1:
+        raise ConfigError(f"{run_dir / FOLDER} has what several weights say about the pairs; {ADVICE}")
+    return weights.pop()
 
 
-def read_on_all(processes: Processes, run_dir: pathlib.Path, files: Iterable[TokenFiles]) -> bool:
-    """As `read`, on all processes; returns False, with a warning, if one of them cannot read it."""
+def read_on_all(processes: Processes, run_dir: pathlib.Path, files: Iterable[TokenFiles]) -> str:
+    """As `read`, on all processes; returns '', with a warning, if one of them cannot read it."""
+    weights, problem = "", "another process cannot read what the first weights say about the pairs"
     try:
-        read(run_dir, files)
-        problem = ""
+        weights = read(run_dir, files)
     except ConfigError as e:
         problem = str(e)
-    if not (found := processes.all_agree("reference", not problem)):
-        log.warning("%s; it is computed again", problem or "what the first weights say is not there for every process")
-    return found
+    if processes.all_agree("reference", bool(weights)):
+        return weights
+    log.warning("%s", problem)
+    return ""
 
 
 def compute(program: Program, params: dict, files: Iterable[TokenFiles], interrupted: Callable[[], bool]) -> bool:
@@ -84,19 +100,25 @@ def compute(program: Program, params: dict, files: Iterable[TokenFiles], interru
     return True
 
 
-def write(run_dir: pathlib.Path, files: Iterable[TokenFiles]) -> None:
+def write(run_dir: pathlib.Path, files: Iterable[TokenFiles], weights: str) -> None:
     (run_dir / FOLDER).mkdir(exist_ok=True)
     for of_source in files:
         found = of_source.reference
         assert found is not None  # it was computed
-        content = safetensors.numpy.save({NAME: found}, {"sha256": _sha256(found)})
+        content = safetensors.numpy.save({NAME: found}, {"digests": f"{_sha256(found)} {weights}"})
         write_durably(path_of(run_dir, of_source), content)
 
 
 def path_of(run_dir: pathlib.Path, files: TokenFiles) -> pathlib.Path:
     assert files.index is not None  # of pairs
-    key = hashlib.sha256(f"{files.index.fingerprint} {files.index.sha256}".encode()).hexdigest()[:16]
+    index = files.index  # its name has the split
+    key = hashlib.sha256(f"{index.fingerprint} {index.path.name} {index.sha256}".encode()).hexdigest()[:16]
     return run_dir / FOLDER / f"{key}.safetensors"
+
+
+def digest(params: dict) -> str:
+    """16 hex digits of these weights, the same on every mesh."""
+    return hashlib.sha256(json.dumps(checksums_by_name(params), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _sha256(values: np.ndarray) -> str:

@@ -7,6 +7,7 @@ import pathlib
 import sys
 from collections.abc import Callable
 
+from trainer.errors import ConfigError
 from trainer.state import Program
 from trainer.tasks import core, hellaswag
 from trainer.tasks.asked import Asked
@@ -33,13 +34,18 @@ class Tasks:
         self._text, self._scorer = Text(run_dir), Scorer(program)
         self._questions = {path: self._read(path) for path in asked.files if not path.is_dir()}
         self._core = {path: core.tasks(path) for path in asked.files if path.is_dir()}
-        for task in [task for tasks in self._core.values() for task in tasks]:
-            task.items(asked.limit)  # raises DataError, so that it is not found in the middle of a run
+        names = [path.name for path in self._questions]
+        for tasks in self._core.values():
+            names += ["CORE", *(task.label for task in tasks)]
+            for task in tasks:
+                task.items(asked.limit)  # raises DataError, so that it is not found in the middle of a run
         if asked.of_harness:
             self._prepare_libraries()
             from trainer.tasks import harness
 
-            harness.load(asked)
+            names += harness.load(asked)["tasks"]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ConfigError(f"{asked.setting}: two tasks have the name {min(twice)}; evaluate them one after another")
 
     def measure(self, params: dict, interrupted: Callable[[], bool] = lambda: False) -> Results | None:
         """The metrics of each task.

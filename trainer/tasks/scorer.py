@@ -132,7 +132,7 @@ class Scorer:
         batch = loader.put(self._batch, size, functools.partial(_read, rows, length))
         nats, missed = map(np.asarray, self._steps[length](params, batch))
         if not np.isfinite(nats).all():
-            raise Diverged("the model's log-probabilities are not finite; --step=N uses an earlier checkpoint")
+            raise Diverged("the model's log-probabilities are not finite")
         return [Score(-float(nats[i]), not missed[i], scored) for i, (_, scored) in enumerate(rows)]
 
 
