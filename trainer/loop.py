@@ -297,7 +297,7 @@ class Trainer:
                 val_loss = self._evaluate(cursor, params)
             if val_loss is not None and not math.isfinite(val_loss):
                 reason = f"the loss on held-out text after step {cursor.step} is not finite: {val_loss:.4g}"
-                return BadStep(cursor, Verdict(divergence.action_for_state(self.config.divergence), reason))
+                return self._bad_state(cursor, reason)
         if TASKS in cursor.pending and not self._stopping:
             with self.watchdog.phase("evaluating tasks"):
                 if bad := self._measure_tasks(cursor, params):
@@ -306,6 +306,9 @@ class Trainer:
             with self.watchdog.phase("sampling"):
                 self._sample(cursor, params)
         return None
+
+    def _bad_state(self, cursor: Cursor, reason: str) -> BadStep:
+        return BadStep(cursor, Verdict(divergence.action_for_state(self.config.divergence), reason))
 
     def _due_after(self, step: int) -> frozenset[str]:
         """Those of EVALUATION, TASKS and SAMPLE that are due after `step`."""
@@ -557,8 +560,7 @@ class Trainer:
         try:
             results = self.tasks.measure(params, self._interrupted)
         except Diverged as e:
-            action = divergence.action_for_state(self.config.divergence)
-            return BadStep(cursor, Verdict(action, f"in tasks after step {cursor.step}, {e}"))
+            return self._bad_state(cursor, f"in tasks after step {cursor.step}, {e}")
         if results is None:
             return None
         values = {f"task/{task}/{metric}": x for task, row in results.items() for metric, x in row.items()}

@@ -146,13 +146,7 @@ def _make_loss_of_pairs(program: Program):
 
 def _make_compared(program: Program):
     """(params, batch, the model's forward pass of it) -> preference.Pairs of a replica's rows."""
-    scores, beta = make_token_scores(program), program.config.dpo.beta
-
-    def nats(out: Forward) -> Array:
-        return scores(out.hidden, out.table, out.batch.targets)[0]
-
-    def log_ratio(out: Forward) -> Array:
-        return preference.log_ratio(out.batch, nats(out))
+    log_ratio, beta = make_log_ratio(program), program.config.dpo.beta
 
     def compared(params: dict, batch: Batch, out: Forward) -> preference.Pairs:
         params, out = jax.lax.stop_gradient((params, out))
@@ -160,9 +154,19 @@ def _make_compared(program: Program):
             reference = out.batch.reference[:, 0]
         else:
             reference = log_ratio(forward(program, preference.reference(params), batch))
-        return preference.compare(out.batch, nats(out), reference, beta=beta)
+        return preference.compare(out.batch, log_ratio(out), reference, beta=beta)
 
     return compared
+
+
+def make_log_ratio(program: Program):
+    """(a forward pass of a replica's rows of pairs) -> float32 [b], log p(chosen) - log p(rejected) of each row."""
+    scores = make_token_scores(program)
+
+    def log_ratio(out: Forward) -> Array:
+        return preference.log_ratio(out.batch, scores(out.hidden, out.table, out.batch.targets)[0])
+
+    return log_ratio
 
 
 def _with_mean_weights(batch: Batch) -> Batch:

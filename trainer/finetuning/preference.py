@@ -37,21 +37,20 @@ class Pairs(NamedTuple):
     slopes: Array
 
 
-def compare(batch: Batch, nats: Array, reference: Array, *, beta: float) -> Pairs:
+def compare(batch: Batch, ratio: Array, reference: Array, *, beta: float) -> Pairs:
     """Compares the chats of each row.
 
     Args:
       batch: rows of pairs, whose loss_weights are not 0 for the supervised tokens.
-      nats: float32 [b, t], -log p of each target.
-      reference: float32 [b], the log_ratio of the reference.
+      ratio, reference: float32 [b], the log_ratio of the model and of the reference.
     """
-    margin = beta * (log_ratio(batch, nats) - reference)
+    margin = beta * (ratio - reference)
     slopes = beta * jax.nn.sigmoid(-margin)[:, None] * _signs(batch)
     return Pairs(jax.nn.softplus(-margin), margin, slopes)
 
 
 def log_ratio(batch: Batch, nats: Array) -> Array:
-    """float32 [b], log p(chosen) - log p(rejected) of each row; the arguments are those of `compare`."""
+    """float32 [b], log p(chosen) - log p(rejected) of each row; `nats`, float32 [b, t], are -log p of each target."""
     return -(_signs(batch) * nats).sum(1)
 
 

@@ -28,12 +28,10 @@ from data.token_files.formats import TokenFiles
 from trainer import sharding
 from trainer.errors import ConfigError
 from trainer.evaluation import microbatch_rows
-from trainer.finetuning import preference
-from trainer.loss import make_token_scores
 from trainer.reliability.checkpoint import checksums_by_name
 from trainer.reliability.coordination import Processes
 from trainer.state import Program
-from trainer.step import ROWS, SAME, forward
+from trainer.step import ROWS, SAME, forward, make_log_ratio
 
 log = logging.getLogger("meshlm")
 FOLDER, NAME = "reference", "log_ratios"
@@ -127,11 +125,10 @@ def _sha256(values: np.ndarray) -> str:
 
 def make_log_ratio_step(program: Program) -> Callable[[dict, Batch], Array]:
     """(params, batch) -> float32 [rows], log p(chosen) - log p(rejected) of the pair in each row."""
-    scores = make_token_scores(program)
+    log_ratio = make_log_ratio(program)
 
     def of_replica(params: dict, batch: Batch) -> Array:
-        out = forward(program, params, batch)
-        return preference.log_ratio(out.batch, scores(out.hidden, out.table, out.batch.targets)[0])
+        return log_ratio(forward(program, params, batch))
 
     by_replica = sharding.by_replica(of_replica, program.mesh, (SAME, ROWS), ROWS)
     return jax.jit(lambda params, batch: by_replica(params, batch.widened()), out_shardings=program.replicated)
