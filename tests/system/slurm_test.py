@@ -457,7 +457,7 @@ def test_the_time_limit(tmp_path, submit, player):
 
 def test_a_time_limit_that_was_too_near(tmp_path, submit, player):
     """Processes that have not exited by the time limit are killed. This would end the job, but it is requeued."""
-    times = {"fake": ["--time=0:10", "--signal=TERM@5"], "real": ["--time=1", "--signal=TERM@20"]}[submit.cluster.name]
+    times = {"fake": ["--time=0:20", "--signal=TERM@5"], "real": ["--time=1", "--signal=TERM@20"]}[submit.cluster.name]
     job = submit("--nodes=2", *times, command=player({"codes": ["deaf", "deaf"]}, {"codes": [0, 0], "save": 10}))
     log = job.leaves(0, within_s=300)
     assert f"Attempt 1 ended with 137; checkpoint at step 0, 0 before. Job {job.id} is queued again." in log

@@ -23,7 +23,10 @@ def log() -> None:
 
 
 def say(name: str, value: object = "") -> None:
-    (FOLDER / name).write_text(str(value))
+    """Stores a text. A reader sees the text before or this one, never an empty file."""
+    new = FOLDER / f".{name}.{os.getpid()}"
+    new.write_text(str(value))
+    new.replace(FOLDER / name)
 
 
 def said(name: str) -> str | None:
