@@ -108,7 +108,7 @@ def is_right(model: TaskModel, kind: str, item: dict, tokens: list[list[int]]) -
 def test_prompts_and_numbers_are_those_of_the_definition(model, tmp_path, kind, num_fewshot):
     (task,) = core.tasks(bundle(tmp_path, (kind,), num_fewshot))
     expected = by_definition(model, kind, "\nAnswer: ", num_fewshot)
-    found = core.evaluate(task, model.text, model.score, context=CONTEXT)
+    found = core.evaluate(task, task.items(), model.text, model.score, CONTEXT)
     baseline = 0 if kind == "language_modeling" else 0.333
     assert found == {"acc": expected, "centered": pytest.approx((expected - baseline) / (1 - baseline)), "examples": 10}
 
@@ -116,7 +116,7 @@ def test_prompts_and_numbers_are_those_of_the_definition(model, tmp_path, kind, 
 def test_the_limit_takes_the_first_of_the_shuffled_examples(model, tmp_path):
     (task,) = core.tasks(bundle(tmp_path, ("schema",)))
     assert task.items(4) == task.items()[:4] != examples("schema")[:4]
-    assert core.evaluate(task, model.text, model.score, context=CONTEXT, limit=4)["examples"] == 4
+    assert core.evaluate(task, task.items(4), model.text, model.score, CONTEXT)["examples"] == 4
 
 
 def test_a_language_model_must_write_the_whole_continuation(model, tmp_path):

@@ -126,13 +126,18 @@ def original(folder: pathlib.Path, kind: str) -> pathlib.Path:
     return folder
 
 
-def model_of(run: pathlib.Path):
-    """Our model for the harness, of a converted run."""
-    from trainer.tasks.harness import Model
+def of_run(run: pathlib.Path, asked: Asked):
+    """Tasks of the harness for a converted run, and its parameters."""
+    from trainer.tasks.harness import Harness
 
     config: Config = run_directory.read_config(run)
     program = Program(config, sharding.mesh_of(dict.fromkeys(sharding.MESH_AXES, 1), jax.devices()[:1]))
-    return Model.of(Text(run), Scorer(program), initial.read(Source.open(run / KEPT), program))
+    return Harness(asked, Text(run), Scorer(program)), initial.read(Source.open(run / KEPT), program)
+
+
+def ask(run: pathlib.Path, asked: Asked) -> dict:
+    tasks, params = of_run(run, asked)
+    return tasks.run(params)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +156,7 @@ def assert_answers_are_those_of_transformers(run: pathlib.Path, hf: pathlib.Path
     from trainer.tasks import harness
 
     names = [f"tiny_{name}" for name in TASKS]
-    ours = harness.run(model_of(run), Asked(["tiny_*"], folder))
+    ours = ask(run, Asked(["tiny_*"], folder))
     theirs = evaluator.simple_evaluate(
         HFLM(pretrained=str(hf), device="cpu", dtype="float32", batch_size=1), tasks=names, bootstrap_iters=0,
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
@@ -180,20 +185,24 @@ def test_every_answer_is_that_of_transformers(folder, tmp_path, kind):
 def test_a_limit_takes_the_first_examples(folder, run):
     from trainer.tasks import harness
 
-    found = harness.run(model_of(run), Asked(["tiny_multiple_choice"], folder, limit=3, num_fewshot=0))
+    found = ask(run, Asked(["tiny_multiple_choice"], folder, limit=3, num_fewshot=0))
     assert len(found["samples"]["tiny_multiple_choice"]) == 3
     assert "long" not in found["samples"]["tiny_multiple_choice"][0]["arguments"][0][0]
     assert set(harness.numbers(found)["tiny_multiple_choice"]) == {"acc", "acc_norm", "acc_stderr", "acc_norm_stderr"}
 
 
+def test_a_check_or_an_earlier_evaluation_changes_nothing(folder, run):
+    tasks, params = of_run(run, Asked(["tiny_*"], folder, num_fewshot=2))
+    found = tasks.run(params)
+    tasks.check()
+    again, other = tasks.run(params), ask(run, Asked(["tiny_*"], folder, num_fewshot=2))
+    assert found["samples"] == again["samples"] == other["samples"] and found["results"] == again["results"]
+
+
 def test_what_is_missing_or_damaged_is_reported_in_one_line(folder, run, tmp_path):
-    from trainer.tasks import harness
-
-    model = model_of(run)
-
     def said(error, name: str, path=tmp_path) -> str:
         with pytest.raises(error) as e:
-            harness.run(model, Asked([name], path))
+            of_run(run, Asked([name], path))[0].check()
         return str(e.value)
 
     assert "is not a folder with .yaml files" in said(ConfigError, "x", tmp_path / "none")

@@ -11,7 +11,7 @@ from data import tokenizers
 from data.preparation.pipeline import prepare_dataset
 from tests import runs, task_models
 from tests.core_test import bundle
-from tests.hellaswag_test import rows, write_jsonl
+from tests.hellaswag_test import rows, write_bin, write_jsonl
 
 KINDS = ("multiple_choice", "schema", "language_modeling")
 COMMAND = (sys.executable, "-m", "launch.evaluate")
@@ -86,6 +86,9 @@ def test_a_mistake_in_the_tasks_of_a_run_is_found_before_it_begins(folder):
     (folder / "torn.jsonl").write_text("{\n")
     said = runs.train(folder / "torn", folder / "dataset", code=3, eval__tasks=folder / "torn.jsonl")
     assert "torn.jsonl, line 1 is not a question" in said.splitlines()[-1] and not runs.rows(folder / "torn")
+    write_bin(folder / "gpt2.bin", [([15496], [[995], [50256]], 0)])
+    said = runs.train(folder / "gpt2", folder / "dataset", code=3, eval__tasks=folder / "gpt2.bin")
+    assert "outside the model's vocabulary" in said.splitlines()[-1] and not runs.rows(folder / "gpt2")
 
 
 BAD_IN_TASKS = """

@@ -120,9 +120,13 @@ class Trainer:
             evaluate, make_eval_step(self.program), config=config, batch_sharding=batch_sharding
         )
         tokenizer = data.load_tokenizer()
-        self.sampler = None if tokenizer is None else sampling.Sampler(self.program, tokenizer)
+        self.sampler = None
+        if tokenizer is not None and config.sample.max_new_tokens:
+            self.sampler = sampling.Sampler(self.program, tokenizer)
         asked = Asked.of_config(config.eval)
         self.tasks = None if asked is None else Tasks(self.program, run_dir, asked)
+        if self.tasks is not None:
+            self.tasks.check()
         self.checkpoint_meta = {
             "data_fingerprint": data.fingerprint(),
             "tokenizer_sha256": identity.tokenizer_sha256(tokenizer),
@@ -572,7 +576,7 @@ class Trainer:
 
     def _sample(self, cursor: Cursor, params: dict, *, record: bool = True) -> None:
         """Logs a sample, and writes it to samples.jsonl if `record`."""
-        if self.sampler is None:  # there is no tokenizer, as the start-up page says
+        if self.sampler is None:
             return
         prompt, text = self.config.sample.prompt, self.sampler.sample(params, cursor.step)
         if record:

@@ -146,10 +146,9 @@ def tasks(folder: pathlib.Path) -> list[Task]:
 
 
 def evaluate(
-    task: Task, text: Text, score: Callable[[Sequence[Pair]], list[Score]], *, context: int, limit: int | None = None
+    task: Task, items: Sequence[Item], text: Text, score: Callable[[Sequence[Pair]], list[Score]], context: int
 ) -> dict[str, float]:
     """acc, and centered: 0 for a random choice, 1 if all is right."""
-    items = task.items(limit)
     asked = []
     for i, item in enumerate(items):
         drawn = random.Random(FEWSHOT_SEED + i).sample(range(len(items) - 1), task.num_fewshot)

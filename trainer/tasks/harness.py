@@ -37,12 +37,12 @@ os.environ.setdefault("DISABLE_MULTIPROC", "1")  # it would fork this process, w
 Generate = Callable[..., list[list[int]]]  # (prompts, max_new_tokens=, temperature=, top_k=, top_p=) -> tokens
 
 
-def generate_with(scorer: Scorer, params: dict, text: Text) -> Generate:
-    """Continues prompts up to max_new_tokens or one of text.stop_ids."""
+def make_generate(scorer: Scorer, text: Text) -> Generate:
+    """(params, prompts, …): continues prompts up to max_new_tokens or one of text.stop_ids."""
     program = of_length(scorer.program, scorer.context)
     generator = make_generator(program, slots=SLOTS, vocab_size=text.tokenizer.vocab_size)
 
-    def generate(prompts: list[list[int]], *, max_new_tokens: int, **sampler: Any) -> list[list[int]]:
+    def generate(params: dict, prompts: list[list[int]], *, max_new_tokens: int, **sampler: Any) -> list[list[int]]:
         arrays = [np.array(prompt, np.int32) for prompt in prompts]
         answers = generator.continue_all(
             params, arrays, max_new_tokens=max_new_tokens, sampling=Sampling(**sampler), stop_ids=text.stop_ids,
@@ -68,11 +68,6 @@ class Model(TemplateLM):
         self._score = score
         self._generate = generate
         self._context = context
-
-    @classmethod
-    def of(cls, text: Text, scorer: Scorer, params: dict) -> "Model":
-        score = functools.partial(scorer.score, params)
-        return cls(text, score, generate_with(scorer, params, text), scorer.context)
 
     @property
     def eot_token_id(self) -> int | None:
@@ -134,26 +129,67 @@ class Model(TemplateLM):
         return [postprocess_generated_text(self.text.decode(ids), until, None) for ids in answers]
 
 
-def run(model: Model, asked: Asked) -> dict[str, Any]:
-    """The harness's results: of each task and group the metrics ("results", see `numbers`), and of each task the
-    examples with the model's answers ("samples").
+class Harness:
+    """Tasks of the harness, and a model.
 
     asked.of_harness has names of tasks, groups or tags, or patterns such as `arc_*`. asked.num_fewshot counts unless
     the number in a task's file is 0.
 
+    Attributes:
+      names: of the single tasks.
+
     Raises:
       ConfigError: there is no task of a name.
       DataError: a task or its data cannot be read.
-      Interrupted: see Scorer.
     """
-    loaded = load(asked)
-    with _one_line(asked):
-        for task in loaded["tasks"].values():
+
+    def __init__(self, asked: Asked, text: Text, scorer: Scorer):
+        self._asked, self._text, self._scorer = asked, text, scorer
+        self._generate = make_generate(scorer, text)
+        with _one_line(asked):
+            self._loaded = _load(asked.of_harness, asked.folder, asked.setting)
+        self.names = list(self._loaded["tasks"])
+
+    def check(self) -> None:
+        """Makes all requests, without an answer. Raises ConfigError and DataError, as `run` does."""
+        model = Model(self._text, self._scorer.check, lambda prompts, **_: [[] for _ in prompts], self._scorer.context)
+        with _one_line(self._asked):
+            self._begin()
+            for task in self._loaded["tasks"].values():
+                task.build_all_requests(limit=self._asked.limit)
+                by_kind = collections.defaultdict(list)
+                for request in task.instances:
+                    by_kind[request.request_type].append(request)
+                for kind, requests in by_kind.items():
+                    getattr(model, kind)(requests)
+
+    def measure(self, params: dict) -> dict[str, dict[str, float]]:
+        """The metrics of each task and group. Raises as `run` does."""
+        return numbers(self.run(params))
+
+    def run(self, params: dict) -> dict[str, Any]:
+        """The harness's results: of each task and group the metrics ("results", see `numbers`), and of each task the
+        examples with the model's answers ("samples").
+
+        Raises:
+          DataError: a task has a mistake.
+          Diverged, Interrupted: see Scorer.
+        """
+        score, generate = functools.partial(self._scorer.score, params), functools.partial(self._generate, params)
+        model = Model(self._text, score, generate, self._scorer.context)
+        with _one_line(self._asked):
+            self._begin()
+            limit = self._asked.limit
+            return dict(evaluator.evaluate(model, self._loaded, limit=limit, bootstrap_iters=BOOTSTRAP))
+
+    def _begin(self) -> None:
+        """Sets what the examples in a prompt depend on."""
+        wanted = self._asked.num_fewshot
+        for task in self._loaded["tasks"].values():
             default = task.get_config("num_fewshot")
-            if default is None or (asked.num_fewshot is not None and default != 0):
-                task.set_config(key="num_fewshot", value=asked.num_fewshot or 0)
+            if default is None or (wanted is not None and default != 0):
+                task.set_config(key="num_fewshot", value=wanted or 0)
             task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-        return dict(evaluator.evaluate(model, loaded, limit=asked.limit, bootstrap_iters=BOOTSTRAP))
 
 
 @contextlib.contextmanager
@@ -176,12 +212,6 @@ def numbers(results: dict[str, Any]) -> dict[str, dict[str, float]]:
         metrics = {name: value for name, value in row.items() if "," in name and isinstance(value, int | float)}
         found[task] = {name.removesuffix(",none"): x for name, x in metrics.items() if not math.isnan(x)}
     return found
-
-
-def load(asked: Asked) -> dict[str, Any]:
-    """The tasks with their data. Raises ConfigError for an unknown name, DataError if a task cannot be read."""
-    with _one_line(asked):
-        return _load(asked.of_harness, asked.folder, asked.setting)
 
 
 def _load(names: Sequence[str], folder: pathlib.Path | None, setting: str) -> dict[str, Any]:

@@ -1,25 +1,26 @@
 """The metrics of evaluation tasks, of a checkpoint or of a run while it trains."""
 
+import collections
 import functools
 import logging
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 from trainer.errors import ConfigError
 from trainer.state import Program
 from trainer.tasks import core, hellaswag
 from trainer.tasks.asked import Asked
-from trainer.tasks.scorer import Interrupted, Scorer
+from trainer.tasks.scorer import Interrupted, Pair, Score, Scorer
 from trainer.tasks.text import Text
 
 log = logging.getLogger("meshlm")
-Results = dict[str, dict[str, float]]  # task, metric
+Numbers = dict[str, float]  # by metric
 
 
 class Tasks:
-    """Tasks for the model of a run.
+    """Tasks for the model of a run. Their data is read once.
 
     Args:
       run_dir: has the tokenizer.
@@ -33,21 +34,32 @@ class Tasks:
         self._asked = asked
         self._text, self._scorer = Text(run_dir), Scorer(program)
         self._questions = {path: self._read(path) for path in asked.files if not path.is_dir()}
-        self._core = {path: core.tasks(path) for path in asked.files if path.is_dir()}
+        bundles = [core.tasks(path) for path in asked.files if path.is_dir()]
+        self._core = [[(task, task.items(asked.limit)) for task in tasks] for tasks in bundles]
         names = [path.name for path in self._questions]
-        for tasks in self._core.values():
+        for tasks in bundles:
             names += ["CORE", *(task.label for task in tasks)]
-            for task in tasks:
-                task.items(asked.limit)  # raises DataError, so that it is not found in the middle of a run
+        self._harness = None
         if asked.of_harness:
             self._prepare_libraries()
             from trainer.tasks import harness
 
-            names += harness.load(asked)["tasks"]
+            self._harness = harness.Harness(asked, self._text, self._scorer)
+            names += self._harness.names
         if twice := {name for name in names if names.count(name) > 1}:
             raise ConfigError(f"{asked.setting}: two tasks have the name {min(twice)}; evaluate them one after another")
 
-    def measure(self, params: dict, interrupted: Callable[[], bool] = lambda: False) -> Results | None:
+    def check(self) -> None:
+        """Makes all questions without asking the model, so that a mistake is not found in the middle of a run.
+
+        Raises:
+          ConfigError, DataError: a task cannot be computed.
+        """
+        collections.deque(self._of_files(self._scorer.check), maxlen=0)
+        if self._harness is not None:
+            self._harness.check()
+
+    def measure(self, params: dict, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Numbers] | None:
         """The metrics of each task.
 
         Args:
@@ -58,27 +70,29 @@ class Tasks:
           Diverged: the model's log-probabilities are not finite.
         """
         self._scorer.interrupted = interrupted
-        score = functools.partial(self._scorer.score, params)
-        limit, results = self._asked.limit, Results()
+        results = {}
         try:
-            for path in self._asked.files:
-                if path in self._questions:
-                    results[path.name] = hellaswag.evaluate(self._questions[path][:limit], score)
-                    continue
-                for task in self._core[path]:
-                    found = core.evaluate(task, self._text, score, context=self._scorer.context, limit=limit)
-                    results[task.label] = found
-                    log.info("%s: accuracy %.4f", task.label, found["acc"])
-                rows = [results[task.label] for task in self._core[path]]
-                results["CORE"] = {"core_metric": sum(row["centered"] for row in rows) / len(rows)}
-            if self._asked.of_harness:
-                from trainer.tasks import harness
-
-                model = harness.Model.of(self._text, self._scorer, params)
-                results |= harness.numbers(harness.run(model, self._asked))
+            for name, found in self._of_files(functools.partial(self._scorer.score, params)):
+                results[name] = found
+                metric, value = next(iter(found.items()))
+                log.info("%s: %s %.4f", name, metric, value)
+            if self._harness is not None:
+                results |= self._harness.measure(params)
         except Interrupted:
             return None
         return results
+
+    def _of_files(self, score: Callable[[Sequence[Pair]], list[Score]]) -> Iterator[tuple[str, Numbers]]:
+        """The metrics of each task that is not of the harness."""
+        for path, questions in self._questions.items():
+            yield path.name, hellaswag.evaluate(questions[: self._asked.limit], score)
+        for tasks in self._core:
+            centered = []
+            for task, items in tasks:
+                found = core.evaluate(task, items, self._text, score, self._scorer.context)
+                centered.append(found["centered"])
+                yield task.label, found
+            yield "CORE", {"core_metric": sum(centered) / len(centered)}
 
     def _read(self, path: pathlib.Path) -> list[hellaswag.Question]:
         if path.suffix != ".bin":

@@ -97,6 +97,10 @@ class Scorer:
                 self.check_interrupted()
         return [scores[i] for i in range(len(pairs))]
 
+    def check(self, pairs: Sequence[Pair]) -> list[Score]:
+        """Scores without the model, all of them 0; raises what `score` would raise because of the tokens."""
+        return [Score(0.0, greedy=False, length=self._row(*pair)[1]) for pair in pairs]
+
     def _row(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[np.ndarray, int]:
         """The tokens that count, and how many of them are scored."""
         tokens, vocab_size = np.array([*context, *continuation], np.int64), self.program.config.model.vocab_size
