@@ -34,10 +34,11 @@ test-all: $(VENV)/.installed-dev
 # The compilers for TPUs and GPUs have a separate environment: a CUDA plugin without CUDA is noisy in other commands.
 PLAN_VENV ?= .venv-plan
 PLAN_TESTS := tests/plan_test.py tests/hlo_test.py tests/topology_test.py
+PLAN_OPTIONS ?=
 
 test-plans:
 	@$(MAKE) --no-print-directory VENV=$(PLAN_VENV) $(PLAN_VENV)/.installed-plan
-	$(PLAN_VENV)/bin/python -m pytest -m slow --override-ini=faulthandler_timeout=3600 $(PLAN_TESTS)
+	$(PLAN_VENV)/bin/python -m pytest -m slow --override-ini=faulthandler_timeout=3600 $(PLAN_OPTIONS) $(PLAN_TESTS)
 
 plans:
 	@$(MAKE) --no-print-directory VENV=$(PLAN_VENV) $(PLAN_VENV)/.installed-plan

@@ -40,6 +40,7 @@ class LoadedRun:
       meta: of the checkpoint: step, samples, data_fingerprint, …
       load: reads the parameters of these dotted paths (None: all) onto the devices. Adapters are added to their
         projections, so that config and program are those of a plain model.
+      int8: whether generation uses int8 weights.
       lora, adapters: what the adapters are, and a function that reads them by themselves.
       source: the weights, if launch.convert made the run, and these are them.
     """
@@ -50,6 +51,7 @@ class LoadedRun:
     meta: dict
     load: Callable[[Iterable[str] | None], dict]
     source: "Source | None" = None
+    int8: bool = False
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     adapters: Callable[[], "dict[str, np.ndarray]"] = dict
 
@@ -68,7 +70,7 @@ class LoadedRun:
 
         flat: dict = {}
         for path in parameter_shapes(self.config.model):
-            flat |= traverse_util.flatten_dict(fast_params(self.load([path]), self.config.model))
+            flat |= traverse_util.flatten_dict(fast_params(self.load([path]), self.config.model, int8=self.int8))
         return traverse_util.unflatten_dict(flat)
 
     @property
@@ -107,7 +109,8 @@ def open_run(
     """Opens --workdir at --step. Raises ConfigError or CheckpointError.
 
     Args:
-      dtype: in which the model computes; None: that of the run.
+      dtype: in which the model computes; None: that of the run. "int8" is that of the run, with int8 weights for
+        generation.
       for_loss: whether the run's loss is wanted. That of task dpo compares with the model without adapters, so they are
         then not added to their projections.
       join: is called after JAX is loaded and before it uses a device: it joins the other processes, if there are any.
@@ -117,7 +120,9 @@ def open_run(
     path = pathlib.Path(WORKDIR.value)
     recorded = run_directory.read_config(path)
     # The attention kernel that the training used may not exist on this machine.
-    model = dataclasses.replace(recorded.model, attention="auto", dtype=dtype or recorded.model.dtype)
+    int8 = dtype == "int8"
+    computed = recorded.model.dtype if dtype is None or int8 else dtype
+    model = dataclasses.replace(recorded.model, attention="auto", dtype=computed)
     config = dataclasses.replace(recorded, model=model, frozen=())
 
     environment.load_jax()
@@ -138,7 +143,7 @@ def open_run(
         program = Program(config, _mesh(config))
         sums = (path / KEPT / CHECKSUMS).read_text()
         meta = {"step": 0, "samples": 0, "data_fingerprint": None, "arrays": sums}
-        return LoadedRun(path, config, program, meta, lambda only: initial.read(source, program, only), source)
+        return LoadedRun(path, config, program, meta, lambda only: initial.read(source, program, only), source, int8)
     checkpoints = Checkpoints(path)
     step = choose_step(checkpoints, STEP.value)
     reader = adapters.Reader(config, _mesh(config), checkpoints, step, apart=for_loss and config.task == "dpo")
@@ -153,7 +158,7 @@ def open_run(
     program = reader.program
     return LoadedRun(
         path, program.config, program, meta, lambda only: reader.read(only, meta),
-        lora=model.lora, adapters=lambda: reader.adapters(meta),
+        int8=int8, lora=model.lora, adapters=lambda: reader.adapters(meta),
     )  # fmt: skip
 
 

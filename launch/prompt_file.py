@@ -136,8 +136,9 @@ class Task:
     def settings(self, prompts: list[Any], ids: list[np.ndarray]) -> str:
         """The digest of all that the answers depend on."""
         config = self.run.config
+        weights = self.run.meta | ({"int8": True} if self.run.int8 else {})
         return identity.digest({
-            "weights": self.run.meta, "model": repr(config.model), "context": config.data.seq_len, "prompts": prompts,
+            "weights": weights, "model": repr(config.model), "context": config.data.seq_len, "prompts": prompts,
             "ids": [one.tolist() for one in ids], "tokenizer": identity.tokenizer_sha256(self.language.tokenizer),
             "sampling": dataclasses.asdict(self.sampling), "seed": self.seed, "max_new_tokens": self.max_new_tokens,
             "stop_ids": sorted(self.language.stop_ids), "stop": self.stop, "logprobs": self.logprobs,

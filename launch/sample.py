@@ -50,7 +50,10 @@ REPETITION_PENALTY = flags.DEFINE_float(
 STOP = flags.DEFINE_multi_string("stop", [], "A string that ends the text; may be given several times.")
 LOGPROBS = flags.DEFINE_bool("logprobs", False, "Add the log-probability of each token; needs --json or --prompts.")
 DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "Of weights and computation; default: that of the run."
+    "dtype",
+    None,
+    ["float32", "bfloat16", "int8"],
+    "Of weights and computation (int8: of weights only); default: that of the run.",
 )
 PROMPTS = cli.define_path("prompts", None, "File of prompts, one JSON object a line; needs --out.")
 OUT = cli.define_path("out", None, "File for the answers to --prompts, which a killed command resumes.")

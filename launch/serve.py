@@ -41,7 +41,10 @@ MAX_LEN = flags.DEFINE_integer(
     upper_bound=2**24,
 )
 DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "Of weights and computation; default: that of the run."
+    "dtype",
+    None,
+    ["float32", "bfloat16", "int8"],
+    "Of weights and computation (int8: of weights only); default: that of the run.",
 )
 GRACE_S = flags.DEFINE_float("grace_s", 30.0, "Seconds to finish accepted requests after a signal.", lower_bound=0.0)
 

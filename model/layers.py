@@ -15,6 +15,7 @@ from model.config import PROJECTIONS, ModelConfig
 from model.context import Context
 from model.dropout import NO_DROPOUT, Dropout
 from model.partitioner import Partitioner, over_tokens
+from model.quantized import Quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +189,9 @@ class MLP(nnx.Module):
         return self.down(self.partitioner.constrain(hidden, ("batch", "seq", "mlp")), ctx.dropout)
 
 
-def unembed(x: Array, w: Array, axes: tuple[str, str], *, config: ModelConfig, first: Array | int = 0) -> Array:
+def unembed(
+    x: Array, w: Array | Quantized, axes: tuple[str, str], *, config: ModelConfig, first: Array | int = 0
+) -> Array:
     """The logits of hidden states. The loss, evaluation and sampling all use this function.
 
     Args:
@@ -199,8 +202,10 @@ def unembed(x: Array, w: Array, axes: tuple[str, str], *, config: ModelConfig, f
     Returns:
       float32 [..., tokens of w], -inf for tokens from config.vocab_size on.
     """
-    table = axes[0][0] + axes[1][0]  # 've' or 'ev'
-    logits = jnp.einsum(f"...e,{table}->...v", x, w, preferred_element_type=jnp.float32)
+    table, values = axes[0][0] + axes[1][0], w.values if isinstance(w, Quantized) else w  # 've' or 'ev'
+    logits = jnp.einsum(f"...e,{table}->...v", x, values, preferred_element_type=jnp.float32)
+    if isinstance(w, Quantized):
+        logits = w.scaled(logits)
     if (cap := config.logits_softcap) is not None:
         logits = cap * jnp.tanh(logits / cap)
     token = first + jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)

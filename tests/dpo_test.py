@@ -322,7 +322,7 @@ def test_a_preference_is_learned_killed_and_resumed(model, tmp_path, trained):
     fields = {
         "init_from": hf, "num_train_steps": 20, "data__packed": "true", "data__mask_documents": "true",
         "data__seq_len": T, "eval__every_steps": 10, "checkpoint__every_steps": 4,
-        "optimizer__warmup_steps": 2, "sample__prompt": "mesh", "eval__num_windows": 0, "dpo__beta": 1.0, **trained,
+        "optimizer__warmup_steps": 2, "eval__num_windows": 0, "dpo__beta": 1.0, **trained,
     }  # fmt: skip
     assert "is for dpo; leave it out" in runs.train(run, dataset, code=2, **fields, task="sft")
     runs.train(whole, dataset, **fields)

@@ -763,7 +763,7 @@ def prepared(tmp_path_factory):
     """A dataset, a run on it, and its tokens as llm.c files."""
     folder = tmp_path_factory.mktemp("foreign")
     data = runs.dataset(folder)
-    runs.train(folder / "whole", data, num_train_steps=STEPS)
+    runs.train(folder / "whole", data, num_train_steps=STEPS, sample__max_new_tokens=8)
     (folder / "llmc").mkdir()
     for split in ("train", "val"):
         tokens = np.fromfile(data / f"{split}-00000.bin", "<u2")
@@ -782,6 +782,7 @@ def test_a_run_on_files_is_that_on_the_dataset_bit_for_bit_through_kill_and_move
         "num_train_steps": STEPS,
         "checkpoint__every_steps": 5,
         "data__tokenizer_path": prepared / "dataset/tokenizer",
+        "sample__max_new_tokens": 8,
     }
     process = runs.start(runs.command(run, files / "*.bin", **fields))
     deadline = time.monotonic() + runs.TIMEOUT_S

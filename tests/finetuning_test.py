@@ -201,7 +201,7 @@ def test_a_converted_model_is_fine_tuned_killed_and_resumed_on_any_mesh_and_proc
     call("launch.prepare", f"--source={source}", f"--tokenizer={converted}", "--format=chat", f"--out={dataset}")
     fields = {
         "init_from": converted, "num_train_steps": 24, "data__packed": "true", "data__mask_documents": "true",
-        "data__seq_len": T, "eval__every_steps": 8, "checkpoint__every_steps": 4, "sample__prompt": "mesh",
+        "data__seq_len": T, "eval__every_steps": 8, "checkpoint__every_steps": 4,
         "grad_accum_steps": 2, "optimizer__peak_lr": 0.01, "optimizer__warmup_steps": 2,
     }  # fmt: skip
     assert f"launch.pack {dataset} --seq_len={T}" in runs.train(tmp_path / "early", dataset, code=3, **fields)

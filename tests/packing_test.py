@@ -452,7 +452,6 @@ def test_packed_by_the_command_trained_killed_and_resumed(prepared, tmp_path):
     prepare_dataset(dataset, source=str(prepared.parent / "in.jsonl"), tokenizer="char")
     fields = {
         "num_train_steps": 30, "data__packed": "true", "data__mask_documents": "true", "eval__every_steps": 10,
-        "sample__prompt": "mesh",
     }  # fmt: skip
     refused = runs.train(tmp_path / "early", dataset, code=3, **fields)
     command = [sys.executable, "-m", "launch.pack", str(dataset), "--seq_len=32"]

@@ -174,7 +174,7 @@ def test_a_run_with_adapters_is_resumed_exported_and_begun_with(tmp_path):
     fields = {
         "init_from": base, "model__lora__rank": 4, "model__lora__targets": "layers.attention.*,layers.mlp.down",
         "model__lora__dropout": 0.1, "num_train_steps": 20, "checkpoint__every_steps": 4, "optimizer__peak_lr": 0.02,
-        "optimizer__warmup_steps": 2, "sample__prompt": "a",
+        "optimizer__warmup_steps": 2, "sample__prompt": "a", "sample__max_new_tokens": 8,
     }  # fmt: skip
     said = runs.train(whole, data, **fields)
     assert "of which" in said and "are trained" in said

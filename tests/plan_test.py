@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 
 from benchmarks import plans
+from model.partitioner import Partitioner
+from model.quantized import quantize
 from tests import runs
 from trainer import chips
 from trainer.config import Config, from_dict
@@ -257,6 +259,18 @@ def test_the_recorded_plan_is_what_is_compiled_now(name, machine):
     if made["jax"] == recorded["jax"]:  # another compiler chooses other layouts and overlaps
         assert made["peak_bytes"] == pytest.approx(recorded["peak_bytes"], rel=0.02)
         assert made["step_s_at_best"] == pytest.approx(recorded["step_s_at_best"], rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", [pytest.param("v5e:1x1", marks=tpu), pytest.param("h100:1", marks=gpu)])
+def test_a_product_reads_int8_weights_as_they_are(machine):
+    """A copy of the weight in the dtype of the activations would cost more than int8 saves."""
+    here = jax.sharding.SingleDeviceSharding(topology.describe(machine).devices[0])
+    w = quantize(np.zeros((2048, 8192), np.float32), outputs=1)
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), w)
+    x = jax.ShapeDtypeStruct((8, 2048), "bfloat16", sharding=here)
+    program = jax.jit(lambda x, w: Partitioner().linear(x, w, ("embed", "mlp"))).lower(x, arguments).compile()
+    assert program.memory_analysis().temp_size_in_bytes < w.values.nbytes / 4
 
 
 def test_the_parts_of_memory_are_those_of_the_shapes():

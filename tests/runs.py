@@ -29,7 +29,7 @@ TINY = {
     "eval.every_steps": 20,
     "eval.num_windows": 16,
     "checkpoint.every_steps": 10,
-    "sample.max_new_tokens": 8,
+    "sample.max_new_tokens": 0,  # tests that read samples ask for some
     "metrics.tensorboard": False,
 }
 

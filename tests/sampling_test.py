@@ -18,6 +18,8 @@ def tokenizer(encode):
 def test_a_prompt_is_its_tokens_and_there_is_none_without_a_tokenizer():
     assert sampling.prompt_of(config(), tokenizer(lambda text: np.array([5, len(text)]))).tolist() == [5, 1]
     assert sampling.prompt_of(config(), None) is None
+    none = config(sample={"max_new_tokens": 0})
+    assert sampling.prompt_of(none, tokenizer(lambda text: np.array([], np.int32))) is None
 
 
 @pytest.mark.parametrize("text", ["\n", " ", "\u200b"])

@@ -224,7 +224,7 @@ class SampleConfig:
 
     every_steps: int = 0  # 0: only at the end
     prompt: str = "\n"
-    max_new_tokens: int = 256
+    max_new_tokens: int = 256  # 0: no text is generated
     temperature: float = 0.8
     top_k: int = 0  # 0: all tokens
     top_p: float = 1.0
@@ -232,8 +232,7 @@ class SampleConfig:
     ON_RESUME: ClassVar[Mapping[str, str]] = {"*": HARMLESS}
 
     def __post_init__(self):
-        _require_not_negative(self, "sample.", "every_steps", "temperature", "top_k")
-        _require_at_least_1(self, "sample.", "max_new_tokens")
+        _require_not_negative(self, "sample.", "every_steps", "max_new_tokens", "temperature", "top_k")
         _require(0 < self.top_p <= 1, f"sample.top_p is {self.top_p}; it must be above 0 and at most 1")
         _require(self.prompt != "", "sample.prompt is empty; give at least one character")
 

@@ -13,6 +13,7 @@ from data.errors import DataError
 from data.tokenizers.base import Tokenizer
 from model.config import ModelConfig
 from model.generate import Generator
+from model.quantized import Quantized, quantize
 from model.sampling import Sampling
 from model.transformer import separate
 from trainer import sharding
@@ -40,10 +41,13 @@ def encode_prompt(tokenizer: Tokenizer, text: str, name: str) -> np.ndarray:
 
 
 def prompt_of(config: Config, tokenizer: Tokenizer | None) -> np.ndarray | None:
-    """The tokens of config.sample.prompt; None without a tokenizer, when no samples are made. Raises ConfigError."""
-    if tokenizer is None:
+    """The tokens of config.sample.prompt; None if no samples are made. Raises ConfigError."""
+    if tokenizer is None or not config.sample.max_new_tokens:
         return None
     return encode_prompt(tokenizer, config.sample.prompt, "config.sample.prompt")
+
+
+OUTPUTS = {"kernel": 1, "embedding": 0}  # parameters that may be int8, and the axis of each whose entries have scales
 
 
 class Sampler:
@@ -87,14 +91,18 @@ def make_generator(program: Program, **options: Any) -> Generator:
     )  # fmt: skip
 
 
-def fast_params(params: dict, config: ModelConfig) -> dict:
+def fast_params(params: dict, config: ModelConfig, *, int8: bool = False) -> dict:
     """Parameters from which each token is generated faster: layers are separate, and matrices have the dtype in which
-    they are used, so that a pass reads no more bytes than it must. It computes the same."""
+    they are used, so that a pass reads no more bytes than it must. It computes the same, except with `int8`, which
+    rounds the matrices of products and the embedding."""
 
-    def used(leaf: jax.Array) -> jax.Array:
+    def used(path: tuple, leaf: jax.Array) -> jax.Array | Quantized:
+        name = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)][-1]
+        if int8 and name in OUTPUTS:
+            return quantize(leaf, OUTPUTS[name])
         return leaf.astype(config.dtype) if leaf.ndim > 1 else leaf  # norms are computed in float32
 
-    return jax.jit(lambda params: jax.tree.map(used, separate(params, config)))(params)
+    return jax.jit(lambda params: jax.tree_util.tree_map_with_path(used, separate(params, config)))(params)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -494,8 +494,8 @@ def test_devices_that_jax_takes(tmp_path, submit, options, visible):
     assert written(tmp_path) == [[2, i, visible[i]] for i in range(2)]
 
 
-STEPS = 600
-FIELDS = interrupted.FIELDS | {"num_train_steps": STEPS, "optimizer__decay_steps": STEPS, "checkpoint__every_steps": 50}
+STEPS = 400
+FIELDS = interrupted.FIELDS | {"num_train_steps": STEPS, "optimizer__decay_steps": STEPS, "checkpoint__every_steps": 40}
 
 
 @pytest.fixture(scope="session")

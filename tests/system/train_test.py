@@ -27,7 +27,7 @@ def data(tmp_path_factory):
 def uninterrupted(tmp_path_factory, data):
     """A run with dropout, so that a resume has to give the same random numbers, too."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    out = runs.train(run, data, num_train_steps=STEPS, model__dropout=0.1)
+    out = runs.train(run, data, num_train_steps=STEPS, model__dropout=0.1, sample__max_new_tokens=8)
     return run, out
 
 
@@ -69,6 +69,7 @@ def test_killed_three_times_the_losses_are_the_same_bit_for_bit(tmp_path, data, 
         rows_at_kill.append(len(runs.rows(run)))
     runs.finish(runs.start(argv))
     assert runs.losses(run) == runs.losses(uninterrupted[0])
+    assert len(runs.rows(uninterrupted[0], "samples.jsonl")) == 1 and runs.rows(run, "samples.jsonl") == []
     assert max(rows_at_kill) < STEPS, "the kills came too late to mean anything"
 
 
@@ -157,7 +158,8 @@ def test_a_finished_run_says_so_and_more_steps_continue_it(tmp_path, data, unint
     shutil.copytree(uninterrupted[0], run)
     before = (run / "metrics.jsonl").read_bytes()
     samples = (run / "samples.jsonl").read_bytes()
-    assert "already has its 60 steps" in runs.train(run, data, num_train_steps=STEPS, model__dropout=0.1)
+    fields = {"model__dropout": 0.1, "sample__max_new_tokens": 8}
+    assert "already has its 60 steps" in runs.train(run, data, num_train_steps=STEPS, **fields)
     assert (run / "samples.jsonl").read_bytes() == samples
     assert (run / "metrics.jsonl").read_bytes() == before
     out = runs.train(run, data, num_train_steps=STEPS + 5, model__dropout=0.1)
@@ -239,7 +241,7 @@ def test_a_second_job_on_the_same_run_is_refused(tmp_path, data):
 
 
 def test_a_prompt_outside_the_vocabulary_is_found_at_the_start(tmp_path, data):
-    out = runs.train(tmp_path / "run", data, sample__prompt="é", code=2)
+    out = runs.train(tmp_path / "run", data, sample__prompt="é", sample__max_new_tokens=1, code=2)
     assert "config.sample.prompt" in out.splitlines()[-1] and "U+00E9" in out
     assert runs.rows(tmp_path / "run") == []
 
@@ -322,6 +324,8 @@ def test_sample(uninterrupted):
     assert json.loads(tool("sample", run, *flags)) == lines[0]
     greedy = [tool("sample", run, "--prompt=mesh", "--temperature=0", f"--seed={seed}") for seed in (1, 2)]
     assert greedy[0] == greedy[1] and greedy[0].startswith("mesh")
+    rounded = tool("sample", run, "--prompt=mesh", "--temperature=0", "--dtype=int8", "--max_new_tokens=3")
+    assert rounded.strip() == greedy[0].strip()[:7], "int8 changes the first tokens only if two are nearly as likely"
     assert "no checkpoint at step 7; the steps are" in tool("sample", run, "--step=7", code=3)
     (line,) = tool("sample", run, "--temperature=inf", code=2).splitlines()
     assert "--temperature is inf; it must be a finite number" in line
@@ -350,7 +354,8 @@ def test_answers_to_a_file_of_prompts_are_resumed_with_the_same_bytes(tmp_path, 
     assert "answers" in tool("sample", run, *flags, f"--out={out}")
     assert out.read_bytes() == whole.read_bytes()
     other = "has something else than answers to these prompts with these settings"
-    assert other in tool("sample", run, *flags, "--top_k=3", f"--out={out}", code=2)
+    for setting in ("--top_k=3", "--dtype=int8"):
+        assert other in tool("sample", run, *flags, setting, f"--out={out}", code=2)
     for foreign in (b'{"my": "precious"}', whole.read_bytes() + b"mine"):
         (tmp_path / "foreign").write_bytes(foreign)
         assert other in tool("sample", run, *flags, f"--out={tmp_path / 'foreign'}", code=2)

@@ -103,15 +103,16 @@ def _dtype(config: Config) -> Any:
 
 
 def lower_beside(program: Program) -> dict[str, Any]:
-    """The lowered programs that run between steps: evaluation, and sampling from a prompt of one token."""
+    """The lowered programs that run between steps: evaluation, and sampling from a prompt of one token, if the run
+    does."""
     sample, batch = program.config.sample, sharding.named(program.mesh, "batch")
     rows = microbatch_rows(program.config, batch)
     evaluated = program.abstract_batch(_dtype(program.config), rows, masked=True)
-    generator = make_generator(program)
-    return {
-        "evaluation": make_eval_step(program).lower(program.params, evaluated),
-        "sampling": generator.lower(program.params, rows=1, wanted=1 + sample.max_new_tokens),
-    }
+    lowered = {"evaluation": make_eval_step(program).lower(program.params, evaluated)}
+    if sample.max_new_tokens:
+        generator = make_generator(program)
+        lowered["sampling"] = generator.lower(program.params, rows=1, wanted=1 + sample.max_new_tokens)
+    return lowered
 
 
 def peaks_beside(program: Program, usable: int) -> dict[str, int]:
