@@ -124,6 +124,8 @@ def measure(run: inference.LoadedRun, asked: Asked) -> dict[str, dict[str, float
     """The metrics of each task. Raises ConfigError, DataError, Diverged."""
     from trainer.tasks.measure import Tasks
 
+    if run.processes.size > 1:
+        run.processes.check_same("tasks", asked.digests())
     try:
         results = Tasks(run.program, run.path, asked).measure(run.params)
     except Diverged as e:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # these import JAX; a mistyped flag is reported before that
 
     from model.generate import Generator
     from trainer.interchange.source import Source
+    from trainer.reliability.coordination import Processes
     from trainer.state import Program
 
 WORKDIR = cli.define_run_path("workdir", None, "Run directory of launch.train.")
@@ -48,6 +49,7 @@ class LoadedRun:
     path: pathlib.Path
     config: Config
     program: "Program"
+    processes: "Processes"
     meta: dict
     load: Callable[[Iterable[str] | None], dict]
     source: "Source | None" = None
@@ -132,8 +134,10 @@ def open_run(
     from trainer.interchange import adapters
     from trainer.reliability import identity
     from trainer.reliability.checkpoint import Checkpoints, choose_step
+    from trainer.reliability.coordination import Processes
     from trainer.state import Program
 
+    processes = Processes()
     if is_step_0(path):
         from trainer.interchange.source import Source
 
@@ -143,8 +147,10 @@ def open_run(
         program = Program(config, _mesh(config))
         sums = (path / KEPT / CHECKSUMS).read_text()
         meta = {"step": 0, "samples": 0, "data_fingerprint": None, "arrays": sums}
-        return LoadedRun(path, config, program, meta, lambda only: initial.read(source, program, only), source, int8)
-    checkpoints = Checkpoints(path)
+        return LoadedRun(
+            path, config, program, processes, meta, lambda only: initial.read(source, program, only), source, int8
+        )
+    checkpoints = Checkpoints(path, processes=processes)
     step = choose_step(checkpoints, STEP.value)
     reader = adapters.Reader(config, _mesh(config), checkpoints, step, apart=for_loss and config.task == "dpo")
     meta = checkpoints.meta(step)
@@ -157,7 +163,7 @@ def open_run(
         identity.check_tokenizer(meta, tokenizers.load(path / "tokenizer"), path)
     program = reader.program
     return LoadedRun(
-        path, program.config, program, meta, lambda only: reader.read(only, meta),
+        path, program.config, program, processes, meta, lambda only: reader.read(only, meta),
         int8=int8, lora=model.lora, adapters=lambda: reader.adapters(meta),
     )  # fmt: skip
 

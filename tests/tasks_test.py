@@ -122,6 +122,17 @@ def test_two_processes_print_the_numbers_of_one(folder):
     processes = [runs.start([*command, f"--process_id={i}"]) for i in range(2)]
     said = [runs.finish(process) for process in processes]
     assert json.loads(said[0].splitlines()[-1]) == json.loads(alone) and "tasks" not in said[1]
+    (folder / "here").mkdir()
+    (folder / "there").mkdir()
+    write_jsonl(folder / "here/val.jsonl", rows(6))
+    write_jsonl(folder / "there/val.jsonl", rows(6)[::-1])
+    joining[0] = f"--coordinator_address=localhost:{runs.free_port()}"
+    command = [*COMMAND, f"--workdir={folder / 'run'}", "--tasks=./val.jsonl", *joining]
+    others = [
+        runs.start([*command, f"--process_id={i}"], cwd=folder / name, PYTHONPATH=str(runs.ROOT))
+        for i, name in enumerate(("here", "there"))
+    ]
+    assert all("has another tasks: val.jsonl" in runs.finish(process, 2) for process in others)
 
 
 @pytest.mark.parametrize(
