@@ -1,12 +1,15 @@
-"""Speed of generating text, next to transformers on the same weights: greedy, float32, on the CPU, in turns.
+"""Speed of generating text, next to other systems on the same weights: greedy, float32, on the CPU, in turns.
 
   python -m benchmarks.generate --hf=DIR --workdir=RUN [--rows=1,8] [--prompt_tokens=32] [--new_tokens=64] [--rounds=5]
+    [--gguf=FILE]
 
-RUN is what launch.convert made of DIR. Each system has its own process and generates the same tokens, which is checked.
+RUN is what launch.convert made of DIR. Each system has its own process. It is checked that transformers generates the
+same tokens. FILE is what llama.cpp's converter made of DIR with --outtype=f32; it needs the package xllamacpp.
 Results: docs/performance.md.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -22,7 +25,9 @@ ROWS = flags.DEFINE_list("rows", ["1", "8"], "Texts in a batch.")
 PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 32, "Tokens of each prompt.")
 NEW_TOKENS = flags.DEFINE_integer("new_tokens", 64, "Tokens after each prompt.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns of each system.")
-CHILD = flags.DEFINE_enum("child", None, ["meshlm", "transformers", "transformers static"], "Internal.")
+GGUF = flags.DEFINE_string("gguf", None, "The weights for llama.cpp; none: without it.")
+SYSTEMS = ["meshlm", "transformers", "transformers static", "llama.cpp"]
+CHILD = flags.DEFINE_enum("child", None, SYSTEMS, "Internal.")
 
 
 def meshlm():
@@ -60,9 +65,30 @@ def transformers_(static: bool):
     return generate
 
 
+def llama_cpp():
+    """The same with llama.cpp, without the tokens: its completions are texts."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = GGUF.value
+    params.n_parallel = max(map(int, ROWS.value))
+    params.n_ctx = params.n_parallel * 2 * (PROMPT_TOKENS.value + NEW_TOKENS.value)
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count()
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    server = xllamacpp.Server(params)
+
+    def generate(prompts: np.ndarray, new: int) -> None:
+        asked = {"max_tokens": new, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
+        answer = server.handle_completions({"prompt": prompts.tolist(), **asked})
+        assert answer["usage"]["completion_tokens"] == len(prompts) * new, answer
+
+    return generate
+
+
 def serve(name: str) -> None:
-    """Answers lines {"rows", "new"} with {"seconds", "tokens"}."""
-    generate = meshlm() if name == "meshlm" else transformers_("static" in name)
+    """Answers lines {"rows", "new"} with {"seconds", "tokens"}; tokens are null if they are not known."""
+    own = {"meshlm": meshlm, "llama.cpp": llama_cpp}
+    generate = own[name]() if name in own else transformers_("static" in name)
     draw = np.random.default_rng(0)
     prompts = draw.integers(100, 1000, (64, PROMPT_TOKENS.value)).astype(np.int32)
     print("{}", flush=True)
@@ -70,7 +96,8 @@ def serve(name: str) -> None:
         asked = json.loads(line)
         start = time.perf_counter()
         tokens = generate(prompts[: asked["rows"]], asked["new"])
-        print(json.dumps({"seconds": time.perf_counter() - start, "tokens": tokens.tolist()}), flush=True)
+        seconds = time.perf_counter() - start
+        print(json.dumps({"seconds": seconds, "tokens": None if tokens is None else tokens.tolist()}), flush=True)
 
 
 class Child:
@@ -110,7 +137,7 @@ def compare(children: list[Child], rows: int) -> None:
         texts = []
         for child in children if turn % 2 else children[::-1]:
             first, whole = child.generate(rows, 1), child.generate(rows, NEW_TOKENS.value)
-            texts.append(whole["tokens"])
+            texts += [] if whole["tokens"] is None else [whole["tokens"]]
             decoding = rows * (NEW_TOKENS.value - 1) / (whole["seconds"] - first["seconds"])
             rates[child.name].append((rows * PROMPT_TOKENS.value / first["seconds"], decoding))
         assert all(text == texts[0] for text in texts), "the systems generated different tokens"
@@ -130,7 +157,7 @@ def main(argv: list[str]) -> None:
     if CHILD.value:
         serve(CHILD.value)
         return
-    children = [Child(name) for name in ("meshlm", "transformers", "transformers static")]
+    children = [Child(name) for name in SYSTEMS if name != "llama.cpp" or GGUF.value]
     try:
         for rows in map(int, ROWS.value):
             compare(children, rows)

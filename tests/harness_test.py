@@ -126,13 +126,19 @@ def original(folder: pathlib.Path, kind: str) -> pathlib.Path:
     return folder
 
 
+def program_of(run: pathlib.Path) -> tuple[Program, dict]:
+    """The program of a converted run on one device, and its parameters."""
+    config: Config = run_directory.read_config(run)
+    program = Program(config, sharding.mesh_of(dict.fromkeys(sharding.MESH_AXES, 1), jax.devices()[:1]))
+    return program, initial.read(Source.open(run / KEPT), program)
+
+
 def of_run(run: pathlib.Path, asked: Asked):
     """Tasks of the harness for a converted run, and its parameters."""
     from trainer.tasks.harness import Harness
 
-    config: Config = run_directory.read_config(run)
-    program = Program(config, sharding.mesh_of(dict.fromkeys(sharding.MESH_AXES, 1), jax.devices()[:1]))
-    return Harness(asked, Text(run), Scorer(program)), initial.read(Source.open(run / KEPT), program)
+    program, params = program_of(run)
+    return Harness(asked, Text(run), Scorer(program)), params
 
 
 def ask(run: pathlib.Path, asked: Asked) -> dict:
@@ -189,6 +195,22 @@ def test_a_limit_takes_the_first_examples(folder, run):
     assert len(found["samples"]["tiny_multiple_choice"]) == 3
     assert "long" not in found["samples"]["tiny_multiple_choice"][0]["arguments"][0][0]
     assert set(harness.numbers(found)["tiny_multiple_choice"]) == {"acc", "acc_norm", "acc_stderr", "acc_norm_stderr"}
+
+
+def test_an_answer_stops_soon_after_a_text_that_ends_it(run):
+    from trainer.tasks.harness import CHUNK, make_generate
+
+    program, params = program_of(run)
+    text = Text(run)
+    generate = make_generate(Scorer(program), text)
+    prompts = [[5, 6, 7], [8], [9, 10]]
+    whole = generate(params, prompts, until=[], max_new_tokens=5 * CHUNK, temperature=0.0)
+    end = text.decode(whole[1][3:8])
+    ended = generate(params, prompts, until=["never in a text", end], max_new_tokens=5 * CHUNK, temperature=0.0)
+    for answer, expected in zip(ended, whole, strict=True):
+        assert answer == expected[: len(answer)]
+        assert len(answer) == len(expected) or end in text.decode(answer)
+    assert len(ended[1]) <= 1 + CHUNK < len(whole[1])
 
 
 def test_a_check_or_an_earlier_evaluation_changes_nothing(folder, run):

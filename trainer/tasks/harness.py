@@ -23,30 +23,42 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.tasks import TaskManager
 
 from data.errors import DataError, UserError
+from model.generate import News
 from model.sampling import Sampling
 from trainer.errors import ConfigError
-from trainer.sampling import make_generator
+from trainer.sampling import TextStream, make_generator
 from trainer.tasks.asked import Asked
 from trainer.tasks.scorer import Interrupted, Pair, Score, Scorer, of_length
 from trainer.tasks.text import Text
 
 SLOTS = 16  # texts that are generated at a time
+CHUNK = 16  # tokens between two searches for a text that ends an answer
 BOOTSTRAP = 1000  # resamples for the standard error of a metric that is not a mean
 os.environ.setdefault("DISABLE_MULTIPROC", "1")  # it would fork this process, which has JAX's threads
 
-Generate = Callable[..., list[list[int]]]  # (prompts, max_new_tokens=, temperature=, top_k=, top_p=) -> tokens
+Generate = Callable[..., list[list[int]]]  # (prompts, until=, max_new_tokens=, **sampler) -> tokens
 
 
 def make_generate(scorer: Scorer, text: Text) -> Generate:
-    """(params, prompts, …): continues prompts up to max_new_tokens or one of text.stop_ids."""
+    """(params, prompts, …): continues each prompt up to max_new_tokens, to one of text.stop_ids, or until some tokens
+    after one of the texts `until`."""
     program = of_length(scorer.program, scorer.context)
-    generator = make_generator(program, slots=SLOTS, vocab_size=text.tokenizer.vocab_size)
+    generator = make_generator(program, slots=SLOTS, chunk=CHUNK, vocab_size=text.tokenizer.vocab_size)
 
-    def generate(params: dict, prompts: list[list[int]], *, max_new_tokens: int, **sampler: Any) -> list[list[int]]:
+    def generate(
+        params: dict, prompts: list[list[int]], *, until: Sequence[str], max_new_tokens: int, **sampler: Any
+    ) -> list[list[int]]:
         arrays = [np.array(prompt, np.int32) for prompt in prompts]
+        streams = [TextStream(text.tokenizer, text.stop_ids, until) for _ in prompts]
+
+        def on_news(row: int, news: News) -> bool:
+            scorer.check_interrupted()
+            streams[row].feed(news.tokens, ended=news.ended)
+            return streams[row].stopped
+
         answers = generator.continue_all(
             params, arrays, max_new_tokens=max_new_tokens, sampling=Sampling(**sampler), stop_ids=text.stop_ids,
-            on_news=lambda row, news: scorer.check_interrupted(),
+            on_news=on_news,
         )  # fmt: skip
         return [answer.tolist() for answer in answers]
 
@@ -122,7 +134,7 @@ class Model(TemplateLM):
             raise ConfigError(f"a task asks for {wanted} new tokens, and the model's context has {self._context}")
         prompts = [self.text.encode(context)[-room:] or [self.prefix_token_id] for context in contexts]
         answers = self._generate(
-            prompts, max_new_tokens=wanted,
+            prompts, until=until, max_new_tokens=wanted,
             temperature=options.get("temperature", 1.0) if sampled else 0.0,
             top_k=options.get("top_k", 0) if sampled else 0, top_p=options.get("top_p", 1.0) if sampled else 1.0,
         )  # fmt: skip
