@@ -273,6 +273,9 @@ def rope_fields(keys: Keys) -> dict[str, Any]:
 
 def rope_of_both(new: Json, old: Json, theta: float, fraction: float, max_seq_len: int) -> dict[str, Any]:
     """As rope_of, of rope parameters in the form of transformers 5 and in that of 4, of which one may be missing."""
+    for given in (new, old):
+        if not isinstance(given, dict):
+            raise Unsupported(f"the rope parameters are {given!r}; they must be an object")
     rest = {name: value for name, value in new.items() if name not in ("rope_type", "type")}
     of_old = rope_of(rest | old if old else new, theta, fraction, max_seq_len)
     if new and rope_of(new, theta, fraction, max_seq_len) != of_old:
@@ -286,18 +289,18 @@ def rope_of(scaling: Json, theta: float, fraction: float, max_seq_len: int) -> d
         raise Unsupported("partial_rotary_factor is not 1, which transformers ignores in these families")
     kinds = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise Unsupported(f"rope_type is {kind!r}; it can be {', '.join(kinds)}")
-    fields: dict[str, Any] = {"rope_theta": float(scaling.get("rope_theta") or theta)}
+    fields: dict[str, Any] = {"rope_theta": _number("rope_theta", scaling.get("rope_theta") or theta)}
     if kind == "default":
         return fields
-    given: dict[str, Any] = {"kind": kinds[kind], "factor": float(scaling["factor"])}
+    given: dict[str, Any] = {"kind": kinds[kind], "factor": _number("factor", scaling.get("factor"))}
     if kind != "linear":
         given["original_len"] = scaling.get("original_max_position_embeddings") or max_seq_len
     names = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_fast", "beta_slow")}
     for name in names.get(kind, ()):
         if scaling.get(name):
-            given[name] = float(scaling[name])
+            given[name] = _number(name, scaling[name])
     if kind == "yarn":
         given |= {"truncate": scaling.get("truncate", True), "attention_factor": _attention_factor(scaling)}
     check_types(given, RopeScaling)
@@ -306,11 +309,19 @@ def rope_of(scaling: Json, theta: float, fraction: float, max_seq_len: int) -> d
 
 def _attention_factor(scaling: Json) -> float | None:
     if scaling.get("attention_factor") is not None:
-        return float(scaling["attention_factor"])
-    if scaling.get("mscale") and scaling.get("mscale_all_dim"):  # DeepSeek's
-        one, all_dim = (1 + 0.1 * scaling[name] * math.log(scaling["factor"]) for name in ("mscale", "mscale_all_dim"))
+        return _number("attention_factor", scaling["attention_factor"])
+    scales = [scaling.get(name) for name in ("mscale", "mscale_all_dim")]
+    if all(scales):  # DeepSeek's
+        one, all_dim = (1 + 0.1 * _number("mscale", scale) * math.log(scaling["factor"]) for scale in scales)
         return one / all_dim
     return None
+
+
+def _number(name: str, value: Any) -> float:
+    """A rope parameter of a config.json. Raises Unsupported if it is not a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise Unsupported(f"{name} of the rope parameters is {value!r}; it must be a number")
+    return float(value)
 
 
 def rope_parameters(model: ModelConfig) -> Json:
