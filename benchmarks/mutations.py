@@ -188,6 +188,10 @@ FAULTS = [
           "- 1 - scored : len(row) - 1] = True", "- 1 - scored : len(row) - 2] = True", "scorer_test.py"),
     fault("a long context loses its end", "trainer/tasks/scorer.py",
           "tokens[-(self.context + 1) :].astype", "tokens[: self.context + 1].astype", "scorer_test.py"),
+    fault("int8 products are not scaled", "model/quantized.py",
+          "return self.scaled(x @ self.values)", "return x @ self.values", "quantized_test.py"),
+    fault("weights are not rounded to int8", "launch/inference.py",
+          "self.config.model, int8=self.int8)", "self.config.model)", "system/train_test.py"),
     fault("a few-shot prompt shows the answer", "trainer/tasks/core.py",
           "items[k + (k >= i)]", "items[k]", "core_test.py"),
     # Devices

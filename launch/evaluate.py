@@ -124,10 +124,12 @@ def measure(run: inference.LoadedRun, asked: Asked) -> dict[str, dict[str, float
     """The metrics of each task. Raises ConfigError, DataError, Diverged."""
     from trainer.tasks.measure import Tasks
 
+    tasks = run.processes.run_on_all("tasks", lambda: Tasks(run.program, run.path, asked))
     if run.processes.size > 1:
-        run.processes.check_same("tasks", asked.digests())
+        digest = run.processes.run_on_all("questions", tasks.check)
+        run.processes.check_same("questions", {"sha256": digest})
     try:
-        results = Tasks(run.program, run.path, asked).measure(run.params)
+        results = tasks.measure(run.params)
     except Diverged as e:
         raise Diverged(f"{e}; --step=N uses an earlier checkpoint") from None
     assert results is not None  # because nothing interrupts it

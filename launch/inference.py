@@ -106,13 +106,17 @@ def memory_of_devices(advice: str) -> Iterator[None]:
 
 
 def open_run(
-    dtype: str | None = None, join: Callable[[], object] = lambda: None, *, for_loss: bool = False
+    dtype: str | None = None,
+    join: Callable[[], object] = lambda: None,
+    *,
+    int8: bool = False,
+    for_loss: bool = False,
 ) -> LoadedRun:
     """Opens --workdir at --step. Raises ConfigError or CheckpointError.
 
     Args:
-      dtype: in which the model computes; None: that of the run. "int8" is that of the run, with int8 weights for
-        generation.
+      dtype: in which the model computes; None: that of the run.
+      int8: whether generation uses int8 weights.
       for_loss: whether the run's loss is wanted. That of task dpo compares with the model without adapters, so they are
         then not added to their projections.
       join: is called after JAX is loaded and before it uses a device: it joins the other processes, if there are any.
@@ -122,15 +126,19 @@ def open_run(
     path = pathlib.Path(WORKDIR.value)
     recorded = run_directory.read_config(path)
     # The attention kernel that the training used may not exist on this machine.
-    int8 = dtype == "int8"
-    computed = recorded.model.dtype if dtype is None or int8 else dtype
-    model = dataclasses.replace(recorded.model, attention="auto", dtype=computed)
+    model = dataclasses.replace(recorded.model, attention="auto", dtype=dtype or recorded.model.dtype)
     config = dataclasses.replace(recorded, model=model, frozen=())
 
     environment.load_jax()
+    import jax
+
     join()
     environment.find_devices()
     runtime.use_compilation_cache(path)
+    if (int8 or dtype == "bfloat16") and jax.default_backend() == "cpu":
+        cli.log.warning(
+            "on CPUs bfloat16 and int8 are slower than float32, and need more memory: see docs/generation.md"
+        )
     from trainer.interchange import adapters
     from trainer.reliability import identity
     from trainer.reliability.checkpoint import Checkpoints, choose_step

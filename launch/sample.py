@@ -50,11 +50,9 @@ REPETITION_PENALTY = flags.DEFINE_float(
 STOP = flags.DEFINE_multi_string("stop", [], "A string that ends the text; may be given several times.")
 LOGPROBS = flags.DEFINE_bool("logprobs", False, "Add the log-probability of each token; needs --json or --prompts.")
 DTYPE = flags.DEFINE_enum(
-    "dtype",
-    None,
-    ["float32", "bfloat16", "int8"],
-    "Of weights and computation (int8: of weights only); default: that of the run.",
+    "dtype", None, ["float32", "bfloat16"], "Of weights and computation; default: that of the run."
 )
+INT8 = flags.DEFINE_bool("int8", False, "Hold the weights in int8; the computation is in --dtype.")
 PROMPTS = cli.define_path("prompts", None, "File of prompts, one JSON object a line; needs --out.")
 OUT = cli.define_path("out", None, "File for the answers to --prompts, which a killed command resumes.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Number of samples.", lower_bound=1)
@@ -77,7 +75,7 @@ def write() -> int:
     if not PROMPT.value:
         raise ConfigError("--prompt is empty; give at least one character, for example --prompt=$'\\n'")
     malloc.tune_allocator()
-    run = inference.open_run(DTYPE.value)
+    run = inference.open_run(DTYPE.value, int8=INT8.value)
     sampling = checked_sampling()
     from trainer.sampling import Language
 

@@ -41,11 +41,9 @@ MAX_LEN = flags.DEFINE_integer(
     upper_bound=2**24,
 )
 DTYPE = flags.DEFINE_enum(
-    "dtype",
-    None,
-    ["float32", "bfloat16", "int8"],
-    "Of weights and computation (int8: of weights only); default: that of the run.",
+    "dtype", None, ["float32", "bfloat16"], "Of weights and computation; default: that of the run."
 )
+INT8 = flags.DEFINE_bool("int8", False, "Hold the weights in int8; the computation is in --dtype.")
 GRACE_S = flags.DEFINE_float("grace_s", 30.0, "Seconds to finish accepted requests after a signal.", lower_bound=0.0)
 
 
@@ -59,7 +57,7 @@ def serve() -> int:
         raise ConfigError('launch.serve needs more packages: pip install "meshlm[serve]"')
     with bind(HOST.value, PORT.value) as listener:
         malloc.tune_allocator()
-        run = inference.open_run(DTYPE.value)
+        run = inference.open_run(DTYPE.value, int8=INT8.value)
         from launch.serving import server
         from model.generate import Batch
 

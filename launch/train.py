@@ -232,8 +232,6 @@ def check_processes_agree(processes: Processes, run_dir: pathlib.Path, config: C
     asked = processes.run_on_all("tasks", lambda: Asked.of_config(config.eval))
     if asked is not None and not tokenizer:
         raise ConfigError("config.eval.tasks needs a tokenizer; name that of the data by config.data.tokenizer_path")
-    if asked is not None and processes.size > 1:
-        processes.check_same("tasks", asked.digests())
     processes.run_on_all("prompt", lambda: sampling.prompt_of(config, data.load_tokenizer()))
     return data
 
@@ -327,7 +325,7 @@ def report_end(run_dir: pathlib.Path, config: Config, finished: bool) -> int:
         cli.log.info("Stopped and saved in %s; the same command resumes from here.", run_dir)
         return cli.STOPPED
     command = f"python -m launch.sample --workdir={shlex.quote(str(run_dir))}"
-    if config.sample.prompt.isprintable():
+    if config.sample.max_new_tokens and config.sample.prompt.isprintable():
         command += f" --prompt={shlex.quote(config.sample.prompt)}"
     cli.log.info("Everything is in %s (metrics.jsonl, tensorboard/, checkpoints/). Next: %s", run_dir, command)
     return 0

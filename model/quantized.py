@@ -43,5 +43,5 @@ def quantize(w: Array, outputs: int) -> Quantized:
     """w [in, out] or a table [n, embed], rounded to the nearest of 255 steps; `outputs` is the axis that has scales."""
     w = w.astype(jnp.float32)
     largest = jnp.abs(w).max(1 - outputs, keepdims=True)
-    scale = jnp.where(largest > 0, largest / 127, 1.0)
+    scale = jnp.where(largest == 0, 1.0, largest / 127)  # not a number stays not a number
     return Quantized(jnp.round(w / scale).astype(jnp.int8), scale.reshape(-1))

@@ -17,13 +17,12 @@ import numpy as np
 import pytest
 
 from benchmarks import plans
-from model.partitioner import Partitioner
-from model.quantized import quantize
 from tests import runs
-from trainer import chips
+from trainer import chips, sharding
 from trainer.config import Config, from_dict
 from trainer.errors import ConfigError
 from trainer.planning import hlo, plan, topology
+from trainer.sampling import fast_params, make_generator
 
 LAYERS, VOCAB, ROWS, SEQ_LEN, CHUNK = 4, 5056, 4, 512, 256
 MODEL = {
@@ -263,14 +262,15 @@ def test_the_recorded_plan_is_what_is_compiled_now(name, machine):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("machine", [pytest.param("v5e:1x1", marks=tpu), pytest.param("h100:1", marks=gpu)])
-def test_a_product_reads_int8_weights_as_they_are(machine):
-    """A copy of the weight in the dtype of the activations would cost more than int8 saves."""
-    here = jax.sharding.SingleDeviceSharding(topology.describe(machine).devices[0])
-    w = quantize(np.zeros((2048, 8192), np.float32), outputs=1)
-    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), w)
-    x = jax.ShapeDtypeStruct((8, 2048), "bfloat16", sharding=here)
-    program = jax.jit(lambda x, w: Partitioner().linear(x, w, ("embed", "mlp"))).lower(x, arguments).compile()
-    assert program.memory_analysis().temp_size_in_bytes < w.values.nbytes / 4
+def test_generation_reads_int8_weights_as_they_are(machine):
+    """The loop over tokens has no copy of the weights in another dtype, which would cost more than int8 saves."""
+    cfg = config(1, {"data": 1, "fsdp": 1}, model={"num_layers": 2, "vocab_size": 32768})
+    program = plan.Program(cfg, sharding.make_mesh(cfg, topology.describe(machine).devices[:1]))
+    rounded = jax.eval_shape(functools.partial(fast_params, config=cfg.model, int8=True), program.params)
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=program.replicated), rounded)
+    weights = sum(math.prod(a.shape) for a in jax.tree.leaves(arguments) if a.dtype == "int8")
+    loop = make_generator(program).lower(arguments, rows=8, wanted=64).compile()
+    assert weights > 2**25 and loop.memory_analysis().temp_size_in_bytes < weights / 2
 
 
 def test_the_parts_of_memory_are_those_of_the_shapes():

@@ -52,6 +52,12 @@ def test_each_number_is_rounded_to_the_nearest_step_of_its_output(outputs):
     assert (np.abs(np.asarray(found.values) * scale - w) <= 0.50001 * scale).all()
 
 
+def test_a_weight_that_is_not_finite_makes_an_output_that_is_not():
+    w = jnp.ones((4, 3)).at[1, 0].set(jnp.nan).at[2, 1].set(jnp.inf)
+    for rounded in (quantize(w, 1), jax.jit(quantize, static_argnums=1)(w, 1)):
+        assert np.isfinite(jnp.ones((1, 4)) @ rounded).tolist() == [[False, False, True]]
+
+
 @pytest.mark.parametrize("config", **tiny_models.every_config)
 def test_the_logits_are_those_of_the_rounded_weights_and_near_those_of_the_others(config):
     params = tiny_models.make(config)[1]

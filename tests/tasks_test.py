@@ -132,7 +132,7 @@ def test_two_processes_print_the_numbers_of_one(folder):
         runs.start([*command, f"--process_id={i}"], cwd=folder / name, PYTHONPATH=str(runs.ROOT))
         for i, name in enumerate(("here", "there"))
     ]
-    assert all("has another tasks: val.jsonl" in runs.finish(process, 2) for process in others)
+    assert all("has another questions: sha256" in runs.finish(process, 2) for process in others)
 
 
 @pytest.mark.parametrize(

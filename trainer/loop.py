@@ -123,10 +123,7 @@ class Trainer:
         self.sampler = None
         if tokenizer is not None and config.sample.max_new_tokens:
             self.sampler = sampling.Sampler(self.program, tokenizer)
-        asked = Asked.of_config(config.eval)
-        self.tasks = None if asked is None else Tasks(self.program, run_dir, asked)
-        if self.tasks is not None:
-            self.tasks.check()
+        self.tasks = self._checked_tasks()
         self.checkpoint_meta = {
             "data_fingerprint": data.fingerprint(),
             "tokenizer_sha256": identity.tokenizer_sha256(tokenizer),
@@ -145,6 +142,17 @@ class Trainer:
         self.rollbacks: dict[int, int] = {}  # by step: how often the run was rolled back to it
         self.last_good_step = 0  # the losses of all states up to this step are known to be finite
         self.has_stepped = False
+
+    def _checked_tasks(self) -> Tasks | None:
+        """The tasks of config.eval, which are the same on all processes; None if there are none."""
+        asked = Asked.of_config(self.config.eval)
+        if asked is None:
+            return None
+        log.info("Checking the tasks %s", ", ".join(asked.names))
+        with self.watchdog.phase("checking tasks"):
+            tasks = Tasks(self.program, self.run_dir, asked)
+            self.processes.check_same("questions", {"sha256": tasks.check(self.watchdog.tick)})
+        return tasks
 
     def train(self) -> bool:
         """Runs to the last step and returns True, or saves and returns False when asked to stop."""

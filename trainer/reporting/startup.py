@@ -84,6 +84,8 @@ def _of_data(config: Config, windows: MixedWindows, data: Sources) -> Lines:
             yield INFO, f"          {cut}"
     if not data.tokenizer_path:
         yield INFO, "          no tokenizer (config.data.tokenizer_path): no samples are written"
+    elif not config.sample.max_new_tokens:
+        yield INFO, "          config.sample.max_new_tokens is 0: no samples are written"
 
 
 def _of_schedule(config: Config) -> Lines:

@@ -5,7 +5,6 @@ folder eval_bundle, which has the tasks of DCLM CORE.
 """
 
 import dataclasses
-import hashlib
 import importlib.util
 import os
 import pathlib
@@ -61,16 +60,6 @@ class Asked:
     @property
     def files(self) -> list[pathlib.Path]:
         return [pathlib.Path(name).expanduser() for name in self.names if _is_path(name)]
-
-    def digests(self) -> dict[str, str]:
-        """The sha256 of what each path has, by which processes compare it."""
-        found = {}
-        for path in self.files:
-            digest = hashlib.sha256()
-            for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
-                digest.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode() + file.read_bytes())
-            found[str(path)] = digest.hexdigest()
-        return found
 
     @property
     def of_harness(self) -> list[str]:

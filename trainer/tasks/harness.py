@@ -36,6 +36,7 @@ CHUNK = 16  # tokens between two searches for a text that ends an answer
 BOOTSTRAP = 1000  # resamples for the standard error of a metric that is not a mean
 os.environ.setdefault("DISABLE_MULTIPROC", "1")  # it would fork this process, which has JAX's threads
 
+ScorePairs = Callable[[Sequence[Pair]], list[Score]]
 Generate = Callable[..., list[list[int]]]  # (prompts, until=, max_new_tokens=, **sampler) -> tokens
 
 
@@ -74,7 +75,7 @@ class Model(TemplateLM):
       context: the most tokens that the model reads.
     """
 
-    def __init__(self, text: Text, score: Callable[[Sequence[Pair]], list[Score]], generate: Generate, context: int):
+    def __init__(self, text: Text, score: ScorePairs, generate: Generate, context: int):
         super().__init__()
         self.text = text
         self._score = score
@@ -160,11 +161,29 @@ class Harness:
         self._generate = make_generate(scorer, text)
         with _one_line(asked):
             self._loaded = _load(asked.of_harness, asked.folder, asked.setting)
+        for name, task in self._loaded["tasks"].items():
+            if getattr(task, "UNSAFE_CODE", False):
+                raise ConfigError(
+                    f"{asked.setting}={name} runs code that the model writes, which this command does not do"
+                )
+            if getattr(task, "MULTIMODAL", False):
+                raise ConfigError(f"{asked.setting}={name} has pictures or sounds, and the model reads only text")
         self.names = list(self._loaded["tasks"])
 
-    def check(self) -> None:
-        """Makes all requests, without an answer. Raises ConfigError and DataError, as `run` does."""
-        model = Model(self._text, self._scorer.check, lambda prompts, **_: [[] for _ in prompts], self._scorer.context)
+    def check(self, score: ScorePairs, on_prompts: Callable[[list[list[int]]], None]) -> None:
+        """Makes all requests, without an answer of the model. Raises ConfigError and DataError.
+
+        Args:
+          score: checks pairs instead of scoring them.
+          on_prompts: is called with prompts that would be continued.
+        """
+
+        def generate(prompts: list[list[int]], *, until: Sequence[str], max_new_tokens: int, **sampler: Any):
+            on_prompts(prompts)
+            Sampling(**sampler)  # raises ValueError
+            return [[] for _ in prompts]
+
+        model = Model(self._text, score, generate, self._scorer.context)
         with _one_line(self._asked):
             self._begin()
             for task in self._loaded["tasks"].values():

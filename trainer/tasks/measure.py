@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import hashlib
 import logging
 import os
 import pathlib
@@ -49,15 +50,29 @@ class Tasks:
         if twice := {name for name in names if names.count(name) > 1}:
             raise ConfigError(f"{asked.setting}: two tasks have the name {min(twice)}; evaluate them one after another")
 
-    def check(self) -> None:
+    def check(self, on_progress: Callable[[], object] = lambda: None) -> str:
         """Makes all questions without asking the model, so that a mistake is not found in the middle of a run.
+
+        Returns:
+          The digest of all questions, which must be the same on all processes.
 
         Raises:
           ConfigError, DataError: a task cannot be computed.
         """
-        collections.deque(self._of_files(self._scorer.check), maxlen=0)
+        digest = hashlib.sha256()
+
+        def asked(tokens: Sequence[Sequence[int]]) -> None:
+            digest.update(repr(tokens).encode())
+            on_progress()
+
+        def check(pairs: Sequence[Pair]) -> list[Score]:
+            asked([[*context, -1, *continuation] for context, continuation in pairs])
+            return self._scorer.check(pairs)
+
+        collections.deque(self._of_files(check), maxlen=0)
         if self._harness is not None:
-            self._harness.check()
+            self._harness.check(check, asked)
+        return digest.hexdigest()
 
     def measure(self, params: dict, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Numbers] | None:
         """The metrics of each task.
