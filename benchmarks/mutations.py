@@ -191,7 +191,7 @@ FAULTS = [
     fault("int8 products are not scaled", "model/quantized.py",
           "return self.scaled(x @ self.values)", "return x @ self.values", "quantized_test.py"),
     fault("weights are not rounded to int8", "launch/inference.py",
-          "self.config.model, int8=self.int8)", "self.config.model)", "system/train_test.py"),
+          "self.config.model, int8=self.int8)", "self.config.model)", "system/train_test.py::test_sample"),
     fault("a few-shot prompt shows the answer", "trainer/tasks/core.py",
           "items[k + (k >= i)]", "items[k]", "core_test.py"),
     # Devices
