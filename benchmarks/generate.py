@@ -80,7 +80,7 @@ def llama_cpp():
     def generate(prompts: np.ndarray, new: int) -> None:
         asked = {"max_tokens": new, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
         answer = server.handle_completions({"prompt": prompts.tolist(), **asked})
-        assert answer["usage"]["completion_tokens"] == len(prompts) * new, answer
+        assert [choice["finish_reason"] for choice in answer["choices"]] == ["length"] * len(prompts), answer
 
     return generate
 
