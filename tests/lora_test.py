@@ -3,12 +3,15 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
 
 from data.batch import from_tokens
 from model import kernels
+from model.config import PROJECTIONS
+from model.dropout import Dropout
 from model.transformer import merged
 from tests import runs
 from tests.batches import on_mesh
@@ -168,6 +171,13 @@ def test_what_cannot_be_trained_is_refused(fields, words):
         base = {"vocab_size": 24, "max_seq_len": 32}
         Program(from_dict({**fields, "model": base | fields.get("model", {})}), mesh_of("one"))
     assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_each_adapter_of_a_layer_drops_its_own_inputs():
+    dropout = Dropout(0.5, jax.random.key(0))
+    own = [dropout.of_adapter(0.5, number) for number in range(len(PROJECTIONS))]
+    dropped = {np.asarray(one(jnp.ones((8, 32)))).tobytes() for one in own + dropout.split(3)}
+    assert len(dropped) == len(PROJECTIONS) + 3
 
 
 def test_dropout_of_adapters_leaves_attention_as_it_is():

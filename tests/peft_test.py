@@ -103,6 +103,21 @@ def test_pefts_adapters_compute_the_same_here_and_go_out_as_they_came(name, tmp_
     assert all(np.array_equal(there[path], arrays[path]) for path in arrays)
 
 
+def test_adapters_of_joined_projections_that_differ_go_out(tmp_path):
+    """Adapters that came from PEFT share the A of queries, keys and values; those that were trained here do not."""
+    base, adapters = made("gpt2", tmp_path)
+    source = Source.open(base)
+    lora, arrays = peft.read(adapters, source.model)
+    draw = np.random.default_rng(0)
+    arrays = {path: draw.normal(0, 0.3, array.shape).astype(np.float32) for path, array in arrays.items()}
+    model = source.model.__class__(**{**vars(source.model), "lora": lora})
+    flat = traverse_util.flatten_dict(params_of(source), sep=".") | arrays
+    with jax.default_matmul_precision("highest"):
+        ours = tiny_models.jitted_forward(model)(traverse_util.unflatten_dict(flat, sep="."), tokens())
+    peft.write(tmp_path / "out", arrays, model, "base")
+    assert close(np.asarray(ours)[..., :VOCAB], logits_of_peft(base, tmp_path / "out"))
+
+
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
