@@ -38,6 +38,7 @@ class LoadedRun:
     """A checkpoint of a run, with its configuration, and its program for this machine's devices.
 
     Attributes:
+      processes: all that opened the run together.
       meta: of the checkpoint: step, samples, data_fingerprint, …
       load: reads the parameters of these dotted paths (None: all) onto the devices. Adapters are added to their
         projections, so that config and program are those of a plain model.

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from model.partitioner import over_tokens
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Quantized:
 
     def scaled(self, y: Array) -> Array:
         """The outputs y [..., out] of a product with the values, in the dtype of y."""
-        return (y * self.scale.reshape((1,) * (y.ndim - 1) + self.scale.shape)).astype(y.dtype)
+        return (y * over_tokens(self.scale, y)).astype(y.dtype)
 
 
 def quantize(w: Array, outputs: int) -> Quantized:
